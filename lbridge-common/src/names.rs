@@ -1,0 +1,38 @@
+//! Names of the object's maps and programs, as the loader asks for them.
+//!
+//! A program must not have its section's name (`fn sk_lookup` in section `sk_lookup` fails at link).
+
+/// Rules, [`crate::wire::RuleKey`] to [`crate::wire::RuleValue`].
+pub const RULES: &str = "RULES";
+/// Ports whose listeners are registered: port in host byte order (`u32`) to 1 (`u8`).
+pub const TARGETS: &str = "TARGETS";
+/// Registered listeners, [`crate::wire::ListenerKey`] to socket.
+pub const LISTENERS: &str = "LISTENERS";
+/// Gateways whose connections look local, [`crate::wire::Endpoint`] to [`crate::wire::LoopbackView`].
+pub const LOOPBACK_VIEWS: &str = "LOOPBACK_VIEWS";
+/// Relayed connections, the relay's own [`crate::wire::Endpoint`] to the container's.
+pub const RELAY_PEERS: &str = "RELAY_PEERS";
+/// Outcomes, per CPU, indexed by [`crate::wire::Counter`].
+pub const COUNTERS: &str = "COUNTERS";
+/// Ring buffer of [`crate::wire::ListenerEvent`].
+pub const EVENTS: &str = "EVENTS";
+
+/// Read-only global: cookie of the network namespace that is "the host", 0 where the kernel does not tell it.
+pub const HOST_NETNS: &str = "HOST_NETNS";
+
+/// `sk_lookup`, checks the ingress interface (Linux 5.17 and later).
+pub const STEER: &str = "steer";
+/// `sk_lookup` without `ingress_ifindex`; its rules have interface 0.
+pub const STEER_ANY_INTERFACE: &str = "steer_any_interface";
+/// `sock_ops` that registers listeners (needs `bpf_get_netns_cookie` in `sock_ops`, Linux 5.15 and later).
+pub const REGISTER: &str = "register";
+/// `sock_ops` that only tells the daemon of listeners.
+pub const ANNOUNCE: &str = "announce";
+/// `cgroup/getpeername4`.
+pub const PEERNAME4: &str = "peername4";
+/// `cgroup/getpeername6`.
+pub const PEERNAME6: &str = "peername6";
+/// `cgroup/getsockname4`.
+pub const SOCKNAME4: &str = "sockname4";
+/// `cgroup/getsockname6`.
+pub const SOCKNAME6: &str = "sockname6";

@@ -1,0 +1,14 @@
+//! The one place where map types are declared plain data for aya.
+
+use crate::wire::{Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue};
+
+macro_rules! pod {
+    ($($type:ty),+ $(,)?) => {
+        $(
+            // SAFETY: `repr(C)` integers only, every byte initialised; the const asserts of `wire` rule out padding.
+            unsafe impl aya::Pod for $type {}
+        )+
+    };
+}
+
+pod!(Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue);

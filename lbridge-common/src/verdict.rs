@@ -1,0 +1,97 @@
+//! The decision: which connection is steered, and to which registered listener. Pure; run by the kernel program, by
+//! the planner and by the tests.
+
+use crate::wire::{Address, ListenerKey, RuleValue, SLOTS};
+
+/// What becomes of a SYN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// No rule: the kernel goes on as if lbridge were not there.
+    NotOurs,
+    /// A rule, but the source is outside of the rule's subnet: as [`Verdict::NotOurs`], and counted.
+    ForeignSource,
+    /// To be given to the first of [`candidates`] that is registered and that the kernel takes. None: refused, since
+    /// letting it pass could hand it to another service that listens on every address.
+    Steer,
+}
+
+/// Decides on a connection from `source` for which the lookup of (ingress interface, gateway, port) gave `rule`.
+#[inline(always)]
+pub fn decide(rule: Option<&RuleValue>, source: &Address) -> Verdict {
+    match rule {
+        None => Verdict::NotOurs,
+        Some(rule) if source.masked(&rule.mask) != rule.subnet => Verdict::ForeignSource,
+        Some(_) => Verdict::Steer,
+    }
+}
+
+/// Bound addresses of the listeners that serve `target`, best first: the loopback address itself, then the wildcards.
+/// An IPv4 connection may be given to a dual-stack `[::]`; the kernel refuses it where the socket is v6-only. The
+/// last is repeated for IPv6, which has one wildcard.
+#[inline(always)]
+pub fn listening_addresses(target: &Address) -> [Address; 3] {
+    if target.is_v4() {
+        [*target, Address::ANY_V4, Address::ANY_V6]
+    } else {
+        [*target, Address::ANY_V6, Address::ANY_V6]
+    }
+}
+
+/// Keys under which a listener for (`target`, `port`) may be registered, best first.
+#[inline(always)]
+pub fn candidates(target: &Address, port: u16) -> impl Iterator<Item = ListenerKey> {
+    let addresses = listening_addresses(target);
+    let distinct = if target.is_v4() { 3 } else { 2 };
+    (0..distinct).flat_map(move |i| {
+        (0..u16::from(SLOTS)).map(move |slot| ListenerKey { address: addresses[i], port, slot })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use core::net::IpAddr;
+
+    use super::*;
+
+    fn address(text: &str) -> Address {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    fn rule(gateway: &str, prefix: u8) -> RuleValue {
+        let gateway = address(gateway);
+        let mask = gateway.mask(prefix);
+        RuleValue {
+            subnet: gateway.masked(&mask),
+            mask,
+            target: address("127.0.0.1"),
+            target_port: 80,
+            reserved: [0; 3],
+            steered: 0,
+        }
+    }
+
+    #[test]
+    fn the_subnet_decides() {
+        let v4 = rule("172.18.0.1", 16);
+        assert_eq!(decide(None, &address("172.18.0.2")), Verdict::NotOurs);
+        assert_eq!(decide(Some(&v4), &address("172.18.255.255")), Verdict::Steer);
+        for foreign in ["172.19.0.2", "127.0.0.1", "fd00::2", "::"] {
+            assert_eq!(decide(Some(&v4), &address(foreign)), Verdict::ForeignSource, "{foreign}");
+        }
+        let v6 = rule("fd00::1", 64);
+        assert_eq!(decide(Some(&v6), &address("fd00::2")), Verdict::Steer);
+        assert_eq!(decide(Some(&v6), &address("fd01::2")), Verdict::ForeignSource);
+        assert_eq!(decide(Some(&v6), &address("172.18.0.2")), Verdict::ForeignSource);
+    }
+
+    #[test]
+    fn the_loopback_address_comes_before_the_wildcards() {
+        let keys: Vec<_> =
+            candidates(&address("127.0.0.1"), 80).map(|k| (IpAddr::from(k.address), k.slot)).collect();
+        assert_eq!(keys.len(), 12);
+        assert_eq!(keys[0], ("127.0.0.1".parse().unwrap(), 0));
+        assert_eq!(keys[4], ("0.0.0.0".parse().unwrap(), 0));
+        assert_eq!(keys[11], ("::".parse().unwrap(), 3));
+        assert_eq!(candidates(&address("::1"), 80).count(), 8);
+    }
+}

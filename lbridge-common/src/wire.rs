@@ -1,0 +1,293 @@
+//! Map keys and values. Fixed layout, no implicit padding, no `bool`, `Option` or enum: a stray padding byte is a
+//! lookup that misses.
+//!
+//! Addresses are IPv6; IPv4 is v4-mapped (`::ffff:a.b.c.d`), so that one key serves both families. A v4-mapped address
+//! in a real IPv6 packet never reaches a lookup, see [`crate::verdict`].
+
+use core::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+/// Changes with every change of a layout below or of a map's meaning. Part of the pin directory's name, so that a
+/// daemon never adopts maps that it would misread.
+pub const ABI_VERSION: u32 = 1;
+
+/// Most rules (network, gateway, port) in force at a time.
+pub const MAX_RULES: u32 = 131_072;
+/// Most registered listening sockets.
+pub const MAX_LISTENERS: u32 = 65_536;
+/// Sockets of one `SO_REUSEPORT` group that are registered, so that another takes over when one closes. Steering onto
+/// any member spreads connections over the whole group: the kernel selects among all of its members.
+pub const SLOTS: u8 = 4;
+
+const V4_MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
+
+/// An IP address as four 32-bit words in network byte order, as the kernel's BPF contexts hold them.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address(pub [u32; 4]);
+
+impl Address {
+    /// `0.0.0.0`.
+    pub const ANY_V4: Self = Self::from_v4_word(0);
+    /// `::`.
+    pub const ANY_V6: Self = Self([0; 4]);
+
+    /// From an IPv4 address in network byte order, as in `bpf_sk_lookup.local_ip4`.
+    #[inline(always)]
+    pub const fn from_v4_word(word: u32) -> Self {
+        Self([0, 0, V4_MAPPED, word])
+    }
+
+    /// Whether this stands for an IPv4 address.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == V4_MAPPED
+    }
+
+    /// The last word: all of an IPv4 address, in network byte order.
+    #[inline(always)]
+    pub const fn v4_word(&self) -> u32 {
+        self.0[3]
+    }
+
+    /// `127.0.0.0/8` or `::1`.
+    #[inline(always)]
+    pub const fn is_loopback(&self) -> bool {
+        if self.is_v4() {
+            self.0[3].to_ne_bytes()[0] == 127
+        } else {
+            self.0[0] == 0 && self.0[1] == 0 && self.0[2] == 0 && u32::from_be(self.0[3]) == 1
+        }
+    }
+
+    /// `0.0.0.0` or `::`.
+    #[inline(always)]
+    pub const fn is_unspecified(&self) -> bool {
+        self.0[3] == 0 && self.0[0] == 0 && self.0[1] == 0 && (self.0[2] == 0 || self.0[2] == V4_MAPPED)
+    }
+
+    /// The netmask of `prefix` bits for the family that `self` belongs to; of an IPv4 prefix the 96 bits before it too.
+    pub fn mask(&self, prefix: u8) -> Self {
+        let bits = u32::from(prefix) + if self.is_v4() { 96 } else { 0 };
+        let ones = u128::MAX.checked_shl(128 - bits.min(128)).unwrap_or(0);
+        Self::from(Ipv6Addr::from(ones))
+    }
+
+    /// The bits of `self` that are set in `mask`.
+    #[inline(always)]
+    pub const fn masked(&self, mask: &Self) -> Self {
+        Self([self.0[0] & mask.0[0], self.0[1] & mask.0[1], self.0[2] & mask.0[2], self.0[3] & mask.0[3]])
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&IpAddr::from(*self), f)
+    }
+}
+
+impl From<Ipv6Addr> for Address {
+    fn from(ip: Ipv6Addr) -> Self {
+        let b = ip.octets();
+        Self(core::array::from_fn(|i| {
+            u32::from_ne_bytes([b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]])
+        }))
+    }
+}
+
+impl From<Ipv4Addr> for Address {
+    fn from(ip: Ipv4Addr) -> Self {
+        Self::from_v4_word(u32::from_ne_bytes(ip.octets()))
+    }
+}
+
+impl From<IpAddr> for Address {
+    fn from(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(ip) => ip.into(),
+            IpAddr::V6(ip) => ip.into(),
+        }
+    }
+}
+
+impl From<Address> for IpAddr {
+    fn from(address: Address) -> Self {
+        let mut bytes = [0; 16];
+        for (chunk, word) in bytes.chunks_exact_mut(4).zip(address.0) {
+            chunk.copy_from_slice(&word.to_ne_bytes());
+        }
+        Ipv6Addr::from(bytes).to_canonical()
+    }
+}
+
+/// What a container dials, where the packet came in: the key of a rule.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RuleKey {
+    /// The host's address on the bridge.
+    pub gateway: Address,
+    /// The bridge's interface index, 0 where the kernel program cannot check it.
+    pub ifindex: u32,
+    /// Dialled port, host byte order.
+    pub port: u16,
+    /// Always 0.
+    pub reserved: u16,
+}
+
+/// Where a rule leads, and from where it may be used.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RuleValue {
+    /// The network's subnet: source addresses outside of it are not served.
+    pub subnet: Address,
+    /// Netmask of `subnet`.
+    pub mask: Address,
+    /// The loopback address that the service listens on.
+    pub target: Address,
+    /// The service's port, host byte order.
+    pub target_port: u16,
+    /// Always 0.
+    pub reserved: [u16; 3],
+    /// Connections steered since the entry was put. Added to by the kernel program.
+    pub steered: u64,
+}
+
+/// A registered listening socket of the host's network namespace.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ListenerKey {
+    /// Address it is bound to.
+    pub address: Address,
+    /// Port, host byte order.
+    pub port: u16,
+    /// Which of the group's registered sockets, below [`SLOTS`].
+    pub slot: u16,
+}
+
+/// An address and a port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Endpoint {
+    /// Address.
+    pub address: Address,
+    /// Port, host byte order.
+    pub port: u16,
+    /// Always 0.
+    pub reserved: u16,
+}
+
+impl Endpoint {
+    /// From its two parts.
+    #[inline(always)]
+    pub const fn new(address: Address, port: u16) -> Self {
+        Self { address, port, reserved: 0 }
+    }
+}
+
+/// `--source loopback`: connections to a gateway from `subnet` look as if they came from and to loopback.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LoopbackView {
+    /// The network's subnet.
+    pub subnet: Address,
+    /// Netmask of `subnet`.
+    pub mask: Address,
+    /// What `getsockname()` answers, and whose address `getpeername()` does.
+    pub target: Endpoint,
+}
+
+/// What happened to a listener of a targeted port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenerEvent {
+    /// One of the constants below.
+    pub kind: u32,
+    /// Port, host byte order.
+    pub port: u32,
+    /// Why the kernel refused to register it: a negative errno, as the helper returned it; else 0.
+    pub error: i32,
+}
+
+impl ListenerEvent {
+    /// It listens now.
+    pub const LISTENING: u32 = 1;
+    /// It listens now; the kernel refused to register it.
+    pub const REFUSED: u32 = 2;
+    /// It listens no more.
+    pub const CLOSED: u32 = 3;
+}
+
+/// Index of an outcome in the counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Counter {
+    /// A connection was given to its listener.
+    Steered = 0,
+    /// A rule matched, the source address is outside of its network's subnet: left alone.
+    ForeignSource = 1,
+    /// A rule matched, no listener is registered for it: refused.
+    NoListener = 2,
+    /// A rule matched, the kernel refused every listener: refused.
+    AssignFailed = 3,
+    /// A listener was registered.
+    Registered = 4,
+    /// The kernel refused to register a listener.
+    RegisterRefused = 5,
+}
+
+impl Counter {
+    /// How many there are.
+    pub const COUNT: u32 = 6;
+}
+
+const _: () = {
+    assert!(size_of::<RuleKey>() == 24 && align_of::<RuleKey>() == 4);
+    assert!(size_of::<RuleValue>() == 64 && align_of::<RuleValue>() == 8);
+    assert!(size_of::<ListenerKey>() == 20);
+    assert!(size_of::<Endpoint>() == 20);
+    assert!(size_of::<LoopbackView>() == 52);
+    assert!(size_of::<ListenerEvent>() == 12);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn addresses_keep_their_bytes() {
+        assert_eq!(Address::from(ip("172.18.0.1")).v4_word().to_ne_bytes(), [172, 18, 0, 1]);
+        for text in ["172.18.0.1", "fd00::1", "0.0.0.0", "::", "::1"] {
+            assert_eq!(IpAddr::from(Address::from(ip(text))), ip(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn loopback_and_unspecified() {
+        for text in ["127.0.0.1", "127.255.3.4", "::1"] {
+            assert!(Address::from(ip(text)).is_loopback(), "{text}");
+        }
+        for text in ["128.0.0.1", "0.0.0.1", "::2", "::", "0.0.0.0"] {
+            assert!(!Address::from(ip(text)).is_loopback(), "{text}");
+        }
+        assert!(Address::ANY_V4.is_unspecified() && Address::ANY_V6.is_unspecified());
+        assert!(!Address::from(ip("::1")).is_unspecified());
+        assert!(!Address::from(ip("::ffff:0:0:0")).is_unspecified());
+    }
+
+    #[test]
+    fn masks() {
+        let gateway = Address::from(ip("172.18.0.1"));
+        assert_eq!(IpAddr::from(gateway.masked(&gateway.mask(16))), ip("172.18.0.0"));
+        assert_eq!(gateway.masked(&gateway.mask(32)), gateway);
+        assert_eq!(IpAddr::from(gateway.masked(&gateway.mask(0))), ip("0.0.0.0"));
+        let v6 = Address::from(ip("fd00:1:2:3::1"));
+        assert_eq!(IpAddr::from(v6.masked(&v6.mask(64))), ip("fd00:1:2:3::"));
+        assert_eq!(v6.masked(&v6.mask(0)), Address::ANY_V6);
+    }
+}
