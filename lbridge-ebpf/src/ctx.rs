@@ -1,0 +1,173 @@
+//! The only reads and writes of kernel contexts. Volatile, so that LLVM neither merges nor narrows them: the verifier
+//! accepts a context field only at its own offset and width.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{bpf_sock_addr, bpf_sock_ops},
+    helpers::generated::bpf_get_netns_cookie,
+    programs::{SkLookupContext, SockAddrContext, SockOpsContext},
+};
+use lbridge_common::wire::{Address, Endpoint};
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+const IPPROTO_TCP: u32 = 6;
+
+/// Reads a field of a kernel struct through a pointer that the kernel gave.
+macro_rules! read {
+    ($pointer:expr, $($field:tt)+) => {
+        // SAFETY: a pointer that the kernel passed to the program (or that was checked for null); the verifier refuses
+        // the program should the field be out of bounds.
+        unsafe { core::ptr::read_volatile(&raw const (*$pointer).$($field)+) }
+    };
+}
+
+macro_rules! write {
+    ($pointer:expr, $value:expr, $($field:tt)+) => {
+        // SAFETY: as for `read`; the verifier knows which fields a program may write.
+        unsafe { core::ptr::write_volatile(&raw mut (*$pointer).$($field)+, $value) }
+    };
+}
+
+macro_rules! read_words {
+    ($pointer:expr, $field:ident) => {
+        Address([
+            read!($pointer, $field[0]),
+            read!($pointer, $field[1]),
+            read!($pointer, $field[2]),
+            read!($pointer, $field[3]),
+        ])
+    };
+}
+
+#[inline(always)]
+pub fn is_tcp(ctx: &SkLookupContext) -> bool {
+    read!(ctx.lookup, protocol) == IPPROTO_TCP
+}
+
+#[inline(always)]
+pub fn ingress_ifindex(ctx: &SkLookupContext) -> u32 {
+    read!(ctx.lookup, ingress_ifindex)
+}
+
+/// (source, destination) of the packet; `None` for an IPv6 packet with a v4-mapped address, which has no business on a
+/// wire and would otherwise meet the keys of IPv4 rules.
+#[inline(always)]
+pub fn packet(ctx: &SkLookupContext) -> Option<(Address, Endpoint)> {
+    let lookup = ctx.lookup;
+    // Host byte order, unlike the addresses and the remote port (include/uapi/linux/bpf.h).
+    let port = read!(lookup, local_port) as u16;
+    match read!(lookup, family) {
+        AF_INET => Some((
+            Address::from_v4_word(read!(lookup, remote_ip4)),
+            Endpoint::new(Address::from_v4_word(read!(lookup, local_ip4)), port),
+        )),
+        AF_INET6 => {
+            let (source, gateway) = (read_words!(lookup, remote_ip6), read_words!(lookup, local_ip6));
+            (!source.is_v4() && !gateway.is_v4()).then_some((source, Endpoint::new(gateway, port)))
+        }
+        _ => None,
+    }
+}
+
+/// Where the socket of a `sock_ops` callback is bound.
+///
+/// All is read before the family decides: of reads in the branches LLVM makes one read behind them, at a computed
+/// offset, and the verifier says "dereference of modified ctx ptr R1 off=60 disallowed".
+#[inline(always)]
+pub fn bound_to(ctx: &SockOpsContext) -> Option<Endpoint> {
+    let ops: *mut bpf_sock_ops = ctx.ops;
+    let port = read!(ops, local_port) as u16;
+    let v4 = Address::from_v4_word(read!(ops, local_ip4));
+    let v6 = read_words!(ops, local_ip6);
+    match read!(ops, family) {
+        AF_INET => Some(Endpoint::new(v4, port)),
+        AF_INET6 => Some(Endpoint::new(v6, port)),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+pub fn callback(ctx: &SockOpsContext) -> u32 {
+    read!(ctx.ops, op)
+}
+
+/// First argument of a callback: of a state change the old state.
+#[inline(always)]
+pub fn first_argument(ctx: &SockOpsContext) -> u32 {
+    read!(ctx.ops, __bindgen_anon_1.args[0])
+}
+
+#[inline(always)]
+pub fn sock_ops_netns(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: the helper takes the program's own context.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+#[inline(always)]
+pub fn sock_addr_netns(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the helper takes the program's own context.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+/// Which end of a connection a name hook was asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Peer,
+    Local,
+}
+
+/// The socket's own end of the connection.
+#[inline(always)]
+pub fn local_end_v4(ctx: &SockAddrContext) -> Option<Endpoint> {
+    let sk = read!(ctx.sock_addr, __bindgen_anon_1.sk);
+    if sk.is_null() {
+        return None;
+    }
+    Some(Endpoint::new(Address::from_v4_word(read!(sk, src_ip4)), read!(sk, src_port) as u16))
+}
+
+/// As [`local_end_v4`], of an IPv6 socket; IPv4 on a dual-stack one is v4-mapped.
+#[inline(always)]
+pub fn local_end_v6(ctx: &SockAddrContext) -> Option<Endpoint> {
+    let sk = read!(ctx.sock_addr, __bindgen_anon_1.sk);
+    if sk.is_null() {
+        return None;
+    }
+    Some(Endpoint::new(read_words!(sk, src_ip6), read!(sk, src_port) as u16))
+}
+
+/// The address that the caller is about to get.
+#[inline(always)]
+pub fn name_v4(ctx: &SockAddrContext) -> Endpoint {
+    Endpoint::new(Address::from_v4_word(read!(ctx.sock_addr, user_ip4)), name_port(ctx))
+}
+
+#[inline(always)]
+pub fn name_v6(ctx: &SockAddrContext) -> Endpoint {
+    Endpoint::new(read_words!(ctx.sock_addr, user_ip6), name_port(ctx))
+}
+
+#[inline(always)]
+fn name_port(ctx: &SockAddrContext) -> u16 {
+    // Network byte order in the low half of a word.
+    u16::from_be(read!(ctx.sock_addr, user_port) as u16)
+}
+
+#[inline(always)]
+pub fn set_name_v4(ctx: &SockAddrContext, name: &Endpoint) {
+    let sock_addr: *mut bpf_sock_addr = ctx.sock_addr;
+    write!(sock_addr, name.address.v4_word(), user_ip4);
+    write!(sock_addr, u32::from(name.port.to_be()), user_port);
+}
+
+#[inline(always)]
+pub fn set_name_v6(ctx: &SockAddrContext, name: &Endpoint) {
+    let sock_addr: *mut bpf_sock_addr = ctx.sock_addr;
+    let words = name.address.0;
+    write!(sock_addr, words[0], user_ip6[0]);
+    write!(sock_addr, words[1], user_ip6[1]);
+    write!(sock_addr, words[2], user_ip6[2]);
+    write!(sock_addr, words[3], user_ip6[3]);
+    write!(sock_addr, u32::from(name.port.to_be()), user_port);
+}

@@ -1,0 +1,104 @@
+//! lbridge's kernel programs. Entries only: each calls its hook's file and turns the answer into the kernel's return
+//! code. One file per hook:
+//!
+//! - [`sk_lookup`]: picks the listener of a connection;
+//! - [`sock_ops`]: registers the listeners to pick from;
+//! - [`peername`]: what the service sees as its peer.
+//!
+//! The maps are in [`maps`], every read of a kernel context in [`ctx`].
+#![no_std]
+#![no_main]
+#![feature(core_intrinsics)]
+#![expect(internal_features, reason = "an atomic add on a map value; stable atomics do not lower to BPF's")]
+
+mod ctx;
+mod maps;
+mod peername;
+mod sk_lookup;
+mod sock_ops;
+
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockAddrContext, SockOpsContext},
+};
+
+use crate::{ctx::Side, sk_lookup::Outcome};
+
+const SK_DROP: u32 = 0;
+const SK_PASS: u32 = 1;
+
+fn outcome(outcome: Outcome) -> u32 {
+    match outcome {
+        Outcome::Untouched | Outcome::Assigned => SK_PASS,
+        // No socket: the kernel answers a SYN with RST, the container gets ECONNREFUSED.
+        Outcome::Refused => SK_DROP,
+    }
+}
+
+#[sk_lookup]
+pub fn steer(ctx: SkLookupContext) -> u32 {
+    // Protocol first, in each entry: nothing else is read of a datagram's context.
+    if !ctx::is_tcp(&ctx) {
+        return SK_PASS;
+    }
+    outcome(sk_lookup::try_steer(&ctx, ctx::ingress_ifindex(&ctx)))
+}
+
+/// For kernels before 5.17, whose verifier refuses a read of `ingress_ifindex`.
+#[sk_lookup]
+pub fn steer_any_interface(ctx: SkLookupContext) -> u32 {
+    if !ctx::is_tcp(&ctx) {
+        return SK_PASS;
+    }
+    outcome(sk_lookup::try_steer(&ctx, 0))
+}
+
+#[sock_ops]
+pub fn register(ctx: SockOpsContext) -> u32 {
+    sock_ops::on_callback(&ctx, sock_ops::register_listener);
+    0
+}
+
+/// For kernels before 5.15, where `sock_ops` cannot tell the network namespace: the daemon registers.
+#[sock_ops]
+pub fn announce(ctx: SockOpsContext) -> u32 {
+    sock_ops::on_callback(&ctx, sock_ops::announce_listener);
+    0
+}
+
+/// A name hook's only valid answer: it may change the address, never refuse the call.
+const PROCEED: i32 = 1;
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn peername4(ctx: SockAddrContext) -> i32 {
+    peername::rewrite_v4(&ctx, Side::Peer);
+    PROCEED
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn peername6(ctx: SockAddrContext) -> i32 {
+    peername::rewrite_v6(&ctx, Side::Peer);
+    PROCEED
+}
+
+#[cgroup_sock_addr(getsockname4)]
+pub fn sockname4(ctx: SockAddrContext) -> i32 {
+    peername::rewrite_v4(&ctx, Side::Local);
+    PROCEED
+}
+
+#[cgroup_sock_addr(getsockname6)]
+pub fn sockname6(ctx: SockAddrContext) -> i32 {
+    peername::rewrite_v6(&ctx, Side::Local);
+    PROCEED
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// The kernel offers `bpf_sk_assign` and its like to GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,54 @@
+//! The statics that live in the kernel. The Rust names are the map names, see `lbridge_common::names`.
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_F_NO_PREALLOC,
+    macros::map,
+    maps::{HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash},
+};
+use lbridge_common::wire::{
+    Counter, Endpoint, ListenerEvent, ListenerKey, LoopbackView, MAX_LISTENERS, MAX_RULES, RuleKey, RuleValue,
+};
+
+// Not preallocated: an entry is freed only after the programs that may hold it have left it (RCU), so that a value
+// read here is never another key's; and an empty map costs nothing.
+#[map]
+pub static RULES: HashMap<RuleKey, RuleValue> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+#[map]
+pub static TARGETS: HashMap<u32, u8> = HashMap::with_max_entries(MAX_LISTENERS, BPF_F_NO_PREALLOC);
+#[map]
+pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
+#[map]
+pub static LOOPBACK_VIEWS: HashMap<Endpoint, LoopbackView> =
+    HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+// LRU: should the daemon die with connections open, nobody removes their entries.
+#[map]
+pub static RELAY_PEERS: LruHashMap<Endpoint, Endpoint> = LruHashMap::with_max_entries(32_768, 0);
+#[map]
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
+
+#[unsafe(no_mangle)]
+static HOST_NETNS: Global<u64> = Global::new(0);
+
+/// Cookie of the network namespace that is "the host"; 0 where the kernel does not tell it.
+#[inline(always)]
+pub fn host_netns() -> u64 {
+    HOST_NETNS.load()
+}
+
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: this CPU's own slot, valid while the program runs; no program here is interrupted by another that
+        // writes the same slot but on a kernel with preemptible BPF, where a count may get lost.
+        unsafe { *value += 1 };
+    }
+}
+
+/// Wakes the daemon. A full buffer loses nothing but the wake-up: the daemon looks at the sockets themselves.
+#[inline(always)]
+pub fn emit(event: ListenerEvent) {
+    let _ = EVENTS.output::<ListenerEvent>(&event, 0);
+}

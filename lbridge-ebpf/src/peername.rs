@@ -1,0 +1,59 @@
+//! Names: what accept(), getpeername() and getsockname() tell the service.
+//!
+//! - a steered connection under a rule with `--source loopback` looks local at both ends;
+//! - a relayed connection under any other rule shows the container, not the relay.
+
+use aya_ebpf::programs::SockAddrContext;
+use lbridge_common::wire::Endpoint;
+
+use crate::{
+    ctx::{self, Side},
+    maps::{LOOPBACK_VIEWS, RELAY_PEERS, host_netns},
+};
+
+#[inline(always)]
+pub fn rewrite_v4(ctx: &SockAddrContext, side: Side) {
+    if is_host(ctx)
+        && let Some(local) = ctx::local_end_v4(ctx)
+        && let Some(name) = rewritten(&local, &ctx::name_v4(ctx), side)
+    {
+        ctx::set_name_v4(ctx, &name);
+    }
+}
+
+#[inline(always)]
+pub fn rewrite_v6(ctx: &SockAddrContext, side: Side) {
+    if is_host(ctx)
+        && let Some(local) = ctx::local_end_v6(ctx)
+        && let Some(name) = rewritten(&local, &ctx::name_v6(ctx), side)
+    {
+        ctx::set_name_v6(ctx, &name);
+    }
+}
+
+/// Whether the socket is of the host's namespace. Where userspace cannot learn its cookie (before 5.14) every socket
+/// counts: a namespace that has the gateway's own address and port could see a changed name.
+#[inline(always)]
+fn is_host(ctx: &SockAddrContext) -> bool {
+    let host = host_netns();
+    host == 0 || ctx::sock_addr_netns(ctx) == host
+}
+
+#[inline(always)]
+fn rewritten(local: &Endpoint, name: &Endpoint, side: Side) -> Option<Endpoint> {
+    // SAFETY: both maps' values are copied at once; LOOPBACK_VIEWS is not preallocated, and a torn read of an LRU entry
+    // that is being replaced gives a name that was never more trusted than a container's.
+    if let Some(view) = unsafe { LOOPBACK_VIEWS.get(local) } {
+        return match side {
+            Side::Local => Some(view.target),
+            // The subnet again: the entry is for the network's connections, not for whatever else is bound there.
+            Side::Peer => (name.address.masked(&view.mask) == view.subnet)
+                .then_some(Endpoint::new(view.target.address, name.port)),
+        };
+    }
+    match side {
+        // SAFETY: as above.
+        Side::Peer => unsafe { RELAY_PEERS.get(name) }.copied(),
+        Side::Local => None,
+    }
+}
