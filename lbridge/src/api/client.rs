@@ -1,0 +1,102 @@
+//! The CLI's end of the control API.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Method, Request, body::Bytes, client::conn::http1, header};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::net::UnixStream;
+
+use super::protocol::{ALLOW, Allow, ApiError, DENY, Deny, RuleStatus, STATUS, Status};
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody there.
+    #[error("no lbridge daemon at {}: {error}; start it with `systemctl start lbridge` or `lbridge run`", path.display())]
+    Unreachable {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// There is one, which does not let us in.
+    #[error("{} may be used by root and the group lbridge only; use sudo", path.display())]
+    Forbidden {
+        /// Where.
+        path: PathBuf,
+    },
+    /// The daemon's answer is an error.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// It answered something else, or broke off.
+    #[error("the daemon's answer cannot be understood: {0}; is it of this version?")]
+    Garbled(String),
+}
+
+/// A client of the daemon at a Unix socket.
+#[derive(Debug, Clone)]
+pub struct Client {
+    path: PathBuf,
+}
+
+impl Client {
+    /// Speaks to the daemon that listens at `path`.
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    /// Everything.
+    pub async fn status(&self) -> Result<Status, ClientError> {
+        self.request::<(), _>(Method::GET, STATUS, None).await
+    }
+
+    /// Adds rules; returns them as they then are.
+    pub async fn allow(&self, allow: &Allow) -> Result<Vec<RuleStatus>, ClientError> {
+        self.request(Method::POST, ALLOW, Some(allow)).await
+    }
+
+    /// Removes rules; returns them as they were.
+    pub async fn deny(&self, deny: &Deny) -> Result<Vec<RuleStatus>, ClientError> {
+        self.request(Method::POST, DENY, Some(deny)).await
+    }
+
+    async fn request<B: Serialize, T: DeserializeOwned>(
+        &self,
+        method: Method,
+        resource: &str,
+        body: Option<&B>,
+    ) -> Result<T, ClientError> {
+        let stream = UnixStream::connect(&self.path).await.map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied => ClientError::Forbidden { path: self.path.clone() },
+            _ => ClientError::Unreachable { path: self.path.clone(), error },
+        })?;
+        let garbled = |error: &dyn std::fmt::Display| ClientError::Garbled(error.to_string());
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|e| garbled(&e))?;
+        tokio::spawn(connection);
+        let body = match body {
+            Some(body) => serde_json::to_vec(body).map_err(|e| garbled(&e))?,
+            None => vec![],
+        };
+        let request = Request::builder()
+            .method(method)
+            .uri(resource)
+            .header(header::HOST, "lbridge")
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|e| garbled(&e))?;
+        let response = sender.send_request(request).await.map_err(|e| garbled(&e))?;
+        let succeeded = response.status().is_success();
+        let answer = response.into_body().collect().await.map_err(|e| garbled(&e))?.to_bytes();
+        if succeeded {
+            serde_json::from_slice(&answer).map_err(|e| garbled(&e))
+        } else {
+            Err(serde_json::from_slice::<ApiError>(&answer).map_err(|e| garbled(&e))?.into())
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! What client and daemon say to each other. Additions are compatible, so unknown fields are ignored.
+
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::planning::{
+    policy::State,
+    rule::{Network, Origin, PathChoice, Rule, Source},
+};
+
+/// `GET`: a [`Status`].
+pub const STATUS: &str = "/v1/status";
+/// `POST` an [`Allow`]: a list of [`RuleStatus`], as it then is.
+pub const ALLOW: &str = "/v1/allow";
+/// `POST` a [`Deny`]: a list of [`RuleStatus`], as it was.
+pub const DENY: &str = "/v1/deny";
+
+/// Everything at once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The daemon's version.
+    pub version: String,
+    /// The kernel half.
+    pub kernel: KernelStatus,
+    /// The Docker Engine.
+    pub docker: DockerStatus,
+    /// In order of network and port.
+    pub rules: Vec<RuleStatus>,
+}
+
+/// How the kernel takes part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelPath {
+    /// Connections are steered by `sk_lookup`.
+    Steer,
+    /// It does not.
+    None,
+}
+
+/// The kernel half.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelStatus {
+    /// How it takes part.
+    pub path: KernelPath,
+    /// Why it does not.
+    pub why: Option<String>,
+    /// Whether the ingress interface is checked, not the source subnet alone.
+    pub interface_check: bool,
+    /// Whether the kernel registers a service that starts while the daemon is down.
+    pub registers_listeners: bool,
+    /// Outcomes since the programs were loaded first; `None` where there is no kernel half.
+    pub counters: Option<Counters>,
+}
+
+/// How often outcomes came about in the kernel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Connections given to their listener.
+    pub steered: u64,
+    /// Connections to a rule's gateway and port from outside of its subnet, left alone.
+    pub foreign_source: u64,
+    /// Connections refused since nothing was registered.
+    pub no_listener: u64,
+    /// Connections refused since the kernel did not take the listener.
+    pub assign_failed: u64,
+    /// Listeners registered by the kernel program.
+    pub registered: u64,
+    /// Listeners that the kernel refused.
+    pub register_refused: u64,
+}
+
+/// The Docker Engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum DockerStatus {
+    /// `--no-docker`.
+    Off,
+    /// It answers.
+    Reachable {
+        /// Its version.
+        version: String,
+    },
+    /// It does not; rules in force stay in force.
+    Away {
+        /// Since when; `None` while it was not asked yet.
+        since: Option<Timestamp>,
+        /// Why.
+        error: String,
+    },
+}
+
+/// A rule, and what becomes of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleStatus {
+    /// Network, as the rule names it.
+    pub network: Network,
+    /// Dialled port.
+    pub port: u16,
+    /// Where it leads.
+    pub target: String,
+    /// What the service sees.
+    pub source: Source,
+    /// Which way was asked for.
+    pub path: PathChoice,
+    /// The administrator's remark.
+    pub comment: Option<String>,
+    /// Who made it.
+    pub origin: Origin,
+    /// The worst of the gateways'.
+    pub state: State,
+    /// Why.
+    pub why: Option<String>,
+    /// One for each address that a container can dial.
+    pub gateways: Vec<GatewayStatus>,
+}
+
+/// What becomes of one of a rule's gateways.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GatewayStatus {
+    /// What containers dial.
+    pub address: IpAddr,
+    /// The bridge.
+    pub interface: String,
+    /// As observed.
+    pub state: State,
+    /// Why.
+    pub why: Option<String>,
+    /// Connections served since the entry was put or the relay opened.
+    pub connections: u64,
+}
+
+/// Rules to add.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Allow {
+    /// All or none.
+    pub rules: Vec<Rule>,
+}
+
+/// Rules to remove.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deny {
+    /// From this network
+    pub network: Network,
+    /// All or none.
+    pub ports: Vec<u16>,
+}
+
+/// What went wrong; stable, so that scripts can tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The daemon could not do it.
+    Failed,
+    /// The request makes no sense.
+    Usage,
+    /// The request contradicts a rule there is.
+    Conflict,
+    /// There is no such rule.
+    NoSuchRule,
+}
+
+/// The body of every answer that is no success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// For programs.
+    pub code: ErrorCode,
+    /// For people: what, and what to do.
+    pub message: String,
+}

@@ -1,0 +1,209 @@
+//! The daemon's end of the control API. Imports planning; turns requests into commands for the reconciler.
+
+use std::{
+    fs, io,
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+use axum::{
+    Json, Router,
+    extract::{ConnectInfo, Request, State, connect_info::Connected, rejection::JsonRejection},
+    http::StatusCode,
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+    serve::IncomingStream,
+};
+use nix::unistd::{Gid, Group, chown};
+use tokio::{
+    net::UnixListener,
+    sync::{mpsc, oneshot},
+};
+
+use super::protocol::{ALLOW, Allow, ApiError, DENY, Deny, ErrorCode, RuleStatus, STATUS, Status};
+
+/// Who besides root may speak to the daemon.
+const GROUP: &str = "lbridge";
+
+/// A request and where its answer goes.
+#[derive(Debug)]
+pub enum Command {
+    /// Tell everything.
+    Status(oneshot::Sender<Result<Status, ApiError>>),
+    /// Add rules.
+    Allow(Allow, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
+    /// Remove rules.
+    Deny(Deny, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
+}
+
+/// The socket; its file is removed when this is dropped.
+#[derive(Debug)]
+pub struct ControlSocket {
+    path: PathBuf,
+    listener: Option<UnixListener>,
+}
+
+impl ControlSocket {
+    /// Listens at `path`. A file that a dead daemon left is replaced; a living daemon's is not.
+    pub fn bind(path: &Path) -> anyhow::Result<Self> {
+        if let Some(directory) = path.parent() {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(directory)
+                .with_context(|| format!("cannot make {}", directory.display()))?;
+        }
+        match fs::symlink_metadata(path) {
+            Ok(found) if !found.file_type().is_socket() => {
+                bail!("{} is there and is no socket; choose another with --socket", path.display())
+            }
+            Ok(_) => {
+                if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                    bail!("an lbridge daemon listens at {} already", path.display());
+                }
+                fs::remove_file(path).with_context(|| format!("cannot replace {}", path.display()))?;
+            }
+            Err(_) => {}
+        }
+        // From its first moment nobody but us may connect: the mode is widened only afterwards.
+        let mask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+        let bound = UnixListener::bind(path);
+        nix::sys::stat::umask(mask);
+        let listener = bound.with_context(|| format!("cannot listen at {}", path.display()))?;
+        if let Ok(Some(group)) = Group::from_name(GROUP) {
+            chown(path, None, Some(group.gid))
+                .with_context(|| format!("cannot give {} to {GROUP}", path.display()))?;
+            fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+        }
+        Ok(Self { path: path.to_owned(), listener: Some(listener) })
+    }
+
+    /// Serves until dropped.
+    pub async fn serve(mut self, commands: mpsc::Sender<Command>) -> anyhow::Result<()> {
+        let Some(listener) = self.listener.take() else { return Ok(()) };
+        let router = Router::new()
+            .route(STATUS, get(status))
+            .route(ALLOW, post(allow))
+            .route(DENY, post(deny))
+            .fallback(async || {
+                failure(ErrorCode::Usage, "no such resource; there are /v1/status, /v1/allow and /v1/deny")
+            })
+            .layer(middleware::from_fn(check_peer))
+            .with_state(commands);
+        axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
+            .await
+            .context("the control API ended")
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Whether a connection's other end may speak to us; the file's mode says the same, this holds if it was changed.
+#[derive(Debug, Clone, Copy)]
+struct Peer {
+    permitted: bool,
+}
+
+impl Connected<IncomingStream<'_, UnixListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        let stream = stream.io();
+        let permitted = stream.peer_cred().is_ok_and(|peer| {
+            let lbridge = Group::from_name(GROUP).ok().flatten().map(|group| group.gid);
+            let in_group = lbridge.is_some_and(|lbridge| {
+                peer.gid() == lbridge.as_raw()
+                    || peer_groups(stream).is_ok_and(|groups| groups.contains(&lbridge))
+            });
+            peer.uid() == 0 || in_group
+        });
+        Self { permitted }
+    }
+}
+
+/// Supplementary groups of the other end (`SO_PEERGROUPS`, Linux 4.13 and later).
+fn peer_groups(stream: &tokio::net::UnixStream) -> io::Result<Vec<Gid>> {
+    // NGROUPS_MAX (include/uapi/linux/limits.h) would be 65,536; a user in more groups than this is asked to use root.
+    let mut groups = [0 as libc::gid_t; 1024];
+    let mut length = size_of_val(&groups) as libc::socklen_t;
+    // SAFETY: pointer and length describe `groups`; the descriptor is open.
+    let status = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERGROUPS,
+            groups.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if status != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let count = length as usize / size_of::<libc::gid_t>();
+    Ok(groups[..count.min(groups.len())].iter().map(|gid| Gid::from_raw(*gid)).collect())
+}
+
+async fn check_peer(ConnectInfo(peer): ConnectInfo<Peer>, request: Request, next: Next) -> Response {
+    if peer.permitted {
+        next.run(request).await
+    } else {
+        let text = format!("only root and members of the group {GROUP} may speak to lbridge");
+        (StatusCode::FORBIDDEN, Json(ApiError { code: ErrorCode::Failed, message: text })).into_response()
+    }
+}
+
+async fn status(State(commands): State<mpsc::Sender<Command>>) -> Response {
+    ask(&commands, Command::Status).await
+}
+
+async fn allow(
+    State(commands): State<mpsc::Sender<Command>>,
+    body: Result<Json<Allow>, JsonRejection>,
+) -> Response {
+    match body {
+        Ok(Json(body)) => ask(&commands, |answer| Command::Allow(body, answer)).await,
+        Err(rejection) => failure(ErrorCode::Usage, &rejection.body_text()),
+    }
+}
+
+async fn deny(
+    State(commands): State<mpsc::Sender<Command>>,
+    body: Result<Json<Deny>, JsonRejection>,
+) -> Response {
+    match body {
+        Ok(Json(body)) => ask(&commands, |answer| Command::Deny(body, answer)).await,
+        Err(rejection) => failure(ErrorCode::Usage, &rejection.body_text()),
+    }
+}
+
+async fn ask<T: serde::Serialize>(
+    commands: &mpsc::Sender<Command>,
+    command: impl FnOnce(oneshot::Sender<Result<T, ApiError>>) -> Command,
+) -> Response {
+    let (sender, answer) = oneshot::channel();
+    if commands.send(command(sender)).await.is_err() {
+        return failure(ErrorCode::Failed, "the daemon is about to stop");
+    }
+    match answer.await {
+        Ok(Ok(answer)) => Json(answer).into_response(),
+        Ok(Err(error)) => failure(error.code, &error.message),
+        Err(_) => failure(ErrorCode::Failed, "the daemon is about to stop"),
+    }
+}
+
+fn failure(code: ErrorCode, message: &str) -> Response {
+    let status = match code {
+        ErrorCode::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+        ErrorCode::Usage => StatusCode::BAD_REQUEST,
+        ErrorCode::Conflict => StatusCode::CONFLICT,
+        ErrorCode::NoSuchRule => StatusCode::NOT_FOUND,
+    };
+    (status, Json(ApiError { code, message: message.to_owned() })).into_response()
+}

@@ -1,0 +1,51 @@
+//! `lbridge allow`
+
+use clap::Args;
+
+use super::{Failure, Ports, parse_network, parse_ports, render};
+use crate::{
+    api::{client::Client, protocol::Allow},
+    planning::rule::{Network, PathChoice, Rule, Source},
+};
+
+/// Arguments of `lbridge allow`.
+#[derive(Debug, Args)]
+pub(super) struct AllowArgs {
+    /// A Docker network's name or id, or bridge:IFNAME
+    #[arg(value_parser = parse_network)]
+    network: Network,
+    /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path or 8000-8010
+    #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
+    ports: Vec<Ports>,
+    /// What the service sees: the container's address, or a loopback one, which it may trust
+    #[arg(long, value_enum, default_value_t)]
+    source: Source,
+    /// Steer in the kernel, relay through the daemon, or whichever is possible
+    #[arg(long, value_enum, default_value_t)]
+    path: PathChoice,
+    /// A remark, shown by `list`
+    #[arg(long, value_name = "TEXT", value_parser = parse_comment)]
+    comment: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_comment(text: &str) -> Result<String, String> {
+    if text.chars().any(char::is_control) {
+        return Err("a remark is one line of text".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+pub(super) async fn handle(args: AllowArgs, client: &Client) -> Result<(), Failure> {
+    let rules = args.ports.into_iter().flat_map(|Ports(specs)| specs).map(|spec| Rule {
+        network: args.network.clone(),
+        spec,
+        source: args.source,
+        path: args.path,
+        comment: args.comment.clone(),
+    });
+    let rules = client.allow(&Allow { rules: rules.collect() }).await?;
+    if args.json { render::json(&rules) } else { render::states(&rules) }
+}

@@ -1,0 +1,29 @@
+//! `lbridge deny`
+
+use clap::Args;
+
+use super::{Failure, Ports, parse_network, parse_ports, render};
+use crate::{
+    api::{client::Client, protocol::Deny},
+    planning::rule::Network,
+};
+
+/// Arguments of `lbridge deny`.
+#[derive(Debug, Args)]
+pub(super) struct DenyArgs {
+    /// The network, as the rule names it
+    #[arg(value_parser = parse_network)]
+    network: Network,
+    /// Dialled ports: 5432 or 8000-8010
+    #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
+    ports: Vec<Ports>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) async fn handle(args: DenyArgs, client: &Client) -> Result<(), Failure> {
+    let ports = args.ports.iter().flat_map(|Ports(specs)| specs).map(|spec| spec.port).collect();
+    let rules = client.deny(&Deny { network: args.network, ports }).await?;
+    if args.json { render::json(&rules) } else { render::denied(&rules) }
+}

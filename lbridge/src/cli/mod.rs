@@ -1,0 +1,172 @@
+//! The command line. One file per command with a `handle()`; every word of output comes from [`render`]. Speaks to the
+//! daemon through the control API only.
+
+mod allow;
+mod completions;
+mod deny;
+mod list;
+mod render;
+mod run;
+mod status;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+
+use crate::{
+    api::{
+        client::{Client, ClientError},
+        protocol::ErrorCode,
+    },
+    planning::rule::{Network, PortSpec},
+};
+
+/// Exit status of the contract.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done.
+    Done = 0,
+    /// Failed.
+    Failed = 1,
+    /// The command makes no sense.
+    Usage = 2,
+    /// The daemon is not reachable.
+    NoDaemon = 3,
+    /// No such rule, or a conflict with one.
+    Rule = 4,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Lets containers reach services that listen only on the host's loopback, per allowlisted network and port.
+#[derive(Debug, Parser)]
+#[command(name = "lbridge", version, max_term_width = 100)]
+pub struct Cli {
+    /// Control socket of the daemon
+    #[arg(long, global = true, env = "LBRIDGE_SOCKET", default_value = "/run/lbridge/lbridge.sock")]
+    socket: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon, in the foreground
+    Run(run::RunArgs),
+    /// Let a network's containers reach loopback ports; returns when that is in force
+    Allow(allow::AllowArgs),
+    /// Take ports back from a network; returns when that is in force
+    Deny(deny::DenyArgs),
+    /// List the rules
+    List(OutputArgs),
+    /// Show what becomes of each rule, as observed
+    Status(OutputArgs),
+    /// Print a completion script for a shell
+    Completions(completions::CompletionsArgs),
+}
+
+#[derive(Debug, Args)]
+struct OutputArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A failed command: what to say and how to exit.
+#[derive(Debug)]
+struct Failure {
+    exit: Exit,
+    message: String,
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        let exit = match &error {
+            ClientError::Unreachable { .. } => Exit::NoDaemon,
+            ClientError::Api(error) => match error.code {
+                ErrorCode::Usage => Exit::Usage,
+                ErrorCode::Conflict | ErrorCode::NoSuchRule => Exit::Rule,
+                ErrorCode::Failed => Exit::Failed,
+            },
+            ClientError::Forbidden { .. } | ClientError::Garbled(_) => Exit::Failed,
+        };
+        Self { exit, message: error.to_string() }
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self { exit: Exit::Failed, message: format!("{error:#}") }
+    }
+}
+
+/// Reads the command line, does what it says.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let client = Client::new(&cli.socket);
+    let done = match cli.command {
+        Command::Run(args) => run::handle(args, cli.socket),
+        Command::Allow(args) => block_on(allow::handle(args, &client)),
+        Command::Deny(args) => block_on(deny::handle(args, &client)),
+        Command::List(args) => block_on(list::handle(&args, &client)),
+        Command::Status(args) => block_on(status::handle(&args, &client)),
+        Command::Completions(args) => {
+            completions::handle(&args, &mut Cli::command());
+            Ok(())
+        }
+    };
+    match done {
+        Ok(()) => Exit::Done.into(),
+        Err(failure) => {
+            // One line, whatever a message holds.
+            eprintln!("lbridge: {}", failure.message.replace(['\n', '\r'], " "));
+            failure.exit.into()
+        }
+    }
+}
+
+/// Help goes to standard output; of an error the one line that says what is wrong, where clap prints a paragraph.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        let _ = error.print();
+        return Exit::Done.into();
+    }
+    let text = error.to_string();
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or_default().trim_start_matches("error: ");
+    // "the following arguments were not provided:" continues on the next line.
+    let second = if first.ends_with(':') { lines.next().unwrap_or_default() } else { "" };
+    let help = if first.contains("--help") { "" } else { "; see lbridge --help" };
+    eprintln!(
+        "lbridge: {}{}{help}",
+        first.trim_end(),
+        if second.is_empty() { String::new() } else { format!(" {second}") }
+    );
+    Exit::Usage.into()
+}
+
+fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(anyhow::Error::from)?;
+    runtime.block_on(command)
+}
+
+fn parse_network(text: &str) -> Result<Network, String> {
+    text.parse().map_err(|error: crate::planning::rule::Invalid| error.to_string())
+}
+
+fn parse_ports(text: &str) -> Result<Ports, String> {
+    PortSpec::parse_many(text).map(Ports).map_err(|error| error.to_string())
+}
+
+/// One argument; a range is several ports.
+#[derive(Debug, Clone)]
+struct Ports(Vec<PortSpec>);

@@ -1,0 +1,228 @@
+//! All output. Names come from elsewhere (networks, remarks), so whatever could act on a terminal is escaped.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    net::SocketAddr,
+};
+
+use serde::Serialize;
+
+use super::Failure;
+use crate::{
+    api::protocol::{DockerStatus, KernelPath, RuleStatus, Status},
+    planning::{
+        policy::State,
+        rule::{Origin, PathChoice, Source},
+    },
+};
+
+fn print(text: &str) -> Result<(), Failure> {
+    match io::stdout().write_all(text.as_bytes()) {
+        // `| head` has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => {
+            done.map_err(|error| anyhow::Error::new(error).context("cannot write to standard output").into())
+        }
+    }
+}
+
+/// JSON, for programs.
+pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
+    let mut text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
+    text.push('\n');
+    print(&text)
+}
+
+/// What `allow` brought about, one line for each rule.
+pub(super) fn states(rules: &[RuleStatus]) -> Result<(), Failure> {
+    let mut text = String::new();
+    for rule in rules {
+        let dialled: Vec<_> =
+            rule.gateways.iter().map(|g| SocketAddr::new(g.address, rule.port).to_string()).collect();
+        let dialled = if dialled.is_empty() { String::new() } else { format!("{} -> ", dialled.join(", ")) };
+        let state = described(rule.state, rule.why.as_deref());
+        let _ = writeln!(
+            text,
+            "{} {}: {dialled}{} {state}",
+            shown(&rule.network.to_string()),
+            rule.port,
+            shown(&rule.target)
+        );
+    }
+    print(&text)
+}
+
+/// What `deny` took back.
+pub(super) fn denied(rules: &[RuleStatus]) -> Result<(), Failure> {
+    let mut text = String::new();
+    for rule in rules {
+        let _ = writeln!(
+            text,
+            "{} {}: denied; open connections go on",
+            shown(&rule.network.to_string()),
+            rule.port
+        );
+    }
+    print(&text)
+}
+
+/// The rules, as they were given.
+pub(super) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
+    if rules.is_empty() {
+        return print(NO_RULES);
+    }
+    let mut table = Table::new(&["NETWORK", "PORT", "TARGET", "SOURCE", "PATH", "FROM", "COMMENT"]);
+    for rule in rules {
+        table.row([
+            shown(&rule.network.to_string()),
+            rule.port.to_string(),
+            shown(&rule.target),
+            match rule.source {
+                Source::Container => "container".to_owned(),
+                Source::Loopback => "loopback".to_owned(),
+            },
+            match rule.path {
+                PathChoice::Auto => "auto".to_owned(),
+                PathChoice::Steer => "steer".to_owned(),
+                PathChoice::Relay => "relay".to_owned(),
+            },
+            match rule.origin {
+                Origin::Cli => "allow".to_owned(),
+                Origin::Config => "config".to_owned(),
+            },
+            rule.comment.as_deref().map(shown).unwrap_or_default(),
+        ]);
+    }
+    print(&table.to_text())
+}
+
+const NO_RULES: &str = "No rules. Allow a network's containers a port: lbridge allow NETWORK PORT\n";
+
+/// Everything, for a person at 3 a.m.
+pub(super) fn status(status: &Status) -> Result<(), Failure> {
+    let mut text = format!("lbridge {}\n", status.version);
+    let kernel = &status.kernel;
+    let _ = match kernel.path {
+        KernelPath::Steer => writeln!(
+            text,
+            "kernel   steers{}{}",
+            if kernel.interface_check {
+                ""
+            } else {
+                "; checks source subnets only (interfaces from Linux 5.17 on)"
+            },
+            if kernel.registers_listeners {
+                ""
+            } else {
+                "; a service that restarts is found while the daemon runs"
+            },
+        ),
+        KernelPath::None => {
+            writeln!(text, "kernel   does not steer: {}", shown(kernel.why.as_deref().unwrap_or_default()))
+        }
+    };
+    let _ = match &status.docker {
+        DockerStatus::Off => writeln!(text, "Docker   not followed (--no-docker)"),
+        DockerStatus::Reachable { version } => writeln!(text, "Docker   {} answers", shown(version)),
+        DockerStatus::Away { since, error } => {
+            let since = since.map_or_else(String::new, |since| format!(" since {since:.0}"));
+            writeln!(text, "Docker   away{since}; rules in force stay in force ({})", shown(error))
+        }
+    };
+    text.push('\n');
+    if status.rules.is_empty() {
+        text += NO_RULES;
+        return print(&text);
+    }
+    let mut table = Table::new(&["NETWORK", "CONTAINERS DIAL", "SERVICE", "CONNECTIONS", "STATE"]);
+    for rule in &status.rules {
+        let (network, target) = (shown(&rule.network.to_string()), shown(&rule.target));
+        if rule.gateways.is_empty() {
+            let state = described(rule.state, rule.why.as_deref());
+            table.row([network, format!("port {}", rule.port), target, "-".to_owned(), state]);
+            continue;
+        }
+        for gateway in &rule.gateways {
+            table.row([
+                network.clone(),
+                SocketAddr::new(gateway.address, rule.port).to_string(),
+                target.clone(),
+                gateway.connections.to_string(),
+                described(gateway.state, gateway.why.as_deref()),
+            ]);
+        }
+    }
+    text += &table.to_text();
+    print(&text)
+}
+
+fn described(state: State, why: Option<&str>) -> String {
+    let state = match state {
+        State::Steered => "steered",
+        State::Relayed => "relayed",
+        State::Waiting => "waiting",
+        State::Blocked => "blocked",
+    };
+    match why {
+        Some(why) => format!("{state} ({})", shown(why)),
+        None => state.to_owned(),
+    }
+}
+
+/// Without anything that a terminal would act on.
+fn shown(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
+        .collect()
+}
+
+/// Columns as wide as their widest cell, the last one free.
+struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn new(headings: &[&str]) -> Self {
+        Self { rows: vec![headings.iter().map(|&h| h.to_owned()).collect()] }
+    }
+
+    fn row<const N: usize>(&mut self, cells: [String; N]) {
+        self.rows.push(cells.into());
+    }
+
+    fn to_text(&self) -> String {
+        let columns = self.rows.first().map_or(0, Vec::len);
+        let width =
+            |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let widths: Vec<_> = (0..columns).map(width).collect();
+        let mut text = String::new();
+        for row in &self.rows {
+            let mut line = String::new();
+            for (cell, width) in row.iter().zip(&widths) {
+                let _ = write!(line, "{cell:width$}  ");
+            }
+            text += line.trim_end();
+            text.push('\n');
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_act_on_the_terminal() {
+        assert_eq!(shown("a\u{1b}[2Jb\n"), "a\\u{1b}[2Jb\\n");
+        assert_eq!(shown("grün"), "grün");
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let mut table = Table::new(&["A", "B", "C"]);
+        table.row(["long".to_owned(), "x".to_owned(), String::new()]);
+        assert_eq!(table.to_text(), "A     B  C\nlong  x\n");
+    }
+}

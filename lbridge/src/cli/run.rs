@@ -1,0 +1,56 @@
+//! `lbridge run`
+
+use std::{io::IsTerminal as _, path::PathBuf};
+
+use clap::Args;
+use tracing_subscriber::EnvFilter;
+
+use super::Failure;
+use crate::daemon::{self, Options};
+
+/// More would not make the relay faster, and each costs memory.
+const MAX_WORKERS: usize = 4;
+
+/// Arguments of `lbridge run`.
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Directory of the rules that `allow` makes
+    #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = "/var/lib/lbridge")]
+    state_dir: PathBuf,
+    /// Configuration file; may be absent
+    #[arg(long, env = "LBRIDGE_CONFIG", default_value = "/etc/lbridge/lbridge.toml")]
+    config: PathBuf,
+    /// Directory on a bpffs where what the kernel serves is pinned
+    #[arg(long, env = "LBRIDGE_BPFFS", default_value = "/sys/fs/bpf/lbridge")]
+    bpffs: PathBuf,
+    /// cgroup2 whose services are watched [default: the mount point in /proc/mounts]
+    #[arg(long, env = "LBRIDGE_CGROUP")]
+    cgroup: Option<PathBuf>,
+    /// Do not follow a Docker Engine; only bridge: networks exist
+    #[arg(long)]
+    no_docker: bool,
+}
+
+pub(super) fn handle(args: RunArgs, socket: PathBuf) -> Result<(), Failure> {
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_env("LBRIDGE_LOG").unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+    let options = Options {
+        socket,
+        state_dir: args.state_dir,
+        config: args.config,
+        bpffs: args.bpffs,
+        cgroup: args.cgroup,
+        docker: !args.no_docker,
+    };
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .enable_all()
+        .build()
+        .map_err(anyhow::Error::from)?;
+    Ok(runtime.block_on(daemon::run(options))?)
+}

@@ -1,0 +1,147 @@
+//! The daemon: the only room that sees more than one shell.
+//!
+//! ```text
+//! API commands, Docker, netlink and listener events (wake-ups only)
+//!   -> reconciler: observe -> resolve -> plan -> executor -> observe ...
+//! ```
+//!
+//! - [`reconciler`]: the loop, and the state that it owns;
+//! - [`observe`]: one look at the host;
+//! - [`executor`]: carries out steps, decides nothing;
+//! - [`report`]: what `status` says.
+
+mod executor;
+mod observe;
+mod reconciler;
+mod report;
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, bail};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+use crate::{
+    api::server::ControlSocket,
+    docker,
+    host::{interfaces::Interfaces, netns::HostNetns},
+    kernel::loader::Kernel,
+    planning::rule::{Origin, Rules},
+    store::{Config, Store},
+};
+use reconciler::Reconciler;
+
+/// How long a start waits for Docker's first answer: long enough for a living engine, too short to matter.
+const DOCKER_FIRST_ANSWER: Duration = Duration::from_secs(2);
+/// A wake-up is a flag, not a queue.
+const WAKE_QUEUE: usize = 1;
+/// Requests that may wait for the loop.
+const COMMAND_QUEUE: usize = 64;
+
+/// What `lbridge run` was told.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The control socket.
+    pub socket: PathBuf,
+    /// The state directory.
+    pub state_dir: PathBuf,
+    /// The configuration file.
+    pub config: PathBuf,
+    /// The pin directory, on a bpffs.
+    pub bpffs: PathBuf,
+    /// The cgroup2 whose sockets are watched; `None`: the mount point in /proc/mounts.
+    pub cgroup: Option<PathBuf>,
+    /// Whether Docker is followed.
+    pub docker: bool,
+}
+
+/// Runs until SIGTERM or SIGINT. What the kernel serves stays in force afterwards.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "lbridge run needs root: it loads eBPF programs and takes hold of other processes' sockets; use sudo"
+        );
+    }
+    // Everything that can be wrong is read before anything is touched.
+    let config = Config::load(&options.config)?;
+    let store = Store::open(&options.state_dir)?;
+    let stored = store.rules()?;
+    let rules = Rules::default()
+        .allow(config.rules, Origin::Config)
+        .with_context(|| format!("{}", options.config.display()))?
+        .allow(stored, Origin::Cli)
+        .context("the rules in the state directory contradict the configuration")?;
+    let _lock = lock(&options)?;
+    let socket = ControlSocket::bind(&options.socket)?;
+
+    let netns = HostNetns::open()?;
+    let cgroup = match options.cgroup {
+        Some(path) => path,
+        None => cgroup2_mount()?,
+    };
+    let loaded = Kernel::load(&options.bpffs, &cgroup, netns.file, netns.cookie)?;
+    if let Err(why) = &loaded.abilities.steer {
+        tracing::warn!("nothing can be steered: {why}");
+    }
+
+    let (wake, wakes) = mpsc::channel(WAKE_QUEUE);
+    let interfaces = Interfaces::connect(wake.clone())?;
+    let docker = if options.docker {
+        let mut watcher = docker::watch::Watcher::start(store.networks());
+        watcher.first_answer(DOCKER_FIRST_ANSWER).await;
+        Some(watcher)
+    } else {
+        None
+    };
+
+    let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
+    let mut reconciler = Reconciler::new(rules, store, loaded, interfaces, docker, wake);
+    reconciler.start().await?;
+    let mut serving = tokio::spawn(socket.serve(commands));
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!("ready: {}", reconciler.summary());
+    let outcome = tokio::select! {
+        never = reconciler.run(requests, wakes) => never,
+        ended = &mut serving => ended.context("the control API panicked")?,
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    };
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    serving.abort();
+    let _ = serving.await;
+    tracing::info!("stopped; what the kernel steers stays in force, relayed connections end");
+    outcome
+}
+
+/// One daemon to a state directory.
+fn lock(options: &Options) -> anyhow::Result<Flock<std::fs::File>> {
+    let directory = std::fs::File::open(&options.state_dir)?;
+    Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+        Errno::EWOULDBLOCK => {
+            anyhow::anyhow!("another lbridge daemon uses {}; stop it first", options.state_dir.display())
+        }
+        error => anyhow::anyhow!("cannot lock {}: {error}", options.state_dir.display()),
+    })
+}
+
+fn cgroup2_mount() -> anyhow::Result<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/mounts").context("cannot look for cgroup2")?;
+    let mount = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (point, kind) = (fields.nth(1)?, fields.next()?);
+        // The kernel writes blanks as octal escapes (proc(5)).
+        (kind == "cgroup2").then(|| PathBuf::from(point.replace("\\040", " ")))
+    });
+    mount.context(
+        "no cgroup2 is mounted; run `mount -t cgroup2 none /sys/fs/cgroup`, or give one with --cgroup",
+    )
+}

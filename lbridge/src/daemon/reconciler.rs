@@ -1,0 +1,331 @@
+//! The loop: whatever wakes it, it looks afresh, decides, and changes what differs. One task owns the rules, the maps
+//! and the relays.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use lbridge_common::wire::Counter;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
+
+use super::{
+    executor::{Executor, Failures},
+    observe::observe,
+    report,
+};
+use crate::{
+    api::{
+        protocol::{
+            Allow, ApiError, Counters, Deny, DockerStatus, ErrorCode, KernelPath, KernelStatus, RuleStatus,
+            Status,
+        },
+        server::Command,
+    },
+    docker::watch::{Presence, Watcher},
+    host::interfaces::Interfaces,
+    kernel::{loader::Loaded, maps::Events},
+    planning::{
+        inventory::{Abilities, DockerNetwork, ListenerKind},
+        plan::{Step, plan},
+        policy::{State, resolve},
+        rule::{Network, Origin, Refused, RuleId, Rules, Target},
+    },
+    relay::{PeerNames, set::RelaySet},
+    store::Store,
+};
+
+/// A pass changes things and looks again until nothing is left to change; more rounds than this find nothing new.
+const ROUNDS: usize = 5;
+/// With events from everywhere a look without a reason only corrects what others changed behind our back.
+const IDLE_LOOK: Duration = Duration::from_secs(60);
+/// Where nothing tells of a listener that comes or goes, looking is the only way to know: without a kernel half, of a
+/// Unix socket, and of the end of a relay's service that ran before its port was watched.
+const POLL: Duration = Duration::from_millis(500);
+/// An engine that takes longer than this to list its networks does not hold up `allow`.
+const DOCKER_REFRESH: Duration = Duration::from_secs(2);
+
+/// Owner of all that changes.
+#[derive(Debug)]
+pub(super) struct Reconciler {
+    rules: Rules,
+    store: Store,
+    abilities: Abilities,
+    executor: Executor,
+    events: Option<Events>,
+    interfaces: Interfaces,
+    docker: Option<Watcher>,
+    saved_networks: Vec<DockerNetwork>,
+    /// Listeners, by inode, that the kernel cannot be given; for as long as they are there.
+    refused: BTreeMap<u64, ListenerKind>,
+    last: report::Result,
+}
+
+/// What woke the loop.
+enum Wake {
+    Command(Option<Command>),
+    Look,
+}
+
+impl Reconciler {
+    pub(super) fn new(
+        rules: Rules,
+        store: Store,
+        loaded: Loaded,
+        interfaces: Interfaces,
+        docker: Option<Watcher>,
+        wake: mpsc::Sender<()>,
+    ) -> Self {
+        let (kernel, events) = loaded.kernel.unzip();
+        let names = kernel.as_ref().filter(|_| loaded.abilities.names.is_ok());
+        let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
+        Self {
+            rules,
+            saved_networks: store.networks(),
+            store,
+            abilities: loaded.abilities,
+            executor: Executor { kernel, relays: RelaySet::new(names, wake) },
+            events,
+            interfaces,
+            docker,
+            refused: BTreeMap::new(),
+            last: report::Result::default(),
+        }
+    }
+
+    /// Makes what was found into what is wanted.
+    pub(super) async fn start(&mut self) -> anyhow::Result<()> {
+        self.remember_networks();
+        self.pass().await?;
+        if let Some(kernel) = &self.executor.kernel {
+            kernel.retire_other_versions()?;
+        }
+        Ok(())
+    }
+
+    /// Never returns but for an error that makes it pointless to go on.
+    pub(super) async fn run(
+        &mut self,
+        mut commands: mpsc::Receiver<Command>,
+        mut wakes: mpsc::Receiver<()>,
+    ) -> anyhow::Result<()> {
+        loop {
+            let look = Instant::now() + self.pause();
+            let wake = tokio::select! {
+                command = commands.recv() => Wake::Command(command),
+                _ = wakes.recv() => Wake::Look,
+                () = docker_changed(&mut self.docker) => Wake::Look,
+                () = listener_changed(&mut self.events) => Wake::Look,
+                () = sleep_until(look) => Wake::Look,
+            };
+            match wake {
+                Wake::Command(Some(command)) => self.command(command).await,
+                Wake::Command(None) => return Ok(()),
+                Wake::Look => {
+                    self.remember_networks();
+                    if let Err(error) = self.pass().await {
+                        tracing::error!("cannot look at the host, trying again: {error:#}");
+                        tokio::time::sleep(POLL).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// One line for the log and for systemd.
+    pub(super) fn summary(&self) -> String {
+        let rules = self.last.rules();
+        let count = |state| rules.iter().filter(|rule| rule.state == state).count();
+        format!(
+            "{} rules: {} steered, {} relayed, {} waiting, {} blocked",
+            rules.len(),
+            count(State::Steered),
+            count(State::Relayed),
+            count(State::Waiting),
+            count(State::Blocked)
+        )
+    }
+
+    fn pause(&self) -> Duration {
+        let blind = self.events.is_none() && !self.rules.is_empty();
+        let unix = self.rules.iter().any(|(_, rule, _)| matches!(rule.spec.target, Target::Unix(_)));
+        let relaying = !self.last.policy.relays.is_empty();
+        if blind || unix || relaying { POLL } else { IDLE_LOOK }
+    }
+
+    async fn command(&mut self, command: Command) {
+        // Whoever asked may have gone; the change stands all the same.
+        match command {
+            Command::Status(answer) => drop(answer.send(self.status().await)),
+            Command::Allow(allow, answer) => drop(answer.send(self.allow(allow).await)),
+            Command::Deny(deny, answer) => drop(answer.send(self.deny(deny).await)),
+        }
+    }
+
+    async fn allow(&mut self, allow: Allow) -> Result<Vec<RuleStatus>, ApiError> {
+        let ids: HashSet<RuleId> = allow.rules.iter().map(|rule| rule.id()).collect();
+        let rules = self.rules.allow(allow.rules, Origin::Cli).map_err(refusal)?;
+        if let Some(docker) = &self.docker {
+            let unknown = |network: &Network| match network {
+                Network::Docker(name) => !docker.view().networks.iter().any(|known| known.name == *name),
+                Network::Bridge(_) => false,
+            };
+            // The network may be so new that its event is still under way.
+            if ids.iter().any(|id| unknown(&id.network)) {
+                docker.refresh(DOCKER_REFRESH).await;
+                self.remember_networks();
+            }
+        }
+        self.change(rules).await?;
+        Ok(self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect())
+    }
+
+    async fn deny(&mut self, deny: Deny) -> Result<Vec<RuleStatus>, ApiError> {
+        let ids: HashSet<RuleId> =
+            deny.ports.iter().map(|port| RuleId { network: deny.network.clone(), port: *port }).collect();
+        let rules = self.rules.deny(ids.iter().cloned()).map_err(refusal)?;
+        let before = self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect();
+        self.change(rules).await?;
+        Ok(before)
+    }
+
+    /// Saves first: what is in force and not on disk would be gone after a restart, unseen.
+    async fn change(&mut self, rules: Rules) -> Result<(), ApiError> {
+        if rules != self.rules {
+            let own =
+                rules.iter().filter(|(_, _, origin)| *origin == Origin::Cli).map(|(_, rule, _)| rule.clone());
+            self.store.save_rules(own.collect()).map_err(|error| failed(&error))?;
+            self.rules = rules;
+        }
+        self.pass().await.map_err(|error| failed(&error))
+    }
+
+    async fn status(&mut self) -> Result<Status, ApiError> {
+        self.pass().await.map_err(|error| failed(&error))?;
+        let steering = self.abilities.steer.as_ref();
+        Ok(Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel: KernelStatus {
+                path: if steering.is_ok() { KernelPath::Steer } else { KernelPath::None },
+                why: steering.err().cloned(),
+                interface_check: steering.is_ok_and(|s| s.interface_check),
+                registers_listeners: steering.is_ok_and(|s| s.kernel_registers),
+                counters: self.counters().map_err(|error| failed(&error))?,
+            },
+            docker: self.docker_status(),
+            rules: self.last.rules(),
+        })
+    }
+
+    fn counters(&self) -> anyhow::Result<Option<Counters>> {
+        let Some(kernel) = &self.executor.kernel else { return Ok(None) };
+        let count = |counter| kernel.maps.counter(counter);
+        Ok(Some(Counters {
+            steered: count(Counter::Steered)?,
+            foreign_source: count(Counter::ForeignSource)?,
+            no_listener: count(Counter::NoListener)?,
+            assign_failed: count(Counter::AssignFailed)?,
+            registered: count(Counter::Registered)?,
+            register_refused: count(Counter::RegisterRefused)?,
+        }))
+    }
+
+    fn docker_status(&self) -> DockerStatus {
+        match self.docker.as_ref().map(|docker| docker.view().presence) {
+            None => DockerStatus::Off,
+            Some(Presence::Reachable { version }) => DockerStatus::Reachable { version },
+            Some(Presence::Away { since, error }) => DockerStatus::Away { since: Some(since), error },
+            Some(Presence::Unknown) => DockerStatus::Away {
+                since: None,
+                error: "it has not answered since the daemon started".to_owned(),
+            },
+        }
+    }
+
+    /// Observe, resolve, plan, execute; until nothing is left to do, or nothing more can be done.
+    async fn pass(&mut self) -> anyhow::Result<()> {
+        let mut failures = Failures::default();
+        let mut tried = vec![];
+        for round in 0..ROUNDS {
+            let view = self.docker.as_ref().map(Watcher::view);
+            let inventory = observe(&self.rules, &self.interfaces, view.as_ref(), &self.refused).await?;
+            self.refused.retain(|inode, _| inventory.listeners.iter().any(|l| l.inode == *inode));
+            let policy = resolve(&self.rules, &inventory, &self.abilities);
+            let reality = self.executor.reality()?;
+            let steps = self.possible(plan(&policy, &reality));
+            // Steps that are still there after they were carried out have failed, and will again.
+            if steps.is_empty() || steps == tried || round + 1 == ROUNDS {
+                let relayed =
+                    policy.relays.keys().map(|key| (key.clone(), self.executor.relays.connections(key)));
+                self.last = report::Result { relayed: relayed.collect(), policy, reality, failures };
+                return Ok(());
+            }
+            tried.clone_from(&steps);
+            failures = self.executor.execute(steps);
+            for failure in &failures.others {
+                tracing::warn!("{failure}");
+            }
+            self.refused.append(&mut failures.refused);
+        }
+        Ok(())
+    }
+
+    /// Without a kernel half its steps have nothing to work on.
+    fn possible(&self, mut steps: Vec<Step>) -> Vec<Step> {
+        if self.executor.kernel.is_none() {
+            steps.retain(|step| matches!(step, Step::OpenRelay(..) | Step::CloseRelay { .. }));
+        }
+        steps
+    }
+
+    /// Keeps the networks on disk as they were last seen, for a start while the engine is away.
+    fn remember_networks(&mut self) {
+        let Some(view) = self.docker.as_ref().map(Watcher::view) else { return };
+        if !matches!(view.presence, Presence::Reachable { .. }) || view.networks == self.saved_networks {
+            return;
+        }
+        match self.store.save_networks(view.networks.clone()) {
+            Ok(()) => self.saved_networks = view.networks,
+            Err(error) => tracing::warn!("{error:#}"),
+        }
+    }
+}
+
+fn id(rule: &RuleStatus) -> RuleId {
+    RuleId { network: rule.network.clone(), port: rule.port }
+}
+
+fn refusal(refused: Refused) -> ApiError {
+    let code = match &refused {
+        Refused::Conflict { .. } | Refused::ReadOnly { .. } => ErrorCode::Conflict,
+        Refused::NoSuchRule { .. } => ErrorCode::NoSuchRule,
+        Refused::TooMany { .. } => ErrorCode::Usage,
+    };
+    ApiError { code, message: refused.to_string() }
+}
+
+fn failed(error: &anyhow::Error) -> ApiError {
+    ApiError { code: ErrorCode::Failed, message: format!("{error:#}") }
+}
+
+async fn docker_changed(docker: &mut Option<Watcher>) {
+    match docker {
+        Some(docker) => docker.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn listener_changed(events: &mut Option<Events>) {
+    let Some(open) = events else { return std::future::pending().await };
+    match open.next().await {
+        Ok(happened) => tracing::debug!(?happened),
+        Err(error) => {
+            tracing::warn!("the kernel's events cannot be followed, looking every {POLL:?} instead: {error}");
+            *events = None;
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Docker: its networks, and the wake-ups when they change. The only room that knows bollard. Imports planning's
+//! inventory.
+//!
+//! Level-triggered: an event only wakes, the list is read afresh.
+
+mod snapshot;
+pub mod watch;

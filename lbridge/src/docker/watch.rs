@@ -1,0 +1,169 @@
+//! Follows the engine: through its events, its absence and its return.
+
+use std::{collections::HashMap, time::Duration};
+
+use anyhow::Context as _;
+use bollard::{Docker, query_parameters::EventsOptions};
+use futures_util::StreamExt as _;
+use jiff::Timestamp;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{sleep, timeout},
+};
+
+use super::snapshot;
+use crate::planning::inventory::DockerNetwork;
+
+const FIRST_BACKOFF: Duration = Duration::from_millis(250);
+const LAST_BACKOFF: Duration = Duration::from_secs(5);
+/// An engine that takes longer to answer is as good as away.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Whether the engine answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Presence {
+    /// Not asked yet.
+    Unknown,
+    /// It does.
+    Reachable {
+        /// Its version.
+        version: String,
+    },
+    /// It does not.
+    Away {
+        /// Since when.
+        since: Timestamp,
+        /// Why.
+        error: String,
+    },
+}
+
+/// What is known of the engine.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// Whether it answers.
+    pub presence: Presence,
+    /// Its networks; the last known while it is away.
+    pub networks: Vec<DockerNetwork>,
+}
+
+/// Follows the engine in a task of its own, which ends when the watcher is dropped.
+#[derive(Debug)]
+pub struct Watcher {
+    view: watch::Receiver<View>,
+    refresh: mpsc::Sender<oneshot::Sender<()>>,
+}
+
+impl Watcher {
+    /// Starts to follow the engine at `DOCKER_HOST`, or at the default socket. `last_known` serves until it answers.
+    pub fn start(last_known: Vec<DockerNetwork>) -> Self {
+        let (sender, view) = watch::channel(View { presence: Presence::Unknown, networks: last_known });
+        let (refresh, requests) = mpsc::channel(16);
+        tokio::spawn(follow(sender, requests));
+        Self { view, refresh }
+    }
+
+    /// What is known now.
+    pub fn view(&self) -> View {
+        self.view.borrow().clone()
+    }
+
+    /// Waits until something else is known. Cancel-safe.
+    pub async fn changed(&mut self) {
+        if self.view.changed().await.is_err() {
+            // The task never ends before this; do not spin should it have panicked.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Waits until the engine has been asked once, for `limit` at most.
+    pub async fn first_answer(&mut self, limit: Duration) {
+        let known = self.view.wait_for(|view| view.presence != Presence::Unknown);
+        let _ = timeout(limit, known).await;
+    }
+
+    /// Has the list read again, and waits until it was, for `limit` at most: an event may still be under way.
+    pub async fn refresh(&self, limit: Duration) {
+        let (done, answer) = oneshot::channel();
+        if self.refresh.try_send(done).is_ok() {
+            let _ = timeout(limit, answer).await;
+        }
+    }
+}
+
+async fn follow(view: watch::Sender<View>, mut requests: mpsc::Receiver<oneshot::Sender<()>>) {
+    let mut backoff = FIRST_BACKOFF;
+    loop {
+        let Err(error) = session(&view, &mut requests, &mut backoff).await else { return };
+        let error = format!("{error:#}").replace('\n', " ");
+        view.send_if_modified(|view| match &mut view.presence {
+            Presence::Away { error: known, .. } => std::mem::replace(known, error.clone()) != error,
+            presence => {
+                tracing::warn!("Docker is away: {error}; rules in force stay in force");
+                *presence = Presence::Away { since: Timestamp::now(), error };
+                true
+            }
+        });
+        // Whoever waits for a refresh gets what is known.
+        let pause = sleep(backoff);
+        tokio::pin!(pause);
+        loop {
+            tokio::select! {
+                () = &mut pause => break,
+                request = requests.recv() => match request {
+                    Some(done) => drop(done),
+                    None => return,
+                },
+            }
+        }
+        backoff = (backoff * 2).min(LAST_BACKOFF);
+    }
+}
+
+/// Follows the engine for as long as it answers. `Ok` when nobody is interested any more.
+async fn session(
+    view: &watch::Sender<View>,
+    requests: &mut mpsc::Receiver<oneshot::Sender<()>>,
+    backoff: &mut Duration,
+) -> anyhow::Result<()> {
+    let docker = Docker::connect_with_defaults().context("DOCKER_HOST cannot be used")?;
+    let version = within(docker.version()).await?.version.unwrap_or_default();
+    // Subscribed before the list is read: a change between the two is an event.
+    let filters = HashMap::from([("type".to_owned(), vec!["network".to_owned()])]);
+    let mut events =
+        docker.events(Some(EventsOptions { filters: Some(filters), ..EventsOptions::default() }));
+    let mut waiting = None;
+    loop {
+        let networks = within_anyhow(snapshot::networks(&docker)).await?;
+        *backoff = FIRST_BACKOFF;
+        view.send_if_modified(|view| {
+            let presence = Presence::Reachable { version: version.clone() };
+            let changed = view.presence != presence || view.networks != networks;
+            if view.presence != presence {
+                tracing::info!("Docker {version} answers");
+            }
+            *view = View { presence, networks };
+            changed
+        });
+        if let Some(done) = waiting.take() {
+            let _: Result<(), ()> = oneshot::Sender::send(done, ());
+        }
+        tokio::select! {
+            event = events.next() => {
+                event.context("the engine closed the stream of events")?.context("the stream of events broke")?;
+            }
+            request = requests.recv() => match request {
+                Some(done) => waiting = Some(done),
+                None => return Ok(()),
+            },
+        }
+    }
+}
+
+async fn within<T>(answer: impl Future<Output = Result<T, bollard::errors::Error>>) -> anyhow::Result<T> {
+    within_anyhow(async { answer.await.map_err(anyhow::Error::from) }).await
+}
+
+async fn within_anyhow<T>(answer: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    timeout(ANSWER_TIMEOUT, answer).await.context("the engine does not answer")?
+}

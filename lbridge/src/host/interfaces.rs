@@ -1,0 +1,86 @@
+//! Interfaces and addresses, by rtnetlink; and the wake-ups when they change.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use anyhow::Context as _;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use netlink_packet_route::{
+    address::{AddressAttribute, AddressScope},
+    link::{InfoKind, LinkAttribute, LinkInfo},
+};
+use rtnetlink::{Handle, MulticastGroup};
+use tokio::sync::mpsc;
+
+use crate::planning::inventory::Interface;
+
+/// A connection to rtnetlink.
+#[derive(Debug, Clone)]
+pub struct Interfaces {
+    handle: Handle,
+}
+
+impl Interfaces {
+    /// Connects. Whenever a link or an address changes, `wake` gets a unit; a full channel is a wake-up already.
+    pub fn connect(wake: mpsc::Sender<()>) -> anyhow::Result<Self> {
+        let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
+        tokio::spawn(connection);
+        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+        let (connection, _, mut messages) = rtnetlink::new_multicast_connection(&groups)
+            .context("cannot listen for changes of interfaces")?;
+        tokio::spawn(connection);
+        tokio::spawn(async move {
+            while messages.next().await.is_some() {
+                let _ = wake.try_send(());
+            }
+        });
+        Ok(Self { handle })
+    }
+
+    /// Every interface of this namespace with its addresses; link-local ones are left out, since nothing routes a
+    /// container's connection there without naming an interface.
+    pub async fn list(&self) -> anyhow::Result<Vec<Interface>> {
+        let mut interfaces = BTreeMap::new();
+        let mut links = self.handle.link().get().execute();
+        while let Some(link) = links.try_next().await.context("cannot list interfaces")? {
+            let mut interface = Interface {
+                index: link.header.index,
+                name: String::new(),
+                is_bridge: false,
+                addresses: vec![],
+            };
+            for attribute in link.attributes {
+                match attribute {
+                    LinkAttribute::IfName(name) => interface.name = name,
+                    LinkAttribute::LinkInfo(infos) => {
+                        interface.is_bridge =
+                            infos.iter().any(|i| matches!(i, LinkInfo::Kind(InfoKind::Bridge)));
+                    }
+                    _ => {}
+                }
+            }
+            interfaces.insert(interface.index, interface);
+        }
+        let mut addresses = self.handle.address().get().execute();
+        while let Some(address) = addresses.try_next().await.context("cannot list addresses")? {
+            let Some(interface) = interfaces.get_mut(&address.header.index) else { continue };
+            if address.header.scope != AddressScope::Universe {
+                continue;
+            }
+            // IFA_LOCAL is the interface's own where IFA_ADDRESS may be a peer's (rtnetlink(7)); IPv6 has only the latter.
+            let (mut local, mut other): (Option<IpAddr>, Option<IpAddr>) = (None, None);
+            for attribute in &address.attributes {
+                match attribute {
+                    AddressAttribute::Local(ip) => local = Some(*ip),
+                    AddressAttribute::Address(ip) => other = Some(*ip),
+                    _ => {}
+                }
+            }
+            interface.addresses.extend(local.or(other).map(|ip| (ip, address.header.prefix_len)));
+        }
+        for interface in interfaces.values_mut() {
+            // IPv4 first: it is what a container dials.
+            interface.addresses.sort_by_key(|(ip, _)| (ip.is_ipv6(), *ip));
+        }
+        Ok(interfaces.into_values().collect())
+    }
+}

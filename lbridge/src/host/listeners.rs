@@ -1,0 +1,229 @@
+//! Listening sockets, by sock_diag; and taking hold of one, by pidfd.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    fs, io,
+    net::SocketAddr,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    path::PathBuf,
+};
+
+use anyhow::{Context as _, bail};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::{
+    SockDiagMessage,
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP},
+    inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
+};
+use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
+
+use crate::planning::inventory::{Listener, ListenerKind};
+
+/// Enough for any datagram of a dump: the kernel makes them at most 32 KiB.
+const DUMP_BUFFER: usize = 64 * 1024;
+
+/// Every listening TCP socket of this thread's network namespace, in order of inode.
+pub fn tcp() -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = vec![];
+    for family in [AF_INET, AF_INET6] {
+        dump(family, &mut listeners).context("cannot list listening sockets")?;
+    }
+    listeners.sort_by_key(|l| l.inode);
+    Ok(listeners)
+}
+
+fn dump(family: u8, listeners: &mut Vec<Listener>) -> anyhow::Result<()> {
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    socket.connect(&NetlinkAddr::new(0, 0))?;
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
+    let request = InetRequest {
+        family,
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::LISTEN,
+        socket_id,
+    };
+    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    message.finalize();
+    let mut buffer = vec![0; DUMP_BUFFER];
+    message.serialize(&mut buffer);
+    socket.send(&buffer[..message.buffer_len()], 0)?;
+
+    loop {
+        // netlink-sys takes a `BufMut` and fills what is free of it.
+        buffer.clear();
+        socket.recv(&mut buffer, 0)?;
+        let mut rest = &buffer[..];
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)?;
+            let length = (message.header.length as usize).next_multiple_of(4);
+            match message.payload {
+                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
+                    listeners.push(listener(&response));
+                }
+                NetlinkPayload::Done(_) => return Ok(()),
+                NetlinkPayload::Error(error) => return Err(error.to_io().into()),
+                _ => {}
+            }
+            rest = rest.get(length..).unwrap_or_default();
+        }
+    }
+}
+
+fn listener(response: &InetResponse) -> Listener {
+    let id = &response.header.socket_id;
+    let v6_only = response.nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true)));
+    Listener {
+        address: SocketAddr::new(id.source_address, id.source_port),
+        inode: u64::from(response.header.inode),
+        single_family: v6_only || response.header.family == AF_INET,
+        bound_interface: id.interface_id,
+        // sock_diag shows the TCP socket below an MPTCP listener as any other; only the socket itself tells.
+        kind: ListenerKind::Tcp,
+    }
+}
+
+/// Paths of listening Unix stream sockets in this thread's network namespace.
+pub fn unix() -> anyhow::Result<BTreeSet<PathBuf>> {
+    // Num RefCount Protocol Flags Type St Inode Path; __SO_ACCEPTCON is set in the flags of a listening socket
+    // (include/linux/net.h).
+    const ACCEPTS: u32 = 0x0001_0000;
+    const STREAM: &str = "0001";
+    let text = fs::read_to_string("/proc/thread-self/net/unix").context("cannot list Unix sockets")?;
+    let listening = text.lines().skip(1).filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let flags = u32::from_str_radix(fields.nth(3)?, 16).ok()?;
+        let is_stream = fields.next()? == STREAM;
+        let path = line.find(" /").map(|at| &line[at + 1..])?;
+        (is_stream && flags & ACCEPTS != 0).then(|| PathBuf::from(path))
+    });
+    Ok(listening.collect())
+}
+
+/// Takes hold of listening sockets of other processes.
+#[derive(Debug, Default)]
+pub struct Taker {
+    /// Socket inode to the processes that have it, as found by one walk through /proc.
+    holders: Option<HashMap<u64, Vec<(i32, i32)>>>,
+}
+
+impl Taker {
+    /// A descriptor of the socket with this inode. Needs `CAP_SYS_PTRACE` (`PTRACE_MODE_ATTACH`, pidfd_getfd(2)).
+    ///
+    /// `wanted` are the inodes that this or later calls ask for: one walk through /proc finds them all.
+    pub fn take(&mut self, inode: u64, wanted: &HashSet<u64>) -> anyhow::Result<OwnedFd> {
+        let holders = match &mut self.holders {
+            Some(holders) => holders,
+            none => none.insert(holders_of(wanted)?),
+        };
+        let Some(holders) = holders.get(&inode) else {
+            bail!("no process holds the listening socket (inode {inode})");
+        };
+        let mut last = None;
+        for (pid, fd) in holders {
+            match pidfd_getfd(*pid, *fd) {
+                // The process may have closed it and got another one under the number.
+                Ok(taken) if socket_inode(&taken) == Some(inode) => return Ok(taken),
+                Ok(_) => {}
+                Err(error) => last = Some(error),
+            }
+        }
+        match last {
+            Some(error) => Err(error).context("cannot take hold of the listening socket"),
+            None => bail!("the listening socket is gone (inode {inode})"),
+        }
+    }
+}
+
+/// Whether a listening socket is MPTCP (`SO_PROTOCOL`).
+pub fn is_mptcp(socket: &OwnedFd) -> bool {
+    let mut protocol: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: pointer and length describe `protocol`; the descriptor is open.
+    let status = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PROTOCOL,
+            (&raw mut protocol).cast(),
+            &raw mut length,
+        )
+    };
+    status == 0 && protocol == libc::IPPROTO_MPTCP
+}
+
+fn holders_of(wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, Vec<(i32, i32)>>> {
+    let mut holders: HashMap<u64, Vec<_>> = HashMap::new();
+    for process in fs::read_dir("/proc").context("cannot list processes")? {
+        let Ok(process) = process else { continue };
+        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
+        // A process may end while it is looked at.
+        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
+        for descriptor in descriptors.flatten() {
+            let Some(fd) = descriptor.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else {
+                continue;
+            };
+            let Ok(link) = fs::read_link(descriptor.path()) else { continue };
+            let inode =
+                link.to_str().and_then(|l| l.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+            if let Some(inode) = inode.filter(|i| wanted.contains(i)) {
+                holders.entry(inode).or_default().push((pid, fd));
+            }
+        }
+    }
+    Ok(holders)
+}
+
+fn pidfd_getfd(pid: i32, fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is passed; a returned descriptor is new and nobody else's. Both are close-on-exec.
+    let pidfd = unsafe { owned(libc::syscall(libc::SYS_pidfd_open, pid, 0))? };
+    // SAFETY: as above.
+    unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0)) }
+}
+
+/// # Safety
+/// `result` is what a system call returned that gives a new descriptor or fails.
+unsafe fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the caller's promise.
+    Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
+}
+
+fn socket_inode(fd: &OwnedFd) -> Option<u64> {
+    nix::sys::stat::fstat(fd).ok().map(|stat| stat.st_ino)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpListener, os::fd::AsFd as _};
+
+    use super::*;
+
+    #[test]
+    fn listeners_are_found_and_taken() {
+        let v4 = TcpListener::bind("127.0.0.1:0").unwrap();
+        let v6 = TcpListener::bind("[::1]:0").unwrap();
+        let found = tcp().unwrap();
+        for listener in [&v4, &v6] {
+            let inode = nix::sys::stat::fstat(listener.as_fd()).unwrap().st_ino;
+            let seen = found.iter().find(|l| l.inode == inode).unwrap();
+            assert_eq!(seen.address, listener.local_addr().unwrap());
+            assert_eq!((seen.kind, seen.bound_interface), (ListenerKind::Tcp, 0));
+            let taken = Taker::default().take(inode, &HashSet::from([inode])).unwrap();
+            assert_eq!(TcpListener::from(taken).local_addr().unwrap(), seen.address);
+        }
+    }
+
+    #[test]
+    fn unix_listeners_are_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a b.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(unix().unwrap().contains(&path));
+    }
+}

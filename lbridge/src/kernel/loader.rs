@@ -1,0 +1,229 @@
+//! Loading: what this kernel takes, adopted or attached anew.
+
+use std::{fs::File, path::Path};
+
+use anyhow::Context as _;
+use aya::{Ebpf, EbpfLoader, programs::Program};
+use lbridge_common::names;
+
+use super::{
+    links::Hooks,
+    maps::{Events, Maps},
+    object, pins,
+    pins::{PINNED_MAPS, Pins},
+};
+use crate::planning::inventory::{Abilities, Steering};
+
+/// Name hooks with the programs behind them.
+const NAME_HOOKS: [&str; 4] = [names::PEERNAME4, names::PEERNAME6, names::SOCKNAME4, names::SOCKNAME6];
+/// Pins of the two hooks that are always attached, whichever program serves them.
+const STEER_LINK: &str = "steer";
+const LISTENERS_LINK: &str = "listeners";
+
+/// The kernel half, in force.
+#[derive(Debug)]
+pub struct Kernel {
+    /// The maps.
+    pub maps: Maps,
+    object: Ebpf,
+    pins: Pins,
+    hooks: Hooks,
+}
+
+/// What came of [`Kernel::load`].
+#[derive(Debug)]
+pub struct Loaded {
+    /// The kernel half; `None` where there is nothing of it.
+    pub kernel: Option<(Kernel, Events)>,
+    /// What is possible.
+    pub abilities: Abilities,
+}
+
+impl Kernel {
+    /// Loads the object, adopts what is pinned below `bpffs`, attaches. A kernel without the hooks is no error: the
+    /// abilities say so, and why. A host that is not set up (no bpffs, no cgroup2, no privilege, another daemon) is.
+    ///
+    /// `netns` is the host's namespace, `cookie` its cookie where the kernel tells it.
+    pub fn load(bpffs: &Path, cgroup: &Path, netns: File, cookie: Option<u64>) -> anyhow::Result<Loaded> {
+        let pins = Pins::open(bpffs)?;
+        let cgroup = open_cgroup(cgroup)?;
+        raise_memlock();
+        let bytes = object::bytes()?;
+        pins.discard_misshapen(&object::shapes(&bytes)?)?;
+
+        let host_netns = cookie.unwrap_or(0);
+        let mut loader = EbpfLoader::new();
+        loader.override_global(names::HOST_NETNS, &host_netns, true);
+        let paths = PINNED_MAPS.map(|name| (name, pins.map(name)));
+        for (name, path) in &paths {
+            loader.map_pin_path(name, path.as_path());
+        }
+        let mut object = match loader.load(&bytes) {
+            Ok(object) => object,
+            Err(error) => return Ok(Loaded::nothing(&error_chain(&error))),
+        };
+        #[cfg(feature = "bpf-log")]
+        follow_log(&mut object);
+
+        let hooks = Hooks { netns, cgroup };
+        let steer = load_first(&mut object, &[names::STEER, names::STEER_ANY_INTERFACE]);
+        // Without the namespace's cookie the kernel program could not tell the host's listeners from a container's.
+        let registering: &[&str] =
+            if cookie.is_some() { &[names::REGISTER, names::ANNOUNCE] } else { &[names::ANNOUNCE] };
+        let listeners = load_first(&mut object, registering);
+        let names_loaded = NAME_HOOKS.iter().try_for_each(|hook| load(&mut object, hook));
+
+        let (Ok(steer_program), Ok(listeners_program)) = (&steer, &listeners) else {
+            let why = steer.and(listeners).err().unwrap_or_default();
+            for link in [STEER_LINK, LISTENERS_LINK] {
+                pins::remove(&pins.link(link))?;
+            }
+            return Ok(Loaded::nothing(&why));
+        };
+        // Listeners first: a rule in force from before must not miss one.
+        for (program, link) in [(listeners_program, LISTENERS_LINK), (steer_program, STEER_LINK)] {
+            let program = program_mut(&mut object, program)?;
+            hooks.attach(program, &pins.link(link)).with_context(|| format!("cannot attach {link}"))?;
+        }
+        let steering = Steering {
+            interface_check: *steer_program == names::STEER,
+            kernel_registers: *listeners_program == names::REGISTER,
+        };
+        let (maps, events) = (Maps::take(&mut object)?, Events::take(&mut object)?);
+        maps.peers.clear()?;
+        let mut kernel = Self { maps, object, pins, hooks };
+        if kernel.names_attached() {
+            // Pinned by a daemon before: the programs under the links are to be this version's.
+            match &names_loaded {
+                Ok(()) => kernel.attach_names()?,
+                Err(_) => kernel.detach_names()?,
+            }
+        }
+        Ok(Loaded {
+            kernel: Some((kernel, events)),
+            abilities: Abilities { steer: Ok(steering), names: names_loaded },
+        })
+    }
+
+    /// Attaches the name hooks.
+    pub fn attach_names(&mut self) -> anyhow::Result<()> {
+        for hook in NAME_HOOKS {
+            let program = program_mut(&mut self.object, hook)?;
+            self.hooks
+                .attach(program, &self.pins.link(hook))
+                .with_context(|| format!("cannot attach {hook}"))?;
+        }
+        Ok(())
+    }
+
+    /// Detaches the name hooks.
+    pub fn detach_names(&mut self) -> anyhow::Result<()> {
+        NAME_HOOKS.iter().try_for_each(|hook| pins::remove(&self.pins.link(hook)))
+    }
+
+    /// Whether all name hooks are attached.
+    pub fn names_attached(&self) -> bool {
+        NAME_HOOKS.iter().all(|hook| self.pins.link(hook).exists())
+    }
+
+    /// Removes what another version pinned: to be called once this one's rules are in force.
+    pub fn retire_other_versions(&self) -> anyhow::Result<()> {
+        self.pins.remove_other_versions()
+    }
+}
+
+impl Loaded {
+    /// Where the kernel half cannot be.
+    pub fn nothing(why: &str) -> Self {
+        let abilities = Abilities { steer: Err(why.to_owned()), names: Err(why.to_owned()) };
+        Self { kernel: None, abilities }
+    }
+}
+
+fn open_cgroup(path: &Path) -> anyhow::Result<File> {
+    use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+    let is_cgroup2 = statfs(path).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    anyhow::ensure!(
+        is_cgroup2,
+        "{} is not on a cgroup2 file system; give its mount point with --cgroup, or mount one: mount -t cgroup2 none DIR",
+        path.display()
+    );
+    File::open(path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn program_mut<'a>(object: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Program> {
+    object.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))
+}
+
+/// Loads the first program of `candidates` that the kernel takes; else says why it refused the last.
+fn load_first<'a>(object: &mut Ebpf, candidates: &[&'a str]) -> Result<&'a str, String> {
+    let mut refused = String::new();
+    for candidate in candidates {
+        match load(object, candidate) {
+            Ok(()) => return Ok(candidate),
+            Err(why) => {
+                tracing::debug!("{candidate} is refused: {why}");
+                refused = why;
+            }
+        }
+    }
+    Err(refused)
+}
+
+fn load(object: &mut Ebpf, name: &str) -> Result<(), String> {
+    let program = program_mut(object, name).map_err(|error| error.to_string())?;
+    let loaded = match program {
+        Program::SkLookup(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        _ => return Err(format!("{name} is of no type known here")),
+    };
+    loaded.map_err(|error| {
+        tracing::debug!("{name}: {}", error_chain(&error));
+        // The verifier's log has its place in the debug log; the last line says why.
+        format!("the kernel refuses the {name} program: {}", last_line(&error_chain(&error)))
+    })
+}
+
+fn last_line(text: &str) -> &str {
+    text.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or(text)
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text += ": ";
+        text += &error.to_string();
+        source = error.source();
+    }
+    text
+}
+
+/// Before 5.11 maps count against this limit (Documentation/bpf); later it is of no effect.
+fn raise_memlock() {
+    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the pointer is to a whole `rlimit`.
+    if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) } != 0 {
+        tracing::debug!("RLIMIT_MEMLOCK stays: {}", std::io::Error::last_os_error());
+    }
+}
+
+/// Debug objects log; others have nothing to follow.
+#[cfg(feature = "bpf-log")]
+fn follow_log(object: &mut Ebpf) {
+    use tokio::io::unix::AsyncFd;
+
+    let logger = aya_log::EbpfLogger::init(object).map_err(anyhow::Error::from);
+    match logger.and_then(|logger| Ok(AsyncFd::new(logger)?)) {
+        Err(error) => tracing::debug!("the object does not log: {error:#}"),
+        Ok(mut logger) => {
+            tokio::spawn(async move {
+                while let Ok(mut ready) = logger.readable_mut().await {
+                    ready.get_inner_mut().flush();
+                    ready.clear_ready();
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Typed access to the maps, and the events that wake the daemon.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    hash::Hash,
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use anyhow::Context as _;
+use aya::{
+    Ebpf, Pod,
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockHash},
+};
+use lbridge_common::{
+    names,
+    wire::{Counter, Endpoint, ListenerEvent, ListenerKey, LoopbackView, RuleKey, RuleValue},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// The maps that userspace reads and writes.
+pub struct Maps {
+    rules: HashMap<MapData, RuleKey, RuleValue>,
+    targets: HashMap<MapData, u32, u8>,
+    listeners: SockHash<MapData, ListenerKey>,
+    views: HashMap<MapData, Endpoint, LoopbackView>,
+    counters: PerCpuArray<MapData, u64>,
+    /// Who is behind a relayed connection. Shared with the relays, which enter and remove their own.
+    pub peers: PeerNames,
+}
+
+// aya's maps do not implement it.
+impl fmt::Debug for Maps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Maps").finish_non_exhaustive()
+    }
+}
+
+fn taken<M: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, name: &str) -> anyhow::Result<M> {
+    let map = object.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))?;
+    M::try_from(map).with_context(|| format!("map {name} is of another kind"))
+}
+
+fn collected<K: Pod + Ord + Hash, V: Pod>(map: &HashMap<MapData, K, V>) -> Result<BTreeMap<K, V>, MapError> {
+    map.iter().collect()
+}
+
+impl Maps {
+    pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<Self> {
+        Ok(Self {
+            rules: taken(object, names::RULES)?,
+            targets: taken(object, names::TARGETS)?,
+            listeners: taken(object, names::LISTENERS)?,
+            views: taken(object, names::LOOPBACK_VIEWS)?,
+            counters: taken(object, names::COUNTERS)?,
+            peers: PeerNames(Arc::new(Mutex::new(taken(object, names::RELAY_PEERS)?))),
+        })
+    }
+
+    /// Every entry with its count.
+    pub fn entries(&self) -> anyhow::Result<BTreeMap<RuleKey, RuleValue>> {
+        collected(&self.rules).context("cannot read the rules in force")
+    }
+
+    /// Puts or replaces an entry; a lookup meets the old one or the new one, never none. The count starts anew.
+    pub fn put_entry(&mut self, key: &RuleKey, value: &RuleValue) -> anyhow::Result<()> {
+        self.rules.insert(key, value, 0).context("cannot put the kernel's entry")
+    }
+
+    /// Removes an entry; none is as good.
+    pub fn remove_entry(&mut self, key: &RuleKey) -> anyhow::Result<()> {
+        or_absent(self.rules.remove(key)).context("cannot remove the kernel's entry")
+    }
+
+    /// Watched ports.
+    pub fn targets(&self) -> anyhow::Result<BTreeSet<u16>> {
+        let ports: Result<_, MapError> =
+            self.targets.keys().map(|port| port.map(|port| port as u16)).collect();
+        ports.context("cannot read the watched ports")
+    }
+
+    /// Watches a port.
+    pub fn add_target(&mut self, port: u16) -> anyhow::Result<()> {
+        self.targets.insert(u32::from(port), 1, 0).context("cannot watch the port")
+    }
+
+    /// Watches a port no more.
+    pub fn remove_target(&mut self, port: u16) -> anyhow::Result<()> {
+        or_absent(self.targets.remove(&u32::from(port))).context("cannot stop to watch the port")
+    }
+
+    /// Gateways that look local.
+    pub fn views(&self) -> anyhow::Result<BTreeMap<Endpoint, LoopbackView>> {
+        collected(&self.views).context("cannot read the gateways that look local")
+    }
+
+    /// Makes a gateway's connections look local.
+    pub fn put_view(&mut self, endpoint: &Endpoint, view: &LoopbackView) -> anyhow::Result<()> {
+        self.views.insert(endpoint, view, 0).context("cannot make the gateway look local")
+    }
+
+    /// Makes a gateway's connections look as they are.
+    pub fn remove_view(&mut self, endpoint: &Endpoint) -> anyhow::Result<()> {
+        or_absent(self.views.remove(endpoint)).context("cannot make the gateway look as it is")
+    }
+
+    /// Keys under which a listener is registered now. The kernel removes them as sockets close.
+    pub fn registered(&self) -> anyhow::Result<BTreeSet<ListenerKey>> {
+        let keys: Result<_, MapError> = self.listeners.keys().collect();
+        keys.context("cannot read the registered listeners")
+    }
+
+    /// Registers a listening socket. An errno of the kernel's is in the error's chain as an [`std::io::Error`].
+    pub fn register(&mut self, key: ListenerKey, socket: &impl AsFd) -> anyhow::Result<()> {
+        self.listeners
+            .insert(key, socket.as_fd().as_raw_fd(), 0)
+            .context("the kernel refused to register the listener")
+    }
+
+    /// Forgets a listener; one that is gone already is as good.
+    pub fn unregister(&mut self, key: &ListenerKey) -> anyhow::Result<()> {
+        match self.listeners.remove(key) {
+            // What SOCKHASH says of a missing key (net/core/sock_map.c).
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
+                Ok(())
+            }
+            done => done.context("cannot forget the listener"),
+        }
+    }
+
+    /// How often an outcome came about.
+    pub fn counter(&self, counter: Counter) -> anyhow::Result<u64> {
+        let values = self.counters.get(&(counter as u32), 0).context("cannot read the counters")?;
+        Ok(values.iter().sum())
+    }
+}
+
+fn or_absent(done: Result<(), MapError>) -> Result<(), MapError> {
+    match done {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        done => done,
+    }
+}
+
+/// Names of relayed connections: the relay's end as the service sees it, to the container's.
+#[derive(Debug, Clone)]
+pub struct PeerNames(Arc<Mutex<HashMap<MapData, Endpoint, Endpoint>>>);
+
+impl PeerNames {
+    /// From now on the service sees `container` where it would see `relay_end`.
+    pub fn present(&self, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()> {
+        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        map.insert(endpoint(relay_end), endpoint(container), 0).context("cannot name the container")
+    }
+
+    /// The connection is over.
+    pub fn forget(&self, relay_end: SocketAddr) {
+        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = or_absent(map.remove(&endpoint(relay_end))) {
+            tracing::warn!("the name of {relay_end} stays: {error}");
+        }
+    }
+
+    /// Removes what another daemon's connections left.
+    pub(super) fn clear(&self) -> anyhow::Result<()> {
+        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let keys: Vec<_> = map.keys().collect::<Result<_, _>>()?;
+        keys.iter().try_for_each(|key| or_absent(map.remove(key))).context("cannot clear the names")
+    }
+}
+
+fn endpoint(address: SocketAddr) -> Endpoint {
+    Endpoint::new(address.ip().into(), address.port())
+}
+
+/// Events of listeners on watched ports.
+pub struct Events {
+    buffer: RingBuf<MapData>,
+    readiness: AsyncFd<OwnedFd>,
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Events").field("readiness", &self.readiness).finish_non_exhaustive()
+    }
+}
+
+impl Events {
+    pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<Self> {
+        let buffer: RingBuf<MapData> = taken(object, names::EVENTS)?;
+        let descriptor = buffer.as_fd().try_clone_to_owned()?;
+        // SAFETY: an `OwnedFd` stays the descriptor that it is for as long as it lives.
+        let readiness = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };
+        let readiness = readiness.map_err(io::Error::from).context("cannot poll the event buffer")?;
+        Ok(Self { buffer, readiness })
+    }
+
+    /// Waits until something happened, then says what, oldest first. Cancel-safe.
+    pub async fn next(&mut self) -> io::Result<Vec<ListenerEvent>> {
+        loop {
+            let mut ready = self.readiness.readable().await?;
+            // Cleared first: what comes while the buffer is read makes it ready again.
+            ready.clear_ready();
+            let mut events = vec![];
+            while let Some(item) = self.buffer.next() {
+                events.extend(parse(&item));
+            }
+            if !events.is_empty() {
+                return Ok(events);
+            }
+        }
+    }
+}
+
+fn parse(bytes: &[u8]) -> Option<ListenerEvent> {
+    let word = |at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    Some(ListenerEvent { kind: word(0)?, port: word(4)?, error: word(8)?.cast_signed() })
+}

@@ -1,0 +1,14 @@
+//! The kernel half: loads the object, pins and adopts it, reads and writes its maps. The only room that knows aya.
+//! Imports planning and the common types.
+//!
+//! - [`object`]: the committed object and what is in it;
+//! - [`pins`]: where things are pinned, and whether what is there may be adopted;
+//! - [`links`]: attaching, and replacing a program under a link that stays;
+//! - [`maps`]: typed access;
+//! - [`loader`]: all of it in order, and what turned out to be possible.
+
+pub mod links;
+pub mod loader;
+pub mod maps;
+pub mod object;
+pub mod pins;

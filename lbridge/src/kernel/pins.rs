@@ -1,0 +1,120 @@
+//! Pins: what outlives the daemon. One directory for each [`ABI_VERSION`], so that maps are never misread.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io::ErrorKind,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+use aya::maps::MapData;
+use lbridge_common::{
+    names::{COUNTERS, LISTENERS, LOOPBACK_VIEWS, RELAY_PEERS, RULES, TARGETS},
+    wire::ABI_VERSION,
+};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+use super::object::Shape;
+
+/// Maps that outlive the daemon. The event buffer does not: it is of use to one daemon only.
+pub(super) const PINNED_MAPS: [&str; 6] = [RULES, TARGETS, LISTENERS, LOOPBACK_VIEWS, RELAY_PEERS, COUNTERS];
+
+/// The pin directory, locked for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Pins {
+    root: PathBuf,
+    current: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Pins {
+    /// Opens `root`, a directory on a bpffs; makes it where it is not there.
+    pub(super) fn open(root: &Path) -> anyhow::Result<Self> {
+        let mount = root.parent().unwrap_or(root);
+        let on_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
+        if !on_bpffs(root) && !on_bpffs(mount) {
+            bail!("{} is not on a bpffs; run `mount -t bpf bpf {}`", root.display(), mount.display());
+        }
+        let current = root.join(format!("v{ABI_VERSION}"));
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&current)
+            .with_context(|| format!("cannot make {}", current.display()))?;
+        let lock = Flock::lock(File::open(root)?, FlockArg::LockExclusiveNonblock).map_err(
+            |(_, error)| match error {
+                Errno::EWOULDBLOCK => {
+                    anyhow::anyhow!("another lbridge daemon uses {}; stop it first", root.display())
+                }
+                error => anyhow::anyhow!("cannot lock {}: {error}", root.display()),
+            },
+        )?;
+        Ok(Self { root: root.to_owned(), current, _lock: lock })
+    }
+
+    /// Where a map is pinned.
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.current.join(name)
+    }
+
+    /// Where the link of a hook is pinned.
+    pub(super) fn link(&self, hook: &str) -> PathBuf {
+        self.current.join(format!("link_{hook}"))
+    }
+
+    /// Removes what is pinned if any of its maps is not of the shape that the object's is: aya would take it as it is.
+    pub(super) fn discard_misshapen(&self, shapes: &[(String, Shape)]) -> anyhow::Result<()> {
+        for (name, wanted) in shapes.iter().filter(|(name, _)| PINNED_MAPS.contains(&name.as_str())) {
+            let path = self.map(name);
+            if !path.exists() {
+                continue;
+            }
+            let found = MapData::from_pin(&path).and_then(|map| map.info()).map(|info| Shape {
+                kind: info.map_type().map_or(0, |kind| kind as u32),
+                key_size: info.key_size(),
+                value_size: info.value_size(),
+                max_entries: info.max_entries(),
+            });
+            if !found.as_ref().is_ok_and(|found| found == wanted) {
+                tracing::warn!(
+                    "{} is not a map of this lbridge ({found:?}); everything is set up anew",
+                    path.display()
+                );
+                return self.clear();
+            }
+        }
+        Ok(())
+    }
+
+    fn clear(&self) -> anyhow::Result<()> {
+        for pin in fs::read_dir(&self.current)? {
+            remove(&pin?.path())?;
+        }
+        Ok(())
+    }
+
+    /// Removes what other versions pinned, once this one's is in force: until then both steer.
+    pub(super) fn remove_other_versions(&self) -> anyhow::Result<()> {
+        for entry in fs::read_dir(&self.root)? {
+            let path = entry?.path();
+            if path != self.current {
+                tracing::info!("removing {}, pinned by another version", path.display());
+                fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes a pin; none is as good.
+pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        done => done.with_context(|| format!("cannot remove {}", path.display())),
+    }
+}

@@ -1,0 +1,7 @@
+//! `lbridge`: see the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lbridge::cli::main()
+}

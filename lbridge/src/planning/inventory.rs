@@ -1,0 +1,124 @@
+//! Inventory: what was observed of the host, and what this kernel is able to do.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// One look at the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Inventory {
+    /// Docker's networks; the last known while the engine is away.
+    pub docker_networks: Vec<DockerNetwork>,
+    /// Whether the engine could ever be asked; until then a network that is not known may still exist.
+    pub docker: DockerPresence,
+    /// Every interface of the host's namespace.
+    pub interfaces: Vec<Interface>,
+    /// Every listening TCP socket of the host's namespace.
+    pub listeners: Vec<Listener>,
+    /// Paths of listening Unix stream sockets.
+    pub unix_listeners: BTreeSet<PathBuf>,
+}
+
+impl Inventory {
+    /// The interface of that name.
+    pub fn interface(&self, name: &str) -> Option<&Interface> {
+        self.interfaces.iter().find(|i| i.name == name)
+    }
+
+    /// The Docker network of that name; else the one of that id, or of the only id that starts so.
+    pub fn docker_network(&self, name: &str) -> Option<&DockerNetwork> {
+        // Docker prints 12 digits; shorter prefixes are names as far as we are concerned.
+        const SHORT_ID: usize = 12;
+        self.docker_networks.iter().find(|n| n.name == name).or_else(|| {
+            let is_id = name.len() >= SHORT_ID && name.bytes().all(|b| b.is_ascii_hexdigit());
+            let mut matching = self.docker_networks.iter().filter(|n| is_id && n.id.starts_with(name));
+            matching.next().filter(|_| matching.next().is_none())
+        })
+    }
+}
+
+/// Whether a Docker Engine can be asked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DockerPresence {
+    /// `--no-docker`.
+    #[default]
+    Off,
+    /// It does not answer.
+    Away,
+    /// Its list is current.
+    Reachable,
+}
+
+/// A network as the engine describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DockerNetwork {
+    /// 64 hexadecimal digits.
+    pub id: String,
+    /// Unique among the engine's networks.
+    pub name: String,
+    /// `bridge`, `macvlan`, `host`, ...
+    pub driver: String,
+    /// The host's interface, for the bridge driver.
+    pub bridge: Option<String>,
+}
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    /// Interface index.
+    pub index: u32,
+    /// Name, unique in the namespace.
+    pub name: String,
+    /// Whether it is a Linux bridge.
+    pub is_bridge: bool,
+    /// Its addresses but link-local ones, with the length of their prefix in bits.
+    pub addresses: Vec<(IpAddr, u8)>,
+}
+
+/// How the kernel treats a listening socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ListenerKind {
+    /// Plain TCP.
+    Tcp,
+    /// MPTCP, which a SOCKHASH does not take.
+    Mptcp,
+    /// Plain TCP that the kernel refused to register, with this errno.
+    Refused(i32),
+}
+
+/// A listening TCP socket of the host's namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listener {
+    /// Where it is bound.
+    pub address: SocketAddr,
+    /// Inode on sockfs: its identity.
+    pub inode: u64,
+    /// `IPV6_V6ONLY`, or IPv4.
+    pub single_family: bool,
+    /// `SO_BINDTODEVICE`: an interface index, 0 for none.
+    pub bound_interface: u32,
+    /// How the kernel treats it.
+    pub kind: ListenerKind,
+}
+
+/// What the kernel is able to do here; tried, not guessed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Abilities {
+    /// `sk_lookup` steering, or why not.
+    pub steer: Result<Steering, String>,
+    /// Whether the name hooks can be attached, or why not.
+    pub names: Result<(), String>,
+}
+
+/// How steering is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Steering {
+    /// The program checks the ingress interface, not the source subnet alone (Linux 5.17 and later).
+    pub interface_check: bool,
+    /// The kernel registers new listeners itself (Linux 5.15 and later); else the daemon does.
+    pub kernel_registers: bool,
+}

@@ -1,0 +1,13 @@
+//! The decisions. PURE: no I/O, no clock, no async, deterministic.
+//!
+//! ```text
+//! Rules + Inventory + Abilities --resolve--> Policy --plan(policy, reality)--> Steps
+//! ```
+//!
+//! May import `lbridge_common` only; every shell may import this room.
+
+pub mod inventory;
+pub mod plan;
+pub mod policy;
+pub mod reality;
+pub mod rule;

@@ -1,0 +1,111 @@
+//! Plan: the steps from reality to policy, in an order that leaves no gap and no hole.
+//!
+//! - a port is watched before its listeners are looked for, a listener is ready before the entry that names it;
+//! - the names are changed before the connections that need it can come;
+//! - a relay listens before the kernel's entry goes, the entry is there before the relay stops;
+//! - an entry goes before its listener.
+
+use lbridge_common::wire::{Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SLOTS};
+
+use super::{
+    policy::{Policy, RelayKey, RelaySpec},
+    reality::Reality,
+};
+
+/// One change, to be carried out as it says: what it means was decided before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Watch listeners of a port.
+    AddTarget(u16),
+    /// Attach the name hooks.
+    AttachNames,
+    /// Make a gateway's connections look local, or otherwise so.
+    PutView(Endpoint, LoopbackView),
+    /// Register the socket of this inode.
+    Register {
+        /// Under which key.
+        key: ListenerKey,
+        /// Which socket.
+        inode: u64,
+    },
+    /// Listen as a relay; or, where it does, relay otherwise.
+    OpenRelay(RelayKey, RelaySpec),
+    /// Put an entry, or change where it leads.
+    PutEntry(RuleKey, RuleValue),
+    /// Remove an entry.
+    RemoveEntry(RuleKey),
+    /// Stop listening as a relay.
+    CloseRelay {
+        /// Which.
+        key: RelayKey,
+        /// Whether the kernel has taken over: handshakes that are under way are then still completed.
+        handed_over: bool,
+    },
+    /// Make a gateway's connections look as they are.
+    RemoveView(Endpoint),
+    /// Detach the name hooks.
+    DetachNames,
+    /// Forget a listener.
+    Unregister(ListenerKey),
+    /// Watch a port no more.
+    RemoveTarget(u16),
+}
+
+/// The steps from `reality` to `policy`. None, where they agree.
+pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
+    let mut steps = vec![];
+    steps.extend(policy.targets.difference(&reality.targets).map(|port| Step::AddTarget(*port)));
+    if policy.names && !reality.names {
+        steps.push(Step::AttachNames);
+    }
+    for (endpoint, view) in &policy.views {
+        if reality.views.get(endpoint) != Some(view) {
+            steps.push(Step::PutView(*endpoint, *view));
+        }
+    }
+    steps.extend(registrations(policy, reality));
+    for (key, spec) in &policy.relays {
+        if reality.relays.get(key) != Some(spec) {
+            steps.push(Step::OpenRelay(key.clone(), spec.clone()));
+        }
+    }
+    for (key, value) in &policy.entries {
+        // The count is the kernel's.
+        let same = reality.entries.get(key).is_some_and(|there| RuleValue { steered: 0, ..*there } == *value);
+        if !same {
+            steps.push(Step::PutEntry(*key, *value));
+        }
+    }
+    steps.extend(
+        reality.entries.keys().filter(|k| !policy.entries.contains_key(k)).map(|k| Step::RemoveEntry(*k)),
+    );
+    for key in reality.relays.keys().filter(|key| !policy.relays.contains_key(key)) {
+        let (address, port) = (Address::from(key.gateway.ip()), key.gateway.port());
+        let handed_over = policy.entries.keys().any(|entry| entry.gateway == address && entry.port == port);
+        steps.push(Step::CloseRelay { key: key.clone(), handed_over });
+    }
+    steps
+        .extend(reality.views.keys().filter(|k| !policy.views.contains_key(k)).map(|k| Step::RemoveView(*k)));
+    if reality.names && !policy.names {
+        steps.push(Step::DetachNames);
+    }
+    let stale = reality.registered.iter().filter(|k| !policy.targets.contains(&k.port));
+    steps.extend(stale.map(|k| Step::Unregister(*k)));
+    steps.extend(reality.targets.difference(&policy.targets).map(|port| Step::RemoveTarget(*port)));
+    steps
+}
+
+/// Fills the free slots of each bound address from its sockets, newest last: an inode's number grows. A socket may come
+/// to be registered twice, which does no harm.
+fn registrations(policy: &Policy, reality: &Reality) -> Vec<Step> {
+    let mut steps = vec![];
+    for (bound, inodes) in &policy.listeners {
+        let keys =
+            (0..u16::from(SLOTS)).map(|slot| ListenerKey { address: bound.address, port: bound.port, slot });
+        let free: Vec<_> = keys.filter(|key| !reality.registered.contains(key)).collect();
+        let missing = inodes.len().min(usize::from(SLOTS)).saturating_sub(usize::from(SLOTS) - free.len());
+        let newest = inodes.iter().rev().take(missing);
+        steps.extend(free.into_iter().zip(newest).map(|(key, inode)| Step::Register { key, inode: *inode }));
+    }
+    steps
+}

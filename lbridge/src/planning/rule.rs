@@ -1,0 +1,541 @@
+//! Rules: what the administrator wants. Parsing of networks and ports, and the set that `allow` and `deny` change.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// `Serialize` and `Deserialize` through `Display` and `FromStr`: files and the API say what the CLI says.
+macro_rules! as_text {
+    ($($type:ty),+) => {
+        $(
+            impl Serialize for $type {
+                fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                    serializer.collect_str(self)
+                }
+            }
+
+            impl<'de> Deserialize<'de> for $type {
+                fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+                }
+            }
+        )+
+    };
+}
+
+/// Longest network name taken, in bytes. Docker's own limit is lower in practice.
+const MAX_NAME: usize = 255;
+/// `IFNAMSIZ` less the terminating zero (include/uapi/linux/if.h).
+const MAX_INTERFACE_NAME: usize = 15;
+
+/// What is wrong with a text, and what to write instead.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Invalid(String);
+
+fn invalid<T>(text: String) -> Result<T, Invalid> {
+    Err(Invalid(text))
+}
+
+/// A network as the administrator names it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Network {
+    /// A Docker network's name, or its id.
+    Docker(String),
+    /// `bridge:IFNAME`: a Linux bridge, whoever made it.
+    Bridge(String),
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Docker(name) => f.write_str(name),
+            Self::Bridge(name) => write!(f, "bridge:{name}"),
+        }
+    }
+}
+
+impl FromStr for Network {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        if let Some(name) = text.strip_prefix("bridge:") {
+            let fits = !name.is_empty() && name.len() <= MAX_INTERFACE_NAME && name != "." && name != "..";
+            if !fits || name.chars().any(|c| c == '/' || c == ':' || c.is_whitespace() || c.is_control()) {
+                return invalid(format!(
+                    "{text:?} is no interface name; write bridge:IFNAME, e.g. bridge:docker0"
+                ));
+            }
+            return Ok(Self::Bridge(name.to_owned()));
+        }
+        for kind in ["container:", "netns:", "pid:"] {
+            if text.starts_with(kind) {
+                return invalid(format!(
+                    "{text:?}: this version serves Docker networks and bridges; write a network's name or bridge:IFNAME"
+                ));
+            }
+        }
+        if text.is_empty()
+            || text.len() > MAX_NAME
+            || text.chars().any(|c| c.is_control() || c.is_whitespace() || c == '/')
+        {
+            return invalid(format!(
+                "{text:?} is no network; write a Docker network's name or id, or bridge:IFNAME"
+            ));
+        }
+        Ok(Self::Docker(text.to_owned()))
+    }
+}
+
+/// The loopback service that a rule leads to.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Target {
+    /// A port on the loopback address of whichever family was dialled; of the other where only that one listens.
+    Port(u16),
+    /// One loopback address.
+    Address(SocketAddr),
+    /// A Unix stream socket.
+    Unix(PathBuf),
+}
+
+impl Target {
+    /// TCP port, if it has one.
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Port(port) => Some(*port),
+            Self::Address(address) => Some(address.port()),
+            Self::Unix(_) => None,
+        }
+    }
+
+    /// The loopback address for a connection to `gateway`.
+    pub fn address_for(&self, gateway: IpAddr) -> Option<SocketAddr> {
+        match self {
+            Self::Port(port) if gateway.is_ipv4() => Some((Ipv4Addr::LOCALHOST, *port).into()),
+            Self::Port(port) => Some((Ipv6Addr::LOCALHOST, *port).into()),
+            Self::Address(address) => Some(*address),
+            Self::Unix(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Port(port) => write!(f, "127.0.0.1:{port}"),
+            Self::Address(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// What the service sees as its peer.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// The container's own address.
+    #[default]
+    Container,
+    /// A loopback address, as if the client ran on the host: whatever trusts 127.0.0.1 then trusts the network.
+    Loopback,
+}
+
+/// Which way connections take.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum PathChoice {
+    /// Steered in the kernel where it can be, relayed where not.
+    #[default]
+    Auto,
+    /// Steered or not at all.
+    Steer,
+    /// Relayed.
+    Relay,
+}
+
+/// A port argument: `5432`, `5432=15432`, `80=127.0.0.1:3000`, `80=[::1]:3000`, `5432=unix:/path`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortSpec {
+    /// Dialled port, never 0.
+    pub port: u16,
+    /// Where it leads.
+    pub target: Target,
+}
+
+impl PortSpec {
+    /// Parses one argument, which may be a range (`8000-8010`) and so several ports.
+    pub fn parse_many(text: &str) -> Result<Vec<Self>, Invalid> {
+        if let Some((first, last)) = text.split_once('-').filter(|(first, _)| !first.contains('=')) {
+            let (first, last) = (parse_port(first, text)?, parse_port(last, text)?);
+            if first > last {
+                return invalid(format!("port range {text} is empty; write the lower port first"));
+            }
+            return Ok((first..=last).map(|port| Self { port, target: Target::Port(port) }).collect());
+        }
+        Ok(vec![text.parse()?])
+    }
+}
+
+impl FromStr for PortSpec {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        let Some((dialled, target)) = text.split_once('=') else {
+            if text == "all" {
+                return invalid("\"all\" would open every service of the host; name the ports".to_owned());
+            }
+            let port = parse_port(text, text)?;
+            return Ok(Self { port, target: Target::Port(port) });
+        };
+        let port = parse_port(dialled, text)?;
+        if let Some(path) = target.strip_prefix("unix:") {
+            return Ok(Self { port, target: Target::Unix(unix_path(path, text)?) });
+        }
+        if let Ok(address) = target.parse::<SocketAddr>() {
+            if !address.ip().is_loopback() {
+                return invalid(format!(
+                    "target {address} is not on loopback; lbridge leads to 127.0.0.0/8, [::1] and unix: sockets only"
+                ));
+            }
+            if address.port() == 0 {
+                return invalid(format!("port 0 in {text:?}; ports are 1 to 65535"));
+            }
+            return Ok(Self { port, target: Target::Address(address) });
+        }
+        if target.bytes().all(|b| b.is_ascii_digit()) {
+            return Ok(Self { port, target: Target::Port(parse_port(target, text)?) });
+        }
+        invalid(format!(
+            "{target:?} in {text:?} is no target; write 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000 or 5432=unix:/path"
+        ))
+    }
+}
+
+impl fmt::Display for PortSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.target {
+            Target::Port(target) if *target == self.port => write!(f, "{}", self.port),
+            Target::Port(target) => write!(f, "{}={target}", self.port),
+            target => write!(f, "{}={target}", self.port),
+        }
+    }
+}
+
+fn parse_port(text: &str, whole: &str) -> Result<u16, Invalid> {
+    match text.parse::<u32>() {
+        Ok(port @ 1..=65535) if text.bytes().all(|b| b.is_ascii_digit()) => Ok(port as u16),
+        Ok(port) => invalid(format!("port {port} in {whole:?}; ports are 1 to 65535")),
+        Err(_) => {
+            invalid(format!("{whole:?} is no port; write 5432, 5432=15432, 80=127.0.0.1:3000 or 8000-8010"))
+        }
+    }
+}
+
+fn unix_path(path: &str, whole: &str) -> Result<PathBuf, Invalid> {
+    // sun_path less its terminating zero (unix(7)).
+    if path.len() > 107 || path.chars().any(char::is_control) || !Path::new(path).is_absolute() {
+        return invalid(format!("{whole:?}: a Unix socket's path is absolute and at most 107 bytes long"));
+    }
+    Ok(PathBuf::from(path))
+}
+
+as_text!(Network, PortSpec);
+
+/// A rule: containers of `network` that dial its gateway at `spec.port` reach `spec.target`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    /// From where.
+    pub network: Network,
+    /// What is dialled, and where it leads.
+    #[serde(rename = "port")]
+    pub spec: PortSpec,
+    /// What the service sees.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub source: Source,
+    /// Which way.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub path: PathChoice,
+    /// The administrator's remark.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comment: Option<String>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+impl Rule {
+    /// What tells it from others.
+    pub fn id(&self) -> RuleId {
+        RuleId { network: self.network.clone(), port: self.spec.port }
+    }
+
+    /// Whether both mean the same; remarks aside.
+    fn same_effect(&self, other: &Self) -> bool {
+        self.id() == other.id()
+            && self.spec == other.spec
+            && self.source == other.source
+            && self.path == other.path
+    }
+}
+
+/// A rule's identity: there is one for each (network, dialled port).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RuleId {
+    /// From where.
+    pub network: Network,
+    /// Dialled port.
+    pub port: u16,
+}
+
+impl fmt::Display for RuleId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.network, self.port)
+    }
+}
+
+/// Who made a rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// `lbridge allow`.
+    Cli,
+    /// `lbridge.toml`: read-only to the CLI.
+    Config,
+}
+
+/// Why a change was refused; nothing of it was applied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The same (network, port) with other options.
+    #[error("{id} is already allowed as {existing}; run `lbridge deny {id}` first")]
+    Conflict {
+        /// Which.
+        id: RuleId,
+        /// Its options, as `allow` takes them.
+        existing: String,
+    },
+    /// There is no such rule.
+    #[error("no rule for {id}; `lbridge list` shows those there are")]
+    NoSuchRule {
+        /// Which.
+        id: RuleId,
+    },
+    /// The rule is the config's.
+    #[error("{id} comes from the configuration file; change it there")]
+    ReadOnly {
+        /// Which.
+        id: RuleId,
+    },
+    /// More than the kernel map holds.
+    #[error("{count} rules are more than the {max} that can be in force")]
+    TooMany {
+        /// Wanted.
+        count: usize,
+        /// Limit.
+        max: usize,
+    },
+}
+
+/// All rules, desired. Ordered, so that whatever follows from them is deterministic.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rules(BTreeMap<RuleId, (Rule, Origin)>);
+
+impl Rules {
+    /// In order of network and port.
+    pub fn iter(&self) -> impl Iterator<Item = (&RuleId, &Rule, Origin)> {
+        self.0.iter().map(|(id, (rule, origin))| (id, rule, *origin))
+    }
+
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// With `added`, or nothing of it. Adding what is there already is no change; a remark replaces the old one.
+    pub fn allow(&self, added: impl IntoIterator<Item = Rule>, origin: Origin) -> Result<Self, Refused> {
+        let mut rules = self.0.clone();
+        for rule in added {
+            let id = rule.id();
+            match rules.get(&id) {
+                Some((existing, _)) if !existing.same_effect(&rule) => {
+                    return Err(Refused::Conflict { existing: existing.options(), id });
+                }
+                // A config rule stays the config's, whatever remark the CLI gives.
+                Some((_, Origin::Config)) => {}
+                Some((existing, Origin::Cli)) if rule.comment.is_none() && existing.comment.is_some() => {}
+                _ => {
+                    rules.insert(id, (rule, origin));
+                }
+            }
+        }
+        let max = lbridge_common::wire::MAX_RULES as usize;
+        if rules.len() > max {
+            return Err(Refused::TooMany { count: rules.len(), max });
+        }
+        Ok(Self(rules))
+    }
+
+    /// Without `removed`, or nothing of it.
+    pub fn deny(&self, removed: impl IntoIterator<Item = RuleId>) -> Result<Self, Refused> {
+        let mut rules = self.0.clone();
+        for id in removed {
+            match self.0.get(&id) {
+                None => return Err(Refused::NoSuchRule { id }),
+                Some((_, Origin::Config)) => return Err(Refused::ReadOnly { id }),
+                Some((_, Origin::Cli)) => rules.remove(&id),
+            };
+        }
+        Ok(Self(rules))
+    }
+}
+
+impl Rule {
+    /// As the arguments of `allow`.
+    fn options(&self) -> String {
+        let mut text = self.spec.to_string();
+        if self.source == Source::Loopback {
+            text += " --source loopback";
+        }
+        match self.path {
+            PathChoice::Auto => {}
+            PathChoice::Steer => text += " --path steer",
+            PathChoice::Relay => text += " --path relay",
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> PortSpec {
+        text.parse().unwrap()
+    }
+
+    fn rule(network: &str, port: &str) -> Rule {
+        Rule {
+            network: network.parse().unwrap(),
+            spec: spec(port),
+            source: Source::Container,
+            path: PathChoice::Auto,
+            comment: None,
+        }
+    }
+
+    #[test]
+    fn ports_as_the_contract_writes_them() {
+        for text in [
+            "5432",
+            "5432=15432",
+            "80=127.0.0.1:3000",
+            "80=[::1]:3000",
+            "80=127.8.9.1:3000",
+            "5432=unix:/run/pg/.s.PGSQL.5432",
+        ] {
+            assert_eq!(spec(text).to_string(), text);
+        }
+        assert_eq!(spec("80=80"), spec("80"));
+        assert_eq!(PortSpec::parse_many("8000-8010").unwrap().len(), 11);
+        assert_eq!(PortSpec::parse_many("65535-65535").unwrap(), [spec("65535")]);
+    }
+
+    #[test]
+    fn wrong_ports_are_refused_with_a_remedy() {
+        for text in [
+            "0",
+            "65536",
+            "-1",
+            "+80",
+            "",
+            " 80",
+            "http",
+            "all",
+            "80=0",
+            "80=65536",
+            "80=",
+            "80=10.0.0.1:80",
+            "80=0.0.0.0:80",
+            "80=[::]:80",
+            "80=[::2]:80",
+            "80=[::ffff:127.0.0.1]:80",
+            "80=127.0.0.1:0",
+            "80=127.0.0.1",
+            "80=unix:",
+            "80=unix:rel",
+            "90-80",
+            "1-65536",
+            "80=unix:/a\nb",
+        ] {
+            let error = PortSpec::parse_many(text).unwrap_err().to_string();
+            assert!(!error.contains('\n') && error.len() > 10, "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn networks() {
+        for text in ["app_net", "bridge:docker0", "0123456789ab", "a.b-c"] {
+            assert_eq!(text.parse::<Network>().unwrap().to_string(), text);
+        }
+        for text in [
+            "",
+            "bridge:",
+            "bridge:a/b",
+            "bridge:sixteen-letters!",
+            "bridge:..",
+            "a b",
+            "a\nb",
+            "../x",
+            "container:x",
+            "netns:/x",
+            "pid:1",
+        ] {
+            assert!(text.parse::<Network>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn allow_is_idempotent_and_refuses_contradictions_whole() {
+        let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
+        assert_eq!(rules.allow([rule("a", "80")], Origin::Cli).unwrap(), rules);
+        let conflict = rules.allow([rule("a", "81"), rule("a", "80=3000")], Origin::Cli).unwrap_err();
+        assert_eq!(conflict.to_string(), "a 80 is already allowed as 80; run `lbridge deny a 80` first");
+        assert_eq!(rules.len(), 1);
+    }
+
+    #[test]
+    fn deny_refuses_the_unknown_and_the_configs() {
+        let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
+        let rules = rules.allow([rule("a", "81")], Origin::Config).unwrap();
+        let unknown = RuleId { network: "b".parse().unwrap(), port: 80 };
+        assert!(matches!(rules.deny([rule("a", "80").id(), unknown]), Err(Refused::NoSuchRule { .. })));
+        assert!(matches!(rules.deny([rule("a", "81").id()]), Err(Refused::ReadOnly { .. })));
+        assert_eq!(rules.deny([rule("a", "80").id()]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_remark_is_no_conflict() {
+        let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
+        let remarked = Rule { comment: Some("why".to_owned()), ..rule("a", "80") };
+        let rules = rules.allow([remarked], Origin::Cli).unwrap();
+        let rules = rules.allow([rule("a", "80")], Origin::Cli).unwrap();
+        assert_eq!(rules.iter().next().unwrap().1.comment.as_deref(), Some("why"));
+    }
+}

@@ -1,0 +1,304 @@
+//! One direction of a relayed connection.
+//!
+//! Owns the choice between the two ways to move bytes: through a buffer (one copy, two system calls for a small
+//! message) and through a pipe with splice(2) (no copy). May import `leg` and `pipe` beside it.
+//!
+//! Neither a buffer nor a pipe belongs to a direction while it waits for something to read: the buffer is the
+//! thread's, the pipe one of the thread's spares. A direction keeps bytes only while its destination does not take
+//! them, and reads nothing more until it has.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::errno::Errno;
+use tokio::io::Interest;
+
+use super::Side;
+use super::leg::Leg;
+use super::pipe::Pipe;
+
+/// The size of the thread's buffer: what one buffered read takes, and what a direction holds at most when its
+/// destination is full.
+const BUFFER: usize = 16 * 1024;
+
+/// After this many reads in a row that filled the buffer, a direction splices.
+const FULL_READS: u8 = 4;
+
+/// A splice that moves less than this would have been cheaper through the buffer...
+const SMALL_SPLICE: usize = BUFFER / 2;
+
+/// ...and after this many in a row the direction goes back to it.
+const SMALL_SPLICES: u8 = 8;
+
+/// How many moves a direction makes before the other one, and the other connections, get their turn. Well below
+/// tokio's budget for one poll (128): a direction that used it up would keep the other from ever being ready.
+const TURN: u32 = 8;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
+}
+
+/// A connection is broken: on which side, and how.
+#[derive(Debug)]
+pub(super) struct Broken {
+    pub(super) side: Side,
+    pub(super) error: io::Error,
+}
+
+/// The state of one direction. It outlives the future that moves it, so that bytes taken from a source are still
+/// there when the other direction finds the connection broken.
+pub(super) struct Flow<'a> {
+    from: Side,
+    moved: &'a AtomicU64,
+    held: Held,
+    mode: Mode,
+}
+
+/// Bytes taken from the source that the destination has not accepted yet.
+enum Held {
+    Nothing,
+    Bytes { bytes: Box<[u8]>, written: usize },
+    Piped(Pipe),
+}
+
+enum Mode {
+    Buffered {
+        full_reads: u8,
+    },
+    Spliced {
+        small_splices: u8,
+    },
+    /// The kernel does not splice from this source.
+    BufferedOnly,
+}
+
+/// How one attempt to move bytes ended.
+enum Step {
+    /// Some were moved; there may be more.
+    Moved,
+    /// Nothing to read.
+    Empty,
+    /// The destination takes nothing more; something is held.
+    Blocked,
+    /// The source has ended; nothing is held.
+    End,
+}
+
+/// Whether a wait for the destination also ends when the source breaks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Watch {
+    Source,
+    /// The source is known to be broken; what it left is being delivered.
+    Nothing,
+}
+
+impl<'a> Flow<'a> {
+    pub(super) fn new(from: Side, moved: &'a AtomicU64) -> Self {
+        Self { from, moved, held: Held::Nothing, mode: Mode::Buffered { full_reads: 0 } }
+    }
+
+    /// The side this direction reads from.
+    pub(super) fn from(&self) -> Side {
+        self.from
+    }
+
+    fn source(&self, error: io::Error) -> Broken {
+        Broken { side: self.from, error }
+    }
+
+    fn destination(&self, error: io::Error) -> Broken {
+        Broken { side: self.from.other(), error }
+    }
+
+    fn count(&self, moved: usize) {
+        self.moved.fetch_add(moved as u64, Ordering::Relaxed);
+    }
+
+    /// Moves bytes once, if it can be done without waiting.
+    ///
+    /// `Step::Empty` is always the answer of a plain read. A splice says `WouldBlock` for more reasons than an empty
+    /// socket (before an urgent byte, for one), and waiting on its word could mean waiting for ever.
+    fn step(&mut self, src: &impl Leg, dst: &impl Leg) -> Result<Step, Broken> {
+        if !self.flush(dst)? {
+            return Ok(Step::Blocked);
+        }
+        if let Mode::Spliced { .. } = self.mode
+            && self.fill(src)?
+        {
+            return Ok(if self.flush(dst)? { Step::Moved } else { Step::Blocked });
+        }
+        SCRATCH.with_borrow_mut(|buffer| {
+            let read = match src.try_read(buffer) {
+                Ok(0) => return Ok(Step::End),
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Step::Empty),
+                Err(error) => return Err(self.source(error)),
+            };
+            self.adapt_to_read(read == buffer.len());
+            let written = self.write(dst, &buffer[..read])?;
+            if written == read {
+                return Ok(Step::Moved);
+            }
+            self.held = Held::Bytes { bytes: buffer[written..read].into(), written: 0 };
+            Ok(Step::Blocked)
+        })
+    }
+
+    /// Splices from the source into a pipe; false if that gave nothing.
+    fn fill(&mut self, src: &impl Leg) -> Result<bool, Broken> {
+        let Ok(mut pipe) = Pipe::take() else {
+            // Out of file descriptors: slower is better than not at all.
+            self.mode = Mode::Buffered { full_reads: 0 };
+            return Ok(false);
+        };
+        match pipe.fill(&src.as_fd()) {
+            Ok(0) => {}
+            Ok(moved) => {
+                self.adapt_to_splice(moved);
+                self.held = Held::Piped(pipe);
+                return Ok(true);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if is_unsupported(&error) => self.mode = Mode::BufferedOnly,
+            Err(error) => return Err(self.source(error)),
+        }
+        pipe.give_back();
+        Ok(false)
+    }
+
+    /// Writes what is held; true if nothing is left.
+    fn flush(&mut self, dst: &impl Leg) -> Result<bool, Broken> {
+        match std::mem::replace(&mut self.held, Held::Nothing) {
+            Held::Nothing => Ok(true),
+            Held::Bytes { bytes, written } => {
+                let written = written + self.write(dst, &bytes[written..])?;
+                if written == bytes.len() {
+                    return Ok(true);
+                }
+                self.held = Held::Bytes { bytes, written };
+                Ok(false)
+            }
+            Held::Piped(mut pipe) => {
+                while !pipe.is_empty() {
+                    match dst.try_io(Interest::WRITABLE, || pipe.drain(&dst.as_fd())) {
+                        // Not a thing a socket does; but to try again for ever would be the worst answer.
+                        Ok(0) => return Err(self.destination(Errno::EPIPE.into())),
+                        Ok(moved) => self.count(moved),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                            self.held = Held::Piped(pipe);
+                            return Ok(false);
+                        }
+                        Err(error) => return Err(self.destination(error)),
+                    }
+                }
+                pipe.give_back();
+                Ok(true)
+            }
+        }
+    }
+
+    /// Writes as much of `bytes` as the destination takes.
+    fn write(&self, dst: &impl Leg, bytes: &[u8]) -> Result<usize, Broken> {
+        let mut written = 0;
+        while written < bytes.len() {
+            match dst.try_write(&bytes[written..]) {
+                Ok(0) => return Err(self.destination(Errno::EPIPE.into())),
+                Ok(moved) => {
+                    self.count(moved);
+                    written += moved;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(self.destination(error)),
+            }
+        }
+        Ok(written)
+    }
+
+    fn adapt_to_read(&mut self, full: bool) {
+        match &mut self.mode {
+            Mode::Buffered { full_reads } if full => {
+                *full_reads += 1;
+                if *full_reads == FULL_READS {
+                    self.mode = Mode::Spliced { small_splices: 0 };
+                }
+            }
+            Mode::Buffered { full_reads } => *full_reads = 0,
+            // A read in this mode follows a splice that found nothing.
+            Mode::Spliced { .. } if full => {}
+            Mode::Spliced { .. } => self.adapt_to_splice(0),
+            Mode::BufferedOnly => {}
+        }
+    }
+
+    fn adapt_to_splice(&mut self, moved: usize) {
+        if let Mode::Spliced { small_splices } = &mut self.mode {
+            *small_splices = if moved < SMALL_SPLICE { *small_splices + 1 } else { 0 };
+            if *small_splices == SMALL_SPLICES {
+                self.mode = Mode::Buffered { full_reads: 0 };
+            }
+        }
+    }
+}
+
+/// Moves bytes until the source's end of file, and passes that on.
+pub(super) async fn pump(flow: &mut Flow<'_>, src: &impl Leg, dst: &impl Leg) -> Result<(), Broken> {
+    transfer(flow, src, dst, Watch::Source).await?;
+    dst.shutdown_write().map_err(|error| {
+        // Not connected any more: the reset that came in between says why.
+        flow.destination(dst.take_error().ok().flatten().unwrap_or(error))
+    })
+}
+
+/// Moves bytes until the source's end of file.
+pub(super) async fn transfer(
+    flow: &mut Flow<'_>,
+    src: &impl Leg,
+    dst: &impl Leg,
+    watch: Watch,
+) -> Result<(), Broken> {
+    loop {
+        let mut moves = 0;
+        let step = loop {
+            match flow.step(src, dst)? {
+                Step::Moved if moves < TURN => moves += 1,
+                step => break step,
+            }
+        };
+        match step {
+            Step::Moved => tokio::task::yield_now().await,
+            Step::End => return Ok(()),
+            Step::Empty => {
+                poll_fn(|cx| src.poll_readable(cx)).await.map_err(|error| flow.source(error))?;
+            }
+            Step::Blocked => {
+                let writable = poll_fn(|cx| dst.poll_writable(cx));
+                if watch == Watch::Nothing {
+                    writable.await.map_err(|error| flow.destination(error))?;
+                    continue;
+                }
+                // Nobody reads from the source now, so its reset would go unnoticed for as long as the
+                // destination does not read.
+                tokio::select! {
+                    biased;
+                    writable = writable => writable.map_err(|error| flow.destination(error))?,
+                    error = broken(src) => return Err(flow.source(error)),
+                }
+            }
+        }
+    }
+}
+
+/// Waits until the leg breaks, without reading from it.
+pub(super) async fn broken(leg: &impl Leg) -> io::Error {
+    match leg.error_raised().await.and_then(|()| leg.take_error()) {
+        Ok(error) => error.unwrap_or_else(|| Errno::ECONNRESET.into()),
+        Err(error) => error,
+    }
+}
+
+/// Whether a splice failed for want of support: by the kind of socket, or by a sandbox that emulates the kernel.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM))
+}

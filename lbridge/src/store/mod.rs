@@ -1,0 +1,183 @@
+//! Files: the rules that `allow` made, the networks last seen, the configuration. Owns their format; imports planning.
+//!
+//! Writes are atomic and durable: a new file beside the old one, synced, renamed over it, the directory synced.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io::{ErrorKind, Write as _},
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::planning::{inventory::DockerNetwork, rule::Rule};
+
+/// Format of the files in the state directory.
+const VERSION: u32 = 1;
+
+/// The state directory.
+#[derive(Debug, Clone)]
+pub struct Store {
+    directory: PathBuf,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RulesFile {
+    version: u32,
+    #[serde(default, rename = "rule", skip_serializing_if = "Vec::is_empty")]
+    rules: Vec<Rule>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworksFile {
+    version: u32,
+    #[serde(default, rename = "network", skip_serializing_if = "Vec::is_empty")]
+    networks: Vec<DockerNetwork>,
+}
+
+/// The configuration file.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Rules, read-only to the CLI.
+    #[serde(default, rename = "rule")]
+    pub rules: Vec<Rule>,
+}
+
+impl Store {
+    /// Opens the directory; makes it, for its owner alone, where it is not there.
+    pub fn open(directory: &Path) -> anyhow::Result<Self> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .with_context(|| format!("cannot make the state directory {}", directory.display()))?;
+        Ok(Self { directory: directory.to_owned() })
+    }
+
+    /// The rules that `allow` made. A file that cannot be understood is an error that names the line: starting without
+    /// its rules would cut off what they serve.
+    pub fn rules(&self) -> anyhow::Result<Vec<Rule>> {
+        let path = self.path("rules.toml");
+        let file: RulesFile = match read_toml(&path)? {
+            None => return Ok(vec![]),
+            Some(file) => file,
+        };
+        if file.version != VERSION {
+            bail!(
+                "{} has version {}, this lbridge writes {VERSION}; use the lbridge that wrote it",
+                path.display(),
+                file.version
+            );
+        }
+        Ok(file.rules)
+    }
+
+    /// Replaces the rules.
+    pub fn save_rules(&self, rules: Vec<Rule>) -> anyhow::Result<()> {
+        self.write("rules.toml", &toml::to_string(&RulesFile { version: VERSION, rules })?)
+    }
+
+    /// Docker's networks as last seen, for a start while the engine is away. They are a help, so that a file which
+    /// cannot be read is as good as none.
+    pub fn networks(&self) -> Vec<DockerNetwork> {
+        match read_toml::<NetworksFile>(&self.path("networks.toml")) {
+            Ok(Some(file)) if file.version == VERSION => file.networks,
+            Ok(_) => vec![],
+            Err(error) => {
+                tracing::warn!("the list of networks last seen is of no use: {error:#}");
+                vec![]
+            }
+        }
+    }
+
+    /// Replaces the networks last seen.
+    pub fn save_networks(&self, networks: Vec<DockerNetwork>) -> anyhow::Result<()> {
+        self.write("networks.toml", &toml::to_string(&NetworksFile { version: VERSION, networks })?)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) -> anyhow::Result<()> {
+        let path = self.path(name);
+        let write = || -> std::io::Result<()> {
+            let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
+            file.write_all(text.as_bytes())?;
+            file.as_file().set_permissions(fs::Permissions::from_mode(0o600))?;
+            file.as_file().sync_all()?;
+            file.persist(&path).map_err(|e| e.error)?;
+            File::open(&self.directory)?.sync_all()
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+impl Config {
+    /// Reads the file; none is as good as an empty one.
+    pub fn load(path: &Path) -> anyhow::Result<Self> {
+        Ok(read_toml(path)?.unwrap_or_default())
+    }
+}
+
+fn read_toml<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {
+    let text = match fs::read_to_string(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        read => read.with_context(|| format!("cannot read {}", path.display()))?,
+    };
+    toml::from_str(&text).map(Some).map_err(|error| {
+        let place = error.span().map_or_else(String::new, |span| {
+            let before = &text[..span.start.min(text.len())];
+            let line = before.matches('\n').count() + 1;
+            let column = before.rsplit('\n').next().map_or(0, |l| l.chars().count()) + 1;
+            format!(":{line}:{column}")
+        });
+        let message = error.message().replace('\n', " ");
+        anyhow::anyhow!("{}{place}: {message}; mend or remove the file, then start again", path.display())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(&directory.path().join("state")).unwrap();
+        (directory, store)
+    }
+
+    #[test]
+    fn rules_survive() {
+        let (_directory, store) = store();
+        assert_eq!(store.rules().unwrap(), []);
+        let file: RulesFile = toml::from_str(
+            "version = 1\n[[rule]]\nnetwork = \"app\"\nport = \"80=[::1]:3000\"\nsource = \"loopback\"\npath = \"relay\"\ncomment = \"a \\\"b\\\"\"\n[[rule]]\nnetwork = \"bridge:br0\"\nport = \"22\"\n",
+        )
+        .unwrap();
+        store.save_rules(file.rules.clone()).unwrap();
+        assert_eq!(store.rules().unwrap(), file.rules);
+        let mode = fs::metadata(store.path("rules.toml")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_broken_file_is_named_with_its_line() {
+        let (_directory, store) = store();
+        for (text, place) in [
+            ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"0\"\n", ":4:"),
+            ("version = 1\n[[rule]]\nnetwork = \"a\"\n", ":2:"),
+            ("version = 1\ngarbage", ":2:"),
+            ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"1\"\nprot = 1\n", ":5:"),
+        ] {
+            fs::write(store.path("rules.toml"), text).unwrap();
+            let error = format!("{:#}", store.rules().unwrap_err());
+            assert!(error.contains(place) && !error.contains('\n'), "{text:?}: {error}");
+        }
+    }
+}
