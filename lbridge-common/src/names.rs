@@ -4,7 +4,7 @@
 
 /// Rules, [`crate::wire::RuleKey`] to [`crate::wire::RuleValue`].
 pub const RULES: &str = "RULES";
-/// Ports whose listeners are registered: port in host byte order (`u32`) to 1 (`u8`).
+/// Ports whose listeners are registered: port in host byte order (`u16`) to 1 (`u8`).
 pub const TARGETS: &str = "TARGETS";
 /// Registered listeners, [`crate::wire::ListenerKey`] to socket.
 pub const LISTENERS: &str = "LISTENERS";

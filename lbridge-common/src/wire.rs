@@ -69,6 +69,7 @@ impl Address {
     }
 
     /// The netmask of `prefix` bits for the family that `self` belongs to; of an IPv4 prefix the 96 bits before it too.
+    #[must_use]
     pub fn mask(&self, prefix: u8) -> Self {
         let bits = u32::from(prefix) + if self.is_v4() { 96 } else { 0 };
         let ones = u128::MAX.checked_shl(128 - bits.min(128)).unwrap_or(0);
@@ -77,6 +78,7 @@ impl Address {
 
     /// The bits of `self` that are set in `mask`.
     #[inline(always)]
+    #[must_use]
     pub const fn masked(&self, mask: &Self) -> Self {
         Self([self.0[0] & mask.0[0], self.0[1] & mask.0[1], self.0[2] & mask.0[2], self.0[3] & mask.0[3]])
     }

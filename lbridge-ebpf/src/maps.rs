@@ -15,7 +15,7 @@ use lbridge_common::wire::{
 #[map]
 pub static RULES: HashMap<RuleKey, RuleValue> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
-pub static TARGETS: HashMap<u32, u8> = HashMap::with_max_entries(MAX_LISTENERS, BPF_F_NO_PREALLOC);
+pub static TARGETS: HashMap<u16, u8> = HashMap::with_max_entries(MAX_LISTENERS, BPF_F_NO_PREALLOC);
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
 #[map]

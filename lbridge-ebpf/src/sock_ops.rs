@@ -44,7 +44,7 @@ pub fn on_callback(ctx: &SockOpsContext, listening: fn(&SockOpsContext, &Endpoin
 #[inline(always)]
 fn is_targeted(bound: &Endpoint) -> bool {
     (bound.address.is_loopback() || bound.address.is_unspecified())
-        && TARGETS.get_ptr(u32::from(bound.port)).is_some()
+        && TARGETS.get_ptr(bound.port).is_some()
 }
 
 #[inline(always)]

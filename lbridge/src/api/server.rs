@@ -132,7 +132,7 @@ impl Connected<IncomingStream<'_, UnixListener>> for Peer {
 fn peer_groups(stream: &tokio::net::UnixStream) -> io::Result<Vec<Gid>> {
     // NGROUPS_MAX (include/uapi/linux/limits.h) would be 65,536; a user in more groups than this is asked to use root.
     let mut groups = [0 as libc::gid_t; 1024];
-    let mut length = size_of_val(&groups) as libc::socklen_t;
+    let mut length: libc::socklen_t = 4 * 1024;
     // SAFETY: pointer and length describe `groups`; the descriptor is open.
     let status = unsafe {
         libc::getsockopt(

@@ -16,7 +16,7 @@ use tokio::{
 use super::{
     executor::{Executor, Failures},
     observe::observe,
-    report,
+    report::Report,
 };
 use crate::{
     api::{
@@ -33,7 +33,7 @@ use crate::{
         inventory::{Abilities, DockerNetwork, ListenerKind},
         plan::{Step, plan},
         policy::{State, resolve},
-        rule::{Network, Origin, Refused, RuleId, Rules, Target},
+        rule::{Network, Origin, Refused, Rule, RuleId, Rules, Target},
     },
     relay::{PeerNames, set::RelaySet},
     store::Store,
@@ -62,7 +62,7 @@ pub(super) struct Reconciler {
     saved_networks: Vec<DockerNetwork>,
     /// Listeners, by inode, that the kernel cannot be given; for as long as they are there.
     refused: BTreeMap<u64, ListenerKind>,
-    last: report::Result,
+    last: Report,
 }
 
 /// What woke the loop.
@@ -93,7 +93,7 @@ impl Reconciler {
             interfaces,
             docker,
             refused: BTreeMap::new(),
-            last: report::Result::default(),
+            last: Report::default(),
         }
     }
 
@@ -167,8 +167,8 @@ impl Reconciler {
     }
 
     async fn allow(&mut self, allow: Allow) -> Result<Vec<RuleStatus>, ApiError> {
-        let ids: HashSet<RuleId> = allow.rules.iter().map(|rule| rule.id()).collect();
-        let rules = self.rules.allow(allow.rules, Origin::Cli).map_err(refusal)?;
+        let ids: HashSet<RuleId> = allow.rules.iter().map(Rule::id).collect();
+        let rules = self.rules.allow(allow.rules, Origin::Cli).map_err(|refused| refusal(&refused))?;
         if let Some(docker) = &self.docker {
             let unknown = |network: &Network| match network {
                 Network::Docker(name) => !docker.view().networks.iter().any(|known| known.name == *name),
@@ -187,7 +187,7 @@ impl Reconciler {
     async fn deny(&mut self, deny: Deny) -> Result<Vec<RuleStatus>, ApiError> {
         let ids: HashSet<RuleId> =
             deny.ports.iter().map(|port| RuleId { network: deny.network.clone(), port: *port }).collect();
-        let rules = self.rules.deny(ids.iter().cloned()).map_err(refusal)?;
+        let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| refusal(&refused))?;
         let before = self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect();
         self.change(rules).await?;
         Ok(before)
@@ -261,7 +261,7 @@ impl Reconciler {
             if steps.is_empty() || steps == tried || round + 1 == ROUNDS {
                 let relayed =
                     policy.relays.keys().map(|key| (key.clone(), self.executor.relays.connections(key)));
-                self.last = report::Result { relayed: relayed.collect(), policy, reality, failures };
+                self.last = Report { relayed: relayed.collect(), policy, reality, failures };
                 return Ok(());
             }
             tried.clone_from(&steps);
@@ -299,8 +299,8 @@ fn id(rule: &RuleStatus) -> RuleId {
     RuleId { network: rule.network.clone(), port: rule.port }
 }
 
-fn refusal(refused: Refused) -> ApiError {
-    let code = match &refused {
+fn refusal(refused: &Refused) -> ApiError {
+    let code = match refused {
         Refused::Conflict { .. } | Refused::ReadOnly { .. } => ErrorCode::Conflict,
         Refused::NoSuchRule { .. } => ErrorCode::NoSuchRule,
         Refused::TooMany { .. } => ErrorCode::Usage,

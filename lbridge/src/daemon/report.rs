@@ -10,13 +10,12 @@ use crate::{
     planning::{
         policy::{GatewayOutcome, Outcome, Policy, RelayKey, RuleOutcome, State},
         reality::Reality,
-        rule::Target,
     },
 };
 
 /// What became of the last pass.
 #[derive(Debug, Default)]
-pub(super) struct Result {
+pub(super) struct Report {
     /// What is meant.
     pub(super) policy: Policy,
     /// What is in force.
@@ -27,7 +26,7 @@ pub(super) struct Result {
     pub(super) relayed: BTreeMap<RelayKey, u64>,
 }
 
-impl Result {
+impl Report {
     /// Every rule, in order.
     pub(super) fn rules(&self) -> Vec<RuleStatus> {
         self.policy.outcomes.iter().map(|outcome| self.rule(outcome)).collect()
@@ -35,18 +34,17 @@ impl Result {
 
     fn rule(&self, outcome: &RuleOutcome) -> RuleStatus {
         let gateways: Vec<_> = outcome.gateways.iter().map(|gateway| self.gateway(gateway)).collect();
-        let (state, why) = match &outcome.without_gateway {
-            Some(without) => (without.state, without.why.clone()),
-            None => {
-                let worst = gateways.iter().rev().max_by_key(|g| g.state);
-                worst.map_or((State::Waiting, None), |worst| (worst.state, worst.why.clone()))
-            }
+        let (state, why) = if let Some(without) = &outcome.without_gateway {
+            (without.state, without.why.clone())
+        } else {
+            let worst = gateways.iter().rev().max_by_key(|g| g.state);
+            worst.map_or((State::Waiting, None), |worst| (worst.state, worst.why.clone()))
         };
         let rule = &outcome.rule;
         RuleStatus {
             network: rule.network.clone(),
             port: rule.spec.port,
-            target: shown_target(&rule.spec.target),
+            target: rule.spec.target.to_string(),
             source: rule.source,
             path: rule.path,
             comment: rule.comment.clone(),
@@ -107,8 +105,4 @@ impl Result {
             None => what.to_owned(),
         }
     }
-}
-
-fn shown_target(target: &Target) -> String {
-    target.to_string()
 }

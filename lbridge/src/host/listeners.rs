@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeSet, HashMap, HashSet},
     fs, io,
     net::SocketAddr,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::OwnedFd,
     path::PathBuf,
 };
 
@@ -16,6 +16,11 @@ use netlink_packet_sock_diag::{
     inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
+
+use rustix::{
+    net::{ipproto, sockopt},
+    process::{self, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_open},
+};
 
 use crate::planning::inventory::{Listener, ListenerKind};
 
@@ -107,7 +112,7 @@ pub fn unix() -> anyhow::Result<BTreeSet<PathBuf>> {
 #[derive(Debug, Default)]
 pub struct Taker {
     /// Socket inode to the processes that have it, as found by one walk through /proc.
-    holders: Option<HashMap<u64, Vec<(i32, i32)>>>,
+    holders: Option<HashMap<u64, Vec<(Pid, i32)>>>,
 }
 
 impl Taker {
@@ -140,26 +145,16 @@ impl Taker {
 
 /// Whether a listening socket is MPTCP (`SO_PROTOCOL`).
 pub fn is_mptcp(socket: &OwnedFd) -> bool {
-    let mut protocol: libc::c_int = 0;
-    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: pointer and length describe `protocol`; the descriptor is open.
-    let status = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PROTOCOL,
-            (&raw mut protocol).cast(),
-            &raw mut length,
-        )
-    };
-    status == 0 && protocol == libc::IPPROTO_MPTCP
+    sockopt::socket_protocol(socket).is_ok_and(|protocol| protocol == Some(ipproto::MPTCP))
 }
 
-fn holders_of(wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, Vec<(i32, i32)>>> {
+fn holders_of(wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, Vec<(Pid, i32)>>> {
     let mut holders: HashMap<u64, Vec<_>> = HashMap::new();
     for process in fs::read_dir("/proc").context("cannot list processes")? {
         let Ok(process) = process else { continue };
-        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
+        let Some(pid) = process.file_name().to_str().and_then(|n| Pid::from_raw(n.parse().ok()?)) else {
+            continue;
+        };
         // A process may end while it is looked at.
         let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
         for descriptor in descriptors.flatten() {
@@ -177,21 +172,10 @@ fn holders_of(wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, Vec<(i32, i3
     Ok(holders)
 }
 
-fn pidfd_getfd(pid: i32, fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: no memory is passed; a returned descriptor is new and nobody else's. Both are close-on-exec.
-    let pidfd = unsafe { owned(libc::syscall(libc::SYS_pidfd_open, pid, 0))? };
-    // SAFETY: as above.
-    unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0)) }
-}
-
-/// # Safety
-/// `result` is what a system call returned that gives a new descriptor or fails.
-unsafe fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the caller's promise.
-    Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
+fn pidfd_getfd(pid: Pid, fd: i32) -> io::Result<OwnedFd> {
+    // Both descriptors are close-on-exec.
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    Ok(process::pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?)
 }
 
 fn socket_inode(fd: &OwnedFd) -> Option<u64> {

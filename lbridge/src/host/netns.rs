@@ -1,6 +1,11 @@
 //! The network namespace that this process is in: "the host".
 
-use std::{fs::File, io, net::TcpListener, os::fd::AsFd as _};
+use std::{
+    fs::File,
+    io,
+    net::TcpListener,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+};
 
 use anyhow::Context as _;
 
@@ -19,7 +24,7 @@ impl HostNetns {
     /// Opens it.
     pub fn open() -> anyhow::Result<Self> {
         let file = File::open("/proc/self/ns/net").context("cannot open this process's network namespace")?;
-        let inode = std::os::unix::fs::MetadataExt::ino(&file.metadata()?);
+        let inode = file.metadata()?.ino();
         Ok(Self { file, inode, cookie: cookie().context("cannot read the network namespace's cookie")? })
     }
 }
@@ -28,11 +33,11 @@ fn cookie() -> io::Result<Option<u64>> {
     // Any socket will do; this one needs no address that is free.
     let socket = TcpListener::bind(("127.0.0.1", 0))?;
     let mut cookie = 0_u64;
-    let mut length = size_of::<u64>() as libc::socklen_t;
+    let mut length: libc::socklen_t = 8;
     // SAFETY: pointer and length describe `cookie`; the descriptor is open.
     let status = unsafe {
         libc::getsockopt(
-            std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()),
+            socket.as_raw_fd(),
             libc::SOL_SOCKET,
             libc::SO_NETNS_COOKIE,
             (&raw mut cookie).cast(),

@@ -102,24 +102,27 @@ fn open_pinned(pin: &Path) -> anyhow::Result<OwnedFd> {
     let path = CString::new(pin.as_os_str().as_bytes())?;
     let mut attr = empty_attr();
     attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
-    let fd = bpf(bpf_cmd::BPF_OBJ_GET, &mut attr)?;
+    let fd = i32::try_from(bpf(bpf_cmd::BPF_OBJ_GET, &mut attr)?)?;
     // SAFETY: the command returned a new descriptor, close-on-exec, that nobody else has.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = empty_attr();
-    attr.link_update.link_fd = link.as_raw_fd() as u32;
-    attr.link_update.__bindgen_anon_1.new_prog_fd = program.as_raw_fd() as u32;
+    attr.link_update.link_fd = link.as_raw_fd().cast_unsigned();
+    attr.link_update.__bindgen_anon_1.new_prog_fd = program.as_raw_fd().cast_unsigned();
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
 }
+
+#[expect(clippy::cast_possible_truncation, reason = "the struct is some dozens of bytes")]
+const INFO_LENGTH: u32 = size_of::<bpf_link_info>() as u32;
 
 fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
     let mut attr = empty_attr();
     // SAFETY: all zeroes is a valid value of this struct of integers.
     let mut info: bpf_link_info = unsafe { mem::zeroed() };
-    attr.info.bpf_fd = link.as_raw_fd() as u32;
-    attr.info.info_len = size_of::<bpf_link_info>() as u32;
+    attr.info.bpf_fd = link.as_raw_fd().cast_unsigned();
+    attr.info.info_len = INFO_LENGTH;
     attr.info.info = &raw mut info as u64;
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
     Ok(info)

@@ -24,7 +24,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// The maps that userspace reads and writes.
 pub struct Maps {
     rules: HashMap<MapData, RuleKey, RuleValue>,
-    targets: HashMap<MapData, u32, u8>,
+    targets: HashMap<MapData, u16, u8>,
     listeners: SockHash<MapData, ListenerKey>,
     views: HashMap<MapData, Endpoint, LoopbackView>,
     counters: PerCpuArray<MapData, u64>,
@@ -77,19 +77,18 @@ impl Maps {
 
     /// Watched ports.
     pub fn targets(&self) -> anyhow::Result<BTreeSet<u16>> {
-        let ports: Result<_, MapError> =
-            self.targets.keys().map(|port| port.map(|port| port as u16)).collect();
+        let ports: Result<_, MapError> = self.targets.keys().collect();
         ports.context("cannot read the watched ports")
     }
 
     /// Watches a port.
     pub fn add_target(&mut self, port: u16) -> anyhow::Result<()> {
-        self.targets.insert(u32::from(port), 1, 0).context("cannot watch the port")
+        self.targets.insert(port, 1, 0).context("cannot watch the port")
     }
 
     /// Watches a port no more.
     pub fn remove_target(&mut self, port: u16) -> anyhow::Result<()> {
-        or_absent(self.targets.remove(&u32::from(port))).context("cannot stop to watch the port")
+        or_absent(self.targets.remove(&port)).context("cannot stop to watch the port")
     }
 
     /// Gateways that look local.

@@ -11,3 +11,6 @@ pub mod plan;
 pub mod policy;
 pub mod reality;
 pub mod rule;
+
+#[cfg(test)]
+mod tests;

@@ -232,10 +232,12 @@ impl fmt::Display for PortSpec {
 }
 
 fn parse_port(text: &str, whole: &str) -> Result<u16, Invalid> {
-    match text.parse::<u32>() {
-        Ok(port @ 1..=65535) if text.bytes().all(|b| b.is_ascii_digit()) => Ok(port as u16),
-        Ok(port) => invalid(format!("port {port} in {whole:?}; ports are 1 to 65535")),
-        Err(_) => {
+    // Digits alone: FromStr would take a sign.
+    let number = text.parse::<u64>().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()));
+    match number.map(u16::try_from) {
+        Some(Ok(port)) if port != 0 => Ok(port),
+        Some(_) => invalid(format!("port {text} in {whole:?}; ports are 1 to 65535")),
+        None => {
             invalid(format!("{whole:?} is no port; write 5432, 5432=15432, 80=127.0.0.1:3000 or 8000-8010"))
         }
     }

@@ -3,7 +3,7 @@
 use std::{
     future, io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    path::PathBuf,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -136,17 +136,24 @@ async fn carry(
     names: Option<Arc<dyn PeerNames>>,
 ) -> anyhow::Result<()> {
     let traffic = splice::Traffic::default();
-    match spec.service {
+    let outcome = match &spec.service {
         Service::Tcp(address) => {
-            let named = connect(address, container, spec.source, names).await;
-            let (service, _name) = named.inspect_err(|_| reset(&client))?;
-            splice::relay(client, service, &traffic).await;
+            let connected = connect(*address, container, spec.source, names).await;
+            let (service, _presented) = connected.inspect_err(|_| reset(&client))?;
+            splice::relay(client, service, &traffic).await
         }
         Service::Unix(path) => {
             let service = connect_unix(path).await.inspect_err(|_| reset(&client))?;
-            splice::relay(client, service, &traffic).await;
+            splice::relay(client, service, &traffic).await
         }
-    }
+    };
+    let (sent, received) = (traffic.to_service(), traffic.to_client());
+    let ended = match outcome {
+        splice::Outcome::Finished => "finished".to_owned(),
+        splice::Outcome::Reset(side) => format!("reset by the {side:?}"),
+        splice::Outcome::Failed(side, error) => format!("failed at the {side:?}: {error}"),
+    };
+    tracing::debug!("{container} to {:?}: {ended}, {sent} bytes there, {received} back", spec.service);
     Ok(())
 }
 
@@ -157,12 +164,12 @@ fn reset(client: &TcpStream) {
 
 /// Forgets the name when the connection ends, however it does.
 #[derive(Debug)]
-struct Named {
+struct Presented {
     names: Arc<dyn PeerNames>,
     relay_end: SocketAddr,
 }
 
-impl Drop for Named {
+impl Drop for Presented {
     fn drop(&mut self) {
         self.names.forget(self.relay_end);
     }
@@ -173,9 +180,9 @@ async fn connect(
     container: SocketAddr,
     source: Source,
     names: Option<Arc<dyn PeerNames>>,
-) -> anyhow::Result<(TcpStream, Option<Named>)> {
+) -> anyhow::Result<(TcpStream, Option<Presented>)> {
     let socket = if service.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    let mut named = None;
+    let mut presented = None;
     if source == Source::Container {
         let own =
             if service.is_ipv4() { stand_in(container.ip()).into() } else { IpAddr::V6(Ipv6Addr::LOCALHOST) };
@@ -184,13 +191,13 @@ async fn connect(
         if let Some(names) = names {
             let relay_end = socket.local_addr()?;
             names.present(relay_end, container)?;
-            named = Some(Named { names, relay_end });
+            presented = Some(Presented { names, relay_end });
         }
     }
     let stream = socket.connect(service).await.with_context(|| format!("cannot connect to {service}"))?;
-    Ok((stream, named))
+    Ok((stream, presented))
 }
 
-async fn connect_unix(path: PathBuf) -> anyhow::Result<UnixStream> {
-    UnixStream::connect(&path).await.with_context(|| format!("cannot connect to {}", path.display()))
+async fn connect_unix(path: &Path) -> anyhow::Result<UnixStream> {
+    UnixStream::connect(path).await.with_context(|| format!("cannot connect to {}", path.display()))
 }

@@ -156,7 +156,7 @@ async fn assert_no_cpu(what: &str) {
     sleep(Duration::from_millis(50)).await;
     let before = thread_cpu();
     sleep(Duration::from_millis(300)).await;
-    let used = thread_cpu() - before;
+    let used = thread_cpu().saturating_sub(before);
     assert!(used < Duration::from_millis(60), "{what}: {used:?} of CPU time in 300 ms of doing nothing");
 }
 
@@ -367,20 +367,26 @@ async fn single_bytes_go_back_and_forth() {
     assert_eq!((bridge.traffic.to_service(), bridge.traffic.to_client()), (3000, 3000));
 }
 
-/// The last segment of a bulk message is not held back for more that never comes.
+/// The last segment of a message that was spliced is not held back for more that never comes. The messages after the
+/// first are small enough that nothing else is in flight: an acknowledgement would set a held segment free.
 #[tokio::test]
-async fn end_of_a_bulk_message_is_not_held_back() {
+async fn end_of_a_spliced_message_is_not_held_back() {
     let mut bridge = bridge().await;
-    for _ in 0..20 {
+    for length in [2 * MIB + 17].into_iter().chain([20_001; 30]) {
         let started = Instant::now();
-        let length = 2 * MIB + 17;
-        let (sent, received) = tokio::join!(write_pattern(&mut bridge.client, 0, length), async {
-            let mut message = vec![0; length];
-            bridge.service.read_exact(&mut message).await.map(|_| message)
-        });
+        let mut received = vec![0; length];
+        let (sent, read) = tokio::join!(
+            write_pattern(&mut bridge.client, 0, length),
+            bridge.service.read_exact(&mut received)
+        );
         sent.unwrap();
-        assert_pattern(0, &received.unwrap());
-        assert!(started.elapsed() < Duration::from_millis(190), "{:?}", started.elapsed());
+        read.unwrap();
+        assert_pattern(0, &received);
+        assert!(
+            started.elapsed() < Duration::from_millis(150),
+            "{length} bytes took {:?}",
+            started.elapsed()
+        );
     }
 }
 

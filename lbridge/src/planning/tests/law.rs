@@ -1,0 +1,132 @@
+use lbridge_common::wire::SLOTS;
+use proptest::prelude::*;
+
+use super::Host;
+use crate::planning::{
+    inventory::{ListenerKind, Steering},
+    plan::{Step, plan},
+    policy::{Policy, resolve},
+    reality::Reality,
+    rule::{PathChoice, Source},
+};
+
+/// The kernel and the relay set, as far as a step can tell. Panics where a step breaks the order that it relies on.
+fn carry_out(reality: &mut Reality, steps: &[Step]) {
+    for step in steps {
+        match step {
+            Step::AddTarget(port) => assert!(reality.targets.insert(*port)),
+            Step::RemoveTarget(port) => {
+                assert!(!reality.registered.iter().any(|key| key.port == *port), "a forgotten listener");
+                assert!(reality.targets.remove(port));
+            }
+            Step::AttachNames => reality.names = true,
+            Step::DetachNames => {
+                assert!(reality.views.is_empty(), "a gateway that looks local without hooks");
+                reality.names = false;
+            }
+            Step::PutView(endpoint, view) => {
+                assert!(reality.names, "hooks come first");
+                reality.views.insert(*endpoint, *view);
+            }
+            Step::RemoveView(endpoint) => assert!(reality.views.remove(endpoint).is_some()),
+            Step::Register { key, .. } => {
+                assert!(reality.targets.contains(&key.port), "watched first");
+                assert!(key.slot < u16::from(SLOTS));
+                assert!(reality.registered.insert(*key), "a slot that is taken");
+            }
+            Step::Unregister(key) => {
+                let named = reality.entries.values().any(|e| e.target_port == key.port);
+                assert!(!named, "an entry goes before its listener");
+                assert!(reality.registered.remove(key));
+            }
+            Step::PutEntry(key, value) => {
+                assert!(reality.targets.contains(&value.target_port));
+                reality.entries.insert(*key, *value);
+            }
+            Step::RemoveEntry(key) => assert!(reality.entries.remove(key).is_some()),
+            Step::OpenRelay(key, spec) => drop(reality.relays.insert(key.clone(), spec.clone())),
+            Step::CloseRelay { key, .. } => assert!(reality.relays.remove(key).is_some()),
+        }
+    }
+}
+
+fn listener() -> impl Strategy<Value = (&'static str, u16, ListenerKind)> {
+    let kinds = [ListenerKind::Tcp, ListenerKind::Mptcp, ListenerKind::Refused(22)];
+    (
+        prop::sample::select(vec!["127.0.0.1", "0.0.0.0", "[::1]", "[::]", "10.1.1.1"]),
+        80..84_u16,
+        prop::sample::select(kinds.to_vec()),
+    )
+}
+
+fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, PathChoice)> {
+    (
+        prop::sample::select(vec!["app", "dual", "bridge:br-app", "bridge:br-dual", "gone"]),
+        80..84_u16,
+        80..84_u16,
+        prop::sample::select(vec![Source::Container, Source::Loopback]),
+        prop::sample::select(vec![PathChoice::Auto, PathChoice::Steer, PathChoice::Relay]),
+    )
+}
+
+prop_compose! {
+    fn host()(
+        listeners in prop::collection::vec(listener(), 0..8),
+        rules in prop::collection::btree_map((0..5_u8, 80..84_u16), rule(), 0..8),
+        interface_check in any::<bool>(),
+        steers in prop::bool::weighted(0.9),
+        names in prop::bool::weighted(0.9),
+    ) -> Host {
+        let mut host = Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
+        for (address, port, kind) in listeners {
+            host = host.listens_as(&format!("{address}:{port}"), kind);
+        }
+        let mut seen = std::collections::BTreeSet::new();
+        for (network, port, target, source, path) in rules.into_values() {
+            if seen.insert((network, port)) {
+                host = host.allow_with(network, &format!("{port}={target}"), source, path);
+            }
+        }
+        host.abilities.steer =
+            if steers { Ok(Steering { interface_check, kernel_registers: true }) } else { Err("none".to_owned()) };
+        host.abilities.names = if names && steers { Ok(()) } else { Err("none".to_owned()) };
+        host
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_plan_carried_out_leaves_nothing_to_plan(before in host(), after in host()) {
+        let mut reality = Reality::default();
+        for host in [&before, &after] {
+            // Whoever restarted meanwhile is registered no more.
+            reality.registered.clear();
+            let policy = host.policy();
+            let steps = plan(&policy, &reality);
+            carry_out(&mut reality, &steps);
+            prop_assert_eq!(plan(&policy, &reality), vec![]);
+            prop_assert_eq!(&reality.entries, &policy.entries);
+            prop_assert_eq!(&reality.relays, &policy.relays);
+            for entry in policy.entries.keys() {
+                let relayed = policy.relays.keys().any(|k| {
+                    lbridge_common::wire::Address::from(k.gateway.ip()) == entry.gateway && k.gateway.port() == entry.port
+                });
+                prop_assert!(!relayed, "an entry would take the relay's connections");
+            }
+        }
+        let steps = plan(&Policy::default(), &reality);
+        carry_out(&mut reality, &steps);
+        prop_assert_eq!(reality, Reality::default(), "nothing is left behind");
+    }
+
+    #[test]
+    fn the_order_of_what_is_observed_does_not_matter(host in host(), turn in any::<usize>(), reverse in any::<bool>()) {
+        let mut shuffled = host.inventory.clone();
+        shuffled.interfaces.rotate_left(turn % host.inventory.interfaces.len());
+        if reverse {
+            shuffled.docker_networks.reverse();
+        }
+        let policy = resolve(&host.rules, &shuffled, &host.abilities);
+        prop_assert_eq!(policy, host.policy());
+    }
+}

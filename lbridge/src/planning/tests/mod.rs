@@ -1,0 +1,113 @@
+//! The planner's tests: scenarios that read like a host, and the law that a plan, carried out, leaves nothing to plan.
+
+mod law;
+mod scenarios;
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::{
+    inventory::{
+        Abilities, DockerNetwork, DockerPresence, Interface, Inventory, Listener, ListenerKind, Steering,
+    },
+    policy::{Policy, State, resolve},
+    rule::{Origin, PathChoice, Rule, Rules, Source},
+};
+
+/// A host to be described step by step.
+#[derive(Debug)]
+struct Host {
+    inventory: Inventory,
+    abilities: Abilities,
+    rules: Rules,
+}
+
+impl Host {
+    /// A host with Docker, one network (`app`, 172.18.0.1/16 on br-app) and a current kernel.
+    fn new() -> Self {
+        let host = Self {
+            inventory: Inventory { docker: DockerPresence::Reachable, ..Inventory::default() },
+            abilities: Abilities {
+                steer: Ok(Steering { interface_check: true, kernel_registers: true }),
+                names: Ok(()),
+            },
+            rules: Rules::default(),
+        };
+        host.network("app", "br-app").bridge("br-app", 7, &["172.18.0.1/16"])
+    }
+
+    fn network(mut self, name: &str, bridge: &str) -> Self {
+        self.inventory.docker_networks.push(DockerNetwork {
+            id: format!("{:0<64}", format!("{:x}", name.len() + 0xabc_def0_1234)),
+            name: name.to_owned(),
+            driver: "bridge".to_owned(),
+            bridge: Some(bridge.to_owned()),
+        });
+        self
+    }
+
+    fn bridge(mut self, name: &str, index: u32, addresses: &[&str]) -> Self {
+        let address = |text: &&str| {
+            let (ip, prefix) = text.split_once('/').unwrap();
+            (ip.parse::<IpAddr>().unwrap(), prefix.parse().unwrap())
+        };
+        let addresses = addresses.iter().map(address).collect();
+        self.inventory.interfaces.push(Interface {
+            index,
+            name: name.to_owned(),
+            is_bridge: true,
+            addresses,
+        });
+        self
+    }
+
+    fn listens(self, address: &str) -> Self {
+        self.listens_as(address, ListenerKind::Tcp)
+    }
+
+    fn listens_as(mut self, address: &str, kind: ListenerKind) -> Self {
+        let address: SocketAddr = address.parse().unwrap();
+        let inode = 1000 + self.inventory.listeners.len() as u64;
+        let single_family = address.is_ipv4() || address.ip().is_loopback();
+        self.inventory.listeners.push(Listener { address, inode, single_family, bound_interface: 0, kind });
+        self
+    }
+
+    fn allow(self, network: &str, port: &str) -> Self {
+        self.allow_with(network, port, Source::Container, PathChoice::Auto)
+    }
+
+    fn allow_with(mut self, network: &str, port: &str, source: Source, path: PathChoice) -> Self {
+        let rule = Rule {
+            network: network.parse().unwrap(),
+            spec: port.parse().unwrap(),
+            source,
+            path,
+            comment: None,
+        };
+        self.rules = self.rules.allow([rule], Origin::Cli).unwrap();
+        self
+    }
+
+    fn policy(&self) -> Policy {
+        resolve(&self.rules, &self.inventory, &self.abilities)
+    }
+
+    /// One line for each gateway (or rule without one): `172.18.0.1:80 steered`.
+    fn states(&self) -> Vec<String> {
+        let mut lines = vec![];
+        for rule in self.policy().outcomes {
+            if let Some(without) = rule.without_gateway {
+                lines.push(line(&rule.rule.id().to_string(), without.state, without.why));
+            }
+            for gateway in rule.gateways {
+                lines.push(line(&gateway.gateway.to_string(), gateway.outcome.state, gateway.outcome.why));
+            }
+        }
+        lines
+    }
+}
+
+fn line(what: &str, state: State, why: Option<String>) -> String {
+    let state = format!("{state:?}").to_lowercase();
+    why.map_or_else(|| format!("{what} {state}"), |why| format!("{what} {state} ({why})"))
+}

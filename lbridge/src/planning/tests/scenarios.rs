@@ -1,0 +1,251 @@
+use std::net::IpAddr;
+
+use lbridge_common::wire::{Address, Endpoint};
+
+use super::Host;
+use crate::planning::{
+    inventory::{DockerPresence, ListenerKind, Steering},
+    plan::{Step, plan},
+    policy::{RelayKey, Service},
+    reality::Reality,
+    rule::{PathChoice, Source},
+};
+
+const MPTCP: &str =
+    "the service listens with MPTCP; GODEBUG=multipathtcp=0 in a Go service's environment gets it steered";
+
+#[test]
+fn a_loopback_service_is_steered_to() {
+    let host = Host::new().listens("127.0.0.1:5432").allow("app", "5432");
+    assert_eq!(host.states(), ["172.18.0.1:5432 steered"]);
+    let policy = host.policy();
+    let (key, value) = policy.entries.first_key_value().unwrap();
+    assert_eq!((IpAddr::from(key.gateway), key.ifindex, key.port), ("172.18.0.1".parse().unwrap(), 7, 5432));
+    assert_eq!(IpAddr::from(value.subnet), "172.18.0.0".parse::<IpAddr>().unwrap());
+    assert!(policy.relays.is_empty() && !policy.names && policy.views.is_empty());
+}
+
+#[test]
+fn a_service_that_is_down_has_its_entry_ready() {
+    let host = Host::new().allow("app", "80=3000");
+    assert_eq!(host.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:3000)"]);
+    assert_eq!(host.policy().entries.len(), 1);
+    assert_eq!(host.policy().targets, [3000].into());
+}
+
+#[test]
+fn wildcards_serve_and_loopback_comes_first() {
+    for address in ["0.0.0.0:80", "[::]:80"] {
+        assert_eq!(Host::new().listens(address).allow("app", "80").states(), ["172.18.0.1:80 steered"]);
+    }
+    let both = Host::new().listens("0.0.0.0:80").listens("127.0.0.1:80").allow("app", "80");
+    assert_eq!(both.policy().listeners.len(), 2);
+    let elsewhere = Host::new().listens("192.168.1.5:80").listens("127.0.0.2:80").allow("app", "80");
+    assert_eq!(elsewhere.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:80)"]);
+    assert!(elsewhere.policy().listeners.is_empty());
+}
+
+#[test]
+fn what_the_kernel_cannot_take_is_relayed_with_the_reason() {
+    let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
+    assert_eq!(mptcp.states(), [format!("172.18.0.1:80 relayed ({MPTCP})")]);
+    assert!(mptcp.policy().entries.is_empty(), "an entry would refuse what the relay is to serve");
+
+    let v6 = Host::new().listens("[::1]:80").allow("app", "80");
+    assert_eq!(
+        v6.states(),
+        ["172.18.0.1:80 relayed (IPv4 was dialled, the service listens on [::1]:80 only)"]
+    );
+    assert!(v6.policy().names, "the service must not take the container for a local client");
+
+    let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80");
+    old.abilities.steer = Err("no sk_lookup".to_owned());
+    old.abilities.names = Err("no hooks".to_owned());
+    assert_eq!(old.states(), ["172.18.0.1:80 relayed (no sk_lookup)"]);
+    assert!(!old.policy().names);
+}
+
+#[test]
+fn a_plain_listener_beside_an_mptcp_one_is_steered_to() {
+    let host =
+        Host::new().listens_as("0.0.0.0:80", ListenerKind::Mptcp).listens("127.0.0.1:80").allow("app", "80");
+    assert_eq!(host.states(), ["172.18.0.1:80 steered"]);
+}
+
+#[test]
+fn steer_or_nothing() {
+    let host = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp);
+    let host = host.allow_with("app", "80", Source::Container, PathChoice::Steer);
+    assert_eq!(host.states(), [format!("172.18.0.1:80 blocked ({MPTCP})")]);
+    let unix = Host::new().allow_with("app", "80=unix:/run/x", Source::Container, PathChoice::Steer);
+    assert_eq!(unix.states(), ["172.18.0.1:80 blocked (a Unix socket can only be relayed to)"]);
+}
+
+#[test]
+fn relay_if_asked_and_only_while_the_service_listens() {
+    let rule = |host: Host| host.allow_with("app", "80", Source::Container, PathChoice::Relay);
+    assert_eq!(
+        rule(Host::new().listens("127.0.0.1:80")).states(),
+        ["172.18.0.1:80 relayed (as the rule asks)"]
+    );
+    let down = rule(Host::new());
+    assert_eq!(down.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:80)"]);
+    assert!(down.policy().relays.is_empty() && down.policy().entries.is_empty());
+}
+
+#[test]
+fn unix_sockets_are_relayed_to() {
+    let mut host = Host::new().allow("app", "5432=unix:/run/pg");
+    assert_eq!(host.states(), ["172.18.0.1:5432 waiting (nothing listens on unix:/run/pg)"]);
+    host.inventory.unix_listeners.insert("/run/pg".into());
+    assert_eq!(host.states(), ["172.18.0.1:5432 relayed (the service listens on a Unix socket)"]);
+    assert!(matches!(host.policy().relays.values().next().unwrap().service, Service::Unix(_)));
+}
+
+#[test]
+fn both_families_of_a_network() {
+    let dual =
+        || Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
+    let both = dual().listens("127.0.0.1:80").listens("[::1]:80").allow("dual", "80");
+    assert_eq!(both.states(), ["172.20.0.1:80 steered", "[fd00::1]:80 steered"]);
+    let v4 = dual().listens("127.0.0.1:80").allow("dual", "80");
+    assert_eq!(
+        v4.states(),
+        [
+            "172.20.0.1:80 steered",
+            "[fd00::1]:80 relayed (IPv6 was dialled, the service listens on 127.0.0.1:80 only)"
+        ]
+    );
+    let named = dual().listens("[::1]:80").allow("dual", "80=[::1]:80");
+    assert_eq!(
+        named.states(),
+        ["172.20.0.1:80 relayed (IPv4 was dialled, the service listens on [::1]:80)", "[fd00::1]:80 steered"]
+    );
+}
+
+#[test]
+fn source_loopback_changes_names_in_both_ways() {
+    let steered =
+        Host::new().listens("127.0.0.1:80").allow_with("app", "80", Source::Loopback, PathChoice::Auto);
+    assert_eq!(steered.states(), ["172.18.0.1:80 steered"]);
+    let policy = steered.policy();
+    let gateway = Endpoint::new(Address::from("172.18.0.1".parse::<IpAddr>().unwrap()), 80);
+    assert!(policy.names && policy.views.contains_key(&gateway));
+
+    let mut without = steered;
+    without.abilities.names = Err("refused".to_owned());
+    assert_eq!(
+        without.states(),
+        ["172.18.0.1:80 relayed (--source loopback without name hooks: refused)"],
+        "a relay connects from loopback"
+    );
+}
+
+#[test]
+fn no_container_is_taken_for_local_unasked() {
+    let mut host = Host::new().listens("[::1]:80").allow("app", "80");
+    host.abilities.names = Err("no hooks".to_owned());
+    assert_eq!(
+        host.states(),
+        [
+            "172.18.0.1:80 blocked (the service on [::1]:80 would take the container for a local client (no hooks); allow it with --source loopback)"
+        ]
+    );
+    let asked = Host {
+        rules: Host::new().allow_with("app", "80", Source::Loopback, PathChoice::Relay).rules,
+        ..host
+    };
+    assert_eq!(asked.states(), ["172.18.0.1:80 relayed (as the rule asks)"]);
+}
+
+#[test]
+fn networks_that_cannot_be_served() {
+    let mut host = Host::new()
+        .allow("lan", "80")
+        .allow("nope", "80")
+        .allow("bridge:eth0", "80")
+        .allow("bridge:br9", "80");
+    host = host.bridge("eth0", 2, &["192.168.1.5/24"]).network("lan", "x");
+    host.inventory.interfaces.last_mut().unwrap().is_bridge = false;
+    let lan = host.inventory.docker_networks.last_mut().unwrap();
+    (lan.driver, lan.bridge) = ("macvlan".to_owned(), None);
+    assert_eq!(
+        host.states(),
+        [
+            "lan 80 blocked (driver macvlan gives the host no bridge)",
+            "nope 80 waiting (no Docker network nope)",
+            "bridge:br9 80 waiting (there is no interface br9)",
+            "bridge:eth0 80 blocked (eth0 is not a bridge)",
+        ]
+    );
+    assert!(host.policy().entries.is_empty());
+}
+
+#[test]
+fn rules_stay_in_force_while_docker_is_away() {
+    let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").allow("new", "80");
+    host.inventory.docker = DockerPresence::Away;
+    assert_eq!(
+        host.states(),
+        ["172.18.0.1:80 steered", "new 80 waiting (Docker is away, and network new was not seen before)"]
+    );
+}
+
+#[test]
+fn a_network_may_be_named_by_id_but_a_name_comes_first() {
+    let host = Host::new().listens("127.0.0.1:80");
+    let id = host.inventory.docker_networks[0].id.clone();
+    assert_eq!(host.allow("app", "81").allow(&id[..12], "80").states()[0], "172.18.0.1:80 steered");
+    let hostile = Host::new().network(&id[..12], "br-evil").bridge("br-evil", 8, &["10.9.0.1/24"]);
+    assert_eq!(hostile.listens("127.0.0.1:80").allow(&id[..12], "80").states(), ["10.9.0.1:80 steered"]);
+}
+
+#[test]
+fn one_gateway_is_given_once() {
+    let host = Host::new().listens("127.0.0.1:80").listens("127.0.0.1:81");
+    let host = host.allow("app", "80").allow("bridge:br-app", "80=81");
+    assert_eq!(
+        host.states(),
+        ["172.18.0.1:80 steered", "172.18.0.1:80 blocked (another rule has 172.18.0.1:80 already)"]
+    );
+}
+
+#[test]
+fn kernels_that_do_not_tell_the_interface_get_keys_without_it() {
+    let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
+    host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
+    assert!(host.policy().entries.keys().all(|key| key.ifindex == 0));
+}
+
+#[test]
+fn the_order_of_steps_leaves_no_gap() {
+    let host =
+        Host::new().listens("127.0.0.1:80").allow_with("app", "80", Source::Loopback, PathChoice::Auto);
+    let names = |steps: &[Step]| -> Vec<String> {
+        steps.iter().map(|s| format!("{s:?}").split(['(', ' ']).next().unwrap().to_owned()).collect()
+    };
+    let steps = plan(&host.policy(), &Reality::default());
+    assert_eq!(names(&steps), ["AddTarget", "AttachNames", "PutView", "Register", "PutEntry"]);
+
+    // The service comes back with MPTCP, and back again.
+    let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
+    let steered = Host::new().listens("127.0.0.1:80").allow("app", "80");
+    let in_force = |host: &Host| Reality {
+        targets: host.policy().targets,
+        entries: host.policy().entries,
+        relays: host.policy().relays,
+        names: host.policy().names,
+        ..Reality::default()
+    };
+    let to_relay = plan(&mptcp.policy(), &in_force(&steered));
+    assert_eq!(names(&to_relay), ["AttachNames", "OpenRelay", "RemoveEntry"]);
+    let to_steer = plan(&steered.policy(), &in_force(&mptcp));
+    assert_eq!(names(&to_steer), ["Register", "PutEntry", "CloseRelay", "DetachNames"]);
+    assert!(to_steer.iter().any(|s| matches!(s, Step::CloseRelay { handed_over: true, .. })));
+
+    // Denied: at once.
+    let denied = plan(&Host::new().policy(), &in_force(&mptcp));
+    let key =
+        RelayKey { gateway: "172.18.0.1:80".parse().unwrap(), interface: "br-app".to_owned(), ifindex: 7 };
+    assert_eq!(denied[0], Step::CloseRelay { key, handed_over: false });
+}
