@@ -87,6 +87,14 @@ pub fn bound_to(ctx: &SockOpsContext) -> Option<Endpoint> {
     }
 }
 
+/// Whether the socket of a `sock_ops` callback is bound to a device (`SO_BINDTODEVICE`).
+#[inline(always)]
+pub fn has_device(ctx: &SockOpsContext) -> bool {
+    let sk = read!(ctx.ops, __bindgen_anon_2.sk);
+    // The kernel knows of no socket only in callbacks of requests, which are none of ours.
+    sk.is_null() || read!(sk, bound_dev_if) != 0
+}
+
 #[inline(always)]
 pub fn callback(ctx: &SockOpsContext) -> u32 {
     read!(ctx.ops, op)

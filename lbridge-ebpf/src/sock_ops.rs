@@ -23,7 +23,10 @@ const EEXIST: i32 = 17;
 pub fn on_callback(ctx: &SockOpsContext, listening: fn(&SockOpsContext, &Endpoint)) {
     match ctx::callback(ctx) {
         BPF_SOCK_OPS_TCP_LISTEN_CB => {
-            if let Some(bound) = ctx::bound_to(ctx).filter(is_targeted) {
+            // One that is bound to a device would answer there, not on the bridge.
+            if let Some(bound) = ctx::bound_to(ctx).filter(is_targeted)
+                && !ctx::has_device(ctx)
+            {
                 listening(ctx, &bound);
                 // The accepted connections inherit the flag; their callbacks end at the comparison below.
                 let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);

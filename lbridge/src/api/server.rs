@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use axum::{
     Json, Router,
-    extract::{ConnectInfo, Request, State, connect_info::Connected, rejection::JsonRejection},
+    extract::{ConnectInfo, DefaultBodyLimit, Request, State, connect_info::Connected, rejection::JsonRejection},
     http::StatusCode,
     middleware::{self, Next},
     response::{IntoResponse, Response},
@@ -29,6 +29,9 @@ use super::protocol::{ALLOW, Allow, ApiError, DENY, Deny, ErrorCode, RuleStatus,
 
 /// Who besides root may speak to the daemon.
 const GROUP: &str = "lbridge";
+
+/// Longest request: a rule is some 100 bytes of JSON, and there may be as many as the kernel's map holds.
+const MAX_BODY: usize = 32 * 1024 * 1024;
 
 /// A request and where its answer goes.
 #[derive(Debug)]
@@ -93,6 +96,7 @@ impl ControlSocket {
             .fallback(async || {
                 failure(ErrorCode::Usage, "no such resource; there are /v1/status, /v1/allow and /v1/deny")
             })
+            .layer(DefaultBodyLimit::max(MAX_BODY))
             .layer(middleware::from_fn(check_peer))
             .with_state(commands);
         axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())

@@ -22,6 +22,7 @@ use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
 };
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -80,6 +81,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let _lock = lock(&options)?;
     let socket = ControlSocket::bind(&options.socket)?;
 
+    raise_descriptor_limit();
     let netns = HostNetns::open()?;
     let cgroup = match options.cgroup {
         Some(path) => path,
@@ -120,6 +122,16 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let _ = serving.await;
     tracing::info!("stopped; what the kernel steers stays in force, relayed connections end");
     outcome
+}
+
+/// A relayed connection takes two descriptors, or four; the soft limit is 1,024 nearly everywhere, for the sake of
+/// programs that use select(2).
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!("the limit of open files stays: {error}");
+    }
 }
 
 /// One daemon to a state directory.
