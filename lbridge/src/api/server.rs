@@ -12,7 +12,9 @@ use std::{
 use anyhow::{Context as _, bail};
 use axum::{
     Json, Router,
-    extract::{ConnectInfo, DefaultBodyLimit, Request, State, connect_info::Connected, rejection::JsonRejection},
+    extract::{
+        ConnectInfo, DefaultBodyLimit, Request, State, connect_info::Connected, rejection::JsonRejection,
+    },
     http::StatusCode,
     middleware::{self, Next},
     response::{IntoResponse, Response},

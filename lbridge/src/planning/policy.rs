@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
@@ -175,6 +176,19 @@ enum Way {
     None(Outcome),
 }
 
+/// What serves a rule's connections.
+enum Found {
+    /// A listener that the kernel can be given.
+    Steerable,
+    /// A service at this loopback address that can only be connected to, and why.
+    Unsteerable(SocketAddr, String),
+    /// Nothing.
+    Nothing,
+}
+
+const MPTCP: &str =
+    "the service listens with MPTCP; GODEBUG=multipathtcp=0 in a Go service's environment gets it steered";
+
 struct Resolver<'a> {
     inventory: &'a Inventory,
     abilities: &'a Abilities,
@@ -309,54 +323,71 @@ impl Resolver<'_> {
         let Some(target) = rule.spec.target.address_for(gateway) else {
             return self.unix_way(rule);
         };
-        let same_family = target.is_ipv4() == gateway.is_ipv4();
-        let serving = |target: SocketAddr| -> Vec<&Listener> { self.serving(target) };
-        let there = serving(target);
-        let plain = there.iter().any(|l| l.kind == ListenerKind::Tcp);
-
-        // Why the kernel cannot have this connection, if it cannot.
-        let obstacle: Option<(String, SocketAddr)> = if let Err(why) = &self.abilities.steer {
-            let other = self.other_family(rule, target).filter(|_| there.is_empty());
-            Some((why.clone(), other.unwrap_or(target)))
-        } else if let (Err(why), Source::Loopback, true) =
-            (&self.abilities.names, rule.source, rule.path != PathChoice::Relay)
-        {
-            Some((format!("--source loopback without name hooks: {why}"), target))
-        } else if same_family && plain {
-            None
-        } else if let Some(listener) = there.first() {
-            let why = match listener.kind {
-                ListenerKind::Mptcp => {
-                    "the service listens with MPTCP; GODEBUG=multipathtcp=0 in a Go service's environment gets it steered"
-                        .to_owned()
-                }
-                ListenerKind::Refused(errno) => {
-                    format!("the kernel refused to register the listener: {}", std::io::Error::from_raw_os_error(errno))
-                }
-                ListenerKind::Tcp => format!("{} was dialled, the service listens on {}", family(gateway), listener.address),
+        let found = self.find(rule, target, gateway);
+        let waiting = Outcome::because(State::Waiting, format!("nothing listens on {target}"));
+        if rule.path == PathChoice::Relay {
+            return match found {
+                Found::Nothing => Way::None(waiting),
+                Found::Steerable => self.relay(rule, target, "as the rule asks".to_owned()),
+                Found::Unsteerable(at, _) => self.relay(rule, at, "as the rule asks".to_owned()),
             };
-            Some((why, target))
-        } else if let Some(other) = self.other_family(rule, target) {
-            Some((format!("{} was dialled, the service listens on {other} only", family(gateway)), other))
-        } else if !same_family {
-            let why = format!("nothing listens on {target}");
-            return Way::None(Outcome::because(State::Waiting, why));
-        } else {
-            None
-        };
-
-        let listening = !there.is_empty() || obstacle.as_ref().is_some_and(|(_, at)| *at != target);
-        let waiting = || Outcome::because(State::Waiting, format!("nothing listens on {target}"));
-        match (rule.path, obstacle) {
-            (PathChoice::Relay, _) | (_, Some(_)) if !listening => Way::None(waiting()),
-            (PathChoice::Relay, at) => {
-                let service = at.map_or(target, |(_, at)| at);
-                self.relay(rule, service, "as the rule asks".to_owned())
+        }
+        match (found, self.kernel_obstacle(rule)) {
+            (Found::Steerable, None) => Way::Kernel(Outcome::steered()),
+            // The entry is put all the same: the kernel registers a service that starts, daemon or no daemon.
+            (Found::Nothing, None) if target.is_ipv4() == gateway.is_ipv4() => Way::Kernel(waiting),
+            (Found::Nothing, _) => Way::None(waiting),
+            (Found::Steerable, Some(why)) => self.relay_unless_steer(rule, target, why),
+            (Found::Unsteerable(at, why), obstacle) => {
+                self.relay_unless_steer(rule, at, obstacle.unwrap_or(why))
             }
-            (PathChoice::Steer, Some((why, _))) => Way::None(Outcome::because(State::Blocked, why)),
-            (PathChoice::Auto, Some((why, service))) => self.relay(rule, service, why),
-            (_, None) if plain => Way::Kernel(Outcome::steered()),
-            (_, None) => Way::Kernel(waiting()),
+        }
+    }
+
+    /// What serves connections to `target` that come in at `gateway`.
+    fn find(&self, rule: &Rule, target: SocketAddr, gateway: IpAddr) -> Found {
+        let there = self.serving(target);
+        let same_family = target.is_ipv4() == gateway.is_ipv4();
+        if same_family && there.iter().any(|listener| listener.kind == ListenerKind::Tcp) {
+            return Found::Steerable;
+        }
+        if let Some(listener) = there.first() {
+            let why = match listener.kind {
+                ListenerKind::Mptcp => MPTCP.to_owned(),
+                ListenerKind::Refused(errno) => {
+                    format!(
+                        "the kernel refused to register the listener: {}",
+                        io::Error::from_raw_os_error(errno)
+                    )
+                }
+                ListenerKind::Tcp => {
+                    format!("{} was dialled, the service listens on {}", family(gateway), listener.address)
+                }
+            };
+            return Found::Unsteerable(target, why);
+        }
+        match self.other_family(rule, target) {
+            Some(other) => {
+                let why = format!("{} was dialled, the service listens on {other} only", family(gateway));
+                Found::Unsteerable(other, why)
+            }
+            None => Found::Nothing,
+        }
+    }
+
+    /// Why the kernel could not have the rule's connections, whatever listens.
+    fn kernel_obstacle(&self, rule: &Rule) -> Option<String> {
+        if let Err(why) = &self.abilities.steer {
+            return Some(why.clone());
+        }
+        let missing = self.abilities.names.as_ref().err().filter(|_| rule.source == Source::Loopback)?;
+        Some(format!("--source loopback without name hooks: {missing}"))
+    }
+
+    fn relay_unless_steer(&self, rule: &Rule, service: SocketAddr, why: String) -> Way {
+        match rule.path {
+            PathChoice::Steer => Way::None(Outcome::because(State::Blocked, why)),
+            PathChoice::Auto | PathChoice::Relay => self.relay(rule, service, why),
         }
     }
 
