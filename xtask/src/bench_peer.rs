@@ -1,0 +1,169 @@
+//! Both ends of a measured connection. The server is a process of its own, the client a thread of the benchmark.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+/// Bytes of a message.
+const MESSAGE: usize = 64;
+/// First byte of a message that is to be sent back.
+const ECHO: u8 = b'E';
+/// First byte of a message that announces a stream.
+const STREAM: u8 = b'S';
+/// Threads that accept and serve, for each listener. One for each connection would cost more than the path does; a
+/// single one would wait for a proxy to close the connection before.
+const ACCEPTORS: usize = 4;
+const CHUNK: usize = 256 * 1024;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Measure {
+    /// Messages there and back on one connection, per second.
+    RoundTrips,
+    /// Connections with one message there and back, per second.
+    Connections,
+    /// Bits in one direction on one connection, in units of 10⁹ per second.
+    Stream,
+}
+
+/// Options of the hidden command.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Where to listen
+    #[arg(required = true)]
+    addresses: Vec<SocketAddr>,
+}
+
+/// Serves until killed. A line on the standard output says that all listeners are there.
+pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
+    let mut threads = Vec::new();
+    for address in &arguments.addresses {
+        let listener = TcpListener::bind(address).with_context(|| format!("listen on {address}"))?;
+        for _ in 0..ACCEPTORS {
+            let listener = listener.try_clone()?;
+            threads.push(thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    // The client measures, and knows what went wrong.
+                    drop(serve(stream));
+                }
+            }));
+        }
+    }
+    println!("ready");
+    for thread in threads {
+        // They serve for ever.
+        drop(thread.join());
+    }
+    Ok(())
+}
+
+fn serve(mut stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut message = [0; MESSAGE];
+    loop {
+        match stream.read_exact(&mut message) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            result => result?,
+        }
+        if message[0] == STREAM {
+            let mut chunk = vec![0; CHUNK];
+            let mut received = 0u64;
+            loop {
+                match stream.read(&mut chunk)? {
+                    0 => break,
+                    length => received += length as u64,
+                }
+            }
+            stream.write_all(&received.to_le_bytes())?;
+        } else {
+            stream.write_all(&message)?;
+        }
+    }
+}
+
+/// Measures for so long, from the calling thread's network namespace.
+pub(crate) fn measure(measure: Measure, address: SocketAddr, time: Duration) -> Result<f64> {
+    match measure {
+        Measure::RoundTrips => round_trips(address, time),
+        Measure::Connections => connections(address, time),
+        Measure::Stream => send(address, time),
+    }
+    .with_context(|| format!("{measure:?} with {address}"))
+}
+
+fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    // Nothing here takes that long, unless it never ends.
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+    Ok(stream)
+}
+
+fn round_trips(address: SocketAddr, time: Duration) -> Result<f64> {
+    let mut stream = connect(address)?;
+    let mut message = [ECHO; MESSAGE];
+    per_second(time, || {
+        stream.write_all(&message)?;
+        stream.read_exact(&mut message)?;
+        Ok(())
+    })
+}
+
+fn connections(address: SocketAddr, time: Duration) -> Result<f64> {
+    let mut message = [ECHO; MESSAGE];
+    per_second(time, || {
+        let mut stream = connect(address)?;
+        stream.write_all(&message)?;
+        stream.read_exact(&mut message)?;
+        Ok(())
+    })
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rate; nobody looks at its 16th digit")]
+fn per_second(time: Duration, mut work: impl FnMut() -> io::Result<()>) -> Result<f64> {
+    let start = Instant::now();
+    let mut count = 0u64;
+    while start.elapsed() < time {
+        work()?;
+        count += 1;
+    }
+    Ok(count as f64 / start.elapsed().as_secs_f64())
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rate; nobody looks at its 16th digit")]
+fn send(address: SocketAddr, time: Duration) -> Result<f64> {
+    let mut stream = connect(address)?;
+    stream.write_all(&[STREAM; MESSAGE])?;
+    let chunk = vec![0; CHUNK];
+    let start = Instant::now();
+    let mut sent = 0u64;
+    while start.elapsed() < time {
+        stream.write_all(&chunk)?;
+        sent += chunk.len() as u64;
+    }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut received = [0; 8];
+    stream.read_exact(&mut received)?;
+    anyhow::ensure!(u64::from_le_bytes(received) == sent, "sent {sent} bytes, but not all arrived");
+    Ok(sent as f64 * 8.0 / 1e9 / start.elapsed().as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_measure_measures() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || listener.incoming().flatten().for_each(|stream| drop(serve(stream))));
+        for kind in [Measure::RoundTrips, Measure::Connections, Measure::Stream] {
+            let rate = measure(kind, address, Duration::from_millis(20)).unwrap();
+            assert!(rate > 0.0, "{kind:?}: {rate}");
+        }
+    }
+}

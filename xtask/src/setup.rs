@@ -1,0 +1,33 @@
+//! `cargo xtask setup`: everything that the tests and the check of the object need, on Debian.
+
+use anyhow::Result;
+
+use crate::bpf_toolchain::{self, Toolchain};
+use crate::{apt, kernels};
+
+/// What the suites use, apart from the toolchain of the kernel programs.
+const PACKAGES: [&str; 11] = [
+    "busybox-static", // the containers' image, and the virtual machines' user space
+    "cpio",           // their initial file systems
+    "curl",           // a client that is not ours
+    "docker.io",      // the engine; without recommendations, or it brings cgroupfs-mount
+    "haproxy",        // what the benchmark compares with, as socat
+    "iproute2",
+    "iptables",
+    "nftables",
+    "qemu-system-x86",
+    "socat",
+    "xz-utils", // kernel modules are compressed
+];
+
+/// Does nothing, and needs no root, where everything is there already.
+pub(crate) fn handle() -> Result<()> {
+    let packages: Vec<_> = PACKAGES.into_iter().chain(bpf_toolchain::PACKAGES).collect();
+    let missing = apt::missing(&packages);
+    if !missing.is_empty() {
+        println!("installing {}", missing.join(" "));
+        apt::install(&missing)?;
+    }
+    Toolchain::find()?;
+    kernels::fetch()
+}

@@ -1,0 +1,87 @@
+//! Where things are in the checkout, and how other programs are run.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use anyhow::{Context, Result, bail};
+
+/// The checkout.
+pub(crate) fn root() -> PathBuf {
+    // Cargo says where the package is now; the path at build time serves a binary that is started by hand.
+    let package =
+        env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    package.parent().map_or(package.clone(), Path::to_path_buf)
+}
+
+/// Cargo's target folder.
+pub(crate) fn target() -> PathBuf {
+    // `join` keeps an absolute path as it is.
+    root().join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+/// Where Debian's kernels for the virtual machines are kept.
+pub(crate) fn vm_folder() -> PathBuf {
+    target().join("vm")
+}
+
+/// Cargo, the one that runs this program.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root());
+    cargo
+}
+
+/// Builds the `lbridge` binary with the options of a release and returns its path.
+pub(crate) fn build_release() -> Result<PathBuf> {
+    run(cargo().args(["build", "--release", "--package", "lbridge", "--bin", "lbridge"]))?;
+    Ok(target().join("release/lbridge"))
+}
+
+/// Runs a command with this process' streams; an exit status other than 0 is an error.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("run {}", name(command)))?;
+    if !status.success() {
+        bail!("{}: {status}", line(command));
+    }
+    Ok(())
+}
+
+/// Runs a command and returns what it printed; an exit status other than 0 is an error that says what it complained of.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("run {}", name(command)))?;
+    if !output.status.success() {
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        bail!("{}: {}\n{}", line(command), output.status, complaint.trim_end());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn name(command: &Command) -> String {
+    command.get_program().display().to_string()
+}
+
+/// The command as a person would type it.
+fn line(command: &Command) -> String {
+    std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(OsStr::to_string_lossy)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// The program is somewhere on `PATH`.
+pub(crate) fn has_program(name: &str) -> bool {
+    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(name).is_file()))
+}
+
+/// Replaces a file in one step, so that nobody sees half of it, and leaves it alone if it is the same already.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|old| old == bytes) {
+        return Ok(());
+    }
+    let new = path.with_extension("new");
+    fs::write(&new, bytes).with_context(|| format!("write {}", new.display()))?;
+    fs::rename(&new, path).with_context(|| format!("rename {} into place", new.display()))
+}
