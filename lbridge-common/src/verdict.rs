@@ -1,5 +1,5 @@
-//! The decision: which connection is steered, and to which registered listener. Pure; run by the kernel program, by
-//! the planner and by the tests.
+//! The decision: which connection is steered, and to which registered listener. Pure. The kernel program runs all of
+//! it; the planner asks [`listening_addresses`] and [`candidates`], so that it agrees on what would be found.
 
 use crate::wire::{Address, ListenerKey, RuleValue, SLOTS};
 
@@ -20,31 +20,32 @@ pub enum Verdict {
 pub fn decide(rule: Option<&RuleValue>, source: &Address) -> Verdict {
     match rule {
         None => Verdict::NotOurs,
+        // The host itself: for a local destination the kernel names the interface that has the address, not `lo`.
+        Some(rule) if *source == rule.key.gateway => Verdict::NotOurs,
         Some(rule) if source.masked(&rule.mask) != rule.subnet => Verdict::ForeignSource,
         Some(_) => Verdict::Steer,
     }
 }
 
 /// Bound addresses of the listeners that serve `target`, best first: the loopback address itself, then the wildcards.
-/// An IPv4 connection may be given to a dual-stack `[::]`; the kernel refuses it where the socket is v6-only. The
-/// last is repeated for IPv6, which has one wildcard.
+/// An IPv4 connection may be given to a dual-stack `[::]`; the kernel refuses it where the socket is v6-only.
 #[inline(always)]
-pub fn listening_addresses(target: &Address) -> [Address; 3] {
-    if target.is_v4() {
-        [*target, Address::ANY_V4, Address::ANY_V6]
+pub fn listening_addresses(target: &Address) -> impl Iterator<Item = Address> {
+    let (addresses, count) = if target.is_v4() {
+        ([*target, Address::ANY_V4, Address::ANY_V6], 3)
     } else {
-        [*target, Address::ANY_V6, Address::ANY_V6]
-    }
+        ([*target, Address::ANY_V6, Address::ANY_V6], 2)
+    };
+    // A filter or a chain would read better; of either LLVM makes arithmetic that the verifier refuses ("R4 bitwise
+    // operator &= on pointer prohibited").
+    (0..count).map(move |i| addresses[i])
 }
 
 /// Keys under which a listener for (`target`, `port`) may be registered, best first.
 #[inline(always)]
 pub fn candidates(target: &Address, port: u16) -> impl Iterator<Item = ListenerKey> {
-    let addresses = listening_addresses(target);
-    let distinct = if target.is_v4() { 3 } else { 2 };
-    (0..distinct).flat_map(move |i| {
-        (0..u16::from(SLOTS)).map(move |slot| ListenerKey { address: addresses[i], port, slot })
-    })
+    listening_addresses(target)
+        .flat_map(move |address| (0..u16::from(SLOTS)).map(move |slot| ListenerKey { address, port, slot }))
 }
 
 #[cfg(test)]
@@ -52,6 +53,7 @@ mod tests {
     use core::net::IpAddr;
 
     use super::*;
+    use crate::wire::RuleKey;
 
     fn address(text: &str) -> Address {
         text.parse::<IpAddr>().unwrap().into()
@@ -61,6 +63,7 @@ mod tests {
         let gateway = address(gateway);
         let mask = gateway.mask(prefix);
         RuleValue {
+            key: RuleKey { gateway, ifindex: 1, port: 80, reserved: 0 },
             subnet: gateway.masked(&mask),
             mask,
             target: address("127.0.0.1"),
@@ -75,6 +78,7 @@ mod tests {
         let v4 = rule("172.18.0.1", 16);
         assert_eq!(decide(None, &address("172.18.0.2")), Verdict::NotOurs);
         assert_eq!(decide(Some(&v4), &address("172.18.255.255")), Verdict::Steer);
+        assert_eq!(decide(Some(&v4), &address("172.18.0.1")), Verdict::NotOurs, "the host itself");
         for foreign in ["172.19.0.2", "127.0.0.1", "fd00::2", "::"] {
             assert_eq!(decide(Some(&v4), &address(foreign)), Verdict::ForeignSource, "{foreign}");
         }

@@ -2,7 +2,7 @@
 //! lookup that misses.
 //!
 //! Addresses are IPv6; IPv4 is v4-mapped (`::ffff:a.b.c.d`), so that one key serves both families. A v4-mapped address
-//! in a real IPv6 packet never reaches a lookup, see [`crate::verdict`].
+//! in a real IPv6 packet never reaches a lookup: the kernel program leaves such packets alone.
 
 use core::{
     fmt,
@@ -15,6 +15,10 @@ pub const ABI_VERSION: u32 = 1;
 
 /// Most rules (network, gateway, port) in force at a time.
 pub const MAX_RULES: u32 = 131_072;
+/// Most relayed connections that are named at a time.
+pub const MAX_RELAY_PEERS: u32 = 65_536;
+/// Ports there are.
+pub const MAX_TARGETS: u32 = 65_536;
 /// Most registered listening sockets.
 pub const MAX_LISTENERS: u32 = 65_536;
 /// Sockets of one `SO_REUSEPORT` group that are registered, so that another takes over when one closes. Steering onto
@@ -142,6 +146,9 @@ pub struct RuleKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RuleValue {
+    /// The entry's own key. The kernel may reuse a removed element's memory at once, so a value that was looked up may
+    /// have become another key's; whoever copies it compares.
+    pub key: RuleKey,
     /// The network's subnet: source addresses outside of it are not served.
     pub subnet: Address,
     /// Netmask of `subnet`.
@@ -246,7 +253,7 @@ impl Counter {
 
 const _: () = {
     assert!(size_of::<RuleKey>() == 24 && align_of::<RuleKey>() == 4);
-    assert!(size_of::<RuleValue>() == 64 && align_of::<RuleValue>() == 8);
+    assert!(size_of::<RuleValue>() == 88 && align_of::<RuleValue>() == 8);
     assert!(size_of::<ListenerKey>() == 20);
     assert!(size_of::<Endpoint>() == 20);
     assert!(size_of::<LoopbackView>() == 52);

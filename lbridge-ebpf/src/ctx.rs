@@ -3,8 +3,9 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{bpf_sock_addr, bpf_sock_ops},
-    helpers::generated::bpf_get_netns_cookie,
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock_addr, bpf_sock_ops},
+    btf_maps::SkStorage,
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_get},
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use lbridge_common::wire::{Address, Endpoint};
@@ -70,21 +71,63 @@ pub fn packet(ctx: &SkLookupContext) -> Option<(Address, Endpoint)> {
     }
 }
 
-/// Where the socket of a `sock_ops` callback is bound.
+/// Both ends of a `sock_ops` callback's socket; the remote one of a listener is unspecified.
+pub struct Ends {
+    pub local: Endpoint,
+    pub remote: Endpoint,
+}
+
+/// Reads both ends.
 ///
 /// All is read before the family decides: of reads in the branches LLVM makes one read behind them, at a computed
 /// offset, and the verifier says "dereference of modified ctx ptr R1 off=60 disallowed".
 #[inline(always)]
-pub fn bound_to(ctx: &SockOpsContext) -> Option<Endpoint> {
+pub fn ends(ctx: &SockOpsContext) -> Option<Ends> {
     let ops: *mut bpf_sock_ops = ctx.ops;
-    let port = read!(ops, local_port) as u16;
-    let v4 = Address::from_v4_word(read!(ops, local_ip4));
-    let v6 = read_words!(ops, local_ip6);
-    match read!(ops, family) {
-        AF_INET => Some(Endpoint::new(v4, port)),
-        AF_INET6 => Some(Endpoint::new(v6, port)),
-        _ => None,
+    let local_port = read!(ops, local_port) as u16;
+    // Unlike the local one in network byte order, in the upper half of what is then a 32-bit number.
+    let remote_port = u32::from_be(read!(ops, remote_port)) as u16;
+    let (local_v4, remote_v4) = (read!(ops, local_ip4), read!(ops, remote_ip4));
+    let (local_v6, remote_v6) = (read_words!(ops, local_ip6), read_words!(ops, remote_ip6));
+    let (local, remote) = match read!(ops, family) {
+        AF_INET => (Address::from_v4_word(local_v4), Address::from_v4_word(remote_v4)),
+        AF_INET6 => (local_v6, remote_v6),
+        _ => return None,
+    };
+    Some(Ends { local: Endpoint::new(local, local_port), remote: Endpoint::new(remote, remote_port) })
+}
+
+/// Puts `value` into the storage of the callback's socket.
+#[inline(always)]
+pub fn store<T>(ctx: &SockOpsContext, storage: &SkStorage<T>, value: &mut T) {
+    let sk = read!(ctx.ops, __bindgen_anon_2.sk);
+    if sk.is_null() {
+        return;
     }
+    // SAFETY: a socket of the kernel's, checked for null; `value` is a whole `T`. Where the kernel has no memory for it
+    // the answer is null, and the socket stays without.
+    unsafe {
+        bpf_sk_storage_get(
+            core::ptr::from_ref(storage).cast_mut().cast(),
+            sk.cast(),
+            core::ptr::from_mut(value).cast(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        )
+    };
+}
+
+/// What the storage of a name hook's socket holds.
+#[inline(always)]
+pub fn stored<T: Copy>(ctx: &SockAddrContext, storage: &SkStorage<T>) -> Option<T> {
+    // SAFETY: the pointer leads into the storage of a socket that lives while the hook runs.
+    unsafe { storage.get_ptr_mut(ctx).as_ref() }.copied()
+}
+
+/// The socket's identity, never used again.
+#[inline(always)]
+pub fn cookie(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: the helper takes the program's own context.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
 /// Whether the socket of a `sock_ops` callback is bound to a device (`SO_BINDTODEVICE`).
@@ -98,6 +141,12 @@ pub fn has_device(ctx: &SockOpsContext) -> bool {
 #[inline(always)]
 pub fn callback(ctx: &SockOpsContext) -> u32 {
     read!(ctx.ops, op)
+}
+
+/// Which further callbacks the socket gets.
+#[inline(always)]
+pub fn callback_flags(ctx: &SockOpsContext) -> u32 {
+    read!(ctx.ops, bpf_sock_ops_cb_flags)
 }
 
 /// First argument of a callback: of a state change the old state.

@@ -2,7 +2,7 @@
 //! code. One file per hook:
 //!
 //! - [`sk_lookup`]: picks the listener of a connection;
-//! - [`sock_ops`]: registers the listeners to pick from;
+//! - [`sock_ops`]: registers the listeners to pick from, and notes who is behind a relayed connection;
 //! - [`peername`]: what the service sees as its peer.
 //!
 //! The maps are in [`maps`], every read of a kernel context in [`ctx`].
@@ -22,7 +22,7 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 
-use crate::{ctx::Side, sk_lookup::Outcome};
+use crate::{ctx::Side, sk_lookup::Outcome, sock_ops::Variant};
 
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
@@ -55,14 +55,16 @@ pub fn steer_any_interface(ctx: SkLookupContext) -> u32 {
 
 #[sock_ops]
 pub fn register(ctx: SockOpsContext) -> u32 {
-    sock_ops::on_callback(&ctx, sock_ops::register_listener);
+    let variant = Variant { is_host: sock_ops::is_host, listening: sock_ops::register_listener };
+    sock_ops::on_callback(&ctx, variant);
     0
 }
 
 /// For kernels before 5.15, where `sock_ops` cannot tell the network namespace: the daemon registers.
 #[sock_ops]
 pub fn announce(ctx: SockOpsContext) -> u32 {
-    sock_ops::on_callback(&ctx, sock_ops::announce_listener);
+    let variant = Variant { is_host: |_| true, listening: sock_ops::announce_listener };
+    sock_ops::on_callback(&ctx, variant);
     0
 }
 

@@ -1,29 +1,38 @@
-//! The statics that live in the kernel. The Rust names are the map names, see `lbridge_common::names`.
+//! The statics that live in the kernel. The Rust names are the map names, see `lbridge_common::symbols`.
 
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    macros::map,
-    maps::{HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash},
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
+    maps::{HashMap, PerCpuArray, RingBuf, SockHash},
 };
 use lbridge_common::wire::{
-    Counter, Endpoint, ListenerEvent, ListenerKey, LoopbackView, MAX_LISTENERS, MAX_RULES, RuleKey, RuleValue,
+    Counter, Endpoint, ListenerEvent, ListenerKey, LoopbackView, MAX_LISTENERS, MAX_RELAY_PEERS, MAX_RULES,
+    MAX_TARGETS, RuleKey, RuleValue,
 };
 
-// Not preallocated: an entry is freed only after the programs that may hold it have left it (RCU), so that a value
-// read here is never another key's; and an empty map costs nothing.
+// Not preallocated: an empty map costs nothing.
 #[map]
 pub static RULES: HashMap<RuleKey, RuleValue> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
-pub static TARGETS: HashMap<u16, u8> = HashMap::with_max_entries(MAX_LISTENERS, BPF_F_NO_PREALLOC);
+pub static TARGETS: HashMap<u16, u8> = HashMap::with_max_entries(MAX_TARGETS, BPF_F_NO_PREALLOC);
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
 #[map]
 pub static LOOPBACK_VIEWS: HashMap<Endpoint, LoopbackView> =
     HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
-// LRU: should the daemon die with connections open, nobody removes their entries.
+// No LRU: an entry that went while its connection lives would show the service a local peer. Where it is full a relay
+// gives up the connection instead.
 #[map]
-pub static RELAY_PEERS: LruHashMap<Endpoint, Endpoint> = LruHashMap::with_max_entries(32_768, 0);
+pub static RELAY_PEERS: HashMap<Endpoint, Endpoint> =
+    HashMap::with_max_entries(MAX_RELAY_PEERS, BPF_F_NO_PREALLOC);
+#[map]
+pub static RELAY_CONNECTS: HashMap<u64, Endpoint> =
+    HashMap::with_max_entries(MAX_RELAY_PEERS, BPF_F_NO_PREALLOC);
+/// Lives as long as the service's socket, whatever becomes of the relay and its end.
+#[btf_map]
+pub static PEER_NAMES: SkStorage<Endpoint> = SkStorage::new();
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);
 #[map]

@@ -8,14 +8,14 @@ use lbridge_common::wire::Endpoint;
 
 use crate::{
     ctx::{self, Side},
-    maps::{LOOPBACK_VIEWS, RELAY_PEERS, host_netns},
+    maps::{LOOPBACK_VIEWS, PEER_NAMES, RELAY_PEERS, host_netns},
 };
 
 #[inline(always)]
 pub fn rewrite_v4(ctx: &SockAddrContext, side: Side) {
     if is_host(ctx)
         && let Some(local) = ctx::local_end_v4(ctx)
-        && let Some(name) = rewritten(&local, &ctx::name_v4(ctx), side)
+        && let Some(name) = rewritten(ctx, &local, &ctx::name_v4(ctx), side)
     {
         ctx::set_name_v4(ctx, &name);
     }
@@ -25,7 +25,7 @@ pub fn rewrite_v4(ctx: &SockAddrContext, side: Side) {
 pub fn rewrite_v6(ctx: &SockAddrContext, side: Side) {
     if is_host(ctx)
         && let Some(local) = ctx::local_end_v6(ctx)
-        && let Some(name) = rewritten(&local, &ctx::name_v6(ctx), side)
+        && let Some(name) = rewritten(ctx, &local, &ctx::name_v6(ctx), side)
     {
         ctx::set_name_v6(ctx, &name);
     }
@@ -40,10 +40,9 @@ fn is_host(ctx: &SockAddrContext) -> bool {
 }
 
 #[inline(always)]
-fn rewritten(local: &Endpoint, name: &Endpoint, side: Side) -> Option<Endpoint> {
-    // SAFETY: both maps' values are copied at once; LOOPBACK_VIEWS is not preallocated, and a torn read of an LRU entry
-    // that is being replaced gives a name that was never more trusted than a container's.
-    if let Some(view) = unsafe { LOOPBACK_VIEWS.get(local) } {
+fn rewritten(ctx: &SockAddrContext, local: &Endpoint, name: &Endpoint, side: Side) -> Option<Endpoint> {
+    // SAFETY: memory of the map stays readable while the program runs, and is copied.
+    if let Some(view) = unsafe { LOOPBACK_VIEWS.get(local) }.copied() {
         return match side {
             Side::Local => Some(view.target),
             // The subnet again: the entry is for the network's connections, not for whatever else is bound there.
@@ -52,8 +51,9 @@ fn rewritten(local: &Endpoint, name: &Endpoint, side: Side) -> Option<Endpoint> 
         };
     }
     match side {
-        // SAFETY: as above.
-        Side::Peer => unsafe { RELAY_PEERS.get(name) }.copied(),
         Side::Local => None,
+        // An MPTCP service's socket is not the one that was connected to, so it has no storage; the relay's end tells.
+        // SAFETY: as above.
+        Side::Peer => ctx::stored(ctx, &PEER_NAMES).or_else(|| unsafe { RELAY_PEERS.get(name) }.copied()),
     }
 }

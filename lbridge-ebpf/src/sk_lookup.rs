@@ -32,10 +32,17 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
         return Outcome::Untouched;
     };
     let key = RuleKey { gateway: dialled.address, ifindex, port: dialled.port, reserved: 0 };
-    let pointer = RULES.get_ptr_mut(key);
-    // SAFETY: valid while the program runs; written to by the atomic add below only (an update replaces the entry).
-    let rule = pointer.map(|p| unsafe { &*p });
-    match decide(rule, &source) {
+    let Some(pointer) = RULES.get_ptr_mut(key) else {
+        return Outcome::Untouched;
+    };
+    // SAFETY: memory of the map stays readable while the program runs. It may be written to meanwhile, for a new value
+    // or, once the entry is removed, for another key (htab elements are reused at once from Linux 6.1 on). So it is
+    // copied, and the copy must be this key's.
+    let rule = unsafe { core::ptr::read_volatile(pointer) };
+    if rule.key != key {
+        return Outcome::Untouched;
+    }
+    match decide(Some(&rule), &source) {
         Verdict::NotOurs => return Outcome::Untouched,
         Verdict::ForeignSource => {
             count(Counter::ForeignSource);
@@ -43,15 +50,12 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
         }
         Verdict::Steer => {}
     }
-    let (Some(rule), Some(pointer)) = (rule, pointer) else {
-        return Outcome::Untouched;
-    };
 
     let mut found = false;
     for key in candidates(&rule.target, rule.target_port) {
         match LISTENERS.redirect_sk_lookup(ctx, key, 0) {
             Ok(()) => {
-                // SAFETY: `steered` is 8 bytes, aligned, in the map value that `pointer` was checked to lead to.
+                // SAFETY: `steered` is 8 aligned bytes of the map's memory; at worst another entry's count gains one.
                 unsafe {
                     atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*pointer).steered, 1)
                 };

@@ -3,21 +3,26 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
+use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, body::Bytes, client::conn::http1, header};
+use hyper::{Method, Request, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use super::protocol::{ALLOW, Allow, ApiError, DENY, Deny, RuleStatus, STATUS, Status};
 
+/// Longest wait for an answer. The largest change there is, 131,072 rules, takes some seconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody there.
-    #[error("no lbridge daemon at {}: {error}; start it with `systemctl start lbridge` or `lbridge run`", path.display())]
+    #[error("no lbridge daemon at {}: {error}; start it, as root, with `lbridge run`", path.display())]
     Unreachable {
         /// Where.
         path: PathBuf,
@@ -27,6 +32,12 @@ pub enum ClientError {
     /// There is one, which does not let us in.
     #[error("{} may be used by root and the group lbridge only; use sudo", path.display())]
     Forbidden {
+        /// Where.
+        path: PathBuf,
+    },
+    /// It took the request and says nothing.
+    #[error("the daemon at {} does not answer; its log may say why", path.display())]
+    Silent {
         /// Where.
         path: PathBuf,
     },
@@ -66,6 +77,16 @@ impl Client {
     }
 
     async fn request<B: Serialize, T: DeserializeOwned>(
+        &self,
+        method: Method,
+        resource: &str,
+        body: Option<&B>,
+    ) -> Result<T, ClientError> {
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.exchange(method, resource, body));
+        answer.await.unwrap_or_else(|_| Err(ClientError::Silent { path: self.path.clone() }))
+    }
+
+    async fn exchange<B: Serialize, T: DeserializeOwned>(
         &self,
         method: Method,
         resource: &str,

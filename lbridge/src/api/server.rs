@@ -134,11 +134,15 @@ impl Connected<IncomingStream<'_, UnixListener>> for Peer {
     }
 }
 
+/// NGROUPS_MAX (include/uapi/linux/limits.h) would be 65,536; a user in more groups than this is asked to use root.
+const MAX_GROUPS: usize = 1024;
+#[expect(clippy::cast_possible_truncation, reason = "four thousand")]
+const GROUPS_LENGTH: libc::socklen_t = (MAX_GROUPS * size_of::<libc::gid_t>()) as libc::socklen_t;
+
 /// Supplementary groups of the other end (`SO_PEERGROUPS`, Linux 4.13 and later).
 fn peer_groups(stream: &tokio::net::UnixStream) -> io::Result<Vec<Gid>> {
-    // NGROUPS_MAX (include/uapi/linux/limits.h) would be 65,536; a user in more groups than this is asked to use root.
-    let mut groups = [0 as libc::gid_t; 1024];
-    let mut length: libc::socklen_t = 4 * 1024;
+    let mut groups = [0 as libc::gid_t; MAX_GROUPS];
+    let mut length = GROUPS_LENGTH;
     // SAFETY: pointer and length describe `groups`; the descriptor is open.
     let status = unsafe {
         libc::getsockopt(

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{Failure, Ports, parse_network, parse_ports, render};
+use super::{Failure, Ports, parse_network, parse_path, parse_ports, parse_source, render};
 use crate::{
     api::{client::Client, protocol::Allow},
     planning::rule::{Network, PathChoice, Rule, Source},
@@ -18,10 +18,10 @@ pub(super) struct AllowArgs {
     #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
     ports: Vec<Ports>,
     /// What the service sees: the container's address, or a loopback one, which it may trust
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
     source: Source,
     /// Steer in the kernel, relay through the daemon, or whichever is possible
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_parser = parse_path, default_value = "auto", value_name = "auto|steer|relay")]
     path: PathChoice,
     /// A remark, shown by `list`
     #[arg(long, value_name = "TEXT", value_parser = parse_comment)]

@@ -18,7 +18,7 @@ use crate::{
         client::{Client, ClientError},
         protocol::ErrorCode,
     },
-    planning::rule::{Network, PortSpec},
+    planning::rule::{Invalid, Network, PathChoice, PortSpec, Source},
 };
 
 /// Exit status of the contract.
@@ -87,7 +87,7 @@ struct Failure {
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let exit = match &error {
-            ClientError::Unreachable { .. } => Exit::NoDaemon,
+            ClientError::Unreachable { .. } | ClientError::Silent { .. } => Exit::NoDaemon,
             ClientError::Api(error) => match error.code {
                 ErrorCode::Usage => Exit::Usage,
                 ErrorCode::Conflict | ErrorCode::NoSuchRule => Exit::Rule,
@@ -160,7 +160,15 @@ fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Fa
 }
 
 fn parse_network(text: &str) -> Result<Network, String> {
-    text.parse().map_err(|error: crate::planning::rule::Invalid| error.to_string())
+    text.parse().map_err(|error: Invalid| error.to_string())
+}
+
+fn parse_source(text: &str) -> Result<Source, String> {
+    text.parse().map_err(|error: Invalid| error.to_string())
+}
+
+fn parse_path(text: &str) -> Result<PathChoice, String> {
+    text.parse().map_err(|error: Invalid| error.to_string())
 }
 
 fn parse_ports(text: &str) -> Result<Ports, String> {

@@ -172,9 +172,13 @@ fn described(state: State, why: Option<&str>) -> String {
 
 /// Without anything that a terminal would act on.
 fn shown(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
-        .collect()
+    // Bidirectional controls would let a name change how the rest of its line reads.
+    let acts = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let shown = |c: char| if acts(c) { c.escape_default().collect() } else { vec![c] };
+    text.chars().flat_map(shown).collect()
 }
 
 /// Columns as wide as their widest cell, the last one free.

@@ -4,9 +4,10 @@
 use std::{
     collections::{BTreeMap, HashSet},
     io,
+    net::SocketAddr,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use lbridge_common::wire::RuleKey;
 
 use crate::{
@@ -23,6 +24,9 @@ pub(super) struct Executor {
     pub(super) kernel: Option<Kernel>,
     /// The relays.
     pub(super) relays: RelaySet,
+    /// Whether the name hooks were needed since the start. They stay until the next: services may hold sockets whose
+    /// peers they name.
+    pub(super) name_hooks_used: bool,
 }
 
 /// What went wrong in one round of steps.
@@ -34,21 +38,35 @@ pub(super) struct Failures {
     pub(super) entries: BTreeMap<RuleKey, String>,
     /// Listeners, by inode, that the kernel cannot be given.
     pub(super) refused: BTreeMap<u64, ListenerKind>,
+    /// Ports whose listeners could not be registered.
+    pub(super) listeners: BTreeMap<u16, String>,
+    /// Why the name hooks could not be attached.
+    pub(super) name_hooks: Option<String>,
     /// Everything else.
     pub(super) others: Vec<String>,
+    /// The steps behind all of it.
+    pub(super) steps: Vec<Step>,
+}
+
+impl Failures {
+    /// What to tell the administrator.
+    pub(super) fn texts(&self) -> impl Iterator<Item = &String> {
+        let keyed = self.relays.values().chain(self.entries.values()).chain(self.listeners.values());
+        keyed.chain(&self.name_hooks).chain(&self.others)
+    }
 }
 
 impl relay::PeerNames for PeerNames {
-    fn present(
-        &self,
-        relay_end: std::net::SocketAddr,
-        container: std::net::SocketAddr,
-    ) -> anyhow::Result<()> {
-        Self::present(self, relay_end, container)
+    fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()> {
+        Self::announce(self, cookie, container)
     }
 
-    fn forget(&self, relay_end: std::net::SocketAddr) {
-        Self::forget(self, relay_end);
+    fn confirm(&self, cookie: u64, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()> {
+        Self::confirm(self, cookie, relay_end, container)
+    }
+
+    fn forget(&self, cookie: u64, relay_end: Option<SocketAddr>, container: SocketAddr) {
+        Self::forget(self, cookie, relay_end, container);
     }
 }
 
@@ -56,19 +74,25 @@ impl Executor {
     /// What is in force, read back.
     pub(super) fn reality(&mut self) -> anyhow::Result<Reality> {
         let relays = self.relays.specs();
-        let Some(kernel) = &self.kernel else { return Ok(Reality { relays, ..Reality::default() }) };
+        let lingering = self.relays.lingering();
+        let Some(kernel) = &self.kernel else {
+            return Ok(Reality { relays, lingering, ..Reality::default() });
+        };
         Ok(Reality {
             targets: kernel.maps.targets()?,
             entries: kernel.maps.entries()?,
             views: kernel.maps.views()?,
             registered: kernel.maps.registered()?,
             relays,
-            names: kernel.names_attached(),
+            lingering,
+            name_hooks: kernel.name_hooks_attached(),
+            name_hooks_in_use: self.name_hooks_used,
+            detached: !kernel.attached(),
         })
     }
 
     /// Carries out `steps` in their order.
-    pub(super) fn execute(&mut self, steps: Vec<Step>) -> Failures {
+    pub(super) async fn execute(&mut self, steps: &[Step]) -> Failures {
         let mut failures = Failures::default();
         let wanted: HashSet<u64> = steps
             .iter()
@@ -77,40 +101,54 @@ impl Executor {
         let mut taker = Taker::default();
         for step in steps {
             tracing::debug!(?step);
-            if let Err(error) = self.step(&step, &mut taker, &wanted) {
+            if let Err(error) = self.step(step, &mut taker, &wanted, &failures).await {
                 let text = format!("{error:#}");
                 match step {
-                    Step::OpenRelay(key, _) => drop(failures.relays.insert(key, text)),
-                    Step::PutEntry(key, _) => drop(failures.entries.insert(key, text)),
-                    Step::Register { inode, .. } => match unsuitable(&error) {
-                        Some(kind) => drop(failures.refused.insert(inode, kind)),
-                        None => failures.others.push(text),
+                    Step::OpenRelay(key, _) => drop(failures.relays.insert(key.clone(), text)),
+                    Step::PutEntry(key, _) => drop(failures.entries.insert(*key, text)),
+                    Step::Register { inode, key } => match unsuitable(&error) {
+                        Some(kind) => drop(failures.refused.insert(*inode, kind)),
+                        None => drop(failures.listeners.insert(key.port, text)),
                     },
+                    Step::AttachNameHooks => failures.name_hooks = Some(text),
                     _ => failures.others.push(text),
                 }
+                failures.steps.push(step.clone());
             }
         }
         failures
     }
 
-    fn step(&mut self, step: &Step, taker: &mut Taker, wanted: &HashSet<u64>) -> anyhow::Result<()> {
+    async fn step(
+        &mut self,
+        step: &Step,
+        taker: &mut Taker,
+        wanted: &HashSet<u64>,
+        failures: &Failures,
+    ) -> anyhow::Result<()> {
         match step {
+            // The next round decides anew, knowing that there are none; until then nothing that counts on them opens.
+            Step::OpenRelay(..) | Step::PutEntry(..) if failures.name_hooks.is_some() => {
+                bail!("the name hooks could not be attached")
+            }
             Step::OpenRelay(key, spec) => return self.relays.open(key, spec.clone()),
             Step::CloseRelay { key, handed_over } => {
-                self.relays.close(key, *handed_over);
+                self.relays.close(key, *handed_over).await;
                 return Ok(());
             }
             _ => {}
         }
-        // Without a kernel half the only targets are for our own eyes.
-        let Some(kernel) = &mut self.kernel else { return Ok(()) };
+        let kernel = self.kernel.as_mut().context("there is no kernel half")?;
         match step {
+            Step::Attach => kernel.attach(),
             Step::AddTarget(port) => kernel.maps.add_target(*port),
-            Step::AttachNames => kernel.attach_names(),
+            Step::AttachNameHooks => {
+                self.name_hooks_used = true;
+                kernel.attach_name_hooks()
+            }
             Step::PutView(endpoint, view) => kernel.maps.put_view(endpoint, view),
             Step::Register { key, inode } => {
-                // A walk through /proc may take its time on a host with many processes.
-                let socket = tokio::task::block_in_place(|| taker.take(*inode, wanted))?;
+                let socket = taker.take(*inode, wanted)?;
                 if listeners::is_mptcp(&socket) {
                     return Err(Mptcp.into());
                 }
@@ -119,7 +157,7 @@ impl Executor {
             Step::PutEntry(key, value) => kernel.maps.put_entry(key, value),
             Step::RemoveEntry(key) => kernel.maps.remove_entry(key),
             Step::RemoveView(endpoint) => kernel.maps.remove_view(endpoint),
-            Step::DetachNames => kernel.detach_names(),
+            Step::DetachNameHooks => kernel.detach_name_hooks(),
             Step::Unregister(key) => kernel.maps.unregister(key),
             Step::RemoveTarget(port) => kernel.maps.remove_target(*port),
             Step::OpenRelay(..) | Step::CloseRelay { .. } => Ok(()),

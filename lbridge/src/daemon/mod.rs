@@ -15,7 +15,7 @@ mod observe;
 mod reconciler;
 mod report;
 
-use std::{path::PathBuf, time::Duration};
+use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt as _, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
 use nix::{
@@ -33,7 +33,7 @@ use crate::{
     docker,
     host::{interfaces::Interfaces, netns::HostNetns},
     kernel::loader::Kernel,
-    planning::rule::{Origin, Rules},
+    planning::rule::{Origin, Refused, Rules},
     store::{Config, Store},
 };
 use reconciler::Reconciler;
@@ -77,7 +77,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         .allow(config.rules, Origin::Config)
         .with_context(|| format!("{}", options.config.display()))?
         .allow(stored, Origin::Cli)
-        .context("the rules in the state directory contradict the configuration")?;
+        .map_err(|refused| contradiction(&refused, &options))?;
     let _lock = lock(&options)?;
     let socket = ControlSocket::bind(&options.socket)?;
 
@@ -124,6 +124,18 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     outcome
 }
 
+/// The daemon does not run, so that `deny` is no remedy.
+fn contradiction(refused: &Refused, options: &Options) -> anyhow::Error {
+    let (config, rules) = (options.config.display(), options.state_dir.join("rules.toml"));
+    let rules = rules.display();
+    match refused {
+        Refused::Conflict { id, existing } => anyhow::anyhow!(
+            "{config} allows {id} as {existing}, {rules} otherwise; remove the rule from one of them, then start again"
+        ),
+        other => anyhow::anyhow!("{config} and {rules}: {other}"),
+    }
+}
+
 /// A relayed connection takes two descriptors, or four; the soft limit is 1,024 nearly everywhere, for the sake of
 /// programs that use select(2).
 fn raise_descriptor_limit() {
@@ -136,8 +148,11 @@ fn raise_descriptor_limit() {
 
 /// One daemon to a state directory.
 fn lock(options: &Options) -> anyhow::Result<Flock<std::fs::File>> {
-    let directory = std::fs::File::open(&options.state_dir)?;
-    Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+    // A file of our own: a directory can be locked by whoever may read it.
+    let path = options.state_dir.join("lock");
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
         Errno::EWOULDBLOCK => {
             anyhow::anyhow!("another lbridge daemon uses {}; stop it first", options.state_dir.display())
         }
@@ -146,12 +161,12 @@ fn lock(options: &Options) -> anyhow::Result<Flock<std::fs::File>> {
 }
 
 fn cgroup2_mount() -> anyhow::Result<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/mounts").context("cannot look for cgroup2")?;
-    let mount = mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ');
+    // Mount points are bytes; the kernel writes blanks in them as octal escapes (proc(5)).
+    let mounts = std::fs::read("/proc/mounts").context("cannot look for cgroup2")?;
+    let mount = mounts.split(|b| *b == b'\n').find_map(|line| {
+        let mut fields = line.split(|b| *b == b' ');
         let (point, kind) = (fields.nth(1)?, fields.next()?);
-        // The kernel writes blanks as octal escapes (proc(5)).
-        (kind == "cgroup2").then(|| PathBuf::from(point.replace("\\040", " ")))
+        (kind == b"cgroup2").then(|| PathBuf::from(String::from_utf8_lossy(point).replace("\\040", " ")))
     });
     mount.context(
         "no cgroup2 is mounted; run `mount -t cgroup2 none /sys/fs/cgroup`, or give one with --cgroup",

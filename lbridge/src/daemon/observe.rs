@@ -24,7 +24,13 @@ pub(super) async fn observe(
             listener.kind = *kind;
         }
     }
-    let wants_unix = rules.iter().any(|(_, rule, _)| matches!(rule.spec.target, Target::Unix(_)));
+    let unix: BTreeSet<_> = rules
+        .iter()
+        .filter_map(|(_, rule, _)| match &rule.spec.target {
+            Target::Unix(path) => Some(path.clone()),
+            Target::Port(_) | Target::Address(_) => None,
+        })
+        .collect();
     Ok(Inventory {
         docker_networks: docker.map(|view| view.networks.clone()).unwrap_or_default(),
         docker: match docker.map(|view| &view.presence) {
@@ -34,6 +40,6 @@ pub(super) async fn observe(
         },
         interfaces: interfaces.list().await?,
         listeners,
-        unix_listeners: if wants_unix { listeners::unix()? } else { BTreeSet::new() },
+        unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
     })
 }

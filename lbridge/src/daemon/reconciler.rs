@@ -30,7 +30,7 @@ use crate::{
     host::interfaces::Interfaces,
     kernel::{loader::Loaded, maps::Events},
     planning::{
-        inventory::{Abilities, DockerNetwork, ListenerKind},
+        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, find_networks},
         plan::{Step, plan},
         policy::{State, resolve},
         rule::{Network, Origin, Refused, Rule, RuleId, Rules, Target},
@@ -46,6 +46,9 @@ const IDLE_LOOK: Duration = Duration::from_secs(60);
 /// Where nothing tells of a listener that comes or goes, looking is the only way to know: without a kernel half, of a
 /// Unix socket, and of the end of a relay's service that ran before its port was watched.
 const POLL: Duration = Duration::from_millis(500);
+/// Least distance between two looks that events ask for: long enough that a storm of them costs little, short enough to
+/// go unnoticed.
+const BREATH: Duration = Duration::from_millis(100);
 /// An engine that takes longer than this to list its networks does not hold up `allow`.
 const DOCKER_REFRESH: Duration = Duration::from_secs(2);
 
@@ -63,12 +66,8 @@ pub(super) struct Reconciler {
     /// Listeners, by inode, that the kernel cannot be given; for as long as they are there.
     refused: BTreeMap<u64, ListenerKind>,
     last: Report,
-}
-
-/// What woke the loop.
-enum Wake {
-    Command(Option<Command>),
-    Look,
+    /// As last seen.
+    inventory: Option<Inventory>,
 }
 
 impl Reconciler {
@@ -81,19 +80,20 @@ impl Reconciler {
         wake: mpsc::Sender<()>,
     ) -> Self {
         let (kernel, events) = loaded.kernel.unzip();
-        let names = kernel.as_ref().filter(|_| loaded.abilities.names.is_ok());
+        let names = kernel.as_ref().filter(|_| loaded.abilities.name_hooks.is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Self {
             rules,
             saved_networks: store.networks(),
             store,
             abilities: loaded.abilities,
-            executor: Executor { kernel, relays: RelaySet::new(names, wake) },
+            executor: Executor { kernel, relays: RelaySet::new(names, wake), name_hooks_used: false },
             events,
             interfaces,
             docker,
             refused: BTreeMap::new(),
             last: Report::default(),
+            inventory: None,
         }
     }
 
@@ -113,24 +113,27 @@ impl Reconciler {
         mut commands: mpsc::Receiver<Command>,
         mut wakes: mpsc::Receiver<()>,
     ) -> anyhow::Result<()> {
+        // Containers can cause wake-ups (a relay's refused connections), so looks keep a distance. Commands do not wait.
+        let mut woken = false;
+        let mut looked = Instant::now();
         loop {
-            let look = Instant::now() + self.pause();
-            let wake = tokio::select! {
-                command = commands.recv() => Wake::Command(command),
-                _ = wakes.recv() => Wake::Look,
-                () = docker_changed(&mut self.docker) => Wake::Look,
-                () = listener_changed(&mut self.events) => Wake::Look,
-                () = sleep_until(look) => Wake::Look,
-            };
-            match wake {
-                Wake::Command(Some(command)) => self.command(command).await,
-                Wake::Command(None) => return Ok(()),
-                Wake::Look => {
+            let due = looked + if woken { BREATH } else { self.pause() };
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(command) => self.command(command).await,
+                    None => return Ok(()),
+                },
+                _ = wakes.recv(), if !woken => woken = true,
+                () = docker_changed(&mut self.docker), if !woken => woken = true,
+                () = listener_changed(&mut self.events), if !woken => woken = true,
+                () = sleep_until(due) => {
+                    woken = false;
                     self.remember_networks();
                     if let Err(error) = self.pass().await {
                         tracing::error!("cannot look at the host, trying again: {error:#}");
                         tokio::time::sleep(POLL).await;
                     }
+                    looked = Instant::now();
                 }
             }
         }
@@ -170,8 +173,9 @@ impl Reconciler {
         let ids: HashSet<RuleId> = allow.rules.iter().map(Rule::id).collect();
         let rules = self.rules.allow(allow.rules, Origin::Cli).map_err(|refused| refusal(&refused))?;
         if let Some(docker) = &self.docker {
+            let known = docker.view().networks;
             let unknown = |network: &Network| match network {
-                Network::Docker(name) => !docker.view().networks.iter().any(|known| known.name == *name),
+                Network::Docker(name) => find_networks(&known, name).is_empty(),
                 Network::Bridge(_) => false,
             };
             // The network may be so new that its event is still under way.
@@ -190,7 +194,11 @@ impl Reconciler {
         let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| refusal(&refused))?;
         let before = self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect();
         self.change(rules).await?;
-        Ok(before)
+        match self.last.failures.others.first() {
+            // Something that should be gone may not be.
+            Some(failure) => Err(ApiError { code: ErrorCode::Failed, message: failure.clone() }),
+            None => Ok(before),
+        }
     }
 
     /// Saves first: what is in force and not on disk would be gone after a restart, unseen.
@@ -249,29 +257,47 @@ impl Reconciler {
     /// Observe, resolve, plan, execute; until nothing is left to do, or nothing more can be done.
     async fn pass(&mut self) -> anyhow::Result<()> {
         let mut failures = Failures::default();
-        let mut tried = vec![];
-        for round in 0..ROUNDS {
+        let (mut rounds, mut unseen) = (0, None);
+        loop {
             let view = self.docker.as_ref().map(Watcher::view);
-            let inventory = observe(&self.rules, &self.interfaces, view.as_ref(), &self.refused).await?;
+            let observed = observe(&self.rules, &self.interfaces, view.as_ref(), &self.refused).await;
+            let inventory = match (observed, &self.inventory) {
+                (Ok(inventory), _) => inventory,
+                // A rule that was denied must not stay in force for want of a look.
+                (Err(error), Some(last)) => {
+                    unseen = Some(error);
+                    last.clone()
+                }
+                (Err(error), None) => return Err(error),
+            };
+            self.inventory = Some(inventory.clone());
             self.refused.retain(|inode, _| inventory.listeners.iter().any(|l| l.inode == *inode));
             let policy = resolve(&self.rules, &inventory, &self.abilities);
             let reality = self.executor.reality()?;
             let steps = self.possible(plan(&policy, &reality));
-            // Steps that are still there after they were carried out have failed, and will again.
-            if steps.is_empty() || steps == tried || round + 1 == ROUNDS {
+            // Steps that have failed will again.
+            if steps.iter().all(|step| failures.steps.contains(step)) || rounds == ROUNDS {
+                let relays = policy.relays.keys();
                 let relayed =
-                    policy.relays.keys().map(|key| (key.clone(), self.executor.relays.connections(key)));
-                self.last = Report { relayed: relayed.collect(), policy, reality, failures };
-                return Ok(());
+                    relays.map(|key| (key.clone(), self.executor.relays.connections(key))).collect();
+                self.last = Report { policy, reality, failures, relayed };
+                return match unseen {
+                    Some(error) => Err(error.context("the change is made to what was seen last")),
+                    None => Ok(()),
+                };
             }
-            tried.clone_from(&steps);
-            failures = self.executor.execute(steps);
-            for failure in &failures.others {
-                tracing::warn!("{failure}");
+            rounds += 1;
+            failures = self.executor.execute(&steps).await;
+            for failure in failures.texts() {
+                if !self.last.failures.texts().any(|known| known == failure) {
+                    tracing::warn!("{failure}");
+                }
             }
             self.refused.append(&mut failures.refused);
+            if let Some(why) = failures.name_hooks.take() {
+                self.abilities.name_hooks = Err(why);
+            }
         }
-        Ok(())
     }
 
     /// Without a kernel half its steps have nothing to work on.

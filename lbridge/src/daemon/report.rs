@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use lbridge_common::wire::RuleKey;
-
 use super::executor::Failures;
 use crate::{
     api::protocol::{GatewayStatus, RuleStatus},
@@ -56,53 +54,35 @@ impl Report {
     }
 
     fn gateway(&self, meant: &GatewayOutcome) -> GatewayStatus {
-        let entry = self.reality.entries.get(&meant.key);
-        let relay = self.relay_key(meant);
-        let observed = match meant.outcome.state {
-            State::Waiting | State::Blocked => meant.outcome.clone(),
-            State::Steered => match entry {
-                Some(entry) if self.reality.serves(entry) => meant.outcome.clone(),
-                Some(_) => {
-                    Outcome::because(State::Blocked, self.other_failure("its listener is not registered"))
-                }
-                None => Outcome::because(State::Blocked, self.entry_failure(&meant.key)),
-            },
-            State::Relayed => match &relay {
-                Some(_) => meant.outcome.clone(),
-                None => Outcome::because(State::Blocked, self.relay_failure(meant)),
-            },
+        let entry = self.reality.entries.get(&meant.rule_key);
+        let relayed = self.reality.relays.contains_key(&meant.relay_key);
+        let blocked = |failure: Option<&String>, what: &str| {
+            Outcome::because(State::Blocked, failure.map_or(what, String::as_str))
         };
-        let relayed = relay.as_ref().and_then(|key| self.relayed.get(key)).copied().unwrap_or(0);
+        let observed = match (meant.outcome.state, entry) {
+            (State::Waiting | State::Blocked, _) => meant.outcome.clone(),
+            (State::Steered, Some(entry)) if self.reality.serves(entry) => meant.outcome.clone(),
+            (State::Steered, Some(entry)) => {
+                let failure = self.failures.listeners.get(&entry.target_port);
+                blocked(failure, "its listener is not registered; the daemon's log may say why")
+            }
+            (State::Steered, None) => {
+                let failure = self.failures.entries.get(&meant.rule_key);
+                blocked(failure, "the kernel has no entry for it; the daemon's log may say why")
+            }
+            (State::Relayed, _) if relayed => meant.outcome.clone(),
+            (State::Relayed, _) => {
+                let failure = self.failures.relays.get(&meant.relay_key);
+                blocked(failure, "its relay is not open; the daemon's log may say why")
+            }
+        };
+        let by_relay = self.relayed.get(&meant.relay_key).copied().unwrap_or(0);
         GatewayStatus {
-            address: meant.gateway.ip(),
-            interface: meant.interface.clone(),
+            address: meant.relay_key.gateway.ip(),
+            interface: meant.relay_key.interface.clone(),
             state: observed.state,
             why: observed.why,
-            connections: entry.map_or(0, |entry| entry.steered) + relayed,
-        }
-    }
-
-    fn relay_key(&self, meant: &GatewayOutcome) -> Option<RelayKey> {
-        let mut open = self.reality.relays.keys();
-        open.find(|key| key.gateway == meant.gateway && key.interface == meant.interface).cloned()
-    }
-
-    fn relay_failure(&self, meant: &GatewayOutcome) -> String {
-        let mut failed = self.failures.relays.iter();
-        let failure =
-            failed.find(|(key, _)| key.gateway == meant.gateway && key.interface == meant.interface);
-        failure.map_or_else(|| self.other_failure("its relay is not open"), |(_, text)| text.clone())
-    }
-
-    fn entry_failure(&self, key: &RuleKey) -> String {
-        let failure = self.failures.entries.get(key).cloned();
-        failure.unwrap_or_else(|| self.other_failure("the kernel has no entry for it"))
-    }
-
-    fn other_failure(&self, what: &str) -> String {
-        match self.failures.others.first() {
-            Some(failure) => format!("{what}: {failure}"),
-            None => what.to_owned(),
+            connections: entry.map_or(0, |entry| entry.steered) + by_relay,
         }
     }
 }

@@ -16,6 +16,10 @@ use crate::planning::inventory::DockerNetwork;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
+/// The list is read without an event that often: an event that was lost is made up for.
+const RELIST: Duration = Duration::from_secs(60);
+/// The engine's events have whole seconds.
+const SINCE_BEFORE: Duration = Duration::from_secs(1);
 /// An engine that takes longer to answer is as good as away.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -128,11 +132,13 @@ async fn session(
 ) -> anyhow::Result<()> {
     let docker = Docker::connect_with_defaults().context("DOCKER_HOST cannot be used")?;
     let version = within(docker.version()).await?.version.unwrap_or_default();
-    // Subscribed before the list is read: a change between the two is an event.
+    // The request for events goes out when the first is waited for, after the list was read; so it asks for those since
+    // before. They may have happened already, which costs a look.
+    let since = Some((Timestamp::now() - SINCE_BEFORE).as_second().to_string());
     let filters = HashMap::from([("type".to_owned(), vec!["network".to_owned()])]);
     let mut events =
-        docker.events(Some(EventsOptions { filters: Some(filters), ..EventsOptions::default() }));
-    let mut waiting = None;
+        docker.events(Some(EventsOptions { since, filters: Some(filters), ..EventsOptions::default() }));
+    let mut waiting: Option<oneshot::Sender<()>> = None;
     loop {
         let networks = within_anyhow(snapshot::networks(&docker)).await?;
         *backoff = FIRST_BACKOFF;
@@ -146,7 +152,7 @@ async fn session(
             changed
         });
         if let Some(done) = waiting.take() {
-            let _: Result<(), ()> = oneshot::Sender::send(done, ());
+            let _ = done.send(());
         }
         tokio::select! {
             event = events.next() => {
@@ -156,6 +162,7 @@ async fn session(
                 Some(done) => waiting = Some(done),
                 None => return Ok(()),
             },
+            () = sleep(RELIST) => {}
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Interfaces and addresses, by rtnetlink; and the wake-ups when they change.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use anyhow::Context as _;
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -13,6 +13,9 @@ use tokio::sync::mpsc;
 
 use crate::planning::inventory::Interface;
 
+/// Pause before a broken socket is replaced.
+const REOPEN: Duration = Duration::from_secs(1);
+
 /// A connection to rtnetlink.
 #[derive(Debug, Clone)]
 pub struct Interfaces {
@@ -24,15 +27,7 @@ impl Interfaces {
     pub fn connect(wake: mpsc::Sender<()>) -> anyhow::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
         tokio::spawn(connection);
-        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
-        let (connection, _, mut messages) = rtnetlink::new_multicast_connection(&groups)
-            .context("cannot listen for changes of interfaces")?;
-        tokio::spawn(connection);
-        tokio::spawn(async move {
-            while messages.next().await.is_some() {
-                let _ = wake.try_send(());
-            }
-        });
+        follow(wake)?;
         Ok(Self { handle })
     }
 
@@ -83,4 +78,33 @@ impl Interfaces {
         }
         Ok(interfaces.into_values().collect())
     }
+}
+
+/// Wakes on every change, and goes on with a new socket should one break.
+fn follow(wake: mpsc::Sender<()>) -> anyhow::Result<()> {
+    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let open = move || {
+        rtnetlink::new_multicast_connection(&groups).context("cannot listen for changes of interfaces")
+    };
+    let mut connection = open()?;
+    tokio::spawn(async move {
+        loop {
+            let (task, _, mut messages) = connection;
+            tokio::spawn(task);
+            while messages.next().await.is_some() {
+                let _ = wake.try_send(());
+            }
+            tracing::warn!("changes of interfaces are followed anew");
+            connection = loop {
+                tokio::time::sleep(REOPEN).await;
+                match open() {
+                    Ok(connection) => break connection,
+                    Err(error) => tracing::warn!("{error:#}"),
+                }
+            };
+            // What happened meanwhile was not told.
+            let _ = wake.try_send(());
+        }
+    });
+    Ok(())
 }

@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
+    ffi::OsStr,
     fs, io,
     net::SocketAddr,
-    os::fd::OwnedFd,
-    path::PathBuf,
+    os::{fd::OwnedFd, unix::ffi::OsStrExt as _},
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, bail};
@@ -86,26 +87,45 @@ fn listener(response: &InetResponse) -> Listener {
         inode: u64::from(response.header.inode),
         single_family: v6_only || response.header.family == AF_INET,
         bound_interface: id.interface_id,
-        // sock_diag shows the TCP socket below an MPTCP listener as any other; only the socket itself tells.
+        // sock_diag tells of MPTCP only beside tcp_info, whose length differs between kernels; the socket itself does too,
+        // once it is taken hold of.
         kind: ListenerKind::Tcp,
     }
 }
 
-/// Paths of listening Unix stream sockets in this thread's network namespace.
-pub fn unix() -> anyhow::Result<BTreeSet<PathBuf>> {
-    // Num RefCount Protocol Flags Type St Inode Path; __SO_ACCEPTCON is set in the flags of a listening socket
-    // (include/linux/net.h).
+/// Those of `wanted` on which a Unix stream socket of this thread's network namespace listens. The kernel shows the path
+/// that the service gave to bind(), so the files are compared: /var/run may be a link to /run.
+pub fn unix(wanted: BTreeSet<PathBuf>) -> anyhow::Result<BTreeSet<PathBuf>> {
+    // Names are bytes: any process may bind one that is no text.
+    let list = fs::read("/proc/thread-self/net/unix").context("cannot list Unix sockets")?;
+    let listening: BTreeSet<_> = list
+        .split(|b| *b == b'\n')
+        .skip(1)
+        .filter_map(listening_path)
+        .filter_map(|path| fs::canonicalize(path).ok())
+        .collect();
+    Ok(wanted
+        .into_iter()
+        .filter(|path| fs::canonicalize(path).is_ok_and(|p| listening.contains(&p)))
+        .collect())
+}
+
+/// A line is `Num RefCount Protocol Flags Type St Inode Path` (net/unix/af_unix.c).
+fn listening_path(line: &[u8]) -> Option<&Path> {
+    // __SO_ACCEPTCON, set in the flags of a listening socket (include/linux/net.h).
     const ACCEPTS: u32 = 0x0001_0000;
-    const STREAM: &str = "0001";
-    let text = fs::read_to_string("/proc/thread-self/net/unix").context("cannot list Unix sockets")?;
-    let listening = text.lines().skip(1).filter_map(|line| {
-        let mut fields = line.split_ascii_whitespace();
-        let flags = u32::from_str_radix(fields.nth(3)?, 16).ok()?;
-        let is_stream = fields.next()? == STREAM;
-        let path = line.find(" /").map(|at| &line[at + 1..])?;
-        (is_stream && flags & ACCEPTS != 0).then(|| PathBuf::from(path))
-    });
-    Ok(listening.collect())
+    const STREAM: &[u8] = b"0001";
+    // The path may hold blanks, the fields before it are padded with them.
+    let mut rest = line;
+    let mut fields = [b"".as_slice(); 7];
+    for field in &mut fields {
+        let start = rest.iter().position(|b| *b != b' ')?;
+        let end = start + rest[start..].iter().position(|b| *b == b' ')?;
+        (*field, rest) = (&rest[start..end], &rest[end + 1..]);
+    }
+    let flags = u32::from_str_radix(str::from_utf8(fields[3]).ok()?, 16).ok()?;
+    (fields[4] == STREAM && flags & ACCEPTS != 0 && rest.starts_with(b"/"))
+        .then(|| Path::new(OsStr::from_bytes(rest)))
 }
 
 /// Takes hold of listening sockets of other processes.
@@ -184,7 +204,10 @@ fn socket_inode(fd: &OwnedFd) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::TcpListener, os::fd::AsFd as _};
+    use std::{
+        net::TcpListener,
+        os::{fd::AsFd as _, linux::net::SocketAddrExt as _},
+    };
 
     use super::*;
 
@@ -205,9 +228,16 @@ mod tests {
 
     #[test]
     fn unix_listeners_are_found() {
+        let hostile = std::os::unix::net::SocketAddr::from_abstract_name(b"\xff\xfe no text").unwrap();
+        let _hostile = std::os::unix::net::UnixDatagram::bind_addr(&hostile).unwrap();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a b.sock");
-        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        assert!(unix().unwrap().contains(&path));
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let by_link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &by_link).unwrap();
+        let wanted = BTreeSet::from([path.clone(), by_link, directory.path().join("none")]);
+        assert_eq!(unix(wanted.clone()).unwrap().len(), 2);
+        drop(listener);
+        assert_eq!(unix(wanted).unwrap().len(), 0);
     }
 }

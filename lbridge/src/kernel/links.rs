@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use aya::programs::{CgroupAttachMode, Program, links::FdLink};
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type};
 
 use super::pins;
 
@@ -63,23 +63,48 @@ impl Hooks {
 
     fn replace(&self, program: &Program, pin: &Path) -> anyhow::Result<()> {
         let link = open_pinned(pin)?;
-        let info = link_info(link.as_fd())?;
-        // SAFETY: the kernel filled the member that belongs to the program's type of link; both are plain integers.
-        let (there, here) = unsafe {
-            match program {
-                Program::SkLookup(_) => {
-                    (u64::from(info.__bindgen_anon_1.netns.netns_ino), self.netns.metadata()?.ino())
-                }
-                _ => (info.__bindgen_anon_1.cgroup.cgroup_id, self.cgroup.metadata()?.ino()),
-            }
+        let place = match program {
+            Program::SkLookup(_) => Place::Netns(self.netns.metadata()?.ino()),
+            _ => Place::Cgroup(self.cgroup.metadata()?.ino()),
         };
-        // A namespace that is gone has number 0.
-        if there != here {
-            bail!("it is attached elsewhere (inode {there}, ours is {here})");
+        let there = Place::of(link.as_fd())?;
+        if there != place {
+            bail!("it is attached elsewhere ({there:?}, ours is {place:?})");
         }
         update(link.as_fd(), program.fd()?.as_fd()).context("cannot replace the program")?;
         // Closing our descriptor is nothing to the link; the pin keeps it.
         Ok(())
+    }
+
+    /// Whether the link pinned at `pin` serves another namespace than ours, or one that is gone.
+    pub(super) fn is_of_another_netns(&self, pin: &Path) -> anyhow::Result<bool> {
+        if !pin.exists() {
+            return Ok(false);
+        }
+        let ours = Place::Netns(self.netns.metadata()?.ino());
+        Ok(open_pinned(pin).and_then(|link| Place::of(link.as_fd())).is_ok_and(|there| there != ours))
+    }
+}
+
+/// What a link is attached to, by inode number; a namespace that is gone has number 0.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    Netns(u64),
+    Cgroup(u64),
+}
+
+impl Place {
+    fn of(link: BorrowedFd<'_>) -> anyhow::Result<Self> {
+        let info = link_info(link)?;
+        if info.type_ == bpf_link_type::BPF_LINK_TYPE_NETNS as u32 {
+            // SAFETY: the kernel has filled the member that belongs to the type.
+            Ok(Self::Netns(u64::from(unsafe { info.__bindgen_anon_1.netns.netns_ino })))
+        } else if info.type_ == bpf_link_type::BPF_LINK_TYPE_CGROUP as u32 {
+            // SAFETY: as above.
+            Ok(Self::Cgroup(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id }))
+        } else {
+            bail!("it is a link of another kind ({})", info.type_)
+        }
     }
 }
 

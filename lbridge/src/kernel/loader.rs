@@ -4,7 +4,8 @@ use std::{fs::File, path::Path};
 
 use anyhow::Context as _;
 use aya::{Ebpf, EbpfLoader, programs::Program};
-use lbridge_common::names;
+use lbridge_common::symbols;
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::{
     links::Hooks,
@@ -15,7 +16,8 @@ use super::{
 use crate::planning::inventory::{Abilities, Steering};
 
 /// Name hooks with the programs behind them.
-const NAME_HOOKS: [&str; 4] = [names::PEERNAME4, names::PEERNAME6, names::SOCKNAME4, names::SOCKNAME6];
+const NAME_HOOKS: [&str; 4] =
+    [symbols::PEERNAME4, symbols::PEERNAME6, symbols::SOCKNAME4, symbols::SOCKNAME6];
 /// Pins of the two hooks that are always attached, whichever program serves them.
 const STEER_LINK: &str = "steer";
 const LISTENERS_LINK: &str = "listeners";
@@ -28,6 +30,8 @@ pub struct Kernel {
     object: Ebpf,
     pins: Pins,
     hooks: Hooks,
+    /// What is always attached, and at which pin. Listeners first: a rule must not miss one.
+    programs: [(&'static str, &'static str); 2],
 }
 
 /// What came of [`Kernel::load`].
@@ -49,80 +53,95 @@ impl Kernel {
         let cgroup = open_cgroup(cgroup)?;
         raise_memlock();
         let bytes = object::bytes()?;
+        let hooks = Hooks { netns, cgroup };
+        if hooks.is_of_another_netns(&pins.link(STEER_LINK))? {
+            // Its listeners are that namespace's: they would be assigned, and connections to them hang.
+            tracing::warn!("what is pinned served another network namespace; everything is set up anew");
+            pins.clear()?;
+        }
         pins.discard_misshapen(&object::shapes(&bytes)?)?;
 
         let host_netns = cookie.unwrap_or(0);
         let mut loader = EbpfLoader::new();
-        loader.override_global(names::HOST_NETNS, &host_netns, true);
+        loader.override_global(symbols::HOST_NETNS, &host_netns, true);
         let paths = PINNED_MAPS.map(|name| (name, pins.map(name)));
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
         }
         let mut object = match loader.load(&bytes) {
             Ok(object) => object,
-            Err(error) => return Ok(Loaded::nothing(&error_chain(&error))),
+            Err(error) => return abandon(&pins, &error_chain(&error)),
         };
         #[cfg(feature = "bpf-log")]
         follow_log(&mut object);
 
-        let hooks = Hooks { netns, cgroup };
-        let steer = load_first(&mut object, &[names::STEER, names::STEER_ANY_INTERFACE]);
+        let steer = load_first(&mut object, &[symbols::STEER, symbols::STEER_ANY_INTERFACE]);
         // Without the namespace's cookie the kernel program could not tell the host's listeners from a container's.
-        let registering: &[&str] =
-            if cookie.is_some() { &[names::REGISTER, names::ANNOUNCE] } else { &[names::ANNOUNCE] };
+        let registering: &[&'static str] =
+            if cookie.is_some() { &[symbols::REGISTER, symbols::ANNOUNCE] } else { &[symbols::ANNOUNCE] };
         let listeners = load_first(&mut object, registering);
-        let names_loaded = NAME_HOOKS.iter().try_for_each(|hook| load(&mut object, hook));
+        let hooks_loaded = NAME_HOOKS.iter().try_for_each(|hook| load(&mut object, hook));
 
-        let (Ok(steer_program), Ok(listeners_program)) = (&steer, &listeners) else {
-            let why = steer.and(listeners).err().unwrap_or_default();
-            for link in [STEER_LINK, LISTENERS_LINK] {
-                pins::remove(&pins.link(link))?;
-            }
-            return Ok(Loaded::nothing(&why));
+        let (Ok(steer_program), Ok(listeners_program)) = (steer.clone(), listeners.clone()) else {
+            return abandon(&pins, &steer.and(listeners).err().unwrap_or_default());
         };
-        // Listeners first: a rule in force from before must not miss one.
-        for (program, link) in [(listeners_program, LISTENERS_LINK), (steer_program, STEER_LINK)] {
-            let program = program_mut(&mut object, program)?;
-            hooks.attach(program, &pins.link(link)).with_context(|| format!("cannot attach {link}"))?;
-        }
         let steering = Steering {
-            interface_check: *steer_program == names::STEER,
-            kernel_registers: *listeners_program == names::REGISTER,
+            interface_check: steer_program == symbols::STEER,
+            kernel_registers: listeners_program == symbols::REGISTER,
         };
         let (maps, events) = (Maps::take(&mut object)?, Events::take(&mut object)?);
         maps.peers.clear()?;
-        let mut kernel = Self { maps, object, pins, hooks };
-        if kernel.names_attached() {
+        let programs = [(listeners_program, LISTENERS_LINK), (steer_program, STEER_LINK)];
+        let mut kernel = Self { maps, object, pins, hooks, programs };
+        kernel.attach()?;
+        if NAME_HOOKS.iter().any(|hook| kernel.pins.link(hook).exists()) {
             // Pinned by a daemon before: the programs under the links are to be this version's.
-            match &names_loaded {
-                Ok(()) => kernel.attach_names()?,
-                Err(_) => kernel.detach_names()?,
+            match &hooks_loaded {
+                Ok(()) => kernel.attach_name_hooks()?,
+                Err(_) => kernel.detach_name_hooks()?,
             }
         }
         Ok(Loaded {
             kernel: Some((kernel, events)),
-            abilities: Abilities { steer: Ok(steering), names: names_loaded },
+            abilities: Abilities { steer: Ok(steering), name_hooks: hooks_loaded },
         })
     }
 
-    /// Attaches the name hooks.
-    pub fn attach_names(&mut self) -> anyhow::Result<()> {
+    /// Attaches what is always attached, or puts this version's programs under the links.
+    pub fn attach(&mut self) -> anyhow::Result<()> {
+        for (program, link) in self.programs {
+            let program = program_mut(&mut self.object, program)?;
+            self.hooks
+                .attach(program, &self.pins.link(link))
+                .with_context(|| format!("cannot attach {link}"))?;
+        }
+        Ok(())
+    }
+
+    /// Whether what is always attached is.
+    pub fn attached(&self) -> bool {
+        self.programs.iter().all(|(_, link)| self.pins.link(link).exists())
+    }
+
+    /// Attaches the name hooks, all or none.
+    pub fn attach_name_hooks(&mut self) -> anyhow::Result<()> {
         for hook in NAME_HOOKS {
             let program = program_mut(&mut self.object, hook)?;
-            self.hooks
-                .attach(program, &self.pins.link(hook))
-                .with_context(|| format!("cannot attach {hook}"))?;
+            if let Err(error) = self.hooks.attach(program, &self.pins.link(hook)) {
+                self.detach_name_hooks()?;
+                return Err(error.context(format!("cannot attach {hook}")));
+            }
         }
         Ok(())
     }
 
     /// Detaches the name hooks.
-    pub fn detach_names(&mut self) -> anyhow::Result<()> {
+    pub fn detach_name_hooks(&mut self) -> anyhow::Result<()> {
         NAME_HOOKS.iter().try_for_each(|hook| pins::remove(&self.pins.link(hook)))
     }
 
     /// Whether all name hooks are attached.
-    pub fn names_attached(&self) -> bool {
+    pub fn name_hooks_attached(&self) -> bool {
         NAME_HOOKS.iter().all(|hook| self.pins.link(hook).exists())
     }
 
@@ -132,10 +151,18 @@ impl Kernel {
     }
 }
 
+/// Detaches what a daemon before has left: nobody could change it any more, and `deny` would have no effect.
+fn abandon(pins: &Pins, why: &str) -> anyhow::Result<Loaded> {
+    for link in [STEER_LINK, LISTENERS_LINK].iter().chain(&NAME_HOOKS) {
+        pins::remove(&pins.link(link))?;
+    }
+    Ok(Loaded::nothing(why))
+}
+
 impl Loaded {
     /// Where the kernel half cannot be.
-    pub fn nothing(why: &str) -> Self {
-        let abilities = Abilities { steer: Err(why.to_owned()), names: Err(why.to_owned()) };
+    fn nothing(why: &str) -> Self {
+        let abilities = Abilities { steer: Err(why.to_owned()), name_hooks: Err(why.to_owned()) };
         Self { kernel: None, abilities }
     }
 }
@@ -156,7 +183,7 @@ fn program_mut<'a>(object: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut P
 }
 
 /// Loads the first program of `candidates` that the kernel takes; else says why it refused the last.
-fn load_first<'a>(object: &mut Ebpf, candidates: &[&'a str]) -> Result<&'a str, String> {
+fn load_first(object: &mut Ebpf, candidates: &[&'static str]) -> Result<&'static str, String> {
     let mut refused = String::new();
     for candidate in candidates {
         match load(object, candidate) {
@@ -200,12 +227,11 @@ fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Before 5.11 maps count against this limit (Documentation/bpf); later it is of no effect.
+/// Before 5.11 maps count against this limit; later it is of no effect.
 fn raise_memlock() {
-    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
-    // SAFETY: the pointer is to a whole `rlimit`.
-    if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) } != 0 {
-        tracing::debug!("RLIMIT_MEMLOCK stays: {}", std::io::Error::last_os_error());
+    let unlimited = Rlimit { current: None, maximum: None };
+    if let Err(error) = setrlimit(Resource::Memlock, unlimited) {
+        tracing::debug!("RLIMIT_MEMLOCK stays: {error}");
     }
 }
 

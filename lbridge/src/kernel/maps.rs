@@ -7,19 +7,22 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd as _, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use aya::{
     Ebpf, Pod,
     maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockHash},
 };
 use lbridge_common::{
-    names,
+    symbols,
     wire::{Counter, Endpoint, ListenerEvent, ListenerKey, LoopbackView, RuleKey, RuleValue},
 };
 use tokio::io::{Interest, unix::AsyncFd};
+
+/// Flag of an update: only where there is no such key (include/uapi/linux/bpf.h).
+const BPF_NOEXIST: u64 = 1;
 
 /// The maps that userspace reads and writes.
 pub struct Maps {
@@ -51,12 +54,15 @@ fn collected<K: Pod + Ord + Hash, V: Pod>(map: &HashMap<MapData, K, V>) -> Resul
 impl Maps {
     pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<Self> {
         Ok(Self {
-            rules: taken(object, names::RULES)?,
-            targets: taken(object, names::TARGETS)?,
-            listeners: taken(object, names::LISTENERS)?,
-            views: taken(object, names::LOOPBACK_VIEWS)?,
-            counters: taken(object, names::COUNTERS)?,
-            peers: PeerNames(Arc::new(Mutex::new(taken(object, names::RELAY_PEERS)?))),
+            rules: taken(object, symbols::RULES)?,
+            targets: taken(object, symbols::TARGETS)?,
+            listeners: taken(object, symbols::LISTENERS)?,
+            views: taken(object, symbols::LOOPBACK_VIEWS)?,
+            counters: taken(object, symbols::COUNTERS)?,
+            peers: PeerNames(Arc::new(Mutex::new(NameMaps {
+                connects: taken(object, symbols::RELAY_CONNECTS)?,
+                peers: taken(object, symbols::RELAY_PEERS)?,
+            }))),
         })
     }
 
@@ -112,11 +118,14 @@ impl Maps {
         keys.context("cannot read the registered listeners")
     }
 
-    /// Registers a listening socket. An errno of the kernel's is in the error's chain as an [`std::io::Error`].
+    /// Registers a listening socket, unless the kernel program has taken the slot for another. An errno of the kernel's is in the error's chain as an [`std::io::Error`].
     pub fn register(&mut self, key: ListenerKey, socket: &impl AsFd) -> anyhow::Result<()> {
-        self.listeners
-            .insert(key, socket.as_fd().as_raw_fd(), 0)
-            .context("the kernel refused to register the listener")
+        match self.listeners.insert(key, socket.as_fd().as_raw_fd(), BPF_NOEXIST) {
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
+                Ok(())
+            }
+            done => done.context("the kernel refused to register the listener"),
+        }
     }
 
     /// Forgets a listener; one that is gone already is as good.
@@ -145,30 +154,63 @@ fn or_absent(done: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-/// Names of relayed connections: the relay's end as the service sees it, to the container's.
+/// Names of relayed connections. Three steps, since the service may ask for its peer as soon as it is connected:
+/// [`PeerNames::announce`] before connect(), which lets the kernel enter the name as soon as the socket has its port;
+/// [`PeerNames::confirm`] after it; [`PeerNames::forget`] at the end. What the service was told stays true for as long as
+/// its socket lives.
 #[derive(Debug, Clone)]
-pub struct PeerNames(Arc<Mutex<HashMap<MapData, Endpoint, Endpoint>>>);
+pub struct PeerNames(Arc<Mutex<NameMaps>>);
+
+#[derive(Debug)]
+struct NameMaps {
+    connects: HashMap<MapData, u64, Endpoint>,
+    peers: HashMap<MapData, Endpoint, Endpoint>,
+}
 
 impl PeerNames {
-    /// From now on the service sees `container` where it would see `relay_end`.
-    pub fn present(&self, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()> {
-        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        map.insert(endpoint(relay_end), endpoint(container), 0).context("cannot name the container")
+    fn maps(&self) -> MutexGuard<'_, NameMaps> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The connection is over.
-    pub fn forget(&self, relay_end: SocketAddr) {
-        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = or_absent(map.remove(&endpoint(relay_end))) {
-            tracing::warn!("the name of {relay_end} stays: {error}");
+    /// The socket of this cookie is about to connect on behalf of `container`.
+    pub fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()> {
+        self.maps().connects.insert(cookie, endpoint(container), 0).context("cannot name the container")
+    }
+
+    /// Its connect() has returned. An error where the service may see another peer than `container`.
+    pub fn confirm(&self, cookie: u64, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()> {
+        let mut maps = self.maps();
+        or_absent(maps.connects.remove(&cookie)).context("cannot take back the announcement")?;
+        match maps.peers.get(&endpoint(relay_end), 0) {
+            Ok(name) if name == endpoint(container) => Ok(()),
+            _ => bail!("the kernel has not named {container} to the service"),
+        }
+    }
+
+    /// It is over. `relay_end` is where it had connected from, if it had; that port may be another connection's by now,
+    /// whose name stays.
+    pub fn forget(&self, cookie: u64, relay_end: Option<SocketAddr>, container: SocketAddr) {
+        let mut maps = self.maps();
+        let announced = or_absent(maps.connects.remove(&cookie));
+        let named = relay_end
+            .map(endpoint)
+            .filter(|end| maps.peers.get(end, 0).is_ok_and(|name| name == endpoint(container)));
+        let named = named.map_or(Ok(()), |end| or_absent(maps.peers.remove(&end)));
+        if let Err(error) = announced.and(named) {
+            tracing::warn!("a name of {container} stays: {error}");
         }
     }
 
     /// Removes what another daemon's connections left.
     pub(super) fn clear(&self) -> anyhow::Result<()> {
-        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let keys: Vec<_> = map.keys().collect::<Result<_, _>>()?;
-        keys.iter().try_for_each(|key| or_absent(map.remove(key))).context("cannot clear the names")
+        let mut maps = self.maps();
+        let cookies: Vec<_> = maps.connects.keys().collect::<Result<_, _>>()?;
+        cookies
+            .iter()
+            .try_for_each(|key| or_absent(maps.connects.remove(key)))
+            .context("cannot clear the names")?;
+        let ends: Vec<_> = maps.peers.keys().collect::<Result<_, _>>()?;
+        ends.iter().try_for_each(|key| or_absent(maps.peers.remove(key))).context("cannot clear the names")
     }
 }
 
@@ -190,7 +232,7 @@ impl fmt::Debug for Events {
 
 impl Events {
     pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<Self> {
-        let buffer: RingBuf<MapData> = taken(object, names::EVENTS)?;
+        let buffer: RingBuf<MapData> = taken(object, symbols::EVENTS)?;
         let descriptor = buffer.as_fd().try_clone_to_owned()?;
         // SAFETY: an `OwnedFd` stays the descriptor that it is for as long as it lives.
         let readiness = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };

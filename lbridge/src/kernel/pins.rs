@@ -3,14 +3,14 @@
 use std::{
     fs::{self, DirBuilder, File},
     io::ErrorKind,
-    os::unix::fs::DirBuilderExt as _,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, bail};
-use aya::maps::MapData;
+use aya::maps::{MapData, MapError};
 use lbridge_common::{
-    names::{COUNTERS, LISTENERS, LOOPBACK_VIEWS, RELAY_PEERS, RULES, TARGETS},
+    symbols::{COUNTERS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS, RULES, TARGETS},
     wire::ABI_VERSION,
 };
 use nix::{
@@ -22,7 +22,8 @@ use nix::{
 use super::object::Shape;
 
 /// Maps that outlive the daemon. The event buffer does not: it is of use to one daemon only.
-pub(super) const PINNED_MAPS: [&str; 6] = [RULES, TARGETS, LISTENERS, LOOPBACK_VIEWS, RELAY_PEERS, COUNTERS];
+pub(super) const PINNED_MAPS: [&str; 8] =
+    [RULES, TARGETS, LISTENERS, LOOPBACK_VIEWS, RELAY_CONNECTS, RELAY_PEERS, PEER_NAMES, COUNTERS];
 
 /// The pin directory, locked for as long as this lives.
 #[derive(Debug)]
@@ -39,6 +40,14 @@ impl Pins {
         let on_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
         if !on_bpffs(root) && !on_bpffs(mount) {
             bail!("{} is not on a bpffs; run `mount -t bpf bpf {}`", root.display(), mount.display());
+        }
+        // What else is on the file system is not ours to look at, let alone to remove.
+        let is_mount_point = match (fs::metadata(root), fs::metadata(root.join(".."))) {
+            (Ok(own), Ok(parent)) => own.dev() != parent.dev() || own.ino() == parent.ino(),
+            _ => false,
+        };
+        if is_mount_point {
+            bail!("{} is a mount point; give a directory below it, e.g. {0}/lbridge", root.display());
         }
         let current = root.join(format!("v{ABI_VERSION}"));
         DirBuilder::new()
@@ -74,13 +83,22 @@ impl Pins {
             if !path.exists() {
                 continue;
             }
-            let found = MapData::from_pin(&path).and_then(|map| map.info()).map(|info| Shape {
-                kind: info.map_type().map_or(0, |kind| kind as u32),
-                key_size: info.key_size(),
-                value_size: info.value_size(),
-                max_entries: info.max_entries(),
-            });
-            if !found.as_ref().is_ok_and(|found| found == wanted) {
+            let found = match MapData::from_pin(&path).and_then(|map| map.info()) {
+                Ok(info) => Some(Shape {
+                    kind: info.map_type().map_or(0, |kind| kind as u32),
+                    key_size: info.key_size(),
+                    value_size: info.value_size(),
+                    max_entries: info.max_entries(),
+                }),
+                // A program or a link under the name; any other error says nothing of the pin.
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {
+                    None
+                }
+                Err(error) => {
+                    return Err(error).with_context(|| format!("cannot look at {}", path.display()));
+                }
+            };
+            if found.as_ref() != Some(wanted) {
                 tracing::warn!(
                     "{} is not a map of this lbridge ({found:?}); everything is set up anew",
                     path.display()
@@ -91,7 +109,8 @@ impl Pins {
         Ok(())
     }
 
-    fn clear(&self) -> anyhow::Result<()> {
+    /// Removes everything of this version: what it serves ends.
+    pub(super) fn clear(&self) -> anyhow::Result<()> {
         for pin in fs::read_dir(&self.current)? {
             remove(&pin?.path())?;
         }
@@ -101,8 +120,10 @@ impl Pins {
     /// Removes what other versions pinned, once this one's is in force: until then both steer.
     pub(super) fn remove_other_versions(&self) -> anyhow::Result<()> {
         for entry in fs::read_dir(&self.root)? {
-            let path = entry?.path();
-            if path != self.current {
+            let entry = entry?;
+            let (path, name) = (entry.path(), entry.file_name());
+            let version = name.to_str().and_then(|name| name.strip_prefix('v')?.parse::<u32>().ok());
+            if version.is_some_and(|version| version != ABI_VERSION) {
                 tracing::info!("removing {}, pinned by another version", path.display());
                 fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
             }
@@ -111,7 +132,7 @@ impl Pins {
     }
 }
 
-/// Removes a pin; none is as good.
+/// Removes a pin; none is as good. A link that is pinned nowhere else is detached by that.
 pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),

@@ -28,17 +28,22 @@ impl Inventory {
     pub fn interface(&self, name: &str) -> Option<&Interface> {
         self.interfaces.iter().find(|i| i.name == name)
     }
+}
 
-    /// The Docker network of that name; else the one of that id, or of the only id that starts so.
-    pub fn docker_network(&self, name: &str) -> Option<&DockerNetwork> {
-        // Docker prints 12 digits; shorter prefixes are names as far as we are concerned.
-        const SHORT_ID: usize = 12;
-        self.docker_networks.iter().find(|n| n.name == name).or_else(|| {
-            let is_id = name.len() >= SHORT_ID && name.bytes().all(|b| b.is_ascii_hexdigit());
-            let mut matching = self.docker_networks.iter().filter(|n| is_id && n.id.starts_with(name));
-            matching.next().filter(|_| matching.next().is_none())
-        })
+/// The networks that `name` may mean, as Docker reads it: the one with that id; else those of that name, of which the
+/// engine's API allows several; else those whose id starts so.
+pub fn find_networks<'a>(networks: &'a [DockerNetwork], name: &str) -> Vec<&'a DockerNetwork> {
+    // What Docker prints of an id; anything shorter is a name.
+    const SHORT_ID: usize = 12;
+    let select =
+        |fits: &dyn Fn(&DockerNetwork) -> bool| networks.iter().filter(|n| fits(n)).collect::<Vec<_>>();
+    let by_id = select(&|n| n.id == name);
+    if !by_id.is_empty() {
+        return by_id;
     }
+    let by_name = select(&|n| n.name == name);
+    let is_id = name.len() >= SHORT_ID && name.bytes().all(|b| b.is_ascii_hexdigit());
+    if by_name.is_empty() && is_id { select(&|n| n.id.starts_with(name)) } else { by_name }
 }
 
 /// Whether a Docker Engine can be asked.
@@ -58,7 +63,7 @@ pub enum DockerPresence {
 pub struct DockerNetwork {
     /// 64 hexadecimal digits.
     pub id: String,
-    /// Unique among the engine's networks.
+    /// Unique among the engine's networks, unless somebody asked its API otherwise.
     pub name: String,
     /// `bridge`, `macvlan`, `host`, ...
     pub driver: String,
@@ -111,7 +116,7 @@ pub struct Abilities {
     /// `sk_lookup` steering, or why not.
     pub steer: Result<Steering, String>,
     /// Whether the name hooks can be attached, or why not.
-    pub names: Result<(), String>,
+    pub name_hooks: Result<(), String>,
 }
 
 /// How steering is done.

@@ -4,7 +4,8 @@
 //! Rules + Inventory + Abilities --resolve--> Policy --plan(policy, reality)--> Steps
 //! ```
 //!
-//! May import `lbridge_common` only; every shell may import this room.
+//! May import `lbridge_common`, serde (the types are what files and the API say) and nothing of lbridge's; every shell
+//! may import this room.
 
 pub mod inventory;
 pub mod plan;

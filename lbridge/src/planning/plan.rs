@@ -1,7 +1,7 @@
 //! Plan: the steps from reality to policy, in an order that leaves no gap and no hole.
 //!
 //! - a port is watched before its listeners are looked for, a listener is ready before the entry that names it;
-//! - the names are changed before the connections that need it can come;
+//! - the name hooks are attached before the connections that need them can come, and detached after the last one;
 //! - a relay listens before the kernel's entry goes, the entry is there before the relay stops;
 //! - an entry goes before its listener.
 
@@ -15,10 +15,12 @@ use super::{
 /// One change, to be carried out as it says: what it means was decided before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
+    /// Attach the programs that are always attached: somebody has removed their pins.
+    Attach,
     /// Watch listeners of a port.
     AddTarget(u16),
     /// Attach the name hooks.
-    AttachNames,
+    AttachNameHooks,
     /// Make a gateway's connections look local, or otherwise so.
     PutView(Endpoint, LoopbackView),
     /// Register the socket of this inode.
@@ -44,7 +46,7 @@ pub enum Step {
     /// Make a gateway's connections look as they are.
     RemoveView(Endpoint),
     /// Detach the name hooks.
-    DetachNames,
+    DetachNameHooks,
     /// Forget a listener.
     Unregister(ListenerKey),
     /// Watch a port no more.
@@ -54,9 +56,12 @@ pub enum Step {
 /// The steps from `reality` to `policy`. None, where they agree.
 pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = vec![];
+    if reality.detached {
+        steps.push(Step::Attach);
+    }
     steps.extend(policy.targets.difference(&reality.targets).map(|port| Step::AddTarget(*port)));
-    if policy.names && !reality.names {
-        steps.push(Step::AttachNames);
+    if policy.name_hooks && !reality.name_hooks {
+        steps.push(Step::AttachNameHooks);
     }
     for (endpoint, view) in &policy.views {
         if reality.views.get(endpoint) != Some(view) {
@@ -79,15 +84,26 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps.extend(
         reality.entries.keys().filter(|k| !policy.entries.contains_key(k)).map(|k| Step::RemoveEntry(*k)),
     );
+    let handed_over = |key: &RelayKey| {
+        let (gateway, port) = (Address::from(key.gateway.ip()), key.gateway.port());
+        let taken_over = |entry: &RuleKey| {
+            entry.gateway == gateway
+                && entry.port == port
+                && (entry.ifindex == 0 || entry.ifindex == key.ifindex)
+        };
+        policy.entries.keys().any(taken_over)
+    };
     for key in reality.relays.keys().filter(|key| !policy.relays.contains_key(key)) {
-        let (address, port) = (Address::from(key.gateway.ip()), key.gateway.port());
-        let handed_over = policy.entries.keys().any(|entry| entry.gateway == address && entry.port == port);
-        steps.push(Step::CloseRelay { key: key.clone(), handed_over });
+        steps.push(Step::CloseRelay { key: key.clone(), handed_over: handed_over(key) });
+    }
+    // Denied while it lingers: at once, too.
+    for key in reality.lingering.iter().filter(|key| !policy.relays.contains_key(key) && !handed_over(key)) {
+        steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
     }
     steps
         .extend(reality.views.keys().filter(|k| !policy.views.contains_key(k)).map(|k| Step::RemoveView(*k)));
-    if reality.names && !policy.names {
-        steps.push(Step::DetachNames);
+    if reality.name_hooks && !policy.name_hooks && !reality.name_hooks_in_use {
+        steps.push(Step::DetachNameHooks);
     }
     let stale = reality.registered.iter().filter(|k| !policy.targets.contains(&k.port));
     steps.extend(stale.map(|k| Step::Unregister(*k)));

@@ -3,8 +3,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
 };
 
 use lbridge_common::{
@@ -14,7 +14,7 @@ use lbridge_common::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    inventory::{Abilities, DockerPresence, Interface, Inventory, Listener, ListenerKind},
+    inventory::{Abilities, DockerPresence, Interface, Inventory, Listener, ListenerKind, find_networks},
     rule::{Network, Origin, PathChoice, Rule, Rules, Source, Target},
 };
 
@@ -55,14 +55,10 @@ impl Outcome {
 /// What is meant for one of a rule's gateways.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatewayOutcome {
-    /// What containers dial.
-    pub gateway: SocketAddr,
-    /// The bridge.
-    pub interface: String,
-    /// Key of the kernel's entry, whether it is meant to exist or not.
-    pub key: RuleKey,
-    /// The loopback address that the kernel's entry leads to.
-    pub target: Option<Endpoint>,
+    /// What containers dial, on which bridge; the key of its relay, whether there is one or not.
+    pub relay_key: RelayKey,
+    /// Key of the kernel's entry, whether there is one or not.
+    pub rule_key: RuleKey,
     /// What is meant to happen.
     pub outcome: Outcome,
 }
@@ -149,12 +145,18 @@ pub struct Policy {
     /// Relay listeners.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
     /// Whether the name hooks are needed.
-    pub names: bool,
+    pub name_hooks: bool,
 }
 
 /// Decides for each rule and gateway.
 pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> Policy {
-    let mut resolver = Resolver { inventory, abilities, policy: Policy::default(), by_port: BTreeMap::new() };
+    let mut resolver = Resolver {
+        inventory,
+        abilities,
+        policy: Policy::default(),
+        by_port: BTreeMap::new(),
+        claimed: BTreeSet::new(),
+    };
     for listener in &inventory.listeners {
         resolver.by_port.entry(listener.address.port()).or_default().push(listener);
     }
@@ -168,22 +170,20 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
 
 /// How a connection to one gateway can be served.
 enum Way {
-    /// By the kernel; or by nobody yet, with everything in place for a service that starts.
-    Kernel(Outcome),
+    /// By the kernel, given this listener; or by nobody yet, with everything in place for a service that starts.
+    Kernel(Endpoint, Outcome),
     /// By the daemon.
     Relay(Service, String),
     /// Not at all.
     None(Outcome),
 }
 
-/// What serves a rule's connections.
-enum Found {
-    /// A listener that the kernel can be given.
-    Steerable,
-    /// A service at this loopback address that can only be connected to, and why.
-    Unsteerable(SocketAddr, String),
-    /// Nothing.
-    Nothing,
+/// A loopback service that was found.
+struct Found {
+    /// Where it can be connected to.
+    at: SocketAddr,
+    /// Why the kernel cannot be given its listener, if it cannot.
+    obstacle: Option<String>,
 }
 
 const MPTCP: &str =
@@ -194,6 +194,8 @@ struct Resolver<'a> {
     abilities: &'a Abilities,
     policy: Policy,
     by_port: BTreeMap<u16, Vec<&'a Listener>>,
+    /// Gateways that a rule has, whatever becomes of it: the first in order, not the first whose service is up.
+    claimed: BTreeSet<RelayKey>,
 }
 
 impl Resolver<'_> {
@@ -221,19 +223,24 @@ impl Resolver<'_> {
     fn bridge(&self, network: &Network) -> Result<&Interface, Outcome> {
         let name = match network {
             Network::Bridge(name) => name,
-            Network::Docker(name) => match self.inventory.docker_network(name) {
-                Some(network) => network.bridge.as_ref().ok_or_else(|| {
+            Network::Docker(name) => match find_networks(&self.inventory.docker_networks, name)[..] {
+                [] => return Err(self.unknown_network(name)),
+                [network] => network.bridge.as_ref().ok_or_else(|| {
                     let why = format!("driver {} gives the host no bridge", network.driver);
                     Outcome::because(State::Blocked, why)
                 })?,
-                None => return Err(self.unknown_network(name)),
+                [..] => {
+                    let why = format!("several Docker networks are called {name}; name the id of one");
+                    return Err(Outcome::because(State::Blocked, why));
+                }
             },
         };
         match self.inventory.interface(name) {
             // An uplink here would open the port to the LAN.
-            Some(interface) if !interface.is_bridge => {
-                Err(Outcome::because(State::Blocked, format!("{name} is not a bridge")))
-            }
+            Some(interface) if !interface.is_bridge => Err(Outcome::because(
+                State::Blocked,
+                format!("{name} is not a bridge; name the bridge that the containers are on"),
+            )),
             Some(interface) => Ok(interface),
             None => Err(Outcome::because(State::Waiting, format!("there is no interface {name}"))),
         }
@@ -266,30 +273,20 @@ impl Resolver<'_> {
         let gateway = SocketAddr::new(ip, rule.spec.port);
         let subnet = Subnet::of(ip, prefix);
         let checked = self.abilities.steer.as_ref().is_ok_and(|s| s.interface_check);
-        let key = RuleKey {
-            gateway: ip.into(),
-            ifindex: if checked { index } else { 0 },
-            port: rule.spec.port,
-            reserved: 0,
-        };
+        let ifindex = if checked { index } else { 0 };
+        let rule_key = RuleKey { gateway: ip.into(), ifindex, port: rule.spec.port, reserved: 0 };
         let relay_key = RelayKey { gateway, interface: interface.to_owned(), ifindex: index };
-        // The kernel's entry stays of one family; what else listens is the relay's.
-        let target = rule
-            .spec
-            .target
-            .address_for(ip)
-            .filter(|target| target.is_ipv4() == ip.is_ipv4())
-            .map(|target| Endpoint::new(target.ip().into(), target.port()));
 
-        let taken = self.policy.entries.contains_key(&key) || self.policy.relays.contains_key(&relay_key);
-        let way = if taken {
-            Way::None(Outcome::because(State::Blocked, format!("another rule has {gateway} already")))
-        } else {
+        let way = if self.claimed.insert(relay_key.clone()) {
             self.way(rule, ip)
+        } else {
+            Way::None(Outcome::because(State::Blocked, format!("another rule has {gateway} already")))
         };
-        let outcome = match (way, target) {
-            (Way::Kernel(outcome), Some(target)) => {
+        let outcome = match way {
+            Way::None(outcome) => outcome,
+            Way::Kernel(target, outcome) => {
                 let value = RuleValue {
+                    key: rule_key,
                     subnet: subnet.base,
                     mask: subnet.mask,
                     target: target.address,
@@ -297,104 +294,93 @@ impl Resolver<'_> {
                     reserved: [0; 3],
                     steered: 0,
                 };
-                self.policy.entries.insert(key, value);
+                self.policy.entries.insert(rule_key, value);
                 if rule.source == Source::Loopback {
                     let view = LoopbackView { subnet: subnet.base, mask: subnet.mask, target };
-                    self.policy.views.insert(Endpoint::new(key.gateway, key.port), view);
-                    self.policy.names = true;
+                    self.policy.views.insert(Endpoint::new(rule_key.gateway, rule_key.port), view);
+                    self.policy.name_hooks = true;
                 }
                 outcome
             }
-            // Without a target of the dialled family there is no way through the kernel; `way` knows.
-            (Way::Kernel(outcome) | Way::None(outcome), _) => outcome,
-            (Way::Relay(service, why), _) => {
+            Way::Relay(service, why) => {
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
-                self.policy.names |= rule.source == Source::Container
+                self.policy.name_hooks |= rule.source == Source::Container
                     && matches!(service, Service::Tcp(_))
-                    && self.abilities.names.is_ok();
-                self.policy.relays.insert(relay_key, RelaySpec { service, source: rule.source, subnet });
+                    && self.abilities.name_hooks.is_ok();
+                self.policy
+                    .relays
+                    .insert(relay_key.clone(), RelaySpec { service, source: rule.source, subnet });
                 Outcome::because(State::Relayed, why)
             }
         };
-        GatewayOutcome { gateway, interface: interface.to_owned(), key, target, outcome }
+        GatewayOutcome { relay_key, rule_key, outcome }
     }
 
     fn way(&self, rule: &Rule, gateway: IpAddr) -> Way {
-        let Some(target) = rule.spec.target.address_for(gateway) else {
-            return self.unix_way(rule);
+        let target = match &rule.spec.target {
+            Target::Unix(path) => return self.unix_way(rule, path),
+            Target::Port(port) => SocketAddr::new(loopback(gateway.is_ipv4()), *port),
+            Target::Address(address) => *address,
         };
-        let found = self.find(rule, target, gateway);
-        let waiting = Outcome::because(State::Waiting, format!("nothing listens on {target}"));
-        if rule.path == PathChoice::Relay {
-            return match found {
-                Found::Nothing => Way::None(waiting),
-                Found::Steerable => self.relay(rule, target, "as the rule asks".to_owned()),
-                Found::Unsteerable(at, _) => self.relay(rule, at, "as the rule asks".to_owned()),
-            };
-        }
-        match (found, self.kernel_obstacle(rule)) {
-            (Found::Steerable, None) => Way::Kernel(Outcome::steered()),
-            // The entry is put all the same: the kernel registers a service that starts, daemon or no daemon.
-            (Found::Nothing, None) if target.is_ipv4() == gateway.is_ipv4() => Way::Kernel(waiting),
-            (Found::Nothing, _) => Way::None(waiting),
-            (Found::Steerable, Some(why)) => self.relay_unless_steer(rule, target, why),
-            (Found::Unsteerable(at, why), obstacle) => {
-                self.relay_unless_steer(rule, at, obstacle.unwrap_or(why))
-            }
-        }
-    }
-
-    /// What serves connections to `target` that come in at `gateway`.
-    fn find(&self, rule: &Rule, target: SocketAddr, gateway: IpAddr) -> Found {
-        let there = self.serving(target);
+        // The kernel gives a connection only to a listener of its family.
         let same_family = target.is_ipv4() == gateway.is_ipv4();
-        if same_family && there.iter().any(|listener| listener.kind == ListenerKind::Tcp) {
-            return Found::Steerable;
-        }
-        if let Some(listener) = there.first() {
-            let why = match listener.kind {
-                ListenerKind::Mptcp => MPTCP.to_owned(),
-                ListenerKind::Refused(errno) => {
-                    format!(
-                        "the kernel refused to register the listener: {}",
-                        io::Error::from_raw_os_error(errno)
-                    )
-                }
-                ListenerKind::Tcp => {
-                    format!("{} was dialled, the service listens on {}", family(gateway), listener.address)
-                }
-            };
-            return Found::Unsteerable(target, why);
-        }
-        match self.other_family(rule, target) {
-            Some(other) => {
-                let why = format!("{} was dialled, the service listens on {other} only", family(gateway));
-                Found::Unsteerable(other, why)
+        let (service, obstacle) = match self.find(rule, target, gateway) {
+            Some(found) => (Some(found.at), self.obstacle(rule).or(found.obstacle)),
+            None => (None, self.obstacle(rule)),
+        };
+        let entry = Endpoint::new(target.ip().into(), target.port());
+        let waiting = || Outcome::because(State::Waiting, format!("nothing listens on {target}"));
+        match (service, obstacle) {
+            (Some(_), None) => Way::Kernel(entry, Outcome::steered()),
+            // The entry is put all the same: the kernel registers a service that starts, daemon or no daemon.
+            (None, None) if same_family => Way::Kernel(entry, waiting()),
+            (_, Some(why)) if rule.path == PathChoice::Steer => {
+                Way::None(Outcome::because(State::Blocked, why))
             }
-            None => Found::Nothing,
+            (None, _) => Way::None(waiting()),
+            (Some(at), Some(why)) => self.relay(rule, at, why),
         }
     }
 
-    /// Why the kernel could not have the rule's connections, whatever listens.
-    fn kernel_obstacle(&self, rule: &Rule) -> Option<String> {
+    /// Why the kernel is not to have the rule's connections, whatever listens.
+    fn obstacle(&self, rule: &Rule) -> Option<String> {
+        if rule.path == PathChoice::Relay {
+            return Some("as the rule asks".to_owned());
+        }
         if let Err(why) = &self.abilities.steer {
             return Some(why.clone());
         }
-        let missing = self.abilities.names.as_ref().err().filter(|_| rule.source == Source::Loopback)?;
+        let missing = self.abilities.name_hooks.as_ref().err().filter(|_| rule.source == Source::Loopback)?;
         Some(format!("--source loopback without name hooks: {missing}"))
     }
 
-    fn relay_unless_steer(&self, rule: &Rule, service: SocketAddr, why: String) -> Way {
-        match rule.path {
-            PathChoice::Steer => Way::None(Outcome::because(State::Blocked, why)),
-            PathChoice::Auto | PathChoice::Relay => self.relay(rule, service, why),
+    /// What serves connections to `target` that come in at `gateway`. One that is found across the families always has
+    /// an obstacle.
+    fn find(&self, rule: &Rule, target: SocketAddr, gateway: IpAddr) -> Option<Found> {
+        let same_family = target.is_ipv4() == gateway.is_ipv4();
+        let there = self.serving(target);
+        if let Some(first) = there.first() {
+            // A SO_REUSEPORT group may be mixed; one that the kernel takes is enough.
+            let suitable = there.iter().any(|listener| listener.kind == ListenerKind::Tcp);
+            let obstacle = match first.kind {
+                _ if suitable && same_family => None,
+                ListenerKind::Mptcp => Some(MPTCP.to_owned()),
+                ListenerKind::Refused(errno) => {
+                    let why = io::Error::from_raw_os_error(errno);
+                    Some(format!("the kernel refused to register the listener: {why}"))
+                }
+                ListenerKind::Tcp => Some(family_mismatch(gateway, first.address)),
+            };
+            return Some(Found { at: target, obstacle });
         }
+        let at = self.other_family(rule, target)?;
+        Some(Found { at, obstacle: Some(family_mismatch(gateway, at)) })
     }
 
     fn relay(&self, rule: &Rule, service: SocketAddr, why: String) -> Way {
         // There is one IPv6 loopback address, so nothing to stand in for the container.
         if let (Err(missing), true, Source::Container) =
-            (&self.abilities.names, service.is_ipv6(), rule.source)
+            (&self.abilities.name_hooks, service.is_ipv6(), rule.source)
         {
             let why = format!(
                 "the service on {service} would take the container for a local client ({missing}); allow it with --source loopback"
@@ -404,43 +390,43 @@ impl Resolver<'_> {
         Way::Relay(Service::Tcp(service), why)
     }
 
-    fn unix_way(&self, rule: &Rule) -> Way {
-        let Target::Unix(path) = &rule.spec.target else {
-            return Way::None(Outcome::because(State::Blocked, "the rule has no target"));
-        };
+    fn unix_way(&self, rule: &Rule, path: &Path) -> Way {
         if rule.path == PathChoice::Steer {
             return Way::None(Outcome::because(State::Blocked, "a Unix socket can only be relayed to"));
+        }
+        if rule.source == Source::Container {
+            let why =
+                "the service would see root as its peer, not the container; allow it with --source loopback";
+            return Way::None(Outcome::because(State::Blocked, why));
         }
         if !self.inventory.unix_listeners.contains(path) {
             let why = format!("nothing listens on {}", rule.spec.target);
             return Way::None(Outcome::because(State::Waiting, why));
         }
-        Way::Relay(Service::Unix(path.clone()), "the service listens on a Unix socket".to_owned())
+        Way::Relay(Service::Unix(path.to_owned()), "the service listens on a Unix socket".to_owned())
     }
 
-    /// Listeners that a connection to `target` may be given to, best first.
+    /// The listeners that a client on the host would reach at `target`: those at the best bound address that has any.
     fn serving(&self, target: SocketAddr) -> Vec<&Listener> {
         let Some(there) = self.by_port.get(&target.port()) else { return vec![] };
-        let mut found = vec![];
-        for address in distinct(listening_addresses(&target.ip().into())) {
-            found.extend(there.iter().copied().filter(|l| {
-                Address::from(l.address.ip()) == address
-                    && l.bound_interface == 0
-                    && (l.address.is_ipv4() == target.is_ipv4() || !l.single_family)
-            }));
-        }
-        found
+        let v4 = target.is_ipv4();
+        let bound_at = |address: Address| -> Vec<&Listener> {
+            let fits = |listener: &&&Listener| {
+                Address::from(listener.address.ip()) == address
+                    && listener.bound_interface == 0
+                    && (listener.address.is_ipv4() == v4 || !listener.single_family)
+            };
+            there.iter().filter(fits).copied().collect()
+        };
+        let target = Address::from(target.ip());
+        let mut found = listening_addresses(&target).map(bound_at);
+        found.find(|listeners| !listeners.is_empty()).unwrap_or_default()
     }
 
     /// The other family's loopback address, where the rule leaves the family open and only that one is listened on.
     fn other_family(&self, rule: &Rule, target: SocketAddr) -> Option<SocketAddr> {
-        let Target::Port(_) = rule.spec.target else { return None };
-        let other = if target.is_ipv4() {
-            IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])
-        } else {
-            IpAddr::from([127, 0, 0, 1])
-        };
-        let other = SocketAddr::new(other, target.port());
+        let Target::Port(port) = rule.spec.target else { return None };
+        let other = SocketAddr::new(loopback(!target.is_ipv4()), port);
         (!self.serving(other).is_empty()).then_some(other)
     }
 
@@ -450,7 +436,7 @@ impl Resolver<'_> {
             .policy
             .entries
             .values()
-            .flat_map(|v| distinct(listening_addresses(&v.target)).map(|a| Endpoint::new(a, v.target_port)))
+            .flat_map(|v| listening_addresses(&v.target).map(|address| Endpoint::new(address, v.target_port)))
             .collect();
         for listener in &self.inventory.listeners {
             let bound = Endpoint::new(listener.address.ip().into(), listener.address.port());
@@ -462,11 +448,11 @@ impl Resolver<'_> {
     }
 }
 
-fn distinct(addresses: [Address; 3]) -> impl Iterator<Item = Address> {
-    let [first, second, third] = addresses;
-    [Some(first), Some(second), (third != second).then_some(third)].into_iter().flatten()
+fn loopback(v4: bool) -> IpAddr {
+    if v4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
 }
 
-fn family(ip: IpAddr) -> &'static str {
-    if ip.is_ipv4() { "IPv4" } else { "IPv6" }
+fn family_mismatch(gateway: IpAddr, listens_on: SocketAddr) -> String {
+    let family = if gateway.is_ipv4() { "IPv4" } else { "IPv6" };
+    format!("{family} was dialled, the service listens on {listens_on}")
 }

@@ -20,10 +20,16 @@ pub struct Reality {
     pub views: BTreeMap<Endpoint, LoopbackView>,
     /// Registered listeners.
     pub registered: BTreeSet<ListenerKey>,
-    /// Open relay listeners; those that only finish what has begun are not among them.
+    /// Open relay listeners.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
+    /// Relay listeners that only complete what had begun when the kernel took over.
+    pub lingering: BTreeSet<RelayKey>,
+    /// Whether the programs that are always attached are not.
+    pub detached: bool,
     /// Whether the name hooks are attached.
-    pub names: bool,
+    pub name_hooks: bool,
+    /// Whether sockets may live that still need them, whatever the policy says.
+    pub name_hooks_in_use: bool,
 }
 
 impl Reality {

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -113,16 +113,6 @@ impl Target {
             Self::Unix(_) => None,
         }
     }
-
-    /// The loopback address for a connection to `gateway`.
-    pub fn address_for(&self, gateway: IpAddr) -> Option<SocketAddr> {
-        match self {
-            Self::Port(port) if gateway.is_ipv4() => Some((Ipv4Addr::LOCALHOST, *port).into()),
-            Self::Port(port) => Some((Ipv6Addr::LOCALHOST, *port).into()),
-            Self::Address(address) => Some(*address),
-            Self::Unix(_) => None,
-        }
-    }
 }
 
 impl fmt::Display for Target {
@@ -136,9 +126,7 @@ impl fmt::Display for Target {
 }
 
 /// What the service sees as its peer.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
-)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
     /// The container's own address.
@@ -149,9 +137,7 @@ pub enum Source {
 }
 
 /// Which way connections take.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
-)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PathChoice {
     /// Steered in the kernel where it can be, relayed where not.
@@ -162,6 +148,24 @@ pub enum PathChoice {
     /// Relayed.
     Relay,
 }
+
+/// `FromStr` through the names that serde has: the CLI, the files and the API say the same words.
+macro_rules! from_serde_name {
+    ($($type:ty: $choices:literal),+) => {
+        $(
+            impl FromStr for $type {
+                type Err = Invalid;
+
+                fn from_str(text: &str) -> Result<Self, Invalid> {
+                    let name = serde::de::value::StrDeserializer::<serde::de::value::Error>::new(text);
+                    Self::deserialize(name).or_else(|_| invalid(format!("{text:?}; write {}", $choices)))
+                }
+            }
+        )+
+    };
+}
+
+from_serde_name!(Source: "container or loopback", PathChoice: "auto, steer or relay");
 
 /// A port argument: `5432`, `5432=15432`, `80=127.0.0.1:3000`, `80=[::1]:3000`, `5432=unix:/path`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -2,7 +2,7 @@
 
 use std::{
     future, io,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     path::Path,
     sync::{
         Arc,
@@ -12,10 +12,15 @@ use std::{
 };
 
 use anyhow::Context as _;
+use nix::sys::socket::{setsockopt, sockopt};
+use rustix::{
+    net::sockopt::socket_cookie,
+    process::{Resource, getrlimit},
+};
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream, UnixStream},
-    sync::{mpsc, watch},
-    time::{Instant, sleep, sleep_until},
+    sync::{Semaphore, mpsc, watch},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::{PeerNames, splice, stand_in};
@@ -32,6 +37,17 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// As a busy service would have it; the kernel caps it at net.core.somaxconn.
 const BACKLOG: u32 = 4096;
 
+/// Refusals for want of places are logged that often.
+const REFUSAL_LOG: Duration = Duration::from_secs(60);
+/// How long a service on loopback may take to answer: it does at once, or its backlog is full.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections that one relay carries at a time, at most.
+const MAX_CONNECTIONS: usize = 4096;
+/// Descriptors of a connection: two sockets, and a pipe for each direction while it is in use.
+const DESCRIPTORS: usize = 6;
+/// Descriptors that connections leave to the rest of the daemon.
+const RESERVED_DESCRIPTORS: usize = 256;
+
 /// Whether a relay takes new connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mode {
@@ -39,6 +55,18 @@ pub(super) enum Mode {
     Open,
     /// Only those that began before the kernel took over.
     Lingering,
+}
+
+/// Places for connections, of one relay or of all.
+pub(super) type Places = Arc<Semaphore>;
+
+/// Places for the connections of all relays, as the limit of open files has it; and for those of one, which must leave
+/// some to the others.
+pub(super) fn places() -> (Places, usize) {
+    let limit =
+        getrlimit(Resource::Nofile).current.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
+    let all = (limit.saturating_sub(RESERVED_DESCRIPTORS) / DESCRIPTORS).clamp(1, Semaphore::MAX_PERMITS);
+    (Arc::new(Semaphore::new(all)), MAX_CONNECTIONS.min(all.div_ceil(2)))
 }
 
 /// Counts of one relay.
@@ -55,6 +83,10 @@ pub(super) struct Surroundings {
     pub(super) names: Option<Arc<dyn PeerNames>>,
     /// Gets a unit when a service turns out not to be there: the relay should not be either, then.
     pub(super) wake: mpsc::Sender<()>,
+    /// Places for the connections of all relays.
+    pub(super) places: Places,
+    /// How many of them one relay may take.
+    pub(super) places_of_one: usize,
 }
 
 /// Listens where `key` says. Both the address and the device are bound: the address alone would let in the LAN, which
@@ -84,7 +116,9 @@ pub(super) async fn serve(
     statistics: Arc<Statistics>,
     surroundings: Surroundings,
 ) {
-    let mut deadline = None;
+    let gateway = socket.local_addr().map(|address| address.ip().to_canonical()).ok();
+    let own_places = Arc::new(Semaphore::new(surroundings.places_of_one));
+    let (mut deadline, mut refused_at) = (None, None::<Instant>);
     loop {
         let end = async {
             match deadline {
@@ -96,14 +130,26 @@ pub(super) async fn serve(
             accepted = socket.accept() => match accepted {
                 Ok((client, container)) => {
                     let spec = specs.borrow().clone();
-                    if !spec.subnet.contains(container.ip()) {
-                        tracing::warn!("refused {container}: not an address of this network");
+                    // The host's own processes come from the gateway's address.
+                    if !spec.subnet.contains(container.ip()) || Some(container.ip().to_canonical()) == gateway {
+                        tracing::debug!("refused {container}: not an address of this network's containers");
                         reset(&client);
                         continue;
                     }
+                    let place = own_places.clone().try_acquire_owned();
+                    let shared = surroundings.places.clone().try_acquire_owned();
+                    let (Ok(place), Ok(shared)) = (place, shared) else {
+                        if refused_at.is_none_or(|at| at.elapsed() >= REFUSAL_LOG) {
+                            tracing::warn!("refused {container} and maybe others: too many connections are open");
+                            refused_at = Some(Instant::now());
+                        }
+                        reset(&client);
+                        continue;
+                    };
                     statistics.connections.fetch_add(1, Ordering::Relaxed);
                     let surroundings = surroundings.clone();
                     tokio::spawn(async move {
+                        let _places = (place, shared);
                         if let Err(error) = carry(client, container, spec, surroundings.names).await {
                             tracing::debug!("{container}: {error:#}");
                             let _ = surroundings.wake.try_send(());
@@ -162,16 +208,18 @@ fn reset(client: &TcpStream) {
     let _ = client.set_zero_linger();
 }
 
-/// Forgets the name when the connection ends, however it does.
+/// A name that the service is told; forgotten when the connection ends, however it does.
 #[derive(Debug)]
 struct Presented {
     names: Arc<dyn PeerNames>,
-    relay_end: SocketAddr,
+    cookie: u64,
+    relay_end: Option<SocketAddr>,
+    container: SocketAddr,
 }
 
 impl Drop for Presented {
     fn drop(&mut self) {
-        self.names.forget(self.relay_end);
+        self.names.forget(self.cookie, self.relay_end, self.container);
     }
 }
 
@@ -184,20 +232,32 @@ async fn connect(
     let socket = if service.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     let mut presented = None;
     if source == Source::Container {
-        let own =
-            if service.is_ipv4() { stand_in(container.ip()).into() } else { IpAddr::V6(Ipv6Addr::LOCALHOST) };
-        // The port must be known before the service's accept() can ask for it.
-        socket.bind(SocketAddr::new(own, 0)).with_context(|| format!("cannot connect from {own}"))?;
+        if service.is_ipv4() {
+            let own = stand_in(container.ip());
+            // The port is chosen by connect(): one that bind() has chosen is lost to every other program's connect(), and
+            // a container could use them all up.
+            setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+            socket.bind((own, 0).into()).with_context(|| format!("cannot connect from {own}"))?;
+        }
         if let Some(names) = names {
-            let relay_end = socket.local_addr()?;
-            names.present(relay_end, container)?;
-            presented = Some(Presented { names, relay_end });
+            let cookie = socket_cookie(&socket)?;
+            names.announce(cookie, container)?;
+            presented = Some(Presented { names, cookie, relay_end: None, container });
         }
     }
-    let stream = socket.connect(service).await.with_context(|| format!("cannot connect to {service}"))?;
+    let connecting = timeout(CONNECT_TIMEOUT, socket.connect(service));
+    let stream = connecting.await.context("no answer").and_then(|done| Ok(done?));
+    let stream = stream.with_context(|| format!("cannot connect to {service}"))?;
+    if let Some(presented) = &mut presented {
+        let relay_end = stream.local_addr()?;
+        presented.relay_end = Some(relay_end);
+        presented.names.confirm(presented.cookie, relay_end, container)?;
+    }
     Ok((stream, presented))
 }
 
 async fn connect_unix(path: &Path) -> anyhow::Result<UnixStream> {
-    UnixStream::connect(path).await.with_context(|| format!("cannot connect to {}", path.display()))
+    let connecting = timeout(CONNECT_TIMEOUT, UnixStream::connect(path));
+    let stream = connecting.await.context("no answer").and_then(|done| Ok(done?));
+    stream.with_context(|| format!("cannot connect to {}", path.display()))
 }

@@ -4,7 +4,7 @@
 //! - [`listener`]: one of them: accepts, checks, connects;
 //! - [`splice`]: moves the bytes of one connection.
 
-pub mod listener;
+mod listener;
 pub mod set;
 mod splice;
 
@@ -12,10 +12,12 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// Tells the service who is behind a relayed connection, where the kernel can (name hooks).
 pub trait PeerNames: Send + Sync + std::fmt::Debug {
-    /// From now on the service sees `container` where it would see `relay_end`.
-    fn present(&self, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()>;
-    /// The connection is over.
-    fn forget(&self, relay_end: SocketAddr);
+    /// The socket of this cookie is about to connect on behalf of `container`.
+    fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()>;
+    /// Its connect() has returned; an error where the service may see another peer than `container`.
+    fn confirm(&self, cookie: u64, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()>;
+    /// It is over; `relay_end` is where it had connected from, if it had.
+    fn forget(&self, cookie: u64, relay_end: Option<SocketAddr>, container: SocketAddr);
 }
 
 /// The loopback address that a relay connects from in a container's stead: one of 127.128.0.0/9, by the container's

@@ -1,7 +1,7 @@
 //! The relays that are open. Changed by the executor alone.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -39,7 +39,8 @@ impl RelaySet {
     /// Relays name their containers through `names`, where there is a way; `wake` gets a unit when a service turns out
     /// not to be there.
     pub fn new(names: Option<Arc<dyn PeerNames>>, wake: mpsc::Sender<()>) -> Self {
-        Self { relays: BTreeMap::new(), surroundings: Surroundings { names, wake } }
+        let (places, places_of_one) = listener::places();
+        Self { relays: BTreeMap::new(), surroundings: Surroundings { names, wake, places, places_of_one } }
     }
 
     /// Listens, or relays otherwise from the next connection on where it does.
@@ -66,14 +67,15 @@ impl RelaySet {
 
     /// Stops listening; connections go on. Once the kernel has taken over, what is in the middle of its handshake is
     /// completed first, so that nothing is reset.
-    pub fn close(&mut self, key: &RelayKey, handed_over: bool) {
+    pub async fn close(&mut self, key: &RelayKey, handed_over: bool) {
         if handed_over {
             if let Some(relay) = self.relays.get(key) {
                 relay.mode.send_replace(Mode::Lingering);
             }
         } else if let Some(relay) = self.relays.remove(key) {
-            // The task owns the listening socket, not the connections.
+            // The task owns the listening socket, not the connections. The port is free when this returns.
             relay.task.abort();
+            let _ = relay.task.await;
         }
     }
 
@@ -82,6 +84,12 @@ impl RelaySet {
         self.relays.retain(|_, relay| !relay.task.is_finished());
         let open = self.relays.iter().filter(|(_, relay)| relay.is_open());
         open.map(|(key, relay)| (key.clone(), relay.spec.borrow().clone())).collect()
+    }
+
+    /// Those that only complete what had begun when the kernel took over.
+    pub fn lingering(&self) -> BTreeSet<RelayKey> {
+        let lingering = self.relays.iter().filter(|(_, relay)| !relay.is_open() && !relay.task.is_finished());
+        lingering.map(|(key, _)| key.clone()).collect()
     }
 
     /// Connections relayed since it was opened.

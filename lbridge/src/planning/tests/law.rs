@@ -19,13 +19,13 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
                 assert!(!reality.registered.iter().any(|key| key.port == *port), "a forgotten listener");
                 assert!(reality.targets.remove(port));
             }
-            Step::AttachNames => reality.names = true,
-            Step::DetachNames => {
+            Step::AttachNameHooks => reality.name_hooks = true,
+            Step::DetachNameHooks => {
                 assert!(reality.views.is_empty(), "a gateway that looks local without hooks");
-                reality.names = false;
+                reality.name_hooks = false;
             }
             Step::PutView(endpoint, view) => {
-                assert!(reality.names, "hooks come first");
+                assert!(reality.name_hooks, "hooks come first");
                 reality.views.insert(*endpoint, *view);
             }
             Step::RemoveView(endpoint) => assert!(reality.views.remove(endpoint).is_some()),
@@ -44,8 +44,17 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
                 reality.entries.insert(*key, *value);
             }
             Step::RemoveEntry(key) => assert!(reality.entries.remove(key).is_some()),
-            Step::OpenRelay(key, spec) => drop(reality.relays.insert(key.clone(), spec.clone())),
-            Step::CloseRelay { key, .. } => assert!(reality.relays.remove(key).is_some()),
+            Step::OpenRelay(key, spec) => {
+                reality.lingering.remove(key);
+                reality.relays.insert(key.clone(), spec.clone());
+            }
+            Step::CloseRelay { key, handed_over } => {
+                assert!(reality.relays.remove(key).is_some() || reality.lingering.remove(key));
+                if *handed_over {
+                    reality.lingering.insert(key.clone());
+                }
+            }
+            Step::Attach => reality.detached = false,
         }
     }
 }
@@ -89,7 +98,7 @@ prop_compose! {
         }
         host.abilities.steer =
             if steers { Ok(Steering { interface_check, kernel_registers: true }) } else { Err("none".to_owned()) };
-        host.abilities.names = if names && steers { Ok(()) } else { Err("none".to_owned()) };
+        host.abilities.name_hooks = if names && steers { Ok(()) } else { Err("none".to_owned()) };
         host
     }
 }
@@ -101,6 +110,7 @@ proptest! {
         for host in [&before, &after] {
             // Whoever restarted meanwhile is registered no more.
             reality.registered.clear();
+            reality.detached = true;
             let policy = host.policy();
             let steps = plan(&policy, &reality);
             carry_out(&mut reality, &steps);

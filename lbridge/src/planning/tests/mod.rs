@@ -28,7 +28,7 @@ impl Host {
             inventory: Inventory { docker: DockerPresence::Reachable, ..Inventory::default() },
             abilities: Abilities {
                 steer: Ok(Steering { interface_check: true, kernel_registers: true }),
-                names: Ok(()),
+                name_hooks: Ok(()),
             },
             rules: Rules::default(),
         };
@@ -100,7 +100,11 @@ impl Host {
                 lines.push(line(&rule.rule.id().to_string(), without.state, without.why));
             }
             for gateway in rule.gateways {
-                lines.push(line(&gateway.gateway.to_string(), gateway.outcome.state, gateway.outcome.why));
+                lines.push(line(
+                    &gateway.relay_key.gateway.to_string(),
+                    gateway.outcome.state,
+                    gateway.outcome.why,
+                ));
             }
         }
         lines

@@ -22,7 +22,7 @@ fn a_loopback_service_is_steered_to() {
     let (key, value) = policy.entries.first_key_value().unwrap();
     assert_eq!((IpAddr::from(key.gateway), key.ifindex, key.port), ("172.18.0.1".parse().unwrap(), 7, 5432));
     assert_eq!(IpAddr::from(value.subnet), "172.18.0.0".parse::<IpAddr>().unwrap());
-    assert!(policy.relays.is_empty() && !policy.names && policy.views.is_empty());
+    assert!(policy.relays.is_empty() && !policy.name_hooks && policy.views.is_empty());
 }
 
 #[test]
@@ -52,17 +52,14 @@ fn what_the_kernel_cannot_take_is_relayed_with_the_reason() {
     assert!(mptcp.policy().entries.is_empty(), "an entry would refuse what the relay is to serve");
 
     let v6 = Host::new().listens("[::1]:80").allow("app", "80");
-    assert_eq!(
-        v6.states(),
-        ["172.18.0.1:80 relayed (IPv4 was dialled, the service listens on [::1]:80 only)"]
-    );
-    assert!(v6.policy().names, "the service must not take the container for a local client");
+    assert_eq!(v6.states(), ["172.18.0.1:80 relayed (IPv4 was dialled, the service listens on [::1]:80)"]);
+    assert!(v6.policy().name_hooks, "the service must not take the container for a local client");
 
     let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80");
     old.abilities.steer = Err("no sk_lookup".to_owned());
-    old.abilities.names = Err("no hooks".to_owned());
+    old.abilities.name_hooks = Err("no hooks".to_owned());
     assert_eq!(old.states(), ["172.18.0.1:80 relayed (no sk_lookup)"]);
-    assert!(!old.policy().names);
+    assert!(!old.policy().name_hooks);
 }
 
 #[test]
@@ -73,10 +70,24 @@ fn a_plain_listener_beside_an_mptcp_one_is_steered_to() {
 }
 
 #[test]
+fn the_service_is_the_one_that_a_local_client_reaches() {
+    let host =
+        Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).listens("0.0.0.0:80").allow("app", "80");
+    assert_eq!(host.states(), [format!("172.18.0.1:80 relayed ({MPTCP})")]);
+}
+
+#[test]
 fn steer_or_nothing() {
     let host = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp);
     let host = host.allow_with("app", "80", Source::Container, PathChoice::Steer);
     assert_eq!(host.states(), [format!("172.18.0.1:80 blocked ({MPTCP})")]);
+    let mut impossible = Host::new().allow_with("app", "80", Source::Container, PathChoice::Steer);
+    impossible.abilities.steer = Err("no sk_lookup".to_owned());
+    assert_eq!(
+        impossible.states(),
+        ["172.18.0.1:80 blocked (no sk_lookup)"],
+        "whether the service is up or not"
+    );
     let unix = Host::new().allow_with("app", "80=unix:/run/x", Source::Container, PathChoice::Steer);
     assert_eq!(unix.states(), ["172.18.0.1:80 blocked (a Unix socket can only be relayed to)"]);
 }
@@ -95,7 +106,14 @@ fn relay_if_asked_and_only_while_the_service_listens() {
 
 #[test]
 fn unix_sockets_are_relayed_to() {
-    let mut host = Host::new().allow("app", "5432=unix:/run/pg");
+    let unasked = Host::new().allow("app", "5432=unix:/run/pg");
+    assert_eq!(
+        unasked.states(),
+        [
+            "172.18.0.1:5432 blocked (the service would see root as its peer, not the container; allow it with --source loopback)"
+        ]
+    );
+    let mut host = Host::new().allow_with("app", "5432=unix:/run/pg", Source::Loopback, PathChoice::Auto);
     assert_eq!(host.states(), ["172.18.0.1:5432 waiting (nothing listens on unix:/run/pg)"]);
     host.inventory.unix_listeners.insert("/run/pg".into());
     assert_eq!(host.states(), ["172.18.0.1:5432 relayed (the service listens on a Unix socket)"]);
@@ -113,7 +131,7 @@ fn both_families_of_a_network() {
         v4.states(),
         [
             "172.20.0.1:80 steered",
-            "[fd00::1]:80 relayed (IPv6 was dialled, the service listens on 127.0.0.1:80 only)"
+            "[fd00::1]:80 relayed (IPv6 was dialled, the service listens on 127.0.0.1:80)"
         ]
     );
     let named = dual().listens("[::1]:80").allow("dual", "80=[::1]:80");
@@ -130,10 +148,10 @@ fn source_loopback_changes_names_in_both_ways() {
     assert_eq!(steered.states(), ["172.18.0.1:80 steered"]);
     let policy = steered.policy();
     let gateway = Endpoint::new(Address::from("172.18.0.1".parse::<IpAddr>().unwrap()), 80);
-    assert!(policy.names && policy.views.contains_key(&gateway));
+    assert!(policy.name_hooks && policy.views.contains_key(&gateway));
 
     let mut without = steered;
-    without.abilities.names = Err("refused".to_owned());
+    without.abilities.name_hooks = Err("refused".to_owned());
     assert_eq!(
         without.states(),
         ["172.18.0.1:80 relayed (--source loopback without name hooks: refused)"],
@@ -144,7 +162,7 @@ fn source_loopback_changes_names_in_both_ways() {
 #[test]
 fn no_container_is_taken_for_local_unasked() {
     let mut host = Host::new().listens("[::1]:80").allow("app", "80");
-    host.abilities.names = Err("no hooks".to_owned());
+    host.abilities.name_hooks = Err("no hooks".to_owned());
     assert_eq!(
         host.states(),
         [
@@ -175,7 +193,7 @@ fn networks_that_cannot_be_served() {
             "lan 80 blocked (driver macvlan gives the host no bridge)",
             "nope 80 waiting (no Docker network nope)",
             "bridge:br9 80 waiting (there is no interface br9)",
-            "bridge:eth0 80 blocked (eth0 is not a bridge)",
+            "bridge:eth0 80 blocked (eth0 is not a bridge; name the bridge that the containers are on)",
         ]
     );
     assert!(host.policy().entries.is_empty());
@@ -201,6 +219,25 @@ fn a_network_may_be_named_by_id_but_a_name_comes_first() {
 }
 
 #[test]
+fn an_ambiguous_name_opens_nothing() {
+    let mut host =
+        Host::new().network("app", "br-evil").bridge("br-evil", 8, &["10.9.0.1/24"]).allow("app", "80");
+    host.inventory.docker_networks[1].id = "f".repeat(64);
+    assert_eq!(
+        host.states(),
+        ["app 80 blocked (several Docker networks are called app; name the id of one)"]
+    );
+}
+
+#[test]
+fn a_relay_that_lingers_is_closed_by_deny() {
+    let key =
+        RelayKey { gateway: "172.18.0.1:80".parse().unwrap(), interface: "br-app".to_owned(), ifindex: 7 };
+    let lingers = Reality { lingering: [key.clone()].into(), ..Reality::default() };
+    assert_eq!(plan(&Host::new().policy(), &lingers), [Step::CloseRelay { key, handed_over: false }]);
+}
+
+#[test]
 fn one_gateway_is_given_once() {
     let host = Host::new().listens("127.0.0.1:80").listens("127.0.0.1:81");
     let host = host.allow("app", "80").allow("bridge:br-app", "80=81");
@@ -208,6 +245,10 @@ fn one_gateway_is_given_once() {
         host.states(),
         ["172.18.0.1:80 steered", "172.18.0.1:80 blocked (another rule has 172.18.0.1:80 already)"]
     );
+    let down = Host::new().listens("127.0.0.1:81");
+    let down =
+        down.allow_with("app", "80", Source::Container, PathChoice::Relay).allow("bridge:br-app", "80=81");
+    assert_eq!(down.states()[1], "172.18.0.1:80 blocked (another rule has 172.18.0.1:80 already)");
 }
 
 #[test]
@@ -225,7 +266,7 @@ fn the_order_of_steps_leaves_no_gap() {
         steps.iter().map(|s| format!("{s:?}").split(['(', ' ']).next().unwrap().to_owned()).collect()
     };
     let steps = plan(&host.policy(), &Reality::default());
-    assert_eq!(names(&steps), ["AddTarget", "AttachNames", "PutView", "Register", "PutEntry"]);
+    assert_eq!(names(&steps), ["AddTarget", "AttachNameHooks", "PutView", "Register", "PutEntry"]);
 
     // The service comes back with MPTCP, and back again.
     let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
@@ -234,14 +275,19 @@ fn the_order_of_steps_leaves_no_gap() {
         targets: host.policy().targets,
         entries: host.policy().entries,
         relays: host.policy().relays,
-        names: host.policy().names,
+        name_hooks: host.policy().name_hooks,
         ..Reality::default()
     };
     let to_relay = plan(&mptcp.policy(), &in_force(&steered));
-    assert_eq!(names(&to_relay), ["AttachNames", "OpenRelay", "RemoveEntry"]);
+    assert_eq!(names(&to_relay), ["AttachNameHooks", "OpenRelay", "RemoveEntry"]);
     let to_steer = plan(&steered.policy(), &in_force(&mptcp));
-    assert_eq!(names(&to_steer), ["Register", "PutEntry", "CloseRelay", "DetachNames"]);
+    assert_eq!(names(&to_steer), ["Register", "PutEntry", "CloseRelay", "DetachNameHooks"]);
     assert!(to_steer.iter().any(|s| matches!(s, Step::CloseRelay { handed_over: true, .. })));
+    let busy = Reality { name_hooks_in_use: true, ..in_force(&mptcp) };
+    assert!(
+        !plan(&steered.policy(), &busy).contains(&Step::DetachNameHooks),
+        "open connections keep their names"
+    );
 
     // Denied: at once.
     let denied = plan(&Host::new().policy(), &in_force(&mptcp));

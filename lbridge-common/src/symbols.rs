@@ -10,8 +10,12 @@ pub const TARGETS: &str = "TARGETS";
 pub const LISTENERS: &str = "LISTENERS";
 /// Gateways whose connections look local, [`crate::wire::Endpoint`] to [`crate::wire::LoopbackView`].
 pub const LOOPBACK_VIEWS: &str = "LOOPBACK_VIEWS";
+/// Relays' sockets that are about to connect: socket cookie (`u64`) to the container's [`crate::wire::Endpoint`].
+pub const RELAY_CONNECTS: &str = "RELAY_CONNECTS";
 /// Relayed connections, the relay's own [`crate::wire::Endpoint`] to the container's.
 pub const RELAY_PEERS: &str = "RELAY_PEERS";
+/// The container's [`crate::wire::Endpoint`], in the storage of the service's own socket.
+pub const PEER_NAMES: &str = "PEER_NAMES";
 /// Outcomes, per CPU, indexed by [`crate::wire::Counter`].
 pub const COUNTERS: &str = "COUNTERS";
 /// Ring buffer of [`crate::wire::ListenerEvent`].
