@@ -1,0 +1,336 @@
+//! The program under test: `lbridge run` in a host's namespace, with private paths, and the commands that talk to it.
+
+use std::net::Shutdown;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::logs::Log;
+use super::netns::NetNs;
+use super::{patience, sandbox};
+
+/// The program: `LBRIDGE_BIN`, or the one built beside the current program.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("LBRIDGE_BIN") {
+        return Ok(path.into());
+    }
+    let current = env::current_exe().context("find the current program")?;
+    current
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join("lbridge"))
+        .find(|path| path.is_file())
+        .context("no lbridge beside the current program: cargo build -p lbridge, or set LBRIDGE_BIN")
+}
+
+/// How to start a daemon. All paths are private to the instance.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Look for a Docker Engine.
+    pub docker: bool,
+    /// Text of the configuration file.
+    pub config: String,
+    /// More environment.
+    pub env: Vec<(String, String)>,
+    /// Where socket, state and configuration go; a new private folder if `None`.
+    pub folder: Option<PathBuf>,
+    /// The cgroup2 root.
+    pub cgroup: PathBuf,
+    /// The folder for pins.
+    pub bpffs: PathBuf,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            docker: false,
+            config: String::new(),
+            env: Vec::new(),
+            folder: None,
+            cgroup: sandbox::CGROUP_ROOT.into(),
+            bpffs: Path::new(sandbox::BPFFS).join("lbridge"),
+        }
+    }
+}
+
+/// A daemon, running or not, and its paths. The process is killed when this goes.
+#[derive(Debug)]
+pub struct Daemon {
+    host: NetNs,
+    options: Options,
+    folder: PathBuf,
+    process: Option<Child>,
+    log: Log,
+    /// Keeps the private folder.
+    _temporary: Option<TempDir>,
+}
+
+/// What a command printed, and its exit status.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// The exit status, -1 for a signal.
+    pub status: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl From<std::process::Output> for Output {
+    fn from(output: std::process::Output) -> Output {
+        Output {
+            status: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+/// A rule's state as `status` tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleState {
+    /// `steered`, `relayed`, `waiting` or `blocked`.
+    pub state: String,
+    /// Why, where there is something to say.
+    pub why: Option<String>,
+}
+
+impl Daemon {
+    /// Starts `lbridge run --no-docker` in the host's namespace and waits until it is ready.
+    pub fn start(host: &NetNs) -> Result<Daemon> {
+        Daemon::start_with(host, Options::default())
+    }
+
+    /// As [`Daemon::start`], with options.
+    pub fn start_with(host: &NetNs, options: Options) -> Result<Daemon> {
+        let mut daemon = Daemon::prepare(host, options)?;
+        daemon.restart()?;
+        Ok(daemon)
+    }
+
+    /// Everything but the process.
+    pub fn prepare(host: &NetNs, options: Options) -> Result<Daemon> {
+        let (folder, temporary) = if let Some(folder) = &options.folder {
+            (folder.clone(), None)
+        } else {
+            let place = if sandbox::is_inside() { PathBuf::from("/run") } else { env::temp_dir() };
+            let temporary = tempfile::Builder::new().prefix("lbridge.").tempdir_in(place)?;
+            (temporary.path().to_owned(), Some(temporary))
+        };
+        fs::write(folder.join("lbridge.toml"), &options.config)?;
+        let log = Log::new("lbridge run");
+        Ok(Daemon { host: host.clone(), options, folder, process: None, log, _temporary: temporary })
+    }
+
+    /// Stops the process, if there is one, with SIGTERM, starts another on the same paths and waits until it is
+    /// ready.
+    pub fn restart(&mut self) -> Result<()> {
+        if self.process.is_some() {
+            self.terminate()?;
+        }
+        let ready = self.spawn()?;
+        self.wait_until_ready(&ready)
+    }
+
+    /// Starts the process, expecting it to refuse and end by itself; what it said.
+    pub fn start_refused(&mut self) -> Result<Output> {
+        ensure!(self.process.is_none(), "a daemon is running");
+        let child = self.run_command()?.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let collector = thread::spawn(move || child.wait_with_output());
+        let limit = Instant::now() + patience::seconds(10);
+        while !collector.is_finished() {
+            if Instant::now() > limit {
+                kill(pid, Signal::SIGKILL)?;
+                let output = Output::from(collector.join().map_err(|_| anyhow::anyhow!("collector"))??);
+                bail!("the daemon should have refused to start, but it runs: {output:?}");
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(collector.join().map_err(|_| anyhow::anyhow!("collector"))??.into())
+    }
+
+    fn run_command(&self) -> Result<Command> {
+        let mut command = self.host.command(binary()?);
+        command.arg("run").arg("--bpffs").arg(&self.options.bpffs).arg("--cgroup").arg(&self.options.cgroup);
+        command.arg("--socket").arg(self.socket()).arg("--state-dir").arg(self.state_dir());
+        command.arg("--config").arg(self.config());
+        if !self.options.docker {
+            command.arg("--no-docker");
+        }
+        command.env_remove("DOCKER_HOST").env_remove("NOTIFY_SOCKET");
+        command.envs(self.options.env.iter().map(|(name, value)| (name, value))).stdin(Stdio::null());
+        Ok(command)
+    }
+
+    fn spawn(&mut self) -> Result<UnixDatagram> {
+        let path = self.folder.join("notify.sock");
+        drop(fs::remove_file(&path));
+        let ready = UnixDatagram::bind(&path).with_context(|| format!("bind {}", path.display()))?;
+        let mut command = self.run_command()?;
+        command.env("NOTIFY_SOCKET", &path).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().with_context(|| format!("start {command:?}"))?;
+        self.log.note(&format!("[harness] started as {}", child.id()));
+        child.stdout.take().into_iter().for_each(|pipe| self.log.follow(pipe));
+        child.stderr.take().into_iter().for_each(|pipe| self.log.follow(pipe));
+        self.process = Some(child);
+        Ok(ready)
+    }
+
+    fn wait_until_ready(&mut self, ready: &UnixDatagram) -> Result<()> {
+        let limit = Instant::now() + patience::seconds(10);
+        ready.set_read_timeout(Some(Duration::from_millis(20)))?;
+        let mut message = [0; 512];
+        loop {
+            if let Ok(length) = ready.recv(&mut message)
+                && String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1")
+            {
+                ready.shutdown(Shutdown::Both)?;
+                return Ok(());
+            }
+            if let Some(status) = self.process.as_mut().map(Child::try_wait).transpose()?.flatten() {
+                self.process = None;
+                bail!("the daemon ended before it was ready: {status}");
+            }
+            ensure!(Instant::now() < limit, "the daemon does not get ready");
+        }
+    }
+
+    /// The control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("lbridge.sock")
+    }
+
+    /// The folder of the rules file.
+    pub fn state_dir(&self) -> PathBuf {
+        self.folder.join("state")
+    }
+
+    /// The rules file.
+    pub fn rules_file(&self) -> PathBuf {
+        self.state_dir().join("rules.toml")
+    }
+
+    /// The configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.folder.join("lbridge.toml")
+    }
+
+    /// The folder of the pins.
+    pub fn bpffs(&self) -> &Path {
+        &self.options.bpffs
+    }
+
+    /// The process, while there is one.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Child::id)
+    }
+
+    /// What the daemon said so far.
+    pub fn log(&self) -> String {
+        self.log.text()
+    }
+
+    /// An `lbridge` command that talks to this daemon.
+    pub fn command(&self) -> Result<Command> {
+        let mut command = self.host.command(binary()?);
+        command.env("LBRIDGE_SOCKET", self.socket()).stdin(Stdio::null());
+        Ok(command)
+    }
+
+    /// Runs an `lbridge` command.
+    pub fn cli(&self, arguments: &[&str]) -> Result<Output> {
+        let output: Output = self.command()?.args(arguments).output().context("run lbridge")?.into();
+        self.log.note(&format!("[harness] lbridge {} -> {output:?}", arguments.join(" ")));
+        Ok(output)
+    }
+
+    /// `lbridge allow`, which must succeed.
+    pub fn allow(&self, arguments: &[&str]) -> Result<Output> {
+        self.succeed("allow", arguments)
+    }
+
+    /// `lbridge deny`, which must succeed.
+    pub fn deny(&self, arguments: &[&str]) -> Result<Output> {
+        self.succeed("deny", arguments)
+    }
+
+    fn succeed(&self, command: &str, arguments: &[&str]) -> Result<Output> {
+        let output = self.cli(&[&[command], arguments].concat())?;
+        ensure!(output.status == 0, "lbridge {command} {arguments:?}: {output:?}");
+        Ok(output)
+    }
+
+    /// `lbridge status --json`.
+    pub fn status(&self) -> Result<Value> {
+        let output: Output = self.command()?.args(["status", "--json"]).output()?.into();
+        ensure!(output.status == 0, "lbridge status --json: {output:?}");
+        serde_json::from_str(&output.stdout).with_context(|| format!("not JSON: {}", output.stdout))
+    }
+
+    /// The rule's whole entry in `status --json`, if it is there.
+    pub fn rule(&self, network: &str, port: u16) -> Result<Option<Value>> {
+        let status = self.status()?;
+        let rules = status["rules"].as_array().context("status has no list of rules")?;
+        Ok(rules.iter().find(|rule| rule["network"] == network && rule["port"] == port).cloned())
+    }
+
+    /// The rule's state; an error if there is no such rule.
+    pub fn rule_state(&self, network: &str, port: u16) -> Result<RuleState> {
+        let rule =
+            self.rule(network, port)?.with_context(|| format!("status has no rule {network} {port}"))?;
+        Ok(RuleState {
+            state: rule["state"].as_str().context("a rule without a state")?.to_owned(),
+            why: rule["why"].as_str().map(str::to_owned),
+        })
+    }
+
+    /// Waits until the rule is in `state`.
+    pub fn wait_for_state(&self, network: &str, port: u16, state: &str) -> Result<RuleState> {
+        let mut last = None;
+        patience::until(&format!("rule {network} {port} {state}"), || {
+            let now = self.rule_state(network, port)?;
+            let there = now.state == state;
+            last = Some(now.clone());
+            Ok(there.then_some(now))
+        })
+        .with_context(|| format!("last state: {last:?}"))
+    }
+
+    /// SIGKILL; returns when the process is gone.
+    pub fn kill9(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("no daemon to kill")?;
+        self.log.note("[harness] kill -9");
+        process.kill()?;
+        process.wait()?;
+        Ok(())
+    }
+
+    /// SIGTERM; returns the exit status when the process is gone.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        let process = self.process.as_mut().context("no daemon to terminate")?;
+        self.log.note("[harness] SIGTERM");
+        kill(Pid::from_raw(process.id().cast_signed()), Signal::SIGTERM)?;
+        let status = patience::until("the daemon ends after SIGTERM", || Ok(process.try_wait()?))?;
+        self.process = None;
+        Ok(status)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            drop(process.kill());
+            drop(process.wait());
+        }
+    }
+}

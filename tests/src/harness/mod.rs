@@ -1,0 +1,20 @@
+//! A host to break things on: a [`sandbox`] that nothing leaks from, a [`lab`] of network namespaces inside it,
+//! [`service`]s that say who they are and whom they see, and the [`daemon`] under test.
+//!
+//! Every test runs in a sandbox, thus in a process, of its own: what it leaves behind dies with it, and a test that
+//! hangs can be killed.
+
+pub mod client;
+pub mod daemon;
+pub mod docker;
+pub mod kernel;
+pub mod lab;
+pub mod logs;
+pub mod netns;
+pub mod patience;
+pub mod pins;
+pub mod sandbox;
+pub mod scene;
+pub mod service;
+pub mod suite;
+pub mod vm;

@@ -1,0 +1,112 @@
+//! Network namespaces: made, entered by threads and by processes, never named in the file system.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+use std::{fs, panic, thread};
+
+use anyhow::{Context, Result, bail};
+use nix::sched::{CloneFlags, setns, unshare};
+
+/// A network namespace, alive as long as this handle or a clone of it, or anything inside.
+#[derive(Clone, Debug)]
+pub struct NetNs {
+    fd: Arc<OwnedFd>,
+}
+
+impl NetNs {
+    /// A new namespace with its loopback up.
+    pub fn new() -> Result<NetNs> {
+        let netns = on_a_thread(|| {
+            unshare(CloneFlags::CLONE_NEWNET).context("unshare a network namespace (needs root)")?;
+            NetNs::current()
+        })?;
+        netns.ip("link set lo up")?;
+        Ok(netns)
+    }
+
+    /// The namespace of the calling thread.
+    pub fn current() -> Result<NetNs> {
+        let fd = File::open("/proc/thread-self/ns/net").context("open /proc/thread-self/ns/net")?;
+        Ok(NetNs { fd: Arc::new(fd.into()) })
+    }
+
+    /// The namespace of a process.
+    pub fn of_process(pid: u32) -> Result<NetNs> {
+        let path = format!("/proc/{pid}/ns/net");
+        let fd = File::open(&path).with_context(|| format!("open {path}"))?;
+        Ok(NetNs { fd: Arc::new(fd.into()) })
+    }
+
+    /// Runs `work` inside and returns what it returns. It runs on a thread of its own: `setns` is per thread, and a
+    /// socket stays in the namespace that it was made in, so whatever `work` opens can be used anywhere.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        on_a_thread(|| {
+            setns(self.as_fd(), CloneFlags::CLONE_NEWNET).context("enter a network namespace")?;
+            work()
+        })
+    }
+
+    /// A command that will run inside.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new(program);
+        let fd = Arc::clone(&self.fd);
+        // SAFETY: setns is a plain system call; the closure neither allocates nor locks. It owns the descriptor.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::setns(fd.as_raw_fd(), libc::CLONE_NEWNET) == 0 {
+                    Ok(())
+                } else {
+                    Err(std::io::Error::last_os_error())
+                }
+            });
+        }
+        command
+    }
+
+    /// Runs iproute2's `ip` inside; `arguments` are separated by blanks.
+    pub fn ip(&self, arguments: &str) -> Result<()> {
+        self.ip_output(arguments).map(drop)
+    }
+
+    /// As [`NetNs::ip`], and returns what it printed.
+    pub fn ip_output(&self, arguments: &str) -> Result<String> {
+        let output = self.command("ip").args(arguments.split_whitespace()).output().context("run ip")?;
+        if !output.status.success() {
+            bail!("ip {arguments}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Whether a TCP or MPTCP socket listens on exactly this address.
+    pub fn listens(&self, address: std::net::SocketAddrV4) -> Result<bool> {
+        let table = self.run(|| fs::read_to_string("/proc/thread-self/net/tcp").context("read net/tcp"))?;
+        let local = format!("{:08X}:{:04X}", u32::from(*address.ip()).swap_bytes(), address.port());
+        Ok(table.lines().any(|line| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            // 0A is TCP_LISTEN.
+            fields.get(1) == Some(&local.as_str()) && fields.get(3) == Some(&"0A")
+        }))
+    }
+
+    /// Sets a sysctl of the namespace, `net/ipv4/ip_forward` for instance.
+    pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
+        let path = format!("/proc/sys/{name}");
+        self.run(|| fs::write(&path, value).with_context(|| format!("write {value} to {path}")))
+    }
+}
+
+impl AsFd for NetNs {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| match scope.spawn(work).join() {
+        Ok(value) => value,
+        Err(panic) => panic::resume_unwind(panic),
+    })
+}

@@ -1,0 +1,124 @@
+//! What is pinned, read from the kernel, not from whoever pinned it.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+
+/// Commands and map types of include/uapi/linux/bpf.h.
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const HASH: u32 = 1;
+const SOCKHASH: u32 = 18;
+
+fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
+    let (pointer, size) = (std::ptr::from_mut(attributes), size_of::<T>());
+    // SAFETY: the attributes are as long as we say, and what they point to outlives the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, pointer, size) };
+    Ok(i32::try_from(Errno::result(result)?).unwrap_or(i32::MAX))
+}
+
+/// `struct bpf_map_info`, its first fields.
+#[repr(C)]
+#[derive(Default)]
+struct MapInfo {
+    kind: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+}
+
+fn open(path: &Path) -> Result<OwnedFd> {
+    #[repr(C)]
+    struct Get {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let mut get = Get { path: name.as_ptr() as u64, fd: 0, flags: 0 };
+    let fd = bpf(BPF_OBJ_GET, &mut get).with_context(|| format!("open {}", path.display()))?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn map_info(fd: &OwnedFd) -> io::Result<MapInfo> {
+    #[repr(C)]
+    struct GetInfo {
+        fd: u32,
+        length: u32,
+        info: u64,
+    }
+    let mut info = MapInfo::default();
+    let pointer = std::ptr::from_mut(&mut info) as u64;
+    let length = u32::try_from(size_of::<MapInfo>()).unwrap_or(0);
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut GetInfo { fd: fd.as_raw_fd().cast_unsigned(), length, info: pointer })?;
+    Ok(info)
+}
+
+fn count(fd: &OwnedFd, key_size: usize) -> Result<usize> {
+    #[repr(C)]
+    struct NextKey {
+        fd: u32,
+        padding: u32,
+        key: u64,
+        next: u64,
+    }
+    let (mut key, mut next) = (vec![0_u8; key_size], vec![0_u8; key_size]);
+    let mut seen = 0;
+    loop {
+        let from = if seen == 0 { 0 } else { key.as_ptr() as u64 };
+        let to = next.as_mut_ptr() as u64;
+        let fd = fd.as_raw_fd().cast_unsigned();
+        match bpf(BPF_MAP_GET_NEXT_KEY, &mut NextKey { fd, padding: 0, key: from, next: to }) {
+            Ok(_) => seen += 1,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(seen),
+            Err(error) => return Err(error).context("next key"),
+        }
+        std::mem::swap(&mut key, &mut next);
+    }
+}
+
+/// All files under a folder.
+pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+        entries => entries.with_context(|| format!("list {}", folder.display()))?,
+    };
+    for entry in entries {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.extend(files(&path)?);
+        } else {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// How many entries each pinned hash map and socket map under a folder holds, by file name.
+pub fn entries(folder: &Path) -> Result<BTreeMap<String, usize>> {
+    let mut found = BTreeMap::new();
+    for path in files(folder)? {
+        let fd = open(&path)?;
+        // Links and programs answer with a structure of their own; their descriptors tell them apart.
+        let what = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        if what.as_os_str() != "anon_inode:bpf-map" {
+            continue;
+        }
+        let info = map_info(&fd)?;
+        if info.kind == HASH || info.kind == SOCKHASH {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            found.insert(name, count(&fd, usize::try_from(info.key_size)?)?);
+        }
+    }
+    Ok(found)
+}

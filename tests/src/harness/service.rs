@@ -1,0 +1,182 @@
+//! Services to be reached: each greets with its name and with what it sees of its peer, then echoes.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+
+use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{self, Backlog, SockaddrStorage, sockopt};
+use nix::unistd::pipe2;
+use serde_json::json;
+
+use super::kernel;
+use super::netns::NetNs;
+
+/// What a service does with a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Greets, then echoes.
+    Echo,
+    /// Echoes without a greeting.
+    SilentEcho,
+    /// Greets, reads everything up to the peer's FIN, then sends so many bytes of [`pattern`].
+    AfterFin(usize),
+}
+
+/// What to listen on, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What the service calls itself.
+    pub name: String,
+    /// Where it listens; port 0 for any.
+    pub address: SocketAddr,
+    /// `SO_REUSEPORT`.
+    pub reuse_port: bool,
+    /// An MPTCP socket, as Go 1.24 makes them.
+    pub mptcp: bool,
+    /// `IPV6_V6ONLY`.
+    pub v6_only: bool,
+    /// What it does.
+    pub answer: Answer,
+}
+
+impl Options {
+    /// An echo service by that name.
+    pub fn new(name: &str, address: &str) -> Result<Options> {
+        let address = address.parse().with_context(|| format!("address {address}"))?;
+        let name = name.to_owned();
+        Ok(Options { name, address, reuse_port: false, mptcp: false, v6_only: false, answer: Answer::Echo })
+    }
+}
+
+/// A service that listens. Dropping it closes the listener; connections go on until their peers end them.
+#[derive(Debug)]
+pub struct Service {
+    address: SocketAddr,
+    accepted: Arc<AtomicUsize>,
+    /// Closing it ends the thread.
+    stop: Option<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Service {
+    /// Starts an echo service in `netns`.
+    pub fn start(netns: &NetNs, name: &str, address: &str) -> Result<Service> {
+        Service::start_with(netns, &Options::new(name, address)?)
+    }
+
+    /// Starts a service.
+    pub fn start_with(netns: &NetNs, options: &Options) -> Result<Service> {
+        let listener = netns
+            .run(|| listen(options))
+            .with_context(|| format!("{} listens on {}", options.name, options.address))?;
+        let address = listener.local_addr()?;
+        let (stopped, stop) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&accepted);
+        let options = options.clone();
+        let thread = thread::spawn(move || serve(&listener, &stopped, &options, &counter));
+        Ok(Service { address, accepted, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// How many connections it has accepted.
+    pub fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::SeqCst)
+    }
+
+    /// Closes the listener. Once this returns the port is free.
+    pub fn stop(mut self) {
+        self.close();
+    }
+
+    fn close(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been printed; a test would miss its connections.
+            drop(thread.join());
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn listen(options: &Options) -> Result<TcpListener> {
+    let fd = kernel::stream_socket(options.address.is_ipv6(), options.mptcp).context("socket")?;
+    socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    if options.reuse_port {
+        socket::setsockopt(&fd, sockopt::ReusePort, &true)?;
+    }
+    if options.address.is_ipv6() {
+        socket::setsockopt(&fd, sockopt::Ipv6V6Only, &options.v6_only)?;
+    }
+    socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(options.address)).context("bind")?;
+    socket::listen(&fd, Backlog::new(1024)?).context("listen")?;
+    Ok(TcpListener::from(fd))
+}
+
+fn serve(listener: &TcpListener, stopped: &OwnedFd, options: &Options, accepted: &AtomicUsize) {
+    loop {
+        let mut events = [
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
+        ];
+        if poll(&mut events, PollTimeout::NONE).is_err() {
+            continue;
+        }
+        if events[1].any() == Some(true) {
+            return;
+        }
+        // A client that has gone before it was accepted is not an event.
+        let Ok((stream, peer)) = listener.accept() else { continue };
+        accepted.fetch_add(1, Ordering::SeqCst);
+        let options = options.clone();
+        // The peer may leave whenever it wants.
+        thread::spawn(move || drop(answer(stream, peer, &options)));
+    }
+}
+
+fn answer(mut stream: TcpStream, accept: SocketAddr, options: &Options) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    if options.answer != Answer::SilentEcho {
+        let greeting = json!({
+            "service": options.name,
+            "accept": accept.to_string(),
+            "peer": stream.peer_addr()?.to_string(),
+            "local": stream.local_addr()?.to_string(),
+        });
+        stream.write_all(format!("{greeting}\n").as_bytes())?;
+    }
+    let mut buffer = vec![0; 65536];
+    loop {
+        let length = match stream.read(&mut buffer)? {
+            0 => break,
+            length => length,
+        };
+        if !matches!(options.answer, Answer::AfterFin(_)) {
+            stream.write_all(&buffer[..length])?;
+        }
+    }
+    if let Answer::AfterFin(bytes) = options.answer {
+        stream.write_all(&pattern(0, bytes))?;
+    }
+    stream.shutdown(std::net::Shutdown::Both)
+}
+
+/// Bytes `from .. from + length` of an endless sequence in which a lost, doubled or moved block shows.
+pub fn pattern(from: usize, length: usize) -> Vec<u8> {
+    let byte = |at: usize| (at ^ (at >> 8).wrapping_mul(31) ^ (at >> 16).wrapping_mul(131)).to_le_bytes()[0];
+    (from..from + length).map(byte).collect()
+}

@@ -1,0 +1,201 @@
+//! Runs a suite: every test in a [`sandbox`] of its own, with a time limit, its output shown if it fails.
+//!
+//! A machine that lacks what a suite needs does not fail it: the tests are ignored, loudly. Where `CI` is set in the
+//! environment they fail instead.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{self, Command};
+use std::{env, panic};
+
+use anyhow::{Context, Result};
+use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
+
+use super::{daemon, kernel, logs, patience, sandbox, vm};
+
+/// The test to run in this process, set by the parent.
+const TEST: &str = "LBRIDGE_TEST";
+
+/// Something that a machine may lack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Need {
+    /// To be root.
+    Root,
+    /// A cgroup2 mount.
+    Cgroup2,
+    /// A program on the PATH.
+    Program(&'static str),
+    /// A built `lbridge`.
+    Lbridge,
+    /// MPTCP sockets.
+    Mptcp,
+    /// A kernel to boot, by the name of its folder.
+    Kernel(&'static str),
+    /// A kernel where socket programs can tell namespaces apart (5.15).
+    RegistersAlone,
+}
+
+impl Need {
+    /// Why it is not met, and what to do about it.
+    fn missing(self) -> Option<String> {
+        match self {
+            Need::Root if !nix::unistd::geteuid().is_root() => Some("not root: run as root".to_owned()),
+            Need::Cgroup2 => sandbox::cgroup2_mount().err().map(|error| format!("{error}")),
+            Need::Program(name) if find_program(name).is_none() => {
+                Some(format!("no {name} on the PATH: cargo xtask test --setup"))
+            }
+            Need::Lbridge => daemon::binary().err().map(|error| format!("{error:#}")),
+            Need::Mptcp if !kernel::has_mptcp() => Some("the kernel has no MPTCP".to_owned()),
+            Need::Kernel(name) if vm::kernel(name).is_none() => {
+                Some(format!("no kernel {name} to boot: cargo xtask test --setup"))
+            }
+            Need::RegistersAlone if !kernel::registers_listeners_alone() => {
+                Some("the kernel is older than 5.15".to_owned())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A program on the PATH.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH")?;
+    env::split_paths(&path).map(|folder| folder.join(name)).find(|path| path.is_file())
+}
+
+/// One test.
+#[derive(Clone, Debug)]
+pub struct Test {
+    /// Its name, the function's.
+    pub name: &'static str,
+    /// What it needs beside the suite's needs.
+    pub needs: &'static [Need],
+    /// What it does.
+    pub run: fn() -> Result<()>,
+}
+
+/// Lists tests: `tests![one, two, three: [Need::Mptcp]]`.
+#[macro_export]
+macro_rules! tests {
+    ($($name:ident $(: [$($need:expr),+])?),+ $(,)?) => {
+        vec![$($crate::harness::suite::Test {
+            name: stringify!($name),
+            needs: &[$($($need),+)?],
+            run: $name,
+        }),+]
+    };
+}
+
+/// A suite and how to run it.
+#[derive(Clone, Debug)]
+pub struct Suite {
+    /// What every test needs.
+    pub needs: &'static [Need],
+    /// How many tests run at once, unless the command line says otherwise.
+    pub threads: usize,
+    /// How many seconds a test may take.
+    pub limit: u64,
+    /// Whether the tests run in sandboxes; a suite that brings machines of its own needs none.
+    pub sandboxed: bool,
+    /// The tests.
+    pub tests: Vec<Test>,
+}
+
+impl Suite {
+    /// Tests in sandboxes, two at a time, a minute for each.
+    pub fn new(needs: &'static [Need], tests: Vec<Test>) -> Suite {
+        Suite { needs, threads: 2, limit: 60, sandboxed: true, tests }
+    }
+
+    /// The suite's `main`, which ends the process.
+    pub fn main(self) -> ! {
+        sandbox::hook();
+        if let Some(name) = env::var_os(TEST) {
+            let test = self.tests.iter().find(|test| name == test.name);
+            let status = test.map_or_else(
+                || {
+                    eprintln!("no such test: {}", name.display());
+                    2
+                },
+                run_here,
+            );
+            process::exit(status);
+        }
+        if let Err(error) = sandbox::kill_on_signals() {
+            eprintln!("signals: {error:#}");
+        }
+        self.conduct().exit()
+    }
+
+    fn conduct(self) -> Conclusion {
+        let mut arguments = Arguments::from_args();
+        arguments.test_threads.get_or_insert(self.threads);
+        let in_ci = env::var_os("CI").is_some_and(|value| !value.is_empty());
+        let mut complaints: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+        let mut trials = Vec::new();
+        for test in &self.tests {
+            let missing: Vec<String> =
+                self.needs.iter().chain(test.needs).filter_map(|need| need.missing()).collect();
+            let name = test.name;
+            let capture = !arguments.nocapture;
+            let (limit, sandboxed) = (self.limit, self.sandboxed);
+            let run = test.run;
+            let trial =
+                if missing.is_empty() {
+                    Trial::test(name, move || {
+                        if sandboxed { run_sandboxed(name, limit, capture) } else { Ok(run()?) }
+                    })
+                } else if in_ci {
+                    let why = missing.join("; ");
+                    Trial::test(name, move || Err(Failed::from(format!("cannot run, and CI is set: {why}"))))
+                } else {
+                    complaints.entry(missing.join("; ")).or_default().push(name);
+                    Trial::test(name, || Ok(())).with_ignored_flag(true)
+                };
+            trials.push(trial);
+        }
+        if !arguments.list {
+            for (why, names) in &complaints {
+                let (count, names) = (names.len(), names.join(" "));
+                eprintln!("\x1b[1;33mNOT RUN, {count} of {} tests: {why}\x1b[0m ({names})", self.tests.len());
+            }
+        }
+        libtest_mimic::run(&arguments, trials)
+    }
+}
+
+/// In the process that is the test.
+fn run_here(test: &Test) -> i32 {
+    let outcome = panic::catch_unwind(test.run);
+    match outcome {
+        Ok(Ok(())) => 0,
+        Ok(Err(error)) => {
+            logs::dump();
+            eprintln!("---- {} ----\n{error:?}", test.name);
+            1
+        }
+        Err(_) => {
+            logs::dump();
+            101
+        }
+    }
+}
+
+fn run_sandboxed(name: &str, limit: u64, capture: bool) -> Result<(), Failed> {
+    let limit = patience::seconds(limit);
+    let mut command = Command::new(env::current_exe().context("find the current program")?);
+    command.env(TEST, name);
+    // A panic is worth its trace; an error tells its story in its context.
+    command.env("RUST_LIB_BACKTRACE", "0");
+    command.current_dir(Path::new("/"));
+    let (status, output) = sandbox::run(&command, limit, capture)?;
+    let said = || {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        text(&output.stdout) + &text(&output.stderr)
+    };
+    match status {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(Failed::from(format!("{status}\n{}", said()))),
+        None => Err(Failed::from(format!("killed after {limit:?}\n{}", said()))),
+    }
+}

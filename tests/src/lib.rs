@@ -1,0 +1,15 @@
+//! Tests of `lbridge` against real parts. What the suites share is the [`harness`], which `cargo xtask run --lab` and
+//! `cargo xtask bench` use as well.
+//!
+//! | suite | what is real | needs |
+//! |---|---|---|
+//! | `harness` | namespaces: that packets flow, and nothing leaks | root, cgroup2 |
+//! | `kernel` | the kernel's hooks, on the kernel that runs | and a built lbridge |
+//! | `cli` | commands, files, the control API | and setpriv, curl |
+//! | `docker` | a Docker Engine | and dockerd, iptables, busybox |
+//! | `vm` | the `kernel` suite on Debian's 5.10 and 6.1 | qemu, kernels; no root |
+//!
+//! A suite is a program of its own (`cargo test -p lbridge-tests --test kernel -- restart`). To look around where the
+//! tests run: `cargo run -p lbridge-tests --example sandbox -- bash`.
+
+pub mod harness;

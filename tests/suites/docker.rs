@@ -1,0 +1,577 @@
+//! lbridge beside a real Docker Engine: networks that come, go and change under its rules.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, ensure};
+use lbridge_tests::harness::client::{self, Greeting};
+use lbridge_tests::harness::daemon::{Daemon, Options};
+use lbridge_tests::harness::docker::{Container, Engine, Network};
+use lbridge_tests::harness::netns::NetNs;
+use lbridge_tests::harness::patience;
+use lbridge_tests::harness::service::{self, Service};
+use lbridge_tests::harness::suite::{Need, Suite};
+use lbridge_tests::tests;
+
+fn main() {
+    const NEEDS: &[Need] = &[
+        Need::Root,
+        Need::Cgroup2,
+        Need::Lbridge,
+        Need::Program("ip"),
+        Need::Program("dockerd"),
+        Need::Program("docker"),
+        Need::Program("iptables"),
+        Need::Program("busybox"),
+        Need::Program("tar"),
+    ];
+    let tests = tests![
+        container_reaches_loopback_service,
+        container_of_another_network_is_refused,
+        internal_network_is_served,
+        default_bridge_is_served,
+        bridge_with_a_name_of_its_own_is_served,
+        ipv6_network_is_served,
+        mptcp_listener_is_relayed: [Need::Mptcp],
+        network_named_by_id,
+        rule_waits_for_its_network,
+        network_is_made_anew,
+        successor_of_a_network_inherits_nothing,
+        successor_inherits_nothing_while_the_daemon_is_dead,
+        container_restarts,
+        container_changes_networks,
+        engine_restarts_with_live_containers,
+        engine_restarts_and_ends_its_containers,
+        daemon_restarts_while_the_engine_is_away,
+        daemon_is_there_before_the_engine,
+        networks_without_a_bridge_are_blocked,
+        hostile_names,
+        name_that_is_the_id_of_another,
+        firewall_is_left_to_docker,
+    ];
+    let mut suite = Suite::new(NEEDS, tests);
+    suite.threads = 1;
+    suite.main()
+}
+
+/// An Engine and a daemon, both in the sandbox' own network namespace.
+struct Scene {
+    engine: Engine,
+    daemon: Daemon,
+    host: NetNs,
+}
+
+impl Scene {
+    fn new() -> Result<Scene> {
+        Scene::with(Engine::start()?)
+    }
+
+    fn with(engine: Engine) -> Result<Scene> {
+        let host = NetNs::current()?;
+        let daemon = Daemon::start_with(&host, Options { docker: true, ..Options::default() })?;
+        Ok(Scene { engine, daemon, host })
+    }
+
+    fn service(&self, name: &str, address: &str) -> Result<Service> {
+        Service::start(&self.host, name, address)
+    }
+
+    fn must_be(&self, network: &str, port: u16, state: &str) -> Result<()> {
+        let now = self.daemon.rule_state(network, port)?;
+        ensure!(now.state == state, "{network} {port} should be {state}: {now:?}");
+        Ok(())
+    }
+
+    /// From within the container's network namespace.
+    fn served(&self, container: &Container, to: SocketAddr, service: &str) -> Result<Greeting> {
+        client::served_by(&self.engine.netns(container)?, to, service)
+    }
+
+    fn refused(&self, container: &Container, to: SocketAddr) -> Result<()> {
+        client::refused(&self.engine.netns(container)?, to)
+    }
+
+    fn docker_state(&self) -> Result<(String, Option<String>)> {
+        let status = self.daemon.status()?;
+        let state = status["docker"]["state"].as_str().context("a state of docker")?.to_owned();
+        Ok((state, status["docker"]["since"].as_str().map(str::to_owned)))
+    }
+
+    fn wait_for_docker(&self, wanted: &str) -> Result<()> {
+        patience::until(&format!("docker is {wanted}"), || {
+            Ok((self.docker_state()?.0 == wanted).then_some(()))
+        })
+    }
+}
+
+fn at(network: &Network, port: u16) -> SocketAddr {
+    SocketAddr::new(network.gateway, port)
+}
+
+fn address(scene: &Scene, container: &Container, network: &Network) -> Result<String> {
+    let text = scene.engine.docker(&["inspect", &container.id])?;
+    let inspected: serde_json::Value = serde_json::from_str(&text)?;
+    let of_network = &inspected[0]["NetworkSettings"]["Networks"][&network.name];
+    Ok(of_network["IPAddress"].as_str().context("an address")?.to_owned())
+}
+
+/// The main job, with the container's own program.
+fn container_reaches_loopback_service() -> Result<()> {
+    let scene = Scene::new()?;
+    ensure!(scene.docker_state()? == ("reachable".to_owned(), None));
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    let _service = scene.service("loopback only", "127.0.0.1:8080")?;
+    let dial = format!("echo over and out | timeout 5 nc {} 8080", network.gateway);
+    let output = scene.engine.exec(&container, &["sh", "-c", &dial])?;
+    ensure!(output.stdout.is_empty(), "out of reach without a rule: {output:?}");
+
+    scene.daemon.allow(&["app", "8080"])?;
+    let output = scene.engine.exec(&container, &["sh", "-c", &dial])?;
+    ensure!(output.stdout.contains("loopback only") && output.stdout.contains("over and out"), "{output:?}");
+    scene.must_be("app", 8080, "steered")?;
+    let greeting = scene.served(&container, at(&network, 8080), "loopback only")?;
+    ensure!(greeting.peer.ip().to_string() == address(&scene, &container, &network)?, "{greeting:?}");
+    ensure!(greeting.accept == greeting.peer, "{greeting:?}");
+
+    scene.daemon.allow(&["app", "8081=8080", "--source", "loopback"])?;
+    let greeting = scene.served(&container, at(&network, 8081), "loopback only")?;
+    ensure!(
+        greeting.peer.ip().to_string() == "127.0.0.1" && greeting.accept == greeting.peer,
+        "{greeting:?}"
+    );
+
+    scene.daemon.deny(&["app", "8080", "8081"])?;
+    scene.refused(&container, at(&network, 8080))
+}
+
+fn container_of_another_network_is_refused() -> Result<()> {
+    let scene = Scene::new()?;
+    let app = scene.engine.create_network("app", &[])?;
+    scene.engine.create_network("other", &[])?;
+    let inside = scene.engine.run("app", &[])?;
+    let outside = [scene.engine.run("other", &[])?, scene.engine.run("bridge", &[])?];
+    let steered = scene.service("steered", "127.0.0.1:8080")?;
+    let relayed = scene.service("relayed", "127.0.0.1:9090")?;
+    // On the gateway itself: Docker's own firewall lets every network dial it.
+    let _control = scene.service("control", &at(&app, 7070).to_string())?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.daemon.allow(&["app", "9090", "--path", "relay"])?;
+    for container in &outside {
+        scene.served(container, at(&app, 7070), "control")?;
+        scene.refused(container, at(&app, 8080))?;
+        client::not_served(&scene.engine.netns(container)?, None, at(&app, 9090))?;
+    }
+    ensure!(steered.accepted() == 0 && relayed.accepted() == 0);
+    scene.served(&inside, at(&app, 8080), "steered")?;
+    scene.served(&inside, at(&app, 9090), "relayed")?;
+    Ok(())
+}
+
+fn internal_network_is_served() -> Result<()> {
+    let scene = Scene::new()?;
+    let network = scene.engine.create_network("sealed", &["--internal"])?;
+    let container = scene.engine.run("sealed", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["sealed", "8080"])?;
+    scene.must_be("sealed", 8080, "steered")?;
+    scene.served(&container, at(&network, 8080), "service")?;
+    scene.refused(&container, at(&network, 8081))
+}
+
+fn default_bridge_is_served() -> Result<()> {
+    let scene = Scene::new()?;
+    let container = scene.engine.run("bridge", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["bridge", "8080"])?;
+    scene.must_be("bridge", 8080, "steered")?;
+    let rule = scene.daemon.rule("bridge", 8080)?.context("the rule")?;
+    ensure!(rule["gateways"][0]["interface"] == "docker0", "{rule}");
+    let gateway = rule["gateways"][0]["address"].as_str().context("an address")?.parse()?;
+    scene.served(&container, SocketAddr::new(gateway, 8080), "service")?;
+    Ok(())
+}
+
+fn bridge_with_a_name_of_its_own_is_served() -> Result<()> {
+    let scene = Scene::new()?;
+    let named = &["--opt", "com.docker.network.bridge.name=ownbridge"];
+    let network = scene.engine.create_network("named", named)?;
+    let container = scene.engine.run("named", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["named", "8080"])?;
+    scene.served(&container, at(&network, 8080), "service")?;
+    let rule = scene.daemon.rule("named", 8080)?.context("the rule")?;
+    ensure!(rule["gateways"][0]["interface"] == "ownbridge", "{rule}");
+    Ok(())
+}
+
+fn ipv6_network_is_served() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.engine.create_network("six", &["--ipv6", "--subnet", "fd00:6::/64", "--gateway", "fd00:6::1"])?;
+    let container = scene.engine.run("six", &[])?;
+    let _six = scene.service("six", "[::1]:8080")?;
+    scene.daemon.allow(&["six", "8080"])?;
+    let to = "[fd00:6::1]:8080".parse()?;
+    // Docker does not switch duplicate address detection off; the container's address may take a moment.
+    let netns = scene.engine.netns(&container)?;
+    patience::until("the container's IPv6 address is usable", || {
+        Ok((!netns.ip_output("-6 addr show tentative")?.contains("fd00:6")).then_some(()))
+    })?;
+    let greeting = scene.served(&container, to, "six")?;
+    ensure!(greeting.peer.ip().to_string().starts_with("fd00:6::"), "{greeting:?}");
+    let rule = scene.daemon.rule("six", 8080)?.context("the rule")?;
+    let gateways = rule["gateways"].as_array().context("gateways")?;
+    let six =
+        gateways.iter().find(|gateway| gateway["address"] == "fd00:6::1").context("the IPv6 gateway")?;
+    ensure!(six["state"] == "steered", "{rule}");
+    Ok(())
+}
+
+/// Docker's NAT and connection tracking are on the relay's way.
+fn mptcp_listener_is_relayed() -> Result<()> {
+    let scene = Scene::new()?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    let options = service::Options { mptcp: true, ..service::Options::new("go", "127.0.0.1:8080")? };
+    let _service = Service::start_with(&scene.host, &options)?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.must_be("app", 8080, "relayed")?;
+    let greeting = scene.served(&container, at(&network, 8080), "go")?;
+    ensure!(greeting.peer.ip().to_string() == address(&scene, &container, &network)?, "{greeting:?}");
+    Ok(())
+}
+
+fn network_named_by_id() -> Result<()> {
+    let scene = Scene::new()?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    let short = &network.id[..12];
+    scene.daemon.allow(&[&network.id, "8080"])?;
+    scene.daemon.allow(&[short, "8081=8080"])?;
+    scene.must_be(&network.id, 8080, "steered")?;
+    scene.must_be(short, 8081, "steered")?;
+    scene.served(&container, at(&network, 8080), "service")?;
+    scene.served(&container, at(&network, 8081), "service")?;
+    // An id names this network, not the next one of its name.
+    scene.engine.remove(&container)?;
+    scene.engine.remove_network("app")?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    scene.daemon.wait_for_state(short, 8081, "waiting")?;
+    scene.refused(&container, at(&network, 8081))
+}
+
+fn rule_waits_for_its_network() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["later", "8080"])?;
+    let state = scene.daemon.rule_state("later", 8080)?;
+    ensure!(state.state == "waiting", "{state:?}");
+    ensure!(state.why.as_deref().is_some_and(|why| why.contains("later")), "says for what: {state:?}");
+    let network = scene.engine.create_network("later", &[])?;
+    let container = scene.engine.run("later", &[])?;
+    scene.daemon.wait_for_state("later", 8080, "steered")?;
+    scene.served(&container, at(&network, 8080), "service")?;
+    Ok(())
+}
+
+/// Of a network that names its subnet the Engine tells the gateway only if that was named, too.
+const OLD_SUBNET: &[&str] = &["--subnet", "10.50.0.0/24", "--gateway", "10.50.0.1"];
+
+fn network_is_made_anew() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    let first = scene.engine.create_network("app", OLD_SUBNET)?;
+    let container = scene.engine.run("app", &[])?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.served(&container, at(&first, 8080), "service")?;
+    for subnet in [["--subnet", "10.51.0.0/24", "--gateway", "10.51.0.1"].as_slice(), OLD_SUBNET] {
+        let container = scene.engine.docker(&["ps", "--quiet"])?;
+        scene.engine.docker(&["rm", "--force", &container])?;
+        scene.engine.remove_network("app")?;
+        scene.daemon.wait_for_state("app", 8080, "waiting")?;
+        let again = scene.engine.create_network("app", subnet)?;
+        ensure!(again.id != first.id);
+        let container = scene.engine.run("app", &[])?;
+        scene.daemon.wait_for_state("app", 8080, "steered")?;
+        scene.served(&container, at(&again, 8080), "service")?;
+    }
+    Ok(())
+}
+
+/// Same subnet, same gateway, another name: none of the old rules.
+fn successor_of_a_network_inherits_nothing() -> Result<()> {
+    let scene = Scene::new()?;
+    let (network, _) = replace_network(&scene, || Ok(()))?;
+    let container = scene.engine.run("rogue", &[])?;
+    scene.refused(&container, at(&network, 8080))?;
+    client::not_served(&scene.engine.netns(&container)?, None, at(&network, 9090))?;
+    scene.daemon.wait_for_state("app", 8080, "waiting").map(drop)
+}
+
+/// Removes `app`, which has rules for 8080 (steered) and 9090 (relayed), and makes `rogue` on the same subnet.
+fn replace_network(scene: &Scene, before: impl FnOnce() -> Result<()>) -> Result<(Network, [Service; 2])> {
+    let services = [scene.service("steered", "127.0.0.1:8080")?, scene.service("relayed", "127.0.0.1:9090")?];
+    let network = scene.engine.create_network("app", OLD_SUBNET)?;
+    let container = scene.engine.run("app", &[])?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.daemon.allow(&["app", "9090", "--path", "relay"])?;
+    scene.served(&container, at(&network, 8080), "steered")?;
+    scene.served(&container, at(&network, 9090), "relayed")?;
+    before()?;
+    scene.engine.remove(&container)?;
+    scene.engine.remove_network("app")?;
+    let rogue = scene.engine.create_network("rogue", OLD_SUBNET)?;
+    ensure!(rogue.gateway == network.gateway, "{rogue:?} after {network:?}");
+    Ok((rogue, services))
+}
+
+fn successor_inherits_nothing_while_the_daemon_is_dead() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let _services = [scene.service("steered", "127.0.0.1:8080")?, scene.service("other", "127.0.0.1:8081")?];
+    let network = scene.engine.create_network("app", OLD_SUBNET)?;
+    let container = scene.engine.run("app", &[])?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.served(&container, at(&network, 8080), "steered")?;
+    scene.daemon.kill9()?;
+    scene.served(&container, at(&network, 8080), "steered")?;
+    scene.engine.remove(&container)?;
+    scene.engine.remove_network("app")?;
+    scene.engine.create_network("rogue", OLD_SUBNET)?;
+    let container = scene.engine.run("rogue", &[])?;
+    // The entry names the interface that has gone.
+    scene.refused(&container, at(&network, 8080))?;
+    scene.daemon.restart()?;
+    scene.must_be("app", 8080, "waiting")?;
+    scene.refused(&container, at(&network, 8080))
+}
+
+fn container_restarts() -> Result<()> {
+    let scene = Scene::new()?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["app", "8080"])?;
+    for _ in 0..2 {
+        scene.served(&container, at(&network, 8080), "service")?;
+        scene.engine.docker(&["restart", "--time", "0", &container.id])?;
+    }
+    scene.served(&container, at(&network, 8080), "service")?;
+    scene.must_be("app", 8080, "steered")
+}
+
+fn container_changes_networks() -> Result<()> {
+    let scene = Scene::new()?;
+    let app = scene.engine.create_network("app", &[])?;
+    scene.engine.create_network("other", &[])?;
+    let container = scene.engine.run("other", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.refused(&container, at(&app, 8080))?;
+    scene.engine.docker(&["network", "connect", "app", &container.id])?;
+    scene.served(&container, at(&app, 8080), "service")?;
+    scene.engine.docker(&["network", "disconnect", "app", &container.id])?;
+    scene.refused(&container, at(&app, 8080))
+}
+
+fn engine_restarts_with_live_containers() -> Result<()> {
+    let mut scene = Scene::with(Engine::start_with(true)?)?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["app", "8080"])?;
+    let netns = scene.engine.netns(&container)?;
+    let mut connection = client::connect(&netns, at(&network, 8080))?;
+
+    scene.engine.down()?;
+    scene.wait_for_docker("away")?;
+    let (_, since) = scene.docker_state()?;
+    ensure!(since.as_deref().is_some_and(|since| since.starts_with("20")), "away since when: {since:?}");
+    let human = scene.daemon.cli(&["status"])?;
+    ensure!(human.stdout.contains("away since 20"), "{human:?}");
+    scene.must_be("app", 8080, "steered")?;
+    connection.echo(b"without an Engine")?;
+    client::served_by(&netns, at(&network, 8080), "service")?;
+    client::refused(&netns, at(&network, 8081))?;
+    // Rules can be made and taken back meanwhile.
+    scene.daemon.allow(&["app", "8081=8080"])?;
+    client::served_by(&netns, at(&network, 8081), "service")?;
+    scene.daemon.deny(&["app", "8081"])?;
+    client::refused(&netns, at(&network, 8081))?;
+
+    scene.engine.up()?;
+    scene.wait_for_docker("reachable")?;
+    scene.must_be("app", 8080, "steered")?;
+    connection.echo(b"and with it again")?;
+    scene.served(&container, at(&network, 8080), "service")?;
+    // It follows the new Engine.
+    let later = scene.engine.create_network("later", &[])?;
+    scene.daemon.allow(&["later", "8080"])?;
+    let container = scene.engine.run("later", &[])?;
+    scene.served(&container, at(&later, 8080), "service").map(drop)
+}
+
+fn engine_restarts_and_ends_its_containers() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &["--restart", "always"])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.served(&container, at(&network, 8080), "service")?;
+    for _ in 0..2 {
+        scene.engine.restart()?;
+        scene.wait_for_docker("reachable")?;
+        scene.daemon.wait_for_state("app", 8080, "steered")?;
+        scene.served(&container, at(&network, 8080), "service")?;
+    }
+    Ok(())
+}
+
+fn daemon_restarts_while_the_engine_is_away() -> Result<()> {
+    let mut scene = Scene::with(Engine::start_with(true)?)?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    let netns = scene.engine.netns(&container)?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.engine.down()?;
+    for kill in [false, true] {
+        if kill {
+            scene.daemon.kill9()?;
+        }
+        scene.daemon.restart()?;
+        ensure!(scene.docker_state()?.0 == "away");
+        client::served_by(&netns, at(&network, 8080), "service")?;
+        scene.must_be("app", 8080, "steered")?;
+    }
+    scene.engine.up()?;
+    scene.wait_for_docker("reachable")?;
+    scene.must_be("app", 8080, "steered")?;
+    client::served_by(&netns, at(&network, 8080), "service").map(drop)
+}
+
+fn daemon_is_there_before_the_engine() -> Result<()> {
+    let mut scene = Scene::with(Engine::prepare(false)?)?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    ensure!(scene.docker_state()?.0 == "away");
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.must_be("app", 8080, "waiting")?;
+    scene.engine.up()?;
+    scene.engine.import_image()?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    scene.daemon.wait_for_state("app", 8080, "steered")?;
+    scene.served(&container, at(&network, 8080), "service").map(drop)
+}
+
+fn networks_without_a_bridge_are_blocked() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    for network in ["host", "none"] {
+        scene.daemon.allow(&[network, "8080"])?;
+        let state = scene.daemon.rule_state(network, 8080)?;
+        ensure!(state.state == "blocked" && state.why.is_some(), "{network}: {state:?}");
+    }
+    Ok(())
+}
+
+/// Names that the Engine takes: they are arguments, JSON, TOML and text on a terminal, and nothing else.
+fn hostile_names() -> Result<()> {
+    const NAMES: &[&str] = &[
+        "a.b_c-d",
+        "docker0",
+        "a=b",
+        "#hash",
+        "q\"uo'te",
+        "back\\slash",
+        "[[rule]]",
+        "$(reboot)",
+        "%s%n",
+        "grün",
+        "8080",
+        "..",
+    ];
+    let mut scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    let mut made = Vec::new();
+    for name in NAMES {
+        // Newer Engines refuse some of them.
+        let Ok(network) = scene.engine.create_network(name, &[]) else { continue };
+        let output = scene.daemon.allow(&[name, "8080", "--comment", name])?;
+        ensure!(output.stdout.lines().count() == 1, "one line: {output:?}");
+        scene.must_be(name, 8080, "steered").with_context(|| format!("name {name:?}"))?;
+        made.push((name, network));
+    }
+    ensure!(!made.is_empty());
+    // Through the rules file and back.
+    scene.daemon.restart()?;
+    for (name, network) in &made {
+        let container = scene.engine.run(&network.id, &[])?;
+        scene.served(&container, at(network, 8080), "service").with_context(|| format!("name {name:?}"))?;
+        scene.engine.remove(&container)?;
+        scene.daemon.deny(&[name, "8080"])?;
+    }
+    let rules = scene.daemon.status()?["rules"].as_array().map(Vec::len);
+    ensure!(rules == Some(0), "{rules:?} rules are left");
+
+    // Names that no rule takes, or that mean something else: refused in one line, and the id still does.
+    for name in ["bridge:lab0", "with blank", "sla/sh", "new\nline", "\u{1b}[31mred"] {
+        let Ok(network) = scene.engine.create_network(name, &[]) else { continue };
+        let output = scene.daemon.cli(&["allow", name, "8080"])?;
+        if name != "bridge:lab0" && output.status != 0 {
+            ensure!(output.status == 2 && output.stderr.lines().count() == 1, "{name:?}: {output:?}");
+        }
+        ensure!(
+            !output.stderr.contains('\u{1b}') && !output.stdout.contains('\u{1b}'),
+            "{name:?}: {output:?}"
+        );
+        scene.daemon.allow(&[&network.id, "8080"])?;
+        scene.must_be(&network.id, 8080, "steered").with_context(|| format!("name {name:?}"))?;
+        let human = scene.daemon.cli(&["status"])?;
+        ensure!(human.status == 0 && !human.stdout.contains('\u{1b}'), "{human:?}");
+    }
+    Ok(())
+}
+
+/// Docker itself takes a name for a name before it takes it for the beginning of an id.
+fn name_that_is_the_id_of_another() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    let victim = scene.engine.create_network("victim", &[])?;
+    let name = &victim.id[..12];
+    let named = scene.engine.create_network(name, &[])?;
+    let of_victim = scene.engine.run(&victim.id, &[])?;
+    let of_named = scene.engine.run(&named.id, &[])?;
+    scene.daemon.allow(&[name, "8080"])?;
+    scene.served(&of_named, at(&named, 8080), "service")?;
+    scene.refused(&of_victim, at(&victim, 8080))?;
+    scene.refused(&of_victim, at(&named, 8080))
+}
+
+fn firewall_is_left_to_docker() -> Result<()> {
+    let scene = Scene::new()?;
+    let rules = || -> Result<Vec<String>> {
+        let mut all = Vec::new();
+        for program in ["iptables-save", "ip6tables-save"] {
+            let output = scene.host.command(program).output()?;
+            // Without comments, which hold the time, and without counters.
+            let lines = String::from_utf8_lossy(&output.stdout).into_owned();
+            let rules = lines.lines().filter(|line| !line.starts_with('#'));
+            all.extend(rules.map(|line| line.split(" [").next().unwrap_or_default().to_owned()));
+        }
+        Ok(all)
+    };
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    let before = rules()?;
+    ensure!(before.iter().any(|line| line.contains("DOCKER")), "Docker's own rules: {before:?}");
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.daemon.allow(&["app", "8081=8080", "--path", "relay"])?;
+    scene.served(&container, at(&network, 8080), "service")?;
+    scene.served(&container, at(&network, 8081), "service")?;
+    ensure!(rules()? == before, "rules in force");
+    scene.daemon.deny(&["app", "8080", "8081"])?;
+    ensure!(rules()? == before, "rules removed");
+    Ok(())
+}

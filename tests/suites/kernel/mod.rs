@@ -1,0 +1,23 @@
+//! lbridge on a kernel: real hooks in network namespaces, bridges without Docker.
+
+mod isolation;
+mod lifecycle;
+mod listeners;
+mod names;
+mod relay;
+mod steer;
+
+use lbridge_tests::harness::suite::{Need, Suite};
+
+pub(crate) fn suite() -> Suite {
+    let needs = &[Need::Root, Need::Cgroup2, Need::Program("ip"), Need::Lbridge];
+    let tests = [
+        steer::tests(),
+        isolation::tests(),
+        listeners::tests(),
+        relay::tests(),
+        names::tests(),
+        lifecycle::tests(),
+    ];
+    Suite::new(needs, tests.concat())
+}

@@ -1,0 +1,99 @@
+//! Whom the service takes its peer for, when things do not go the usual way. What is told is told for good: a service
+//! may accept, or ask, long after the relay has done its part.
+
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lbridge_tests::harness::client;
+use lbridge_tests::harness::scene::Scene;
+use lbridge_tests::harness::suite::Test;
+use lbridge_tests::tests;
+use nix::sys::socket::{setsockopt, sockopt};
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![
+        relayed_name_outlives_a_reset,
+        relayed_name_outlives_the_rule,
+        relays_leave_the_ports_of_the_host_alone,
+        relay_that_lingers_is_closed_by_deny,
+    ]
+}
+
+/// A `[::1]` service that has not accepted anything yet, and a rule that relays to it. IPv6 has no second loopback
+/// address, so only the name hooks keep such a service from taking a container for a local client.
+fn busy_service() -> Result<(Scene, TcpListener)> {
+    let scene = Scene::new()?;
+    let listener = scene.lab.host().run(|| Ok(TcpListener::bind("[::1]:8080")?))?;
+    scene.allow(&["8080"])?;
+    scene.must_be(8080, "relayed")?;
+    Ok((scene, listener))
+}
+
+fn is_container(scene: &Scene, peer: SocketAddr) -> Result<()> {
+    ensure!(peer.ip().to_canonical() == scene.container_ip, "the service takes its peer for {peer}");
+    Ok(())
+}
+
+/// Long enough for the relay to carry what it was sent and to have forgotten the connection.
+const SETTLED: Duration = Duration::from_millis(500);
+
+fn relayed_name_outlives_a_reset() -> Result<()> {
+    let (scene, listener) = busy_service()?;
+    let mut stream = client::dial(&scene.container, None, scene.gateway(8080), Duration::from_secs(2))?;
+    stream.write_all(b"do it")?;
+    thread::sleep(SETTLED);
+    let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+    setsockopt(&stream, sockopt::Linger, &at_once)?;
+    drop(stream);
+    thread::sleep(SETTLED);
+    let (_stream, peer) = listener.accept().context("a connection that was reset is still accepted")?;
+    is_container(&scene, peer)
+}
+
+fn relayed_name_outlives_the_rule() -> Result<()> {
+    let (scene, listener) = busy_service()?;
+    let dial = || client::dial(&scene.container, None, scene.gateway(8080), Duration::from_secs(2));
+    let (_accepted, _queued) = (dial()?, dial()?);
+    let (accepted, _) = listener.accept()?;
+    scene.deny(&["8080"])?;
+    scene.refused(8080)?;
+    thread::sleep(SETTLED);
+    is_container(&scene, accepted.peer_addr()?).context("of a connection that was accepted before")?;
+    let (queued, peer) = listener.accept()?;
+    is_container(&scene, peer).context("of a connection that was queued before, from accept()")?;
+    is_container(&scene, queued.peer_addr()?)
+        .context("of a connection that was queued before, from getpeername()")
+}
+
+/// A port that bind() has chosen is lost to every connect() of the namespace: a container could use them all up.
+fn relays_leave_the_ports_of_the_host_alone() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.lab.host().sysctl("net/ipv4/ip_local_port_range", "40000 40019")?;
+    let _relayed = scene.service("relayed", "127.0.0.1:8080")?;
+    let _other = scene.service("other", "127.0.0.1:9999")?;
+    scene.allow(&["8080", "--path", "relay"])?;
+    let connect = || client::connect(&scene.container, scene.gateway(8080));
+    let _open = (0..20).map(|_| connect()).collect::<Result<Vec<_>>>()?;
+    client::served_by(scene.lab.host(), "127.0.0.1:9999".parse()?, "other")?;
+    Ok(())
+}
+
+fn relay_that_lingers_is_closed_by_deny() -> Result<()> {
+    let scene = Scene::new()?;
+    let _six = scene.service("six", "[::1]:8080")?;
+    scene.allow(&["8080"])?;
+    scene.must_be(8080, "relayed")?;
+    scene.served(8080, "six")?;
+    let _four = scene.service("four", "127.0.0.1:8080")?;
+    scene.wait_for(8080, "steered")?;
+    scene.served(8080, "four")?;
+    scene.deny(&["8080"])?;
+    for _ in 0..20 {
+        scene.refused(8080)?;
+    }
+    ensure!(!scene.lab.host().listens("10.7.0.1:8080".parse()?)?, "the relay is closed");
+    Ok(())
+}

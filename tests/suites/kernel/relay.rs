@@ -1,0 +1,268 @@
+//! Where the kernel cannot, the daemon carries the bytes: all of them, both ways, whoever ends first.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lbridge_tests::harness::client::{self, Connection};
+use lbridge_tests::harness::scene::Scene;
+use lbridge_tests::harness::service::{Answer, Options, pattern};
+use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::{netns::NetNs, patience};
+use lbridge_tests::tests;
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![
+        path_relay_is_relayed,
+        path_steer_is_never_relayed,
+        source_loopback_shows_a_local_peer_by_relay,
+        half_close_passes_the_relay,
+        half_close_is_the_same_when_steered,
+        bulk_goes_both_ways_at_once,
+        client_that_resets_ends_the_service_side,
+        gateway_port_is_bound_only_while_the_target_listens,
+        slow_reader_holds_up_nobody_else,
+        idle_relays_cost_no_time,
+        rules_come_and_go_while_relayed_connections_run,
+        unix_socket_is_relayed,
+    ]
+}
+
+const EIGHT_MIB: usize = 8 << 20;
+
+fn relayed() -> Result<(Scene, lbridge_tests::harness::service::Service)> {
+    let scene = Scene::new()?;
+    let service = scene.service("relayed", "127.0.0.1:8080")?;
+    scene.allow(&["8080", "--path", "relay"])?;
+    scene.must_be(8080, "relayed")?;
+    Ok((scene, service))
+}
+
+fn path_relay_is_relayed() -> Result<()> {
+    let (scene, _service) = relayed()?;
+    let greeting = scene.served(8080, "relayed")?;
+    ensure!(greeting.accept.ip() == scene.container_ip, "accept() sees the container: {greeting:?}");
+    ensure!(greeting.peer.ip() == scene.container_ip, "getpeername() sees the container: {greeting:?}");
+    ensure!(scene.lab.host().listens("10.7.0.1:8080".parse()?)?, "a relay listens on the gateway");
+    scene.deny(&["8080"])?;
+    ensure!(!scene.lab.host().listens("10.7.0.1:8080".parse()?)?, "and goes with the rule");
+    scene.refused(8080)
+}
+
+fn path_steer_is_never_relayed() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("six", "[::1]:8080")?;
+    scene.allow(&["80=[::1]:8080", "--path", "steer"])?;
+    let state = scene.must_be(80, "blocked")?;
+    ensure!(state.why.is_some(), "says why");
+    scene.refused(80)
+}
+
+fn source_loopback_shows_a_local_peer_by_relay() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("relayed", "127.0.0.1:8080")?;
+    scene.allow(&["8080", "--path", "relay", "--source", "loopback"])?;
+    let greeting = scene.served(8080, "relayed")?;
+    ensure!(greeting.accept.ip().to_string() == "127.0.0.1", "accept(): {greeting:?}");
+    ensure!(greeting.peer.ip().to_string() == "127.0.0.1", "getpeername(): {greeting:?}");
+    ensure!(greeting.local.to_string() == "127.0.0.1:8080", "getsockname(): {greeting:?}");
+    Ok(())
+}
+
+/// A client that says everything first, then reads: `git`, `nc -N`, an HTTP/1.0 POST.
+fn half_close(path: &str) -> Result<()> {
+    let scene = Scene::new()?;
+    let options =
+        Options { answer: Answer::AfterFin(EIGHT_MIB), ..Options::new("after fin", "127.0.0.1:8080")? };
+    let _service = scene.service_with(&options)?;
+    scene.allow(&["8080", "--path", path])?;
+    for asked in [0, 1, 100_000] {
+        let connection = client::connect(&scene.container, scene.gateway(8080))?;
+        connection.stream().write_all(&pattern(0, asked)).context("ask")?;
+        let answer = connection.finish().with_context(|| format!("after {asked} bytes"))?;
+        ensure!(answer.len() == EIGHT_MIB, "{} bytes after {asked}", answer.len());
+        ensure!(answer == pattern(0, EIGHT_MIB), "the bytes differ");
+    }
+    Ok(())
+}
+
+fn half_close_passes_the_relay() -> Result<()> {
+    half_close("relay")
+}
+
+fn half_close_is_the_same_when_steered() -> Result<()> {
+    half_close("steer")
+}
+
+fn bulk_goes_both_ways_at_once() -> Result<()> {
+    let (scene, _service) = relayed()?;
+    let connection = client::connect(&scene.container, scene.gateway(8080))?;
+    let mut writer = connection.stream().try_clone()?;
+    let sender = thread::spawn(move || -> Result<()> {
+        let mut sent = 0;
+        // Sizes around those of buffers, pipes and segments.
+        for length in [1, 1448, 4095, 4096, 4097, 65535, 65536, 65537, 1 << 20].into_iter().cycle() {
+            let length = length.min(EIGHT_MIB - sent);
+            writer.write_all(&pattern(sent, length)).with_context(|| format!("send at {sent}"))?;
+            sent += length;
+            if sent == EIGHT_MIB {
+                return Ok(writer.shutdown(Shutdown::Write)?);
+            }
+        }
+        Ok(())
+    });
+    let mut back = Vec::new();
+    connection.stream().read_to_end(&mut back).with_context(|| format!("after {} bytes", back.len()))?;
+    sender.join().map_err(|_| anyhow::anyhow!("the sender"))??;
+    ensure!(back.len() == EIGHT_MIB && back == pattern(0, EIGHT_MIB), "{} bytes came back", back.len());
+    Ok(())
+}
+
+fn client_that_resets_ends_the_service_side() -> Result<()> {
+    let (scene, service) = relayed()?;
+    let connections = || -> Result<usize> {
+        let table = scene.lab.host().run(|| Ok(std::fs::read_to_string("/proc/thread-self/net/tcp")?))?;
+        let of_service = |line: &&str| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            // 127.0.0.1:8080, established.
+            fields.get(1) == Some(&"0100007F:1F90") && fields.get(3) == Some(&"01")
+        };
+        Ok(table.lines().filter(of_service).count())
+    };
+    let connection = client::connect(&scene.container, scene.gateway(8080))?;
+    ensure!(connections()? == 1, "a relayed connection");
+    // Unread bytes and a zero linger time: a reset, not a FIN.
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(connection.stream(), nix::sys::socket::sockopt::Linger, &linger)?;
+    drop(connection);
+    patience::until("the service's end is closed", || Ok((connections()? == 0).then_some(())))?;
+    ensure!(service.accepted() == 1);
+    scene.served(8080, "relayed")?;
+    Ok(())
+}
+
+fn gateway_port_is_bound_only_while_the_target_listens() -> Result<()> {
+    let (scene, service) = relayed()?;
+    let host: &NetNs = scene.lab.host();
+    let gateway = "10.7.0.1:8080".parse()?;
+    ensure!(host.listens(gateway)?);
+    let mut connection = client::connect(&scene.container, scene.gateway(8080))?;
+    service.stop();
+    scene.wait_for(8080, "waiting")?;
+    ensure!(!host.listens(gateway)?, "waiting, and still bound");
+    scene.refused(8080)?;
+    connection.echo(b"what was relayed goes on")?;
+    let _service = scene.service("again", "127.0.0.1:8080")?;
+    scene.wait_for(8080, "relayed")?;
+    ensure!(host.listens(gateway)?);
+    scene.served(8080, "again")?;
+    Ok(())
+}
+
+fn slow_reader_holds_up_nobody_else() -> Result<()> {
+    let (scene, _service) = relayed()?;
+    let stuck = client::connect(&scene.container, scene.gateway(8080))?;
+    stuck.stream().set_write_timeout(Some(Duration::from_millis(200)))?;
+    let mut sent = 0;
+    // The echo is not read, so that every buffer on the way fills up.
+    while let Ok(length) = stuck.stream().write(&pattern(sent, 65536)) {
+        sent += length;
+        ensure!(sent < 256 << 20, "no back-pressure after {sent} bytes");
+    }
+    for _ in 0..8 {
+        scene.served(8080, "relayed")?;
+    }
+    // And it is all there once somebody reads.
+    stuck.stream().shutdown(Shutdown::Write)?;
+    let mut back = vec![0; sent];
+    let mut reader = stuck.stream();
+    reader.read_exact(&mut back).context("read what was held up")?;
+    ensure!(back == pattern(0, sent), "the bytes differ");
+    Ok(())
+}
+
+/// Relays that carry nothing, and half-closed ones, leave the processor alone.
+fn idle_relays_cost_no_time() -> Result<()> {
+    let (scene, _service) = relayed()?;
+    let quiet = Options { answer: Answer::SilentEcho, ..Options::new("quiet", "127.0.0.1:8081")? };
+    let _quiet = scene.service_with(&quiet)?;
+    scene.allow(&["8081", "--path", "relay"])?;
+    let open: Result<Vec<Connection>> =
+        (0..16).map(|_| client::connect(&scene.container, scene.gateway(8080))).collect();
+    let open = open?;
+    // Half-closed by the client, unread by the client.
+    let half = client::connect(&scene.container, scene.gateway(8080))?;
+    half.stream().write_all(&pattern(0, 100_000))?;
+    half.stream().shutdown(Shutdown::Write)?;
+    let pid = scene.daemon.pid().context("the daemon's id")?;
+    let ticks = || -> Result<u64> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let fields: Vec<_> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+        // User and system time, fields 14 and 15, the name and what is before it cut off.
+        Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+    };
+    thread::sleep(Duration::from_millis(300));
+    let before = ticks()?;
+    thread::sleep(Duration::from_secs(2));
+    let spent = ticks()? - before;
+    // A hundredth of a second each; a busy loop takes 200. The looks at the sockets take some, most where the CPU is emulated.
+    ensure!(spent < 100, "{spent} ticks in two seconds");
+    drop(open);
+    Ok(())
+}
+
+fn rules_come_and_go_while_relayed_connections_run() -> Result<()> {
+    let (scene, _service) = relayed()?;
+    let mut early = client::connect(&scene.container, scene.gateway(8080))?;
+    scene.allow(&["8081", "--path", "relay"])?;
+    early.echo(b"another rule was added")?;
+    scene.deny(&["8080"])?;
+    scene.refused(8080)?;
+    early.echo(b"the rule was removed")?;
+    scene.allow(&["8080", "--path", "relay"])?;
+    scene.served(8080, "relayed")?;
+    early.echo(b"and added again")?;
+    ensure!(early.finish()?.is_empty());
+    Ok(())
+}
+
+/// PostgreSQL with `listen_addresses = ''`, or a database that trusts file modes.
+fn unix_socket_is_relayed() -> Result<()> {
+    use std::os::unix::net::UnixListener;
+
+    let scene = Scene::new()?;
+    let path = std::path::Path::new("/run/service.sock");
+    // Its peer is the daemon, thus root, whom `peer` authentication lets in: only if asked for.
+    scene.allow(&["5433=unix:/run/service.sock"])?;
+    let state = scene.must_be(5433, "blocked")?;
+    ensure!(state.why.as_deref().is_some_and(|why| why.contains("--source loopback")), "{state:?}");
+    scene.allow(&["5432=unix:/run/service.sock", "--source", "loopback"])?;
+    scene.must_be(5432, "waiting")?;
+    scene.refused(5432)?;
+    let listener = scene.lab.host().run(|| Ok(UnixListener::bind(path)?))?;
+    let service = thread::spawn(move || -> Result<()> {
+        for stream in listener.incoming().take(1) {
+            let mut stream = stream?;
+            let mut asked = Vec::new();
+            stream.read_to_end(&mut asked)?;
+            stream.write_all(&asked)?;
+        }
+        Ok(())
+    });
+    scene.wait_for(5432, "relayed")?;
+    scene.must_be(5433, "blocked")?;
+    scene.refused(5433)?;
+    let mut stream = client::dial(&scene.container, None, scene.gateway(5432), patience::seconds(5))?;
+    stream.set_read_timeout(Some(patience::seconds(5)))?;
+    stream.write_all(&pattern(0, 100_000))?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back)?;
+    ensure!(back == pattern(0, 100_000), "{} bytes came back", back.len());
+    service.join().map_err(|_| anyhow::anyhow!("the service"))??;
+    // It has closed its listener.
+    scene.wait_for(5432, "waiting")?;
+    scene.refused(5432)
+}
