@@ -1,5 +1,5 @@
 //! The decision: which connection is steered, and to which registered listener. Pure. The kernel program runs all of
-//! it; the planner asks [`listening_addresses`] and [`candidates`], so that it agrees on what would be found.
+//! it; the planner asks for the same addresses and keys, so that it agrees on what would be found.
 
 use crate::wire::{Address, ListenerKey, RuleValue, SLOTS};
 
@@ -10,7 +10,7 @@ pub enum Verdict {
     NotOurs,
     /// A rule, but the source is outside of the rule's subnet: as [`Verdict::NotOurs`], and counted.
     ForeignSource,
-    /// To be given to the first of [`candidates`] that is registered and that the kernel takes. None: refused, since
+    /// To be given to the first of [`first_candidate`]'s keys that is registered and that the kernel takes. None: refused, since
     /// letting it pass could hand it to another service that listens on every address.
     Steer,
 }
@@ -29,23 +29,38 @@ pub fn decide(rule: Option<&RuleValue>, source: &Address) -> Verdict {
 
 /// Bound addresses of the listeners that serve `target`, best first: the loopback address itself, then the wildcards.
 /// An IPv4 connection may be given to a dual-stack `[::]`; the kernel refuses it where the socket is v6-only.
-#[inline(always)]
 pub fn listening_addresses(target: &Address) -> impl Iterator<Item = Address> {
-    let (addresses, count) = if target.is_v4() {
-        ([*target, Address::ANY_V4, Address::ANY_V6], 3)
-    } else {
-        ([*target, Address::ANY_V6, Address::ANY_V6], 2)
-    };
-    // A filter or a chain would read better; of either LLVM makes arithmetic that the verifier refuses ("R4 bitwise
-    // operator &= on pointer prohibited").
-    (0..count).map(move |i| addresses[i])
+    let addresses = [Some(*target), target.is_v4().then_some(Address::ANY_V4), Some(Address::ANY_V6)];
+    addresses.into_iter().flatten()
 }
 
-/// Keys under which a listener for (`target`, `port`) may be registered, best first.
+/// Offers `attempt` the keys under which a listener for (`target`, `port`) may be registered, best first, until it
+/// returns something.
+///
+/// Written out, not a loop: before Linux 6.3 the verifier takes no loop whose head follows a helper's call ("back-edge
+/// from insn 302 to 303").
 #[inline(always)]
-pub fn candidates(target: &Address, port: u16) -> impl Iterator<Item = ListenerKey> {
-    listening_addresses(target)
-        .flat_map(move |address| (0..u16::from(SLOTS)).map(move |slot| ListenerKey { address, port, slot }))
+pub fn first_candidate<R>(
+    target: &Address,
+    port: u16,
+    mut attempt: impl FnMut(ListenerKey) -> Option<R>,
+) -> Option<R> {
+    const _: () = assert!(SLOTS == 4, "as many slots as are written out below");
+    macro_rules! attempts {
+        ($address:expr; $($slot:literal)+) => {
+            $(
+                if let Some(done) = attempt(ListenerKey { address: $address, port, slot: $slot }) {
+                    return Some(done);
+                }
+            )+
+        };
+    }
+    attempts!(*target; 0 1 2 3);
+    if target.is_v4() {
+        attempts!(Address::ANY_V4; 0 1 2 3);
+    }
+    attempts!(Address::ANY_V6; 0 1 2 3);
+    None
 }
 
 #[cfg(test)]
@@ -90,12 +105,26 @@ mod tests {
 
     #[test]
     fn the_loopback_address_comes_before_the_wildcards() {
-        let keys: Vec<_> =
-            candidates(&address("127.0.0.1"), 80).map(|k| (IpAddr::from(k.address), k.slot)).collect();
+        let all = |target: &str| {
+            let mut keys = vec![];
+            first_candidate::<()>(&address(target), 80, |key| {
+                keys.push((IpAddr::from(key.address), key.slot));
+                None
+            });
+            keys
+        };
+        let keys = all("127.0.0.1");
         assert_eq!(keys.len(), 12);
         assert_eq!(keys[0], ("127.0.0.1".parse().unwrap(), 0));
         assert_eq!(keys[4], ("0.0.0.0".parse().unwrap(), 0));
         assert_eq!(keys[11], ("::".parse().unwrap(), 3));
-        assert_eq!(candidates(&address("::1"), 80).count(), 8);
+        assert_eq!(all("::1").len(), 8);
+        for target in ["127.0.0.1", "::1"] {
+            let mut addresses: Vec<_> = all(target).into_iter().map(|(address, _)| address).collect();
+            addresses.dedup();
+            assert!(listening_addresses(&address(target)).map(IpAddr::from).eq(addresses), "{target}");
+        }
+        let second = first_candidate(&address("::1"), 80, |key| (key.slot == 1).then_some(key.port));
+        assert_eq!(second, Some(80));
     }
 }

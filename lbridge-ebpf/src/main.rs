@@ -8,7 +8,7 @@
 //! The maps are in [`maps`], every read of a kernel context in [`ctx`].
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
+#![feature(core_intrinsics, stmt_expr_attributes)]
 #![expect(internal_features, reason = "an atomic add on a map value; stable atomics do not lower to BPF's")]
 
 mod ctx;

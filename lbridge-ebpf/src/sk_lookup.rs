@@ -5,7 +5,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::programs::SkLookupContext;
 use lbridge_common::{
-    verdict::{Verdict, candidates, decide},
+    verdict::{Verdict, decide, first_candidate},
     wire::{Counter, RuleKey},
 };
 
@@ -52,19 +52,23 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
     }
 
     let mut found = false;
-    for key in candidates(&rule.target, rule.target_port) {
-        match LISTENERS.redirect_sk_lookup(ctx, key, 0) {
-            Ok(()) => {
-                // SAFETY: `steered` is 8 aligned bytes of the map's memory; at worst another entry's count gains one.
-                unsafe {
-                    atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*pointer).steered, 1)
-                };
-                count(Counter::Steered);
-                return Outcome::Assigned;
-            }
-            Err(error) => found |= error != -ENOENT,
-        }
+    // Inlined at each of its calls: a function of its own would get the context by way of the stack.
+    let assigned = first_candidate(
+        &rule.target,
+        rule.target_port,
+        #[inline(always)]
+        |key| {
+            let done = LISTENERS.redirect_sk_lookup(ctx, key, 0);
+            found |= matches!(done, Err(error) if error != -ENOENT);
+            done.ok()
+        },
+    );
+    if assigned.is_none() {
+        count(if found { Counter::AssignFailed } else { Counter::NoListener });
+        return Outcome::Refused;
     }
-    count(if found { Counter::AssignFailed } else { Counter::NoListener });
-    Outcome::Refused
+    // SAFETY: `steered` is 8 aligned bytes of the map's memory; at worst another entry's count gains one.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*pointer).steered, 1) };
+    count(Counter::Steered);
+    Outcome::Assigned
 }

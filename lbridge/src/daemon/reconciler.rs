@@ -79,14 +79,14 @@ impl Reconciler {
         docker: Option<Watcher>,
         wake: mpsc::Sender<()>,
     ) -> Self {
-        let (kernel, events) = loaded.kernel.unzip();
-        let names = kernel.as_ref().filter(|_| loaded.abilities.name_hooks.is_ok());
+        let Loaded { kernel, events, abilities } = loaded;
+        let names = kernel.as_ref().filter(|_| abilities.name_hooks.is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Self {
             rules,
             saved_networks: store.networks(),
             store,
-            abilities: loaded.abilities,
+            abilities,
             executor: Executor { kernel, relays: RelaySet::new(names, wake), name_hooks_used: false },
             events,
             interfaces,

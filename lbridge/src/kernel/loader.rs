@@ -30,15 +30,17 @@ pub struct Kernel {
     object: Ebpf,
     pins: Pins,
     hooks: Hooks,
-    /// What is always attached, and at which pin. Listeners first: a rule must not miss one.
-    programs: [(&'static str, &'static str); 2],
+    /// What is always attached, of what the kernel takes, and at which pin. Listeners first: a rule must not miss one.
+    programs: Vec<(&'static str, &'static str)>,
 }
 
 /// What came of [`Kernel::load`].
 #[derive(Debug)]
 pub struct Loaded {
     /// The kernel half; `None` where there is nothing of it.
-    pub kernel: Option<(Kernel, Events)>,
+    pub kernel: Option<Kernel>,
+    /// What wakes the daemon, where listeners are told of.
+    pub events: Option<Events>,
     /// What is possible.
     pub abilities: Abilities,
 }
@@ -82,34 +84,38 @@ impl Kernel {
         let listeners = load_first(&mut object, registering);
         let hooks_loaded = NAME_HOOKS.iter().try_for_each(|hook| load(&mut object, hook));
 
-        let (Ok(steer_program), Ok(listeners_program)) = (steer.clone(), listeners.clone()) else {
-            return abandon(&pins, &steer.and(listeners).err().unwrap_or_default());
-        };
-        let steering = Steering {
-            interface_check: steer_program == symbols::STEER,
-            kernel_registers: listeners_program == symbols::REGISTER,
-        };
+        // Each is of use without the others: but for listeners, on which both steering and names depend.
+        let steer = listeners.clone().and(steer);
+        let name_hooks = listeners.clone().and(hooks_loaded);
+        let mut programs = vec![];
+        for (program, link) in [(&listeners, LISTENERS_LINK), (&steer, STEER_LINK)] {
+            match program {
+                Ok(program) => programs.push((*program, link)),
+                Err(_) => pins::remove(&pins.link(link))?,
+            }
+        }
+        let steering = steer.map(|steer| Steering {
+            interface_check: steer == symbols::STEER,
+            kernel_registers: listeners == Ok(symbols::REGISTER),
+        });
         let (maps, events) = (Maps::take(&mut object)?, Events::take(&mut object)?);
         maps.peers.clear()?;
-        let programs = [(listeners_program, LISTENERS_LINK), (steer_program, STEER_LINK)];
         let mut kernel = Self { maps, object, pins, hooks, programs };
         kernel.attach()?;
         if NAME_HOOKS.iter().any(|hook| kernel.pins.link(hook).exists()) {
             // Pinned by a daemon before: the programs under the links are to be this version's.
-            match &hooks_loaded {
+            match &name_hooks {
                 Ok(()) => kernel.attach_name_hooks()?,
                 Err(_) => kernel.detach_name_hooks()?,
             }
         }
-        Ok(Loaded {
-            kernel: Some((kernel, events)),
-            abilities: Abilities { steer: Ok(steering), name_hooks: hooks_loaded },
-        })
+        let events = listeners.is_ok().then_some(events);
+        Ok(Loaded { kernel: Some(kernel), events, abilities: Abilities { steer: steering, name_hooks } })
     }
 
     /// Attaches what is always attached, or puts this version's programs under the links.
     pub fn attach(&mut self) -> anyhow::Result<()> {
-        for (program, link) in self.programs {
+        for (program, link) in self.programs.clone() {
             let program = program_mut(&mut self.object, program)?;
             self.hooks
                 .attach(program, &self.pins.link(link))
@@ -163,7 +169,7 @@ impl Loaded {
     /// Where the kernel half cannot be.
     fn nothing(why: &str) -> Self {
         let abilities = Abilities { steer: Err(why.to_owned()), name_hooks: Err(why.to_owned()) };
-        Self { kernel: None, abilities }
+        Self { kernel: None, events: None, abilities }
     }
 }
 
@@ -207,13 +213,17 @@ fn load(object: &mut Ebpf, name: &str) -> Result<(), String> {
     };
     loaded.map_err(|error| {
         tracing::debug!("{name}: {}", error_chain(&error));
-        // The verifier's log has its place in the debug log; the last line says why.
-        format!("the kernel refuses the {name} program: {}", last_line(&error_chain(&error)))
+        format!("the kernel refuses the {name} program: {}", complaint(&error_chain(&error)))
     })
 }
 
-fn last_line(text: &str) -> &str {
-    text.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or(text)
+/// The verifier's complaint: the last line of its log before the statistics, or of the text where there is no log.
+fn complaint(text: &str) -> &str {
+    let statistics = ["verification time", "stack depth", "processed "];
+    let is_complaint = |line: &&str| !line.is_empty() && !statistics.iter().any(|s| line.starts_with(s));
+    let log =
+        statistics.iter().filter_map(|s| text.find(&format!("\n{s}"))).min().map_or(text, |end| &text[..end]);
+    log.lines().map(str::trim).rfind(is_complaint).unwrap_or(text)
 }
 
 fn error_chain(error: &dyn std::error::Error) -> String {
@@ -251,5 +261,20 @@ fn follow_log(object: &mut Ebpf) {
                 }
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::complaint;
+
+    #[test]
+    fn the_verifiers_complaint_is_found() {
+        let log = "load failed: 0: R1=ctx() R10=fp0\n; let x\nback-edge from insn 302 to 303\n\nverification time 12 usec\nstack depth 368\nprocessed 0 insns (limit 1000000)\n: Invalid argument (os error 22)";
+        assert_eq!(complaint(log), "back-edge from insn 302 to 303");
+        assert_eq!(
+            complaint("`bpf_prog_load` failed: Operation not permitted"),
+            "`bpf_prog_load` failed: Operation not permitted"
+        );
     }
 }

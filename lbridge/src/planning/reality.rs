@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lbridge_common::{
-    verdict::candidates,
+    verdict::first_candidate,
     wire::{Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue},
 };
 
@@ -35,6 +35,7 @@ pub struct Reality {
 impl Reality {
     /// Whether a connection that meets this entry finds a listener.
     pub fn serves(&self, entry: &RuleValue) -> bool {
-        candidates(&entry.target, entry.target_port).any(|key| self.registered.contains(&key))
+        let registered = |key| self.registered.contains(&key).then_some(());
+        first_candidate(&entry.target, entry.target_port, registered).is_some()
     }
 }
