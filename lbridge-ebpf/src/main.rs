@@ -27,7 +27,17 @@ use crate::{ctx::Side, sk_lookup::Outcome, sock_ops::Variant};
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
 
-fn outcome(outcome: Outcome) -> u32 {
+/// Logs to the daemon, in debug objects only.
+macro_rules! log {
+    ($ctx:expr, $($message:tt)+) => {
+        #[cfg(feature = "log")]
+        aya_log_ebpf::info!($ctx, $($message)+);
+    };
+}
+
+fn verdict(ctx: &SkLookupContext, ifindex: u32) -> u32 {
+    let outcome = sk_lookup::try_steer(ctx, ifindex);
+    log!(ctx, "sk_lookup interface={} {}", ifindex, outcome.name());
     match outcome {
         Outcome::Untouched | Outcome::Assigned => SK_PASS,
         // No socket: the kernel answers a SYN with RST, the container gets ECONNREFUSED.
@@ -41,7 +51,7 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
     if !ctx::is_tcp(&ctx) {
         return SK_PASS;
     }
-    outcome(sk_lookup::try_steer(&ctx, ctx::ingress_ifindex(&ctx)))
+    verdict(&ctx, ctx::ingress_ifindex(&ctx))
 }
 
 /// For kernels before 5.17, whose verifier refuses a read of `ingress_ifindex`.
@@ -50,7 +60,7 @@ pub fn steer_any_interface(ctx: SkLookupContext) -> u32 {
     if !ctx::is_tcp(&ctx) {
         return SK_PASS;
     }
-    outcome(sk_lookup::try_steer(&ctx, 0))
+    verdict(&ctx, 0)
 }
 
 #[sock_ops]

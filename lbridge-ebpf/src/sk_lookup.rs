@@ -26,6 +26,18 @@ pub enum Outcome {
     Refused,
 }
 
+#[cfg(feature = "log")]
+impl Outcome {
+    /// For the log.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Untouched => "untouched",
+            Self::Assigned => "assigned",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 #[inline(always)]
 pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
     let Some((source, dialled)) = ctx::packet(ctx) else {

@@ -248,10 +248,15 @@ fn raise_memlock() {
 /// Debug objects log; others have nothing to follow.
 #[cfg(feature = "bpf-log")]
 fn follow_log(object: &mut Ebpf) {
-    use tokio::io::unix::AsyncFd;
+    use tokio::io::{Interest, unix::AsyncFd};
 
     let logger = aya_log::EbpfLogger::init(object).map_err(anyhow::Error::from);
-    match logger.and_then(|logger| Ok(AsyncFd::new(logger)?)) {
+    let polled = logger.and_then(|logger| {
+        // SAFETY: the logger's descriptor stays the one that it is for as long as it lives.
+        let polled = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
+        Ok(polled.map_err(std::io::Error::from)?)
+    });
+    match polled {
         Err(error) => tracing::debug!("the object does not log: {error:#}"),
         Ok(mut logger) => {
             tokio::spawn(async move {
