@@ -14,6 +14,8 @@ use lbridge_tests::harness::daemon::{Daemon, Options};
 use lbridge_tests::harness::lab::{Bridge, Lab};
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::{logs, sandbox};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 
 use crate::bench_peer::{Measure, measure};
 use crate::run::enter_lab;
@@ -34,6 +36,9 @@ pub(crate) struct Arguments {
     /// How long each measurement takes
     #[arg(long, default_value_t = 0.5)]
     seconds: f64,
+    /// Run everything on one CPU: what is compared is then the work, not how the scheduler wakes another CPU
+    #[arg(long)]
+    one_cpu: bool,
 }
 
 pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
@@ -43,6 +48,12 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
         build_release()?;
         ensure!(nix::unistd::geteuid().is_root(), "needs root, to load programs into the kernel");
         return enter_lab();
+    }
+    if arguments.one_cpu {
+        // Inherited by every process that is started from here.
+        let mut cpus = CpuSet::new();
+        cpus.set(0)?;
+        sched_setaffinity(Pid::from_raw(0), &cpus)?;
     }
     let time = Duration::from_secs_f64(arguments.seconds);
     let outcome = paths(arguments.rounds, time).and_then(|()| daemon(arguments.rounds, time));
