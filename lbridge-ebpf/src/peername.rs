@@ -16,6 +16,8 @@ pub fn rewrite_v4(ctx: &SockAddrContext, side: Side) {
     if is_host(ctx)
         && let Some(local) = ctx::local_end_v4(ctx)
         && let Some(name) = rewritten(ctx, &local, &ctx::name_v4(ctx), side)
+        // An IPv4 socket cannot be shown an IPv6 container; part of its address could read as anybody's, 127.0.0.1 too.
+        && name.address.is_v4()
     {
         ctx::set_name_v4(ctx, &name);
     }

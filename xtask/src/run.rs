@@ -266,7 +266,7 @@ fn answer(stream: TcpStream) -> Result<()> {
     while stream.read_line(&mut line)? > 0 && !line.trim_end().is_empty() {
         line.clear();
     }
-    let page = format!("Hello {peer}, this is 127.0.0.1:{PORT}\n");
+    let page = format!("Hello {peer}, from the service on 127.0.0.1:{PORT}\n");
     let head =
         format!("HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n", page.len());
     stream.get_mut().write_all((head + &page).as_bytes())?;

@@ -2,10 +2,10 @@
 
 use clap::Args;
 
-use super::{Failure, Ports, parse_network, parse_ports, render};
+use super::{Exit, Failure, Ports, parse_network, parse_ports, render};
 use crate::{
     api::{client::Client, protocol::Deny},
-    planning::rule::Network,
+    planning::rule::{Network, Target},
 };
 
 /// Arguments of `lbridge deny`.
@@ -23,6 +23,12 @@ pub(super) struct DenyArgs {
 }
 
 pub(super) async fn handle(args: DenyArgs, client: &Client) -> Result<(), Failure> {
+    let remapped =
+        args.ports.iter().flat_map(|Ports(specs)| specs).find(|spec| spec.target != Target::Port(spec.port));
+    if let Some(spec) = remapped {
+        let message = format!("{spec} says where it leads; deny takes the dialled port alone: {}", spec.port);
+        return Err(Failure { exit: Exit::Usage, message });
+    }
     let ports = args.ports.iter().flat_map(|Ports(specs)| specs).map(|spec| spec.port).collect();
     let rules = client.deny(&Deny { network: args.network, ports }).await?;
     if args.json { render::json(&rules) } else { render::denied(&rules) }

@@ -34,21 +34,22 @@ pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
     print(&text)
 }
 
-/// What `allow` brought about, one line for each rule.
+/// What `allow` brought about, one line for each gateway.
 pub(super) fn states(rules: &[RuleStatus]) -> Result<(), Failure> {
     let mut text = String::new();
     for rule in rules {
-        let dialled: Vec<_> =
-            rule.gateways.iter().map(|g| SocketAddr::new(g.address, rule.port).to_string()).collect();
-        let dialled = if dialled.is_empty() { String::new() } else { format!("{} -> ", dialled.join(", ")) };
-        let state = described(rule.state, rule.why.as_deref());
-        let _ = writeln!(
-            text,
-            "{} {}: {dialled}{} {state}",
-            shown(&rule.network.to_string()),
-            rule.port,
-            shown(&rule.target)
-        );
+        let what = format!("{} {}", shown(&rule.network.to_string()), rule.port);
+        let target = shown(&rule.target);
+        for gateway in &rule.gateways {
+            let (dialled, state) = (
+                SocketAddr::new(gateway.address, rule.port),
+                described(gateway.state, gateway.why.as_deref()),
+            );
+            let _ = writeln!(text, "{what}: {dialled} -> {target} {state}");
+        }
+        if rule.gateways.is_empty() {
+            let _ = writeln!(text, "{what}: {target} {}", described(rule.state, rule.why.as_deref()));
+        }
     }
     print(&text)
 }
@@ -135,7 +136,7 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
         text += NO_RULES;
         return print(&text);
     }
-    let mut table = Table::new(&["NETWORK", "CONTAINERS DIAL", "SERVICE", "CONNECTIONS", "STATE"]);
+    let mut table = Table::new(&["NETWORK", "CONTAINERS DIAL", "SERVICE", "SERVED", "STATE"]);
     for rule in &status.rules {
         let (network, target) = (shown(&rule.network.to_string()), shown(&rule.target));
         if rule.gateways.is_empty() {

@@ -15,7 +15,12 @@ mod observe;
 mod reconciler;
 mod report;
 
-use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt as _, path::PathBuf, time::Duration};
+use std::{
+    fs::OpenOptions,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
 use nix::{
@@ -75,7 +80,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let stored = store.rules()?;
     let rules = Rules::default()
         .allow(config.rules, Origin::Config)
-        .with_context(|| format!("{}", options.config.display()))?
+        .map_err(|refused| twice(&refused, &options.config))?
         .allow(stored, Origin::Cli)
         .map_err(|refused| contradiction(&refused, &options))?;
     let _lock = lock(&options)?;
@@ -109,6 +114,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!("ready: {}", reconciler.summary());
     let outcome = tokio::select! {
@@ -116,6 +122,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         ended = &mut serving => ended.context("the control API panicked")?,
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
+        // The terminal is gone; there is nothing to read anew.
+        _ = hangup.recv() => Ok(()),
     };
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     serving.abort();
@@ -125,12 +133,23 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// The daemon does not run, so that `deny` is no remedy.
+fn twice(refused: &Refused, config: &Path) -> anyhow::Error {
+    let config = config.display();
+    match refused {
+        Refused::Conflict { id, existing } => anyhow::anyhow!(
+            "{config} has two rules for {id}, the first is {existing}; remove one, then start again"
+        ),
+        other => anyhow::anyhow!("{config}: {other}"),
+    }
+}
+
+/// As [`twice`], of the configuration and what `allow` made.
 fn contradiction(refused: &Refused, options: &Options) -> anyhow::Error {
     let (config, rules) = (options.config.display(), options.state_dir.join("rules.toml"));
     let rules = rules.display();
     match refused {
-        Refused::Conflict { id, existing } => anyhow::anyhow!(
-            "{config} allows {id} as {existing}, {rules} otherwise; remove the rule from one of them, then start again"
+        Refused::ReadOnly { id } => anyhow::anyhow!(
+            "{config} allows {id}, {rules} does otherwise; remove the rule from one of them, then start again"
         ),
         other => anyhow::anyhow!("{config} and {rules}: {other}"),
     }

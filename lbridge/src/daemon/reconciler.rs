@@ -2,7 +2,7 @@
 //! and the relays.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -189,7 +189,7 @@ impl Reconciler {
     }
 
     async fn deny(&mut self, deny: Deny) -> Result<Vec<RuleStatus>, ApiError> {
-        let ids: HashSet<RuleId> =
+        let ids: BTreeSet<RuleId> =
             deny.ports.iter().map(|port| RuleId { network: deny.network.clone(), port: *port }).collect();
         let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| refusal(&refused))?;
         let before = self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect();
@@ -329,7 +329,7 @@ fn refusal(refused: &Refused) -> ApiError {
     let code = match refused {
         Refused::Conflict { .. } | Refused::ReadOnly { .. } => ErrorCode::Conflict,
         Refused::NoSuchRule { .. } => ErrorCode::NoSuchRule,
-        Refused::TooMany { .. } => ErrorCode::Usage,
+        Refused::TooMany { .. } | Refused::NeedsLoopback { .. } => ErrorCode::Usage,
     };
     ApiError { code, message: refused.to_string() }
 }

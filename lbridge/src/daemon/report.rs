@@ -61,6 +61,9 @@ impl Report {
         };
         let observed = match (meant.outcome.state, entry) {
             (State::Waiting | State::Blocked, _) => meant.outcome.clone(),
+            (State::Steered, _) if self.reality.detached => {
+                blocked(None, "the kernel programs are detached, their pins are gone; restart the daemon")
+            }
             (State::Steered, Some(entry)) if self.reality.serves(entry) => meant.outcome.clone(),
             (State::Steered, Some(entry)) => {
                 let failure = self.failures.listeners.get(&entry.target_port);

@@ -130,7 +130,8 @@ async fn session(
     requests: &mut mpsc::Receiver<oneshot::Sender<()>>,
     backoff: &mut Duration,
 ) -> anyhow::Result<()> {
-    let docker = Docker::connect_with_defaults().context("DOCKER_HOST cannot be used")?;
+    let docker = Docker::connect_with_defaults()
+        .context("no engine is found; is dockerd running, or DOCKER_HOST right?")?;
     let version = within(docker.version()).await?.version.unwrap_or_default();
     // The request for events goes out when the first is waited for, after the list was read; so it asks for those since
     // before. They may have happened already, which costs a look.

@@ -344,6 +344,14 @@ pub enum Refused {
         /// Which.
         id: RuleId,
     },
+    /// A rule that could never serve.
+    #[error(
+        "{id} leads to a Unix socket, whose service would see root as its peer; allow it with --source loopback"
+    )]
+    NeedsLoopback {
+        /// Which.
+        id: RuleId,
+    },
     /// More than the kernel map holds.
     #[error("{count} rules are more than the {max} that can be in force")]
     TooMany {
@@ -379,7 +387,13 @@ impl Rules {
         let mut rules = self.0.clone();
         for rule in added {
             let id = rule.id();
+            if matches!(rule.spec.target, Target::Unix(_)) && rule.source == Source::Container {
+                return Err(Refused::NeedsLoopback { id });
+            }
             match rules.get(&id) {
+                Some((existing, Origin::Config)) if origin == Origin::Cli && !existing.same_effect(&rule) => {
+                    return Err(Refused::ReadOnly { id });
+                }
                 Some((existing, _)) if !existing.same_effect(&rule) => {
                     return Err(Refused::Conflict { existing: existing.options(), id });
                 }
@@ -415,16 +429,16 @@ impl Rules {
 impl Rule {
     /// As the arguments of `allow`.
     fn options(&self) -> String {
-        let mut text = self.spec.to_string();
-        if self.source == Source::Loopback {
-            text += " --source loopback";
-        }
-        match self.path {
-            PathChoice::Auto => {}
-            PathChoice::Steer => text += " --path steer",
-            PathChoice::Relay => text += " --path relay",
-        }
-        text
+        let source = match self.source {
+            Source::Container => "container",
+            Source::Loopback => "loopback",
+        };
+        let path = match self.path {
+            PathChoice::Auto => "auto",
+            PathChoice::Steer => "steer",
+            PathChoice::Relay => "relay",
+        };
+        format!("{} --source {source} --path {path}", self.spec)
     }
 }
 
@@ -522,7 +536,10 @@ mod tests {
         let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
         assert_eq!(rules.allow([rule("a", "80")], Origin::Cli).unwrap(), rules);
         let conflict = rules.allow([rule("a", "81"), rule("a", "80=3000")], Origin::Cli).unwrap_err();
-        assert_eq!(conflict.to_string(), "a 80 is already allowed as 80; run `lbridge deny a 80` first");
+        assert_eq!(
+            conflict.to_string(),
+            "a 80 is already allowed as 80 --source container --path auto; run `lbridge deny a 80` first"
+        );
         assert_eq!(rules.len(), 1);
     }
 
@@ -534,6 +551,17 @@ mod tests {
         assert!(matches!(rules.deny([rule("a", "80").id(), unknown]), Err(Refused::NoSuchRule { .. })));
         assert!(matches!(rules.deny([rule("a", "81").id()]), Err(Refused::ReadOnly { .. })));
         assert_eq!(rules.deny([rule("a", "80").id()]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_could_never_serve_is_refused() {
+        let unix = rule("a", "80=unix:/run/x");
+        assert!(matches!(
+            Rules::default().allow([unix.clone()], Origin::Cli),
+            Err(Refused::NeedsLoopback { .. })
+        ));
+        let asked = Rule { source: Source::Loopback, ..unix };
+        assert_eq!(Rules::default().allow([asked], Origin::Cli).unwrap().len(), 1);
     }
 
     #[test]

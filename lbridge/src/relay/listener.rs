@@ -14,7 +14,7 @@ use std::{
 use anyhow::Context as _;
 use nix::sys::socket::{setsockopt, sockopt};
 use rustix::{
-    net::sockopt::socket_cookie,
+    net::sockopt::{set_ipv6_freebind, socket_cookie},
     process::{Resource, getrlimit},
 };
 use tokio::{
@@ -95,6 +95,10 @@ pub(super) fn bind(key: &RelayKey) -> anyhow::Result<TcpListener> {
     let bind = || -> io::Result<TcpListener> {
         let socket = if key.gateway.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         socket.bind_device(Some(key.interface.as_bytes()))?;
+        // An IPv6 address is tentative until the bridge has its first port, which is when it has its first container.
+        if key.gateway.is_ipv6() {
+            set_ipv6_freebind(&socket, true)?;
+        }
         // Connections of an earlier relay may be in TIME_WAIT on the port.
         socket.set_reuseaddr(true)?;
         socket.bind(key.gateway)?;

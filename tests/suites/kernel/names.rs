@@ -2,12 +2,13 @@
 //! may accept, or ask, long after the relay has done its part.
 
 use std::io::Write;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
+use lbridge_tests::harness::daemon::Options;
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
@@ -17,6 +18,7 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![
         relayed_name_outlives_a_reset,
         relayed_name_outlives_the_rule,
+        ipv6_container_is_not_shown_as_some_ipv4_address,
         relays_leave_the_ports_of_the_host_alone,
         relay_that_lingers_is_closed_by_deny,
     ]
@@ -66,6 +68,20 @@ fn relayed_name_outlives_the_rule() -> Result<()> {
     is_container(&scene, peer).context("of a connection that was queued before, from accept()")?;
     is_container(&scene, queued.peer_addr()?)
         .context("of a connection that was queued before, from getpeername()")
+}
+
+/// The last four bytes of this container's IPv6 address read 127.0.0.1.
+fn ipv6_container_is_not_shown_as_some_ipv4_address() -> Result<()> {
+    let scene = Scene::with(("fd07::1/64", "fd07::7f00:1/64"), Options::default())?;
+    let _service = scene.service("four", "127.0.0.1:8080")?;
+    scene.allow(&["8080"])?;
+    scene.must_be(8080, "relayed")?;
+    let greeting = scene.served(8080, "four")?;
+    for seen in [greeting.accept, greeting.peer] {
+        let stands_in = matches!(seen.ip(), IpAddr::V4(ip) if ip.octets()[0] == 127 && ip.octets()[1] >= 128);
+        ensure!(stands_in, "the service takes its peer for {seen}");
+    }
+    Ok(())
 }
 
 /// A port that bind() has chosen is lost to every connect() of the namespace: a container could use them all up.
