@@ -118,6 +118,8 @@ fn bad_arguments_are_usage_errors() -> Result<()> {
         &["allow", "bridge:lab0"],
         &["deny"],
         &["deny", "bridge:lab0"],
+        // It would remove whatever rule the dialled port has.
+        &["deny", "bridge:lab0", "8080=9090"],
         &["bogus"],
         &["allow", "bridge:lab0", "8081", "--source", "nobody"],
         &["allow", "bridge:lab0", "8081", "--path", "fast"],

@@ -24,6 +24,8 @@ pub(crate) fn tests() -> Vec<Test> {
         sigterm_leaves_steered_rules_in_force,
         second_daemon_is_refused,
         daemon_starts_where_pins_are_broken,
+        links_removed_under_the_daemon_come_back,
+        status_tells_when_all_pins_are_gone,
     ]
 }
 
@@ -246,5 +248,36 @@ fn daemon_starts_where_pins_are_broken() -> Result<()> {
         scene.served(8080, "service").with_context(|| format!("without {}", path.display()))?;
         ensure!(pins::files(scene.daemon.bpffs())? == pinned, "whole again after {}", path.display());
     }
+    Ok(())
+}
+
+fn links_removed_under_the_daemon_come_back() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.allow(&["8080"])?;
+    for link in ["link_steer", "link_listeners"] {
+        let mut files = pins::files(scene.daemon.bpffs())?.into_iter();
+        let path = files.find(|path| path.ends_with(link)).with_context(|| format!("no pin {link}"))?;
+        std::fs::remove_file(&path)?;
+        scene.must_be(8080, "steered")?;
+        ensure!(path.exists(), "{link} is pinned again");
+        scene.served(8080, "service")?;
+    }
+    Ok(())
+}
+
+/// Nothing can be pinned again where the folder is gone: the state must not be "steered" when nothing is.
+fn status_tells_when_all_pins_are_gone() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.allow(&["8080"])?;
+    std::fs::remove_dir_all(scene.daemon.bpffs())?;
+    let state = scene.must_be(8080, "blocked")?;
+    ensure!(state.why.as_deref().is_some_and(|why| why.contains("restart the daemon")), "{state:?}");
+    scene.refused(8080)?;
+    scene.daemon.terminate()?;
+    scene.daemon.restart()?;
+    scene.must_be(8080, "steered")?;
+    scene.served(8080, "service")?;
     Ok(())
 }
