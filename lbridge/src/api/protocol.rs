@@ -122,7 +122,7 @@ pub struct RuleStatus {
 pub struct GatewayStatus {
     /// What containers dial.
     pub address: IpAddr,
-    /// The bridge.
+    /// The bridge; `lo` inside a namespace.
     pub interface: String,
     /// As observed.
     pub state: State,
@@ -130,6 +130,9 @@ pub struct GatewayStatus {
     pub why: Option<String>,
     /// Connections served since the entry was put or the relay opened.
     pub connections: u64,
+    /// Connections that the rule's relays refused since there were too many.
+    #[serde(default)]
+    pub refused: u64,
 }
 
 /// Rules to add.

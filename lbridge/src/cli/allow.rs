@@ -1,17 +1,22 @@
 //! `lbridge allow`
 
+use std::{num::NonZeroU32, time::Duration};
+
 use clap::Args;
 
-use super::{Failure, Ports, parse_network, parse_path, parse_ports, parse_source, render};
+use super::{
+    Failure, Ports, parse_network, parse_path, parse_ports, parse_proxy_protocol, parse_source, parse_time,
+    render,
+};
 use crate::{
     api::{client::Client, protocol::Allow},
-    planning::rule::{Network, PathChoice, Rule, Source},
+    planning::rule::{Network, PathChoice, ProxyProtocol, Rule, Source},
 };
 
 /// Arguments of `lbridge allow`.
 #[derive(Debug, Args)]
 pub(super) struct AllowArgs {
-    /// A Docker network's name or id, or bridge:IFNAME
+    /// A Docker network's name or id, or bridge:IFNAME; container:NAME, netns:PATH or pid:N for localhost inside
     #[arg(value_parser = parse_network)]
     network: Network,
     /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path or 8000-8010
@@ -23,6 +28,15 @@ pub(super) struct AllowArgs {
     /// Steer in the kernel, relay through the daemon, or whichever is possible
     #[arg(long, value_parser = parse_path, default_value = "auto", value_name = "auto|steer|relay")]
     path: PathChoice,
+    /// Connections at a time, at most; makes the rule relayed
+    #[arg(long, value_name = "N")]
+    max_connections: Option<NonZeroU32>,
+    /// Reset a connection that has been without a byte for that long (30s, 10m, 2h); makes the rule relayed
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    idle_timeout: Option<Duration>,
+    /// Tell the service who connects in the PROXY protocol's header; makes the rule relayed
+    #[arg(long, value_parser = parse_proxy_protocol, value_name = "v1|v2")]
+    proxy_protocol: Option<ProxyProtocol>,
     /// A remark, shown by `list`
     #[arg(long, value_name = "TEXT", value_parser = parse_comment)]
     comment: Option<String>,
@@ -44,6 +58,10 @@ pub(super) async fn handle(args: AllowArgs, client: &Client) -> Result<(), Failu
         spec,
         source: args.source,
         path: args.path,
+        max_connections: args.max_connections,
+        idle_timeout: args.idle_timeout,
+        proxy_protocol: args.proxy_protocol,
+        process: None,
         comment: args.comment.clone(),
     });
     let rules = client.allow(&Allow { rules: rules.collect() }).await?;

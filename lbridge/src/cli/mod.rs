@@ -9,7 +9,7 @@ mod render;
 mod run;
 mod status;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, str::FromStr as _, time::Duration};
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
@@ -18,7 +18,7 @@ use crate::{
         client::{Client, ClientError},
         protocol::ErrorCode,
     },
-    planning::rule::{Invalid, Network, PathChoice, PortSpec, Source},
+    planning::rule::{Invalid, Network, PathChoice, PortSpec, ProxyProtocol, Source},
 };
 
 /// Exit status of the contract.
@@ -169,6 +169,16 @@ fn parse_source(text: &str) -> Result<Source, String> {
 
 fn parse_path(text: &str) -> Result<PathChoice, String> {
     text.parse().map_err(|error: Invalid| error.to_string())
+}
+
+fn parse_proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
+    text.parse().map_err(|error: Invalid| error.to_string())
+}
+
+/// A time that is not zero, as in a configuration file: `30s`, `10m`.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let time = jiff::SignedDuration::from_str(text).ok().and_then(|time| Duration::try_from(time).ok());
+    time.filter(|time| !time.is_zero()).ok_or_else(|| "write a time like 30s, 10m or 2h".to_owned())
 }
 
 fn parse_ports(text: &str) -> Result<Ports, String> {

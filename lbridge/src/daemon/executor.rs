@@ -3,17 +3,27 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    future::Pending,
     io,
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use lbridge_common::wire::RuleKey;
 
+use super::handover::Inherited;
 use crate::{
-    host::listeners::{self, Taker},
+    host::{
+        listeners::{self, Taker},
+        netns::Namespace,
+    },
     kernel::{loader::Kernel, maps::PeerNames},
-    planning::{inventory::ListenerKind, plan::Step, policy::RelayKey, reality::Reality},
+    planning::{
+        inventory::{Absence, ListenerKind, NamespaceId},
+        plan::Step,
+        policy::{Place, RelayKey, RelaySpec},
+        reality::Reality,
+    },
     relay::{self, set::RelaySet},
 };
 
@@ -24,6 +34,10 @@ pub(super) struct Executor {
     pub(super) kernel: Option<Kernel>,
     /// The relays.
     pub(super) relays: RelaySet,
+    /// The host's network namespace.
+    pub(super) host: NamespaceId,
+    /// Listening sockets of the daemon before this one.
+    pub(super) inherited: Inherited,
     /// Whether the name hooks were needed since the start. They stay until the next: services may hold sockets whose
     /// peers they name.
     pub(super) name_hooks_used: bool,
@@ -131,7 +145,7 @@ impl Executor {
             Step::OpenRelay(..) | Step::PutEntry(..) if failures.name_hooks.is_some() => {
                 bail!("the name hooks could not be attached")
             }
-            Step::OpenRelay(key, spec) => return self.relays.open(key, spec.clone()),
+            Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {
                 self.relays.close(key, *handed_over).await;
                 return Ok(());
@@ -164,6 +178,43 @@ impl Executor {
         }
         .with_context(|| format!("{step:?}"))
     }
+}
+
+impl Executor {
+    fn open_relay(&mut self, key: &RelayKey, spec: &RelaySpec) -> anyhow::Result<()> {
+        if self.relays.change(key, spec) {
+            return Ok(());
+        }
+        let inherited = self.inherited.find(key, self.host);
+        match &key.place {
+            Place::Bridge { interface, .. } => {
+                let socket = inherited.map_or_else(|| listen(key.address, interface), Ok)?;
+                self.relays.open(key, spec.clone(), socket, None::<Pending<()>>)
+            }
+            Place::Namespace(wanted) => {
+                let namespace = match Namespace::open(&wanted.entrance, self.host) {
+                    Ok(namespace) if namespace.key == *wanted => namespace,
+                    Ok(_) => bail!("the namespace was replaced meanwhile"),
+                    Err(Absence::NotThere(why) | Absence::Unsuitable(why)) => bail!(why),
+                };
+                let interface = key.place.interface();
+                let socket =
+                    inherited.map_or_else(|| namespace.within(|| listen(key.address, interface))?, Ok)?;
+                self.relays.open(key, spec.clone(), socket, Some(namespace.gone()))
+            }
+        }
+    }
+}
+
+/// Listens in this thread's network namespace, or tells who does.
+fn listen(address: SocketAddr, interface: &str) -> anyhow::Result<TcpListener> {
+    relay::listener::listen(address, interface).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => match listeners::who_listens(address) {
+            Some(who) => anyhow!("in use by {who}"),
+            None => anyhow!("in use: another socket has {address}"),
+        },
+        _ => anyhow::Error::new(error).context(format!("cannot listen on {address}")),
+    })
 }
 
 /// A SOCKHASH takes TCP sockets only.

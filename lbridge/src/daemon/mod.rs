@@ -8,9 +8,11 @@
 //! - [`reconciler`]: the loop, and the state that it owns;
 //! - [`observe`]: one look at the host;
 //! - [`executor`]: carries out steps, decides nothing;
+//! - [`handover`]: listening sockets, from one daemon to the next;
 //! - [`report`]: what `status` says.
 
 mod executor;
+mod handover;
 mod observe;
 mod reconciler;
 mod report;
@@ -41,12 +43,16 @@ use crate::{
     planning::rule::{Origin, Refused, Rules},
     store::{Config, Store},
 };
-use reconciler::Reconciler;
+use reconciler::{Reconciler, containers};
 
 /// How long a start waits for Docker's first answer: long enough for a living engine, too short to matter.
 const DOCKER_FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// A wake-up is a flag, not a queue.
 const WAKE_QUEUE: usize = 1;
+/// How long relayed connections may take to end when the daemon is stopped, unless the configuration says otherwise.
+const DRAIN: Duration = Duration::from_secs(5);
+/// What else a stop takes, at most.
+const DRAIN_EXTRA: Duration = Duration::from_secs(10);
 /// Requests that may wait for the loop.
 const COMMAND_QUEUE: usize = 64;
 
@@ -76,6 +82,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     // Everything that can be wrong is read before anything is touched.
     let config = Config::load(&options.config)?;
+    let drain = config.drain_timeout.unwrap_or(DRAIN);
     let store = Store::open(&options.state_dir)?;
     let stored = store.rules()?;
     let rules = Rules::default()
@@ -100,7 +107,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (wake, wakes) = mpsc::channel(WAKE_QUEUE);
     let interfaces = Interfaces::connect(wake.clone())?;
     let docker = if options.docker {
-        let mut watcher = docker::watch::Watcher::start(store.networks());
+        let mut watcher = docker::watch::Watcher::start(store.networks(), containers(&rules));
         watcher.first_answer(DOCKER_FIRST_ANSWER).await;
         Some(watcher)
     } else {
@@ -108,7 +115,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     };
 
     let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
-    let mut reconciler = Reconciler::new(rules, store, loaded, interfaces, docker, wake);
+    let mut reconciler = Reconciler::new(rules, store, loaded, interfaces, docker, wake, netns.id);
     reconciler.start().await?;
     let mut serving = tokio::spawn(socket.serve(commands));
 
@@ -125,11 +132,28 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         // The terminal is gone; there is nothing to read anew.
         _ = hangup.recv() => Ok(()),
     };
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let _ = sd_notify::notify(&[
+        sd_notify::NotifyState::Stopping,
+        sd_notify::NotifyState::ExtendTimeoutUsec(microseconds(drain + DRAIN_EXTRA)),
+    ]);
     serving.abort();
     let _ = serving.await;
-    tracing::info!("stopped; what the kernel steers stays in force, relayed connections end");
+    let cut_off = tokio::select! {
+        cut_off = reconciler.drain(drain) => Some(cut_off),
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+    };
+    let relayed = match cut_off {
+        Some(0) => String::new(),
+        Some(cut_off) => format!(", {cut_off} relayed connections end"),
+        None => ", relayed connections end".to_owned(),
+    };
+    tracing::info!("stopped; what the kernel steers stays in force{relayed}");
     outcome
+}
+
+fn microseconds(time: Duration) -> u32 {
+    u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
 }
 
 /// The daemon does not run, so that `deny` is no remedy.

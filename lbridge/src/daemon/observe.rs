@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     docker::watch::{Presence, View},
-    host::{interfaces::Interfaces, listeners},
+    host::{interfaces::Interfaces, listeners, netns},
     planning::{
-        inventory::{DockerPresence, Inventory, ListenerKind},
-        rule::{Rules, Target},
+        inventory::{Absence, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId},
+        rule::{Network, ProcessStart, Rules, Target},
     },
 };
 
@@ -17,6 +17,7 @@ pub(super) async fn observe(
     interfaces: &Interfaces,
     docker: Option<&View>,
     refused: &BTreeMap<u64, ListenerKind>,
+    host: NamespaceId,
 ) -> anyhow::Result<Inventory> {
     let mut listeners = listeners::tcp()?;
     for listener in &mut listeners {
@@ -41,5 +42,62 @@ pub(super) async fn observe(
         interfaces: interfaces.list().await?,
         listeners,
         unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
+        namespaces: namespaces(rules, docker, host),
     })
+}
+
+/// The namespaces that the rules name.
+fn namespaces(
+    rules: &Rules,
+    docker: Option<&View>,
+    host: NamespaceId,
+) -> BTreeMap<Network, Result<Namespace, Absence>> {
+    let mut namespaces = BTreeMap::new();
+    for (_, rule, _) in rules.iter() {
+        if rule.network.is_namespace() && !namespaces.contains_key(&rule.network) {
+            let found = namespace(&rule.network, rule.process.as_ref(), docker, host);
+            namespaces.insert(rule.network.clone(), found);
+        }
+    }
+    namespaces
+}
+
+fn namespace(
+    network: &Network,
+    process: Option<&ProcessStart>,
+    docker: Option<&View>,
+    host: NamespaceId,
+) -> Result<Namespace, Absence> {
+    let (entrance, address) = match network {
+        Network::Docker(_) | Network::Bridge(_) => {
+            return Err(Absence::Unsuitable("it is a network of the host".to_owned()));
+        }
+        Network::Netns(path) => (Entrance::Path(path.clone()), None),
+        Network::Process(pid) => (Entrance::Process { pid: *pid, cgroup: None }, None),
+        Network::Container(name) => {
+            let Some(docker) = docker else {
+                let why = "the daemon runs with --no-docker; name the process instead: pid:N";
+                return Err(Absence::Unsuitable(why.to_owned()));
+            };
+            let container = match docker.containers.get(name) {
+                Some(Some(container)) => container,
+                Some(None) => return Err(Absence::NotThere(format!("no container {name}"))),
+                None => {
+                    return Err(Absence::NotThere(format!("Docker has not told of container {name} yet")));
+                }
+            };
+            let Some(pid) = container.pid else {
+                return Err(Absence::NotThere(format!("container {name} does not run")));
+            };
+            (Entrance::Process { pid, cgroup: Some(container.id.clone()) }, container.address)
+        }
+    };
+    let namespace = netns::Namespace::open(&entrance, host)?;
+    if let Network::Process(pid) = network
+        && netns::process_start(*pid).ok().as_ref() != process
+    {
+        return Err(Absence::NotThere(format!("process {pid} has ended; `lbridge deny` removes its rules")));
+    }
+    let loopback = namespace.loopback().map_err(|error| Absence::Unsuitable(format!("{error:#}")))?;
+    Ok(Namespace { key: namespace.key, loopback, address })
 }

@@ -15,6 +15,7 @@ use tokio::{
 
 use super::{
     executor::{Executor, Failures},
+    handover::{self, Inherited},
     observe::observe,
     report::Report,
 };
@@ -27,10 +28,10 @@ use crate::{
         server::Command,
     },
     docker::watch::{Presence, Watcher},
-    host::interfaces::Interfaces,
+    host::{interfaces::Interfaces, netns::process_start},
     kernel::{loader::Loaded, maps::Events},
     planning::{
-        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, find_networks},
+        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, find_networks},
         plan::{Step, plan},
         policy::{State, resolve},
         rule::{Network, Origin, Refused, Rule, RuleId, Rules, Target},
@@ -44,7 +45,7 @@ const ROUNDS: usize = 5;
 /// With events from everywhere a look without a reason only corrects what others changed behind our back.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
 /// Where nothing tells of a listener that comes or goes, looking is the only way to know: without a kernel half, of a
-/// Unix socket, and of the end of a relay's service that ran before its port was watched.
+/// Unix socket, of a namespace, and of the end of a relay's service that ran before its port was watched.
 const POLL: Duration = Duration::from_millis(500);
 /// Least distance between two looks that events ask for: long enough that a storm of them costs little, short enough to
 /// go unnoticed.
@@ -78,6 +79,7 @@ impl Reconciler {
         interfaces: Interfaces,
         docker: Option<Watcher>,
         wake: mpsc::Sender<()>,
+        host: NamespaceId,
     ) -> Self {
         let Loaded { kernel, events, abilities } = loaded;
         let names = kernel.as_ref().filter(|_| abilities.name_hooks.is_ok());
@@ -87,7 +89,13 @@ impl Reconciler {
             saved_networks: store.networks(),
             store,
             abilities,
-            executor: Executor { kernel, relays: RelaySet::new(names, wake), name_hooks_used: false },
+            executor: Executor {
+                kernel,
+                relays: RelaySet::new(names, wake),
+                name_hooks_used: false,
+                host,
+                inherited: Inherited::take(),
+            },
             events,
             interfaces,
             docker,
@@ -101,6 +109,8 @@ impl Reconciler {
     pub(super) async fn start(&mut self) -> anyhow::Result<()> {
         self.remember_networks();
         self.pass().await?;
+        // What the rules do not want any more must not stay open with nobody to accept.
+        self.executor.inherited.close();
         if let Some(kernel) = &self.executor.kernel {
             kernel.retire_other_versions()?;
         }
@@ -139,6 +149,13 @@ impl Reconciler {
         }
     }
 
+    /// Takes no new connections, and waits for those that are open, for `limit` at most. Where a service manager keeps
+    /// sockets it gets those that listen, for the next daemon: new connections wait for that. How many were cut off.
+    pub(super) async fn drain(&mut self, limit: Duration) -> usize {
+        handover::keep(&self.executor.relays.sockets());
+        self.executor.relays.drain(limit).await
+    }
+
     /// One line for the log and for systemd.
     pub(super) fn summary(&self) -> String {
         let rules = self.last.rules();
@@ -155,9 +172,10 @@ impl Reconciler {
 
     fn pause(&self) -> Duration {
         let blind = self.events.is_none() && !self.rules.is_empty();
+        let inside = self.rules.iter().any(|(_, rule, _)| rule.network.is_namespace());
         let unix = self.rules.iter().any(|(_, rule, _)| matches!(rule.spec.target, Target::Unix(_)));
         let relaying = !self.last.policy.relays.is_empty();
-        if blind || unix || relaying { POLL } else { IDLE_LOOK }
+        if blind || unix || inside || relaying { POLL } else { IDLE_LOOK }
     }
 
     async fn command(&mut self, command: Command) {
@@ -171,12 +189,15 @@ impl Reconciler {
 
     async fn allow(&mut self, allow: Allow) -> Result<Vec<RuleStatus>, ApiError> {
         let ids: HashSet<RuleId> = allow.rules.iter().map(Rule::id).collect();
-        let rules = self.rules.allow(allow.rules, Origin::Cli).map_err(|refused| refusal(&refused))?;
+        let added = allow.rules.into_iter().map(with_process).collect::<Result<Vec<_>, _>>()?;
+        let rules = self.rules.allow(added, Origin::Cli).map_err(|refused| refusal(&refused))?;
         if let Some(docker) = &self.docker {
-            let known = docker.view().networks;
+            docker.want(containers(&rules));
+            let known = docker.view();
             let unknown = |network: &Network| match network {
-                Network::Docker(name) => find_networks(&known, name).is_empty(),
-                Network::Bridge(_) => false,
+                Network::Docker(name) => find_networks(&known.networks, name).is_empty(),
+                Network::Container(name) => known.containers.get(name).is_none_or(Option::is_none),
+                Network::Bridge(_) | Network::Netns(_) | Network::Process(_) => false,
             };
             // The network may be so new that its event is still under way.
             if ids.iter().any(|id| unknown(&id.network)) {
@@ -208,6 +229,9 @@ impl Reconciler {
                 rules.iter().filter(|(_, _, origin)| *origin == Origin::Cli).map(|(_, rule, _)| rule.clone());
             self.store.save_rules(own.collect()).map_err(|error| failed(&error))?;
             self.rules = rules;
+        }
+        if let Some(docker) = &self.docker {
+            docker.want(containers(&self.rules));
         }
         self.pass().await.map_err(|error| failed(&error))
     }
@@ -260,7 +284,9 @@ impl Reconciler {
         let (mut rounds, mut unseen) = (0, None);
         loop {
             let view = self.docker.as_ref().map(Watcher::view);
-            let observed = observe(&self.rules, &self.interfaces, view.as_ref(), &self.refused).await;
+            let observed =
+                observe(&self.rules, &self.interfaces, view.as_ref(), &self.refused, self.executor.host)
+                    .await;
             let inventory = match (observed, &self.inventory) {
                 (Ok(inventory), _) => inventory,
                 // A rule that was denied must not stay in force for want of a look.
@@ -278,8 +304,7 @@ impl Reconciler {
             // Steps that have failed will again.
             if steps.iter().all(|step| failures.steps.contains(step)) || rounds == ROUNDS {
                 let relays = policy.relays.keys();
-                let relayed =
-                    relays.map(|key| (key.clone(), self.executor.relays.connections(key))).collect();
+                let relayed = relays.map(|key| (key.clone(), self.executor.relays.counts(key))).collect();
                 self.last = Report { policy, reality, failures, relayed };
                 return match unseen {
                     Some(error) => Err(error.context("the change is made to what was seen last")),
@@ -321,6 +346,29 @@ impl Reconciler {
     }
 }
 
+/// The containers that rules name.
+pub(super) fn containers(rules: &Rules) -> BTreeSet<String> {
+    let name = |rule: &Rule| match &rule.network {
+        Network::Container(name) => Some(name.clone()),
+        _ => None,
+    };
+    rules.iter().filter_map(|(_, rule, _)| name(rule)).collect()
+}
+
+/// A rule for a process is for that one, not for the next that gets its number.
+fn with_process(mut rule: Rule) -> Result<Rule, ApiError> {
+    rule.process = match rule.network {
+        Network::Process(pid) => {
+            let missing =
+                |_| format!("there is no process {pid}; a rule for a process is made while it runs");
+            let start = process_start(pid).map_err(missing);
+            Some(start.map_err(|message| ApiError { code: ErrorCode::Failed, message })?)
+        }
+        _ => None,
+    };
+    Ok(rule)
+}
+
 fn id(rule: &RuleStatus) -> RuleId {
     RuleId { network: rule.network.clone(), port: rule.port }
 }
@@ -329,7 +377,10 @@ fn refusal(refused: &Refused) -> ApiError {
     let code = match refused {
         Refused::Conflict { .. } | Refused::ReadOnly { .. } => ErrorCode::Conflict,
         Refused::NoSuchRule { .. } => ErrorCode::NoSuchRule,
-        Refused::TooMany { .. } | Refused::NeedsLoopback { .. } => ErrorCode::Usage,
+        Refused::TooMany { .. }
+        | Refused::NeedsLoopback { .. }
+        | Refused::NeedsRelay { .. }
+        | Refused::ProcessUnknown { .. } => ErrorCode::Usage,
     };
     ApiError { code, message: refused.to_string() }
 }

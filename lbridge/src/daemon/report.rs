@@ -9,6 +9,7 @@ use crate::{
         policy::{GatewayOutcome, Outcome, Policy, RelayKey, RuleOutcome, State},
         reality::Reality,
     },
+    relay::set::Counts,
 };
 
 /// What became of the last pass.
@@ -20,8 +21,8 @@ pub(super) struct Report {
     pub(super) reality: Reality,
     /// What failed on the way.
     pub(super) failures: Failures,
-    /// Connections of each relay.
-    pub(super) relayed: BTreeMap<RelayKey, u64>,
+    /// What each relay has done.
+    pub(super) relayed: BTreeMap<RelayKey, Counts>,
 }
 
 impl Report {
@@ -54,7 +55,7 @@ impl Report {
     }
 
     fn gateway(&self, meant: &GatewayOutcome) -> GatewayStatus {
-        let entry = self.reality.entries.get(&meant.rule_key);
+        let entry = meant.rule_key.and_then(|key| self.reality.entries.get(&key));
         let relayed = self.reality.relays.contains_key(&meant.relay_key);
         let blocked = |failure: Option<&String>, what: &str| {
             Outcome::because(State::Blocked, failure.map_or(what, String::as_str))
@@ -70,7 +71,7 @@ impl Report {
                 blocked(failure, "its listener is not registered; the daemon's log may say why")
             }
             (State::Steered, None) => {
-                let failure = self.failures.entries.get(&meant.rule_key);
+                let failure = meant.rule_key.and_then(|key| self.failures.entries.get(&key));
                 blocked(failure, "the kernel has no entry for it; the daemon's log may say why")
             }
             (State::Relayed, _) if relayed => meant.outcome.clone(),
@@ -79,13 +80,14 @@ impl Report {
                 blocked(failure, "its relay is not open; the daemon's log may say why")
             }
         };
-        let by_relay = self.relayed.get(&meant.relay_key).copied().unwrap_or(0);
+        let by_relay = self.relayed.get(&meant.relay_key).copied().unwrap_or_default();
         GatewayStatus {
-            address: meant.relay_key.gateway.ip(),
-            interface: meant.relay_key.interface.clone(),
+            address: meant.relay_key.address.ip(),
+            interface: meant.relay_key.place.interface().to_owned(),
             state: observed.state,
             why: observed.why,
-            connections: entry.map_or(0, |entry| entry.steered) + by_relay,
+            connections: entry.map_or(0, |entry| entry.steered) + by_relay.connections,
+            refused: by_relay.refused,
         }
     }
 }

@@ -1,6 +1,10 @@
 //! Follows the engine: through its events, its absence and its return.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use bollard::{Docker, query_parameters::EventsOptions};
@@ -49,22 +53,48 @@ pub struct View {
     pub presence: Presence,
     /// Its networks; the last known while it is away.
     pub networks: Vec<DockerNetwork>,
+    /// The containers that were asked for, by the name that was asked for; the last known while it is away.
+    pub containers: BTreeMap<String, Option<Container>>,
+}
+
+/// A container as the engine describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Container {
+    /// 64 hexadecimal digits.
+    pub id: String,
+    /// Its first process, in the engine's pid namespace, while it runs.
+    pub pid: Option<u32>,
+    /// Its address on the first of its networks, by name, that gives it one.
+    pub address: Option<IpAddr>,
 }
 
 /// Follows the engine in a task of its own, which ends when the watcher is dropped.
 #[derive(Debug)]
 pub struct Watcher {
     view: watch::Receiver<View>,
+    wanted: watch::Sender<BTreeSet<String>>,
     refresh: mpsc::Sender<oneshot::Sender<()>>,
 }
 
 impl Watcher {
-    /// Starts to follow the engine at `DOCKER_HOST`, or at the default socket. `last_known` serves until it answers.
-    pub fn start(last_known: Vec<DockerNetwork>) -> Self {
-        let (sender, view) = watch::channel(View { presence: Presence::Unknown, networks: last_known });
+    /// Starts to follow the engine at `DOCKER_HOST`, or at the default socket, and the containers of these names.
+    /// `last_known` serves until it answers.
+    pub fn start(last_known: Vec<DockerNetwork>, containers: BTreeSet<String>) -> Self {
+        let unknown = View { presence: Presence::Unknown, networks: last_known, containers: BTreeMap::new() };
+        let (sender, view) = watch::channel(unknown);
+        let (wanted, names) = watch::channel(containers);
         let (refresh, requests) = mpsc::channel(16);
-        tokio::spawn(follow(sender, requests));
-        Self { view, refresh }
+        tokio::spawn(follow(sender, names, requests));
+        Self { view, wanted, refresh }
+    }
+
+    /// From now on the containers of these names are followed, too, and no others.
+    pub fn want(&self, containers: BTreeSet<String>) {
+        self.wanted.send_if_modified(|wanted| {
+            let other = *wanted != containers;
+            *wanted = containers;
+            other
+        });
     }
 
     /// What is known now.
@@ -95,10 +125,14 @@ impl Watcher {
     }
 }
 
-async fn follow(view: watch::Sender<View>, mut requests: mpsc::Receiver<oneshot::Sender<()>>) {
+async fn follow(
+    view: watch::Sender<View>,
+    mut wanted: watch::Receiver<BTreeSet<String>>,
+    mut requests: mpsc::Receiver<oneshot::Sender<()>>,
+) {
     let mut backoff = FIRST_BACKOFF;
     loop {
-        let Err(error) = session(&view, &mut requests, &mut backoff).await else { return };
+        let Err(error) = session(&view, &mut wanted, &mut requests, &mut backoff).await else { return };
         let error = format!("{error:#}").replace('\n', " ");
         view.send_if_modified(|view| match &mut view.presence {
             Presence::Away { error: known, .. } => std::mem::replace(known, error.clone()) != error,
@@ -127,6 +161,7 @@ async fn follow(view: watch::Sender<View>, mut requests: mpsc::Receiver<oneshot:
 /// Follows the engine for as long as it answers. `Ok` when nobody is interested any more.
 async fn session(
     view: &watch::Sender<View>,
+    wanted: &mut watch::Receiver<BTreeSet<String>>,
     requests: &mut mpsc::Receiver<oneshot::Sender<()>>,
     backoff: &mut Duration,
 ) -> anyhow::Result<()> {
@@ -136,20 +171,32 @@ async fn session(
     // The request for events goes out when the first is waited for, after the list was read; so it asks for those since
     // before. They may have happened already, which costs a look.
     let since = Some((Timestamp::now() - SINCE_BEFORE).as_second().to_string());
-    let filters = HashMap::from([("type".to_owned(), vec!["network".to_owned()])]);
+    // What makes, ends or renames something. Others are as frequent as the health checks of every container.
+    let actions = ["create", "destroy", "remove", "connect", "disconnect", "start", "die", "rename"];
+    let filters = HashMap::from([
+        ("type".to_owned(), vec!["network".to_owned(), "container".to_owned()]),
+        ("event".to_owned(), actions.map(str::to_owned).into()),
+    ]);
     let mut events =
         docker.events(Some(EventsOptions { since, filters: Some(filters), ..EventsOptions::default() }));
     let mut waiting: Option<oneshot::Sender<()>> = None;
     loop {
         let networks = within_anyhow(snapshot::networks(&docker)).await?;
+        let names = wanted.borrow_and_update().clone();
+        let mut containers = BTreeMap::new();
+        for name in names {
+            let container = within_anyhow(snapshot::container(&docker, &name)).await?;
+            containers.insert(name, container);
+        }
         *backoff = FIRST_BACKOFF;
         view.send_if_modified(|view| {
             let presence = Presence::Reachable { version: version.clone() };
-            let changed = view.presence != presence || view.networks != networks;
+            let changed =
+                view.presence != presence || view.networks != networks || view.containers != containers;
             if view.presence != presence {
                 tracing::info!("Docker {version} answers");
             }
-            *view = View { presence, networks };
+            *view = View { presence, networks, containers };
             changed
         });
         if let Some(done) = waiting.take() {
@@ -162,6 +209,9 @@ async fn session(
             request = requests.recv() => match request {
                 Some(done) => waiting = Some(done),
                 None => return Ok(()),
+            },
+            changed = wanted.changed() => if changed.is_err() {
+                return Ok(());
             },
             () = sleep(RELIST) => {}
         }

@@ -163,6 +163,19 @@ impl Taker {
     }
 }
 
+/// Who keeps a socket of this thread's network namespace from listening on `address`, for a person.
+pub fn who_listens(address: SocketAddr) -> Option<String> {
+    let in_the_way = |listener: &&Listener| {
+        let there = listener.address;
+        let wildcard = there.ip().is_unspecified() && (there.is_ipv6() || address.is_ipv4());
+        there.port() == address.port() && (there.ip() == address.ip() || wildcard)
+    };
+    let inode = tcp().ok()?.iter().find(in_the_way)?.inode;
+    let (pid, _) = *holders_of(&HashSet::from([inode])).ok()?.get(&inode)?.first()?;
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Some(format!("{} (process {pid})", name.trim()))
+}
+
 /// Whether a listening socket is MPTCP (`SO_PROTOCOL`).
 pub fn is_mptcp(socket: &OwnedFd) -> bool {
     sockopt::socket_protocol(socket).is_ok_and(|protocol| protocol == Some(ipproto::MPTCP))

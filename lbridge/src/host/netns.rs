@@ -1,9 +1,40 @@
-//! The network namespace that this process is in: "the host".
+//! Network namespaces: the one that this process is in ("the host"), and others, entered for a moment.
 
-use std::{fs::File, os::unix::net::UnixDatagram};
+use std::{
+    fs::{self, File},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    os::{
+        fd::{AsFd, AsRawFd as _, OwnedFd},
+        unix::net::UnixDatagram,
+    },
+    path::Path,
+    thread,
+    time::Duration,
+};
 
-use anyhow::Context as _;
-use nix::{errno::Errno, sys::socket::getsockopt};
+use anyhow::{Context as _, anyhow};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sched::{CloneFlags, setns},
+    sys::socket::getsockopt,
+};
+use rustix::{
+    fs::{FsWord, Mode, OFlags, fstat, fstatfs, open},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+use tokio::io::unix::AsyncFd;
+
+use crate::planning::{
+    inventory::{Absence, Entrance, NamespaceId, NamespaceKey},
+    rule::ProcessStart,
+};
+
+/// `NSFS_MAGIC` (include/uapi/linux/magic.h).
+const NSFS: FsWord = 0x6e73_6673;
+/// How often a namespace that has a path is looked for there: nothing tells of the end of a bind mount.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// The namespace of this process.
 #[derive(Debug)]
@@ -12,6 +43,8 @@ pub struct HostNetns {
     pub file: File,
     /// Its cookie, never used again (`SO_NETNS_COOKIE`, Linux 5.14 and later); `None` on older kernels.
     pub cookie: Option<u64>,
+    /// Its identity among those that exist.
+    pub id: NamespaceId,
 }
 
 impl HostNetns {
@@ -25,8 +58,166 @@ impl HostNetns {
             Err(Errno::ENOPROTOOPT) => None,
             Err(error) => return Err(error).context("cannot read the network namespace's cookie"),
         };
-        Ok(Self { file, cookie })
+        let id = id_of(&file)?;
+        Ok(Self { file, cookie, id })
     }
+}
+
+/// Another namespace, held open: it exists for as long as this does, so this is not kept.
+#[derive(Debug)]
+pub struct Namespace {
+    file: OwnedFd,
+    /// The process that is its entrance.
+    process: Option<OwnedFd>,
+    /// Which it is, and how it was found.
+    pub key: NamespaceKey,
+}
+
+impl Namespace {
+    /// Goes to the entrance, and sees what is there. `host` is this process's own namespace, which is none to relay into.
+    pub fn open(entrance: &Entrance, host: NamespaceId) -> Result<Self, Absence> {
+        let (file, process) = match entrance {
+            Entrance::Process { pid, cgroup } => {
+                let (file, process) = of_process(*pid, cgroup.as_deref())?;
+                (file, Some(process))
+            }
+            Entrance::Path(path) => (at_path(path)?, None),
+        };
+        let id = id_of(&file).map_err(|error| Absence::Unsuitable(format!("cannot look at it: {error}")))?;
+        if id == host {
+            let why = "it is in the host's own network namespace, where localhost is the host's already";
+            return Err(Absence::Unsuitable(why.to_owned()));
+        }
+        Ok(Self { file, process, key: NamespaceKey { id, entrance: entrance.clone() } })
+    }
+
+    /// Its handle.
+    pub fn file(&self) -> impl AsFd {
+        &self.file
+    }
+
+    /// Runs `work` inside, on a thread of its own. Sockets that it makes stay inside; they can be used anywhere.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                // Fails with EINVAL on a namespace of another kind.
+                setns(&self.file, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
+                Ok(work())
+            });
+            inside.join().unwrap_or_else(|_| Err(anyhow!("a thread in another network namespace panicked")))
+        })
+    }
+
+    /// The loopback addresses that can be listened on inside. Tried, not read: what an interface has, and whether it is
+    /// up, comes to this.
+    pub fn loopback(&self) -> anyhow::Result<Vec<IpAddr>> {
+        let addresses = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+        self.within(|| addresses.into_iter().filter(|ip| UdpSocket::bind((*ip, 0)).is_ok()).collect())
+    }
+
+    /// Waits until its entrance has closed: the process has ended, or the path leads elsewhere. The namespace itself is
+    /// held by sockets inside, so that it never ends by itself.
+    pub async fn gone(self) {
+        let Self { file, process, key } = self;
+        drop(file);
+        match (process, key.entrance) {
+            (Some(process), _) => {
+                // A pidfd gets readable when the process has ended (pidfd_open(2)).
+                // SAFETY: the descriptor is owned, so nothing closes it before the registration ends.
+                let watched = unsafe { AsyncFd::register(process) };
+                let ended = async { watched.map_err(io::Error::from)?.readable().await.map(drop) };
+                if let Err(error) = ended.await {
+                    tracing::error!("a process cannot be watched, its relay ends: {error}");
+                }
+            }
+            (None, Entrance::Path(path)) => {
+                while at_path(&path).is_ok_and(|file| id_of(&file).is_ok_and(|id| id == key.id)) {
+                    tokio::time::sleep(LOOK).await;
+                }
+            }
+            (None, Entrance::Process { .. }) => {}
+        }
+    }
+}
+
+/// A namespace's identity.
+pub fn id_of(file: &impl AsFd) -> io::Result<NamespaceId> {
+    let stat = fstat(file)?;
+    Ok(NamespaceId { device: stat.st_dev, inode: stat.st_ino })
+}
+
+/// The network namespace of a process, and the process.
+fn of_process(pid: u32, cgroup: Option<&str>) -> Result<(OwnedFd, OwnedFd), Absence> {
+    let ended = || Absence::NotThere(format!("process {pid} has ended"));
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(ended)?;
+    // First hold the process, then look at what its number leads to, then see that it was still the one that is held.
+    let process = pidfd_open(number, PidfdFlags::empty()).map_err(|_| ended())?;
+    if let Some(cgroup) = cgroup {
+        let path = fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|_| ended())?;
+        if !path.contains(cgroup) {
+            return Err(Absence::Unsuitable(format!(
+                "process {pid} is none of this container's; does DOCKER_HOST name an engine of this host?"
+            )));
+        }
+    }
+    let path = format!("/proc/{pid}/ns/net");
+    let file = File::open(&path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => ended(),
+        _ => Absence::Unsuitable(format!("cannot open {path}: {error}")),
+    })?;
+    if has_ended(&process) {
+        return Err(ended());
+    }
+    Ok((file.into(), process))
+}
+
+fn has_ended(process: &OwnedFd) -> bool {
+    let mut ready = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    poll(&mut ready, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+/// The namespace at a path. Whatever else is there is not opened: a FIFO would wait, a device might act.
+fn at_path(path: &Path) -> Result<OwnedFd, Absence> {
+    let shown = path.display();
+    let seen = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let seen = seen.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Absence::NotThere(format!("there is no {shown}")),
+        _ => Absence::Unsuitable(format!("cannot open {shown}: {error}")),
+    })?;
+    if !fstatfs(&seen).is_ok_and(|fs| fs.f_type == NSFS) {
+        return Err(match fstat(&seen) {
+            // `ip netns add` makes the file first, and mounts the namespace there.
+            Ok(stat) if stat.st_size == 0 => Absence::NotThere(format!("{shown} is no namespace")),
+            _ => Absence::Unsuitable(format!("{shown} is no namespace")),
+        });
+    }
+    let file = File::open(format!("/proc/self/fd/{}", seen.as_raw_fd()));
+    let file = file.map_err(|error| Absence::Unsuitable(format!("cannot open {shown}: {error}")))?;
+    if kind_of(&file).is_ok_and(|kind| kind != CloneFlags::CLONE_NEWNET.bits()) {
+        return Err(Absence::Unsuitable(format!("{shown} is a namespace, but not a network namespace")));
+    }
+    Ok(file.into())
+}
+
+/// `CLONE_NEW...` (ioctl_ns(2)).
+fn kind_of(file: &File) -> io::Result<i32> {
+    mod request {
+        // NS_GET_NSTYPE (include/uapi/linux/nsfs.h), which takes no argument.
+        nix::ioctl_none!(ns_get_nstype, 0xb7, 0x3);
+    }
+    // SAFETY: the request takes no argument, and the descriptor is one of nsfs.
+    Ok(unsafe { request::ns_get_nstype(file.as_raw_fd()) }?)
+}
+
+/// Which process that number means now.
+pub fn process_start(pid: u32) -> io::Result<ProcessStart> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is the program's name in parentheses, and may hold anything.
+    let rest = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    let ticks = rest.split(' ').nth(19).and_then(|field| field.parse().ok());
+    let ticks = ticks.ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))?;
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+    Ok(ProcessStart { ticks, boot })
 }
 
 /// Keeps the option's type, which the macro makes `pub`, from being part of any interface.
@@ -41,4 +232,70 @@ mod option {
         libc::SO_NETNS_COOKIE,
         u64
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(entrance: &Entrance) -> Result<Namespace, Absence> {
+        Namespace::open(entrance, NamespaceId { device: 0, inode: 0 })
+    }
+
+    #[test]
+    fn the_hosts_own_namespace_is_none_to_relay_into() {
+        let host = HostNetns::open().unwrap();
+        let own = Entrance::Process { pid: std::process::id(), cgroup: None };
+        assert!(matches!(Namespace::open(&own, host.id), Err(Absence::Unsuitable(_))));
+        assert_eq!(open(&own).unwrap().key.id, host.id);
+        let path = Entrance::Path("/proc/self/ns/net".into());
+        assert_eq!(open(&path).unwrap().key.id, host.id);
+    }
+
+    #[test]
+    fn what_is_no_network_namespace_is_said_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for (path, there) in [
+            (directory.path().join("none"), false),
+            (fifo, false),
+            ("/proc/self/ns/mnt".into(), true),
+            ("/dev/null".into(), false),
+            ("/etc/passwd".into(), true),
+        ] {
+            match open(&Entrance::Path(path.clone())) {
+                Err(Absence::NotThere(_)) => assert!(!there, "{}", path.display()),
+                Err(Absence::Unsuitable(_)) => assert!(there, "{}", path.display()),
+                Ok(namespace) => panic!("{namespace:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_process_of_another_cgroup_is_not_the_containers() {
+        let own = Entrance::Process { pid: std::process::id(), cgroup: Some("0123456789abcdef".repeat(4)) };
+        assert!(matches!(open(&own), Err(Absence::Unsuitable(why)) if why.contains("DOCKER_HOST")));
+        let none = Entrance::Process { pid: 0x7fff_fff0, cgroup: None };
+        assert!(matches!(open(&none), Err(Absence::NotThere(_))));
+    }
+
+    #[test]
+    fn a_process_has_one_start() {
+        let pid = std::process::id();
+        assert_eq!(process_start(pid).unwrap(), process_start(pid).unwrap());
+        assert_ne!(process_start(pid).unwrap(), process_start(1).unwrap());
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_process_is_noticed() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let namespace = open(&Entrance::Process { pid: child.id(), cgroup: None }).unwrap();
+        let gone = tokio::spawn(namespace.gone());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!gone.is_finished());
+        child.kill().unwrap();
+        tokio::time::timeout(Duration::from_secs(5), gone).await.unwrap().unwrap();
+        child.wait().unwrap();
+    }
 }

@@ -1,12 +1,14 @@
 //! Inventory: what was observed of the host, and what this kernel is able to do.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
 use serde::{Deserialize, Serialize};
+
+use super::rule::Network;
 
 /// One look at the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub struct Inventory {
     pub listeners: Vec<Listener>,
     /// Paths of listening Unix stream sockets.
     pub unix_listeners: BTreeSet<PathBuf>,
+    /// The namespaces that rules name, or why there is none.
+    pub namespaces: BTreeMap<Network, Result<Namespace, Absence>>,
 }
 
 impl Inventory {
@@ -69,6 +73,60 @@ pub struct DockerNetwork {
     pub driver: String,
     /// The host's interface, for the bridge driver.
     pub bridge: Option<String>,
+}
+
+/// A network namespace other than the host's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Namespace {
+    /// Which, and how to get there.
+    pub key: NamespaceKey,
+    /// The loopback addresses that can be listened on inside: ::1 only where IPv6 is on, none while `lo` is down.
+    pub loopback: Vec<IpAddr>,
+    /// The address of whoever is inside, if somebody trustworthy tells it: Docker. What an interface inside says is the
+    /// choice of whoever is inside.
+    pub address: Option<IpAddr>,
+}
+
+/// A network namespace, and how to get there.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NamespaceKey {
+    /// Which.
+    pub id: NamespaceId,
+    /// How to get there.
+    pub entrance: Entrance,
+}
+
+/// A namespace's identity for as long as it exists: that of its file on nsfs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NamespaceId {
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+}
+
+/// A way into a namespace; where it closes, the namespace counts as gone.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Entrance {
+    /// A process inside.
+    Process {
+        /// Its number.
+        pid: u32,
+        /// What must be part of its cgroup's path, where the number is hearsay: a container's id. An engine on another
+        /// host, or in another pid namespace, tells numbers of other processes.
+        cgroup: Option<String>,
+    },
+    /// A file on nsfs.
+    Path(PathBuf),
+}
+
+/// Why there is no namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Absence {
+    /// It may come.
+    NotThere(String),
+    /// It is none that can be served.
+    Unsuitable(String),
 }
 
 /// A network interface.

@@ -8,7 +8,7 @@
 use lbridge_common::wire::{Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SLOTS};
 
 use super::{
-    policy::{Policy, RelayKey, RelaySpec},
+    policy::{Place, Policy, RelayKey, RelaySpec},
     reality::Reality,
 };
 
@@ -85,11 +85,10 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         reality.entries.keys().filter(|k| !policy.entries.contains_key(k)).map(|k| Step::RemoveEntry(*k)),
     );
     let handed_over = |key: &RelayKey| {
-        let (gateway, port) = (Address::from(key.gateway.ip()), key.gateway.port());
+        let Place::Bridge { ifindex, .. } = key.place else { return false };
+        let (gateway, port) = (Address::from(key.address.ip()), key.address.port());
         let taken_over = |entry: &RuleKey| {
-            entry.gateway == gateway
-                && entry.port == port
-                && (entry.ifindex == 0 || entry.ifindex == key.ifindex)
+            entry.gateway == gateway && entry.port == port && (entry.ifindex == 0 || entry.ifindex == ifindex)
         };
         policy.entries.keys().any(taken_over)
     };

@@ -5,6 +5,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use lbridge_common::{
@@ -14,8 +15,13 @@ use lbridge_common::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    inventory::{Abilities, DockerPresence, Interface, Inventory, Listener, ListenerKind, find_networks},
-    rule::{Network, Origin, PathChoice, Rule, Rules, Source, Target},
+    inventory::{
+        Abilities, Absence, DockerPresence, Interface, Inventory, Listener, ListenerKind, Namespace,
+        NamespaceId, NamespaceKey, find_networks,
+    },
+    rule::{
+        DEFAULT_CONNECTIONS, Network, Origin, PathChoice, ProxyProtocol, Rule, RuleId, Rules, Source, Target,
+    },
 };
 
 /// What becomes of a rule's connections.
@@ -52,13 +58,13 @@ impl Outcome {
     }
 }
 
-/// What is meant for one of a rule's gateways.
+/// What is meant for one of the addresses that a rule's containers dial: a gateway, or localhost in a namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatewayOutcome {
-    /// What containers dial, on which bridge; the key of its relay, whether there is one or not.
+    /// What is dialled, and where; the key of its relay, whether there is one or not.
     pub relay_key: RelayKey,
-    /// Key of the kernel's entry, whether there is one or not.
-    pub rule_key: RuleKey,
+    /// Key of the kernel's entry, whether there is one or not. There never is one for a namespace.
+    pub rule_key: Option<RuleKey>,
     /// What is meant to happen.
     pub outcome: Outcome,
 }
@@ -70,7 +76,7 @@ pub struct RuleOutcome {
     pub rule: Rule,
     /// Who made it.
     pub origin: Origin,
-    /// One for each of the network's gateways; none while there is no network.
+    /// One for each address that can be dialled; none while there is no network.
     pub gateways: Vec<GatewayOutcome>,
     /// Why there is no gateway.
     pub without_gateway: Option<Outcome>,
@@ -79,12 +85,34 @@ pub struct RuleOutcome {
 /// Where a relay listens.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelayKey {
-    /// Gateway address and dialled port.
-    pub gateway: SocketAddr,
-    /// The bridge that it is bound to: the address alone would let in whoever routes packets to it.
-    pub interface: String,
-    /// Its index: a bridge that was made anew is another one.
-    pub ifindex: u32,
+    /// Address and port that are dialled.
+    pub address: SocketAddr,
+    /// Where.
+    pub place: Place,
+}
+
+/// Where an address is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Place {
+    /// On a bridge of the host; the relay is bound to it: the address alone would let in whoever routes packets there.
+    Bridge {
+        /// Its name.
+        interface: String,
+        /// Its index: a bridge that was made anew is another one.
+        ifindex: u32,
+    },
+    /// On `lo` of another network namespace.
+    Namespace(NamespaceKey),
+}
+
+impl Place {
+    /// Name of the interface that a relay is bound to.
+    pub fn interface(&self) -> &str {
+        match self {
+            Self::Bridge { interface, .. } => interface,
+            Self::Namespace(_) => "lo",
+        }
+    }
 }
 
 /// Where a relay connects to.
@@ -99,12 +127,29 @@ pub enum Service {
 /// What a relay does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelaySpec {
+    /// For which rule: its relays share its limits.
+    pub rule: RuleId,
     /// Where it connects to.
     pub service: Service,
     /// What the service shall see.
     pub source: Source,
     /// Whom it serves.
-    pub subnet: Subnet,
+    pub clients: Clients,
+    /// Whether the service is told in a header who connects.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// Connections at a time, at most.
+    pub max_connections: u32,
+    /// A connection that has been without a byte for that long is reset.
+    pub idle_timeout: Option<Duration>,
+}
+
+/// Whom a relay serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clients {
+    /// The containers of a bridge: whoever is in the subnet and not the host itself.
+    Subnet(Subnet),
+    /// Whoever is inside the namespace; the service is told this address, since all have the same: 127.0.0.1.
+    Inside(IpAddr),
 }
 
 /// A network's addresses.
@@ -194,14 +239,28 @@ struct Resolver<'a> {
     abilities: &'a Abilities,
     policy: Policy,
     by_port: BTreeMap<u16, Vec<&'a Listener>>,
-    /// Gateways that a rule has, whatever becomes of it: the first in order, not the first whose service is up.
-    claimed: BTreeSet<RelayKey>,
+    /// Addresses that a rule has, whatever becomes of it: the first in order, not the first whose service is up. A
+    /// namespace is one, whichever way leads there.
+    claimed: BTreeSet<(SocketAddr, Claim)>,
+}
+
+/// Whose an address is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Claim {
+    Bridge(u32),
+    Namespace(NamespaceId),
 }
 
 impl Resolver<'_> {
     fn rule(&mut self, rule: &Rule, origin: Origin) -> RuleOutcome {
         self.policy.targets.extend(rule.spec.target.port());
-        let (gateways, without_gateway) = match self.bridge(&rule.network) {
+        let (gateways, without_gateway) =
+            if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
+        RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway }
+    }
+
+    fn on_bridge(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {
+        match self.bridge(&rule.network) {
             Err(outcome) => (vec![], Some(outcome)),
             Ok(bridge) if bridge.addresses.is_empty() => {
                 let why = format!("{} has no address that a container could dial", bridge.name);
@@ -216,12 +275,43 @@ impl Resolver<'_> {
                     .collect();
                 (gateways, None)
             }
+        }
+    }
+
+    fn in_namespace(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {
+        let inventory = self.inventory;
+        let without = |state, why: &str| (vec![], Some(Outcome::because(state, why)));
+        match inventory.namespaces.get(&rule.network) {
+            None => without(State::Waiting, "not looked at yet"),
+            Some(Err(Absence::NotThere(why))) => without(State::Waiting, why),
+            Some(Err(Absence::Unsuitable(why))) => without(State::Blocked, why),
+            Some(Ok(namespace)) if namespace.loopback.is_empty() => {
+                without(State::Waiting, "its loopback interface is down; run `ip link set lo up` inside")
+            }
+            Some(Ok(namespace)) => {
+                let inside = namespace.loopback.iter();
+                (inside.map(|ip| self.inside(rule, namespace, *ip)).collect(), None)
+            }
+        }
+    }
+
+    fn inside(&mut self, rule: &Rule, namespace: &Namespace, ip: IpAddr) -> GatewayOutcome {
+        let relay_key = RelayKey {
+            address: SocketAddr::new(ip, rule.spec.port),
+            place: Place::Namespace(namespace.key.clone()),
         };
-        RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway }
+        let claim = Claim::Namespace(namespace.key.id);
+        let way = self.way(rule, relay_key.address, claim, " in that namespace");
+        let told = namespace.address.unwrap_or_else(|| stand_in_for(namespace.key.id).into());
+        let outcome = self.outcome(rule, way, &relay_key, None, Clients::Inside(told));
+        GatewayOutcome { relay_key, rule_key: None, outcome }
     }
 
     fn bridge(&self, network: &Network) -> Result<&Interface, Outcome> {
         let name = match network {
+            Network::Container(_) | Network::Netns(_) | Network::Process(_) => {
+                return Err(Outcome::because(State::Blocked, "it is no bridge"));
+            }
             Network::Bridge(name) => name,
             Network::Docker(name) => match find_networks(&self.inventory.docker_networks, name)[..] {
                 [] => return Err(self.unknown_network(name)),
@@ -275,16 +365,27 @@ impl Resolver<'_> {
         let checked = self.abilities.steer.as_ref().is_ok_and(|s| s.interface_check);
         let ifindex = if checked { index } else { 0 };
         let rule_key = RuleKey { gateway: ip.into(), ifindex, port: rule.spec.port, reserved: 0 };
-        let relay_key = RelayKey { gateway, interface: interface.to_owned(), ifindex: index };
+        let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
+        let relay_key = RelayKey { address: gateway, place };
+        let way = self.way(rule, gateway, Claim::Bridge(index), "");
+        let kernel = (rule_key, subnet);
+        let outcome = self.outcome(rule, way, &relay_key, Some(kernel), Clients::Subnet(subnet));
+        GatewayOutcome { relay_key, rule_key: Some(rule_key), outcome }
+    }
 
-        let way = if self.claimed.insert(relay_key.clone()) {
-            self.way(rule, ip)
-        } else {
-            Way::None(Outcome::because(State::Blocked, format!("another rule has {gateway} already")))
-        };
-        let outcome = match way {
-            Way::None(outcome) => outcome,
-            Way::Kernel(target, outcome) => {
+    /// Notes what a way needs to be in force.
+    fn outcome(
+        &mut self,
+        rule: &Rule,
+        way: Way,
+        relay_key: &RelayKey,
+        kernel: Option<(RuleKey, Subnet)>,
+        clients: Clients,
+    ) -> Outcome {
+        match (way, kernel) {
+            (Way::None(outcome), _) => outcome,
+            (Way::Kernel(..), None) => Outcome::because(State::Blocked, "no bridge leads there"),
+            (Way::Kernel(target, outcome), Some((rule_key, subnet))) => {
                 let value = RuleValue {
                     key: rule_key,
                     subnet: subnet.base,
@@ -302,21 +403,36 @@ impl Resolver<'_> {
                 }
                 outcome
             }
-            Way::Relay(service, why) => {
+            (Way::Relay(service, why), _) => {
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
                 self.policy.name_hooks |= rule.source == Source::Container
                     && matches!(service, Service::Tcp(_))
                     && self.abilities.name_hooks.is_ok();
-                self.policy
-                    .relays
-                    .insert(relay_key.clone(), RelaySpec { service, source: rule.source, subnet });
+                let spec = RelaySpec {
+                    rule: rule.id(),
+                    service,
+                    source: rule.source,
+                    clients,
+                    proxy_protocol: rule.proxy_protocol,
+                    max_connections: rule.max_connections.map_or(DEFAULT_CONNECTIONS, Into::into),
+                    idle_timeout: rule.idle_timeout,
+                };
+                self.policy.relays.insert(relay_key.clone(), spec);
                 Outcome::because(State::Relayed, why)
             }
-        };
-        GatewayOutcome { relay_key, rule_key, outcome }
+        }
     }
 
-    fn way(&self, rule: &Rule, gateway: IpAddr) -> Way {
+    /// How connections to an address can be served, if no rule before this one has it.
+    fn way(&mut self, rule: &Rule, dialled: SocketAddr, claim: Claim, place: &str) -> Way {
+        if !self.claimed.insert((dialled, claim)) {
+            let why = format!("another rule has {dialled}{place} already");
+            return Way::None(Outcome::because(State::Blocked, why));
+        }
+        self.way_to_service(rule, dialled.ip())
+    }
+
+    fn way_to_service(&self, rule: &Rule, gateway: IpAddr) -> Way {
         let target = match &rule.spec.target {
             Target::Unix(path) => return self.unix_way(rule, path),
             Target::Port(port) => SocketAddr::new(loopback(gateway.is_ipv4()), *port),
@@ -346,6 +462,12 @@ impl Resolver<'_> {
     fn obstacle(&self, rule: &Rule) -> Option<String> {
         if rule.path == PathChoice::Relay {
             return Some("as the rule asks".to_owned());
+        }
+        if rule.network.is_namespace() {
+            return Some("on localhost inside".to_owned());
+        }
+        if let Some(why) = rule.needs_relay() {
+            return Some(why.to_owned());
         }
         if let Err(why) = &self.abilities.steer {
             return Some(why.clone());
@@ -446,6 +568,20 @@ impl Resolver<'_> {
             }
         }
     }
+}
+
+/// The loopback address that stands for whoever is in a namespace, by the namespace's number.
+fn stand_in_for(id: NamespaceId) -> Ipv4Addr {
+    let [.., a, b, c] = id.inode.to_be_bytes();
+    stand_in([a, b, c])
+}
+
+/// A loopback address that stands for somebody who has none on the host: one of 127.128.0.0/9, never one that a service
+/// trusts as 127.0.0.1.
+pub fn stand_in([a, b, c]: [u8; 3]) -> Ipv4Addr {
+    // 127.255.255.255 is the broadcast address of 127/8, and cannot be bound.
+    let c = if (a | 0x80, b, c) == (255, 255, 255) { 254 } else { c };
+    Ipv4Addr::new(127, a | 0x80, b, c)
 }
 
 fn loopback(v4: bool) -> IpAddr {

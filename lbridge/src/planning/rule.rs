@@ -2,10 +2,12 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
+    fmt::{self, Write as _},
     net::SocketAddr,
+    num::NonZeroU32,
     path::{Path, PathBuf},
     str::FromStr,
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -50,6 +52,22 @@ pub enum Network {
     Docker(String),
     /// `bridge:IFNAME`: a Linux bridge, whoever made it.
     Bridge(String),
+    /// `container:NAME`: the network namespace of a Docker container, by its name or id.
+    Container(String),
+    /// `netns:PATH`: the network namespace of that file.
+    Netns(PathBuf),
+    /// `pid:N`: the network namespace of that process, for as long as it runs.
+    Process(u32),
+}
+
+impl Network {
+    /// Whether it is a namespace, served by a relay on loopback inside, not a bridge of the host.
+    pub fn is_namespace(&self) -> bool {
+        match self {
+            Self::Docker(_) | Self::Bridge(_) => false,
+            Self::Container(_) | Self::Netns(_) | Self::Process(_) => true,
+        }
+    }
 }
 
 impl fmt::Display for Network {
@@ -57,6 +75,9 @@ impl fmt::Display for Network {
         match self {
             Self::Docker(name) => f.write_str(name),
             Self::Bridge(name) => write!(f, "bridge:{name}"),
+            Self::Container(name) => write!(f, "container:{name}"),
+            Self::Netns(path) => write!(f, "netns:{}", path.display()),
+            Self::Process(pid) => write!(f, "pid:{pid}"),
         }
     }
 }
@@ -74,20 +95,40 @@ impl FromStr for Network {
             }
             return Ok(Self::Bridge(name.to_owned()));
         }
-        for kind in ["container:", "netns:", "pid:"] {
-            if text.starts_with(kind) {
+        if let Some(path) = text.strip_prefix("netns:") {
+            // PATH_MAX (limits.h), its terminating zero included.
+            let fits = Path::new(path).is_absolute() && path.len() < 4096;
+            if !fits || path.chars().any(char::is_control) {
                 return invalid(format!(
-                    "{text:?}: this version serves Docker networks and bridges; write a network's name or bridge:IFNAME"
+                    "{text:?} is no namespace; write netns:PATH with an absolute path, e.g. netns:/run/netns/sandbox"
                 ));
             }
+            return Ok(Self::Netns(PathBuf::from(path)));
         }
-        if text.is_empty()
-            || text.len() > MAX_NAME
-            || text.chars().any(|c| c.is_control() || c.is_whitespace() || c == '/')
+        if let Some(pid) = text.strip_prefix("pid:") {
+            let number = pid.parse().ok().filter(|_| pid.bytes().all(|b| b.is_ascii_digit()));
+            return match number {
+                // pid_t is signed.
+                Some(pid @ 1..=0x7fff_ffff) => Ok(Self::Process(pid)),
+                _ => invalid(format!("{text:?} is no process; write pid:N, e.g. pid:4711")),
+            };
+        }
+        let (name, container) = match text.strip_prefix("container:") {
+            Some(name) => (name, true),
+            None => (text, false),
+        };
+        if name.is_empty()
+            || name.len() > MAX_NAME
+            || name
+                .chars()
+                .any(|c| c.is_control() || c.is_whitespace() || c == '/' || (container && c == ':'))
         {
             return invalid(format!(
-                "{text:?} is no network; write a Docker network's name or id, or bridge:IFNAME"
+                "{text:?} is no network; write a Docker network's name or id, bridge:IFNAME, container:NAME, netns:PATH or pid:N"
             ));
+        }
+        if container {
+            return Ok(Self::Container(name.to_owned()));
         }
         Ok(Self::Docker(text.to_owned()))
     }
@@ -255,7 +296,49 @@ fn unix_path(path: &str, whole: &str) -> Result<PathBuf, Invalid> {
     Ok(PathBuf::from(path))
 }
 
-as_text!(Network, PortSpec);
+/// Version of the PROXY protocol: who connects is told in a header before the first byte, to services that read it
+/// (haproxy's doc/proxy-protocol.txt).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProxyProtocol {
+    /// A line of text.
+    V1,
+    /// Binary.
+    V2,
+}
+
+from_serde_name!(ProxyProtocol: "v1 or v2");
+
+/// Which process a number meant when a rule was made: numbers are given again.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProcessStart {
+    /// Clock ticks from boot to the process's start (field 22 of /proc/PID/stat, proc(5)).
+    pub ticks: u64,
+    /// Which boot (/proc/sys/kernel/random/boot_id).
+    pub boot: String,
+}
+
+impl fmt::Display for ProcessStart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.ticks, self.boot)
+    }
+}
+
+impl FromStr for ProcessStart {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        match text.split_once('@').map(|(ticks, boot)| (ticks.parse(), boot)) {
+            Some((Ok(ticks), boot)) => Ok(Self { ticks, boot: boot.to_owned() }),
+            _ => invalid(format!("{text:?} is no process's start; write TICKS@BOOT_ID")),
+        }
+    }
+}
+
+as_text!(Network, PortSpec, ProcessStart);
+
+/// Connections that a relay carries for one rule at a time, unless the rule or the limit of open files says less.
+pub const DEFAULT_CONNECTIONS: u32 = 16_384;
 
 /// A rule: containers of `network` that dial its gateway at `spec.port` reach `spec.target`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -272,6 +355,22 @@ pub struct Rule {
     /// Which way.
     #[serde(default, skip_serializing_if = "is_default")]
     pub path: PathChoice,
+    /// Connections at a time, at most; [`DEFAULT_CONNECTIONS`] if not said. Kept by relays alone, as all that follows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_connections: Option<NonZeroU32>,
+    /// A connection that has been without a byte for that long is reset.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional"
+    )]
+    pub idle_timeout: Option<Duration>,
+    /// Tell the service who connects.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// Which process, of a `pid:` network. The daemon fills it in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<ProcessStart>,
     /// The administrator's remark.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub comment: Option<String>,
@@ -293,6 +392,23 @@ impl Rule {
             && self.spec == other.spec
             && self.source == other.source
             && self.path == other.path
+            && self.max_connections == other.max_connections
+            && self.idle_timeout == other.idle_timeout
+            && self.proxy_protocol == other.proxy_protocol
+    }
+
+    /// Why the kernel cannot have the rule's connections, whatever listens.
+    pub fn needs_relay(&self) -> Option<&'static str> {
+        if self.network.is_namespace() {
+            return Some(
+                "the kernel steers what comes in on the host's bridges, not from inside a namespace",
+            );
+        }
+        if self.proxy_protocol.is_some() {
+            return Some("only a relay can send the PROXY protocol's header");
+        }
+        let limited = self.max_connections.is_some() || self.idle_timeout.is_some();
+        limited.then_some("only a relay can keep the rule's limits")
     }
 }
 
@@ -352,6 +468,22 @@ pub enum Refused {
         /// Which.
         id: RuleId,
     },
+    /// A rule that contradicts itself.
+    #[error("{id}: --path steer cannot be: {obstacle}; leave it away")]
+    NeedsRelay {
+        /// Which.
+        id: RuleId,
+        /// What keeps the kernel from serving it.
+        obstacle: &'static str,
+    },
+    /// A number that says nothing.
+    #[error(
+        "{id}: a process's number means nothing after its end; use `lbridge allow`, container:NAME or netns:PATH"
+    )]
+    ProcessUnknown {
+        /// Which.
+        id: RuleId,
+    },
     /// More than the kernel map holds.
     #[error("{count} rules are more than the {max} that can be in force")]
     TooMany {
@@ -390,6 +522,14 @@ impl Rules {
             if matches!(rule.spec.target, Target::Unix(_)) && rule.source == Source::Container {
                 return Err(Refused::NeedsLoopback { id });
             }
+            if let (PathChoice::Steer, Some(obstacle)) = (rule.path, rule.needs_relay()) {
+                return Err(Refused::NeedsRelay { id, obstacle });
+            }
+            if matches!(rule.network, Network::Process(_)) && rule.process.is_none() {
+                return Err(Refused::ProcessUnknown { id });
+            }
+            // What was for a process that had the number before it will never serve again.
+            rules.retain(|_, (other, _)| other.network != rule.network || other.process == rule.process);
             match rules.get(&id) {
                 Some((existing, Origin::Config)) if origin == Origin::Cli && !existing.same_effect(&rule) => {
                     return Err(Refused::ReadOnly { id });
@@ -438,7 +578,19 @@ impl Rule {
             PathChoice::Steer => "steer",
             PathChoice::Relay => "relay",
         };
-        format!("{} --source {source} --path {path}", self.spec)
+        let mut options = format!("{} --source {source} --path {path}", self.spec);
+        if let Some(max) = self.max_connections {
+            let _ = write!(options, " --max-connections {max}");
+        }
+        if let Some(idle) = self.idle_timeout {
+            let _ = write!(options, " --idle-timeout {}s", idle.as_secs_f64());
+        }
+        match self.proxy_protocol {
+            Some(ProxyProtocol::V1) => options += " --proxy-protocol v1",
+            Some(ProxyProtocol::V2) => options += " --proxy-protocol v2",
+            None => {}
+        }
+        options
     }
 }
 
@@ -456,6 +608,10 @@ mod tests {
             spec: spec(port),
             source: Source::Container,
             path: PathChoice::Auto,
+            max_connections: None,
+            idle_timeout: None,
+            proxy_protocol: None,
+            process: None,
             comment: None,
         }
     }
@@ -511,7 +667,15 @@ mod tests {
 
     #[test]
     fn networks() {
-        for text in ["app_net", "bridge:docker0", "0123456789ab", "a.b-c"] {
+        for text in [
+            "app_net",
+            "bridge:docker0",
+            "0123456789ab",
+            "a.b-c",
+            "container:web-1",
+            "netns:/run/netns/a b",
+            "pid:4711",
+        ] {
             assert_eq!(text.parse::<Network>().unwrap().to_string(), text);
         }
         for text in [
@@ -523,9 +687,18 @@ mod tests {
             "a b",
             "a\nb",
             "../x",
-            "container:x",
-            "netns:/x",
-            "pid:1",
+            "container:",
+            "container:a/b",
+            "container:a:b",
+            "netns:",
+            "netns:x",
+            "netns:/a\nb",
+            "pid:",
+            "pid:0",
+            "pid:-1",
+            "pid:+1",
+            "pid:2147483648",
+            "pid:self",
         ] {
             assert!(text.parse::<Network>().is_err(), "{text:?}");
         }
@@ -562,6 +735,38 @@ mod tests {
         ));
         let asked = Rule { source: Source::Loopback, ..unix };
         assert_eq!(Rules::default().allow([asked], Origin::Cli).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_only_a_relay_can_do_is_no_steering() {
+        let limited = Rule { max_connections: NonZeroU32::new(5), ..rule("a", "80") };
+        let idle = Rule { idle_timeout: Some(Duration::from_secs(60)), ..rule("a", "80") };
+        let told = Rule { proxy_protocol: Some(ProxyProtocol::V2), ..rule("a", "80") };
+        for only_relayed in [limited, idle, told] {
+            let steered = Rule { path: PathChoice::Steer, ..only_relayed };
+            let refused = Rules::default().allow([steered.clone()], Origin::Cli);
+            assert!(matches!(refused, Err(Refused::NeedsRelay { .. })), "{steered:?}");
+            let auto = Rule { path: PathChoice::Auto, ..steered };
+            assert!(Rules::default().allow([auto], Origin::Cli).is_ok());
+        }
+        let inside = Rule { path: PathChoice::Steer, ..rule("container:a", "80") };
+        assert!(matches!(Rules::default().allow([inside], Origin::Cli), Err(Refused::NeedsRelay { .. })));
+    }
+
+    #[test]
+    fn a_process_is_more_than_its_number() {
+        let born = |ticks| Some(ProcessStart { ticks, boot: "b".to_owned() });
+        assert!(matches!(
+            Rules::default().allow([rule("pid:7", "80")], Origin::Config),
+            Err(Refused::ProcessUnknown { .. })
+        ));
+        let first = Rule { process: born(1), ..rule("pid:7", "80") };
+        let rules = Rules::default().allow([first.clone()], Origin::Cli).unwrap();
+        assert_eq!(rules.allow([first], Origin::Cli).unwrap(), rules);
+        let second = Rule { process: born(2), source: Source::Loopback, ..rule("pid:7", "80") };
+        let rules = rules.allow([second.clone()], Origin::Cli).unwrap();
+        assert_eq!(rules.iter().map(|(_, rule, _)| rule).collect::<Vec<_>>(), [&second]);
+        assert_eq!("12@a-b".parse::<ProcessStart>().unwrap().to_string(), "12@a-b");
     }
 
     #[test]

@@ -1,32 +1,38 @@
-//! One relay: listens on the gateway, bound to the bridge; checks who comes; connects to the service.
+//! One relay: listens on the gateway, bound to the bridge, or on loopback in a namespace; checks who comes; connects to
+//! the service.
 
 use std::{
     future, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use anyhow::Context as _;
+use futures_util::FutureExt as _;
 use nix::sys::socket::{setsockopt, sockopt};
+use proxy_header::{ProxiedAddress, ProxyHeader};
 use rustix::{
-    net::sockopt::{set_ipv6_freebind, socket_cookie},
+    net::sockopt::socket_cookie,
     process::{Resource, getrlimit},
 };
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
+    io::{AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpSocket, TcpStream, UnixStream},
-    sync::{Semaphore, mpsc, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     time::{Instant, sleep, sleep_until, timeout},
 };
+use tokio_util::task::TaskTracker;
 
 use super::{PeerNames, splice, stand_in};
 use crate::planning::{
-    policy::{RelayKey, RelaySpec, Service},
-    rule::Source,
+    policy::{Clients, RelaySpec, Service},
+    rule::{ProxyProtocol, Source},
 };
 
 /// How long handshakes that began before the kernel took over may take to end.
@@ -35,18 +41,18 @@ const LINGER: Duration = Duration::from_secs(1);
 /// would only burn the CPU.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// As a busy service would have it; the kernel caps it at net.core.somaxconn.
-const BACKLOG: u32 = 4096;
+const BACKLOG: i32 = 4096;
 
-/// Refusals for want of places are logged that often.
-const REFUSAL_LOG: Duration = Duration::from_secs(60);
+/// What happens again and again is logged that often.
+const LOG_PAUSE: Duration = Duration::from_secs(60);
 /// How long a service on loopback may take to answer: it does at once, or its backlog is full.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections that one relay carries at a time, at most.
-const MAX_CONNECTIONS: usize = 4096;
-/// Descriptors of a connection: two sockets, and a pipe for each direction while it is in use.
-const DESCRIPTORS: usize = 6;
-/// Descriptors that connections leave to the rest of the daemon.
-const RESERVED_DESCRIPTORS: usize = 256;
+/// How often an idle time-out looks whether bytes have moved, of its length.
+const IDLE_LOOKS: u32 = 4;
+/// Descriptors of a connection: its two sockets.
+const DESCRIPTORS: usize = 2;
+/// Descriptors that connections leave to pipes and to the rest of the daemon.
+const RESERVED_DESCRIPTORS: usize = 1280;
 
 /// Whether a relay takes new connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,25 +61,66 @@ pub(super) enum Mode {
     Open,
     /// Only those that began before the kernel took over.
     Lingering,
+    /// Only those that wait to be accepted already.
+    Closing,
 }
 
-/// Places for connections, of one relay or of all.
-pub(super) type Places = Arc<Semaphore>;
-
-/// Places for the connections of all relays, as the limit of open files has it; and for those of one, which must leave
-/// some to the others.
-pub(super) fn places() -> (Places, usize) {
-    let limit =
-        getrlimit(Resource::Nofile).current.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
-    let all = (limit.saturating_sub(RESERVED_DESCRIPTORS) / DESCRIPTORS).clamp(1, Semaphore::MAX_PERMITS);
-    (Arc::new(Semaphore::new(all)), MAX_CONNECTIONS.min(all.div_ceil(2)))
+/// Places for connections, as the limit of open files has it.
+#[derive(Debug, Clone)]
+pub(super) struct Places {
+    all: Arc<Semaphore>,
+    /// How many of them one rule may take: some are left to the others.
+    of_one: u32,
 }
 
-/// Counts of one relay.
+impl Places {
+    pub(super) fn new() -> Self {
+        let limit = getrlimit(Resource::Nofile)
+            .current
+            .map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
+        let reserved = RESERVED_DESCRIPTORS.min(limit / 2);
+        let all = ((limit - reserved) / DESCRIPTORS).clamp(1, Semaphore::MAX_PERMITS);
+        let of_one = u32::try_from(all - all / 8).unwrap_or(u32::MAX);
+        Self { all: Arc::new(Semaphore::new(all)), of_one }
+    }
+
+    /// A place for a connection of a rule that may have `max`, and has those of `statistics`.
+    fn take(&self, statistics: &Arc<Statistics>, max: u32) -> Option<Place> {
+        let max = max.min(self.of_one);
+        let shared = self.all.clone().try_acquire_owned().ok()?;
+        let counted = statistics
+            .open
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |open| (open < max).then_some(open + 1));
+        counted.ok().map(|_| Place { _shared: shared, statistics: statistics.clone() })
+    }
+}
+
+/// A place for one connection, given back when it ends.
+struct Place {
+    _shared: OwnedSemaphorePermit,
+    statistics: Arc<Statistics>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.statistics.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Counts of one rule.
 #[derive(Debug, Default)]
 pub(super) struct Statistics {
-    /// Connections taken.
-    pub(super) connections: AtomicU64,
+    /// Connections that are open.
+    pub(super) open: AtomicU32,
+    /// Connections refused for want of a place.
+    pub(super) refused: AtomicU64,
+}
+
+/// What a relay is to do.
+#[derive(Debug)]
+pub(super) struct Orders {
+    pub(super) spec: RelaySpec,
+    pub(super) statistics: Arc<Statistics>,
 }
 
 /// What a relay needs of its surroundings.
@@ -85,125 +132,233 @@ pub(super) struct Surroundings {
     pub(super) wake: mpsc::Sender<()>,
     /// Places for the connections of all relays.
     pub(super) places: Places,
-    /// How many of them one relay may take.
-    pub(super) places_of_one: usize,
+    /// The connections of all relays.
+    pub(super) connections: TaskTracker,
 }
 
-/// Listens where `key` says. Both the address and the device are bound: the address alone would let in the LAN, which
-/// may route packets for it to the host (the weak host model).
-pub(super) fn bind(key: &RelayKey) -> anyhow::Result<TcpListener> {
-    let bind = || -> io::Result<TcpListener> {
-        let socket = if key.gateway.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        socket.bind_device(Some(key.interface.as_bytes()))?;
-        // An IPv6 address is tentative until the bridge has its first port, which is when it has its first container.
-        if key.gateway.is_ipv6() {
-            set_ipv6_freebind(&socket, true)?;
+/// Whether the namespace that a relay is for has gone; never, of the host's own.
+#[derive(Debug, Clone)]
+pub(super) struct Gone(pub(super) Option<watch::Receiver<bool>>);
+
+impl Gone {
+    async fn wait(&mut self) {
+        match &mut self.0 {
+            // The sender lives for as long as there are receivers.
+            Some(gone) => drop(gone.wait_for(|gone| *gone).await),
+            None => future::pending().await,
         }
-        // Connections of an earlier relay may be in TIME_WAIT on the port.
-        socket.set_reuseaddr(true)?;
-        socket.bind(key.gateway)?;
-        socket.listen(BACKLOG)
-    };
-    bind().map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            anyhow::anyhow!("{} is taken by another socket of the host (ss -ltnp shows it)", key.gateway)
-        }
-        _ => anyhow::Error::new(error).context(format!("cannot listen on {}", key.gateway)),
-    })
+    }
 }
 
-/// Accepts until told otherwise. Connections are tasks of their own, and outlive this one.
-pub(super) async fn serve(
-    socket: TcpListener,
-    specs: watch::Receiver<RelaySpec>,
-    mut modes: watch::Receiver<Mode>,
-    statistics: Arc<Statistics>,
-    surroundings: Surroundings,
-) {
-    let gateway = socket.local_addr().map(|address| address.ip().to_canonical()).ok();
-    let own_places = Arc::new(Semaphore::new(surroundings.places_of_one));
-    let (mut deadline, mut refused_at) = (None, None::<Instant>);
-    loop {
-        let end = async {
-            match deadline {
-                Some(deadline) => sleep_until(deadline).await,
-                None => future::pending().await,
-            }
-        };
-        tokio::select! {
-            accepted = socket.accept() => match accepted {
-                Ok((client, container)) => {
-                    let spec = specs.borrow().clone();
-                    // The host's own processes come from the gateway's address.
-                    if !spec.subnet.contains(container.ip()) || Some(container.ip().to_canonical()) == gateway {
-                        tracing::debug!("refused {container}: not an address of this network's containers");
-                        reset(&client);
-                        continue;
+/// Listens in this thread's network namespace. Both the address and the device are bound: the address alone would let in
+/// the LAN, which may route packets for it to the host (the weak host model).
+pub fn listen(address: SocketAddr, interface: &str) -> io::Result<std::net::TcpListener> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+    socket.bind_device(Some(interface.as_bytes()))?;
+    // An IPv6 address is tentative until the bridge has its first port, which is when it has its first container.
+    if address.is_ipv6() && !address.ip().is_loopback() {
+        socket.set_freebind_v6(true)?;
+    }
+    // Connections of an earlier relay may be in TIME_WAIT on the port.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// One relay at work.
+pub(super) struct Listener {
+    pub(super) socket: Arc<TcpListener>,
+    pub(super) orders: watch::Receiver<Arc<Orders>>,
+    pub(super) modes: watch::Receiver<Mode>,
+    pub(super) gone: Gone,
+    /// Connections that this relay took.
+    pub(super) taken: Arc<AtomicU64>,
+    pub(super) surroundings: Surroundings,
+}
+
+impl Listener {
+    /// Accepts until told otherwise. Connections are tasks of their own, and outlive this one.
+    pub(super) async fn serve(mut self) {
+        let own = self.socket.local_addr().map(|address| address.ip().to_canonical()).ok();
+        let (mut deadline, mut refused, mut failed) = (None, Pause::default(), Pause::default());
+        loop {
+            let end = async {
+                match deadline {
+                    Some(deadline) => sleep_until(deadline).await,
+                    None => future::pending().await,
+                }
+            };
+            tokio::select! {
+                accepted = self.socket.accept() => match accepted {
+                    Ok((client, peer)) => self.take(client, peer, own, &mut refused),
+                    Err(error) => {
+                        if failed.is_over() {
+                            tracing::warn!("cannot accept connections, trying again: {error}");
+                        }
+                        sleep(ACCEPT_BACKOFF).await;
                     }
-                    let place = own_places.clone().try_acquire_owned();
-                    let shared = surroundings.places.clone().try_acquire_owned();
-                    let (Ok(place), Ok(shared)) = (place, shared) else {
-                        if refused_at.is_none_or(|at| at.elapsed() >= REFUSAL_LOG) {
-                            tracing::warn!("refused {container} and maybe others: too many connections are open");
-                            refused_at = Some(Instant::now());
+                },
+                changed = self.modes.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let mode = *self.modes.borrow_and_update();
+                    deadline = match mode {
+                        Mode::Open => None,
+                        Mode::Lingering => Some(Instant::now() + LINGER),
+                        Mode::Closing => {
+                            while let Some(Ok((client, peer))) = self.socket.accept().now_or_never() {
+                                self.take(client, peer, own, &mut refused);
+                            }
+                            return;
                         }
-                        reset(&client);
-                        continue;
                     };
-                    statistics.connections.fetch_add(1, Ordering::Relaxed);
-                    let surroundings = surroundings.clone();
-                    tokio::spawn(async move {
-                        let _places = (place, shared);
-                        if let Err(error) = carry(client, container, spec, surroundings.names).await {
-                            tracing::debug!("{container}: {error:#}");
-                            let _ = surroundings.wake.try_send(());
-                        }
-                    });
                 }
-                Err(error) => {
-                    tracing::warn!("cannot accept a connection: {error}");
-                    sleep(ACCEPT_BACKOFF).await;
-                }
-            },
-            changed = modes.changed() => {
-                if changed.is_err() {
-                    return;
-                }
-                deadline = match *modes.borrow_and_update() {
-                    Mode::Open => None,
-                    Mode::Lingering => Some(Instant::now() + LINGER),
-                };
+                () = self.gone.wait() => return,
+                () = end => return,
             }
-            () = end => return,
         }
+    }
+
+    fn take(&self, client: TcpStream, peer: SocketAddr, own: Option<IpAddr>, refused: &mut Pause) {
+        let orders = self.orders.borrow().clone();
+        let Orders { spec, statistics } = &*orders;
+        let container = match spec.clients {
+            // The host's own processes come from the gateway's address.
+            Clients::Subnet(subnet)
+                if !subnet.contains(peer.ip()) || Some(peer.ip().to_canonical()) == own =>
+            {
+                tracing::debug!("refused {peer}: not an address of this network's containers");
+                return reset(&client);
+            }
+            Clients::Subnet(_) => peer,
+            Clients::Inside(told) => SocketAddr::new(told, peer.port()),
+        };
+        let Some(place) = self.surroundings.places.take(statistics, spec.max_connections) else {
+            statistics.refused.fetch_add(1, Ordering::Relaxed);
+            if refused.is_over() {
+                tracing::warn!(
+                    "refused {container}, and others for the next minute: too many connections are open"
+                );
+            }
+            return reset(&client);
+        };
+        self.taken.fetch_add(1, Ordering::Relaxed);
+        let (mut gone, surroundings) = (self.gone.clone(), self.surroundings.clone());
+        self.surroundings.connections.spawn(async move {
+            let _place = place;
+            tokio::select! {
+                carried = carry(client, container, &orders.spec, surroundings.names) => if let Err(error) = carried {
+                    tracing::debug!("{container}: {error:#}");
+                    let _ = surroundings.wake.try_send(());
+                },
+                // Both ends are reset: there is nobody left to read the rest.
+                () = gone.wait() => tracing::debug!("{container}: its namespace is gone"),
+            }
+        });
+    }
+}
+
+/// Keeps a thing that may happen a thousand times a second from being told as often.
+#[derive(Debug, Default)]
+struct Pause(Option<Instant>);
+
+impl Pause {
+    /// Whether the last time is long enough ago; this is one, then.
+    fn is_over(&mut self) -> bool {
+        let over = self.0.is_none_or(|last| last.elapsed() >= LOG_PAUSE);
+        if over {
+            self.0 = Some(Instant::now());
+        }
+        over
     }
 }
 
 async fn carry(
     client: TcpStream,
     container: SocketAddr,
-    spec: RelaySpec,
+    spec: &RelaySpec,
     names: Option<Arc<dyn PeerNames>>,
 ) -> anyhow::Result<()> {
     let traffic = splice::Traffic::default();
-    let outcome = match &spec.service {
+    let header = match spec.proxy_protocol {
+        Some(version) => proxy_header(version, container, client.local_addr()?)?,
+        None => vec![],
+    };
+    let ended = match &spec.service {
         Service::Tcp(address) => {
             let connected = connect(*address, container, spec.source, names).await;
-            let (service, _presented) = connected.inspect_err(|_| reset(&client))?;
-            splice::relay(client, service, &traffic).await
+            let (mut service, _presented) = connected.inspect_err(|_| reset(&client))?;
+            introduce(&mut service, &header).await.inspect_err(|_| reset(&client))?;
+            or_idle(splice::relay(client, service, &traffic), &traffic, spec.idle_timeout).await
         }
         Service::Unix(path) => {
-            let service = connect_unix(path).await.inspect_err(|_| reset(&client))?;
-            splice::relay(client, service, &traffic).await
+            let mut service = connect_unix(path).await.inspect_err(|_| reset(&client))?;
+            introduce(&mut service, &header).await.inspect_err(|_| reset(&client))?;
+            or_idle(splice::relay(client, service, &traffic), &traffic, spec.idle_timeout).await
         }
     };
     let (sent, received) = (traffic.to_service(), traffic.to_client());
-    let ended = match outcome {
-        splice::Outcome::Finished => "finished".to_owned(),
-        splice::Outcome::Reset(side) => format!("reset by the {side:?}"),
-        splice::Outcome::Failed(side, error) => format!("failed at the {side:?}: {error}"),
+    let ended = match ended {
+        Some(splice::Outcome::Finished) => "finished".to_owned(),
+        Some(splice::Outcome::Reset(side)) => format!("reset by the {side:?}"),
+        Some(splice::Outcome::Failed(side, error)) => format!("failed at the {side:?}: {error}"),
+        None => "idle for too long".to_owned(),
     };
     tracing::debug!("{container} to {:?}: {ended}, {sent} bytes there, {received} back", spec.service);
+    Ok(())
+}
+
+/// What `relaying` comes to; `None` if no byte moved for `limit`, or for up to a quarter longer. It is dropped then, which
+/// resets both ends.
+async fn or_idle<T>(
+    relaying: impl Future<Output = T>,
+    traffic: &splice::Traffic,
+    limit: Option<Duration>,
+) -> Option<T> {
+    let Some(limit) = limit else { return Some(relaying.await) };
+    let idle = async {
+        let (mut seen, mut looks) = (0, 0);
+        while looks < IDLE_LOOKS {
+            sleep(limit / IDLE_LOOKS).await;
+            let moved = traffic.to_service() + traffic.to_client();
+            looks = if moved == seen { looks + 1 } else { 0 };
+            seen = moved;
+        }
+    };
+    tokio::select! {
+        ended = relaying => Some(ended),
+        () = idle => None,
+    }
+}
+
+/// Tells the service who connects, in the PROXY protocol's header.
+fn proxy_header(version: ProxyProtocol, client: SocketAddr, dialled: SocketAddr) -> anyhow::Result<Vec<u8>> {
+    // Both are of one family there.
+    let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    let mapped = |address: SocketAddr| match address.ip() {
+        IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()),
+        IpAddr::V6(_) => address,
+    };
+    let (client, dialled) = (canonical(client), canonical(dialled));
+    let addresses = if client.is_ipv4() == dialled.is_ipv4() {
+        ProxiedAddress::stream(client, dialled)
+    } else {
+        ProxiedAddress::stream(mapped(client), mapped(dialled))
+    };
+    let (header, mut bytes) = (ProxyHeader::with_address(addresses), vec![]);
+    match version {
+        ProxyProtocol::V1 => header.encode_v1(&mut bytes),
+        ProxyProtocol::V2 => header.encode_v2(&mut bytes),
+    }
+    .map_err(|error| anyhow::anyhow!("cannot write the PROXY protocol's header: {error:?}"))?;
+    Ok(bytes)
+}
+
+async fn introduce(service: &mut (impl AsyncWrite + Unpin), header: &[u8]) -> anyhow::Result<()> {
+    timeout(CONNECT_TIMEOUT, service.write_all(header)).await.context("no answer")??;
     Ok(())
 }
 

@@ -4,11 +4,13 @@
 //! - [`listener`]: one of them: accepts, checks, connects;
 //! - [`splice`]: moves the bytes of one connection.
 
-mod listener;
+pub mod listener;
 pub mod set;
 mod splice;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use crate::planning::policy;
 
 /// Tells the service who is behind a relayed connection, where the kernel can (name hooks).
 pub trait PeerNames: Send + Sync + std::fmt::Debug {
@@ -20,17 +22,13 @@ pub trait PeerNames: Send + Sync + std::fmt::Debug {
     fn forget(&self, cookie: u64, relay_end: Option<SocketAddr>, container: SocketAddr);
 }
 
-/// The loopback address that a relay connects from in a container's stead: one of 127.128.0.0/9, by the container's
-/// address, never one that a service trusts as 127.0.0.1.
+/// The loopback address that a relay connects from in a container's stead, by the container's address.
 pub fn stand_in(container: IpAddr) -> Ipv4Addr {
-    let [a, b, c] = match container.to_canonical() {
+    policy::stand_in(match container.to_canonical() {
         IpAddr::V4(ip) => [ip.octets()[1], ip.octets()[2], ip.octets()[3]],
         // The interface identifier's end is what differs within a network.
         IpAddr::V6(ip) => [ip.octets()[13], ip.octets()[14], ip.octets()[15]],
-    };
-    // 127.255.255.255 is the broadcast address of 127/8, and cannot be bound.
-    let c = if (a | 0x80, b, c) == (255, 255, 255) { 254 } else { c };
-    Ipv4Addr::new(127, a | 0x80, b, c)
+    })
 }
 
 #[cfg(test)]
@@ -45,6 +43,7 @@ mod tests {
             ("10.255.255.255", "127.255.255.254"),
             ("::ffff:10.1.2.3", "127.129.2.3"),
             ("fd00::aa:1:203", "127.129.2.3"),
+            ("127.129.2.3", "127.129.2.3"),
         ] {
             assert_eq!(stand_in(container.parse().unwrap()).to_string(), stands_in, "{container}");
         }

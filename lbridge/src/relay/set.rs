@@ -1,30 +1,48 @@
 //! The relays that are open. Changed by the executor alone.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::{Arc, atomic::Ordering},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    future::Future,
+    net::TcpListener,
+    os::fd::{AsFd as _, BorrowedFd},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+use tokio_util::task::TaskTracker;
 
 use super::{
     PeerNames,
-    listener::{self, Mode, Statistics, Surroundings},
+    listener::{Gone, Listener, Mode, Orders, Places, Statistics, Surroundings},
 };
-use crate::planning::policy::{RelayKey, RelaySpec};
+use crate::planning::{
+    policy::{RelayKey, RelaySpec},
+    rule::RuleId,
+};
 
-/// Every relay of this daemon.
+/// Every relay of this process.
 #[derive(Debug)]
 pub struct RelaySet {
     relays: BTreeMap<RelayKey, Relay>,
+    /// Shared by the relays of a rule and by their connections, which may outlive them.
+    statistics: HashMap<RuleId, Weak<Statistics>>,
     surroundings: Surroundings,
 }
 
 #[derive(Debug)]
 struct Relay {
-    spec: watch::Sender<RelaySpec>,
+    orders: watch::Sender<Arc<Orders>>,
     mode: watch::Sender<Mode>,
-    statistics: Arc<Statistics>,
+    taken: Arc<AtomicU64>,
+    /// Shared with the task.
+    socket: Arc<tokio::net::TcpListener>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -35,34 +53,67 @@ impl Relay {
     }
 }
 
+/// What a relay has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Connections taken since it was opened.
+    pub connections: u64,
+    /// Connections of its rule that were refused for want of a place.
+    pub refused: u64,
+}
+
 impl RelaySet {
     /// Relays name their containers through `names`, where there is a way; `wake` gets a unit when a service turns out
-    /// not to be there.
+    /// not to be there, or a namespace has gone.
     pub fn new(names: Option<Arc<dyn PeerNames>>, wake: mpsc::Sender<()>) -> Self {
-        let (places, places_of_one) = listener::places();
-        Self { relays: BTreeMap::new(), surroundings: Surroundings { names, wake, places, places_of_one } }
+        let surroundings =
+            Surroundings { names, wake, places: Places::new(), connections: TaskTracker::new() };
+        Self { relays: BTreeMap::new(), statistics: HashMap::new(), surroundings }
     }
 
-    /// Listens, or relays otherwise from the next connection on where it does.
-    pub fn open(&mut self, key: &RelayKey, spec: RelaySpec) -> anyhow::Result<()> {
-        if let Some(relay) = self.relays.get(key).filter(|relay| !relay.task.is_finished()) {
-            relay.spec.send_replace(spec);
-            relay.mode.send_replace(Mode::Open);
-            return Ok(());
-        }
-        let socket = listener::bind(key)?;
-        let (spec, specs) = watch::channel(spec);
+    /// Relays otherwise from the next connection on, where a relay listens; else false.
+    pub fn change(&mut self, key: &RelayKey, spec: &RelaySpec) -> bool {
+        let orders = self.orders(spec.clone());
+        let Some(relay) = self.relays.get(key).filter(|relay| !relay.task.is_finished()) else {
+            return false;
+        };
+        relay.orders.send_replace(orders);
+        relay.mode.send_replace(Mode::Open);
+        true
+    }
+
+    /// Relays what connects to `socket`, which listens already. When `gone` comes to its end, so do the relay and its
+    /// connections, at once: nobody is there any more.
+    pub fn open(
+        &mut self,
+        key: &RelayKey,
+        spec: RelaySpec,
+        socket: TcpListener,
+        gone: Option<impl Future<Output = ()> + Send + 'static>,
+    ) -> anyhow::Result<()> {
+        let (sender, orders) = watch::channel(self.orders(spec));
         let (mode, modes) = watch::channel(Mode::Open);
-        let statistics = Arc::new(Statistics::default());
-        let task = tokio::spawn(listener::serve(
-            socket,
-            specs,
+        let taken = Arc::new(AtomicU64::new(0));
+        let socket = Arc::new(tokio::net::TcpListener::from_std(socket)?);
+        let listener = Listener {
+            socket: socket.clone(),
+            orders,
             modes,
-            statistics.clone(),
-            self.surroundings.clone(),
-        ));
-        self.relays.insert(key.clone(), Relay { spec, mode, statistics, task });
+            gone: Gone(gone.map(|gone| watch_for(gone, self.surroundings.wake.clone()))),
+            taken: taken.clone(),
+            surroundings: self.surroundings.clone(),
+        };
+        let task = tokio::spawn(listener.serve());
+        self.relays.insert(key.clone(), Relay { orders: sender, mode, taken, socket, task });
         Ok(())
+    }
+
+    fn orders(&mut self, spec: RelaySpec) -> Arc<Orders> {
+        self.statistics.retain(|_, statistics| statistics.strong_count() > 0);
+        let known = self.statistics.get(&spec.rule).and_then(Weak::upgrade);
+        let statistics = known.unwrap_or_default();
+        self.statistics.insert(spec.rule.clone(), Arc::downgrade(&statistics));
+        Arc::new(Orders { spec, statistics })
     }
 
     /// Stops listening; connections go on. Once the kernel has taken over, what is in the middle of its handshake is
@@ -73,17 +124,37 @@ impl RelaySet {
                 relay.mode.send_replace(Mode::Lingering);
             }
         } else if let Some(relay) = self.relays.remove(key) {
-            // The task owns the listening socket, not the connections. The port is free when this returns.
+            // The connections are tasks of their own. The port is free when this returns.
             relay.task.abort();
             let _ = relay.task.await;
         }
+    }
+
+    /// The sockets that listen.
+    pub fn sockets(&self) -> Vec<BorrowedFd<'_>> {
+        self.relays.values().filter(|relay| relay.is_open()).map(|relay| relay.socket.as_fd()).collect()
+    }
+
+    /// Stops listening everywhere, once what waits to be accepted has been, and returns when every connection has ended,
+    /// or after `limit`. Those that are left then are reset when their tasks are dropped. How many they are.
+    pub async fn drain(&mut self, limit: Duration) -> usize {
+        for relay in self.relays.values() {
+            relay.mode.send_replace(Mode::Closing);
+        }
+        for (_, relay) in std::mem::take(&mut self.relays) {
+            let _ = relay.task.await;
+        }
+        let connections = &self.surroundings.connections;
+        connections.close();
+        let _ = timeout(limit, connections.wait()).await;
+        connections.len()
     }
 
     /// What is open, and what it does.
     pub fn specs(&mut self) -> BTreeMap<RelayKey, RelaySpec> {
         self.relays.retain(|_, relay| !relay.task.is_finished());
         let open = self.relays.iter().filter(|(_, relay)| relay.is_open());
-        open.map(|(key, relay)| (key.clone(), relay.spec.borrow().clone())).collect()
+        open.map(|(key, relay)| (key.clone(), relay.orders.borrow().spec.clone())).collect()
     }
 
     /// Those that only complete what had begun when the kernel took over.
@@ -92,8 +163,31 @@ impl RelaySet {
         lingering.map(|(key, _)| key.clone()).collect()
     }
 
-    /// Connections relayed since it was opened.
-    pub fn connections(&self, key: &RelayKey) -> u64 {
-        self.relays.get(key).map_or(0, |relay| relay.statistics.connections.load(Ordering::Relaxed))
+    /// What a relay has done.
+    pub fn counts(&self, key: &RelayKey) -> Counts {
+        self.relays.get(key).map_or_else(Counts::default, |relay| Counts {
+            connections: relay.taken.load(Ordering::Relaxed),
+            refused: relay.orders.borrow().statistics.refused.load(Ordering::Relaxed),
+        })
     }
+}
+
+/// Whether `gone` has come to its end. Waits for it only for as long as somebody wants to know.
+fn watch_for(
+    gone: impl Future<Output = ()> + Send + 'static,
+    wake: mpsc::Sender<()>,
+) -> watch::Receiver<bool> {
+    let (sender, receiver) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! {
+            () = gone => {
+                sender.send_replace(true);
+                let _ = wake.try_send(());
+                // Whoever asks later must hear it, too.
+                sender.closed().await;
+            }
+            () = sender.closed() => {}
+        }
+    });
+    receiver
 }

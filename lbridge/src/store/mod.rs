@@ -7,6 +7,7 @@ use std::{
     io::{ErrorKind, Write as _},
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -46,6 +47,9 @@ pub struct Config {
     /// Rules, read-only to the CLI.
     #[serde(default, rename = "rule")]
     pub rules: Vec<Rule>,
+    /// How long relayed connections may take to end when the daemon is stopped (`"30s"`, `"2m"`).
+    #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
+    pub drain_timeout: Option<Duration>,
 }
 
 impl Store {

@@ -5,7 +5,7 @@ use super::Host;
 use crate::planning::{
     inventory::{ListenerKind, Steering},
     plan::{Step, plan},
-    policy::{Policy, resolve},
+    policy::{Place, Policy, resolve},
     reality::Reality,
     rule::{PathChoice, Source},
 };
@@ -68,9 +68,12 @@ fn listener() -> impl Strategy<Value = (&'static str, u16, ListenerKind)> {
     )
 }
 
+const NETWORKS: [&str; 8] =
+    ["app", "dual", "bridge:br-app", "bridge:br-dual", "gone", "container:c", "netns:/c", "pid:9"];
+
 fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, PathChoice)> {
     (
-        prop::sample::select(vec!["app", "dual", "bridge:br-app", "bridge:br-dual", "gone"]),
+        prop::sample::select(NETWORKS.to_vec()),
         80..84_u16,
         80..84_u16,
         prop::sample::select(vec![Source::Container, Source::Loopback]),
@@ -85,14 +88,19 @@ prop_compose! {
         interface_check in any::<bool>(),
         steers in prop::bool::weighted(0.9),
         names in prop::bool::weighted(0.9),
+        inside in prop::collection::vec((prop::sample::select(NETWORKS[5..].to_vec()), 1..3_u64, any::<bool>()), 0..3),
     ) -> Host {
         let mut host = Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
         for (address, port, kind) in listeners {
             host = host.listens_as(&format!("{address}:{port}"), kind);
         }
+        for (network, inode, v6) in inside {
+            host = host.namespace(network, inode, if v6 { &["127.0.0.1", "::1"] } else { &["127.0.0.1"] });
+        }
         let mut seen = std::collections::BTreeSet::new();
         for (network, port, target, source, path) in rules.into_values() {
-            if seen.insert((network, port)) {
+            let refused = path == PathChoice::Steer && NETWORKS[5..].contains(&network);
+            if !refused && seen.insert((network, port)) {
                 host = host.allow_with(network, &format!("{port}={target}"), source, path);
             }
         }
@@ -119,7 +127,9 @@ proptest! {
             prop_assert_eq!(&reality.relays, &policy.relays);
             for entry in policy.entries.keys() {
                 let relayed = policy.relays.keys().any(|k| {
-                    lbridge_common::wire::Address::from(k.gateway.ip()) == entry.gateway && k.gateway.port() == entry.port
+                    matches!(k.place, Place::Bridge { .. })
+                        && lbridge_common::wire::Address::from(k.address.ip()) == entry.gateway
+                        && k.address.port() == entry.port
                 });
                 prop_assert!(!relayed, "an entry would take the relay's connections");
             }

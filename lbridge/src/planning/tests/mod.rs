@@ -7,10 +7,11 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::{
     inventory::{
-        Abilities, DockerNetwork, DockerPresence, Interface, Inventory, Listener, ListenerKind, Steering,
+        Abilities, Absence, DockerNetwork, DockerPresence, Entrance, Interface, Inventory, Listener,
+        ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering,
     },
-    policy::{Policy, State, resolve},
-    rule::{Origin, PathChoice, Rule, Rules, Source},
+    policy::{Place, Policy, State, resolve},
+    rule::{Origin, PathChoice, ProcessStart, Rule, Rules, Source},
 };
 
 /// A host to be described step by step.
@@ -60,6 +61,25 @@ impl Host {
         self
     }
 
+    /// What a rule's `network` leads to: a namespace, by its inode, with these loopback addresses.
+    fn namespace(mut self, network: &str, inode: u64, loopback: &[&str]) -> Self {
+        let namespace = Namespace {
+            key: NamespaceKey {
+                id: NamespaceId { device: 4, inode },
+                entrance: Entrance::Path(format!("/run/{network}").into()),
+            },
+            loopback: loopback.iter().map(|ip| ip.parse().unwrap()).collect(),
+            address: None,
+        };
+        self.inventory.namespaces.insert(network.parse().unwrap(), Ok(namespace));
+        self
+    }
+
+    fn no_namespace(mut self, network: &str, why: Absence) -> Self {
+        self.inventory.namespaces.insert(network.parse().unwrap(), Err(why));
+        self
+    }
+
     fn listens(self, address: &str) -> Self {
         self.listens_as(address, ListenerKind::Tcp)
     }
@@ -82,7 +102,11 @@ impl Host {
             spec: port.parse().unwrap(),
             source,
             path,
+            max_connections: None,
+            idle_timeout: None,
+            proxy_protocol: None,
             comment: None,
+            process: network.starts_with("pid:").then(|| ProcessStart { ticks: 1, boot: String::new() }),
         };
         self.rules = self.rules.allow([rule], Origin::Cli).unwrap();
         self
@@ -101,7 +125,7 @@ impl Host {
             }
             for gateway in rule.gateways {
                 lines.push(line(
-                    &gateway.relay_key.gateway.to_string(),
+                    &gateway.relay_key.address.to_string(),
                     gateway.outcome.state,
                     gateway.outcome.why,
                 ));
@@ -109,6 +133,10 @@ impl Host {
         }
         lines
     }
+}
+
+fn br_app() -> Place {
+    Place::Bridge { interface: "br-app".to_owned(), ifindex: 7 }
 }
 
 fn line(what: &str, state: State, why: Option<String>) -> String {

@@ -2,13 +2,13 @@ use std::net::IpAddr;
 
 use lbridge_common::wire::{Address, Endpoint};
 
-use super::Host;
+use super::{Host, br_app};
 use crate::planning::{
-    inventory::{DockerPresence, ListenerKind, Steering},
+    inventory::{Absence, DockerPresence, ListenerKind, Steering},
     plan::{Step, plan},
-    policy::{RelayKey, Service},
+    policy::{Clients, RelayKey, Service},
     reality::Reality,
-    rule::{PathChoice, Source},
+    rule::{Origin, PathChoice, Rules, Source},
 };
 
 const MPTCP: &str =
@@ -224,8 +224,7 @@ fn an_ambiguous_name_opens_nothing() {
 
 #[test]
 fn a_relay_that_lingers_is_closed_by_deny() {
-    let key =
-        RelayKey { gateway: "172.18.0.1:80".parse().unwrap(), interface: "br-app".to_owned(), ifindex: 7 };
+    let key = RelayKey { address: "172.18.0.1:80".parse().unwrap(), place: br_app() };
     let lingers = Reality { lingering: [key.clone()].into(), ..Reality::default() };
     assert_eq!(plan(&Host::new().policy(), &lingers), [Step::CloseRelay { key, handed_over: false }]);
 }
@@ -284,7 +283,81 @@ fn the_order_of_steps_leaves_no_gap() {
 
     // Denied: at once.
     let denied = plan(&Host::new().policy(), &in_force(&mptcp));
-    let key =
-        RelayKey { gateway: "172.18.0.1:80".parse().unwrap(), interface: "br-app".to_owned(), ifindex: 7 };
+    let key = RelayKey { address: "172.18.0.1:80".parse().unwrap(), place: br_app() };
     assert_eq!(denied[0], Step::CloseRelay { key, handed_over: false });
+}
+
+#[test]
+fn localhost_inside_a_namespace_is_relayed() {
+    let host = Host::new().listens("127.0.0.1:80").listens("[::1]:81");
+    let host = host.namespace("container:c", 9, &["127.0.0.1", "::1"]);
+    let host = host.allow("container:c", "80").allow("container:c", "81").allow("container:c", "82");
+    assert_eq!(
+        host.states(),
+        [
+            "127.0.0.1:80 relayed (on localhost inside)",
+            "[::1]:80 relayed (on localhost inside)",
+            "127.0.0.1:81 relayed (on localhost inside)",
+            "[::1]:81 relayed (on localhost inside)",
+            "127.0.0.1:82 waiting (nothing listens on 127.0.0.1:82)",
+            "[::1]:82 waiting (nothing listens on [::1]:82)",
+        ]
+    );
+    let policy = host.policy();
+    assert!(policy.entries.is_empty() && policy.relays.len() == 4);
+}
+
+#[test]
+fn who_is_inside_is_never_127_0_0_1_to_the_service() {
+    let told = |host: &Host| match host.policy().relays.into_values().next().unwrap().clients {
+        Clients::Inside(ip) => ip,
+        Clients::Subnet(subnet) => panic!("{subnet:?}"),
+    };
+    let host = Host::new().listens("127.0.0.1:80").namespace("netns:/a", 0xf000_0123, &["127.0.0.1"]);
+    let mut host = host.allow("netns:/a", "80");
+    assert_eq!(told(&host).to_string(), "127.128.1.35");
+    for namespace in host.inventory.namespaces.values_mut() {
+        namespace.as_mut().unwrap().address = Some("172.18.0.9".parse().unwrap());
+    }
+    assert_eq!(told(&host).to_string(), "172.18.0.9", "what Docker says");
+}
+
+#[test]
+fn a_namespace_is_one_whichever_way_leads_there() {
+    let host = Host::new().listens("127.0.0.1:80");
+    let host = host.namespace("container:a", 9, &["127.0.0.1"]).namespace("pid:7", 9, &["127.0.0.1"]);
+    let host = host.allow("container:a", "80").allow("pid:7", "80");
+    assert_eq!(
+        host.states(),
+        [
+            "127.0.0.1:80 relayed (on localhost inside)",
+            "127.0.0.1:80 blocked (another rule has 127.0.0.1:80 in that namespace already)",
+        ]
+    );
+}
+
+#[test]
+fn a_namespace_that_is_not_there_is_waited_for() {
+    let host = Host::new().listens("127.0.0.1:80").namespace("pid:7", 9, &[]);
+    let host = host.no_namespace("container:a", Absence::NotThere("no container a".to_owned()));
+    let host = host.no_namespace("netns:/a", Absence::Unsuitable("/a is no namespace".to_owned()));
+    let host = host.allow("container:a", "80").allow("netns:/a", "80").allow("pid:7", "80");
+    assert_eq!(
+        host.states(),
+        [
+            "container:a 80 waiting (no container a)",
+            "netns:/a 80 blocked (/a is no namespace)",
+            "pid:7 80 waiting (its loopback interface is down; run `ip link set lo up` inside)",
+        ]
+    );
+}
+
+#[test]
+fn what_only_a_relay_can_do_is_relayed() {
+    let host = Host::new().listens("127.0.0.1:80").allow("app", "80");
+    let mut rule = host.rules.iter().next().unwrap().1.clone();
+    rule.max_connections = std::num::NonZeroU32::new(5);
+    let host = Host { rules: Rules::default().allow([rule], Origin::Cli).unwrap(), ..host };
+    assert_eq!(host.states(), ["172.18.0.1:80 relayed (only a relay can keep the rule's limits)"]);
+    assert_eq!(host.policy().relays.into_values().next().unwrap().max_connections, 5);
 }

@@ -1,0 +1,124 @@
+//! Listening sockets, from one daemon to the next: a service manager that keeps descriptors (`FileDescriptorStoreMax=`,
+//! systemd.service(5)) has them in between. Connections that come meanwhile wait in their backlog; none is refused.
+
+use std::{
+    io,
+    net::TcpListener,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    time::Duration,
+};
+
+use nix::{
+    fcntl::OFlag,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd::pipe2,
+};
+use rustix::net::sockopt;
+use sd_notify::NotifyState;
+
+use crate::{
+    host::netns,
+    planning::{
+        inventory::NamespaceId,
+        policy::{Place, RelayKey},
+    },
+};
+
+/// What the manager calls them.
+const NAME: &str = "relay";
+/// Descriptors in one message; the kernel takes 253 (SCM_MAX_FD, include/net/scm.h).
+const BATCH: usize = 128;
+/// A manager that takes longer to say that it has them is not waited for.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// Sockets of the daemon before this one that no relay has taken yet.
+#[derive(Debug, Default)]
+pub(super) struct Inherited(Vec<OwnedFd>);
+
+impl Inherited {
+    /// What the manager has passed on. It is asked to forget them: what it held, too, would go on listening after a `deny`.
+    pub(super) fn take() -> Self {
+        let passed = sd_notify::listen_fds_with_names().map(Iterator::collect::<Vec<_>>);
+        let passed = passed.unwrap_or_else(|error| {
+            tracing::warn!("sockets that the service manager passed on are of no use: {error}");
+            vec![]
+        });
+        if passed.is_empty() {
+            return Self::default();
+        }
+        let _ = sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(NAME)]);
+        let own = passed.into_iter().filter(|(_, name)| name == NAME);
+        // SAFETY: the manager opened these for this process, and nothing else here knows of them: this is called once.
+        Self(own.map(|(fd, _)| unsafe { OwnedFd::from_raw_fd(fd) }).collect())
+    }
+
+    /// The socket that listens there, if there is one.
+    pub(super) fn find(&mut self, key: &RelayKey, host: NamespaceId) -> Option<TcpListener> {
+        let position = self.0.iter().position(|socket| is_at(socket, key, host).unwrap_or(false))?;
+        let socket = TcpListener::from(self.0.swap_remove(position));
+        socket.set_nonblocking(true).is_ok().then_some(socket)
+    }
+
+    /// Stops listening where nobody has taken over.
+    pub(super) fn close(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// Whether a socket listens where a relay is to. Asked of the kernel: a name would be only what was true when it was given.
+fn is_at(socket: &OwnedFd, key: &RelayKey, host: NamespaceId) -> io::Result<bool> {
+    let address = std::net::SocketAddr::try_from(rustix::net::getsockname(socket)?)?;
+    if !sockopt::socket_acceptconn(socket)? || address != key.address {
+        return Ok(false);
+    }
+    let socket_ref = socket2::SockRef::from(socket);
+    let bound = socket_ref.device()?.unwrap_or_default();
+    let namespace = netns::id_of(&netns_of(socket)?)?;
+    Ok(match &key.place {
+        Place::Bridge { interface, ifindex } => {
+            namespace == host
+                && bound == interface.as_bytes()
+                && nix::net::if_::if_nametoindex(interface.as_str())? == *ifindex
+        }
+        Place::Namespace(wanted) => namespace == wanted.id && bound == key.place.interface().as_bytes(),
+    })
+}
+
+/// The network namespace of a socket.
+fn netns_of(socket: &impl AsFd) -> io::Result<OwnedFd> {
+    // SIOCGSKNS (include/uapi/linux/sockios.h), which takes no argument and gives a descriptor.
+    const SIOCGSKNS: libc::Ioctl = 0x894c;
+    // SAFETY: the request takes no argument.
+    let fd = nix::errno::Errno::result(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), SIOCGSKNS) })?;
+    // SAFETY: the kernel has just opened it for this call.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Gives listening sockets to the service manager, for the daemon that it starts next. Where there is none, or it keeps
+/// nothing, they are closed with this process.
+pub(super) fn keep(sockets: &[BorrowedFd<'_>]) {
+    if sockets.is_empty() || std::env::var_os("NOTIFY_SOCKET").is_none() {
+        return;
+    }
+    for batch in sockets.chunks(BATCH) {
+        if let Err(error) =
+            sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(NAME)], batch)
+        {
+            tracing::warn!("the service manager does not take listening sockets: {error}");
+            return;
+        }
+    }
+    if let Err(error) = wait_until_taken() {
+        tracing::warn!("the service manager may not have taken the listening sockets: {error}");
+    }
+}
+
+/// The manager closes its end of a pipe once it has read everything before it (sd_notify_barrier(3)).
+fn wait_until_taken() -> io::Result<()> {
+    let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
+    sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
+    drop(theirs);
+    let limit = PollTimeout::try_from(ANSWER).unwrap_or(PollTimeout::MAX);
+    let closed = poll(&mut [PollFd::new(ours.as_fd(), PollFlags::empty())], limit)?;
+    if closed == 0 { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+}
