@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::{
         fd::{AsFd, AsRawFd as _, OwnedFd},
         unix::net::UnixDatagram,
@@ -16,9 +16,11 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use nix::{
     errno::Errno,
+    ifaddrs::getifaddrs,
+    net::if_::InterfaceFlags,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CloneFlags, setns},
-    sys::socket::getsockopt,
+    sys::socket::{SockaddrStorage, getsockopt},
 };
 use rustix::{
     fs::{FsWord, Mode, OFlags, fstat, fstatfs, open},
@@ -108,11 +110,21 @@ impl Namespace {
         })
     }
 
-    /// The loopback addresses that can be listened on inside. Tried, not read: what an interface has, and whether it is
-    /// up, comes to this.
+    /// The loopback addresses that can be dialled inside: 127.0.0.1 and ::1, as far as `lo` has them and is up. To try and
+    /// bind them would not tell: `lo` keeps 127.0.0.1 while it is down.
     pub fn loopback(&self) -> anyhow::Result<Vec<IpAddr>> {
-        let addresses = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
-        self.within(|| addresses.into_iter().filter(|ip| UdpSocket::bind((*ip, 0)).is_ok()).collect())
+        let there = self.within(|| -> nix::Result<Vec<IpAddr>> {
+            let lo = getifaddrs()?
+                .filter(|of| of.interface_name == "lo" && of.flags.contains(InterfaceFlags::IFF_UP));
+            let ip = |address: SockaddrStorage| {
+                let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+                v4.or(address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+            };
+            Ok(lo.filter_map(|of| ip(of.address?)).collect())
+        })?;
+        let there = there.context("cannot list interfaces")?;
+        let localhost = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+        Ok(localhost.into_iter().filter(|ip| there.contains(ip)).collect())
     }
 
     /// Waits until its entrance has closed: the process has ended, or the path leads elsewhere. The namespace itself is

@@ -317,10 +317,26 @@ impl Daemon {
 
     /// SIGTERM; returns the exit status when the process is gone.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
-        let process = self.process.as_mut().context("no daemon to terminate")?;
-        self.log.note("[harness] SIGTERM");
-        kill(Pid::from_raw(process.id().cast_signed()), Signal::SIGTERM)?;
-        let status = patience::until("the daemon ends after SIGTERM", || Ok(process.try_wait()?))?;
+        self.signal(Signal::SIGTERM)?;
+        self.wait_for_end()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = self.pid().context("no daemon to signal")?;
+        self.log.note(&format!("[harness] {signal}"));
+        Ok(kill(Pid::from_raw(pid.cast_signed()), signal)?)
+    }
+
+    /// Whether the process has not ended.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.process.as_mut().context("no daemon")?.try_wait()?.is_none())
+    }
+
+    /// Waits until the process has ended by itself, or by a signal; its exit status.
+    pub fn wait_for_end(&mut self) -> Result<ExitStatus> {
+        let process = self.process.as_mut().context("no daemon to wait for")?;
+        let status = patience::until("the daemon ends", || Ok(process.try_wait()?))?;
         self.process = None;
         Ok(status)
     }

@@ -1,7 +1,9 @@
 //! lbridge on a kernel: real hooks in network namespaces, bridges without Docker.
 
+mod inside;
 mod isolation;
 mod lifecycle;
+mod limits;
 mod listeners;
 mod names;
 mod relay;
@@ -18,6 +20,8 @@ pub(crate) fn suite() -> Suite {
         relay::tests(),
         names::tests(),
         lifecycle::tests(),
+        inside::tests(),
+        limits::tests(),
     ];
     Suite::new(needs, tests.concat())
 }
