@@ -316,7 +316,12 @@ impl Resolver<'_> {
             Network::Docker(name) => match find_networks(&self.inventory.docker_networks, name)[..] {
                 [] => return Err(self.unknown_network(name)),
                 [network] => network.bridge.as_ref().ok_or_else(|| {
-                    let why = format!("driver {} gives the host no bridge", network.driver);
+                    let why = match network.driver.as_str() {
+                        "host" => "its containers are in the host's own namespace, where localhost is the host's".to_owned(),
+                        driver => format!(
+                            "driver {driver} gives the host no bridge; allow its containers one by one: container:NAME"
+                        ),
+                    };
                     Outcome::because(State::Blocked, why)
                 })?,
                 [..] => {
