@@ -6,7 +6,8 @@ use crate::bpf_toolchain::{self, Toolchain};
 use crate::{apt, kernels};
 
 /// What the suites use, apart from the toolchain of the kernel programs.
-const PACKAGES: [&str; 11] = [
+const PACKAGES: [&str; 13] = [
+    "bubblewrap",     // sandboxes of users
     "busybox-static", // the containers' image, and the virtual machines' user space
     "cpio",           // their initial file systems
     "curl",           // a client that is not ours
@@ -17,6 +18,7 @@ const PACKAGES: [&str; 11] = [
     "nftables",
     "qemu-system-x86",
     "socat",
+    "strace",   // a tracer that is there already
     "xz-utils", // kernel modules are compressed
 ];
 

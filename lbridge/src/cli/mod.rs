@@ -5,6 +5,7 @@ mod allow;
 mod completions;
 mod deny;
 mod list;
+mod relay;
 mod render;
 mod run;
 mod status;
@@ -66,6 +67,8 @@ enum Command {
     List(OutputArgs),
     /// Show what becomes of each rule, as observed
     Status(OutputArgs),
+    /// Bridge a sandbox of your own (bwrap, unshare), in the foreground, without the daemon and without root
+    Relay(relay::RelayArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }
@@ -118,6 +121,7 @@ pub fn main() -> ExitCode {
         Command::Deny(args) => block_on(deny::handle(args, &client)),
         Command::List(args) => block_on(list::handle(&args, &client)),
         Command::Status(args) => block_on(status::handle(&args, &client)),
+        Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
         Command::Completions(args) => {
             completions::handle(&args, &mut Cli::command());
             Ok(())
@@ -125,12 +129,13 @@ pub fn main() -> ExitCode {
     };
     match done {
         Ok(()) => Exit::Done.into(),
-        Err(failure) => {
-            // One line, whatever a message holds.
-            eprintln!("lbridge: {}", failure.message.replace(['\n', '\r'], " "));
-            failure.exit.into()
-        }
+        Err(failure) => failed(&failure),
     }
+}
+
+fn failed(failure: &Failure) -> ExitCode {
+    render::error(&failure.message);
+    failure.exit.into()
 }
 
 /// Help goes to standard output; of an error the one line that says what is wrong, where clap prints a paragraph.

@@ -27,6 +27,11 @@ fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
+/// What went wrong: one line, whatever the message holds.
+pub(super) fn error(message: &str) {
+    eprintln!("lbridge: {}", shown(&message.replace(['\n', '\r'], " ")));
+}
+
 /// JSON, for programs.
 pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
     let mut text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;

@@ -29,7 +29,6 @@ use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
 };
-use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -41,6 +40,7 @@ use crate::{
     host::{interfaces::Interfaces, netns::HostNetns},
     kernel::loader::Kernel,
     planning::rule::{Origin, Refused, Rules},
+    relay,
     store::{Config, Store},
 };
 use reconciler::{Reconciler, containers};
@@ -93,7 +93,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let _lock = lock(&options)?;
     let socket = ControlSocket::bind(&options.socket)?;
 
-    raise_descriptor_limit();
+    relay::raise_descriptor_limit();
     let netns = HostNetns::open()?;
     let cgroup = match options.cgroup {
         Some(path) => path,
@@ -176,16 +176,6 @@ fn contradiction(refused: &Refused, options: &Options) -> anyhow::Error {
             "{config} allows {id}, {rules} does otherwise; remove the rule from one of them, then start again"
         ),
         other => anyhow::anyhow!("{config} and {rules}: {other}"),
-    }
-}
-
-/// A relayed connection takes two descriptors, or four; the soft limit is 1,024 nearly everywhere, for the sake of
-/// programs that use select(2).
-fn raise_descriptor_limit() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!("the limit of open files stays: {error}");
     }
 }
 

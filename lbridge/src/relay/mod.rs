@@ -10,6 +10,8 @@ mod splice;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use rustix::process::{Resource, getrlimit, setrlimit};
+
 use crate::planning::policy;
 
 /// Tells the service who is behind a relayed connection, where the kernel can (name hooks).
@@ -29,6 +31,16 @@ pub fn stand_in(container: IpAddr) -> Ipv4Addr {
         // The interface identifier's end is what differs within a network.
         IpAddr::V6(ip) => [ip.octets()[13], ip.octets()[14], ip.octets()[15]],
     })
+}
+
+/// A relayed connection takes two descriptors, or four; the soft limit is 1,024 nearly everywhere, for the sake of
+/// programs that use select(2).
+pub fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!("the limit of open files stays: {error}");
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,82 @@
+//! `lbridge relay`: in the foreground, without the daemon and without privileges.
+
+use std::{
+    ffi::OsString, io::IsTerminal as _, num::NonZeroU32, path::PathBuf, process::ExitCode, time::Duration,
+};
+
+use clap::{ArgGroup, Args};
+use tracing_subscriber::EnvFilter;
+
+use super::{Exit, Failure, Ports, parse_ports, parse_proxy_protocol, parse_source, parse_time, render};
+use crate::{
+    foreground::{self, Options, Place},
+    planning::rule::{ProxyProtocol, Source},
+    sandbox::launch::NotStarted,
+};
+
+/// Arguments of `lbridge relay`.
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "lbridge relay [OPTIONS] PORT... -- COMMAND...\n       lbridge relay [OPTIONS] --pid PID PORT...\n       lbridge relay [OPTIONS] --netns PATH PORT...",
+    group = ArgGroup::new("place").required(true).args(["pid", "netns", "command"]),
+)]
+pub(super) struct RelayArgs {
+    /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path or 8000-8010
+    #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
+    ports: Vec<Ports>,
+    /// The sandbox that this process, or the first of its descendants that has one, is in
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    pid: Option<u32>,
+    /// The sandbox whose network namespace is at this path
+    #[arg(long, value_name = "PATH")]
+    netns: Option<PathBuf>,
+    /// What the service sees: an address that stands for the sandbox, or 127.0.0.1, which it may trust
+    #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
+    source: Source,
+    /// Connections to a port at a time, at most
+    #[arg(long, value_name = "N")]
+    max_connections: Option<NonZeroU32>,
+    /// Reset a connection that has been without a byte for that long (30s, 10m, 2h)
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    idle_timeout: Option<Duration>,
+    /// Tell the service who connects in the PROXY protocol's header
+    #[arg(long, value_parser = parse_proxy_protocol, value_name = "v1|v2")]
+    proxy_protocol: Option<ProxyProtocol>,
+    /// Start this, find the sandbox that it makes, and have the ports ready before its program runs
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// The exit status is the command's, if there is one.
+pub(super) fn handle(args: RelayArgs) -> Result<ExitCode, Failure> {
+    // The command's own output is not to be mixed with ours while all is well.
+    let level = if args.command.is_empty() { "info" } else { "warn" };
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_env("LBRIDGE_LOG").unwrap_or_else(|_| EnvFilter::new(level)))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+    let place = match (args.pid, args.netns) {
+        (Some(pid), _) => Place::Process(pid),
+        (None, Some(path)) => Place::Path(path),
+        (None, None) => Place::Command(args.command),
+    };
+    let options = Options {
+        place,
+        ports: args.ports.into_iter().flat_map(|Ports(specs)| specs).collect(),
+        source: args.source,
+        max_connections: args.max_connections,
+        idle_timeout: args.idle_timeout,
+        proxy_protocol: args.proxy_protocol,
+    };
+    options.check().map_err(|message| Failure { exit: Exit::Usage, message })?;
+    foreground::run(&options).map(ExitCode::from).or_else(|error| match error.downcast_ref::<NotStarted>() {
+        Some(not_started) => {
+            let status = not_started.exit_status();
+            render::error(&format!("{error:#}"));
+            Ok(status.into())
+        }
+        None => Err(error.into()),
+    })
+}

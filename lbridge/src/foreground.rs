@@ -1,0 +1,326 @@
+//! `lbridge relay`: the daemon's loop on a small scale, for one sandbox, without privileges and without a kernel half. Looks,
+//! decides with the same planning, opens and closes relays. Beside the daemon the only room that sees several shells.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    future::Pending,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroU32,
+    os::{fd::OwnedFd, unix::process::ExitStatusExt as _},
+    path::PathBuf,
+    process::ExitStatus,
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow};
+use tokio::{
+    io::unix::AsyncFd,
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    time::{Instant, sleep, sleep_until},
+};
+
+use crate::{
+    host::{
+        listeners,
+        netns::{self, HostNetns},
+    },
+    planning::{
+        inventory::{Abilities, Absence, Entrance, Inventory, Namespace, NamespaceKey},
+        plan::{Step, plan},
+        policy::{RelayKey, RelaySpec, State, resolve},
+        reality::Reality,
+        rule::{Network, Origin, PathChoice, PortSpec, ProxyProtocol, Rule, Rules, Source, Target},
+    },
+    relay::{self, set::RelaySet},
+    sandbox::{
+        door::Door,
+        find,
+        launch::{self, Started},
+    },
+};
+
+/// Without the daemon's events looking is the only way to know of services that come and go.
+const POLL: Duration = Duration::from_millis(500);
+/// Least distance between two looks that a relay asks for.
+const BREATH: Duration = Duration::from_millis(50);
+
+/// How long relayed connections may take to end after SIGTERM.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Which sandbox.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// That of a process, or of the first of its descendants that is in one.
+    Process(u32),
+    /// A network namespace's file.
+    Path(PathBuf),
+    /// The one that a command makes.
+    Command(Vec<OsString>),
+}
+
+/// What `lbridge relay` was told.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Which sandbox.
+    pub place: Place,
+    /// Its ports.
+    pub ports: Vec<PortSpec>,
+    /// What services see.
+    pub source: Source,
+    /// Connections to a port at a time, at most.
+    pub max_connections: Option<NonZeroU32>,
+    /// A connection that has been without a byte for that long is reset.
+    pub idle_timeout: Option<Duration>,
+    /// Tell the service who connects.
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// Relays until the sandbox has ended, or a signal asks for it. The exit status is the command's, where there is one: 128
+/// and the signal's number if that ended it.
+pub fn run(options: &Options) -> anyhow::Result<u8> {
+    match &options.place {
+        Place::Command(command) => run_command(options, command),
+        Place::Process(pid) => {
+            let found = find::namespace_of(*pid)?;
+            let entrance = Entrance::Process { pid: found.pid, cgroup: None };
+            attach(options, &entrance, Network::Process(found.pid))
+        }
+        Place::Path(path) => attach(options, &Entrance::Path(path.clone()), Network::Netns(path.clone())),
+    }
+}
+
+fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
+    let held = match launch::launch(command)? {
+        Started::Held(held) => held,
+        Started::Ended(status) => {
+            tracing::warn!(
+                "the command has ended, and made no network namespace that a port could be opened in"
+            );
+            return Ok(exit_status(status));
+        }
+    };
+    // Not before: the command has its own limit.
+    relay::raise_descriptor_limit();
+    // Everything is open before the command goes on.
+    let door = Door::open(&held.netns())?;
+    let entrance = Entrance::Process { pid: held.pid(), cgroup: None };
+    let key = NamespaceKey { id: netns::id_of(&held.netns())?, entrance };
+    let runtime = runtime()?;
+    let mut bridge = runtime.block_on(async {
+        let mut bridge = Bridge::new(door, key, Network::Process(held.pid()), options)?;
+        bridge.pass().await?;
+        anyhow::Ok(bridge)
+    })?;
+    let child = held.release()?;
+    runtime.block_on(bridge.run(ended(child.pidfd().try_clone_to_owned()?)))??;
+    Ok(exit_status(child.wait()?))
+}
+
+/// To a sandbox that is there.
+fn attach(options: &Options, entrance: &Entrance, network: Network) -> anyhow::Result<u8> {
+    relay::raise_descriptor_limit();
+    let host = HostNetns::open()?;
+    let namespace = netns::Namespace::open(entrance, host.id).map_err(|absence| match absence {
+        Absence::NotThere(why) | Absence::Unsuitable(why) => anyhow!(why),
+    })?;
+    let door = Door::open(&namespace.file())?;
+    runtime()?.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut bridge = Bridge::new(door, namespace.key.clone(), network, options)?;
+        bridge.pass().await?;
+        let drain = bridge
+            .run(async {
+                tokio::select! {
+                    () = namespace.gone() => false,
+                    _ = interrupt.recv() => false,
+                    _ = terminate.recv() => true,
+                }
+            })
+            .await?;
+        if drain {
+            tokio::select! {
+                _ = bridge.relays.drain(DRAIN) => {}
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        }
+        Ok(0)
+    })
+}
+
+fn runtime() -> anyhow::Result<Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}
+
+/// Waits until a process has ended.
+async fn ended(process: OwnedFd) -> io::Result<()> {
+    // SAFETY: the descriptor is owned, so nothing closes it before the registration ends.
+    let watched = unsafe { AsyncFd::register(process) };
+    watched.map_err(io::Error::from)?.readable().await.map(drop)
+}
+
+/// As a shell has it.
+fn exit_status(status: ExitStatus) -> u8 {
+    let code = status.code().or(status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}
+
+impl Options {
+    /// What is wrong with them, whatever the sandbox. To be asked before anything is started.
+    pub fn check(&self) -> Result<(), String> {
+        let mut ports = BTreeSet::new();
+        for spec in &self.ports {
+            if !ports.insert(spec.port) {
+                return Err(format!("port {} is given twice", spec.port));
+            }
+            if matches!(spec.target, Target::Unix(_)) && self.source == Source::Container {
+                return Err(format!(
+                    "{spec} leads to a Unix socket, whose service would see you as its peer; add --source loopback"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn rules(&self, network: &Network) -> anyhow::Result<Rules> {
+        let process = match network {
+            Network::Process(pid) => Some(netns::process_start(*pid)?),
+            _ => None,
+        };
+        let rules = self.ports.iter().map(|spec| Rule {
+            network: network.clone(),
+            spec: spec.clone(),
+            source: self.source,
+            path: PathChoice::Auto,
+            max_connections: self.max_connections,
+            idle_timeout: self.idle_timeout,
+            proxy_protocol: self.proxy_protocol,
+            process: process.clone(),
+            comment: None,
+        });
+        Rules::default().allow(rules, Origin::Cli).map_err(|refused| anyhow!("{refused}"))
+    }
+}
+
+/// The ports of one sandbox.
+#[derive(Debug)]
+struct Bridge {
+    door: Door,
+    rules: Rules,
+    network: Network,
+    namespace: Namespace,
+    relays: RelaySet,
+    wakes: mpsc::Receiver<()>,
+    /// What was told of each address last.
+    told: BTreeMap<SocketAddr, String>,
+}
+
+impl Bridge {
+    /// Serves through the door of that namespace. To be called in a runtime.
+    fn new(door: Door, key: NamespaceKey, network: Network, options: &Options) -> anyhow::Result<Self> {
+        let rules = options.rules(&network)?;
+        let localhost = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+        let mut loopback = vec![];
+        for ip in localhost {
+            match door.listen(SocketAddr::new(ip, 0)) {
+                Ok(_) => loopback.push(ip),
+                Err(error) if ip.is_ipv6() => tracing::debug!("no IPv6 inside: {error}"),
+                Err(error) => return Err(error).context("cannot listen inside the sandbox"),
+            }
+        }
+        let namespace = Namespace { key, loopback, address: None };
+        let (wake, wakes) = mpsc::channel(1);
+        let relays = RelaySet::new(None, wake);
+        Ok(Self { door, rules, network, namespace, relays, wakes, told: BTreeMap::new() })
+    }
+
+    /// Looks, and makes what is open what should be.
+    async fn pass(&mut self) -> anyhow::Result<()> {
+        let unix: BTreeSet<_> = self
+            .rules
+            .iter()
+            .filter_map(|(_, rule, _)| match &rule.spec.target {
+                Target::Unix(path) => Some(path.clone()),
+                Target::Port(_) | Target::Address(_) => None,
+            })
+            .collect();
+        let inventory = Inventory {
+            listeners: listeners::tcp()?,
+            unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
+            namespaces: [(self.network.clone(), Ok(self.namespace.clone()))].into(),
+            ..Inventory::default()
+        };
+        let without = || "lbridge relay loads no programs into the kernel".to_owned();
+        let abilities = Abilities { steer: Err(without()), name_hooks: Err(without()) };
+        let policy = resolve(&self.rules, &inventory, &abilities);
+        let reality =
+            Reality { relays: self.relays.specs(), lingering: self.relays.lingering(), ..Reality::default() };
+        let mut failures = BTreeMap::new();
+        for step in plan(&policy, &reality) {
+            match step {
+                Step::OpenRelay(key, spec) => {
+                    if !self.relays.change(&key, &spec)
+                        && let Err(error) = self.open(&key, spec)
+                    {
+                        failures.insert(key, format!("{error:#}"));
+                    }
+                }
+                Step::CloseRelay { key, .. } => self.relays.close(&key, false).await,
+                // The rest is the kernel half's.
+                _ => {}
+            }
+        }
+        for outcome in policy.outcomes.iter().flat_map(|outcome| &outcome.gateways) {
+            let failure = failures.get(&outcome.relay_key);
+            let state = if failure.is_some() { State::Blocked } else { outcome.outcome.state };
+            let why = failure.or(outcome.outcome.why.as_ref()).map(String::as_str).unwrap_or_default();
+            self.tell(outcome.relay_key.address, state, why);
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, key: &RelayKey, spec: RelaySpec) -> anyhow::Result<()> {
+        let socket = self.door.listen(key.address).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => anyhow!("in use by another program inside"),
+            _ => anyhow::Error::new(error).context("cannot listen inside the sandbox"),
+        })?;
+        self.relays.open(key, spec, socket, None::<Pending<()>>)
+    }
+
+    /// What changes is told once; what works, only to those who want to know.
+    fn tell(&mut self, address: SocketAddr, state: State, why: &str) {
+        let text = format!("{state:?} {why}");
+        if self.told.get(&address) == Some(&text) {
+            return;
+        }
+        match state {
+            State::Steered | State::Relayed if self.told.contains_key(&address) => {
+                tracing::warn!("{address} inside: relayed");
+            }
+            State::Steered | State::Relayed => tracing::info!("{address} inside: relayed"),
+            State::Waiting => tracing::warn!("{address} inside: waiting ({why})"),
+            State::Blocked => tracing::warn!("{address} inside: blocked ({why})"),
+        }
+        self.told.insert(address, text);
+    }
+
+    /// Serves until `end` comes to its end.
+    async fn run<T>(&mut self, end: impl Future<Output = T>) -> anyhow::Result<T> {
+        tokio::pin!(end);
+        let mut looked = Instant::now();
+        loop {
+            tokio::select! {
+                ended = &mut end => return Ok(ended),
+                _ = self.wakes.recv() => sleep_until(looked + BREATH).await,
+                () = sleep(POLL) => {}
+            }
+            self.pass().await?;
+            looked = Instant::now();
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Network namespaces that are there already: of a process, or at a path.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    fs::{self, File},
+    io,
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    path::Path,
+};
+
+use anyhow::{Context as _, bail};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open},
+    libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{stat::Mode, statfs},
+    unistd::Pid,
+};
+use rustix::process::{PidfdFlags, pidfd_open};
+
+use super::{Identity, netns_of};
+
+/// A process in another network namespace.
+#[derive(Debug)]
+pub struct Found {
+    /// The namespace.
+    pub netns: OwnedFd,
+    /// The process, as a pidfd: readable once it has ended.
+    pub process: OwnedFd,
+    /// Its number.
+    pub pid: u32,
+}
+
+/// The network namespace of a process; where that is this process's own, of the first of its descendants that is in
+/// another one. bubblewrap's outer process stays in the host's namespace, and its child is inside.
+pub fn namespace_of(pid: u32) -> anyhow::Result<Found> {
+    let own = Identity::of_own_netns().context("cannot tell this process's network namespace")?;
+    let root = i32::try_from(pid).ok().filter(|&pid| pid > 0).map(Pid::from_raw);
+    let root = root.with_context(|| format!("{pid} is not the number of a process"))?;
+    let (handle, netns) = open_process(root).map_err(|error| match error.raw_os_error() {
+        // EINVAL is for the number of a thread (pidfd_open(2)).
+        Some(libc::ESRCH | libc::ENOENT | libc::EINVAL) => anyhow::anyhow!("there is no process {pid}"),
+        Some(libc::EACCES | libc::EPERM) => anyhow::anyhow!(
+            "process {pid} may not be looked into; run as the user who started it, or as root"
+        ),
+        _ => anyhow::Error::new(error).context(format!("cannot look into process {pid}")),
+    })?;
+    if Identity::of(&netns)? != own {
+        return Ok(Found { netns: netns.into(), process: handle, pid });
+    }
+    for (child, parent) in descendants(root)? {
+        // It may have ended since, or belong to another user.
+        let Ok((process, netns)) = open_process(child) else { continue };
+        // Its number means the same process as before as long as its parent is the same.
+        if Identity::of(&netns)? != own && parent_of(child) == Some(parent) && !has_ended(&process) {
+            return Ok(Found { netns: netns.into(), process, pid: child.as_raw().unsigned_abs() });
+        }
+    }
+    bail!("process {pid} shares this network namespace; there is nothing to bridge")
+}
+
+/// First the process, then what is said of its number, then whether it has ended meanwhile: if not, the number meant it
+/// all the time.
+fn open_process(pid: Pid) -> io::Result<(OwnedFd, File)> {
+    let pidfd = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(Errno::ESRCH)?;
+    let process = pidfd_open(pidfd, PidfdFlags::empty())?;
+    let netns = netns_of(pid)?;
+    if has_ended(&process) {
+        return Err(Errno::ESRCH.into());
+    }
+    Ok((process, netns))
+}
+
+/// "a PID file descriptor can be monitored using poll(2): when the process that it refers to terminates, these
+/// interfaces indicate the file descriptor as readable", pidfd_open(2).
+fn has_ended(process: &impl AsFd) -> bool {
+    let mut ended = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    poll(&mut ended, PollTimeout::ZERO) != Ok(0)
+}
+
+/// Children first, then theirs; each with its parent. From the parents of all processes, since
+/// `/proc/PID/task/TID/children` is not in every kernel.
+fn descendants(root: Pid) -> anyhow::Result<Vec<(Pid, Pid)>> {
+    let mut children: BTreeMap<Pid, Vec<Pid>> = BTreeMap::new();
+    for entry in fs::read_dir("/proc").context("cannot read /proc")?.flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok()).map(Pid::from_raw);
+        if let Some(pid) = pid
+            && let Some(parent) = parent_of(pid)
+        {
+            children.entry(parent).or_default().push(pid);
+        }
+    }
+    let (mut found, mut queue) = (Vec::new(), VecDeque::from([root]));
+    while let Some(parent) = queue.pop_front() {
+        let mut children = children.remove(&parent).unwrap_or_default();
+        children.sort_unstable();
+        found.extend(children.iter().map(|&child| (child, parent)));
+        queue.extend(children);
+    }
+    Ok(found)
+}
+
+fn parent_of(pid: Pid) -> Option<Pid> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything, but nothing behind it does: "state ppid ...", proc_pid_stat(5).
+    let (_, rest) = stat.rsplit_once(") ")?;
+    rest.split(' ').nth(1)?.parse().ok().map(Pid::from_raw)
+}
+
+/// The network namespace at a path: `/run/netns/NAME`, `/proc/PID/ns/net`. What is there is looked at before it is
+/// opened: to open a FIFO may hang, to open a device may do anything.
+pub fn namespace_at(path: &Path) -> anyhow::Result<OwnedFd> {
+    let shown = path.display();
+    let no_netns = || anyhow::anyhow!("{shown} is not a network namespace");
+    let handle = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
+        .with_context(|| format!("cannot open {shown}"))?;
+    let system = statfs::fstatfs(&handle).with_context(|| format!("cannot look at {shown}"))?;
+    if system.filesystem_type() != statfs::NSFS_MAGIC {
+        return Err(no_netns());
+    }
+    let netns = File::open(format!("/proc/self/fd/{}", handle.as_raw_fd()))
+        .with_context(|| format!("cannot open {shown}"))?;
+    // SAFETY: the request takes no argument.
+    let kind = unsafe { libc::ioctl(netns.as_raw_fd(), libc::NS_GET_NSTYPE) };
+    if Errno::result(kind) != Ok(libc::CLONE_NEWNET) {
+        return Err(no_netns());
+    }
+    if Identity::of(&netns)? == Identity::of_own_netns()? {
+        bail!("{shown} is this network namespace; there is nothing to bridge");
+    }
+    Ok(netns.into())
+}

@@ -1,0 +1,507 @@
+//! Starts a command, and catches the moment when its sandbox is up and its program has not run yet: ports that are
+//! opened then are there before they are needed.
+//!
+//! The command and all that comes of it are traced (ptrace(2)) until the first process turns up in another network
+//! namespace:
+//!
+//! - at an exec: the program is loaded, and none of its instructions has run;
+//! - at its birth, if the loopback is up in there. Before, whoever makes the sandbox is still at it: bubblewrap starts
+//!   its child in a namespace where the child then sets up the loopback, and fails if somebody else has done it.
+//!
+//! Then nothing is traced any more, and a debugger works inside.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env,
+    ffi::{CString, OsString, c_char},
+    fs,
+    io::{self, PipeReader, Read as _, Write as _},
+    marker::PhantomData,
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
+        unix::{ffi::OsStrExt as _, fs::MetadataExt as _, process::ExitStatusExt as _},
+    },
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    ptr,
+    sync::Arc,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, anyhow};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::{
+        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction},
+        stat::Mode,
+    },
+    unistd::{ForkResult, Pid, fork, geteuid},
+};
+use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
+
+use super::{
+    Identity, netns_of,
+    signals::{Blocked, Passing},
+    trace::{self, Change, Stop, Wait},
+};
+
+/// How long the process that is held waits for the others to be let go. They stop at once, unless they wait for the
+/// held one in vfork(2).
+const OTHERS: Duration = Duration::from_millis(100);
+/// How long a process may take to stop or die when told to. Those that sleep in the kernel may take longer.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Pause between two looks at processes that were told to.
+const GLANCE: Duration = Duration::from_micros(100);
+
+/// What became of a command that was started.
+#[derive(Debug)]
+pub enum Started {
+    /// It has made its sandbox.
+    Held(Held),
+    /// It ended without one that was seen.
+    Ended(ExitStatus),
+}
+
+/// Why a command could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum NotStarted {
+    /// There is no such program.
+    #[error("{0}: command not found")]
+    NotFound(String),
+    /// There is one, but it does not run.
+    #[error("cannot run {0}")]
+    NotExecutable(String, #[source] io::Error),
+}
+
+impl NotStarted {
+    /// What a shell exits with ("Exit Status" in sh(1p)).
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::NotFound(_) => 127,
+            Self::NotExecutable(..) => 126,
+        }
+    }
+}
+
+/// Starts a command in this process's group, with its standard streams, and returns when its sandbox is up or it has
+/// ended. [`NotStarted`] is among the errors.
+///
+/// SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1 and SIGUSR2 to this process are passed on to the command from its first
+/// moment until [`Child::wait`] has returned, unless a terminal sent them: it sends them to the command as well. For
+/// that they are blocked in the calling thread and in those that it starts meanwhile; threads that were there before
+/// must have blocked them, if there are any. Other children of the calling thread are reaped.
+pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
+    let program = command.first().context("no command")?.to_string_lossy().into_owned();
+    let own = Identity::of_own_netns().context("cannot tell this process's network namespace")?;
+    let (mut tree, mut failure) = Tree::plant(command, &program)?;
+    if let Some((pid, netns)) = tree.watch(own)? {
+        return Ok(Started::Held(Held { tree: Box::new(tree), netns, pid, _on_this_thread: PhantomData }));
+    }
+    let status = tree.ended.context("the command was lost sight of")?;
+    if !tree.has_run {
+        let mut errno = [0; 4];
+        // Without an error it was killed before.
+        if failure.read_exact(&mut errno).is_ok() {
+            return Err(match Errno::from_raw(i32::from_ne_bytes(errno)) {
+                Errno::ENOENT => NotStarted::NotFound(program),
+                // That is also what execvp(3) says if a folder of the PATH is closed to this user.
+                Errno::EACCES if !program.contains('/') && !is_on_path(&program) => {
+                    NotStarted::NotFound(program)
+                }
+                error => NotStarted::NotExecutable(program, error.into()),
+            }
+            .into());
+        }
+    }
+    // What it has left in the background goes on.
+    tree.let_go(None);
+    if let Some(powerless) = tree.powerless.take().filter(|_| !status.success()) {
+        tracing::warn!(
+            "{} ran without the privileges of its file, as all that is traced does; if the command failed for that, \
+             start the sandbox without lbridge and use --pid",
+            powerless.display()
+        );
+    }
+    Ok(Started::Ended(status))
+}
+
+/// A command whose sandbox is up. One process inside is stopped: the first that was seen there. If this is dropped
+/// without [`Held::release`] the whole command is killed: its program has not run, and must not without its ports.
+#[derive(Debug)]
+pub struct Held {
+    tree: Box<Tree>,
+    netns: OwnedFd,
+    pid: Pid,
+    /// Only the thread that traces may let go.
+    _on_this_thread: PhantomData<*const ()>,
+}
+
+impl Held {
+    /// The sandbox's network namespace.
+    pub fn netns(&self) -> BorrowedFd<'_> {
+        self.netns.as_fd()
+    }
+
+    /// The process that is held inside.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw().unsigned_abs()
+    }
+
+    /// Lets the command go on. Nothing of it is traced any more.
+    pub fn release(mut self) -> anyhow::Result<Child> {
+        let left = self.tree.let_go(Some(self.pid));
+        if !left.is_empty() {
+            // A process that sleeps in the kernel, or the dead first thread of one.
+            let left: Vec<_> = left.iter().map(ToString::to_string).collect();
+            tracing::warn!("still traced, since they do not stop: {}", left.join(", "));
+        }
+        let Tree { command, handle, passing, ended, .. } = &mut *self.tree;
+        let passing = passing.take().context("signals are not passed on")?;
+        Ok(Child { pid: *command, handle: handle.clone(), ended: *ended, _passing: passing })
+    }
+}
+
+/// The command, let go. If this is dropped it goes on, but gets no signals any more, and nobody waits for it.
+#[derive(Debug)]
+pub struct Child {
+    pid: Pid,
+    handle: Arc<OwnedFd>,
+    ended: Option<ExitStatus>,
+    _passing: Passing,
+}
+
+impl Child {
+    /// The command's number.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw().unsigned_abs()
+    }
+
+    /// The command as a pidfd: readable when it has ended, which is when [`Child::wait`] returns at once.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.handle.as_fd()
+    }
+
+    /// Sends it a signal; nothing if it has ended.
+    pub fn send(&self, signal: Signal) -> io::Result<()> {
+        let signal = rustix::process::Signal::from_named_raw(signal as i32).ok_or(Errno::EINVAL)?;
+        match pidfd_send_signal(&self.handle, signal) {
+            Err(rustix::io::Errno::SRCH) => Ok(()),
+            sent => Ok(sent?),
+        }
+    }
+
+    /// Waits until it ends. After that signals are this process's own again.
+    pub fn wait(self) -> anyhow::Result<ExitStatus> {
+        if let Some(status) = self.ended {
+            return Ok(status);
+        }
+        let pid = rustix::process::Pid::from_raw(self.pid.as_raw());
+        loop {
+            match rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()) {
+                Ok(Some((_, status))) => return Ok(ExitStatus::from_raw(status.as_raw())),
+                Ok(None) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).context("cannot wait for the command"),
+            }
+        }
+    }
+}
+
+/// The command and all that came of it, traced by this thread. What is still traced when this is dropped is killed.
+#[derive(Debug)]
+struct Tree {
+    command: Pid,
+    handle: Arc<OwnedFd>,
+    /// Processes and threads. False: new, so that it has not been looked at yet.
+    tracees: BTreeMap<Pid, bool>,
+    /// The program was found and could be run.
+    has_run: bool,
+    ended: Option<ExitStatus>,
+    /// The first program that would have had more privileges if it were not traced.
+    powerless: Option<PathBuf>,
+    passing: Option<Passing>,
+}
+
+impl Tree {
+    /// Starts the command, traced from before its first exec. Also returns where the errno of that arrives.
+    fn plant(command: &[OsString], program: &str) -> anyhow::Result<(Self, PipeReader)> {
+        let arguments = command.iter().map(|argument| CString::new(argument.as_bytes()));
+        let arguments: Vec<CString> =
+            arguments.collect::<Result<_, _>>().context("an argument with a NUL byte in it")?;
+        let pointers: Vec<*const c_char> =
+            arguments.iter().map(|argument| argument.as_ptr()).chain([ptr::null()]).collect();
+        let (ready, go) = io::pipe().context("cannot make a pipe")?;
+        let (failure, failed) = io::pipe().context("cannot make a pipe")?;
+
+        let ignores_children = heed_children().context("cannot reset SIGCHLD")?;
+        let blocked = Blocked::new()?;
+        // SAFETY: the child calls nothing but async-signal-safe functions until it runs the program.
+        let pid = match unsafe { fork() }.context("cannot start a process")? {
+            ForkResult::Child => {
+                let [ready, go, failed] = [ready.as_raw_fd(), go.as_raw_fd(), failed.as_raw_fd()];
+                run(&pointers, [ready, go, failed], blocked.before(), ignores_children)
+            }
+            ForkResult::Parent { child } => child,
+        };
+        drop((ready, failed));
+
+        let started = trace::seize(pid).map_err(|error| match error {
+            Errno::EPERM | Errno::EACCES | Errno::ENOSYS => anyhow!(
+                "cannot watch {program} make its sandbox: ptrace is not permitted here ({}); start the sandbox \
+                 without lbridge and use --pid",
+                error.desc()
+            ),
+            error => anyhow::Error::new(error).context(format!("cannot watch {program} make its sandbox")),
+        });
+        let handle = started.and_then(|()| {
+            let pid = rustix::process::Pid::from_raw(pid.as_raw()).context("no process")?;
+            pidfd_open(pid, PidfdFlags::empty()).context("cannot open the command's pidfd")
+        });
+        let handle = match handle {
+            Ok(handle) => Arc::new(handle),
+            Err(error) => {
+                // It ends by itself when it does not get the word to go.
+                drop(go);
+                let _ = trace::wait(Some(pid), Wait::Until);
+                return Err(error);
+            }
+        };
+        let mut tree = Self {
+            command: pid,
+            handle: handle.clone(),
+            tracees: BTreeMap::from([(pid, true)]),
+            has_run: false,
+            ended: None,
+            powerless: None,
+            passing: None,
+        };
+        tree.passing = Some(Passing::start(blocked, handle)?);
+        (&go).write_all(&[1]).context("cannot let the command begin")?;
+        Ok((tree, failure))
+    }
+
+    /// Lets everything run until the first process turns up in another namespace than `own`, which stays stopped, or
+    /// the command has ended.
+    fn watch(&mut self, own: Identity) -> anyhow::Result<Option<(Pid, OwnedFd)>> {
+        while self.ended.is_none() {
+            let Some((pid, change)) =
+                trace::wait(None, Wait::Until).context("cannot wait for the command")?
+            else {
+                continue;
+            };
+            let known = self.tracees.get(&pid).is_some_and(|&known| known);
+            let Some(stop) = self.note(pid, change) else { continue };
+            let netns = match stop {
+                Stop::Exec { .. } => another_netns(pid, own),
+                Stop::Trap if !known => another_netns(pid, own).filter(|_| has_loopback(pid)),
+                _ => None,
+            };
+            if let Some(netns) = netns {
+                return Ok(Some((pid, netns)));
+            }
+            if matches!(stop, Stop::Exec { .. }) && self.powerless.is_none() {
+                self.powerless = lost_privileges(pid);
+            }
+            // It may have been killed; then that is what comes next.
+            let _ = trace::go_on(pid, stop);
+        }
+        Ok(None)
+    }
+
+    /// Keeps the books; returns the stop if it is one.
+    fn note(&mut self, pid: Pid, change: Change) -> Option<Stop> {
+        match change {
+            Change::Ended(status) => {
+                self.tracees.remove(&pid);
+                if pid == self.command {
+                    self.ended = Some(status);
+                }
+                None
+            }
+            Change::Stopped(stop) => {
+                self.tracees.insert(pid, true);
+                match stop {
+                    Stop::Exec { before } => {
+                        self.has_run = true;
+                        if before != pid {
+                            self.tracees.remove(&before);
+                        }
+                    }
+                    // It may have reported itself before its parent did, or even have ended.
+                    Stop::Birth(child) if is_process(child) => {
+                        self.tracees.entry(child).or_insert(false);
+                    }
+                    _ => {}
+                }
+                Some(stop)
+            }
+        }
+    }
+
+    /// Stops tracing, the process that is `held` last, so that whatever its program does it finds nothing traced.
+    /// Returns those that could not be let go.
+    fn let_go(&mut self, mut held: Option<Pid>) -> Vec<Pid> {
+        let begin = Instant::now();
+        let mut told = BTreeSet::new();
+        loop {
+            let mut moved = false;
+            let others: Vec<_> = self.tracees.keys().copied().filter(|&pid| Some(pid) != held).collect();
+            for &pid in &others {
+                if told.insert(pid) {
+                    // It may stop or have stopped for another reason, or have ended: all the same.
+                    let _ = trace::interrupt(pid);
+                }
+                match trace::wait(Some(pid), Wait::Peek) {
+                    Ok(Some((pid, change))) => {
+                        moved = true;
+                        if let Some(stop) = self.note(pid, change)
+                            && trace::let_go(pid, stop).is_ok()
+                        {
+                            self.tracees.remove(&pid);
+                        }
+                    }
+                    Ok(None) => {}
+                    // Not ours, or a thread that has become its process in an exec.
+                    Err(_) => {
+                        self.tracees.remove(&pid);
+                    }
+                }
+            }
+            if moved {
+                continue;
+            }
+            if self.tracees.len() == usize::from(held.is_some()) {
+                let unknown: Vec<_> = unannounced().into_iter().filter(|pid| !told.contains(pid)).collect();
+                self.tracees.extend(unknown.iter().filter(|&&pid| Some(pid) != held).map(|&pid| (pid, true)));
+            }
+            let alone = self.tracees.len() == usize::from(held.is_some());
+            if (alone || begin.elapsed() > OTHERS)
+                && let Some(pid) = held.take()
+            {
+                if trace::let_go(pid, Stop::Trap).is_ok() {
+                    self.tracees.remove(&pid);
+                }
+            } else if alone || begin.elapsed() > PATIENCE {
+                return std::mem::take(&mut self.tracees).into_keys().collect();
+            } else {
+                sleep(GLANCE);
+            }
+        }
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        let begin = Instant::now();
+        while !self.tracees.is_empty() && begin.elapsed() < PATIENCE {
+            for pid in self.tracees.keys().copied().collect::<Vec<_>>() {
+                match trace::wait(Some(pid), Wait::Peek) {
+                    Ok(Some((pid, change))) => drop(self.note(pid, change)),
+                    // Its number is its own until it has been waited for.
+                    Ok(None) => drop(kill(pid, Signal::SIGKILL)),
+                    Err(_) => {
+                        self.tracees.remove(&pid);
+                    }
+                }
+            }
+            sleep(GLANCE);
+        }
+    }
+}
+
+/// Where SIGCHLD is ignored children cannot be waited for (wait(2)). Says whether it was.
+fn heed_children() -> nix::Result<bool> {
+    // SAFETY: an all-zero sigaction is a valid value of the C structure, which the call fills; it changes nothing.
+    let before = unsafe {
+        let mut before: libc::sigaction = std::mem::zeroed();
+        Errno::result(libc::sigaction(libc::SIGCHLD, ptr::null(), &raw mut before))?;
+        before.sa_sigaction
+    };
+    if before != libc::SIG_IGN {
+        return Ok(false);
+    }
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: no handler is put in.
+    unsafe { sigaction(Signal::SIGCHLD, &default) }.map(|_| true)
+}
+
+/// The command's process, from the fork to its program.
+fn run(
+    arguments: &[*const c_char],
+    [ready, go, failed]: [RawFd; 3],
+    mask: &SigSet,
+    ignores_children: bool,
+) -> ! {
+    let disposition = |signal, disposition| {
+        // SAFETY: no handler is put in.
+        let _ = unsafe { nix::sys::signal::signal(signal, disposition) };
+    };
+    let mut word = [0_u8; 1];
+    // SAFETY: async-signal-safe calls, as behind every fork (signal-safety(7)); execvp is one in glibc and musl, where
+    // it allocates nothing. The pointers are to memory that lives as long as this process, the last one is null.
+    unsafe {
+        // So that the read ends if the parent does.
+        libc::close(go);
+        if libc::read(ready, word.as_mut_ptr().cast(), 1) == 1 {
+            // As std's Command does: Rust's runtime has it ignored.
+            disposition(Signal::SIGPIPE, SigHandler::SigDfl);
+            if ignores_children {
+                // As it was.
+                disposition(Signal::SIGCHLD, SigHandler::SigIgn);
+            }
+            let _ = mask.thread_set_mask();
+            libc::execvp(arguments[0], arguments.as_ptr());
+            let errno = Errno::last_raw();
+            libc::write(failed, (&raw const errno).cast(), size_of_val(&errno));
+        }
+        libc::_exit(127)
+    }
+}
+
+/// The namespace of a tracee that is stopped, if it is another one than `own`. Those that may not be looked into are
+/// programs that their users may run and not read: no sandboxes.
+fn another_netns(pid: Pid, own: Identity) -> Option<OwnedFd> {
+    let netns = netns_of(pid).ok()?;
+    (Identity::of(&netns).ok()? != own).then(|| netns.into())
+}
+
+/// Whether the loopback of the tracee's network namespace is up: then the kernel has a route for its address.
+fn has_loopback(pid: Pid) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/net/fib_trie")).is_ok_and(|routes| routes.contains("127.0.0.1"))
+}
+
+/// The program that a tracee is about to run, if its file would give it privileges that it does not get while an
+/// unprivileged process traces it (execve(2)).
+fn lost_privileges(pid: Pid) -> Option<PathBuf> {
+    let (own, link) = (geteuid(), format!("/proc/{pid}/exe"));
+    if own.is_root() {
+        return None;
+    }
+    let file = fs::metadata(&link).ok()?;
+    let setuid = file.mode() & Mode::S_ISUID.bits() != 0 && file.uid() != own.as_raw();
+    let capable = || rustix::fs::getxattr(&link, "security.capability", &mut [0_u8; 64]).is_ok();
+    if setuid || capable() { fs::read_link(&link).ok() } else { None }
+}
+
+fn is_on_path(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+/// Whether there is such a process or thread.
+fn is_process(pid: Pid) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// Processes that this one traces. Children whose parents were killed before they could report them are found only so.
+fn unannounced() -> Vec<Pid> {
+    let own = format!("TracerPid:\t{}\n", std::process::id());
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids =
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid::from_raw));
+    let is_traced = |pid: &Pid| {
+        fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|status| status.contains(&own))
+    };
+    pids.filter(is_traced).collect()
+}

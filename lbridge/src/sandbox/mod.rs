@@ -1,0 +1,58 @@
+//! Sandboxes: network namespaces that users make for themselves, with bubblewrap or unshare(1), where nothing but an own
+//! loopback is. No daemon and no root here: all of it runs with the rights of the user who made the sandbox. Imports
+//! nothing of the other rooms.
+//!
+//! - [`find`]: the namespace of a process, or at a path;
+//! - [`launch`]: starts a command, and catches the moment when its sandbox is up and its program has not run yet;
+//! - [`door`]: makes listening sockets inside.
+//!
+//! `trace` has the calls of ptrace(2), `signals` passes signals on to the command.
+
+pub mod door;
+pub mod find;
+pub mod launch;
+mod signals;
+mod trace;
+
+use std::{fs::File, io, os::fd::AsFd, path::Path};
+
+use nix::sys::stat::{FileStat, fstat, stat};
+
+/// Tells namespaces apart: "if they are in the same namespace, the device IDs and inode numbers will be the same"
+/// (namespaces(7)). Holds as long as one of them is kept open or alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    /// Of an open namespace.
+    fn of(namespace: impl AsFd) -> io::Result<Self> {
+        Ok(fstat(namespace)?.into())
+    }
+
+    /// Of the namespace behind a link in `/proc/PID/ns`.
+    fn at(link: impl AsRef<Path>) -> io::Result<Self> {
+        Ok(stat(link.as_ref())?.into())
+    }
+
+    /// Of the network namespace that the calling thread is in.
+    fn of_own_netns() -> io::Result<Self> {
+        Self::at("/proc/thread-self/ns/net")
+    }
+}
+
+impl From<FileStat> for Identity {
+    fn from(stat: FileStat) -> Self {
+        Self { device: stat.st_dev, inode: stat.st_ino }
+    }
+}
+
+/// The network namespace of a process or thread. The caller sees to it that `pid` does not come to mean another one.
+fn netns_of(pid: nix::unistd::Pid) -> io::Result<File> {
+    File::open(format!("/proc/{pid}/ns/net"))
+}
+
+#[cfg(test)]
+mod tests;
