@@ -2,6 +2,7 @@
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ pub struct Options {
     pub cgroup: PathBuf,
     /// The folder for pins.
     pub bpffs: PathBuf,
+    /// The hard limit of open files; the test's own if `None`.
+    pub open_files: Option<u64>,
 }
 
 impl Default for Options {
@@ -58,6 +61,7 @@ impl Default for Options {
             folder: None,
             cgroup: sandbox::CGROUP_ROOT.into(),
             bpffs: Path::new(sandbox::BPFFS).join("lbridge"),
+            open_files: None,
         }
     }
 }
@@ -169,6 +173,16 @@ impl Daemon {
         }
         command.env_remove("DOCKER_HOST").env_remove("NOTIFY_SOCKET");
         command.envs(self.options.env.iter().map(|(name, value)| (name, value))).stdin(Stdio::null());
+        if let Some(limit) = self.options.open_files {
+            let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
+            // SAFETY: setrlimit is a plain system call; the structure lives in the closure.
+            unsafe {
+                command.pre_exec(move || match libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                });
+            }
+        }
         Ok(command)
     }
 

@@ -17,4 +17,5 @@ pub mod sandbox;
 pub mod scene;
 pub mod service;
 pub mod suite;
+pub mod usage;
 pub mod vm;

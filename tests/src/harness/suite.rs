@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
-use std::{env, panic};
+use std::{env, fs, panic};
 
 use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
@@ -25,6 +25,10 @@ pub enum Need {
     Cgroup2,
     /// A program on the PATH.
     Program(&'static str),
+    /// A file of the machine.
+    File(&'static str),
+    /// A PostgreSQL server.
+    Postgres,
     /// A built `lbridge`.
     Lbridge,
     /// MPTCP sockets.
@@ -44,6 +48,12 @@ impl Need {
             Need::Program(name) if find_program(name).is_none() => {
                 Some(format!("no {name} on the PATH: cargo xtask test --setup"))
             }
+            Need::File(path) if !Path::new(path).exists() => {
+                Some(format!("no {path}: cargo xtask test --setup"))
+            }
+            Need::Postgres if postgres_folder().is_none() => {
+                Some("no PostgreSQL server: cargo xtask test --setup".to_owned())
+            }
             Need::Lbridge => daemon::binary().err().map(|error| format!("{error:#}")),
             Need::Mptcp if !kernel::has_mptcp() => Some("the kernel has no MPTCP".to_owned()),
             Need::Kernel(name) if vm::kernel(name).is_none() => {
@@ -61,6 +71,15 @@ impl Need {
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH")?;
     env::split_paths(&path).map(|folder| folder.join(name)).find(|path| path.is_file())
+}
+
+/// Where the programs of PostgreSQL's server are, the newest if there are several. Debian keeps them off the PATH.
+pub fn postgres_folder() -> Option<PathBuf> {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let folders = versions.map(|version| version.path().join("bin"));
+    let version = |folder: &PathBuf| -> Option<u32> { folder.parent()?.file_name()?.to_str()?.parse().ok() };
+    let on_the_path = || find_program("initdb")?.parent().map(Path::to_owned);
+    folders.filter(|folder| folder.join("initdb").is_file()).max_by_key(version).or_else(on_the_path)
 }
 
 /// One test.

@@ -10,6 +10,7 @@ use lbridge_tests::harness::client::{self, Connection};
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::service::{Answer, Options, pattern};
 use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::usage::Process;
 use lbridge_tests::harness::{netns::NetNs, patience};
 use lbridge_tests::tests;
 
@@ -196,17 +197,11 @@ fn idle_relays_cost_no_time() -> Result<()> {
     let half = client::connect(&scene.container, scene.gateway(8080))?;
     half.stream().write_all(&pattern(0, 100_000))?;
     half.stream().shutdown(Shutdown::Write)?;
-    let pid = scene.daemon.pid().context("the daemon's id")?;
-    let ticks = || -> Result<u64> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        let fields: Vec<_> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-        // User and system time, fields 14 and 15, the name and what is before it cut off.
-        Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
-    };
+    let daemon = Process(scene.daemon.pid().context("the daemon's id")?);
     thread::sleep(Duration::from_millis(300));
-    let before = ticks()?;
+    let before = daemon.ticks()?;
     thread::sleep(Duration::from_secs(2));
-    let spent = ticks()? - before;
+    let spent = daemon.ticks()? - before;
     // A hundredth of a second each; a busy loop takes 200. The looks at the sockets take some, most where the CPU is emulated.
     ensure!(spent < 100, "{spent} ticks in two seconds");
     drop(open);
