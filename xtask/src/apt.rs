@@ -1,9 +1,10 @@
 //! Debian's packages: which are there, how to get more without losing any, and where the mirror is.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -50,10 +51,23 @@ pub(crate) fn install(packages: &[&'static str]) -> Result<()> {
 }
 
 fn install_now(packages: &[&str], options: &[String]) -> Result<()> {
+    let path = shadowed_path()?;
     run(apt_get()
+        .arg(path)
         .args(options)
         .args(["--quiet", "--yes", "--no-install-recommends", "install"])
         .args(packages))
+}
+
+/// apt's option for the PATH of packages' own scripts. With `postgresql` Debian makes a database and starts it, by this
+/// program; the tests make their own, and the machine shall have none that nobody asked for. One that is there already is
+/// left alone.
+fn shadowed_path() -> Result<String> {
+    let folder = tempfolder("shadows")?;
+    let program = folder.join("pg_createcluster");
+    fs::write(&program, "#!/bin/sh\necho 'no cluster: the tests make their own'\n")?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    Ok(format!("-o=DPkg::Path={}:/usr/sbin:/usr/bin:/sbin:/bin", folder.display()))
 }
 
 /// What apt would remove to install `packages`, apart from a `busybox` that makes way for its static self.
@@ -115,7 +129,7 @@ pub(crate) struct Mirror {
 impl Mirror {
     /// The mirror that apt uses already, or `LBRIDGE_DEBIAN_MIRROR`.
     pub(crate) fn find() -> Result<Mirror> {
-        if let Ok(main) = std::env::var("LBRIDGE_DEBIAN_MIRROR") {
+        if let Ok(main) = env::var("LBRIDGE_DEBIAN_MIRROR") {
             return Ok(Mirror { main, security: None });
         }
         let targets = output(Command::new("apt-get").args([

@@ -6,7 +6,8 @@ use crate::bpf_toolchain::{self, Toolchain};
 use crate::{apt, kernels};
 
 /// What the suites use, apart from the toolchain of the kernel programs.
-const PACKAGES: [&str; 13] = [
+const PACKAGES: [&str; 16] = [
+    "apache2-bin",    // a web server, without the service that the package apache2 is
     "bubblewrap",     // sandboxes of users
     "busybox-static", // the containers' image, and the virtual machines' user space
     "cpio",           // their initial file systems
@@ -16,7 +17,9 @@ const PACKAGES: [&str; 13] = [
     "iproute2",
     "iptables",
     "nftables",
+    "postgresql", // its server; without a cluster, see apt.rs
     "qemu-system-x86",
+    "redis-tools", // the server is in it, under another name; redis-server would be a service
     "socat",
     "strace",   // a tracer that is there already
     "xz-utils", // kernel modules are compressed
