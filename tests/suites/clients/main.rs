@@ -1,0 +1,36 @@
+//! Clients and servers that people use, over the relay: what they said must arrive, and how they ended must show.
+//!
+//! Every test has a container dial the gateway, and a service on the host's 127.0.0.1 behind a rule with
+//! `--path relay`.
+
+mod bytes;
+mod crowd;
+mod exhaustion;
+mod http;
+mod postgres;
+mod pressure;
+mod redis;
+mod relayed;
+mod scripts;
+mod server;
+mod streams;
+mod vanish;
+
+use lbridge_tests::harness::suite::{Need, Suite};
+
+fn main() {
+    const NEEDS: &[Need] = &[Need::Root, Need::Cgroup2, Need::Program("ip"), Need::Lbridge];
+    crowd::hook();
+    let tests = [
+        postgres::tests(),
+        redis::tests(),
+        http::tests(),
+        streams::tests(),
+        pressure::tests(),
+        crowd::tests(),
+        scripts::tests(),
+        vanish::tests(),
+        exhaustion::tests(),
+    ];
+    Suite::new(NEEDS, tests.concat()).main()
+}
