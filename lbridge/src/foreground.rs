@@ -235,7 +235,7 @@ impl Bridge {
         }
         let namespace = Namespace { key, loopback, address: None };
         let (wake, wakes) = mpsc::channel(1);
-        let relays = RelaySet::new(None, wake);
+        let relays = RelaySet::new(None, wake)?;
         Ok(Self { door, rules, network, namespace, relays, wakes, told: BTreeMap::new() })
     }
 

@@ -17,13 +17,18 @@ use lbridge_tests::harness::{logs, sandbox};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::bench_peer::{Measure, measure};
+use crate::bench_peer::{Measure, hold, measure};
 use crate::run::enter_lab;
 use crate::workspace::{build_release, has_program};
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
+/// A relay that only listens as a unit, or as the program here pretends.
+const SOCKET_PROXYD: &str = "/lib/systemd/systemd-socket-proxyd";
+const ACTIVATE: &str = "systemd-socket-activate";
 /// How often `allow` is timed.
 const REPEATS: usize = 20;
+/// How many connections are held open at a time, where the limits of open files allow it.
+const CONNECTIONS: usize = 10_000;
 /// How long the daemon is watched doing nothing.
 const IDLE: Duration = Duration::from_secs(5);
 
@@ -56,7 +61,9 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
         sched_setaffinity(Pid::from_raw(0), &cpus)?;
     }
     let time = Duration::from_secs_f64(arguments.seconds);
-    let outcome = paths(arguments.rounds, time).and_then(|()| daemon(arguments.rounds, time));
+    let outcome = paths(arguments.rounds, time)
+        .and_then(|()| daemon(arguments.rounds, time))
+        .and_then(|()| idle_connections());
     outcome.inspect_err(|_| logs::dump())
 }
 
@@ -68,16 +75,18 @@ enum Way {
     Relay,
     Socat,
     Haproxy,
+    SocketProxyd,
 }
 
 impl Way {
-    const ALL: [Way; 5] = [Way::Direct, Way::Steer, Way::Relay, Way::Socat, Way::Haproxy];
+    const ALL: [Way; 6] = [Way::Direct, Way::Steer, Way::Relay, Way::Socat, Way::Haproxy, Way::SocketProxyd];
 
     fn is_possible(self) -> bool {
         match self {
             Way::Direct | Way::Steer | Way::Relay => true,
             Way::Socat => has_program("socat"),
             Way::Haproxy => haproxy().is_some(),
+            Way::SocketProxyd => has_program(ACTIVATE) && Path::new(SOCKET_PROXYD).is_file(),
         }
     }
 
@@ -88,6 +97,7 @@ impl Way {
             Way::Relay => "lbridge, relayed",
             Way::Socat => "socat, fork",
             Way::Haproxy => "haproxy, tcp mode, splice-auto",
+            Way::SocketProxyd => "systemd-socket-proxyd",
         }
     }
 
@@ -252,6 +262,12 @@ fn start_other(way: Way, place: &Place) -> Result<Option<Process>> {
             command.args(["-db", "-q", "-f"]).arg(config);
             command
         }
+        Way::SocketProxyd => {
+            let mut command = place.lab.host().command(ACTIVATE);
+            // It becomes the other program with the first connection.
+            command.args(["-l", &address.to_string(), SOCKET_PROXYD, &service.to_string()]);
+            command
+        }
     };
     Process::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null())).map(Some)
 }
@@ -307,6 +323,34 @@ fn daemon(rounds: usize, time: Duration) -> Result<()> {
         Ok(()) => {}
         Err(error) => row("65,536 rules", &format!("not measured: {error:#}")),
     }
+    println!();
+    Ok(())
+}
+
+/// The third table.
+fn idle_connections() -> Result<()> {
+    println!("| idle relayed connections | |\n|---|---|");
+    let place = Place::new()?;
+    let _service = place.serve([Way::Relay.service()])?;
+    let daemon = place.daemon("idle")?;
+    daemon.allow(&[&place.bridge.network(), &Way::Relay.port().to_string(), "--path", "relay"])?;
+    let pid = daemon.pid().context("no daemon")?;
+    let before = resident(pid)?;
+    let address = Way::Relay.address();
+    let (connections, refusal) = place.container.run(|| Ok(hold(address, CONNECTIONS)))?;
+    let held = connections.len();
+    ensure!(held > 0, "no connection: {refusal:?}");
+    let with_them = resident(pid)?;
+    let start = cpu_time(pid)?;
+    thread::sleep(IDLE);
+    let used = cpu_time(pid)?.saturating_sub(start);
+    #[expect(clippy::cast_precision_loss, reason = "some thousands")]
+    let each = (with_them - before) * 1024.0 / held as f64;
+    let refusal = refusal.map_or_else(String::new, |error| format!("; the next was refused: {error}"));
+    row("held open", &format!("{}{refusal}", thousands_of(held)));
+    row("resident, none, with them", &format!("{before:.1} MiB, {with_them:.1} MiB"));
+    row("for each", &format!("{each:.1} KiB"));
+    row("CPU, idle", &format!("{:.1} ms in {} s", used.as_secs_f64() * 1e3, IDLE.as_secs()));
     println!();
     Ok(())
 }
@@ -401,9 +445,17 @@ fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     }
 }
 
-/// A whole number with commas.
+/// A rate with commas.
 fn thousands(value: f64) -> String {
-    let digits = format!("{value:.0}");
+    with_commas(&format!("{value:.0}"))
+}
+
+/// A number with commas.
+fn thousands_of(value: usize) -> String {
+    with_commas(&value.to_string())
+}
+
+fn with_commas(digits: &str) -> String {
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {
         if index > 0 && (digits.len() - index).is_multiple_of(3) {

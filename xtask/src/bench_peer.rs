@@ -16,6 +16,11 @@ const STREAM: u8 = b'S';
 /// Threads that accept and serve, for each listener. One for each connection would cost more than the path does; a
 /// single one would wait for a proxy to close the connection before.
 const ACCEPTORS: usize = 4;
+/// First byte of the message after which the connection is kept, and nothing more is done with it.
+const HOLD: u8 = b'H';
+/// First byte of a stream's last chunk.
+const LAST: u8 = b'L';
+/// A stream is so many bytes, and as many again.
 const CHUNK: usize = 256 * 1024;
 
 /// What is measured.
@@ -47,7 +52,10 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
             threads.push(thread::spawn(move || {
                 for stream in listener.incoming().flatten() {
                     // The client measures, and knows what went wrong.
-                    drop(serve(stream));
+                    if let Ok(Some(held)) = serve(stream) {
+                        // For as long as this process lives.
+                        std::mem::forget(held);
+                    }
                 }
             }));
         }
@@ -60,28 +68,57 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn serve(mut stream: TcpStream) -> io::Result<()> {
+/// Serves until the client ends the connection, or is served no longer and the connection kept.
+fn serve(mut stream: TcpStream) -> io::Result<Option<TcpStream>> {
     stream.set_nodelay(true)?;
     let mut message = [0; MESSAGE];
     loop {
         match stream.read_exact(&mut message) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             result => result?,
         }
         if message[0] == STREAM {
             let mut chunk = vec![0; CHUNK];
-            let mut received = 0u64;
-            loop {
-                match stream.read(&mut chunk)? {
-                    0 => break,
-                    length => received += length as u64,
+            let (mut received, mut end) = (0_usize, None);
+            while end != Some(received) {
+                let length = stream.read(&mut chunk)?;
+                if length == 0 {
+                    break;
                 }
+                // Of what comes in one read, at most one byte is a chunk's first.
+                let first = received.next_multiple_of(CHUNK);
+                if first < received + length && chunk[first - received] == LAST {
+                    end = Some(first + CHUNK);
+                }
+                received += length;
             }
-            stream.write_all(&received.to_le_bytes())?;
+            stream.write_all(&(received as u64).to_le_bytes())?;
         } else {
             stream.write_all(&message)?;
+            if message[0] == HOLD {
+                return Ok(Some(stream));
+            }
         }
     }
+}
+
+/// Opens so many connections, each with a message there and back, and leaves them open; and why there are fewer, if so.
+pub(crate) fn hold(address: SocketAddr, count: usize) -> (Vec<TcpStream>, Option<io::Error>) {
+    let mut connections = Vec::with_capacity(count);
+    let open = || {
+        let mut stream = connect(address)?;
+        let mut message = [HOLD; MESSAGE];
+        stream.write_all(&message)?;
+        stream.read_exact(&mut message)?;
+        Ok(stream)
+    };
+    while connections.len() < count {
+        match open() {
+            Ok(stream) => connections.push(stream),
+            Err(error) => return (connections, Some(error)),
+        }
+    }
+    (connections, None)
 }
 
 /// Measures for so long, from the calling thread's network namespace.
@@ -138,14 +175,17 @@ fn per_second(time: Duration, mut work: impl FnMut() -> io::Result<()>) -> Resul
 fn send(address: SocketAddr, time: Duration) -> Result<f64> {
     let mut stream = connect(address)?;
     stream.write_all(&[STREAM; MESSAGE])?;
-    let chunk = vec![0; CHUNK];
+    let mut chunk = vec![0; CHUNK];
     let start = Instant::now();
     let mut sent = 0u64;
     while start.elapsed() < time {
         stream.write_all(&chunk)?;
         sent += chunk.len() as u64;
     }
-    stream.shutdown(std::net::Shutdown::Write)?;
+    // Not every proxy passes on the end of one direction alone.
+    chunk[0] = LAST;
+    stream.write_all(&chunk)?;
+    sent += chunk.len() as u64;
     let mut received = [0; 8];
     stream.read_exact(&mut received)?;
     anyhow::ensure!(u64::from_le_bytes(received) == sent, "sent {sent} bytes, but not all arrived");
@@ -165,5 +205,7 @@ mod tests {
             let rate = measure(kind, address, Duration::from_millis(20)).unwrap();
             assert!(rate > 0.0, "{kind:?}: {rate}");
         }
+        let (connections, error) = hold(address, 3);
+        assert!(connections.len() == 3 && error.is_none(), "{error:?}");
     }
 }

@@ -8,9 +8,6 @@ use tracing_subscriber::EnvFilter;
 use super::Failure;
 use crate::daemon::{self, Options};
 
-/// More would not make the relay faster, and each costs memory.
-const MAX_WORKERS: usize = 4;
-
 /// Arguments of `lbridge run`.
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -46,9 +43,9 @@ pub(super) fn handle(args: RunArgs, socket: PathBuf) -> Result<(), Failure> {
         cgroup: args.cgroup,
         docker: !args.no_docker,
     };
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
+    // One for the API beside the loop; relays have threads of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(workers)
+        .worker_threads(1)
         .enable_all()
         .build()
         .map_err(anyhow::Error::from)?;

@@ -115,7 +115,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     };
 
     let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
-    let mut reconciler = Reconciler::new(rules, store, loaded, interfaces, docker, wake, netns.id);
+    let mut reconciler = Reconciler::new(rules, store, loaded, interfaces, docker, wake, netns.id)?;
     reconciler.start().await?;
     let mut serving = tokio::spawn(socket.serve(commands));
 

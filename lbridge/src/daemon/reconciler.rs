@@ -80,18 +80,18 @@ impl Reconciler {
         docker: Option<Watcher>,
         wake: mpsc::Sender<()>,
         host: NamespaceId,
-    ) -> Self {
+    ) -> anyhow::Result<Self> {
         let Loaded { kernel, events, abilities } = loaded;
         let names = kernel.as_ref().filter(|_| abilities.name_hooks.is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
-        Self {
+        Ok(Self {
             rules,
             saved_networks: store.networks(),
             store,
             abilities,
             executor: Executor {
                 kernel,
-                relays: RelaySet::new(names, wake),
+                relays: RelaySet::new(names, wake)?,
                 name_hooks_used: false,
                 host,
                 inherited: Inherited::take(),
@@ -102,7 +102,7 @@ impl Reconciler {
             refused: BTreeMap::new(),
             last: Report::default(),
             inventory: None,
-        }
+        })
     }
 
     /// Makes what was found into what is wanted.

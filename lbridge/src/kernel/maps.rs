@@ -187,16 +187,18 @@ impl PeerNames {
         }
     }
 
-    /// It is over. `relay_end` is where it had connected from, if it had; that port may be another connection's by now,
-    /// whose name stays.
+    /// It is over. `relay_end` is where it had connected from, if it had and was to be confirmed, which has taken the
+    /// announcement back; that port may be another connection's by now, whose name stays.
     pub fn forget(&self, cookie: u64, relay_end: Option<SocketAddr>, container: SocketAddr) {
         let mut maps = self.maps();
-        let announced = or_absent(maps.connects.remove(&cookie));
-        let named = relay_end
-            .map(endpoint)
-            .filter(|end| maps.peers.get(end, 0).is_ok_and(|name| name == endpoint(container)));
-        let named = named.map_or(Ok(()), |end| or_absent(maps.peers.remove(&end)));
-        if let Err(error) = announced.and(named) {
+        let done = match relay_end.map(endpoint) {
+            None => or_absent(maps.connects.remove(&cookie)),
+            Some(end) if maps.peers.get(&end, 0).is_ok_and(|name| name == endpoint(container)) => {
+                or_absent(maps.peers.remove(&end))
+            }
+            Some(_) => Ok(()),
+        };
+        if let Err(error) = done {
             tracing::warn!("a name of {container} stays: {error}");
         }
     }

@@ -4,6 +4,7 @@
 use std::{
     future, io,
     net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
     path::Path,
     sync::{
         Arc,
@@ -17,13 +18,14 @@ use futures_util::FutureExt as _;
 use nix::sys::socket::{setsockopt, sockopt};
 use proxy_header::{ProxiedAddress, ProxyHeader};
 use rustix::{
-    net::sockopt::socket_cookie,
+    io::Errno,
+    net::{self, AddressFamily, SocketFlags, SocketType, socket_with, sockopt::socket_cookie},
     process::{Resource, getrlimit},
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     io::{AsyncWrite, AsyncWriteExt as _},
-    net::{TcpListener, TcpSocket, TcpStream, UnixStream},
+    net::{TcpListener, TcpStream, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     time::{Instant, sleep, sleep_until, timeout},
 };
@@ -51,7 +53,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE_LOOKS: u32 = 4;
 /// Descriptors of a connection: its two sockets.
 const DESCRIPTORS: usize = 2;
-/// Descriptors that connections leave to pipes and to the rest of the daemon.
+/// Descriptors that connections leave to pipes and to the rest of the daemon; half of all, where there are few.
 const RESERVED_DESCRIPTORS: usize = 1280;
 
 /// Whether a relay takes new connections.
@@ -79,6 +81,8 @@ impl Places {
             .current
             .map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
         let reserved = RESERVED_DESCRIPTORS.min(limit / 2);
+        // Half of what is reserved, at two descriptors each.
+        splice::limit_pipes(reserved / 4);
         let all = ((limit - reserved) / DESCRIPTORS).clamp(1, Semaphore::MAX_PERMITS);
         let of_one = u32::try_from(all - all / 8).unwrap_or(u32::MAX);
         Self { all: Arc::new(Semaphore::new(all)), of_one }
@@ -162,6 +166,7 @@ pub fn listen(address: SocketAddr, interface: &str) -> io::Result<std::net::TcpL
     }
     // Connections of an earlier relay may be in TIME_WAIT on the port.
     socket.set_reuse_address(true)?;
+    splice::prepare(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -283,21 +288,26 @@ async fn carry(
     names: Option<Arc<dyn PeerNames>>,
 ) -> anyhow::Result<()> {
     let traffic = splice::Traffic::default();
+    let Ok(early) = splice::Early::read(&client) else {
+        tracing::debug!("{container}: reset before the service was reached");
+        return Ok(());
+    };
     let header = match spec.proxy_protocol {
         Some(version) => proxy_header(version, container, client.local_addr()?)?,
         None => vec![],
     };
     let ended = match &spec.service {
         Service::Tcp(address) => {
-            let connected = connect(*address, container, spec.source, names).await;
+            let speaks_first = !early.is_empty() || !header.is_empty();
+            let connected = connect(*address, container, spec.source, names, speaks_first).await;
             let (mut service, _presented) = connected.inspect_err(|_| reset(&client))?;
             introduce(&mut service, &header).await.inspect_err(|_| reset(&client))?;
-            or_idle(splice::relay(client, service, &traffic), &traffic, spec.idle_timeout).await
+            or_idle(splice::relay(client, early, service, &traffic), &traffic, spec.idle_timeout).await
         }
         Service::Unix(path) => {
             let mut service = connect_unix(path).await.inspect_err(|_| reset(&client))?;
             introduce(&mut service, &header).await.inspect_err(|_| reset(&client))?;
-            or_idle(splice::relay(client, service, &traffic), &traffic, spec.idle_timeout).await
+            or_idle(splice::relay(client, early, service, &traffic), &traffic, spec.idle_timeout).await
         }
     };
     let (sent, received) = (traffic.to_service(), traffic.to_client());
@@ -387,8 +397,15 @@ async fn connect(
     container: SocketAddr,
     source: Source,
     names: Option<Arc<dyn PeerNames>>,
+    speaks_first: bool,
 ) -> anyhow::Result<(TcpStream, Option<Presented>)> {
-    let socket = if service.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    let family = if service.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, None)?;
+    splice::prepare(&socket)?;
+    if speaks_first {
+        splice::speak_first(&socket)?;
+    }
     let mut presented = None;
     if source == Source::Container {
         if service.is_ipv4() {
@@ -396,7 +413,8 @@ async fn connect(
             // The port is chosen by connect(): one that bind() has chosen is lost to every other program's connect(), and
             // a container could use them all up.
             setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
-            socket.bind((own, 0).into()).with_context(|| format!("cannot connect from {own}"))?;
+            net::bind(&socket, &SocketAddr::from((own, 0)))
+                .with_context(|| format!("cannot connect from {own}"))?;
         }
         if let Some(names) = names {
             let cookie = socket_cookie(&socket)?;
@@ -404,7 +422,7 @@ async fn connect(
             presented = Some(Presented { names, cookie, relay_end: None, container });
         }
     }
-    let connecting = timeout(CONNECT_TIMEOUT, socket.connect(service));
+    let connecting = timeout(CONNECT_TIMEOUT, dial(socket, service));
     let stream = connecting.await.context("no answer").and_then(|done| Ok(done?));
     let stream = stream.with_context(|| format!("cannot connect to {service}"))?;
     if let Some(presented) = &mut presented {
@@ -413,6 +431,27 @@ async fn connect(
         presented.names.confirm(presented.cookie, relay_end, container)?;
     }
     Ok((stream, presented))
+}
+
+/// Connects. On loopback the handshake is over when connect() returns, although it says that it has only begun; asked
+/// again it tells, and the event loop need not be gone through.
+async fn dial(socket: OwnedFd, service: SocketAddr) -> io::Result<TcpStream> {
+    let mut connected = net::connect(&socket, &service);
+    if connected == Err(Errno::INPROGRESS) {
+        connected = net::connect(&socket, &service);
+    }
+    let pending = connected == Err(Errno::ALREADY);
+    if !pending {
+        connected?;
+    }
+    let stream = TcpStream::from_std(socket.into())?;
+    if pending {
+        stream.writable().await?;
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+    }
+    Ok(stream)
 }
 
 async fn connect_unix(path: &Path) -> anyhow::Result<UnixStream> {

@@ -2,11 +2,13 @@
 //!
 //! - [`set`]: which relays are open;
 //! - [`listener`]: one of them: accepts, checks, connects;
-//! - [`splice`]: moves the bytes of one connection.
+//! - [`splice`]: moves the bytes of one connection;
+//! - [`workers`]: the threads that it all runs on.
 
 pub mod listener;
 pub mod set;
 mod splice;
+mod workers;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context as _;
 use tokio::{
     sync::{mpsc, watch},
     time::timeout,
@@ -21,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use super::{
     PeerNames,
     listener::{Gone, Listener, Mode, Orders, Places, Statistics, Surroundings},
+    workers::Workers,
 };
 use crate::planning::{
     policy::{RelayKey, RelaySpec},
@@ -34,6 +36,7 @@ pub struct RelaySet {
     /// Shared by the relays of a rule and by their connections, which may outlive them.
     statistics: HashMap<RuleId, Weak<Statistics>>,
     surroundings: Surroundings,
+    workers: Workers,
 }
 
 #[derive(Debug)]
@@ -65,10 +68,11 @@ pub struct Counts {
 impl RelaySet {
     /// Relays name their containers through `names`, where there is a way; `wake` gets a unit when a service turns out
     /// not to be there, or a namespace has gone.
-    pub fn new(names: Option<Arc<dyn PeerNames>>, wake: mpsc::Sender<()>) -> Self {
+    pub fn new(names: Option<Arc<dyn PeerNames>>, wake: mpsc::Sender<()>) -> anyhow::Result<Self> {
         let surroundings =
             Surroundings { names, wake, places: Places::new(), connections: TaskTracker::new() };
-        Self { relays: BTreeMap::new(), statistics: HashMap::new(), surroundings }
+        let workers = Workers::start().context("cannot start the relays' threads")?;
+        Ok(Self { relays: BTreeMap::new(), statistics: HashMap::new(), surroundings, workers })
     }
 
     /// Relays otherwise from the next connection on, where a relay listens; else false.
@@ -94,7 +98,11 @@ impl RelaySet {
         let (sender, orders) = watch::channel(self.orders(spec));
         let (mode, modes) = watch::channel(Mode::Open);
         let taken = Arc::new(AtomicU64::new(0));
+        let worker = self.workers.next();
+        // The socket belongs to the event loop that it is registered with.
+        let on_worker = worker.enter();
         let socket = Arc::new(tokio::net::TcpListener::from_std(socket)?);
+        drop(on_worker);
         let listener = Listener {
             socket: socket.clone(),
             orders,
@@ -103,7 +111,7 @@ impl RelaySet {
             taken: taken.clone(),
             surroundings: self.surroundings.clone(),
         };
-        let task = tokio::spawn(listener.serve());
+        let task = worker.spawn(listener.serve());
         self.relays.insert(key.clone(), Relay { orders: sender, mode, taken, socket, task });
         Ok(())
     }

@@ -26,7 +26,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-pub(crate) use leg::Leg;
+pub(crate) use leg::{Leg, prepare, speak_first};
+pub(crate) use pipe::limit_pipes;
+pub(crate) use pump::Early;
 use pump::{Broken, Flow, Watch};
 
 /// How long, after one leg broke, its last bytes may take to reach the other one before that is reset too. The
@@ -83,14 +85,13 @@ pub(crate) enum Outcome {
     Failed(Side, io::Error),
 }
 
-/// Moves bytes between `client` and `service` until both have ended or one has broken, and closes both.
-pub(crate) async fn relay<C: Leg, S: Leg>(client: C, service: S, traffic: &Traffic) -> Outcome {
-    let mut to_service = Flow::new(Side::Client, &traffic.to_service);
+/// Moves bytes between `client` and `service` until both have ended or one has broken, and closes both. `early` was
+/// read from the client before. A TCP socket must have been [prepared](prepare), or have been accepted from one that was.
+pub(crate) async fn relay<C: Leg, S: Leg>(client: C, early: Early, service: S, traffic: &Traffic) -> Outcome {
+    let mut to_service = Flow::new(Side::Client, &traffic.to_service).with(early);
     let mut to_client = Flow::new(Side::Service, &traffic.to_client);
 
     let ended = async {
-        client.prepare().map_err(|error| Broken { side: Side::Client, error })?;
-        service.prepare().map_err(|error| Broken { side: Side::Service, error })?;
         both(&mut to_service, &mut to_client, &client, &service).await?;
         client.close_orderly().map_err(|error| Broken { side: Side::Client, error })?;
         service.close_orderly().map_err(|error| Broken { side: Side::Service, error })
@@ -104,7 +105,7 @@ pub(crate) async fn relay<C: Leg, S: Leg>(client: C, service: S, traffic: &Traff
         Side::Client => deliver_last_bytes(&mut to_service, &client, &service, &error).await,
         Side::Service => deliver_last_bytes(&mut to_client, &service, &client, &error).await,
     }
-    // Both sockets are closed here, with the reset that `Leg::prepare` has ordered.
+    // Both sockets are closed here, with the reset that `prepare` has ordered.
     if leg::is_reset(&error) { Outcome::Reset(side) } else { Outcome::Failed(side, error) }
 }
 
@@ -116,12 +117,14 @@ async fn both<C: Leg, S: Leg>(
     client: &C,
     service: &S,
 ) -> Result<(), Broken> {
-    let mut to_service = pin!(pump::pump(to_service, client, service));
-    let mut to_client = pin!(pump::pump(to_client, service, client));
+    let mut to_service = pin!(pump::transfer(to_service, client, service, Watch::Source));
+    let mut to_client = pin!(pump::transfer(to_client, service, client, Watch::Source));
+    // The end that comes second is passed on by the close.
     tokio::select! {
         biased;
         ended = &mut to_service => {
             ended?;
+            end(service, Side::Service)?;
             tokio::select! {
                 biased;
                 ended = &mut to_client => ended,
@@ -130,6 +133,7 @@ async fn both<C: Leg, S: Leg>(
         }
         ended = &mut to_client => {
             ended?;
+            end(client, Side::Client)?;
             tokio::select! {
                 biased;
                 ended = &mut to_service => ended,
@@ -137,6 +141,14 @@ async fn both<C: Leg, S: Leg>(
             }
         }
     }
+}
+
+/// Passes on the end of the other side's stream.
+fn end(to: &impl Leg, side: Side) -> Result<(), Broken> {
+    to.shutdown_write().map_err(|error| {
+        // Not connected any more: the reset that came in between says why.
+        Broken { side, error: to.take_error().ok().flatten().unwrap_or(error) }
+    })
 }
 
 /// Delivers what `dead` had sent before it broke: a peer connected directly would have had it in its own queue, and

@@ -5,17 +5,32 @@
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nix::fcntl::{OFlag, SpliceFFlags, splice};
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
 
-/// The most one splice takes from a socket. A slot of the pipe refers to up to 32 KiB of a socket's memory, so a
-/// pipe of the default 16 slots would take 512 KiB: more than a reader that has stopped should pin.
-const CHUNK: usize = 128 * 1024;
+/// The most one splice takes from a socket, and so what a reader that has stopped pins at most. Less costs more calls,
+/// more is out of the processor's cache when the reader gets to it.
+const CHUNK: usize = 256 * 1024;
+
+/// The size that is asked for: room for 256 pieces. A piece may be 32 KiB of a socket's memory or a single segment, and
+/// the default, 16 pieces, is often full long before `CHUNK` bytes are in it. An empty pipe holds no pages.
+const SLOTS_IN_BYTES: i32 = 1024 * 1024;
 
 /// How many empty pipes a thread keeps. A direction needs one only while bytes are in it, and most of the time it
 /// is empty again before the next direction is served, so few serve many connections.
 const SPARES: usize = 8;
+
+/// Pipes that there are, and how many there may be.
+static PIPES: AtomicUsize = AtomicUsize::new(0);
+static MAX_PIPES: AtomicUsize = AtomicUsize::new(usize::MAX);
+
+/// From now on there are at most so many pipes in this process: each takes two descriptors, and is held for as long as its
+/// reader does not read. Directions that get none copy.
+pub(crate) fn limit_pipes(max: usize) {
+    MAX_PIPES.store(max, Ordering::Relaxed);
+}
 
 thread_local! {
     static EMPTY: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
@@ -26,6 +41,25 @@ pub(super) struct Pipe {
     pub(super) read: OwnedFd,
     pub(super) write: OwnedFd,
     level: usize,
+    _count: Count,
+}
+
+/// One of the pipes that there may be.
+struct Count;
+
+impl Count {
+    fn take() -> io::Result<Self> {
+        let max = MAX_PIPES.load(Ordering::Relaxed);
+        let taken = PIPES
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |pipes| (pipes < max).then_some(pipes + 1));
+        taken.map(|_| Self).map_err(|_| io::Error::other("there are as many pipes as there may be"))
+    }
+}
+
+impl Drop for Count {
+    fn drop(&mut self) {
+        PIPES.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Pipe {
@@ -34,8 +68,11 @@ impl Pipe {
         if let Some(spare) = EMPTY.with_borrow_mut(Vec::pop) {
             return Ok(spare);
         }
+        let count = Count::take()?;
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        Ok(Self { read, write, level: 0 })
+        // A smaller pipe does as well, only slower.
+        let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(SLOTS_IN_BYTES));
+        Ok(Self { read, write, level: 0, _count: count })
     }
 
     /// Gives the pipe back. One with bytes in it is closed: they must never reach another connection.

@@ -34,10 +34,32 @@ const SMALL_SPLICES: u8 = 8;
 
 /// How many moves a direction makes before the other one, and the other connections, get their turn. Well below
 /// tokio's budget for one poll (128): a direction that used it up would keep the other from ever being ready.
-const TURN: u32 = 8;
+const TURN: u32 = 32;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
+}
+
+/// What a client had sent before its connection was relayed.
+#[derive(Debug, Default)]
+pub(crate) struct Early(Option<Box<[u8]>>);
+
+impl Early {
+    /// Reads what is there already; most clients speak first, and at once. An error says that the connection is broken.
+    pub(crate) fn read(from: &impl Leg) -> io::Result<Self> {
+        SCRATCH.with_borrow_mut(|buffer| match from.read_now(buffer) {
+            // The end of the stream will be seen again.
+            Ok(0) => Ok(Self(None)),
+            Ok(read) => Ok(Self(Some(buffer[..read].into()))),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Self(None)),
+            Err(error) => Err(error),
+        })
+    }
+
+    /// There is nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
 }
 
 /// A connection is broken: on which side, and how.
@@ -99,6 +121,15 @@ impl<'a> Flow<'a> {
         Self { from, moved, held: Held::Nothing, mode: Mode::Buffered { full_reads: 0 } }
     }
 
+    /// Begins with bytes that were read before.
+    pub(super) fn with(self, early: Early) -> Self {
+        let held = match early.0 {
+            Some(bytes) => Held::Bytes { bytes, written: 0 },
+            None => Held::Nothing,
+        };
+        Self { held, ..self }
+    }
+
     /// The side this direction reads from.
     pub(super) fn from(&self) -> Side {
         self.from
@@ -109,6 +140,10 @@ impl<'a> Flow<'a> {
     }
 
     fn destination(&self, error: io::Error) -> Broken {
+        // A write to a socket that was reset may say EPIPE: the error itself was consumed by a write before, which could
+        // tell of a part that it had written. Only a read tells whether the peer's FIN came before the reset.
+        let reset = error.raw_os_error() == Some(Errno::EPIPE as i32);
+        let error = if reset { Errno::ECONNRESET.into() } else { error };
         Broken { side: self.from.other(), error }
     }
 
@@ -149,7 +184,7 @@ impl<'a> Flow<'a> {
     /// Splices from the source into a pipe; false if that gave nothing.
     fn fill(&mut self, src: &impl Leg) -> Result<bool, Broken> {
         let Ok(mut pipe) = Pipe::take() else {
-            // Out of file descriptors: slower is better than not at all.
+            // Out of descriptors, or of those that pipes may have: slower is better than not at all.
             self.mode = Mode::Buffered { full_reads: 0 };
             return Ok(false);
         };
@@ -240,15 +275,6 @@ impl<'a> Flow<'a> {
             }
         }
     }
-}
-
-/// Moves bytes until the source's end of file, and passes that on.
-pub(super) async fn pump(flow: &mut Flow<'_>, src: &impl Leg, dst: &impl Leg) -> Result<(), Broken> {
-    transfer(flow, src, dst, Watch::Source).await?;
-    dst.shutdown_write().map_err(|error| {
-        // Not connected any more: the reset that came in between says why.
-        flow.destination(dst.take_error().ok().flatten().unwrap_or(error))
-    })
 }
 
 /// Moves bytes until the source's end of file.

@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, getsockopt, send, setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::task::JoinHandle;
@@ -26,6 +26,39 @@ async fn tcp_pair() -> (TcpStream, TcpStream) {
     (dialled.unwrap(), accepted.unwrap().0)
 }
 
+/// As [`tcp_pair`], of which the accepted one is for a relay.
+async fn client_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    prepare(&listener).unwrap();
+    let address = listener.local_addr().unwrap();
+    let (dialled, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+    (dialled.unwrap(), accepted.unwrap().0)
+}
+
+/// As [`tcp_pair`], of which the dialled one is for a relay.
+async fn service_pair() -> (TcpStream, TcpStream) {
+    let (dialled, accepted) = tcp_pair().await;
+    prepare(&dialled).unwrap();
+    (dialled, accepted)
+}
+
+/// The relay relies on it: nothing is set on what it accepts.
+#[tokio::test]
+async fn accepted_sockets_inherit_their_options() {
+    let (_client, accepted) = client_pair().await;
+    let linger = getsockopt(&accepted, sockopt::Linger).unwrap();
+    assert_eq!((linger.l_onoff, linger.l_linger), (1, 0));
+    assert!(getsockopt(&accepted, sockopt::TcpNoDelay).unwrap());
+    assert!(getsockopt(&accepted, sockopt::OobInline).unwrap());
+    assert!(getsockopt(&accepted, sockopt::KeepAlive).unwrap());
+    let times = [
+        getsockopt(&accepted, sockopt::TcpKeepIdle),
+        getsockopt(&accepted, sockopt::TcpKeepInterval),
+        getsockopt(&accepted, sockopt::TcpKeepCount),
+    ];
+    assert_eq!(times, [Ok(60), Ok(10), Ok(6)]);
+}
+
 fn small_buffers(socket: &TcpStream) {
     setsockopt(socket, sockopt::SndBuf, &(32 * 1024)).unwrap();
     setsockopt(socket, sockopt::RcvBuf, &(32 * 1024)).unwrap();
@@ -43,22 +76,23 @@ impl<S> Bridge<S> {
     fn start<L: Leg + 'static>(client: TcpStream, client_leg: TcpStream, service: S, service_leg: L) -> Self {
         let traffic = Arc::new(Traffic::default());
         let counters = Arc::clone(&traffic);
-        let task = tokio::spawn(async move { relay(client_leg, service_leg, &counters).await });
+        let task =
+            tokio::spawn(async move { relay(client_leg, Early::default(), service_leg, &counters).await });
         Self { client, service, traffic, task }
     }
 }
 
 async fn bridge() -> Bridge<TcpStream> {
-    let (client, client_leg) = tcp_pair().await;
-    let (service_leg, service) = tcp_pair().await;
+    let (client, client_leg) = client_pair().await;
+    let (service_leg, service) = service_pair().await;
     client.set_nodelay(true).unwrap();
     service.set_nodelay(true).unwrap();
     Bridge::start(client, client_leg, service, service_leg)
 }
 
 async fn bridge_with_small_buffers() -> Bridge<TcpStream> {
-    let (client, client_leg) = tcp_pair().await;
-    let (service_leg, service) = tcp_pair().await;
+    let (client, client_leg) = client_pair().await;
+    let (service_leg, service) = service_pair().await;
     for socket in [&client, &client_leg, &service_leg, &service] {
         small_buffers(socket);
     }
@@ -66,7 +100,7 @@ async fn bridge_with_small_buffers() -> Bridge<TcpStream> {
 }
 
 async fn unix_bridge() -> Bridge<UnixStream> {
-    let (client, client_leg) = tcp_pair().await;
+    let (client, client_leg) = client_pair().await;
     let (service_leg, service) = UnixStream::pair().unwrap();
     Bridge::start(client, client_leg, service, service_leg)
 }
@@ -189,6 +223,33 @@ async fn client_ends_its_stream_and_reads_64_mib() {
 #[tokio::test]
 async fn client_ends_its_stream_and_reads_64_mib_from_a_unix_socket() {
     half_close(unix_bridge().await).await;
+}
+
+/// What is read before the service is connected comes first, and once. A reset that is found then is told.
+#[tokio::test]
+async fn early_bytes_are_relayed() {
+    let (mut client, client_leg) = client_pair().await;
+    assert!(Early::read(&client_leg).unwrap().is_empty());
+    client.write_all(pattern(0, 100)).await.unwrap();
+    let early = Early::read(&client_leg).unwrap();
+    assert!(!early.is_empty());
+    client.write_all(pattern(100, 5000)).await.unwrap();
+    client.shutdown().await.unwrap();
+    let (service_leg, mut service) = service_pair().await;
+    let traffic = Traffic::default();
+    let talk = async {
+        assert_eq!(read_pattern(&mut service).await, (5100, None));
+        drop(service);
+    };
+    let (outcome, ()) = tokio::join!(relay(client_leg, early, service_leg, &traffic), talk);
+    assert!(matches!(outcome, Outcome::Finished));
+    assert_eq!(traffic.to_service(), 5100);
+
+    let (client, client_leg) = client_pair().await;
+    client.set_zero_linger().unwrap();
+    drop(client);
+    client_leg.ready(Interest::ERROR).await.unwrap();
+    assert_eq!(Early::read(&client_leg).unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
 
 #[tokio::test]
@@ -498,7 +559,7 @@ async fn idle_connections_hold_no_pipe() {
 async fn an_idle_connection_is_small() {
     let (client, service) = tcp_pair().await;
     let traffic = Traffic::default();
-    let size = size_of_val(&relay(client, service, &traffic));
+    let size = size_of_val(&relay(client, Early::default(), service, &traffic));
     assert!(size < 2048, "{size} bytes");
 }
 
