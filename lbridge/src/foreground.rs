@@ -86,10 +86,17 @@ pub fn run(options: &Options) -> anyhow::Result<u8> {
         Place::Command(command) => run_command(options, command),
         Place::Process(pid) => {
             let found = find::namespace_of(*pid)?;
-            let entrance = Entrance::Process { pid: found.pid, cgroup: None };
-            attach(options, &entrance, Network::Process(found.pid))
+            let namespace = netns::Namespace::of_process(found.netns, found.process, found.pid)?;
+            attach(options, namespace, Network::Process(found.pid))
         }
-        Place::Path(path) => attach(options, &Entrance::Path(path.clone()), Network::Netns(path.clone())),
+        Place::Path(path) => {
+            let host = HostNetns::open()?;
+            let namespace = netns::Namespace::open(&Entrance::Path(path.clone()), host.id);
+            let namespace = namespace.map_err(|absence| match absence {
+                Absence::NotThere(why) | Absence::Unsuitable(why) => anyhow!(why),
+            })?;
+            attach(options, namespace, Network::Netns(path.clone()))
+        }
     }
 }
 
@@ -121,12 +128,8 @@ fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
 }
 
 /// To a sandbox that is there.
-fn attach(options: &Options, entrance: &Entrance, network: Network) -> anyhow::Result<u8> {
+fn attach(options: &Options, namespace: netns::Namespace, network: Network) -> anyhow::Result<u8> {
     relay::raise_descriptor_limit();
-    let host = HostNetns::open()?;
-    let namespace = netns::Namespace::open(entrance, host.id).map_err(|absence| match absence {
-        Absence::NotThere(why) | Absence::Unsuitable(why) => anyhow!(why),
-    })?;
     let door = Door::open(&namespace.file())?;
     runtime()?.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;

@@ -93,6 +93,12 @@ impl Namespace {
         Ok(Self { file, process, key: NamespaceKey { id, entrance: entrance.clone() } })
     }
 
+    /// One that was found by other means, with its process.
+    pub fn of_process(file: OwnedFd, process: OwnedFd, pid: u32) -> io::Result<Self> {
+        let key = NamespaceKey { id: id_of(&file)?, entrance: Entrance::Process { pid, cgroup: None } };
+        Ok(Self { file, process: Some(process), key })
+    }
+
     /// Its handle.
     pub fn file(&self) -> impl AsFd {
         &self.file
@@ -213,12 +219,8 @@ fn at_path(path: &Path) -> Result<OwnedFd, Absence> {
 
 /// `CLONE_NEW...` (ioctl_ns(2)).
 fn kind_of(file: &File) -> io::Result<i32> {
-    mod request {
-        // NS_GET_NSTYPE (include/uapi/linux/nsfs.h), which takes no argument.
-        nix::ioctl_none!(ns_get_nstype, 0xb7, 0x3);
-    }
-    // SAFETY: the request takes no argument, and the descriptor is one of nsfs.
-    Ok(unsafe { request::ns_get_nstype(file.as_raw_fd()) }?)
+    // SAFETY: the request takes no argument.
+    Ok(Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::NS_GET_NSTYPE) })?)
 }
 
 /// Which process that number means now.

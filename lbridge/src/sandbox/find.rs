@@ -1,20 +1,17 @@
-//! Network namespaces that are there already: of a process, or at a path.
+//! The sandbox that a process is in, or has made.
 
 use std::{
     collections::{BTreeMap, VecDeque},
     fs::{self, File},
     io,
-    os::fd::{AsFd, AsRawFd as _, OwnedFd},
-    path::Path,
+    os::fd::{AsFd, OwnedFd},
 };
 
 use anyhow::{Context as _, bail};
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, open},
     libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::{stat::Mode, statfs},
     unistd::Pid,
 };
 use rustix::process::{PidfdFlags, pidfd_open};
@@ -106,28 +103,4 @@ fn parent_of(pid: Pid) -> Option<Pid> {
     // The name in parentheses may hold anything, but nothing behind it does: "state ppid ...", proc_pid_stat(5).
     let (_, rest) = stat.rsplit_once(") ")?;
     rest.split(' ').nth(1)?.parse().ok().map(Pid::from_raw)
-}
-
-/// The network namespace at a path: `/run/netns/NAME`, `/proc/PID/ns/net`. What is there is looked at before it is
-/// opened: to open a FIFO may hang, to open a device may do anything.
-pub fn namespace_at(path: &Path) -> anyhow::Result<OwnedFd> {
-    let shown = path.display();
-    let no_netns = || anyhow::anyhow!("{shown} is not a network namespace");
-    let handle = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
-        .with_context(|| format!("cannot open {shown}"))?;
-    let system = statfs::fstatfs(&handle).with_context(|| format!("cannot look at {shown}"))?;
-    if system.filesystem_type() != statfs::NSFS_MAGIC {
-        return Err(no_netns());
-    }
-    let netns = File::open(format!("/proc/self/fd/{}", handle.as_raw_fd()))
-        .with_context(|| format!("cannot open {shown}"))?;
-    // SAFETY: the request takes no argument.
-    let kind = unsafe { libc::ioctl(netns.as_raw_fd(), libc::NS_GET_NSTYPE) };
-    if Errno::result(kind) != Ok(libc::CLONE_NEWNET) {
-        return Err(no_netns());
-    }
-    if Identity::of(&netns)? == Identity::of_own_netns()? {
-        bail!("{shown} is this network namespace; there is nothing to bridge");
-    }
-    Ok(netns.into())
 }

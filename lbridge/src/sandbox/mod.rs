@@ -2,7 +2,7 @@
 //! loopback is. No daemon and no root here: all of it runs with the rights of the user who made the sandbox. Imports
 //! nothing of the other rooms.
 //!
-//! - [`find`]: the namespace of a process, or at a path;
+//! - [`find`]: the namespace that a process is in, or has made;
 //! - [`launch`]: starts a command, and catches the moment when its sandbox is up and its program has not run yet;
 //! - [`door`]: makes listening sockets inside.
 //!

@@ -183,7 +183,7 @@ fn networks_that_cannot_be_served() {
     assert_eq!(
         host.states(),
         [
-            "lan 80 blocked (driver macvlan gives the host no bridge)",
+            "lan 80 blocked (driver macvlan gives the host no bridge; allow its containers one by one: container:NAME)",
             "nope 80 waiting (no Docker network nope)",
             "bridge:br9 80 waiting (there is no interface br9)",
             "bridge:eth0 80 blocked (eth0 is not a bridge; name the bridge that the containers are on)",
