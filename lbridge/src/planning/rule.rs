@@ -528,8 +528,10 @@ impl Rules {
             if matches!(rule.network, Network::Process(_)) && rule.process.is_none() {
                 return Err(Refused::ProcessUnknown { id });
             }
-            // What was for a process that had the number before it will never serve again.
-            rules.retain(|_, (other, _)| other.network != rule.network || other.process == rule.process);
+            if rule.process.is_some() {
+                // What was for a process that had the number before it will never serve again.
+                rules.retain(|_, (other, _)| other.network != rule.network || other.process == rule.process);
+            }
             match rules.get(&id) {
                 Some((existing, Origin::Config)) if origin == Origin::Cli && !existing.same_effect(&rule) => {
                     return Err(Refused::ReadOnly { id });
