@@ -17,5 +17,6 @@ pub mod sandbox;
 pub mod scene;
 pub mod service;
 pub mod suite;
+pub mod systemd;
 pub mod usage;
 pub mod vm;

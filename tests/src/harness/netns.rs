@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::{fs, panic, thread};
@@ -35,8 +36,12 @@ impl NetNs {
 
     /// The namespace of a process.
     pub fn of_process(pid: u32) -> Result<NetNs> {
-        let path = format!("/proc/{pid}/ns/net");
-        let fd = File::open(&path).with_context(|| format!("open {path}"))?;
+        NetNs::at(Path::new(&format!("/proc/{pid}/ns/net")))
+    }
+
+    /// The namespace that a file stands for.
+    pub fn at(path: &Path) -> Result<NetNs> {
+        let fd = File::open(path).with_context(|| format!("open {}", path.display()))?;
         Ok(NetNs { fd: Arc::new(fd.into()) })
     }
 

@@ -11,7 +11,7 @@ use std::{env, fs, panic};
 use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
-use super::{daemon, kernel, logs, patience, sandbox, vm};
+use super::{daemon, kernel, logs, patience, sandbox, systemd, vm};
 
 /// The test to run in this process, set by the parent.
 const TEST: &str = "LBRIDGE_TEST";
@@ -129,6 +129,7 @@ impl Suite {
     /// The suite's `main`, which ends the process.
     pub fn main(self) -> ! {
         sandbox::hook();
+        systemd::hook();
         if let Some(name) = env::var_os(TEST) {
             let test = self.tests.iter().find(|test| name == test.name);
             let status = test.map_or_else(
