@@ -8,6 +8,7 @@
 //! | `cli` | commands, files, the control API | and setpriv, curl |
 //! | `sandbox` | sandboxes of a user who is not root | and bwrap, unshare, setpriv, strace |
 //! | `clients` | clients and servers that people use, over the relay; crowds, endings, exhaustion | and PostgreSQL, Redis, Apache |
+//! | `systemd` | a systemd that restarts the daemon under traffic | and systemd |
 //! | `docker` | a Docker Engine | and dockerd, iptables, busybox |
 //! | `vm` | the `kernel` suite on Debian's 5.10 and 6.1 | qemu, kernels; no root |
 //!

@@ -1,0 +1,189 @@
+//! lbridge as a unit of a real systemd: starts, stops, and restarts that refuse nobody.
+
+mod handover;
+mod traffic;
+mod unit;
+
+use std::net::SocketAddr;
+use std::{fs, thread};
+
+use anyhow::{Context, Result, ensure};
+use lbridge_tests::harness::client::{self, Greeting};
+use lbridge_tests::harness::daemon::Output;
+use lbridge_tests::harness::lab::{Bridge, Lab};
+use lbridge_tests::harness::netns::NetNs;
+use lbridge_tests::harness::patience;
+use lbridge_tests::harness::service::Service;
+use lbridge_tests::harness::suite::Suite;
+use lbridge_tests::harness::systemd::{self, Systemd};
+
+fn main() {
+    Suite::new(&systemd::NEEDS, [unit::tests(), handover::tests()].concat()).main()
+}
+
+/// The unit's name.
+const UNIT: &str = "lbridge.service";
+
+/// A configuration.
+const RELAY_8080: &str = "[[rule]]\nnetwork = \"bridge:lab0\"\nport = \"8080\"\npath = \"relay\"\n";
+
+/// Descriptors that systemd keeps, and how long it waits for a stop.
+#[derive(Clone, Copy, Debug)]
+struct Unit {
+    store: u32,
+    stop: &'static str,
+}
+
+impl Default for Unit {
+    fn default() -> Unit {
+        Unit { store: 512, stop: "90s" }
+    }
+}
+
+impl Unit {
+    fn text(self) -> String {
+        let Unit { store, stop } = self;
+        // The limit of starts is for what fails again and again; these tests start it often.
+        format!(
+            "[Unit]\nDescription=Host-loopback access for containers\nStartLimitIntervalSec=0\n\n\
+             [Service]\nType=notify\nExecStart={} run --no-docker\nRestart=on-failure\n\
+             FileDescriptorStoreMax={store}\nTimeoutStopSec={stop}\n",
+            systemd::LBRIDGE
+        )
+    }
+}
+
+/// A host with systemd and a unit for lbridge, a bridge, and a container on it.
+struct Scene {
+    lab: Lab,
+    bridge: Bridge,
+    container: NetNs,
+    systemd: Systemd,
+}
+
+impl Scene {
+    /// Not started yet, with this configuration.
+    fn prepare(unit: Unit, config: &str) -> Result<Scene> {
+        let systemd = Systemd::boot()?;
+        let lab = Lab::with_host(systemd.netns().clone());
+        let bridge = lab.add_bridge("lab0", "10.7.0.1/24")?;
+        let container = lab.container(&bridge, "10.7.0.2/24")?;
+        systemd.install_unit(UNIT, &unit.text())?;
+        let scene = Scene { lab, bridge, container, systemd };
+        scene.configure(config)?;
+        Ok(scene)
+    }
+
+    /// Started, with relayed connections that may take as long as they want.
+    fn new() -> Result<Scene> {
+        Scene::with("drain_timeout = \"1m\"\n")
+    }
+
+    fn with(config: &str) -> Result<Scene> {
+        let scene = Scene::prepare(Unit::default(), config)?;
+        scene.systemd.must(&["start", UNIT])?;
+        Ok(scene)
+    }
+
+    /// The configuration for the next start.
+    fn configure(&self, config: &str) -> Result<()> {
+        let folder = self.systemd.path("/etc/lbridge");
+        fs::create_dir_all(&folder)?;
+        Ok(fs::write(folder.join("lbridge.toml"), config)?)
+    }
+
+    fn service(&self, name: &str, address: &str) -> Result<Service> {
+        Service::start(self.lab.host(), name, address)
+    }
+
+    fn cli(&self, arguments: &[&str]) -> Result<Output> {
+        self.systemd.run(systemd::LBRIDGE, arguments)
+    }
+
+    /// An `lbridge` command, which must succeed.
+    fn lbridge(&self, arguments: &[&str]) -> Result<Output> {
+        let output = self.cli(arguments)?;
+        ensure!(output.status == 0, "lbridge {arguments:?}: {output:?}");
+        Ok(output)
+    }
+
+    /// `lbridge allow bridge:lab0 8080 --path relay`.
+    fn relay_8080(&self) -> Result<()> {
+        self.lbridge(&["allow", "bridge:lab0", "8080", "--path", "relay"])?;
+        self.served(8080, "relayed").map(drop)
+    }
+
+    fn gateway(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.bridge.gateway(), port)
+    }
+
+    fn served(&self, port: u16, service: &str) -> Result<Greeting> {
+        client::served_by(&self.container, self.gateway(port), service)
+    }
+
+    fn refused(&self, port: u16) -> Result<()> {
+        client::refused(&self.container, self.gateway(port))
+    }
+
+    /// Whether anything listens on the gateway at that port, systemd included.
+    fn listens(&self, port: u16) -> Result<bool> {
+        match self.gateway(port) {
+            SocketAddr::V4(address) => self.lab.host().listens(address),
+            SocketAddr::V6(_) => unreachable!("the bridge has an IPv4 address"),
+        }
+    }
+
+    fn property(&self, name: &str) -> Result<String> {
+        self.systemd.property(UNIT, name)
+    }
+
+    fn wait_for(&self, property: &str, value: &str) -> Result<()> {
+        self.systemd.wait_for_property(UNIT, property, value)
+    }
+
+    fn main_pid(&self) -> Result<u32> {
+        self.property("MainPID")?.parse().context("MainPID")
+    }
+
+    /// `systemctl restart`; there must be another process afterwards, and systemd must keep nothing.
+    fn restart(&self) -> Result<()> {
+        let before = self.main_pid()?;
+        self.systemd.must(&["restart", UNIT])?;
+        ensure!(self.main_pid()? != before, "not restarted");
+        self.wait_for("NFileDescriptorStore", "0")
+    }
+
+    /// Begins a restart, and returns when systemd has `kept` sockets. An open connection must hold the stop up.
+    fn begin_restart(&self, kept: &str) -> Result<Restart<'_>> {
+        let before = self.main_pid()?;
+        self.systemd.must(&["--no-block", "restart", UNIT])?;
+        self.wait_for("NFileDescriptorStore", kept)?;
+        ensure!(self.property("ActiveState")? == "deactivating", "the stop is held up");
+        Ok(Restart { scene: self, before })
+    }
+
+    /// Waits for a daemon other than `before` that is ready.
+    fn wait_for_another(&self, before: u32) -> Result<()> {
+        patience::until("another daemon is ready", || {
+            let there = self.property("ActiveState")? == "active" && self.main_pid()? != before;
+            Ok(there.then_some(()))
+        })
+    }
+}
+
+/// A restart under way.
+struct Restart<'a> {
+    scene: &'a Scene,
+    before: u32,
+}
+
+impl Restart<'_> {
+    fn wait(self) -> Result<()> {
+        self.scene.wait_for_another(self.before)?;
+        self.scene.wait_for("NFileDescriptorStore", "0")
+    }
+}
+
+fn join<T>(thread: thread::JoinHandle<T>) -> Result<T> {
+    thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))
+}
