@@ -35,6 +35,7 @@ pub(crate) fn tests() -> Vec<Test> {
         a_process_that_ended_during_the_restart_leaves_nothing,
         localhost_inside_a_container_is_handed_over,
         localhost_inside_a_named_namespace_is_handed_over,
+        sockets_at_one_address_are_told_apart,
     ]
 }
 
@@ -302,12 +303,60 @@ fn localhost_inside_a_container_is_handed_over() -> Result<()> {
 
 fn localhost_inside_a_named_namespace_is_handed_over() -> Result<()> {
     let scene = Scene::new()?;
-    for arguments in ["netns add apart", "-netns apart link set lo up"] {
+    let netns = named(&scene, "apart")?;
+    survives_inside(&scene, "netns:/run/netns/apart", &netns)
+}
+
+fn named(scene: &Scene, name: &str) -> Result<NetNs> {
+    for arguments in [format!("netns add {name}"), format!("-netns {name} link set lo up")] {
         let output = scene.systemd.run("ip", &arguments.split(' ').collect::<Vec<_>>())?;
         ensure!(output.status == 0, "ip {arguments}: {output:?}");
     }
-    let netns = NetNs::at(&scene.systemd.path("/run/netns/apart"))?;
-    survives_inside(&scene, "netns:/run/netns/apart", &netns)
+    NetNs::at(&scene.systemd.path("/run/netns").join(name))
+}
+
+/// Two bridges with the same gateway, two namespaces: each has its own service, before and after.
+fn sockets_at_one_address_are_told_apart() -> Result<()> {
+    let scene = Scene::new()?;
+    let bridge = scene.lab.add_bridge("lab1", "10.7.0.1/24")?;
+    let (one, two) = (named(&scene, "one")?, named(&scene, "two")?);
+    let inside = "127.0.0.1:8080".parse()?;
+    let places = [
+        ("bridge:lab0", "8080=9000", scene.container.clone(), scene.gateway(8080), "bridge-0"),
+        (
+            "bridge:lab1",
+            "8080=9001",
+            scene.lab.container(&bridge, "10.7.0.3/24")?,
+            scene.gateway(8080),
+            "bridge-1",
+        ),
+        ("netns:/run/netns/one", "8080=9002", one, inside, "inside-1"),
+        ("netns:/run/netns/two", "8080=9003", two, inside, "inside-2"),
+    ];
+    let mut services = vec![];
+    for (network, port, _, _, service) in &places {
+        let (_, target) = port.split_once('=').unwrap_or_default();
+        services.push(scene.service(service, &format!("127.0.0.1:{target}"))?);
+        scene.lbridge(&["allow", network, port, "--path", "relay"])?;
+    }
+    for _ in 0..3 {
+        for (network, _, netns, to, service) in &places {
+            client::served_by(netns, *to, service).with_context(|| format!("{network}"))?;
+        }
+        let open = client::connect(&scene.container, scene.gateway(8080))?;
+        // Inside, `[::1]` has one, too.
+        let restart = scene.begin_restart("6")?;
+        let waiting = places
+            .iter()
+            .map(|(_, _, netns, to, _)| Waiting::connect(netns, *to))
+            .collect::<Result<Vec<_>>>()?;
+        open.finish()?;
+        restart.wait()?;
+        for (waiting, (_, _, _, _, service)) in waiting.into_iter().zip(&places) {
+            waiting.served(service)?;
+        }
+    }
+    Ok(())
 }
 
 /// 127.0.0.1 and `[::1]` inside: two sockets.
