@@ -36,6 +36,7 @@ pub(crate) fn tests() -> Vec<Test> {
         localhost_inside_a_container_is_handed_over,
         localhost_inside_a_named_namespace_is_handed_over,
         sockets_at_one_address_are_told_apart,
+        a_bridge_does_not_get_anothers_socket,
     ]
 }
 
@@ -399,4 +400,37 @@ fn a_process_that_ended_during_the_restart_leaves_nothing() -> Result<()> {
     restart.wait()?;
     waiting.sent_away()?;
     client::refused(&netns, four)
+}
+
+/// Whichever systemd passes on first: of two rules once the one, once the other is gone.
+fn a_bridge_does_not_get_anothers_socket() -> Result<()> {
+    let rule = |bridge: &str, port: &str| {
+        format!("[[rule]]\nnetwork = \"bridge:{bridge}\"\nport = \"{port}\"\npath = \"relay\"\n")
+    };
+    let rules = [rule("lab0", "8080=9000"), rule("lab1", "8080=9001")];
+    let both = format!("drain_timeout = \"1m\"\n{}", rules.concat());
+    let scene = Scene::prepare(Unit::default(), &both)?;
+    let bridge = scene.lab.add_bridge("lab1", "10.7.0.1/24")?;
+    let containers = [scene.container.clone(), scene.lab.container(&bridge, "10.7.0.3/24")?];
+    let names = ["one", "two"];
+    let _services = [scene.service("one", "127.0.0.1:9000")?, scene.service("two", "127.0.0.1:9001")?];
+    scene.systemd.must(&["start", UNIT])?;
+    let to = scene.gateway(8080);
+    for stays in [0, 1] {
+        for (container, name) in containers.iter().zip(names) {
+            client::served_by(container, to, name)?;
+        }
+        let open = client::connect(&scene.container, to)?;
+        let restart = scene.begin_restart("2")?;
+        let served = Waiting::connect(&containers[stays], to)?;
+        let sent_away = Waiting::connect(&containers[1 - stays], to)?;
+        scene.configure(&rules[stays])?;
+        open.finish()?;
+        restart.wait()?;
+        served.served(names[stays])?;
+        sent_away.sent_away()?;
+        scene.configure(&both)?;
+        scene.restart()?;
+    }
+    Ok(())
 }
