@@ -342,7 +342,7 @@ fn sockets_at_one_address_are_told_apart() -> Result<()> {
     }
     for _ in 0..3 {
         for (network, _, netns, to, service) in &places {
-            client::served_by(netns, *to, service).with_context(|| format!("{network}"))?;
+            client::served_by(netns, *to, service).with_context(|| (*network).to_owned())?;
         }
         let open = client::connect(&scene.container, scene.gateway(8080))?;
         // Inside, `[::1]` has one, too.
