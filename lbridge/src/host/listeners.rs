@@ -1,11 +1,14 @@
 //! Listening sockets, by sock_diag; and taking hold of one, by pidfd.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     ffi::OsStr,
     fs, io,
     net::SocketAddr,
-    os::{fd::OwnedFd, unix::ffi::OsStrExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::{ffi::OsStrExt as _, fs::FileTypeExt as _},
+    },
     path::{Path, PathBuf},
 };
 
@@ -93,21 +96,56 @@ fn listener(response: &InetResponse) -> Listener {
     }
 }
 
-/// Those of `wanted` on which a Unix stream socket of this thread's network namespace listens. The kernel shows the path
-/// that the service gave to bind(), so the files are compared: /var/run may be a link to /run.
+/// Those of `wanted` on which a Unix stream socket listens. The kernel shows the path that the service gave to bind(), so the
+/// files are compared: /var/run may be a link to /run. It lists sockets by network namespace, although anybody who gets at
+/// the file may connect; a service with `PrivateNetwork=` has one of its own.
 pub fn unix(wanted: BTreeSet<PathBuf>) -> anyhow::Result<BTreeSet<PathBuf>> {
+    let mut wanted: BTreeMap<PathBuf, PathBuf> = wanted
+        .into_iter()
+        .filter_map(|path| {
+            let file = fs::canonicalize(&path).ok()?;
+            fs::metadata(&file).is_ok_and(|metadata| metadata.file_type().is_socket()).then_some((path, file))
+        })
+        .collect();
+    let mut found = BTreeSet::new();
+    let mut look = |list: &[u8], wanted: &mut BTreeMap<PathBuf, PathBuf>| {
+        let listening: BTreeSet<_> = list
+            .split(|b| *b == b'\n')
+            .skip(1)
+            .filter_map(listening_path)
+            .filter_map(|path| fs::canonicalize(path).ok())
+            .collect();
+        wanted.retain(|path, file| {
+            let listens = listening.contains(file);
+            if listens {
+                found.insert(path.clone());
+            }
+            !listens
+        });
+    };
     // Names are bytes: any process may bind one that is no text.
     let list = fs::read("/proc/thread-self/net/unix").context("cannot list Unix sockets")?;
-    let listening: BTreeSet<_> = list
-        .split(|b| *b == b'\n')
-        .skip(1)
-        .filter_map(listening_path)
-        .filter_map(|path| fs::canonicalize(path).ok())
-        .collect();
-    Ok(wanted
-        .into_iter()
-        .filter(|path| fs::canonicalize(path).is_ok_and(|p| listening.contains(&p)))
-        .collect())
+    look(&list, &mut wanted);
+    if !wanted.is_empty() {
+        for process in one_of_each_netns()? {
+            // A process may end while it is looked at.
+            if let Ok(list) = fs::read(process.join("net/unix")) {
+                look(&list, &mut wanted);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// A process's folder in /proc for each network namespace that has one.
+fn one_of_each_netns() -> anyhow::Result<impl Iterator<Item = PathBuf>> {
+    let mut namespaces = BTreeMap::new();
+    for process in fs::read_dir("/proc").context("cannot list processes")?.flatten() {
+        if let Ok(namespace) = fs::read_link(process.path().join("ns/net")) {
+            namespaces.entry(namespace).or_insert_with(|| process.path());
+        }
+    }
+    Ok(namespaces.into_values())
 }
 
 /// A line is `Num RefCount Protocol Flags Type St Inode Path` (net/unix/af_unix.c).

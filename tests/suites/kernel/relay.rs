@@ -28,6 +28,7 @@ pub(crate) fn tests() -> Vec<Test> {
         idle_relays_cost_no_time,
         rules_come_and_go_while_relayed_connections_run,
         unix_socket_is_relayed,
+        unix_socket_of_a_service_with_a_network_of_its_own,
     ]
 }
 
@@ -257,4 +258,27 @@ fn unix_socket_is_relayed() -> Result<()> {
     // It has closed its listener.
     scene.wait_for(5432, "waiting")?;
     scene.refused(5432)
+}
+
+/// As with `PrivateNetwork=` in its unit.
+fn unix_socket_of_a_service_with_a_network_of_its_own() -> Result<()> {
+    let scene = Scene::new()?;
+    let netns = NetNs::new()?;
+    let path = std::path::Path::new("/run/private.sock");
+    let listener = netns.run(|| Ok(std::os::unix::net::UnixListener::bind(path)?))?;
+    scene.allow(&["5432=unix:/run/private.sock", "--source", "loopback"])?;
+    // Namespaces are found by their processes.
+    scene.must_be(5432, "waiting")?;
+    let mut process = netns.command("sleep").arg("1000").spawn()?;
+    let served = scene.wait_for(5432, "relayed").and_then(|_| {
+        let mut stream = client::dial(&scene.container, None, scene.gateway(5432), patience::seconds(5))?;
+        listener.accept()?.0.write_all(b"hello")?;
+        let mut said = String::new();
+        stream.read_to_string(&mut said)?;
+        ensure!(said == "hello", "{said:?}");
+        Ok(())
+    });
+    process.kill()?;
+    process.wait()?;
+    served
 }
