@@ -35,7 +35,7 @@ use crate::{
         reality::Reality,
         rule::{Network, Origin, PathChoice, PortSpec, ProxyProtocol, Rule, Rules, Source, Target},
     },
-    relay::{self, set::RelaySet},
+    relay::{self, listener::Listening, set::RelaySet},
     sandbox::{
         door::Door,
         find,
@@ -53,7 +53,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 
 /// Which sandbox.
 #[derive(Debug, Clone)]
-pub enum Place {
+pub enum Sandbox {
     /// That of a process, or of the first of its descendants that is in one.
     Process(u32),
     /// A network namespace's file.
@@ -66,7 +66,7 @@ pub enum Place {
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Which sandbox.
-    pub place: Place,
+    pub sandbox: Sandbox,
     /// Its ports.
     pub ports: Vec<PortSpec>,
     /// What services see.
@@ -82,14 +82,14 @@ pub struct Options {
 /// Relays until the sandbox has ended, or a signal asks for it. The exit status is the command's, where there is one: 128
 /// and the signal's number if that ended it.
 pub fn run(options: &Options) -> anyhow::Result<u8> {
-    match &options.place {
-        Place::Command(command) => run_command(options, command),
-        Place::Process(pid) => {
+    match &options.sandbox {
+        Sandbox::Command(command) => run_command(options, command),
+        Sandbox::Process(pid) => {
             let found = find::namespace_of(*pid)?;
             let namespace = netns::Namespace::of_process(found.netns, found.process, found.pid)?;
             attach(options, namespace, Network::Process(found.pid))
         }
-        Place::Path(path) => {
+        Sandbox::Path(path) => {
             let host = HostNetns::open()?;
             let namespace = netns::Namespace::open(&Entrance::Path(path.clone()), host.id);
             let namespace = namespace.map_err(|absence| match absence {
@@ -105,7 +105,7 @@ fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
         Started::Held(held) => held,
         Started::Ended(status) => {
             tracing::warn!(
-                "the command has ended, and made no network namespace that a port could be opened in"
+                "the command has ended and made no network namespace of its own, so it was in the host's; is --unshare-net missing?"
             );
             return Ok(exit_status(status));
         }
@@ -117,13 +117,13 @@ fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
     let entrance = Entrance::Process { pid: held.pid(), cgroup: None };
     let key = NamespaceKey { id: netns::id_of(&held.netns())?, entrance };
     let runtime = runtime()?;
-    let mut bridge = runtime.block_on(async {
-        let mut bridge = Bridge::new(door, key, Network::Process(held.pid()), options)?;
-        bridge.pass().await?;
-        anyhow::Ok(bridge)
+    let mut session = runtime.block_on(async {
+        let mut session = Session::new(door, key, Network::Process(held.pid()), options)?;
+        session.pass().await?;
+        anyhow::Ok(session)
     })?;
     let child = held.release()?;
-    runtime.block_on(bridge.run(ended(child.pidfd().try_clone_to_owned()?)))??;
+    runtime.block_on(session.run(ended(child.pidfd().try_clone_to_owned()?)))??;
     Ok(exit_status(child.wait()?))
 }
 
@@ -134,9 +134,9 @@ fn attach(options: &Options, namespace: netns::Namespace, network: Network) -> a
     runtime()?.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut bridge = Bridge::new(door, namespace.key.clone(), network, options)?;
-        bridge.pass().await?;
-        let drain = bridge
+        let mut session = Session::new(door, namespace.key.clone(), network, options)?;
+        session.pass().await?;
+        let drain = session
             .run(async {
                 tokio::select! {
                     () = namespace.gone() => false,
@@ -147,7 +147,7 @@ fn attach(options: &Options, namespace: netns::Namespace, network: Network) -> a
             .await?;
         if drain {
             tokio::select! {
-                _ = bridge.relays.drain(DRAIN) => {}
+                _ = session.relays.drain(DRAIN) => {}
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
             }
@@ -212,7 +212,7 @@ impl Options {
 
 /// The ports of one sandbox.
 #[derive(Debug)]
-struct Bridge {
+struct Session {
     door: Door,
     rules: Rules,
     network: Network,
@@ -223,14 +223,14 @@ struct Bridge {
     told: BTreeMap<SocketAddr, String>,
 }
 
-impl Bridge {
+impl Session {
     /// Serves through the door of that namespace. To be called in a runtime.
     fn new(door: Door, key: NamespaceKey, network: Network, options: &Options) -> anyhow::Result<Self> {
         let rules = options.rules(&network)?;
         let localhost = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
         let mut loopback = vec![];
         for ip in localhost {
-            match door.listen(SocketAddr::new(ip, 0)) {
+            match door.bind(SocketAddr::new(ip, 0)) {
                 Ok(_) => loopback.push(ip),
                 Err(error) if ip.is_ipv6() => tracing::debug!("no IPv6 inside: {error}"),
                 Err(error) => return Err(error).context("cannot listen inside the sandbox"),
@@ -274,8 +274,8 @@ impl Bridge {
                     }
                 }
                 Step::CloseRelay { key, .. } => self.relays.close(&key, false).await,
-                // The rest is the kernel half's.
-                _ => {}
+                // The policy of a namespace has no steps for the kernel half.
+                step => tracing::debug!(?step, "left out"),
             }
         }
         for outcome in policy.outcomes.iter().flat_map(|outcome| &outcome.gateways) {
@@ -288,10 +288,11 @@ impl Bridge {
     }
 
     fn open(&mut self, key: &RelayKey, spec: RelaySpec) -> anyhow::Result<()> {
-        let socket = self.door.listen(key.address).map_err(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => anyhow!("in use by another program inside"),
-            _ => anyhow::Error::new(error).context("cannot listen inside the sandbox"),
-        })?;
+        let socket =
+            self.door.bind(key.address).and_then(Listening::begin).map_err(|error| match error.kind() {
+                io::ErrorKind::AddrInUse => anyhow!("in use by another program inside"),
+                _ => anyhow::Error::new(error).context("cannot listen inside the sandbox"),
+            })?;
         self.relays.open(key, spec, socket, None::<Pending<()>>)
     }
 
@@ -303,7 +304,7 @@ impl Bridge {
         }
         match state {
             State::Steered | State::Relayed if self.told.contains_key(&address) => {
-                tracing::warn!("{address} inside: relayed");
+                tracing::warn!("{address} inside: relayed again");
             }
             State::Steered | State::Relayed => tracing::info!("{address} inside: relayed"),
             State::Waiting => tracing::warn!("{address} inside: waiting ({why})"),
@@ -322,7 +323,10 @@ impl Bridge {
                 _ = self.wakes.recv() => sleep_until(looked + BREATH).await,
                 () = sleep(POLL) => {}
             }
-            self.pass().await?;
+            // Too few descriptors, say: the sandbox is not to pay for it with what it has.
+            if let Err(error) = self.pass().await {
+                tracing::warn!("cannot look at the host, trying again: {error:#}");
+            }
             looked = Instant::now();
         }
     }

@@ -1,13 +1,13 @@
 //! What client and daemon say to each other. Additions are compatible, so unknown fields are ignored.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, num::NonZeroU32, time::Duration};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::planning::{
     policy::State,
-    rule::{Network, Origin, PathChoice, Rule, Source},
+    rule::{Network, Origin, PathChoice, ProxyProtocol, Rule, Source},
 };
 
 /// `GET`: a [`Status`].
@@ -105,6 +105,15 @@ pub struct RuleStatus {
     pub source: Source,
     /// Which way was asked for.
     pub path: PathChoice,
+    /// Connections at a time, at most, where the rule says.
+    #[serde(default)]
+    pub max_connections: Option<NonZeroU32>,
+    /// A connection that has been without a byte for that long is reset.
+    #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
+    pub idle_timeout: Option<Duration>,
+    /// Version of the header that tells the service who connects.
+    #[serde(default)]
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// The administrator's remark.
     pub comment: Option<String>,
     /// Who made it.
@@ -113,6 +122,9 @@ pub struct RuleStatus {
     pub state: State,
     /// Why.
     pub why: Option<String>,
+    /// Connections that its relays refused since there were too many.
+    #[serde(default)]
+    pub refused: u64,
     /// One for each address that a container can dial.
     pub gateways: Vec<GatewayStatus>,
 }
@@ -130,9 +142,6 @@ pub struct GatewayStatus {
     pub why: Option<String>,
     /// Connections served since the entry was put or the relay opened.
     pub connections: u64,
-    /// Connections that the rule's relays refused since there were too many.
-    #[serde(default)]
-    pub refused: u64,
 }
 
 /// Rules to add.

@@ -5,8 +5,8 @@ use std::{num::NonZeroU32, time::Duration};
 use clap::Args;
 
 use super::{
-    Failure, Ports, parse_network, parse_path, parse_ports, parse_proxy_protocol, parse_source, parse_time,
-    render,
+    Failure, Ports, parse_connections, parse_network, parse_path, parse_ports, parse_proxy_protocol,
+    parse_source, parse_time, render,
 };
 use crate::{
     api::{client::Client, protocol::Allow},
@@ -29,7 +29,7 @@ pub(super) struct AllowArgs {
     #[arg(long, value_parser = parse_path, default_value = "auto", value_name = "auto|steer|relay")]
     path: PathChoice,
     /// Connections at a time, at most; makes the rule relayed
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_connections)]
     max_connections: Option<NonZeroU32>,
     /// Reset a connection that has been without a byte for that long (30s, 10m, 2h); makes the rule relayed
     #[arg(long, value_name = "TIME", value_parser = parse_time)]

@@ -10,7 +10,7 @@ mod render;
 mod run;
 mod status;
 
-use std::{path::PathBuf, process::ExitCode, str::FromStr as _, time::Duration};
+use std::{num::NonZeroU32, path::PathBuf, process::ExitCode, str::FromStr as _, time::Duration};
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
@@ -138,6 +138,9 @@ fn failed(failure: &Failure) -> ExitCode {
     failure.exit.into()
 }
 
+/// What networks that are none of Docker's begin with.
+const NETWORKS: [&str; 4] = ["bridge:", "container:", "netns:", "pid:"];
+
 /// Help goes to standard output; of an error the one line that says what is wrong, where clap prints a paragraph.
 fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
@@ -149,12 +152,30 @@ fn usage(error: &clap::Error) -> ExitCode {
     let first = lines.next().unwrap_or_default().trim_start_matches("error: ");
     // "the following arguments were not provided:" continues on the next line.
     let second = if first.ends_with(':') { lines.next().unwrap_or_default() } else { "" };
-    let help = if first.contains("--help") { "" } else { "; see lbridge --help" };
-    eprintln!(
-        "lbridge: {}{}{help}",
-        first.trim_end(),
-        if second.is_empty() { String::new() } else { format!(" {second}") }
-    );
+    // Global options may come before the command.
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    let command = words.iter().find(|word| Cli::command().find_subcommand(word).is_some());
+    let hint = match command.map(String::as_str) {
+        Some("relay")
+            if !words.iter().any(|word| word == "--")
+                && !words.iter().any(|word| word.starts_with("--pid") || word.starts_with("--netns")) =>
+        {
+            "; a command goes after --"
+        }
+        Some("allow" | "deny")
+            if first.contains("<PORT>") && NETWORKS.iter().any(|kind| first.contains(kind)) =>
+        {
+            "; the network goes before the ports"
+        }
+        _ => "",
+    };
+    let help = match command {
+        _ if first.contains("--help") => String::new(),
+        Some(command) => format!("; see lbridge {command} --help"),
+        None => "; see lbridge --help".to_owned(),
+    };
+    let second = if second.is_empty() { String::new() } else { format!(" {second}") };
+    render::error(&format!("{}{second}{hint}{help}", first.trim_end()));
     Exit::Usage.into()
 }
 
@@ -180,10 +201,15 @@ fn parse_proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
     text.parse().map_err(|error: Invalid| error.to_string())
 }
 
+fn parse_connections(text: &str) -> Result<NonZeroU32, String> {
+    text.parse().map_err(|_| "write a number of connections, at least 1".to_owned())
+}
+
 /// A time that is not zero, as in a configuration file: `30s`, `10m`.
 fn parse_time(text: &str) -> Result<Duration, String> {
     let time = jiff::SignedDuration::from_str(text).ok().and_then(|time| Duration::try_from(time).ok());
-    time.filter(|time| !time.is_zero()).ok_or_else(|| "write a time like 30s, 10m or 2h".to_owned())
+    time.filter(|time| !time.is_zero())
+        .ok_or_else(|| "write a time like 30s, 10m or 2h, longer than none".to_owned())
 }
 
 fn parse_ports(text: &str) -> Result<Ports, String> {

@@ -7,9 +7,12 @@ use std::{
 use clap::{ArgGroup, Args};
 use tracing_subscriber::EnvFilter;
 
-use super::{Exit, Failure, Ports, parse_ports, parse_proxy_protocol, parse_source, parse_time, render};
+use super::{
+    Exit, Failure, Ports, parse_connections, parse_ports, parse_proxy_protocol, parse_source, parse_time,
+    render,
+};
 use crate::{
-    foreground::{self, Options, Place},
+    foreground::{self, Options, Sandbox},
     planning::rule::{ProxyProtocol, Source},
     sandbox::launch::NotStarted,
 };
@@ -24,8 +27,8 @@ pub(super) struct RelayArgs {
     /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path or 8000-8010
     #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
     ports: Vec<Ports>,
-    /// The sandbox that this process, or the first of its descendants that has one, is in
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    /// A process in the sandbox, or the one that has made it (bwrap)
+    #[arg(long, value_name = "PID", value_parser = parse_pid)]
     pid: Option<u32>,
     /// The sandbox whose network namespace is at this path
     #[arg(long, value_name = "PATH")]
@@ -34,7 +37,7 @@ pub(super) struct RelayArgs {
     #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
     source: Source,
     /// Connections to a port at a time, at most
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_connections)]
     max_connections: Option<NonZeroU32>,
     /// Reset a connection that has been without a byte for that long (30s, 10m, 2h)
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
@@ -47,6 +50,13 @@ pub(super) struct RelayArgs {
     command: Vec<OsString>,
 }
 
+fn parse_pid(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(pid @ 1..) => Ok(pid),
+        _ => Err("write the number of a process, e.g. 4711".to_owned()),
+    }
+}
+
 /// The exit status is the command's, if there is one.
 pub(super) fn handle(args: RelayArgs) -> Result<ExitCode, Failure> {
     // The command's own output is not to be mixed with ours while all is well.
@@ -55,15 +65,16 @@ pub(super) fn handle(args: RelayArgs) -> Result<ExitCode, Failure> {
         .with_env_filter(EnvFilter::try_from_env("LBRIDGE_LOG").unwrap_or_else(|_| EnvFilter::new(level)))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
+        .with_target(true)
+        .without_time()
         .init();
-    let place = match (args.pid, args.netns) {
-        (Some(pid), _) => Place::Process(pid),
-        (None, Some(path)) => Place::Path(path),
-        (None, None) => Place::Command(args.command),
+    let sandbox = match (args.pid, args.netns) {
+        (Some(pid), _) => Sandbox::Process(pid),
+        (None, Some(path)) => Sandbox::Path(path),
+        (None, None) => Sandbox::Command(args.command),
     };
     let options = Options {
-        place,
+        sandbox,
         ports: args.ports.into_iter().flat_map(|Ports(specs)| specs).collect(),
         source: args.source,
         max_connections: args.max_connections,

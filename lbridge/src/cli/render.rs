@@ -13,7 +13,7 @@ use crate::{
     api::protocol::{DockerStatus, KernelPath, RuleStatus, Status},
     planning::{
         policy::State,
-        rule::{Origin, PathChoice, Source},
+        rule::{Origin, PathChoice, ProxyProtocol, Source},
     },
 };
 
@@ -78,7 +78,7 @@ pub(super) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
     if rules.is_empty() {
         return print(NO_RULES);
     }
-    let mut table = Table::new(&["NETWORK", "PORT", "TARGET", "SOURCE", "PATH", "FROM", "COMMENT"]);
+    let mut table = Table::new(&["NETWORK", "PORT", "TARGET", "SOURCE", "PATH", "FROM", "LIMITS", "COMMENT"]);
     for rule in rules {
         table.row([
             shown(&rule.network.to_string()),
@@ -97,10 +97,26 @@ pub(super) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
                 Origin::Cli => "allow".to_owned(),
                 Origin::Config => "config".to_owned(),
             },
+            options(rule),
             rule.comment.as_deref().map(shown).unwrap_or_default(),
         ]);
     }
     print(&table.to_text())
+}
+
+/// What only a relay can keep, as `allow` takes it.
+fn options(rule: &RuleStatus) -> String {
+    let connections = rule.max_connections.map(|max| format!("--max-connections {max}"));
+    let idle = rule.idle_timeout.map(|idle| {
+        let idle = jiff::SignedDuration::try_from(idle).unwrap_or_default();
+        format!("--idle-timeout {idle:#}")
+    });
+    let proxy = rule.proxy_protocol.map(|version| match version {
+        ProxyProtocol::V1 => "--proxy-protocol v1".to_owned(),
+        ProxyProtocol::V2 => "--proxy-protocol v2".to_owned(),
+    });
+    let options: Vec<_> = [connections, idle, proxy].into_iter().flatten().collect();
+    if options.is_empty() { "-".to_owned() } else { options.join(" ") }
 }
 
 const NO_RULES: &str = "No rules. Allow a network's containers a port: lbridge allow NETWORK PORT\n";
@@ -150,12 +166,16 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
             continue;
         }
         for gateway in &rule.gateways {
+            let mut state = described(gateway.state, gateway.why.as_deref());
+            if rule.refused > 0 {
+                let _ = write!(state, "; {} connections over the limit were refused", rule.refused);
+            }
             table.row([
                 network.clone(),
                 SocketAddr::new(gateway.address, rule.port).to_string(),
                 target.clone(),
                 gateway.connections.to_string(),
-                described(gateway.state, gateway.why.as_deref()),
+                state,
             ]);
         }
     }

@@ -23,7 +23,7 @@ pub(super) struct RunArgs {
     /// cgroup2 whose services are watched [default: the mount point in /proc/mounts]
     #[arg(long, env = "LBRIDGE_CGROUP")]
     cgroup: Option<PathBuf>,
-    /// Do not follow a Docker Engine; only bridge: networks exist
+    /// Do not follow a Docker Engine; bridge:, netns: and pid: networks exist without one
     #[arg(long)]
     no_docker: bool,
 }

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     future::Pending,
     io,
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
 };
 
 use anyhow::{Context as _, anyhow, bail};
@@ -24,7 +24,7 @@ use crate::{
         policy::{Place, RelayKey, RelaySpec},
         reality::Reality,
     },
-    relay::{self, set::RelaySet},
+    relay::{self, listener::Listening, set::RelaySet},
 };
 
 /// What is changed: the kernel's maps and the relays.
@@ -64,9 +64,11 @@ pub(super) struct Failures {
 
 impl Failures {
     /// What to tell the administrator.
-    pub(super) fn texts(&self) -> impl Iterator<Item = &String> {
-        let keyed = self.relays.values().chain(self.entries.values()).chain(self.listeners.values());
-        keyed.chain(&self.name_hooks).chain(&self.others)
+    pub(super) fn texts(&self) -> impl Iterator<Item = String> {
+        let relays = self.relays.iter().map(|(key, why)| format!("cannot relay {}: {why}", key.address));
+        let rest =
+            self.entries.values().chain(self.listeners.values()).chain(&self.name_hooks).chain(&self.others);
+        relays.chain(rest.cloned())
     }
 }
 
@@ -207,7 +209,7 @@ impl Executor {
 }
 
 /// Listens in this thread's network namespace, or tells who does.
-fn listen(address: SocketAddr, interface: &str) -> anyhow::Result<TcpListener> {
+fn listen(address: SocketAddr, interface: &str) -> anyhow::Result<Listening> {
     relay::listener::listen(address, interface).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => match listeners::who_listens(address) {
             Some(who) => anyhow!("in use by {who}"),

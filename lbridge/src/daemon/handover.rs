@@ -3,7 +3,6 @@
 
 use std::{
     io,
-    net::TcpListener,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
     time::Duration,
 };
@@ -22,6 +21,7 @@ use crate::{
         inventory::NamespaceId,
         policy::{Place, RelayKey},
     },
+    relay::listener::Listening,
 };
 
 /// What the manager calls them.
@@ -53,10 +53,9 @@ impl Inherited {
     }
 
     /// The socket that listens there, if there is one.
-    pub(super) fn find(&mut self, key: &RelayKey, host: NamespaceId) -> Option<TcpListener> {
+    pub(super) fn find(&mut self, key: &RelayKey, host: NamespaceId) -> Option<Listening> {
         let position = self.0.iter().position(|socket| is_at(socket, key, host).unwrap_or(false))?;
-        let socket = TcpListener::from(self.0.swap_remove(position));
-        socket.set_nonblocking(true).is_ok().then_some(socket)
+        Listening::inherited(self.0.swap_remove(position).into()).ok()
     }
 
     /// Stops listening where nobody has taken over.

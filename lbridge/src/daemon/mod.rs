@@ -1,4 +1,4 @@
-//! The daemon: the only room that sees more than one shell.
+//! The daemon: beside the foreground the only room that sees more than one shell.
 //!
 //! ```text
 //! API commands, Docker, netlink and listener events (wake-ups only)
@@ -145,8 +145,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     };
     let relayed = match cut_off {
         Some(0) => String::new(),
-        Some(cut_off) => format!(", {cut_off} relayed connections end"),
-        None => ", relayed connections end".to_owned(),
+        Some(1) => "; 1 relayed connection is cut off".to_owned(),
+        Some(cut_off) => format!("; {cut_off} relayed connections are cut off"),
+        None => "; relayed connections are cut off".to_owned(),
     };
     tracing::info!("stopped; what the kernel steers stays in force{relayed}");
     outcome

@@ -92,12 +92,15 @@ fn namespace(
             (Entrance::Process { pid, cgroup: Some(container.id.clone()) }, container.address)
         }
     };
-    let namespace = netns::Namespace::open(&entrance, host)?;
-    if let Network::Process(pid) = network
-        && netns::process_start(*pid).ok().as_ref() != process
-    {
-        return Err(Absence::NotThere(format!("process {pid} has ended; `lbridge deny` removes its rules")));
-    }
+    let namespace = netns::Namespace::open(&entrance, host);
+    let namespace = match network {
+        // Whoever has the number now, it will not come back.
+        Network::Process(pid) if netns::process_start(*pid).ok().as_ref() != process => {
+            let why = format!("process {pid} has ended; `lbridge deny {network}` removes its rules");
+            return Err(Absence::Unsuitable(why));
+        }
+        _ => namespace?,
+    };
     let loopback = namespace.loopback().map_err(|error| Absence::Unsuitable(format!("{error:#}")))?;
     Ok(Namespace { key: namespace.key, loopback, address })
 }

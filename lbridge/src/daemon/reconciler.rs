@@ -305,7 +305,11 @@ impl Reconciler {
             if steps.iter().all(|step| failures.steps.contains(step)) || rounds == ROUNDS {
                 let relays = policy.relays.keys();
                 let relayed = relays.map(|key| (key.clone(), self.executor.relays.counts(key))).collect();
-                self.last = Report { policy, reality, failures, relayed };
+                let report = Report { policy, reality, failures, relayed };
+                for change in report.changes_since(&self.last) {
+                    tracing::info!("{change}");
+                }
+                self.last = report;
                 return match unseen {
                     Some(error) => Err(error.context("the change is made to what was seen last")),
                     None => Ok(()),

@@ -8,9 +8,13 @@ use crate::{
     planning::{
         policy::{GatewayOutcome, Outcome, Policy, RelayKey, RuleOutcome, State},
         reality::Reality,
+        rule::RuleId,
     },
     relay::set::Counts,
 };
+
+/// More at a time are told in one line.
+const MAX_CHANGES: usize = 100;
 
 /// What became of the last pass.
 #[derive(Debug, Default)]
@@ -31,6 +35,35 @@ impl Report {
         self.policy.outcomes.iter().map(|outcome| self.rule(outcome)).collect()
     }
 
+    /// What is another state than it was, or new, or gone, for the log.
+    pub(super) fn changes_since(&self, before: &Self) -> Vec<String> {
+        if self.policy.outcomes == before.policy.outcomes && self.failures.steps == before.failures.steps {
+            return vec![];
+        }
+        let of = |report: &Self| -> BTreeMap<RuleId, String> {
+            let line = |rule: &RuleStatus| {
+                let state = format!("{:?}", rule.state).to_lowercase();
+                rule.why.as_ref().map_or(state.clone(), |why| format!("{state} ({why})"))
+            };
+            let rules = report.rules();
+            rules
+                .iter()
+                .map(|rule| (RuleId { network: rule.network.clone(), port: rule.port }, line(rule)))
+                .collect()
+        };
+        let (before, now) = (of(before), of(self));
+        let changed = now.iter().filter(|(id, state)| before.get(id) != Some(state));
+        let gone = before.keys().filter(|id| !now.contains_key(id));
+        let mut lines: Vec<_> = changed
+            .map(|(id, state)| format!("{id}: {state}"))
+            .chain(gone.map(|id| format!("{id}: denied")))
+            .collect();
+        if lines.len() > MAX_CHANGES {
+            lines = vec![format!("{} rules have changed", lines.len())];
+        }
+        lines
+    }
+
     fn rule(&self, outcome: &RuleOutcome) -> RuleStatus {
         let gateways: Vec<_> = outcome.gateways.iter().map(|gateway| self.gateway(gateway)).collect();
         let (state, why) = if let Some(without) = &outcome.without_gateway {
@@ -40,12 +73,19 @@ impl Report {
             worst.map_or((State::Waiting, None), |worst| (worst.state, worst.why.clone()))
         };
         let rule = &outcome.rule;
+        // The rule's relays count together.
+        let counts = outcome.gateways.iter().filter_map(|gateway| self.relayed.get(&gateway.relay_key));
+        let refused = counts.map(|counts| counts.refused).max().unwrap_or(0);
         RuleStatus {
+            refused,
             network: rule.network.clone(),
             port: rule.spec.port,
             target: rule.spec.target.to_string(),
             source: rule.source,
             path: rule.path,
+            max_connections: rule.max_connections,
+            idle_timeout: rule.idle_timeout,
+            proxy_protocol: rule.proxy_protocol,
             comment: rule.comment.clone(),
             origin: outcome.origin,
             state,
@@ -87,7 +127,6 @@ impl Report {
             state: observed.state,
             why: observed.why,
             connections: entry.map_or(0, |entry| entry.steered) + by_relay.connections,
-            refused: by_relay.refused,
         }
     }
 }

@@ -30,7 +30,7 @@ use super::{
 pub enum State {
     /// Given to the service's own listener by the kernel.
     Steered,
-    /// Carried by the daemon.
+    /// Carried by the daemon, or by `lbridge relay`.
     Relayed,
     /// Nothing to connect yet.
     Waiting,

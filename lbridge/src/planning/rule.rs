@@ -469,7 +469,7 @@ pub enum Refused {
         id: RuleId,
     },
     /// A rule that contradicts itself.
-    #[error("{id}: --path steer cannot be: {obstacle}; leave it away")]
+    #[error("{id}: --path steer cannot be: {obstacle}; leave it out")]
     NeedsRelay {
         /// Which.
         id: RuleId,

@@ -89,23 +89,23 @@ impl Places {
     }
 
     /// A place for a connection of a rule that may have `max`, and has those of `statistics`.
-    fn take(&self, statistics: &Arc<Statistics>, max: u32) -> Option<Place> {
+    fn take(&self, statistics: &Arc<Statistics>, max: u32) -> Option<Permit> {
         let max = max.min(self.of_one);
         let shared = self.all.clone().try_acquire_owned().ok()?;
         let counted = statistics
             .open
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |open| (open < max).then_some(open + 1));
-        counted.ok().map(|_| Place { _shared: shared, statistics: statistics.clone() })
+        counted.ok().map(|_| Permit { _shared: shared, statistics: statistics.clone() })
     }
 }
 
-/// A place for one connection, given back when it ends.
-struct Place {
+/// One connection's place, given back when it ends.
+struct Permit {
     _shared: OwnedSemaphorePermit,
     statistics: Arc<Statistics>,
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.statistics.open.fetch_sub(1, Ordering::Relaxed);
     }
@@ -154,9 +154,36 @@ impl Gone {
     }
 }
 
+/// A socket that listens, and has the options that a relay's connections are to inherit.
+#[derive(Debug)]
+pub struct Listening(std::net::TcpListener);
+
+impl Listening {
+    /// Begins to listen on a bound socket.
+    pub fn begin(socket: impl Into<OwnedFd>) -> io::Result<Self> {
+        let socket = Socket::from(socket.into());
+        // Before the first connection, which could not be cut off with a reset otherwise.
+        splice::prepare(&socket)?;
+        socket.listen(BACKLOG)?;
+        Ok(Self(socket.into()))
+    }
+
+    /// One that listens since before.
+    pub fn inherited(socket: std::net::TcpListener) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        splice::prepare(&socket)?;
+        Ok(Self(socket))
+    }
+
+    /// In the event loop that is entered.
+    pub(super) fn register(self) -> io::Result<TcpListener> {
+        TcpListener::from_std(self.0)
+    }
+}
+
 /// Listens in this thread's network namespace. Both the address and the device are bound: the address alone would let in
 /// the LAN, which may route packets for it to the host (the weak host model).
-pub fn listen(address: SocketAddr, interface: &str) -> io::Result<std::net::TcpListener> {
+pub fn listen(address: SocketAddr, interface: &str) -> io::Result<Listening> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     socket.bind_device(Some(interface.as_bytes()))?;
@@ -166,10 +193,8 @@ pub fn listen(address: SocketAddr, interface: &str) -> io::Result<std::net::TcpL
     }
     // Connections of an earlier relay may be in TIME_WAIT on the port.
     socket.set_reuse_address(true)?;
-    splice::prepare(&socket)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    Listening::begin(socket)
 }
 
 /// One relay at work.
@@ -200,7 +225,10 @@ impl Listener {
                     Ok((client, peer)) => self.take(client, peer, own, &mut refused),
                     Err(error) => {
                         if failed.is_over() {
-                            tracing::warn!("cannot accept connections, trying again: {error}");
+                            tracing::warn!(
+                                "{}: cannot accept connections, trying again: {error}",
+                                self.orders.borrow().spec.rule
+                            );
                         }
                         sleep(ACCEPT_BACKOFF).await;
                     }
@@ -241,11 +269,14 @@ impl Listener {
             Clients::Subnet(_) => peer,
             Clients::Inside(told) => SocketAddr::new(told, peer.port()),
         };
-        let Some(place) = self.surroundings.places.take(statistics, spec.max_connections) else {
+        let Some(permit) = self.surroundings.places.take(statistics, spec.max_connections) else {
             statistics.refused.fetch_add(1, Ordering::Relaxed);
             if refused.is_over() {
                 tracing::warn!(
-                    "refused {container}, and others for the next minute: too many connections are open"
+                    "{}: refused {container}, and maybe others in the next minute: too many connections are open \
+                     (its limit is {}, and all rules share the limit of open files)",
+                    spec.rule,
+                    spec.max_connections
                 );
             }
             return reset(&client);
@@ -253,7 +284,7 @@ impl Listener {
         self.taken.fetch_add(1, Ordering::Relaxed);
         let (mut gone, surroundings) = (self.gone.clone(), self.surroundings.clone());
         self.surroundings.connections.spawn(async move {
-            let _place = place;
+            let _permit = permit;
             tokio::select! {
                 carried = carry(client, container, &orders.spec, surroundings.names) => if let Err(error) = carried {
                     tracing::debug!("{container}: {error:#}");

@@ -1,9 +1,8 @@
-//! The relays that are open. Changed by the executor alone.
+//! The relays that are open. Changed by one owner: the executor, or the foreground.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     future::Future,
-    net::TcpListener,
     os::fd::{AsFd as _, BorrowedFd},
     sync::{
         Arc, Weak,
@@ -21,7 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     PeerNames,
-    listener::{Gone, Listener, Mode, Orders, Places, Statistics, Surroundings},
+    listener::{Gone, Listener, Listening, Mode, Orders, Places, Statistics, Surroundings},
     workers::Workers,
 };
 use crate::planning::{
@@ -92,7 +91,7 @@ impl RelaySet {
         &mut self,
         key: &RelayKey,
         spec: RelaySpec,
-        socket: TcpListener,
+        socket: Listening,
         gone: Option<impl Future<Output = ()> + Send + 'static>,
     ) -> anyhow::Result<()> {
         let (sender, orders) = watch::channel(self.orders(spec));
@@ -101,7 +100,7 @@ impl RelaySet {
         let worker = self.workers.next();
         // The socket belongs to the event loop that it is registered with.
         let on_worker = worker.enter();
-        let socket = Arc::new(tokio::net::TcpListener::from_std(socket)?);
+        let socket = Arc::new(socket.register()?);
         drop(on_worker);
         let listener = Listener {
             socket: socket.clone(),

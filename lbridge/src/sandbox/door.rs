@@ -13,7 +13,7 @@ use std::{
     ffi::OsString,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
-    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
     sync::{Mutex, PoisonError},
 };
@@ -33,15 +33,13 @@ use nix::{
 };
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, bind, ipproto, listen, recv, recvmsg, send,
-    sendmsg, socket_with, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, bind, ipproto, recv, recvmsg, send, sendmsg,
+    socket_with, socketpair,
     sockopt::{set_ipv6_v6only, set_socket_reuseaddr},
 };
 
 use super::Identity;
 
-/// As a busy service would have it; the kernel caps it at net.core.somaxconn.
-const BACKLOG: i32 = 4096;
 /// An IP address as IPv6 has it, and a port.
 const REQUEST: usize = 16 + 2;
 
@@ -132,9 +130,10 @@ impl Door {
         self.child.as_raw().unsigned_abs()
     }
 
-    /// Listens inside on `address`, for connections over the loopback alone. The socket is nonblocking. Errors carry the
-    /// errno from inside: EADDRINUSE, EADDRNOTAVAIL or EAFNOSUPPORT where there is no IPv6; EPIPE if the child is gone.
-    pub fn listen(&self, address: SocketAddr) -> io::Result<TcpListener> {
+    /// A TCP socket that is bound inside to `address`, for connections over the loopback alone, and does not listen yet. It
+    /// is nonblocking. Errors carry the errno from inside: EADDRINUSE, EADDRNOTAVAIL or EAFNOSUPPORT where there is no
+    /// IPv6; EPIPE if the child is gone.
+    pub fn bind(&self, address: SocketAddr) -> io::Result<OwnedFd> {
         let ip = match address.ip() {
             IpAddr::V4(ip) => ip.to_ipv6_mapped(),
             IpAddr::V6(ip) => ip,
@@ -154,12 +153,12 @@ impl Door {
         if !received.is_ok_and(|received| received.bytes == errno.len()) {
             return Err(Errno::EPIPE.into());
         }
-        let listener = ancillary.drain().find_map(|message| match message {
+        let bound = ancillary.drain().find_map(|message| match message {
             RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
             _ => None,
         });
-        match (i32::from_ne_bytes(errno), listener) {
-            (0, Some(listener)) => Ok(listener.into()),
+        match (i32::from_ne_bytes(errno), bound) {
+            (0, Some(bound)) => Ok(bound),
             // No descriptor arrives if this process has too many.
             (0, None) => Err(Errno::EMFILE.into()),
             (errno, _) => Err(io::Error::from_raw_os_error(errno)),
@@ -230,11 +229,11 @@ fn inside(
 fn serve(socket: BorrowedFd<'_>, lo: &OsString) -> ! {
     let mut request = [0; REQUEST];
     while let Ok((_, REQUEST)) = recv(socket, &mut request, RecvFlags::empty()) {
-        let listener = listener(request, lo);
-        let errno = listener.as_ref().err().map_or(0, |&error| error as i32).to_ne_bytes();
+        let bound = bound(request, lo);
+        let errno = bound.as_ref().err().map_or(0, |&error| error as i32).to_ne_bytes();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let descriptor = listener.as_ref().ok().map(|listener| [listener.as_fd()]);
+        let descriptor = bound.as_ref().ok().map(|bound| [bound.as_fd()]);
         if let Some(descriptor) = &descriptor {
             ancillary.push(SendAncillaryMessage::ScmRights(descriptor));
         }
@@ -244,7 +243,7 @@ fn serve(socket: BorrowedFd<'_>, lo: &OsString) -> ! {
     unsafe { libc::_exit(0) }
 }
 
-fn listener(request: [u8; REQUEST], lo: &OsString) -> nix::Result<OwnedFd> {
+fn bound(request: [u8; REQUEST], lo: &OsString) -> nix::Result<OwnedFd> {
     let [ip @ .., high, low] = request;
     let address = SocketAddr::new(Ipv6Addr::from(ip).to_canonical(), u16::from_ne_bytes([high, low]));
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
@@ -262,7 +261,6 @@ fn listener(request: [u8; REQUEST], lo: &OsString) -> nix::Result<OwnedFd> {
     let socket: OwnedFd = make().map_err(done)?;
     setsockopt(&socket, sockopt::BindToDevice, lo)?;
     bind(&socket, &address).map_err(done)?;
-    listen(&socket, BACKLOG).map_err(done)?;
     Ok(socket)
 }
 

@@ -109,7 +109,11 @@ fn address(ip: &str, port: u16) -> SocketAddr {
 
 /// Both listeners, as the relay has them.
 fn listen(door: &Door, port: u16) -> [TcpListener; 2] {
-    ["127.0.0.1", "::1"].map(|ip| door.listen(address(ip, port)).unwrap())
+    ["127.0.0.1", "::1"].map(|ip| {
+        let socket = door.bind(address(ip, port)).unwrap();
+        rustix::net::listen(&socket, 16).unwrap();
+        socket.into()
+    })
 }
 
 fn command(words: &[&str]) -> Vec<OsString> {
@@ -161,9 +165,9 @@ fn a_door_listens_inside() {
     assert!(sandbox.run(&role("connect 5432")).wait().unwrap().success());
     assert!(listeners.iter().all(|listener| listener.accept().is_ok()));
 
-    let taken = door.listen(address("127.0.0.1", 5432)).unwrap_err();
+    let taken = door.bind(address("127.0.0.1", 5432)).unwrap_err();
     assert_eq!(taken.raw_os_error(), Some(libc::EADDRINUSE));
-    let elsewhere = door.listen(address("192.0.2.1", 5432)).unwrap_err();
+    let elsewhere = door.bind(address("192.0.2.1", 5432)).unwrap_err();
     assert_eq!(elsewhere.raw_os_error(), Some(libc::EADDRNOTAVAIL));
     // Below 1024 the capabilities inside count.
     listen(&door, 80);
@@ -205,7 +209,7 @@ fn a_door_that_was_killed_is_an_error() {
     let sandbox = Sandbox::new("-rn");
     let door = Door::open(&sandbox.netns()).unwrap();
     kill(Pid::from_raw(door.pid().cast_signed()), Signal::SIGKILL).unwrap();
-    assert_eq!(door.listen(address("127.0.0.1", 80)).unwrap_err().raw_os_error(), Some(libc::EPIPE));
+    assert_eq!(door.bind(address("127.0.0.1", 80)).unwrap_err().raw_os_error(), Some(libc::EPIPE));
 }
 
 /// Whoever is almighty inside gets at the processes there, but not through the door.

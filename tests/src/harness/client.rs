@@ -199,6 +199,14 @@ impl Connection {
         Ok(rest)
     }
 
+    /// The connection must have been reset, or be so soon: it was cut off, and must not look finished.
+    pub fn must_be_reset(mut self) -> Result<()> {
+        match self.stream.read(&mut [0]) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+            other => bail!("the connection should have been reset: {other:?}"),
+        }
+    }
+
     /// The peer must have closed or reset the connection, or do so soon.
     pub fn must_be_over(mut self) -> Result<()> {
         let mut byte = [0];

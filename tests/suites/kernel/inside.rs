@@ -295,7 +295,7 @@ fn the_end_of_the_process_ends_everything_at_once() -> Result<()> {
     patience::until("the namespace is gone, and its link with it", || {
         Ok((!links()?.contains("veth0")).then_some(()))
     })?;
-    let state = daemon.wait_for_state(&network, 8080, "waiting")?;
+    let state = daemon.wait_for_state(&network, 8080, "blocked")?;
     ensure!(state.why.unwrap_or_default().contains("has ended"), "says why");
     Ok(())
 }
@@ -377,7 +377,7 @@ fn a_number_that_was_given_again_is_another_process() -> Result<()> {
         let sleeper = Sleeper::in_netns(&stranger_netns)?;
         Ok((sleeper.pid() == pid).then_some(sleeper))
     })?;
-    let why = apart.wait_for(8080, "waiting")?;
+    let why = apart.wait_for(8080, "blocked")?;
     ensure!(why.contains("has ended"), "{why}");
     client::refused(&stranger_netns, "127.0.0.1:8080".parse()?)?;
     // Asked for again it is meant.

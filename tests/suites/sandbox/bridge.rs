@@ -1,8 +1,8 @@
 //! What a sandbox gets of the host, and what it does not.
 
 use std::fs;
-use std::io::Write;
-use std::net::SocketAddr;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use lbridge_tests::harness::client;
+use lbridge_tests::harness::client::{self, Connection};
 use lbridge_tests::harness::daemon::{Output, binary};
 use lbridge_tests::harness::logs::Log;
 use lbridge_tests::harness::netns::NetNs;
@@ -18,6 +18,7 @@ use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::{Test, find_program};
 use lbridge_tests::tests;
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -45,6 +46,8 @@ pub(crate) fn tests() -> Vec<Test> {
         a_port_that_is_taken_inside_is_had_when_it_is_free,
         a_unix_socket_is_offered_inside,
         sigterm_lets_connections_end,
+        what_is_cut_off_never_looks_finished,
+        a_failed_look_costs_nothing,
         nothing_is_left,
     ]
 }
@@ -416,6 +419,10 @@ fn the_sandbox_of_somebody_else_is_refused() -> Result<()> {
     {
         let output = scene.run(&[&arguments[0], &arguments[1], "8080"])?;
         ensure!(output.status == 1 && output.stderr.lines().count() == 1, "{output:?}");
+        ensure!(
+            output.stderr.contains("run as the user who started it") || output.stderr.contains("cannot open"),
+            "{output:?}"
+        );
     }
     client::refused(&netns, localhost())
 }
@@ -509,6 +516,80 @@ fn sigterm_lets_connections_end() -> Result<()> {
     open.echo(b"still here")?;
     open.finish()?;
     ensure!(relay.wait()? == 0);
+    Ok(())
+}
+
+fn what_is_cut_off_never_looks_finished() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("host's", "127.0.0.1:8080")?;
+    let (sandbox, netns) = scene.sandbox(USER)?;
+    let pid = sandbox.0.id().to_string();
+    let relayed = |options: &[&str]| -> Result<(Background, Connection)> {
+        let relay = scene.start(&[&["--pid", &pid, "8080"], options].concat())?;
+        soon_served(&netns, "host's")?;
+        Ok((relay, client::connect(&netns, localhost())?))
+    };
+    let (mut killed, open) = relayed(&[])?;
+    killed.0.kill()?;
+    killed.wait()?;
+    open.must_be_reset().context("killed")?;
+
+    let (idle, open) = relayed(&["--idle-timeout", "500ms"])?;
+    open.must_be_reset().context("idle")?;
+    drop(idle);
+
+    let (mut stopped, open) = relayed(&[])?;
+    kill(stopped.pid(), Signal::SIGTERM)?;
+    patience::until("no new connection is taken", || Ok(client::refused(&netns, localhost()).ok()))?;
+    kill(stopped.pid(), Signal::SIGTERM)?;
+    stopped.wait()?;
+    open.must_be_reset().context("stopped twice")?;
+
+    let listener = scene.host.run(|| Ok(TcpListener::bind("127.0.0.1:8081")?))?;
+    let _relay = scene.start(&["--pid", &pid, "8081"])?;
+    let to = SocketAddr::from(([127, 0, 0, 1], 8081));
+    let mut client =
+        patience::until("a connection", || Ok(client::dial(&netns, None, to, patience::seconds(5)).ok()))?;
+    let mut service = listener.accept()?.0;
+    service.write_all(b"half")?;
+    nix::sys::socket::setsockopt(
+        &service,
+        nix::sys::socket::sockopt::Linger,
+        &libc::linger { l_onoff: 1, l_linger: 0 },
+    )?;
+    drop(service);
+    let mut half = vec![];
+    let end = client.read_to_end(&mut half).map_err(|error| error.kind());
+    ensure!(half == b"half" && end == Err(ErrorKind::ConnectionReset), "{half:?}, {end:?}");
+    Ok(())
+}
+
+/// Too few descriptors to look with: what is open stays open, and the command's status is passed on.
+fn a_failed_look_costs_nothing() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("host's", "127.0.0.1:8080")?;
+    let done = scene.folder.path().join("done");
+    let script = format!("while ! [ -e {} ]; do sleep 0.05; done; exit 7", done.display());
+    let mut relay =
+        scene.start(&["8080", "--", "unshare", "--map-root-user", "--net", "sh", "-c", &script])?;
+    let netns = patience::until("the command runs", || {
+        let mut inside = children_of(relay.0.id())?.into_iter().filter_map(|pid| NetNs::of_process(pid).ok());
+        Ok(inside.find(|netns| is_same(netns, &scene.host).is_ok_and(|same| !same)))
+    })?;
+    soon_served(&netns, "host's")?;
+    let pid = relay.0.id().to_string();
+    let limit = |files: u32| -> Result<()> {
+        let soft = format!("--nofile={files}:");
+        let status = scene.user("prlimit").args(["--pid", &pid, &soft]).status()?;
+        ensure!(status.success(), "prlimit: {status}");
+        Ok(())
+    };
+    limit(4)?;
+    patience::until("it says so", || Ok(scene.log.text().contains("trying again").then_some(())))?;
+    limit(1000)?;
+    soon_served(&netns, "host's")?;
+    fs::write(&done, "")?;
+    ensure!(relay.wait()? == 7, "the command's status");
     Ok(())
 }
 
