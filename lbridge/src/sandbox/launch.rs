@@ -24,8 +24,8 @@ use std::{
     path::{Path, PathBuf},
     process::ExitStatus,
     ptr,
-    sync::Arc,
-    thread::sleep,
+    sync::{Arc, mpsc},
+    thread::{self, sleep},
     time::{Duration, Instant},
 };
 
@@ -52,6 +52,8 @@ use super::{
 const OTHERS: Duration = Duration::from_millis(100);
 /// How long a process may take to stop or die when told to. Those that sleep in the kernel may take longer.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A sandbox is up in milliseconds, unless a person is asked for something first.
+const LATE: Duration = Duration::from_secs(5);
 /// Pause between two looks at processes that were told to.
 const GLANCE: Duration = Duration::from_micros(100);
 
@@ -96,7 +98,10 @@ pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     let program = command.first().context("no command")?.to_string_lossy().into_owned();
     let own = Identity::of_own_netns().context("cannot tell this process's network namespace")?;
     let (mut tree, mut failure) = Tree::plant(command, &program)?;
-    if let Some((pid, netns)) = tree.watch(own)? {
+    let late = warn_if_late();
+    let found = tree.watch(own)?;
+    drop(late);
+    if let Some((pid, netns)) = found {
         return Ok(Started::Held(Held { tree: Box::new(tree), netns, pid, _on_this_thread: PhantomData }));
     }
     let status = tree.ended.context("the command was lost sight of")?;
@@ -125,6 +130,20 @@ pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
         );
     }
     Ok(Started::Ended(status))
+}
+
+/// Warns, unless what it returns is dropped soon: a command that makes no sandbox is in the host's network, where everything
+/// seems to work.
+fn warn_if_late() -> mpsc::Sender<()> {
+    let (found, wait) = mpsc::channel();
+    thread::spawn(move || {
+        if wait.recv_timeout(LATE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            tracing::warn!(
+                "the command has made no network namespace of its own yet, so it is in the host's; is --unshare-net missing?"
+            );
+        }
+    });
+    found
 }
 
 /// A command whose sandbox is up. One process inside is stopped: the first that was seen there. If this is dropped

@@ -373,6 +373,12 @@ fn a_command_without_a_sandbox_is_told() -> Result<()> {
     let scene = Scene::new()?;
     let output = scene.run(&["8080", "--", "sh", "-c", "exit 3"])?;
     ensure!(output.status == 3 && output.stderr.contains("no network namespace"), "{output:?}");
+    // Told while it runs, since everything seems to work on the host's network.
+    let output = scene.run(&["8080", "--", "sleep", "5.5"])?;
+    ensure!(
+        output.status == 0 && output.stderr.contains("no network namespace of its own yet"),
+        "{output:?}"
+    );
     Ok(())
 }
 
