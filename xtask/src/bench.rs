@@ -426,7 +426,8 @@ fn resident(pid: u32) -> Result<f64> {
 fn cpu_time(pid: u32) -> Result<Duration> {
     let mut total = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let text = fs::read_to_string(task?.path().join("schedstat"))?;
+        // One that ends while it is looked at does not count either.
+        let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
         let Some(nanoseconds) = text.split(' ').next().and_then(|word| word.parse::<u64>().ok()) else {
             bail!("schedstat: {text}");
         };
