@@ -114,7 +114,7 @@ fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
     relay::raise_descriptor_limit();
     // Everything is open before the command goes on.
     let door = Door::open(&held.netns())?;
-    let entrance = Entrance::Process { pid: held.pid(), cgroup: None };
+    let entrance = Entrance::Process { pid: held.pid(), start: None, container: None };
     let key = NamespaceKey { id: netns::id_of(&held.netns())?, entrance };
     let runtime = runtime()?;
     let mut session = runtime.block_on(async {
@@ -254,6 +254,7 @@ impl Session {
             .collect();
         let inventory = Inventory {
             listeners: listeners::tcp()?,
+            untrusted_paths: relay::trusted::untrusted(&unix),
             unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
             namespaces: [(self.network.clone(), Ok(self.namespace.clone()))].into(),
             ..Inventory::default()

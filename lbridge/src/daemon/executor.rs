@@ -2,10 +2,11 @@
 //! the others from being carried out; what failed is told.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     future::Pending,
     io,
     net::SocketAddr,
+    num::NonZeroU32,
 };
 
 use anyhow::{Context as _, anyhow, bail};
@@ -15,7 +16,7 @@ use super::handover::Inherited;
 use crate::{
     host::{
         listeners::{self, Taker},
-        netns::Namespace,
+        netns::{LOOPBACK, Namespace},
     },
     kernel::{loader::Kernel, maps::PeerNames},
     planning::{
@@ -26,6 +27,9 @@ use crate::{
     },
     relay::{self, listener::Listening, set::RelaySet},
 };
+
+/// More than these are not remembered.
+const MAX_HOLDERS: usize = 1024;
 
 /// What is changed: the kernel's maps and the relays.
 #[derive(Debug)]
@@ -38,6 +42,8 @@ pub(super) struct Executor {
     pub(super) host: NamespaceId,
     /// Listening sockets of the daemon before this one.
     pub(super) inherited: Inherited,
+    /// Who holds sockets, by inode, that were in the way of a relay.
+    pub(super) holders: HashMap<u64, Option<String>>,
     /// Whether the name hooks were needed since the start. They stay until the next: services may hold sockets whose
     /// peers they name.
     pub(super) name_hooks_used: bool,
@@ -63,12 +69,17 @@ pub(super) struct Failures {
 }
 
 impl Failures {
-    /// What to tell the administrator.
-    pub(super) fn texts(&self) -> impl Iterator<Item = String> {
-        let relays = self.relays.iter().map(|(key, why)| format!("cannot relay {}: {why}", key.address));
-        let rest =
-            self.entries.values().chain(self.listeners.values()).chain(&self.name_hooks).chain(&self.others);
-        relays.chain(rest.cloned())
+    /// What to tell the administrator that `before` had not. Of a relay it is news that it fails, not why: who holds its port
+    /// may change its name every moment.
+    pub(super) fn since(&self, before: &Self) -> Vec<String> {
+        let relays = self.relays.iter().filter(|(key, _)| !before.relays.contains_key(key));
+        let relays = relays.map(|(key, why)| format!("cannot relay {}: {why}", key.address));
+        let known: Vec<_> = before.others().collect();
+        relays.chain(self.others().filter(|text| !known.contains(text)).cloned()).collect()
+    }
+
+    fn others(&self) -> impl Iterator<Item = &String> {
+        self.entries.values().chain(self.listeners.values()).chain(&self.name_hooks).chain(&self.others)
     }
 }
 
@@ -81,8 +92,12 @@ impl relay::PeerNames for PeerNames {
         Self::confirm(self, cookie, relay_end, container)
     }
 
-    fn forget(&self, cookie: u64, relay_end: Option<SocketAddr>, container: SocketAddr) {
-        Self::forget(self, cookie, relay_end, container);
+    fn withdraw(&self, cookie: u64) {
+        Self::withdraw(self, cookie);
+    }
+
+    fn forget(&self, relay_end: SocketAddr, container: SocketAddr) {
+        Self::forget(self, relay_end, container);
     }
 }
 
@@ -189,8 +204,9 @@ impl Executor {
         }
         let inherited = self.inherited.find(key, self.host);
         match &key.place {
-            Place::Bridge { interface, .. } => {
-                let socket = inherited.map_or_else(|| listen(key.address, interface), Ok)?;
+            Place::Bridge { ifindex, .. } => {
+                let index = NonZeroU32::new(*ifindex).context("an interface without an index")?;
+                let socket = inherited.map_or_else(|| self.listen(key.address, index), Ok)?;
                 self.relays.open(key, spec.clone(), socket, None::<Pending<()>>)
             }
             Place::Namespace(wanted) => {
@@ -199,24 +215,34 @@ impl Executor {
                     Ok(_) => bail!("the namespace was replaced meanwhile"),
                     Err(Absence::NotThere(why) | Absence::Unsuitable(why)) => bail!(why),
                 };
-                let interface = key.place.interface();
-                let socket =
-                    inherited.map_or_else(|| namespace.within(|| listen(key.address, interface))?, Ok)?;
+                let socket = match inherited {
+                    Some(socket) => socket,
+                    None => namespace.within(|| self.listen(key.address, LOOPBACK))??,
+                };
                 self.relays.open(key, spec.clone(), socket, Some(namespace.gone()))
             }
         }
     }
-}
 
-/// Listens in this thread's network namespace, or tells who does.
-fn listen(address: SocketAddr, interface: &str) -> anyhow::Result<Listening> {
-    relay::listener::listen(address, interface).map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => match listeners::who_listens(address) {
-            Some(who) => anyhow!("in use by {who}"),
-            None => anyhow!("in use: another socket has {address}"),
-        },
-        _ => anyhow::Error::new(error).context(format!("cannot listen on {address}")),
-    })
+    /// Listens in this thread's network namespace, or tells who does.
+    fn listen(&mut self, address: SocketAddr, interface: NonZeroU32) -> anyhow::Result<Listening> {
+        relay::listener::listen(address, interface).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => match self.who_listens(address) {
+                Some(who) => anyhow!("in use by {who}"),
+                None => anyhow!("in use: another socket has {address}"),
+            },
+            _ => anyhow::Error::new(error).context(format!("cannot listen on {address}")),
+        })
+    }
+
+    /// A port that is taken is tried again at every look; whose socket has it is looked for once.
+    fn who_listens(&mut self, address: SocketAddr) -> Option<String> {
+        let inode = listeners::in_the_way(address)?;
+        if self.holders.len() > MAX_HOLDERS {
+            self.holders.clear();
+        }
+        self.holders.entry(inode).or_insert_with(|| listeners::holder(inode)).clone()
+    }
 }
 
 /// A SOCKHASH takes TCP sockets only.

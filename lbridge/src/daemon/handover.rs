@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    num::NonZeroU32,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
     time::Duration,
 };
@@ -71,15 +72,11 @@ fn is_at(socket: &OwnedFd, key: &RelayKey, host: NamespaceId) -> io::Result<bool
         return Ok(false);
     }
     let socket_ref = socket2::SockRef::from(socket);
-    let bound = socket_ref.device()?.unwrap_or_default();
+    let bound = socket_ref.device_index_v4()?;
     let namespace = netns::id_of(&netns_of(socket)?)?;
     Ok(match &key.place {
-        Place::Bridge { interface, ifindex } => {
-            namespace == host
-                && bound == interface.as_bytes()
-                && nix::net::if_::if_nametoindex(interface.as_str())? == *ifindex
-        }
-        Place::Namespace(wanted) => namespace == wanted.id && bound == key.place.interface().as_bytes(),
+        Place::Bridge { ifindex, .. } => namespace == host && bound == NonZeroU32::new(*ifindex),
+        Place::Namespace(wanted) => namespace == wanted.id && bound == Some(netns::LOOPBACK),
     })
 }
 

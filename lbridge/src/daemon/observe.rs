@@ -1,6 +1,10 @@
 //! One look at the host: the Inventory.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
 use crate::{
     docker::watch::{Presence, View},
@@ -9,6 +13,7 @@ use crate::{
         inventory::{Absence, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId},
         rule::{Network, ProcessStart, Rules, Target},
     },
+    relay::trusted,
 };
 
 /// Looks. `refused` are listeners, by inode, of which a closer look found that the kernel cannot be given them.
@@ -18,6 +23,7 @@ pub(super) async fn observe(
     docker: Option<&View>,
     refused: &BTreeMap<u64, ListenerKind>,
     host: NamespaceId,
+    processes: &mut BTreeMap<(String, u32), ProcessStart>,
 ) -> anyhow::Result<Inventory> {
     let mut listeners = listeners::tcp()?;
     for listener in &mut listeners {
@@ -41,8 +47,9 @@ pub(super) async fn observe(
         },
         interfaces: interfaces.list().await?,
         listeners,
+        untrusted_paths: trusted::untrusted(&unix),
         unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
-        namespaces: namespaces(rules, docker, host),
+        namespaces: namespaces(rules, docker, host, processes),
     })
 }
 
@@ -51,15 +58,35 @@ fn namespaces(
     rules: &Rules,
     docker: Option<&View>,
     host: NamespaceId,
+    processes: &mut BTreeMap<(String, u32), ProcessStart>,
 ) -> BTreeMap<Network, Result<Namespace, Absence>> {
+    // Of those that run; whoever was seen stays known for as long as Docker tells of it.
+    let running = docker.into_iter().flat_map(|view| view.containers.values());
+    let running: BTreeSet<_> = running
+        .filter_map(|sighting| sighting.as_ref().ok()?.as_ref())
+        .filter_map(|container| Some((container.id.clone(), container.pid?)))
+        .collect();
+    processes.retain(|process, _| running.contains(process));
+    for (id, pid) in running {
+        if let Ok(start) = netns::process_start(pid) {
+            processes.entry((id, pid)).or_insert(start);
+        }
+    }
     let mut namespaces = BTreeMap::new();
     for (_, rule, _) in rules.iter() {
         if rule.network.is_namespace() && !namespaces.contains_key(&rule.network) {
-            let found = namespace(&rule.network, rule.process.as_ref(), docker, host);
+            let found = namespace(&rule.network, rule.process.as_ref(), docker, host, processes);
             namespaces.insert(rule.network.clone(), found);
         }
     }
     namespaces
+}
+
+/// Whether a path goes through a process's number, and so follows the number. The last step there is a link that leads to
+/// no path.
+fn is_a_processs(path: &Path) -> bool {
+    let canonical = fs::canonicalize(path);
+    fs::metadata(path).is_ok() && !canonical.is_ok_and(|path| !path.starts_with("/proc"))
 }
 
 fn namespace(
@@ -67,21 +94,30 @@ fn namespace(
     process: Option<&ProcessStart>,
     docker: Option<&View>,
     host: NamespaceId,
+    processes: &BTreeMap<(String, u32), ProcessStart>,
 ) -> Result<Namespace, Absence> {
     let (entrance, address) = match network {
         Network::Docker(_) | Network::Bridge(_) => {
             return Err(Absence::Unsuitable("it is a network of the host".to_owned()));
         }
+        Network::Netns(path) if is_a_processs(path) => {
+            let why =
+                format!("{} is a process's, whose number may be given again; allow pid:N", path.display());
+            return Err(Absence::Unsuitable(why));
+        }
         Network::Netns(path) => (Entrance::Path(path.clone()), None),
-        Network::Process(pid) => (Entrance::Process { pid: *pid, cgroup: None }, None),
+        Network::Process(pid) => {
+            (Entrance::Process { pid: *pid, start: process.cloned(), container: None }, None)
+        }
         Network::Container(name) => {
             let Some(docker) = docker else {
                 let why = "the daemon runs with --no-docker; name the process instead: pid:N";
                 return Err(Absence::Unsuitable(why.to_owned()));
             };
             let container = match docker.containers.get(name) {
-                Some(Some(container)) => container,
-                Some(None) => return Err(Absence::NotThere(format!("no container {name}"))),
+                Some(Ok(Some(container))) => container,
+                Some(Ok(None)) => return Err(Absence::NotThere(format!("no container {name}"))),
+                Some(Err(why)) => return Err(Absence::Unsuitable(why.clone())),
                 None => {
                     return Err(Absence::NotThere(format!("Docker has not told of container {name} yet")));
                 }
@@ -89,7 +125,13 @@ fn namespace(
             let Some(pid) = container.pid else {
                 return Err(Absence::NotThere(format!("container {name} does not run")));
             };
-            (Entrance::Process { pid, cgroup: Some(container.id.clone()) }, container.address)
+            let start = processes.get(&(container.id.clone(), pid)).cloned();
+            let Some(start) = start else {
+                return Err(Absence::NotThere(format!("container {name} does not run")));
+            };
+            let entrance =
+                Entrance::Process { pid, start: Some(start), container: Some(container.id.clone()) };
+            (entrance, container.address)
         }
     };
     let namespace = netns::Namespace::open(&entrance, host);

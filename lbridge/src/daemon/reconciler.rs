@@ -2,7 +2,7 @@
 //! and the relays.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -34,7 +34,7 @@ use crate::{
         inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, find_networks},
         plan::{Step, plan},
         policy::{State, resolve},
-        rule::{Network, Origin, Refused, Rule, RuleId, Rules, Target},
+        rule::{Network, Origin, ProcessStart, Refused, Rule, RuleId, Rules, Target},
     },
     relay::{PeerNames, set::RelaySet},
     store::Store,
@@ -66,6 +66,9 @@ pub(super) struct Reconciler {
     saved_networks: Vec<DockerNetwork>,
     /// Listeners, by inode, that the kernel cannot be given; for as long as they are there.
     refused: BTreeMap<u64, ListenerKind>,
+    /// Containers' processes, by container and number, as they were when first seen: numbers are given again, and what was
+    /// known of an engine that is away grows old.
+    processes: BTreeMap<(String, u32), ProcessStart>,
     last: Report,
     /// As last seen.
     inventory: Option<Inventory>,
@@ -95,11 +98,13 @@ impl Reconciler {
                 name_hooks_used: false,
                 host,
                 inherited: Inherited::take(),
+                holders: HashMap::new(),
             },
             events,
             interfaces,
             docker,
             refused: BTreeMap::new(),
+            processes: BTreeMap::new(),
             last: Report::default(),
             inventory: None,
         })
@@ -196,7 +201,7 @@ impl Reconciler {
             let known = docker.view();
             let unknown = |network: &Network| match network {
                 Network::Docker(name) => find_networks(&known.networks, name).is_empty(),
-                Network::Container(name) => known.containers.get(name).is_none_or(Option::is_none),
+                Network::Container(name) => !matches!(known.containers.get(name), Some(Ok(Some(_)))),
                 Network::Bridge(_) | Network::Netns(_) | Network::Process(_) => false,
             };
             // The network may be so new that its event is still under way.
@@ -284,9 +289,15 @@ impl Reconciler {
         let (mut rounds, mut unseen) = (0, None);
         loop {
             let view = self.docker.as_ref().map(Watcher::view);
-            let observed =
-                observe(&self.rules, &self.interfaces, view.as_ref(), &self.refused, self.executor.host)
-                    .await;
+            let observed = observe(
+                &self.rules,
+                &self.interfaces,
+                view.as_ref(),
+                &self.refused,
+                self.executor.host,
+                &mut self.processes,
+            )
+            .await;
             let inventory = match (observed, &self.inventory) {
                 (Ok(inventory), _) => inventory,
                 // A rule that was denied must not stay in force for want of a look.
@@ -317,10 +328,8 @@ impl Reconciler {
             }
             rounds += 1;
             failures = self.executor.execute(&steps).await;
-            for failure in failures.texts() {
-                if !self.last.failures.texts().any(|known| known == failure) {
-                    tracing::warn!("{failure}");
-                }
+            for news in failures.since(&self.last.failures) {
+                tracing::warn!("{news}");
             }
             self.refused.append(&mut failures.refused);
             if let Some(why) = failures.name_hooks.take() {

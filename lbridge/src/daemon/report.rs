@@ -40,10 +40,12 @@ impl Report {
         if self.policy.outcomes == before.policy.outcomes && self.failures.steps == before.failures.steps {
             return vec![];
         }
-        let of = |report: &Self| -> BTreeMap<RuleId, String> {
+        // By state: a reason may hold words of others' choice, and change every moment.
+        let of = |report: &Self| -> BTreeMap<RuleId, (State, String)> {
             let line = |rule: &RuleStatus| {
                 let state = format!("{:?}", rule.state).to_lowercase();
-                rule.why.as_ref().map_or(state.clone(), |why| format!("{state} ({why})"))
+                let text = rule.why.as_ref().map_or(state.clone(), |why| format!("{state} ({why})"));
+                (rule.state, text)
             };
             let rules = report.rules();
             rules
@@ -52,10 +54,11 @@ impl Report {
                 .collect()
         };
         let (before, now) = (of(before), of(self));
-        let changed = now.iter().filter(|(id, state)| before.get(id) != Some(state));
+        let state = |id: &RuleId| before.get(id).map(|(state, _)| *state);
+        let changed = now.iter().filter(|(id, (now, _))| state(id) != Some(*now));
         let gone = before.keys().filter(|id| !now.contains_key(id));
         let mut lines: Vec<_> = changed
-            .map(|(id, state)| format!("{id}: {state}"))
+            .map(|(id, (_, text))| format!("{id}: {text}"))
             .chain(gone.map(|id| format!("{id}: denied")))
             .collect();
         if lines.len() > MAX_CHANGES {

@@ -12,7 +12,7 @@ use bollard::{
 
 use crate::planning::inventory::DockerNetwork;
 
-use super::watch::Container;
+use super::watch::{Container, Sighting};
 
 const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
 
@@ -36,12 +36,33 @@ fn network(network: Network) -> Option<DockerNetwork> {
     Some(DockerNetwork { id, name, driver, bridge })
 }
 
-/// The container that the engine knows by this name or id.
-pub(super) async fn container(docker: &Docker, name: &str) -> anyhow::Result<Option<Container>> {
+/// The container of this name or id. What the engine has to say against one container is that one's state; an error
+/// is the engine's own.
+pub(super) async fn container(docker: &Docker, name: &str) -> anyhow::Result<Sighting> {
     match docker.inspect_container(name, None::<InspectContainerOptions>).await {
-        Ok(container) => Ok(described(container)),
-        Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(None),
+        Ok(container) => Ok(meant(container, name)),
+        Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(Ok(None)),
+        Err(Error::DockerResponseServerError { message, .. }) => {
+            Ok(Err(format!("Docker says: {}", message.replace('\n', " "))))
+        }
         Err(error) => Err(error).with_context(|| format!("cannot inspect container {name}")),
+    }
+}
+
+/// The engine takes any beginning of an id for its container: `db` is one in 256. Only what Docker prints of an id is one
+/// here, and a name that reads so is nobody's: it may be another's id.
+fn meant(container: ContainerInspectResponse, name: &str) -> Sighting {
+    const SHORT_ID: usize = 12;
+    let id = container.id.as_deref().unwrap_or_default();
+    let reads_as_id = name.len() >= SHORT_ID && name.bytes().all(|b| b.is_ascii_hexdigit());
+    if reads_as_id && id.starts_with(name) {
+        return Ok(described(container));
+    }
+    let is_named = container.name.as_deref().is_some_and(|its| its.trim_start_matches('/') == name);
+    match (is_named, reads_as_id) {
+        (true, false) => Ok(described(container)),
+        (true, true) => Err(format!("{name} is the name of a container, and reads like an id; rename it")),
+        (false, _) => Ok(None),
     }
 }
 
@@ -56,5 +77,7 @@ fn described(container: ContainerInspectResponse) -> Option<Container> {
 
 fn address(endpoint: &EndpointSettings) -> Option<IpAddr> {
     let addresses = [&endpoint.ip_address, &endpoint.global_ipv6_address];
-    addresses.into_iter().flatten().find_map(|text| text.parse().ok())
+    // The engine lets networks have any; none of these may be shown to a service.
+    let is_a_containers = |ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast();
+    addresses.into_iter().flatten().filter_map(|text| text.parse().ok()).find(is_a_containers)
 }

@@ -54,8 +54,11 @@ pub struct View {
     /// Its networks; the last known while it is away.
     pub networks: Vec<DockerNetwork>,
     /// The containers that were asked for, by the name that was asked for; the last known while it is away.
-    pub containers: BTreeMap<String, Option<Container>>,
+    pub containers: BTreeMap<String, Sighting>,
 }
+
+/// What the engine says of a name: a container, none, or what is wrong with it.
+pub type Sighting = Result<Option<Container>, String>;
 
 /// A container as the engine describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]

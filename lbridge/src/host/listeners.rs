@@ -201,17 +201,37 @@ impl Taker {
     }
 }
 
-/// Who keeps a socket of this thread's network namespace from listening on `address`, for a person.
-pub fn who_listens(address: SocketAddr) -> Option<String> {
+/// The socket, by inode, that keeps others of this thread's network namespace from listening on `address`.
+pub fn in_the_way(address: SocketAddr) -> Option<u64> {
     let in_the_way = |listener: &&Listener| {
         let there = listener.address;
         let wildcard = there.ip().is_unspecified() && (there.is_ipv6() || address.is_ipv4());
         there.port() == address.port() && (there.ip() == address.ip() || wildcard)
     };
-    let inode = tcp().ok()?.iter().find(in_the_way)?.inode;
-    let (pid, _) = *holders_of(&HashSet::from([inode])).ok()?.get(&inode)?.first()?;
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    Some(format!("{} (process {pid})", name.trim()))
+    Some(tcp().ok()?.iter().find(in_the_way)?.inode)
+}
+
+/// Who holds a socket of this thread's network namespace, for a person; most likely somebody inside. They may have more
+/// descriptors than can be looked through in a moment; then nobody is named.
+pub fn holder(inode: u64) -> Option<String> {
+    const MAX_LOOKS: usize = 20_000;
+    let own = fs::read_link("/proc/thread-self/ns/net").ok()?;
+    let wanted = format!("socket:[{inode}]");
+    let processes = fs::read_dir("/proc").ok()?.flatten().map(|process| process.path());
+    let is_inside = |process: &PathBuf| fs::read_link(process.join("ns/net")).is_ok_and(|netns| netns == own);
+    let (inside, outside): (Vec<_>, Vec<_>) = processes.partition(is_inside);
+    let descriptors = inside.into_iter().chain(outside).flat_map(|process| {
+        let open = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+        open.map(move |descriptor| (process.clone(), descriptor.path()))
+    });
+    let is_it = |(_, descriptor): &(PathBuf, PathBuf)| {
+        fs::read_link(descriptor).is_ok_and(|link| link.as_os_str() == OsStr::new(&wanted))
+    };
+    let (process, _) = descriptors.take(MAX_LOOKS).find(is_it)?;
+    // A name is bytes, of whoever runs it.
+    let name = fs::read(process.join("comm")).unwrap_or_default();
+    let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).escape_debug().to_string();
+    Some(format!("{name} (process {})", process.file_name()?.display()))
 }
 
 /// Whether a listening socket is MPTCP (`SO_PROTOCOL`).

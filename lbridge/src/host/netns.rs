@@ -3,7 +3,8 @@
 use std::{
     fs::{self, File},
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroU32,
     os::{
         fd::{AsFd, AsRawFd as _, OwnedFd},
         unix::net::UnixDatagram,
@@ -16,16 +17,15 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use nix::{
     errno::Errno,
-    ifaddrs::getifaddrs,
-    net::if_::InterfaceFlags,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CloneFlags, setns},
-    sys::socket::{SockaddrStorage, getsockopt},
+    sys::socket::getsockopt,
 };
 use rustix::{
     fs::{FsWord, Mode, OFlags, fstat, fstatfs, open},
     process::{Pid, PidfdFlags, pidfd_open},
 };
+use socket2::{Domain, Socket, Type};
 use tokio::io::unix::AsyncFd;
 
 use crate::planning::{
@@ -35,6 +35,8 @@ use crate::planning::{
 
 /// `NSFS_MAGIC` (include/uapi/linux/magic.h).
 const NSFS: FsWord = 0x6e73_6673;
+/// `LOOPBACK_IFINDEX` (include/net/flow.h): the first interface of every namespace, whatever it is called.
+pub const LOOPBACK: NonZeroU32 = NonZeroU32::MIN;
 /// How often a namespace that has a path is looked for there: nothing tells of the end of a bind mount.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -79,8 +81,8 @@ impl Namespace {
     /// Goes to the entrance, and sees what is there. `host` is this process's own namespace, which is none to relay into.
     pub fn open(entrance: &Entrance, host: NamespaceId) -> Result<Self, Absence> {
         let (file, process) = match entrance {
-            Entrance::Process { pid, cgroup } => {
-                let (file, process) = of_process(*pid, cgroup.as_deref())?;
+            Entrance::Process { pid, start, container } => {
+                let (file, process) = of_process(*pid, start.as_ref(), container.as_deref())?;
                 (file, Some(process))
             }
             Entrance::Path(path) => (at_path(path)?, None),
@@ -95,7 +97,8 @@ impl Namespace {
 
     /// One that was found by other means, with its process.
     pub fn of_process(file: OwnedFd, process: OwnedFd, pid: u32) -> io::Result<Self> {
-        let key = NamespaceKey { id: id_of(&file)?, entrance: Entrance::Process { pid, cgroup: None } };
+        let entrance = Entrance::Process { pid, start: None, container: None };
+        let key = NamespaceKey { id: id_of(&file)?, entrance };
         Ok(Self { file, process: Some(process), key })
     }
 
@@ -107,30 +110,24 @@ impl Namespace {
     /// Runs `work` inside, on a thread of its own. Sockets that it makes stay inside; they can be used anywhere.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
         thread::scope(|scope| {
-            let inside = scope.spawn(|| {
+            // Somebody may have used up all threads.
+            let inside = thread::Builder::new().name("inside".to_owned()).spawn_scoped(scope, || {
                 // Fails with EINVAL on a namespace of another kind.
                 setns(&self.file, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
                 Ok(work())
             });
-            inside.join().unwrap_or_else(|_| Err(anyhow!("a thread in another network namespace panicked")))
+            inside
+                .context("cannot start a thread to enter a network namespace")?
+                .join()
+                .unwrap_or_else(|_| Err(anyhow!("a thread in another network namespace panicked")))
         })
     }
 
-    /// The loopback addresses that can be dialled inside: 127.0.0.1 and ::1, as far as `lo` has them and is up. To try and
-    /// bind them would not tell: `lo` keeps 127.0.0.1 while it is down.
+    /// The loopback addresses that can be dialled inside: 127.0.0.1 and ::1, as far as the loopback interface has them and is
+    /// up. Tried, not read: whoever is inside may have made a million others.
     pub fn loopback(&self) -> anyhow::Result<Vec<IpAddr>> {
-        let there = self.within(|| -> nix::Result<Vec<IpAddr>> {
-            let lo = getifaddrs()?
-                .filter(|of| of.interface_name == "lo" && of.flags.contains(InterfaceFlags::IFF_UP));
-            let ip = |address: SockaddrStorage| {
-                let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-                v4.or(address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-            };
-            Ok(lo.filter_map(|of| ip(of.address?)).collect())
-        })?;
-        let there = there.context("cannot list interfaces")?;
         let localhost = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
-        Ok(localhost.into_iter().filter(|ip| there.contains(ip)).collect())
+        self.within(|| localhost.into_iter().filter(|ip| can_be_dialled(*ip).is_ok()).collect())
     }
 
     /// Waits until its entrance has closed: the process has ended, or the path leads elsewhere. The namespace itself is
@@ -158,6 +155,15 @@ impl Namespace {
     }
 }
 
+/// Looks up a route, without sending anything: over the loopback interface there is one if it is up.
+fn can_be_dialled(ip: IpAddr) -> io::Result<()> {
+    const DISCARD: u16 = 9;
+    let socket = Socket::new(Domain::for_address((ip, 0).into()), Type::DGRAM.cloexec(), None)?;
+    socket.bind_device_by_index_v4(Some(LOOPBACK))?;
+    socket.bind(&SocketAddr::new(ip, 0).into())?;
+    socket.connect(&SocketAddr::new(ip, DISCARD).into())
+}
+
 /// A namespace's identity.
 pub fn id_of(file: &impl AsFd) -> io::Result<NamespaceId> {
     let stat = fstat(file)?;
@@ -165,14 +171,21 @@ pub fn id_of(file: &impl AsFd) -> io::Result<NamespaceId> {
 }
 
 /// The network namespace of a process, and the process.
-fn of_process(pid: u32, cgroup: Option<&str>) -> Result<(OwnedFd, OwnedFd), Absence> {
+fn of_process(
+    pid: u32,
+    start: Option<&ProcessStart>,
+    container: Option<&str>,
+) -> Result<(OwnedFd, OwnedFd), Absence> {
     let ended = || Absence::NotThere(format!("process {pid} has ended"));
     let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(ended)?;
     // First hold the process, then look at what its number leads to, then see that it was still the one that is held.
     let process = pidfd_open(number, PidfdFlags::empty()).map_err(|_| ended())?;
-    if let Some(cgroup) = cgroup {
-        let path = fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|_| ended())?;
-        if !path.contains(cgroup) {
+    if start.is_some_and(|start| process_start(pid).ok().as_ref() != Some(start)) {
+        return Err(ended());
+    }
+    if let Some(container) = container {
+        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|_| ended())?;
+        if !is_in_container(&cgroups, container) {
             return Err(Absence::Unsuitable(format!(
                 "process {pid} is none of this container's; does DOCKER_HOST name an engine of this host?"
             )));
@@ -187,6 +200,20 @@ fn of_process(pid: u32, cgroup: Option<&str>) -> Result<(OwnedFd, OwnedFd), Abse
         return Err(ended());
     }
     Ok((file.into(), process))
+}
+
+/// Whether a process in these cgroups (/proc/PID/cgroup) is the container's: the first part of a path that holds an id
+/// holds this one. Who is in a container, or has a cgroup of its own, can make others below with any name.
+fn is_in_container(cgroups: &str, container: &str) -> bool {
+    const ID: usize = 64;
+    let is_id = |text: &str| text.len() == ID && text.bytes().all(|b| b.is_ascii_hexdigit());
+    let ids = cgroups.lines().filter_map(|line| {
+        let path = line.splitn(3, ':').nth(2)?;
+        // `ID`, `docker-ID.scope`, `libpod-ID.scope`, `crio-ID`.
+        path.split('/').find_map(|part| part.split(['-', '.']).find(|word| is_id(word)))
+    });
+    let ids: Vec<_> = ids.collect();
+    is_id(container) && !ids.is_empty() && ids.iter().all(|id| *id == container)
 }
 
 fn has_ended(process: &OwnedFd) -> bool {
@@ -259,7 +286,7 @@ mod tests {
     #[test]
     fn the_hosts_own_namespace_is_none_to_relay_into() {
         let host = HostNetns::open().unwrap();
-        let own = Entrance::Process { pid: std::process::id(), cgroup: None };
+        let own = Entrance::Process { pid: std::process::id(), start: None, container: None };
         assert!(matches!(Namespace::open(&own, host.id), Err(Absence::Unsuitable(_))));
         assert_eq!(open(&own).unwrap().key.id, host.id);
         let path = Entrance::Path("/proc/self/ns/net".into());
@@ -288,10 +315,44 @@ mod tests {
 
     #[test]
     fn a_process_of_another_cgroup_is_not_the_containers() {
-        let own = Entrance::Process { pid: std::process::id(), cgroup: Some("0123456789abcdef".repeat(4)) };
+        let own = Entrance::Process {
+            pid: std::process::id(),
+            start: None,
+            container: Some("0123456789abcdef".repeat(4)),
+        };
         assert!(matches!(open(&own), Err(Absence::Unsuitable(why)) if why.contains("DOCKER_HOST")));
-        let none = Entrance::Process { pid: 0x7fff_fff0, cgroup: None };
+        let none = Entrance::Process { pid: 0x7fff_fff0, start: None, container: None };
         assert!(matches!(open(&none), Err(Absence::NotThere(_))));
+    }
+
+    #[test]
+    fn a_containers_cgroup_is_the_first_that_is_one() {
+        let (own, other) = ("ab".repeat(32), "cd".repeat(32));
+        for (cgroups, is_own) in [
+            (format!("0::/docker/{own}\n"), true),
+            (format!("0::/system.slice/docker-{own}.scope\n"), true),
+            (format!("0::/machine.slice/libpod-{own}.scope/container\n"), true),
+            (format!("1:cpu:/docker/{own}\n0::/\n"), true),
+            (format!("0::/docker/{other}/{own}\n"), false),
+            (format!("0::/docker/{own}/{other}\n"), true),
+            (format!("1:cpu:/docker/{other}\n0::/docker/{own}\n"), false),
+            (format!("0::/user/{own}x\n"), false),
+            ("0::/\n".to_owned(), false),
+        ] {
+            assert_eq!(is_in_container(&cgroups, &own), is_own, "{cgroups}");
+        }
+        assert!(!is_in_container("0::/docker/\n", ""));
+        assert!(!is_in_container("0::/docker/abc\n", "abc"));
+    }
+
+    #[test]
+    fn another_start_is_another_process() {
+        let pid = std::process::id();
+        let start = process_start(pid).unwrap();
+        let other = ProcessStart { ticks: start.ticks + 1, ..start.clone() };
+        assert!(open(&Entrance::Process { pid, start: Some(start), container: None }).is_ok());
+        let other = open(&Entrance::Process { pid, start: Some(other), container: None });
+        assert!(matches!(other, Err(Absence::NotThere(_))));
     }
 
     #[test]
@@ -304,7 +365,7 @@ mod tests {
     #[tokio::test]
     async fn the_end_of_a_process_is_noticed() {
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-        let namespace = open(&Entrance::Process { pid: child.id(), cgroup: None }).unwrap();
+        let namespace = open(&Entrance::Process { pid: child.id(), start: None, container: None }).unwrap();
         let gone = tokio::spawn(namespace.gone());
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!gone.is_finished());

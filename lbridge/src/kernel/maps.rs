@@ -187,18 +187,21 @@ impl PeerNames {
         }
     }
 
-    /// It is over. `relay_end` is where it had connected from, if it had and was to be confirmed, which has taken the
-    /// announcement back; that port may be another connection's by now, whose name stays.
-    pub fn forget(&self, cookie: u64, relay_end: Option<SocketAddr>, container: SocketAddr) {
+    /// It will not connect, or not be confirmed, which takes the announcement back, too.
+    pub fn withdraw(&self, cookie: u64) {
+        if let Err(error) = or_absent(self.maps().connects.remove(&cookie)) {
+            tracing::warn!("an announcement stays: {error}");
+        }
+    }
+
+    /// It is over, or has failed. The port of `relay_end`, where it had connected from, may be another connection's by now,
+    /// whose name stays.
+    pub fn forget(&self, relay_end: SocketAddr, container: SocketAddr) {
         let mut maps = self.maps();
-        let done = match relay_end.map(endpoint) {
-            None => or_absent(maps.connects.remove(&cookie)),
-            Some(end) if maps.peers.get(&end, 0).is_ok_and(|name| name == endpoint(container)) => {
-                or_absent(maps.peers.remove(&end))
-            }
-            Some(_) => Ok(()),
-        };
-        if let Err(error) = done {
+        let end = endpoint(relay_end);
+        if maps.peers.get(&end, 0).is_ok_and(|name| name == endpoint(container))
+            && let Err(error) = or_absent(maps.peers.remove(&end))
+        {
             tracing::warn!("a name of {container} stays: {error}");
         }
     }

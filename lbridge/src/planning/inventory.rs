@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::rule::Network;
+use super::rule::{Network, ProcessStart};
 
 /// One look at the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub struct Inventory {
     pub listeners: Vec<Listener>,
     /// Paths of listening Unix stream sockets.
     pub unix_listeners: BTreeSet<PathBuf>,
+    /// Paths of rules that are not followed, and why: over a link of somebody else.
+    pub untrusted_paths: BTreeMap<PathBuf, String>,
     /// The namespaces that rules name, or why there is none.
     pub namespaces: BTreeMap<Network, Result<Namespace, Absence>>,
 }
@@ -112,9 +114,11 @@ pub enum Entrance {
     Process {
         /// Its number.
         pid: u32,
-        /// What must be part of its cgroup's path, where the number is hearsay: a container's id. An engine on another
-        /// host, or in another pid namespace, tells numbers of other processes.
-        cgroup: Option<String>,
+        /// Which process the number means, where that is known.
+        start: Option<ProcessStart>,
+        /// The container whose cgroup it must be in, by its id, where the number is hearsay: an engine on another host, or in
+        /// another pid namespace, tells numbers of other processes.
+        container: Option<String>,
     },
     /// A file on nsfs.
     Path(PathBuf),

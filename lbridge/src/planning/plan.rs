@@ -69,6 +69,13 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         }
     }
     steps.extend(registrations(policy, reality));
+    let stale = |key: &&RelayKey| !policy.relays.contains_key(*key);
+    // Of one namespace that is found by another way now: its port has to be free first.
+    let moved =
+        |key: &&RelayKey| policy.relays.keys().any(|new| new.address == key.address && new.is_beside(key));
+    for key in reality.relays.keys().filter(stale).filter(moved) {
+        steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
+    }
     for (key, spec) in &policy.relays {
         if reality.relays.get(key) != Some(spec) {
             steps.push(Step::OpenRelay(key.clone(), spec.clone()));
@@ -92,7 +99,7 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         };
         policy.entries.keys().any(taken_over)
     };
-    for key in reality.relays.keys().filter(|key| !policy.relays.contains_key(key)) {
+    for key in reality.relays.keys().filter(stale).filter(|key| !moved(key)) {
         steps.push(Step::CloseRelay { key: key.clone(), handed_over: handed_over(key) });
     }
     // Denied while it lingers: at once, too.

@@ -91,6 +91,18 @@ pub struct RelayKey {
     pub place: Place,
 }
 
+impl RelayKey {
+    /// Whether the other is in the same namespace, found by another way.
+    pub fn is_beside(&self, other: &Self) -> bool {
+        match (&self.place, &other.place) {
+            (Place::Namespace(this), Place::Namespace(that)) => {
+                this.id == that.id && this.entrance != that.entrance
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Where an address is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Place {
@@ -524,6 +536,9 @@ impl Resolver<'_> {
         if rule.source == Source::Container {
             let why =
                 "the service would see root as its peer, not the container; allow it with --source loopback";
+            return Way::None(Outcome::because(State::Blocked, why));
+        }
+        if let Some(why) = self.inventory.untrusted_paths.get(path) {
             return Way::None(Outcome::because(State::Blocked, why));
         }
         if !self.inventory.unix_listeners.contains(path) {

@@ -4,10 +4,11 @@
 use std::{
     future, io,
     net::{IpAddr, SocketAddr},
-    os::fd::OwnedFd,
+    num::NonZeroU32,
+    os::fd::{AsRawFd as _, OwnedFd},
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -31,7 +32,9 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use super::{PeerNames, splice, stand_in};
+use lbridge_common::wire::MAX_RELAY_PEERS;
+
+use super::{PeerNames, splice, stand_in, trusted};
 use crate::planning::{
     policy::{Clients, RelaySpec, Service},
     rule::{ProxyProtocol, Source},
@@ -70,9 +73,8 @@ pub(super) enum Mode {
 /// Places for connections, as the limit of open files has it.
 #[derive(Debug, Clone)]
 pub(super) struct Places {
-    all: Arc<Semaphore>,
-    /// How many of them one rule may take: some are left to the others.
-    of_one: u32,
+    free: Arc<Semaphore>,
+    all: usize,
 }
 
 impl Places {
@@ -83,19 +85,27 @@ impl Places {
         let reserved = RESERVED_DESCRIPTORS.min(limit / 2);
         // Half of what is reserved, at two descriptors each.
         splice::limit_pipes(reserved / 4);
-        let all = ((limit - reserved) / DESCRIPTORS).clamp(1, Semaphore::MAX_PERMITS);
-        let of_one = u32::try_from(all - all / 8).unwrap_or(u32::MAX);
-        Self { all: Arc::new(Semaphore::new(all)), of_one }
+        // Each may have a name in the kernel's map.
+        let all = ((limit - reserved) / DESCRIPTORS).clamp(1, MAX_RELAY_PEERS as usize);
+        Self { free: Arc::new(Semaphore::new(all)), all }
     }
 
     /// A place for a connection of a rule that may have `max`, and has those of `statistics`.
     fn take(&self, statistics: &Arc<Statistics>, max: u32) -> Option<Permit> {
-        let max = max.min(self.of_one);
-        let shared = self.all.clone().try_acquire_owned().ok()?;
+        let shared = self.free.clone().try_acquire_owned().ok()?;
+        // Of what others leave, an eighth stays free: for them, however many rules a network has.
+        let taken = self.all - self.free.available_permits();
+        let of_network = statistics.of_network.load(Ordering::Relaxed) as usize;
+        let left = self.all - taken.saturating_sub(of_network);
+        if of_network >= left - left / 8 {
+            return None;
+        }
         let counted = statistics
             .open
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |open| (open < max).then_some(open + 1));
-        counted.ok().map(|_| Permit { _shared: shared, statistics: statistics.clone() })
+        counted.ok()?;
+        statistics.of_network.fetch_add(1, Ordering::Relaxed);
+        Some(Permit { _shared: shared, statistics: statistics.clone() })
     }
 }
 
@@ -108,6 +118,7 @@ struct Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         self.statistics.open.fetch_sub(1, Ordering::Relaxed);
+        self.statistics.of_network.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -118,6 +129,16 @@ pub(super) struct Statistics {
     pub(super) open: AtomicU32,
     /// Connections refused for want of a place.
     pub(super) refused: AtomicU64,
+    /// Connections that are open, of all rules of the network.
+    pub(super) of_network: Arc<AtomicU32>,
+    /// When a failure was told last.
+    failed: Mutex<Pause>,
+}
+
+impl Statistics {
+    pub(super) fn of(network: Arc<AtomicU32>) -> Self {
+        Self { of_network: network, ..Self::default() }
+    }
 }
 
 /// What a relay is to do.
@@ -183,10 +204,11 @@ impl Listening {
 
 /// Listens in this thread's network namespace. Both the address and the device are bound: the address alone would let in
 /// the LAN, which may route packets for it to the host (the weak host model).
-pub fn listen(address: SocketAddr, interface: &str) -> io::Result<Listening> {
+pub fn listen(address: SocketAddr, interface: NonZeroU32) -> io::Result<Listening> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
-    socket.bind_device(Some(interface.as_bytes()))?;
+    // By its index: a name can be given to another interface.
+    socket.bind_device_by_index_v4(Some(interface))?;
     // An IPv6 address is tentative until the bridge has its first port, which is when it has its first container.
     if address.is_ipv6() && !address.ip().is_loopback() {
         socket.set_freebind_v6(true)?;
@@ -287,7 +309,10 @@ impl Listener {
             let _permit = permit;
             tokio::select! {
                 carried = carry(client, container, &orders.spec, surroundings.names) => if let Err(error) = carried {
-                    tracing::debug!("{container}: {error:#}");
+                    let told = &orders.statistics.failed;
+                    if told.lock().unwrap_or_else(PoisonError::into_inner).is_over() {
+                        tracing::warn!("{}: a connection of {container} has failed, and others may: {error:#}", orders.spec.rule);
+                    }
                     let _ = surroundings.wake.try_send(());
                 },
                 // Both ends are reset: there is nobody left to read the rest.
@@ -414,12 +439,18 @@ struct Presented {
     names: Arc<dyn PeerNames>,
     cookie: u64,
     relay_end: Option<SocketAddr>,
+    confirmed: bool,
     container: SocketAddr,
 }
 
 impl Drop for Presented {
     fn drop(&mut self) {
-        self.names.forget(self.cookie, self.relay_end, self.container);
+        if !self.confirmed {
+            self.names.withdraw(self.cookie);
+        }
+        if let Some(relay_end) = self.relay_end {
+            self.names.forget(relay_end, self.container);
+        }
     }
 }
 
@@ -450,30 +481,36 @@ async fn connect(
         if let Some(names) = names {
             let cookie = socket_cookie(&socket)?;
             names.announce(cookie, container)?;
-            presented = Some(Presented { names, cookie, relay_end: None, container });
+            presented = Some(Presented { names, cookie, relay_end: None, confirmed: false, container });
         }
     }
-    let connecting = timeout(CONNECT_TIMEOUT, dial(socket, service));
+    let dialled = net::connect(&socket, &service);
+    if let Some(presented) = &mut presented {
+        // The port is chosen, and the kernel may have entered the name: whatever comes of the connection, it is to go.
+        presented.relay_end = SocketAddr::try_from(net::getsockname(&socket)?).ok();
+    }
+    let connecting = timeout(CONNECT_TIMEOUT, connected(socket, service, dialled));
     let stream = connecting.await.context("no answer").and_then(|done| Ok(done?));
     let stream = stream.with_context(|| format!("cannot connect to {service}"))?;
     if let Some(presented) = &mut presented {
-        let relay_end = stream.local_addr()?;
-        presented.relay_end = Some(relay_end);
+        let relay_end = presented.relay_end.context("the socket has no address")?;
         presented.names.confirm(presented.cookie, relay_end, container)?;
+        presented.confirmed = true;
     }
     Ok((stream, presented))
 }
 
-/// Connects. On loopback the handshake is over when connect() returns, although it says that it has only begun; asked
-/// again it tells, and the event loop need not be gone through.
-async fn dial(socket: OwnedFd, service: SocketAddr) -> io::Result<TcpStream> {
-    let mut connected = net::connect(&socket, &service);
-    if connected == Err(Errno::INPROGRESS) {
-        connected = net::connect(&socket, &service);
-    }
-    let pending = connected == Err(Errno::ALREADY);
+/// Waits for a connect() that was begun. On loopback the handshake is over when it returns, although it says that it has
+/// only begun; asked again it tells, and the event loop need not be gone through.
+async fn connected(
+    socket: OwnedFd,
+    service: SocketAddr,
+    begun: rustix::io::Result<()>,
+) -> io::Result<TcpStream> {
+    let asked = if begun == Err(Errno::INPROGRESS) { net::connect(&socket, &service) } else { begun };
+    let pending = asked == Err(Errno::ALREADY);
     if !pending {
-        connected?;
+        asked?;
     }
     let stream = TcpStream::from_std(socket.into())?;
     if pending {
@@ -485,8 +522,12 @@ async fn dial(socket: OwnedFd, service: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
+/// By its file, which is looked for with care: whoever owns a folder on the way could have put a link there to a socket that
+/// only this process may connect to.
 async fn connect_unix(path: &Path) -> anyhow::Result<UnixStream> {
-    let connecting = timeout(CONNECT_TIMEOUT, UnixStream::connect(path));
+    let file = trusted::open(path).with_context(|| format!("cannot connect to {}", path.display()))?;
+    let file_path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let connecting = timeout(CONNECT_TIMEOUT, UnixStream::connect(file_path));
     let stream = connecting.await.context("no answer").and_then(|done| Ok(done?));
     stream.with_context(|| format!("cannot connect to {}", path.display()))
 }

@@ -3,11 +3,13 @@
 //! - [`set`]: which relays are open;
 //! - [`listener`]: one of them: accepts, checks, connects;
 //! - [`splice`]: moves the bytes of one connection;
+//! - `trusted`: finds the Unix socket that a rule means, over no link of others;
 //! - [`workers`]: the threads that it all runs on.
 
 pub mod listener;
 pub mod set;
 mod splice;
+pub mod trusted;
 mod workers;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -22,8 +24,10 @@ pub trait PeerNames: Send + Sync + std::fmt::Debug {
     fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()>;
     /// Its connect() has returned; an error where the service may see another peer than `container`.
     fn confirm(&self, cookie: u64, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()>;
-    /// It is over; `relay_end` is where it had connected from, if it had.
-    fn forget(&self, cookie: u64, relay_end: Option<SocketAddr>, container: SocketAddr);
+    /// It will not connect, or not be confirmed.
+    fn withdraw(&self, cookie: u64);
+    /// It is over, or has failed; `relay_end` is where it had connected from.
+    fn forget(&self, relay_end: SocketAddr, container: SocketAddr);
 }
 
 /// The loopback address that a relay connects from in a container's stead, by the container's address.

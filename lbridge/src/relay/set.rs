@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd},
     sync::{
         Arc, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -25,7 +25,7 @@ use super::{
 };
 use crate::planning::{
     policy::{RelayKey, RelaySpec},
-    rule::RuleId,
+    rule::{Network, RuleId},
 };
 
 /// Every relay of this process.
@@ -34,6 +34,8 @@ pub struct RelaySet {
     relays: BTreeMap<RelayKey, Relay>,
     /// Shared by the relays of a rule and by their connections, which may outlive them.
     statistics: HashMap<RuleId, Weak<Statistics>>,
+    /// Connections that are open, of each network.
+    networks: HashMap<Network, Weak<AtomicU32>>,
     surroundings: Surroundings,
     workers: Workers,
 }
@@ -71,7 +73,13 @@ impl RelaySet {
         let surroundings =
             Surroundings { names, wake, places: Places::new(), connections: TaskTracker::new() };
         let workers = Workers::start().context("cannot start the relays' threads")?;
-        Ok(Self { relays: BTreeMap::new(), statistics: HashMap::new(), surroundings, workers })
+        Ok(Self {
+            relays: BTreeMap::new(),
+            statistics: HashMap::new(),
+            networks: HashMap::new(),
+            surroundings,
+            workers,
+        })
     }
 
     /// Relays otherwise from the next connection on, where a relay listens; else false.
@@ -118,7 +126,13 @@ impl RelaySet {
     fn orders(&mut self, spec: RelaySpec) -> Arc<Orders> {
         self.statistics.retain(|_, statistics| statistics.strong_count() > 0);
         let known = self.statistics.get(&spec.rule).and_then(Weak::upgrade);
-        let statistics = known.unwrap_or_default();
+        let statistics = known.unwrap_or_else(|| {
+            self.networks.retain(|_, open| open.strong_count() > 0);
+            let known = self.networks.get(&spec.rule.network).and_then(Weak::upgrade);
+            let network = known.unwrap_or_default();
+            self.networks.insert(spec.rule.network.clone(), Arc::downgrade(&network));
+            Arc::new(Statistics::of(network))
+        });
         self.statistics.insert(spec.rule.clone(), Arc::downgrade(&statistics));
         Arc::new(Orders { spec, statistics })
     }

@@ -10,12 +10,13 @@
 
 use std::{
     convert::Infallible,
-    ffi::OsString,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    num::NonZeroU32,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use anyhow::{Context as _, anyhow};
@@ -25,8 +26,7 @@ use nix::{
     sched::{CloneFlags, setns},
     sys::{
         prctl,
-        signal::{SigSet, Signal},
-        socket::{setsockopt, sockopt},
+        signal::{SigSet, Signal, kill},
         wait::waitpid,
     },
     unistd::{ForkResult, Pid, fork, getpid, getppid},
@@ -35,11 +35,13 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, bind, ipproto, recv, recvmsg, send, sendmsg,
     socket_with, socketpair,
-    sockopt::{set_ipv6_v6only, set_socket_reuseaddr},
+    sockopt::{Timeout, set_ipv6_v6only, set_socket_reuseaddr, set_socket_timeout},
 };
 
 use super::Identity;
 
+/// How long the child may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// An IP address as IPv6 has it, and a port.
 const REQUEST: usize = 16 + 2;
 
@@ -74,12 +76,11 @@ impl Door {
         let (socket, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .context("cannot make a pair of sockets")?;
-        let lo = OsString::from("lo");
         let parent = getpid();
         // SAFETY: the child calls nothing but wrappers of system calls until it ends; see `inside`.
         match unsafe { fork() }.context("cannot start the process that listens inside")? {
             ForkResult::Child => {
-                let step = inside(theirs.as_fd(), netns, owner.as_ref().map(AsFd::as_fd), &lo, parent);
+                let step = inside(theirs.as_fd(), netns, owner.as_ref().map(AsFd::as_fd), parent);
                 let Err((step, error)) = step;
                 let mut reply = [0; 5];
                 reply[0] = step as u8;
@@ -91,6 +92,10 @@ impl Door {
             ForkResult::Parent { child } => {
                 let door = Self { socket: Mutex::new(socket), child };
                 drop(theirs);
+                // It may be stopped by those inside, and is not waited for longer than this.
+                let socket = door.socket.lock().unwrap_or_else(PoisonError::into_inner);
+                set_socket_timeout(&*socket, Timeout::Recv, Some(PATIENCE))?;
+                drop(socket);
                 door.joined(owner.is_some())?;
                 Ok(door)
             }
@@ -168,7 +173,8 @@ impl Door {
 
 impl Drop for Door {
     fn drop(&mut self) {
-        // The child ends when it sees the socket closed.
+        // The child ends when it sees the socket closed; unless those inside, who may signal it, have stopped it.
+        let _ = kill(self.child, Signal::SIGKILL);
         let socket = self.socket.get_mut().unwrap_or_else(PoisonError::into_inner);
         let _ = rustix::net::shutdown(&*socket, rustix::net::Shutdown::Both);
         while waitpid(self.child, None) == Err(Errno::EINTR) {}
@@ -197,7 +203,6 @@ fn inside(
     socket: BorrowedFd<'_>,
     netns: BorrowedFd<'_>,
     owner: Option<BorrowedFd<'_>>,
-    lo: &OsString,
     parent: Pid,
 ) -> Result<Infallible, (Step, Errno)> {
     let at = |step| move |error| (step, error);
@@ -222,14 +227,14 @@ fn inside(
     let mut joined = [0; 5];
     joined[0] = Step::Inside as u8;
     let _ = send(socket, &joined, SendFlags::NOSIGNAL);
-    serve(socket, lo)
+    serve(socket)
 }
 
 /// Makes sockets until the parent closes its end.
-fn serve(socket: BorrowedFd<'_>, lo: &OsString) -> ! {
+fn serve(socket: BorrowedFd<'_>) -> ! {
     let mut request = [0; REQUEST];
     while let Ok((_, REQUEST)) = recv(socket, &mut request, RecvFlags::empty()) {
-        let bound = bound(request, lo);
+        let bound = bound(request);
         let errno = bound.as_ref().err().map_or(0, |&error| error as i32).to_ne_bytes();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -243,7 +248,7 @@ fn serve(socket: BorrowedFd<'_>, lo: &OsString) -> ! {
     unsafe { libc::_exit(0) }
 }
 
-fn bound(request: [u8; REQUEST], lo: &OsString) -> nix::Result<OwnedFd> {
+fn bound(request: [u8; REQUEST]) -> nix::Result<OwnedFd> {
     let [ip @ .., high, low] = request;
     let address = SocketAddr::new(Ipv6Addr::from(ip).to_canonical(), u16::from_ne_bytes([high, low]));
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
@@ -259,7 +264,9 @@ fn bound(request: [u8; REQUEST], lo: &OsString) -> nix::Result<OwnedFd> {
     };
     let done = |error: rustix::io::Errno| Errno::from_raw(error.raw_os_error());
     let socket: OwnedFd = make().map_err(done)?;
-    setsockopt(&socket, sockopt::BindToDevice, lo)?;
+    // By its index, which is 1 in every namespace: whoever is inside may give its name to another interface.
+    let lo = socket2::SockRef::from(&socket).bind_device_by_index_v4(Some(NonZeroU32::MIN));
+    lo.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EINVAL)))?;
     bind(&socket, &address).map_err(done)?;
     Ok(socket)
 }
@@ -269,9 +276,10 @@ fn bring_up_loopback() -> nix::Result<()> {
     let socket = socket.map_err(|error| Errno::from_raw(error.raw_os_error()))?;
     // SAFETY: an all-zero ifreq is a valid value of the C structure.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes_with_nul()) {
-        *to = libc::c_char::from_ne_bytes([*from]);
-    }
+    // The first interface of every namespace, whatever it is called.
+    request.ifr_ifru.ifru_ifindex = 1;
+    // SAFETY: the request reads an index from the structure and writes a name to it (netdevice(7)).
+    Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFNAME, &raw mut request) })?;
     // SAFETY: the request reads a name from the structure and writes flags to it (netdevice(7)).
     Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) })?;
     // SAFETY: the kernel has just written the member.

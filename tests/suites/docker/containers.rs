@@ -19,6 +19,7 @@ pub(crate) fn tests() -> Vec<Test> {
         the_service_sees_what_docker_says_of_the_container,
         a_container_that_restarts_is_followed,
         a_container_of_the_same_name_is_followed,
+        the_beginning_of_an_id_is_not_a_container,
         containers_that_share_a_namespace_share_localhost,
         a_container_in_the_hosts_namespace_is_blocked,
         no_other_container_is_served,
@@ -143,6 +144,38 @@ fn a_container_of_the_same_name_is_followed() -> Result<()> {
     scene.daemon.wait_for_state("container:alone", 8080, "relayed")?;
     must_reach(&scene, &second, "host's")?;
     scene.refused(&first, localhost())
+}
+
+/// The engine takes any beginning of an id for a container: two digits are one of 256.
+fn the_beginning_of_an_id_is_not_a_container() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("host's", LOCALHOST)?;
+    let stranger = named(&scene, "none", "stranger")?;
+    let rule = format!("container:{}", &stranger.id[..2]);
+    scene.daemon.allow(&[&rule, "8080"])?;
+    scene.must_be(&rule, 8080, "waiting")?;
+    scene.refused(&stranger, localhost())?;
+    // Nor is a container whose name is the beginning of another's id.
+    let short = &stranger.id[..12];
+    let by_id = format!("container:{short}");
+    scene.daemon.allow(&[&by_id, "8080"])?;
+    scene.served(&stranger, localhost(), "host's")?;
+    let impostor = named(&scene, "none", short)?;
+    patience::until("the engine's answer is another", || {
+        Ok((scene.daemon.rule_state(&by_id, 8080)?.state != "relayed").then_some(()))
+    })?;
+    scene.refused(&impostor, localhost())?;
+    // The engine cannot tell containers by a digit: that is that rule's trouble, and nobody else's.
+    for number in 0..17 {
+        scene.engine.docker(&["create", "--name", &format!("c{number}"), "lab", "sleep", "1"])?;
+    }
+    for digit in "0123456789abcdef".chars() {
+        scene.daemon.allow(&[&format!("container:{digit}"), "8080"])?;
+    }
+    ensure!(scene.docker_state()?.0 == "reachable", "the engine is not away for that");
+    scene.engine.create_network("later", &[])?;
+    scene.daemon.allow(&["later", "8080"])?;
+    scene.must_be("later", 8080, "steered")
 }
 
 fn containers_that_share_a_namespace_share_localhost() -> Result<()> {

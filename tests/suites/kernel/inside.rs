@@ -28,6 +28,7 @@ pub(crate) fn tests() -> Vec<Test> {
         ipv6_service_is_reached_from_inside,
         unix_socket_is_offered_inside,
         nobody_from_outside_gets_at_localhost_inside,
+        another_interface_by_the_name_of_lo_opens_nothing,
         a_port_that_is_taken_inside_is_blocked_until_it_is_free,
         a_namespace_whose_loopback_is_down_waits,
         the_hosts_own_namespace_is_refused,
@@ -233,6 +234,45 @@ fn nobody_from_outside_gets_at_localhost_inside() -> Result<()> {
     Ok(())
 }
 
+/// Names of interfaces are the choice of whoever is inside.
+fn another_interface_by_the_name_of_lo_opens_nothing() -> Result<()> {
+    let lab = Lab::new()?;
+    let bridge = lab.add_bridge("lab0", "10.7.0.1/24")?;
+    let (inside, outside) = (lab.container(&bridge, "10.7.0.2/24")?, lab.container(&bridge, "10.7.0.3/24")?);
+    let process = Sleeper::in_netns(&inside)?;
+    let daemon = Daemon::start(lab.host())?;
+    let _service = Service::start(lab.host(), "host's", "127.0.0.1:8080")?;
+    for command in [
+        "link set lo down",
+        "link set lo name true-lo",
+        "link set true-lo up",
+        "link set eth0 down",
+        "link set eth0 name lo",
+        "link set lo up",
+    ] {
+        inside.ip(command)?;
+    }
+    for (netns, is_inside) in [(&inside, true), (&outside, false)] {
+        let name = if is_inside { "lo" } else { "eth0" };
+        for interface in ["all", name] {
+            netns.sysctl(&format!("net/ipv4/conf/{interface}/route_localnet"), "1")?;
+            netns.sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"), "0")?;
+        }
+    }
+    outside.ip("route del local 127.0.0.0/8 dev lo table local")?;
+    outside.ip("addr del 127.0.0.1/8 dev lo")?;
+    outside.ip("route add 127.0.0.1/32 via 10.7.0.2 dev eth0")?;
+    daemon.allow(&[&format!("pid:{}", process.pid()), "8080"])?;
+    client::served_by(&inside, "127.0.0.1:8080".parse()?, "host's")?;
+    let from = Some("10.7.0.3".parse()?);
+    let _careless = Service::start(&inside, "careless", "127.0.0.1:9090")?;
+    match client::attempt_from(&outside, from, "127.0.0.1:9090".parse()?) {
+        client::Attempt::Served(greeting) => ensure!(greeting.service == "careless", "{greeting:?}"),
+        other => bail!("the attack itself fails: {other:?}"),
+    }
+    client::not_served(&outside, from, "127.0.0.1:8080".parse()?)
+}
+
 fn a_port_that_is_taken_inside_is_blocked_until_it_is_free() -> Result<()> {
     let apart = Apart::new()?;
     let _service = apart.service("host's", "127.0.0.1:8080")?;
@@ -353,14 +393,17 @@ fn a_path_that_is_something_else_is_never_opened() -> Result<()> {
     let folder = tempfile::tempdir_in("/run")?;
     let fifo = folder.path().join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
-    for path in [fifo, PathBuf::from("/proc/self/ns/mnt"), PathBuf::from("/proc/1/cmdline")] {
+    // What is in /proc follows numbers, which are given again.
+    let numbered = PathBuf::from(format!("/proc/{}/ns/net", apart.process.pid()));
+    for path in [fifo, numbered, PathBuf::from("/proc/self/ns/mnt"), PathBuf::from("/proc/1/cmdline")] {
         let network = format!("netns:{}", path.display());
         apart.daemon.allow(&[&network, "8080"])?;
         let state = apart.daemon.rule_state(&network, 8080)?;
         ensure!(["waiting", "blocked"].contains(&state.state.as_str()), "{network}: {state:?}");
-        ensure!(state.why.unwrap_or_default().contains("namespace"), "{network}: says why");
+        let why = state.why.unwrap_or_default();
+        ensure!(why.contains("namespace") || why.contains("pid:N"), "{network}: says why: {why}");
     }
-    Ok(())
+    apart.refused("127.0.0.1:8080")
 }
 
 fn a_number_that_was_given_again_is_another_process() -> Result<()> {

@@ -361,3 +361,25 @@ fn what_only_a_relay_can_do_is_relayed() {
     assert_eq!(host.states(), ["172.18.0.1:80 relayed (only a relay can keep the rule's limits)"]);
     assert_eq!(host.policy().relays.into_values().next().unwrap().max_connections, 5);
 }
+
+#[test]
+fn a_namespace_that_is_found_by_another_way_is_left_first() {
+    let host = Host::new().listens("127.0.0.1:80").namespace("pid:7", 9, &["127.0.0.1"]);
+    let before = host.allow("pid:7", "80").policy();
+    let host = Host::new().listens("127.0.0.1:80").namespace("netns:/a", 9, &["127.0.0.1"]);
+    let after = host.allow("netns:/a", "80").policy();
+    let reality =
+        Reality { relays: before.relays, targets: before.targets, name_hooks: true, ..Reality::default() };
+    let steps = plan(&after, &reality);
+    assert!(matches!(steps[..], [Step::CloseRelay { .. }, Step::OpenRelay(..)]), "{steps:?}");
+}
+
+#[test]
+fn a_unix_socket_behind_a_strangers_link_is_blocked() {
+    let mut host = Host::new();
+    let path = std::path::PathBuf::from("/run/x.sock");
+    host.inventory.unix_listeners.insert(path.clone());
+    host.inventory.untrusted_paths.insert(path, "x.sock is a link of user 7".to_owned());
+    let host = host.allow_with("app", "80=unix:/run/x.sock", Source::Loopback, PathChoice::Auto);
+    assert_eq!(host.states(), ["172.18.0.1:80 blocked (x.sock is a link of user 7)"]);
+}
