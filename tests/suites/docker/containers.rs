@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
 use lbridge_tests::harness::docker::{Container, Engine};
+use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::Test;
@@ -28,6 +29,7 @@ pub(crate) fn tests() -> Vec<Test> {
         the_end_of_a_container_resets_its_connections,
         a_container_stays_served_while_the_engine_is_away,
         a_process_number_from_elsewhere_is_not_believed,
+        what_was_known_of_an_engine_that_is_away_is_not_believed_for_ever,
     ]
 }
 
@@ -294,4 +296,46 @@ fn a_process_number_from_elsewhere_is_not_believed() -> Result<()> {
     ensure!(state.state == "blocked", "{state:?}");
     ensure!(state.why.unwrap_or_default().contains("DOCKER_HOST"), "says what may be wrong");
     scene.refused(&container, localhost())
+}
+
+/// The engine is away, its container has ended with it, and a stranger has got the number: in a namespace of its own, in a
+/// cgroup named after the container.
+fn what_was_known_of_an_engine_that_is_away_is_not_believed_for_ever() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let container = named(&scene, "none", "alone")?;
+    let service = scene.service("host's", LOCALHOST)?;
+    scene.daemon.allow(&["container:alone", "8080"])?;
+    must_reach(&scene, &container, "host's")?;
+    let pid: u32 = scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "alone"])?.parse()?;
+    scene.engine.down()?;
+    scene.wait_for_docker("away")?;
+    patience::until("the container has ended", || {
+        Ok((!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
+    })?;
+
+    let cgroup = format!("/sys/fs/cgroup/{}", container.id);
+    std::fs::create_dir(&cgroup)?;
+    let netns = NetNs::new()?;
+    let before = service.accepted();
+    let mut stranger = patience::until("the number is given again", || {
+        std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string())?;
+        let mut child = netns.command("sleep").arg("1000").spawn()?;
+        if child.id() == pid {
+            return Ok(Some(child));
+        }
+        child.kill()?;
+        child.wait()?;
+        Ok(None)
+    })?;
+    std::fs::write(format!("{cgroup}/cgroup.procs"), pid.to_string())?;
+    // Longer than the daemon takes to look.
+    std::thread::sleep(patience::seconds(2));
+    let refused = client::refused(&netns, localhost());
+    let state = scene.daemon.rule_state("container:alone", 8080);
+    stranger.kill()?;
+    stranger.wait()?;
+    std::fs::remove_dir(&cgroup)?;
+    refused?;
+    ensure!(state?.state == "waiting" && service.accepted() == before, "nobody came");
+    Ok(())
 }

@@ -11,6 +11,7 @@ use lbridge_tests::harness::client;
 use lbridge_tests::harness::daemon::Options;
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::{patience, pins};
 use lbridge_tests::tests;
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -21,6 +22,7 @@ pub(crate) fn tests() -> Vec<Test> {
         ipv6_container_is_not_shown_as_some_ipv4_address,
         relays_leave_the_ports_of_the_host_alone,
         relay_that_lingers_is_closed_by_deny,
+        names_of_connections_that_fail_do_not_stay,
     ]
 }
 
@@ -111,5 +113,34 @@ fn relay_that_lingers_is_closed_by_deny() -> Result<()> {
         scene.refused(8080)?;
     }
     ensure!(!scene.lab.host().listens("10.7.0.1:8080".parse()?)?, "the relay is closed");
+    Ok(())
+}
+
+/// A service whose backlog is full lets connects fail after the kernel has entered their names.
+fn names_of_connections_that_fail_do_not_stay() -> Result<()> {
+    let scene = Scene::new()?;
+    let listener = scene.lab.host().run(|| {
+        let listener = TcpListener::bind("127.0.0.1:8080")?;
+        // As many as have room: one more than the backlog says.
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0)?)?;
+        Ok(listener)
+    })?;
+    scene.allow(&["8080", "--path", "relay"])?;
+    let dial = || client::dial(&scene.container, None, scene.gateway(8080), patience::seconds(5));
+    let _served = dial()?;
+    let names = || -> Result<usize> {
+        let maps = pins::entries(scene.daemon.bpffs())?;
+        let peers = maps.iter().find(|(name, _)| name.ends_with("RELAY_PEERS"));
+        peers.map(|(_, entries)| *entries).context("no map of names")
+    };
+    patience::until("the first has its name", || Ok((names()? == 1).then_some(())))?;
+    let waiting = (0..20).map(|_| dial()).collect::<std::io::Result<Vec<_>>>()?;
+    patience::until("their names are entered", || Ok((names()? > 10).then_some(())))?;
+    // The relay gives up after 5 s; some leave before.
+    for client in &waiting[..10] {
+        client.shutdown(std::net::Shutdown::Both)?;
+    }
+    patience::until("the others' names are gone", || Ok((names()? == 1).then_some(())))?;
+    drop((waiting, listener));
     Ok(())
 }

@@ -29,6 +29,7 @@ pub(crate) fn tests() -> Vec<Test> {
         rules_come_and_go_while_relayed_connections_run,
         unix_socket_is_relayed,
         unix_socket_of_a_service_with_a_network_of_its_own,
+        unix_socket_behind_a_strangers_link_is_not_reached,
     ]
 }
 
@@ -281,4 +282,31 @@ fn unix_socket_of_a_service_with_a_network_of_its_own() -> Result<()> {
     process.kill()?;
     process.wait()?;
     served
+}
+
+/// The owner of a service's folder must not lead root to another's socket, the engine's for one.
+fn unix_socket_behind_a_strangers_link_is_not_reached() -> Result<()> {
+    use std::os::unix::fs::{chown, lchown, symlink};
+
+    let scene = Scene::new()?;
+    let folder = tempfile::tempdir_in("/run")?;
+    let of_root = folder.path().join("of-root.sock");
+    let listener = scene.lab.host().run(|| Ok(std::os::unix::net::UnixListener::bind(&of_root)?))?;
+    listener.set_nonblocking(true)?;
+    let services = folder.path().join("service");
+    std::fs::create_dir(&services)?;
+    chown(&services, Some(54_321), None)?;
+    let path = services.join("s.sock");
+    symlink(&of_root, &path)?;
+    let port = format!("5432=unix:{}", path.display());
+    // A link of root's is as good as the socket.
+    scene.allow(&[&port, "--source", "loopback"])?;
+    scene.must_be(5432, "relayed")?;
+    lchown(&path, Some(54_321), None)?;
+    let state = scene.wait_for(5432, "blocked")?;
+    ensure!(state.why.unwrap_or_default().contains("link of user 54321"), "says why");
+    scene.refused(5432)?;
+    let came = listener.accept().map_err(|error| error.kind());
+    ensure!(came.is_err(), "nobody came: {came:?}");
+    Ok(())
 }

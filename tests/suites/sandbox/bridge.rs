@@ -48,6 +48,7 @@ pub(crate) fn tests() -> Vec<Test> {
         sigterm_lets_connections_end,
         what_is_cut_off_never_looks_finished,
         a_failed_look_costs_nothing,
+        a_sandbox_cannot_keep_lbridge_from_ending,
         nothing_is_left,
     ]
 }
@@ -598,6 +599,20 @@ fn a_failed_look_costs_nothing() -> Result<()> {
     fs::write(&done, "")?;
     ensure!(relay.wait()? == 7, "the command's status");
     Ok(())
+}
+
+/// Who is inside may signal the process that makes the sockets, if it is seen.
+fn a_sandbox_cannot_keep_lbridge_from_ending() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("host's", "127.0.0.1:8080")?;
+    let (sandbox, netns) = scene.sandbox(USER)?;
+    let mut relay = scene.start(&["--pid", &sandbox.0.id().to_string(), "8080"])?;
+    soon_served(&netns, "host's")?;
+    let door = children_of(relay.0.id())?[0];
+    kill(Pid::from_raw(door.cast_signed()), Signal::SIGSTOP)?;
+    drop((sandbox, netns));
+    ensure!(relay.wait()? == 0, "it ends");
+    patience::until("so does its child", || Ok((!Path::new(&format!("/proc/{door}")).exists()).then_some(())))
 }
 
 /// No process, no tracer, no namespace: also when the relay is killed.
