@@ -38,7 +38,7 @@ use rustix::net::{
     sockopt::{Timeout, set_ipv6_v6only, set_socket_reuseaddr, set_socket_timeout},
 };
 
-use super::Identity;
+use super::{id_at, id_of};
 
 /// How long the child may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -70,9 +70,8 @@ impl Door {
         let netns = netns.as_fd();
         let owner = owner(netns)?;
         // Our own cannot be joined (EINVAL), and need not be.
-        let own =
-            Identity::at("/proc/thread-self/ns/user").context("cannot tell this process's user namespace")?;
-        let owner = if Identity::of(&owner)? == own { None } else { Some(owner) };
+        let own = id_at("/proc/thread-self/ns/user").context("cannot tell this process's user namespace")?;
+        let owner = if id_of(&owner)? == own { None } else { Some(owner) };
         let (socket, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .context("cannot make a pair of sockets")?;

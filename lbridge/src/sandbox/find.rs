@@ -16,7 +16,7 @@ use nix::{
 };
 use rustix::process::{PidfdFlags, pidfd_open};
 
-use super::{Identity, netns_of};
+use super::{id_of, netns_of, own_netns};
 
 /// A process in another network namespace.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ pub struct Found {
 /// The network namespace of a process; where that is this process's own, of the first of its descendants that is in
 /// another one. bubblewrap's outer process stays in the host's namespace, and its child is inside.
 pub fn namespace_of(pid: u32) -> anyhow::Result<Found> {
-    let own = Identity::of_own_netns().context("cannot tell this process's network namespace")?;
+    let own = own_netns().context("cannot tell this process's network namespace")?;
     let root = i32::try_from(pid).ok().filter(|&pid| pid > 0).map(Pid::from_raw);
     let root = root.with_context(|| format!("{pid} is not the number of a process"))?;
     let (handle, netns) = open_process(root).map_err(|error| match error.raw_os_error() {
@@ -43,14 +43,14 @@ pub fn namespace_of(pid: u32) -> anyhow::Result<Found> {
         ),
         _ => anyhow::Error::new(error).context(format!("cannot look into process {pid}")),
     })?;
-    if Identity::of(&netns)? != own {
+    if id_of(&netns)? != own {
         return Ok(Found { netns: netns.into(), process: handle, pid });
     }
     for (child, parent) in descendants(root)? {
         // It may have ended since, or belong to another user.
         let Ok((process, netns)) = open_process(child) else { continue };
         // Its number means the same process as before as long as its parent is the same.
-        if Identity::of(&netns)? != own && parent_of(child) == Some(parent) && !has_ended(&process) {
+        if id_of(&netns)? != own && parent_of(child) == Some(parent) && !has_ended(&process) {
             return Ok(Found { netns: netns.into(), process, pid: child.as_raw().unsigned_abs() });
         }
     }

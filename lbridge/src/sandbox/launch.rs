@@ -42,10 +42,11 @@ use nix::{
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 
 use super::{
-    Identity, netns_of,
+    id_of, netns_of, own_netns,
     signals::{Blocked, Passing},
     trace::{self, Change, Stop, Wait},
 };
+use crate::planning::inventory::NamespaceId;
 
 /// How long the process that is held waits for the others to be let go. They stop at once, unless they wait for the
 /// held one in vfork(2).
@@ -96,7 +97,7 @@ impl NotStarted {
 /// must have blocked them, if there are any. Other children of the calling thread are reaped.
 pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     let program = command.first().context("no command")?.to_string_lossy().into_owned();
-    let own = Identity::of_own_netns().context("cannot tell this process's network namespace")?;
+    let own = own_netns().context("cannot tell this process's network namespace")?;
     let (mut tree, mut failure) = Tree::plant(command, &program)?;
     let late = warn_if_late();
     let found = tree.watch(own)?;
@@ -302,7 +303,7 @@ impl Tree {
 
     /// Lets everything run until the first process turns up in another namespace than `own`, which stays stopped, or
     /// the command has ended.
-    fn watch(&mut self, own: Identity) -> anyhow::Result<Option<(Pid, OwnedFd)>> {
+    fn watch(&mut self, own: NamespaceId) -> anyhow::Result<Option<(Pid, OwnedFd)>> {
         while self.ended.is_none() {
             let Some((pid, change)) =
                 trace::wait(None, Wait::Until).context("cannot wait for the command")?
@@ -480,9 +481,9 @@ fn run(
 
 /// The namespace of a tracee that is stopped, if it is another one than `own`. Those that may not be looked into are
 /// programs that their users may run and not read: no sandboxes.
-fn another_netns(pid: Pid, own: Identity) -> Option<OwnedFd> {
+fn another_netns(pid: Pid, own: NamespaceId) -> Option<OwnedFd> {
     let netns = netns_of(pid).ok()?;
-    (Identity::of(&netns).ok()? != own).then(|| netns.into())
+    (id_of(&netns).ok()? != own).then(|| netns.into())
 }
 
 /// Whether the loopback of the tracee's network namespace is up: then the kernel has a route for its address.

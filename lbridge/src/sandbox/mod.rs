@@ -1,6 +1,6 @@
 //! Sandboxes: network namespaces that users make for themselves, with bubblewrap or unshare(1), where nothing but an own
 //! loopback is. No daemon and no root here: all of it runs with the rights of the user who made the sandbox. Imports
-//! nothing of the other rooms.
+//! planning's identity of a namespace, and nothing else.
 //!
 //! - [`find`]: the namespace that a process is in, or has made;
 //! - [`launch`]: starts a command, and catches the moment when its sandbox is up and its program has not run yet;
@@ -18,35 +18,26 @@ use std::{fs::File, io, os::fd::AsFd, path::Path};
 
 use nix::sys::stat::{FileStat, fstat, stat};
 
-/// Tells namespaces apart: "if they are in the same namespace, the device IDs and inode numbers will be the same"
+use crate::planning::inventory::NamespaceId;
+
+/// Which namespace an open one is: "if they are in the same namespace, the device IDs and inode numbers will be the same"
 /// (namespaces(7)). Holds as long as one of them is kept open or alive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Identity {
-    device: u64,
-    inode: u64,
+fn id_of(namespace: impl AsFd) -> io::Result<NamespaceId> {
+    Ok(id(fstat(namespace)?))
 }
 
-impl Identity {
-    /// Of an open namespace.
-    fn of(namespace: impl AsFd) -> io::Result<Self> {
-        Ok(fstat(namespace)?.into())
-    }
-
-    /// Of the namespace behind a link in `/proc/PID/ns`.
-    fn at(link: impl AsRef<Path>) -> io::Result<Self> {
-        Ok(stat(link.as_ref())?.into())
-    }
-
-    /// Of the network namespace that the calling thread is in.
-    fn of_own_netns() -> io::Result<Self> {
-        Self::at("/proc/thread-self/ns/net")
-    }
+/// Which namespace is behind a link in `/proc/PID/ns`.
+fn id_at(link: impl AsRef<Path>) -> io::Result<NamespaceId> {
+    Ok(id(stat(link.as_ref())?))
 }
 
-impl From<FileStat> for Identity {
-    fn from(stat: FileStat) -> Self {
-        Self { device: stat.st_dev, inode: stat.st_ino }
-    }
+/// The network namespace that the calling thread is in.
+fn own_netns() -> io::Result<NamespaceId> {
+    id_at("/proc/thread-self/ns/net")
+}
+
+fn id(stat: FileStat) -> NamespaceId {
+    NamespaceId { device: stat.st_dev, inode: stat.st_ino }
 }
 
 /// The network namespace of a process or thread. The caller sees to it that `pid` does not come to mean another one.

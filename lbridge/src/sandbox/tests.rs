@@ -21,11 +21,11 @@ use nix::{
 };
 
 use super::{
-    Identity,
     door::Door,
     find::namespace_of,
+    id_of,
     launch::{Held, NotStarted, Started, launch},
-    trace,
+    own_netns, trace,
 };
 
 const ROLE: &str = "LBRIDGE_TEST_ROLE";
@@ -379,7 +379,7 @@ fn namespaces_are_found() {
     }
     let found = found.unwrap();
     assert_ne!(found.pid, above.id());
-    assert_ne!(Identity::of(&found.netns).unwrap(), Identity::of_own_netns().unwrap());
+    assert_ne!(id_of(&found.netns).unwrap(), own_netns().unwrap());
     rustix::process::pidfd_send_signal(&found.process, rustix::process::Signal::KILL).unwrap();
     above.wait().unwrap();
 
