@@ -73,17 +73,27 @@ enum Way {
     Direct,
     Steer,
     Relay,
+    /// As the other proxies do: without telling the service who connects.
+    RelayLoopback,
     Socat,
     Haproxy,
     SocketProxyd,
 }
 
 impl Way {
-    const ALL: [Way; 6] = [Way::Direct, Way::Steer, Way::Relay, Way::Socat, Way::Haproxy, Way::SocketProxyd];
+    const ALL: [Way; 7] = [
+        Way::Direct,
+        Way::Steer,
+        Way::Relay,
+        Way::RelayLoopback,
+        Way::Socat,
+        Way::Haproxy,
+        Way::SocketProxyd,
+    ];
 
     fn is_possible(self) -> bool {
         match self {
-            Way::Direct | Way::Steer | Way::Relay => true,
+            Way::Direct | Way::Steer | Way::Relay | Way::RelayLoopback => true,
             Way::Socat => has_program("socat"),
             Way::Haproxy => haproxy().is_some(),
             Way::SocketProxyd => has_program(ACTIVATE) && Path::new(SOCKET_PROXYD).is_file(),
@@ -95,6 +105,7 @@ impl Way {
             Way::Direct => "direct: service bound on the gateway",
             Way::Steer => "lbridge, steered",
             Way::Relay => "lbridge, relayed",
+            Way::RelayLoopback => "lbridge, relayed, --source loopback",
             Way::Socat => "socat, fork",
             Way::Haproxy => "haproxy, tcp mode, splice-auto",
             Way::SocketProxyd => "systemd-socket-proxyd",
@@ -197,6 +208,8 @@ fn paths(rounds: usize, time: Duration) -> Result<()> {
     let network = place.bridge.network();
     daemon.allow(&[&network, &Way::Steer.port().to_string(), "--path", "steer"])?;
     daemon.allow(&[&network, &Way::Relay.port().to_string(), "--path", "relay"])?;
+    let unnamed = Way::RelayLoopback.port().to_string();
+    daemon.allow(&[&network, &unnamed, "--path", "relay", "--source", "loopback"])?;
     let _others =
         ways.iter().filter_map(|way| start_other(*way, &place).transpose()).collect::<Result<Vec<_>>>()?;
     for way in &ways {
@@ -242,7 +255,7 @@ fn paths(rounds: usize, time: Duration) -> Result<()> {
 fn start_other(way: Way, place: &Place) -> Result<Option<Process>> {
     let (address, service) = (way.address(), way.service());
     let mut command = match way {
-        Way::Direct | Way::Steer | Way::Relay => return Ok(None),
+        Way::Direct | Way::Steer | Way::Relay | Way::RelayLoopback => return Ok(None),
         Way::Socat => {
             let mut command = place.lab.host().command("socat");
             command.arg(format!("TCP-LISTEN:{},bind={},fork,reuseaddr", address.port(), address.ip()));
