@@ -16,6 +16,10 @@ use crate::{
     relay::trusted,
 };
 
+/// Containers' processes, by container and number, as they were when first looked at: numbers are given again, and what was
+/// known of an engine that is away grows old.
+pub(super) type Processes = BTreeMap<(String, u32), Option<ProcessStart>>;
+
 /// Looks. `refused` are listeners, by inode, of which a closer look found that the kernel cannot be given them.
 pub(super) async fn observe(
     rules: &Rules,
@@ -23,7 +27,7 @@ pub(super) async fn observe(
     docker: Option<&View>,
     refused: &BTreeMap<u64, ListenerKind>,
     host: NamespaceId,
-    processes: &mut BTreeMap<(String, u32), ProcessStart>,
+    processes: &mut Processes,
 ) -> anyhow::Result<Inventory> {
     let mut listeners = listeners::tcp()?;
     for listener in &mut listeners {
@@ -58,7 +62,7 @@ fn namespaces(
     rules: &Rules,
     docker: Option<&View>,
     host: NamespaceId,
-    processes: &mut BTreeMap<(String, u32), ProcessStart>,
+    processes: &mut Processes,
 ) -> BTreeMap<Network, Result<Namespace, Absence>> {
     // Of those that run; whoever was seen stays known for as long as Docker tells of it.
     let running = docker.into_iter().flat_map(|view| view.containers.values());
@@ -68,9 +72,8 @@ fn namespaces(
         .collect();
     processes.retain(|process, _| running.contains(process));
     for (id, pid) in running {
-        if let Ok(start) = netns::process_start(pid) {
-            processes.entry((id, pid)).or_insert(start);
-        }
+        // That there was none is remembered, too: whoever has the number later is somebody else.
+        processes.entry((id, pid)).or_insert_with(|| netns::process_start(pid).ok());
     }
     let mut namespaces = BTreeMap::new();
     for (_, rule, _) in rules.iter() {
@@ -84,7 +87,7 @@ fn namespaces(
 
 /// Whether a path goes through a process's number, and so follows the number. The last step there is a link that leads to
 /// no path.
-fn is_a_processs(path: &Path) -> bool {
+fn leads_through_a_process(path: &Path) -> bool {
     let canonical = fs::canonicalize(path);
     fs::metadata(path).is_ok() && !canonical.is_ok_and(|path| !path.starts_with("/proc"))
 }
@@ -94,13 +97,13 @@ fn namespace(
     process: Option<&ProcessStart>,
     docker: Option<&View>,
     host: NamespaceId,
-    processes: &BTreeMap<(String, u32), ProcessStart>,
+    processes: &Processes,
 ) -> Result<Namespace, Absence> {
     let (entrance, address) = match network {
         Network::Docker(_) | Network::Bridge(_) => {
             return Err(Absence::Unsuitable("it is a network of the host".to_owned()));
         }
-        Network::Netns(path) if is_a_processs(path) => {
+        Network::Netns(path) if leads_through_a_process(path) => {
             let why =
                 format!("{} is a process's, whose number may be given again; allow pid:N", path.display());
             return Err(Absence::Unsuitable(why));
@@ -125,7 +128,7 @@ fn namespace(
             let Some(pid) = container.pid else {
                 return Err(Absence::NotThere(format!("container {name} does not run")));
             };
-            let start = processes.get(&(container.id.clone(), pid)).cloned();
+            let start = processes.get(&(container.id.clone(), pid)).cloned().flatten();
             let Some(start) = start else {
                 return Err(Absence::NotThere(format!("container {name} does not run")));
             };

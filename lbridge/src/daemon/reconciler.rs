@@ -16,7 +16,7 @@ use tokio::{
 use super::{
     executor::{Executor, Failures},
     handover::{self, Inherited},
-    observe::observe,
+    observe::{Processes, observe},
     report::Report,
 };
 use crate::{
@@ -34,7 +34,7 @@ use crate::{
         inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, find_networks},
         plan::{Step, plan},
         policy::{State, resolve},
-        rule::{Network, Origin, ProcessStart, Refused, Rule, RuleId, Rules, Target},
+        rule::{Network, Origin, Refused, Rule, RuleId, Rules, Target},
     },
     relay::{PeerNames, set::RelaySet},
     store::Store,
@@ -66,9 +66,7 @@ pub(super) struct Reconciler {
     saved_networks: Vec<DockerNetwork>,
     /// Listeners, by inode, that the kernel cannot be given; for as long as they are there.
     refused: BTreeMap<u64, ListenerKind>,
-    /// Containers' processes, by container and number, as they were when first seen: numbers are given again, and what was
-    /// known of an engine that is away grows old.
-    processes: BTreeMap<(String, u32), ProcessStart>,
+    processes: Processes,
     last: Report,
     /// As last seen.
     inventory: Option<Inventory>,
@@ -104,7 +102,7 @@ impl Reconciler {
             interfaces,
             docker,
             refused: BTreeMap::new(),
-            processes: BTreeMap::new(),
+            processes: Processes::new(),
             last: Report::default(),
             inventory: None,
         })

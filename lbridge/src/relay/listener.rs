@@ -94,7 +94,8 @@ impl Places {
     fn take(&self, statistics: &Arc<Statistics>, max: u32) -> Option<Permit> {
         let shared = self.free.clone().try_acquire_owned().ok()?;
         // Of what others leave, an eighth stays free: for them, however many rules a network has.
-        let taken = self.all - self.free.available_permits();
+        // Without the place that was taken just now.
+        let taken = (self.all - self.free.available_permits()).saturating_sub(1);
         let of_network = statistics.of_network.load(Ordering::Relaxed) as usize;
         let left = self.all - taken.saturating_sub(of_network);
         if of_network >= left - left / 8 {
