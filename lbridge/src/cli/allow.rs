@@ -1,16 +1,11 @@
 //! `lbridge allow`
 
-use std::{num::NonZeroU32, time::Duration};
-
 use clap::Args;
 
-use super::{
-    Failure, Ports, parse_connections, parse_network, parse_path, parse_ports, parse_proxy_protocol,
-    parse_source, parse_time, render,
-};
+use super::{Failure, Limits, Ports, parse_network, parse_path, parse_ports, parse_source, render};
 use crate::{
     api::{client::Client, protocol::Allow},
-    planning::rule::{Network, PathChoice, ProxyProtocol, Rule, Source},
+    planning::rule::{Network, PathChoice, Rule, Source},
 };
 
 /// Arguments of `lbridge allow`.
@@ -28,15 +23,8 @@ pub(super) struct AllowArgs {
     /// Steer in the kernel, relay through the daemon, or whichever is possible
     #[arg(long, value_parser = parse_path, default_value = "auto", value_name = "auto|steer|relay")]
     path: PathChoice,
-    /// Connections at a time, at most; makes the rule relayed
-    #[arg(long, value_name = "N", value_parser = parse_connections)]
-    max_connections: Option<NonZeroU32>,
-    /// Reset a connection that has been without a byte for that long (30s, 10m, 2h); makes the rule relayed
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    idle_timeout: Option<Duration>,
-    /// Tell the service who connects in the PROXY protocol's header; makes the rule relayed
-    #[arg(long, value_parser = parse_proxy_protocol, value_name = "v1|v2")]
-    proxy_protocol: Option<ProxyProtocol>,
+    #[command(flatten)]
+    limits: Limits,
     /// A remark, shown by `list`
     #[arg(long, value_name = "TEXT", value_parser = parse_comment)]
     comment: Option<String>,
@@ -58,9 +46,9 @@ pub(super) async fn handle(args: AllowArgs, client: &Client) -> Result<(), Failu
         spec,
         source: args.source,
         path: args.path,
-        max_connections: args.max_connections,
-        idle_timeout: args.idle_timeout,
-        proxy_protocol: args.proxy_protocol,
+        max_connections: args.limits.max_connections,
+        idle_timeout: args.limits.idle_timeout,
+        proxy_protocol: args.limits.proxy_protocol,
         process: None,
         comment: args.comment.clone(),
     });

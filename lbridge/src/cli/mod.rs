@@ -80,6 +80,20 @@ struct OutputArgs {
     json: bool,
 }
 
+/// What only a relay can do with a rule's connections.
+#[derive(Debug, Args)]
+struct Limits {
+    /// Connections to a port at a time, at most; relayed rules keep limits, so a rule with one is relayed
+    #[arg(long, value_name = "N", value_parser = parse_connections)]
+    max_connections: Option<NonZeroU32>,
+    /// Reset a connection that has been without a byte for that long (30s, 10m, 2h); as above
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    idle_timeout: Option<Duration>,
+    /// Tell the service who connects in the PROXY protocol's header; as above
+    #[arg(long, value_parser = parse_proxy_protocol, value_name = "v1|v2")]
+    proxy_protocol: Option<ProxyProtocol>,
+}
+
 /// A failed command: what to say and how to exit.
 #[derive(Debug)]
 struct Failure {

@@ -1,19 +1,14 @@
 //! `lbridge relay`: in the foreground, without the daemon and without privileges.
 
-use std::{
-    ffi::OsString, io::IsTerminal as _, num::NonZeroU32, path::PathBuf, process::ExitCode, time::Duration,
-};
+use std::{ffi::OsString, io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
 use clap::{ArgGroup, Args};
 use tracing_subscriber::EnvFilter;
 
-use super::{
-    Exit, Failure, Ports, parse_connections, parse_ports, parse_proxy_protocol, parse_source, parse_time,
-    render,
-};
+use super::{Exit, Failure, Limits, Ports, parse_ports, parse_source, render};
 use crate::{
     foreground::{self, Options, Sandbox},
-    planning::rule::{ProxyProtocol, Source},
+    planning::rule::Source,
     sandbox::launch::NotStarted,
 };
 
@@ -36,15 +31,8 @@ pub(super) struct RelayArgs {
     /// What the service sees: an address that stands for the sandbox, or 127.0.0.1, which it may trust
     #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
     source: Source,
-    /// Connections to a port at a time, at most
-    #[arg(long, value_name = "N", value_parser = parse_connections)]
-    max_connections: Option<NonZeroU32>,
-    /// Reset a connection that has been without a byte for that long (30s, 10m, 2h)
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    idle_timeout: Option<Duration>,
-    /// Tell the service who connects in the PROXY protocol's header
-    #[arg(long, value_parser = parse_proxy_protocol, value_name = "v1|v2")]
-    proxy_protocol: Option<ProxyProtocol>,
+    #[command(flatten)]
+    limits: Limits,
     /// Start this, find the sandbox that it makes, and have the ports ready before its program runs
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -77,9 +65,9 @@ pub(super) fn handle(args: RelayArgs) -> Result<ExitCode, Failure> {
         sandbox,
         ports: args.ports.into_iter().flat_map(|Ports(specs)| specs).collect(),
         source: args.source,
-        max_connections: args.max_connections,
-        idle_timeout: args.idle_timeout,
-        proxy_protocol: args.proxy_protocol,
+        max_connections: args.limits.max_connections,
+        idle_timeout: args.limits.idle_timeout,
+        proxy_protocol: args.limits.proxy_protocol,
     };
     options.check().map_err(|message| Failure { exit: Exit::Usage, message })?;
     foreground::run(&options).map(ExitCode::from).or_else(|error| match error.downcast_ref::<NotStarted>() {
