@@ -1,0 +1,183 @@
+//! What can be written, and what contradicts itself.
+
+use super::*;
+
+fn spec(text: &str) -> PortSpec {
+    text.parse().unwrap()
+}
+
+fn rule(network: &str, port: &str) -> Rule {
+    Rule {
+        network: network.parse().unwrap(),
+        spec: spec(port),
+        source: Source::Container,
+        path: PathChoice::Auto,
+        max_connections: None,
+        idle_timeout: None,
+        proxy_protocol: None,
+        process: None,
+        comment: None,
+    }
+}
+
+#[test]
+fn ports_as_the_contract_writes_them() {
+    for text in [
+        "5432",
+        "5432=15432",
+        "80=127.0.0.1:3000",
+        "80=[::1]:3000",
+        "80=127.8.9.1:3000",
+        "5432=unix:/run/pg/.s.PGSQL.5432",
+    ] {
+        assert_eq!(spec(text).to_string(), text);
+    }
+    assert_eq!(spec("80=80"), spec("80"));
+    assert_eq!(PortSpec::parse_many("8000-8010").unwrap().len(), 11);
+    assert_eq!(PortSpec::parse_many("65535-65535").unwrap(), [spec("65535")]);
+}
+
+#[test]
+fn wrong_ports_are_refused_with_a_remedy() {
+    for text in [
+        "0",
+        "65536",
+        "-1",
+        "+80",
+        "",
+        " 80",
+        "http",
+        "all",
+        "80=0",
+        "80=65536",
+        "80=",
+        "80=10.0.0.1:80",
+        "80=0.0.0.0:80",
+        "80=[::]:80",
+        "80=[::2]:80",
+        "80=[::ffff:127.0.0.1]:80",
+        "80=127.0.0.1:0",
+        "80=127.0.0.1",
+        "80=unix:",
+        "80=unix:rel",
+        "90-80",
+        "1-65536",
+        "80=unix:/a\nb",
+    ] {
+        let error = PortSpec::parse_many(text).unwrap_err().to_string();
+        assert!(!error.contains('\n') && error.len() > 10, "{text:?}: {error}");
+    }
+}
+
+#[test]
+fn networks() {
+    for text in [
+        "app_net",
+        "bridge:docker0",
+        "0123456789ab",
+        "a.b-c",
+        "container:web-1",
+        "netns:/run/netns/a b",
+        "pid:4711",
+    ] {
+        assert_eq!(text.parse::<Network>().unwrap().to_string(), text);
+    }
+    for text in [
+        "",
+        "bridge:",
+        "bridge:a/b",
+        "bridge:sixteen-letters!",
+        "bridge:..",
+        "a b",
+        "a\nb",
+        "../x",
+        "container:",
+        "container:a/b",
+        "container:a:b",
+        "netns:",
+        "netns:x",
+        "netns:/a\nb",
+        "pid:",
+        "pid:0",
+        "pid:-1",
+        "pid:+1",
+        "pid:2147483648",
+        "pid:self",
+    ] {
+        assert!(text.parse::<Network>().is_err(), "{text:?}");
+    }
+}
+
+#[test]
+fn allow_is_idempotent_and_refuses_contradictions_whole() {
+    let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
+    assert_eq!(rules.allow([rule("a", "80")], Origin::Cli).unwrap(), rules);
+    let conflict = rules.allow([rule("a", "81"), rule("a", "80=3000")], Origin::Cli).unwrap_err();
+    assert_eq!(
+        conflict.to_string(),
+        "a 80 is already allowed as 80 --source container --path auto; run `lbridge deny a 80` first"
+    );
+    assert_eq!(rules.len(), 1);
+}
+
+#[test]
+fn deny_refuses_the_unknown_and_the_configs() {
+    let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
+    let rules = rules.allow([rule("a", "81")], Origin::Config).unwrap();
+    let unknown = RuleId { network: "b".parse().unwrap(), port: 80 };
+    assert!(matches!(rules.deny([rule("a", "80").id(), unknown]), Err(Refused::NoSuchRule { .. })));
+    assert!(matches!(rules.deny([rule("a", "81").id()]), Err(Refused::ReadOnly { .. })));
+    assert_eq!(rules.deny([rule("a", "80").id()]).unwrap().len(), 1);
+}
+
+#[test]
+fn what_could_never_serve_is_refused() {
+    let unix = rule("a", "80=unix:/run/x");
+    assert!(matches!(
+        Rules::default().allow([unix.clone()], Origin::Cli),
+        Err(Refused::NeedsLoopback { .. })
+    ));
+    let asked = Rule { source: Source::Loopback, ..unix };
+    assert_eq!(Rules::default().allow([asked], Origin::Cli).unwrap().len(), 1);
+}
+
+#[test]
+fn what_only_a_relay_can_do_is_no_steering() {
+    let limited = Rule { max_connections: NonZeroU32::new(5), ..rule("a", "80") };
+    let idle = Rule { idle_timeout: Some(Duration::from_secs(60)), ..rule("a", "80") };
+    let told = Rule { proxy_protocol: Some(ProxyProtocol::V2), ..rule("a", "80") };
+    for only_relayed in [limited, idle, told] {
+        let steered = Rule { path: PathChoice::Steer, ..only_relayed };
+        let refused = Rules::default().allow([steered.clone()], Origin::Cli);
+        assert!(matches!(refused, Err(Refused::NeedsRelay { .. })), "{steered:?}");
+        let auto = Rule { path: PathChoice::Auto, ..steered };
+        assert!(Rules::default().allow([auto], Origin::Cli).is_ok());
+    }
+    let inside = Rule { path: PathChoice::Steer, ..rule("container:a", "80") };
+    assert!(matches!(Rules::default().allow([inside], Origin::Cli), Err(Refused::NeedsRelay { .. })));
+}
+
+#[test]
+fn a_process_is_more_than_its_number() {
+    let born = |ticks| Some(ProcessStart { ticks, boot: "b".to_owned() });
+    assert!(matches!(
+        Rules::default().allow([rule("pid:7", "80")], Origin::Config),
+        Err(Refused::ProcessUnknown { .. })
+    ));
+    let first = Rule { process: born(1), ..rule("pid:7", "80") };
+    let rules = Rules::default().allow([first.clone()], Origin::Cli).unwrap();
+    assert_eq!(rules.allow([first], Origin::Cli).unwrap(), rules);
+    let second = Rule { process: born(2), source: Source::Loopback, ..rule("pid:7", "80") };
+    let rules = rules.allow([second.clone()], Origin::Cli).unwrap();
+    assert_eq!(rules.iter().map(|(_, rule, _)| rule).collect::<Vec<_>>(), [&second]);
+    assert_eq!("12@a-b".parse::<ProcessStart>().unwrap().to_string(), "12@a-b");
+}
+
+#[test]
+fn a_remark_is_no_conflict() {
+    let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
+    let remarked = Rule { comment: Some("why".to_owned()), ..rule("a", "80") };
+    let rules = rules.allow([remarked], Origin::Cli).unwrap();
+    let rules = rules.allow([rule("a", "80")], Origin::Cli).unwrap();
+    assert_eq!(rules.iter().next().unwrap().1.comment.as_deref(), Some("why"));
+}
