@@ -149,3 +149,49 @@ fn namespace(
     let loopback = namespace.loopback().map_err(|error| Absence::Unsuitable(format!("{error:#}")))?;
     Ok(Namespace { key: namespace.key, loopback, address })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        docker::watch::Container,
+        planning::rule::{Origin, PathChoice, Rule, Source},
+    };
+
+    /// A number that meant nobody when it was first looked at means a stranger later.
+    #[test]
+    fn a_process_that_was_gone_stays_gone() {
+        let rule = Rule {
+            network: "container:c".parse().unwrap(),
+            spec: "80".parse().unwrap(),
+            source: Source::Container,
+            path: PathChoice::Auto,
+            max_connections: None,
+            idle_timeout: None,
+            proxy_protocol: None,
+            process: None,
+            comment: None,
+        };
+        let rules = Rules::default().allow([rule.clone()], Origin::Cli).unwrap();
+        let container = |pid| Container { id: "ab".repeat(32), pid: Some(pid), address: None };
+        let view = |pid| View {
+            presence: Presence::Unknown,
+            networks: vec![],
+            containers: [("c".to_owned(), Ok(Some(container(pid))))].into(),
+        };
+        let host = NamespaceId { device: 0, inode: 0 };
+        let mut processes = Processes::new();
+        let dead = 0x7fff_fff0;
+        namespaces(&rules, Some(&view(dead)), host, &mut processes);
+        assert_eq!(processes.get(&("ab".repeat(32), dead)), Some(&None));
+
+        let own = std::process::id();
+        let mut processes = Processes::from([(("ab".repeat(32), own), None)]);
+        let found = namespaces(&rules, Some(&view(own)), host, &mut processes);
+        assert_eq!(
+            found[&rule.network],
+            Err(Absence::NotThere("container c does not run".to_owned())),
+            "not even looked at"
+        );
+    }
+}
