@@ -1,6 +1,7 @@
-//! What is there on the host: interfaces and their addresses, listening sockets. Netlink, /proc and pidfds; the only
-//! room that knows the netlink crates. Imports planning's inventory.
+//! What is there on the host: interfaces and their addresses, listening sockets; and throw-away neighbours of the host, to
+//! try things from. Netlink, /proc and pidfds; the only room that knows the netlink crates. Imports planning's inventory.
 
 pub mod interfaces;
 pub mod listeners;
 pub mod netns;
+pub mod scratch;

@@ -109,18 +109,7 @@ impl Namespace {
 
     /// Runs `work` inside, on a thread of its own. Sockets that it makes stay inside; they can be used anywhere.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
-        thread::scope(|scope| {
-            // Somebody may have used up all threads.
-            let inside = thread::Builder::new().name("inside".to_owned()).spawn_scoped(scope, || {
-                // Fails with EINVAL on a namespace of another kind.
-                setns(&self.file, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
-                Ok(work())
-            });
-            inside
-                .context("cannot start a thread to enter a network namespace")?
-                .join()
-                .unwrap_or_else(|_| Err(anyhow!("a thread in another network namespace panicked")))
-        })
+        within(&self.file, work)
     }
 
     /// The loopback addresses that can be dialled inside: 127.0.0.1 and ::1, as far as the loopback interface has them and is
@@ -153,6 +142,25 @@ impl Namespace {
             (None, Entrance::Process { .. }) => {}
         }
     }
+}
+
+/// Runs `work` in a network namespace, on a thread of its own.
+pub(super) fn within<T: Send>(namespace: &OwnedFd, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+    on_a_thread(|| {
+        // Fails with EINVAL on a namespace of another kind.
+        setns(namespace, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
+        Ok(work())
+    })?
+}
+
+/// Runs `work` on a thread that ends with it, so that it may leave the namespace.
+pub(super) fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+    thread::scope(|scope| {
+        // Somebody may have used up all threads.
+        let inside = thread::Builder::new().name("inside".to_owned()).spawn_scoped(scope, work);
+        let inside = inside.context("cannot start a thread to enter a network namespace")?;
+        inside.join().map_err(|_| anyhow!("a thread in another network namespace panicked"))
+    })
 }
 
 /// Looks up a route, without sending anything: over the loopback interface there is one if it is up.
