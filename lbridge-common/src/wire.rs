@@ -25,6 +25,10 @@ pub const MAX_LISTENERS: u32 = 65_536;
 /// any member spreads connections over the whole group: the kernel selects among all of its members.
 pub const SLOTS: u8 = 4;
 
+/// Source port of the daemon's own SYNs, with which it tries whether a firewall lets packets through: they are steered as
+/// any other, but not counted as connections. No kernel gives it to a client unasked.
+pub const PROBE_PORT: u16 = 1023;
+
 const V4_MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 
 /// An IP address as four 32-bit words in network byte order, as the kernel's BPF contexts hold them.

@@ -71,6 +71,13 @@ pub fn packet(ctx: &SkLookupContext) -> Option<(Address, Endpoint)> {
     }
 }
 
+/// The packet's source port.
+#[inline(always)]
+pub fn source_port(ctx: &SkLookupContext) -> u16 {
+    let lookup = ctx.lookup;
+    u16::from_be(read!(lookup, remote_port))
+}
+
 /// Both ends of a `sock_ops` callback's socket; the remote one of a listener is unspecified.
 pub struct Ends {
     pub local: Endpoint,

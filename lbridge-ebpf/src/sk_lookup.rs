@@ -6,7 +6,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use aya_ebpf::programs::SkLookupContext;
 use lbridge_common::{
     verdict::{Verdict, decide, first_candidate},
-    wire::{Counter, RuleKey},
+    wire::{Counter, PROBE_PORT, RuleKey},
 };
 
 use crate::{
@@ -78,6 +78,9 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
     if assigned.is_none() {
         count(if found { Counter::AssignFailed } else { Counter::NoListener });
         return Outcome::Refused;
+    }
+    if ctx::source_port(ctx) == PROBE_PORT {
+        return Outcome::Assigned;
     }
     // SAFETY: `steered` is 8 aligned bytes of the map's memory; at worst another entry's count gains one.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*pointer).steered, 1) };

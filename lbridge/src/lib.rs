@@ -1,7 +1,7 @@
 //! lbridge lets containers reach services that listen only on the host's loopback, per allowlisted network and port.
 //!
 //! ```text
-//! lbridge_common <- planning <- { store docker host kernel relay sandbox api } <- { daemon foreground } <- cli
+//! lbridge_common <- planning <- { store docker host firewall kernel relay sandbox api } <- { daemon foreground } <- cli
 //! ```
 //!
 //! The shells in braces do not import each other. `docs/architecture.md` has the map, `docs/data-path.md` follows one
@@ -11,6 +11,7 @@ pub mod api;
 pub mod cli;
 pub mod daemon;
 pub mod docker;
+pub mod firewall;
 pub mod foreground;
 pub mod host;
 pub mod kernel;

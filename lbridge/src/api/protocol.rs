@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::planning::{
+    firewall::FirewallMode,
     policy::State,
     rule::{Network, Origin, PathChoice, ProxyProtocol, Rule, Source},
 };
@@ -26,8 +27,26 @@ pub struct Status {
     pub kernel: KernelStatus,
     /// The Docker Engine.
     pub docker: DockerStatus,
+    /// The host's firewall.
+    #[serde(default)]
+    pub firewall: FirewallStatus,
     /// In order of network and port.
     pub rules: Vec<RuleStatus>,
+}
+
+/// The host's firewall, in front of what rules open.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirewallStatus {
+    /// Whether accept rules are kept where they are needed.
+    pub mode: FirewallMode,
+    /// Firewalls with a chain that may deny.
+    pub firewalls: Vec<String>,
+    /// Accept rules of lbridge's.
+    pub accept_rules: usize,
+    /// Why the ruleset, or a part of it, could not be read.
+    pub unreadable: Option<String>,
+    /// Why it could not be tried what arrives; for the first rule of which this is so.
+    pub untried: Option<String>,
 }
 
 /// How the kernel takes part.

@@ -10,8 +10,9 @@ use serde::Serialize;
 
 use super::Failure;
 use crate::{
-    api::protocol::{DockerStatus, KernelPath, RuleStatus, Status},
+    api::protocol::{DockerStatus, FirewallStatus, KernelPath, RuleStatus, Status},
     planning::{
+        firewall::FirewallMode,
         policy::State,
         rule::{Origin, PathChoice, ProxyProtocol, Source},
     },
@@ -152,6 +153,7 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
             writeln!(text, "Docker   away{since}; rules in force stay in force ({})", shown(error))
         }
     };
+    text += &firewall(&status.firewall);
     text.push('\n');
     if status.rules.is_empty() {
         text += NO_RULES;
@@ -181,6 +183,28 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
     }
     text += &table.to_text();
     print(&text)
+}
+
+/// What stands in front of the rules, in a line.
+fn firewall(status: &FirewallStatus) -> String {
+    let mut line = match &status.firewalls[..] {
+        [] => "firewall nothing that denies".to_owned(),
+        firewalls => format!("firewall {}", firewalls.join(", ")),
+    };
+    let _ = match (status.mode, status.accept_rules) {
+        (FirewallMode::Off, _) => write!(line, "; left alone (firewall = \"off\")"),
+        (FirewallMode::Manage, 0) => Ok(()),
+        (FirewallMode::Manage, 1) => write!(line, "; 1 accept rule of lbridge's"),
+        (FirewallMode::Manage, rules) => write!(line, "; {rules} accept rules of lbridge's"),
+    };
+    if let Some(why) = &status.unreadable {
+        let _ = write!(line, "; could not be read: {}", shown(why));
+    }
+    if let Some(why) = &status.untried {
+        let _ = write!(line, "; not tried whether packets arrive: {}", shown(why));
+    }
+    line.push('\n');
+    line
 }
 
 fn described(state: State, why: Option<&str>) -> String {

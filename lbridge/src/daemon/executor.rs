@@ -14,15 +14,17 @@ use lbridge_common::wire::RuleKey;
 
 use super::handover::Inherited;
 use crate::{
+    firewall::Firewall,
     host::{
         listeners::{self, Taker},
         netns::{LOOPBACK, Namespace},
     },
     kernel::{loader::Kernel, maps::PeerNames},
     planning::{
+        firewall::Opening,
         inventory::{Absence, ListenerKind, NamespaceId},
         plan::Step,
-        policy::{Place, RelayKey, RelaySpec},
+        policy::{Place, Policy, RelayKey, RelaySpec},
         reality::Reality,
     },
     relay::{self, listener::Listening, set::RelaySet},
@@ -38,6 +40,8 @@ pub(super) struct Executor {
     pub(super) kernel: Option<Kernel>,
     /// The relays.
     pub(super) relays: RelaySet,
+    /// The host's firewall.
+    pub(super) firewall: Firewall,
     /// The host's network namespace.
     pub(super) host: NamespaceId,
     /// Listening sockets of the daemon before this one.
@@ -62,6 +66,8 @@ pub(super) struct Failures {
     pub(super) listeners: BTreeMap<u16, String>,
     /// Why the name hooks could not be attached.
     pub(super) name_hooks: Option<String>,
+    /// What could not be let through the firewall.
+    pub(super) openings: BTreeMap<Opening, String>,
     /// Everything else.
     pub(super) others: Vec<String>,
     /// The steps behind all of it.
@@ -79,7 +85,8 @@ impl Failures {
     }
 
     fn others(&self) -> impl Iterator<Item = &String> {
-        self.entries.values().chain(self.listeners.values()).chain(&self.name_hooks).chain(&self.others)
+        let specific = self.entries.values().chain(self.listeners.values()).chain(self.openings.values());
+        specific.chain(&self.name_hooks).chain(&self.others)
     }
 }
 
@@ -103,11 +110,12 @@ impl relay::PeerNames for PeerNames {
 
 impl Executor {
     /// What is in force, read back.
-    pub(super) fn reality(&mut self) -> anyhow::Result<Reality> {
+    pub(super) async fn reality(&mut self, policy: &Policy) -> anyhow::Result<Reality> {
+        let filtering = self.firewall.look(&policy.openings).await.clone();
         let relays = self.relays.specs();
         let lingering = self.relays.lingering();
         let Some(kernel) = &self.kernel else {
-            return Ok(Reality { relays, lingering, ..Reality::default() });
+            return Ok(Reality { relays, lingering, filtering, ..Reality::default() });
         };
         Ok(Reality {
             targets: kernel.maps.targets()?,
@@ -116,6 +124,7 @@ impl Executor {
             registered: kernel.maps.registered()?,
             relays,
             lingering,
+            filtering,
             name_hooks: kernel.name_hooks_attached(),
             name_hooks_in_use: self.name_hooks_used,
             detached: !kernel.attached(),
@@ -141,6 +150,7 @@ impl Executor {
                         Some(kind) => drop(failures.refused.insert(*inode, kind)),
                         None => drop(failures.listeners.insert(key.port, text)),
                     },
+                    Step::Accept { opening, .. } => drop(failures.openings.insert(opening.clone(), text)),
                     Step::AttachNameHooks => failures.name_hooks = Some(text),
                     _ => failures.others.push(text),
                 }
@@ -167,6 +177,12 @@ impl Executor {
                 self.relays.close(key, *handed_over).await;
                 return Ok(());
             }
+            Step::Accept { chain, opening } => return self.firewall.accept(chain, opening).await,
+            Step::Unaccept { chain, opening } => return self.firewall.unaccept(chain, opening).await,
+            Step::Probe(openings) => {
+                self.firewall.probe(openings).await;
+                return Ok(());
+            }
             _ => {}
         }
         let kernel = self.kernel.as_mut().context("there is no kernel half")?;
@@ -191,7 +207,11 @@ impl Executor {
             Step::DetachNameHooks => kernel.detach_name_hooks(),
             Step::Unregister(key) => kernel.maps.unregister(key),
             Step::RemoveTarget(port) => kernel.maps.remove_target(*port),
-            Step::OpenRelay(..) | Step::CloseRelay { .. } => Ok(()),
+            Step::OpenRelay(..)
+            | Step::CloseRelay { .. }
+            | Step::Accept { .. }
+            | Step::Unaccept { .. }
+            | Step::Probe(_) => Ok(()),
         }
         .with_context(|| format!("{step:?}"))
     }

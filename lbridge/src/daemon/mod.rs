@@ -116,6 +116,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 
     let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
     let mut reconciler = Reconciler::new(rules, store, loaded, interfaces, docker, wake, netns.id)?;
+    reconciler.set_firewall(config.firewall);
     reconciler.start().await?;
     let mut serving = tokio::spawn(socket.serve(commands));
 

@@ -28,12 +28,14 @@ use crate::{
         server::Command,
     },
     docker::watch::{Presence, Watcher},
+    firewall::Firewall,
     host::{interfaces::Interfaces, netns::process_start},
     kernel::{loader::Loaded, maps::Events},
     planning::{
+        firewall::FirewallMode,
         inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, find_networks},
         plan::{Step, plan},
-        policy::{State, resolve},
+        policy::{Policy, State, resolve},
         rule::{Network, Origin, Refused, Rule, RuleId, Rules, Target},
     },
     relay::{PeerNames, set::RelaySet},
@@ -41,7 +43,7 @@ use crate::{
 };
 
 /// A pass changes things and looks again until nothing is left to change; more rounds than this find nothing new.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 8;
 /// With events from everywhere a look without a reason only corrects what others changed behind our back.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
 /// Where nothing tells of a listener that comes or goes, looking is the only way to know: without a kernel half, of a
@@ -57,6 +59,7 @@ const DOCKER_REFRESH: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Reconciler {
     rules: Rules,
+    firewall: FirewallMode,
     store: Store,
     abilities: Abilities,
     executor: Executor,
@@ -87,12 +90,14 @@ impl Reconciler {
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Ok(Self {
             rules,
+            firewall: FirewallMode::default(),
             saved_networks: store.networks(),
             store,
             abilities,
             executor: Executor {
                 kernel,
-                relays: RelaySet::new(names, wake)?,
+                relays: RelaySet::new(names, wake.clone())?,
+                firewall: Firewall::follow(wake),
                 name_hooks_used: false,
                 host,
                 inherited: Inherited::take(),
@@ -106,6 +111,11 @@ impl Reconciler {
             last: Report::default(),
             inventory: None,
         })
+    }
+
+    /// What may be done to the host's firewall, from the next pass on.
+    pub(super) fn set_firewall(&mut self, mode: FirewallMode) {
+        self.firewall = mode;
     }
 
     /// Makes what was found into what is wanted.
@@ -252,6 +262,7 @@ impl Reconciler {
                 counters: self.counters().map_err(|error| failed(&error))?,
             },
             docker: self.docker_status(),
+            firewall: self.last.firewall(),
             rules: self.last.rules(),
         })
     }
@@ -307,8 +318,9 @@ impl Reconciler {
             };
             self.inventory = Some(inventory.clone());
             self.refused.retain(|inode, _| inventory.listeners.iter().any(|l| l.inode == *inode));
-            let policy = resolve(&self.rules, &inventory, &self.abilities);
-            let reality = self.executor.reality()?;
+            let policy =
+                Policy { firewall: self.firewall, ..resolve(&self.rules, &inventory, &self.abilities) };
+            let reality = self.executor.reality(&policy).await?;
             let steps = self.possible(plan(&policy, &reality));
             // Steps that have failed will again.
             if steps.iter().all(|step| failures.steps.contains(step)) || rounds == ROUNDS {
@@ -339,7 +351,17 @@ impl Reconciler {
     /// Without a kernel half its steps have nothing to work on.
     fn possible(&self, mut steps: Vec<Step>) -> Vec<Step> {
         if self.executor.kernel.is_none() {
-            steps.retain(|step| matches!(step, Step::OpenRelay(..) | Step::CloseRelay { .. }));
+            let without = |step: &Step| {
+                matches!(
+                    step,
+                    Step::OpenRelay(..)
+                        | Step::CloseRelay { .. }
+                        | Step::Accept { .. }
+                        | Step::Unaccept { .. }
+                        | Step::Probe(_)
+                )
+            };
+            steps.retain(without);
         }
         steps
     }

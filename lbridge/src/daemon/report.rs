@@ -1,11 +1,12 @@
 //! What `status` says: what is meant, held against what is in force. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::executor::Failures;
 use crate::{
-    api::protocol::{GatewayStatus, RuleStatus},
+    api::protocol::{FirewallStatus, GatewayStatus, RuleStatus},
     planning::{
+        firewall::Passage,
         policy::{GatewayOutcome, Outcome, Policy, RelayKey, RuleOutcome, State},
         reality::Reality,
         rule::RuleId,
@@ -67,6 +68,24 @@ impl Report {
         lines
     }
 
+    /// What stands in front of the rules.
+    pub(super) fn firewall(&self) -> FirewallStatus {
+        let filtering = &self.reality.filtering;
+        let firewalls: BTreeSet<_> =
+            filtering.chains.iter().map(|chain| chain.firewall.to_string()).collect();
+        let untried = filtering.passages.iter().find_map(|(opening, passage)| match passage {
+            Passage::Unknown(why) => Some(format!("{opening}: {why}")),
+            Passage::Open | Passage::Dropped => None,
+        });
+        FirewallStatus {
+            mode: self.policy.firewall,
+            firewalls: firewalls.into_iter().collect(),
+            accept_rules: filtering.accepts.values().map(|accepted| accepted.copies).sum(),
+            unreadable: filtering.unreadable.clone(),
+            untried,
+        }
+    }
+
     fn rule(&self, outcome: &RuleOutcome) -> RuleStatus {
         let gateways: Vec<_> = outcome.gateways.iter().map(|gateway| self.gateway(gateway)).collect();
         let (state, why) = if let Some(without) = &outcome.without_gateway {
@@ -97,6 +116,22 @@ impl Report {
         }
     }
 
+    /// What never arrives is served by nobody.
+    fn through_firewall(&self, meant: &GatewayOutcome, outcome: Outcome) -> Outcome {
+        let Some(opening) = meant.relay_key.opening().filter(|_| outcome.state != State::Blocked) else {
+            return outcome;
+        };
+        let filtering = &self.reality.filtering;
+        if filtering.passages.get(&opening) != Some(&Passage::Dropped) {
+            return outcome;
+        }
+        let why = match self.failures.openings.get(&opening) {
+            Some(failure) => format!("{}; {failure}", filtering.why_dropped(&opening)),
+            None => filtering.why_dropped(&opening),
+        };
+        Outcome::because(State::Blocked, why)
+    }
+
     fn gateway(&self, meant: &GatewayOutcome) -> GatewayStatus {
         let entry = meant.rule_key.and_then(|key| self.reality.entries.get(&key));
         let relayed = self.reality.relays.contains_key(&meant.relay_key);
@@ -123,6 +158,7 @@ impl Report {
                 blocked(failure, "its relay is not open; the daemon's log may say why")
             }
         };
+        let observed = self.through_firewall(meant, observed);
         let by_relay = self.relayed.get(&meant.relay_key).copied().unwrap_or_default();
         GatewayStatus {
             address: meant.relay_key.address.ip(),

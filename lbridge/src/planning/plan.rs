@@ -3,11 +3,15 @@
 //! - a port is watched before its listeners are looked for, a listener is ready before the entry that names it;
 //! - the name hooks are attached before the connections that need them can come, and detached after the last one;
 //! - a relay listens before the kernel's entry goes, the entry is there before the relay stops;
-//! - an entry goes before its listener.
+//! - an entry goes before its listener, and before the firewall is closed;
+//! - the firewall is tried last, when everything that answers is there.
+
+use std::collections::BTreeMap;
 
 use lbridge_common::wire::{Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SLOTS};
 
 use super::{
+    firewall::{self, Chain, Link, Opening},
     policy::{Place, Policy, RelayKey, RelaySpec},
     reality::Reality,
 };
@@ -51,6 +55,22 @@ pub enum Step {
     Unregister(ListenerKey),
     /// Watch a port no more.
     RemoveTarget(u16),
+    /// Put an accept rule first in one of the firewall's chains.
+    Accept {
+        /// Where.
+        chain: Chain,
+        /// For what.
+        opening: Opening,
+    },
+    /// Remove an accept rule from the firewall.
+    Unaccept {
+        /// Where.
+        chain: Chain,
+        /// For what.
+        opening: Opening,
+    },
+    /// Try whether the firewall lets these through.
+    Probe(BTreeMap<Opening, Link>),
 }
 
 /// The steps from `reality` to `policy`. None, where they agree.
@@ -114,6 +134,7 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let stale = reality.registered.iter().filter(|k| !policy.targets.contains(&k.port));
     steps.extend(stale.map(|k| Step::Unregister(*k)));
     steps.extend(reality.targets.difference(&policy.targets).map(|port| Step::RemoveTarget(*port)));
+    steps.extend(firewall::plan(&policy.openings, policy.firewall, &reality.filtering));
     steps
 }
 

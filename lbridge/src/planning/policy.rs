@@ -15,6 +15,7 @@ use lbridge_common::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    firewall::{FirewallMode, Link, Opening},
     inventory::{
         Abilities, Absence, DockerPresence, Interface, Inventory, Listener, ListenerKind, Namespace,
         NamespaceId, NamespaceKey, find_networks,
@@ -99,6 +100,18 @@ impl RelayKey {
                 this.id == that.id && this.entrance != that.entrance
             }
             _ => false,
+        }
+    }
+
+    /// What a firewall must let through for it, where it is on a bridge.
+    pub fn opening(&self) -> Option<Opening> {
+        match &self.place {
+            Place::Bridge { interface, .. } => Some(Opening {
+                interface: interface.clone(),
+                gateway: self.address.ip(),
+                port: self.address.port(),
+            }),
+            Place::Namespace(_) => None,
         }
     }
 }
@@ -203,6 +216,10 @@ pub struct Policy {
     pub relays: BTreeMap<RelayKey, RelaySpec>,
     /// Whether the name hooks are needed.
     pub name_hooks: bool,
+    /// What the host's firewall must let through, and where that is tried from.
+    pub openings: BTreeMap<Opening, Link>,
+    /// What may be done to the firewall; a setting, nothing that is decided.
+    pub firewall: FirewallMode,
 }
 
 /// Decides for each rule and gateway.
@@ -387,6 +404,11 @@ impl Resolver<'_> {
         let way = self.way(rule, gateway, Claim::Bridge(index), "");
         let kernel = (rule_key, subnet);
         let outcome = self.outcome(rule, way, &relay_key, Some(kernel), Clients::Subnet(subnet));
+        // While a service is down its clients are to be refused at once, so that the way has to be open then, too.
+        if outcome.state != State::Blocked {
+            let opening = Opening { interface: interface.to_owned(), gateway: ip, port: rule.spec.port };
+            self.policy.openings.insert(opening, Link { ifindex: index, prefix });
+        }
         GatewayOutcome { relay_key, rule_key: Some(rule_key), outcome }
     }
 

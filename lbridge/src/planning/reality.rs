@@ -7,6 +7,7 @@ use lbridge_common::{
     wire::{Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue},
 };
 
+use super::firewall::Filtering;
 use super::policy::{RelayKey, RelaySpec};
 
 /// What is in force.
@@ -28,6 +29,8 @@ pub struct Reality {
     pub detached: bool,
     /// Whether the name hooks are attached.
     pub name_hooks: bool,
+    /// The host's firewall.
+    pub filtering: Filtering,
     /// Whether sockets may live that still need them, whatever the policy says.
     pub name_hooks_in_use: bool,
 }

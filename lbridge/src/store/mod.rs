@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::planning::{inventory::DockerNetwork, rule::Rule};
+use crate::planning::{firewall::FirewallMode, inventory::DockerNetwork, rule::Rule};
 
 /// Format of the files in the state directory.
 const VERSION: u32 = 1;
@@ -47,6 +47,9 @@ pub struct Config {
     /// Rules, read-only to the CLI.
     #[serde(default, rename = "rule")]
     pub rules: Vec<Rule>,
+    /// What may be done to the host's firewall.
+    #[serde(default)]
+    pub firewall: FirewallMode,
     /// How long relayed connections may take to end when the daemon is stopped (`"30s"`, `"2m"`).
     #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
     pub drain_timeout: Option<Duration>,

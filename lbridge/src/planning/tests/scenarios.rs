@@ -4,6 +4,7 @@ use lbridge_common::wire::{Address, Endpoint};
 
 use super::{Host, br_app};
 use crate::planning::{
+    firewall::{Filtering, Passage},
     inventory::{Absence, DockerPresence, ListenerKind, Steering},
     plan::{Step, plan},
     policy::{Clients, RelayKey, Service},
@@ -258,12 +259,16 @@ fn the_order_of_steps_leaves_no_gap() {
         steps.iter().map(|s| format!("{s:?}").split(['(', ' ']).next().unwrap().to_owned()).collect()
     };
     let steps = plan(&host.policy(), &Reality::default());
-    assert_eq!(names(&steps), ["AddTarget", "AttachNameHooks", "PutView", "Register", "PutEntry"]);
+    assert_eq!(names(&steps), ["AddTarget", "AttachNameHooks", "PutView", "Register", "PutEntry", "Probe"]);
 
     // The service comes back with MPTCP, and back again.
     let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
     let steered = Host::new().listens("127.0.0.1:80").allow("app", "80");
     let in_force = |host: &Host| Reality {
+        filtering: Filtering {
+            passages: host.policy().openings.into_keys().map(|opening| (opening, Passage::Open)).collect(),
+            ..Filtering::default()
+        },
         targets: host.policy().targets,
         entries: host.policy().entries,
         relays: host.policy().relays,

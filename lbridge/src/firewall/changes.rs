@@ -1,0 +1,67 @@
+//! The kernel's word that nftables' ruleset has changed, `iptables-nft`'s part included. What has changed is not looked at.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use tokio::{io::unix::AsyncFd, sync::mpsc};
+use tokio_util::task::AbortOnDropHandle;
+
+/// `NFNLGRP_NFTABLES` (include/uapi/linux/netfilter/nfnetlink.h).
+const NFTABLES: u32 = 7;
+
+/// A subscription; ends when it is dropped.
+#[derive(Debug)]
+pub(super) struct Changes {
+    happened: Arc<AtomicBool>,
+    _following: AbortOnDropHandle<()>,
+}
+
+impl Changes {
+    pub(super) fn follow(wake: mpsc::Sender<()>) -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.set_non_blocking(true)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        socket.add_membership(NFTABLES)?;
+        // SAFETY: the registration owns the socket, so nothing closes it before that ends.
+        let socket = unsafe { AsyncFd::register(socket) }.map_err(io::Error::from)?;
+        let happened = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&happened);
+        let following = async move {
+            loop {
+                let Ok(mut ready) = socket.readable().await else { return };
+                let _ = ready.try_io(|socket| drain(socket.get_ref()));
+                flag.store(true, Ordering::Relaxed);
+                // A wake-up that is under way will do for this one, too.
+                let _ = wake.try_send(());
+            }
+        };
+        Ok(Self { happened, _following: AbortOnDropHandle::new(tokio::spawn(following)) })
+    }
+
+    /// Whether there was any since [`Self::seen`].
+    pub(super) fn any(&self) -> bool {
+        self.happened.load(Ordering::Relaxed)
+    }
+
+    /// To be said before a look: what happens during it may have been missed.
+    pub(super) fn seen(&self) {
+        self.happened.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Reads all that is there. That some was lost (ENOBUFS) is as good as having read it.
+fn drain(socket: &Socket) -> io::Result<()> {
+    let mut buffer = [0; 4096];
+    loop {
+        match nix::unistd::read(socket, &mut buffer) {
+            Ok(_) | Err(nix::errno::Errno::ENOBUFS | nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

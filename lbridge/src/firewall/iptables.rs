@@ -1,0 +1,218 @@
+//! The tables of `iptables-nft` and `iptables-legacy`, through those programs: what they keep is theirs to write. They print
+//! no JSON, but rules in the words that they take; of these only lbridge's own are read as such.
+
+use std::{collections::BTreeMap, fs, net::IpAddr};
+
+use anyhow::{Context as _, bail};
+use tokio::process::Command;
+
+use super::ruleset::PATIENCE;
+use crate::planning::firewall::{
+    Accepted, COMMENT, Chain, Denial, Family, Firewall, InputChain, Opening, Through,
+};
+
+/// The only chain that is looked at.
+const INPUT: &str = "INPUT";
+/// How long to wait for the lock of `iptables-legacy`, in seconds.
+const LOCK_WAIT: &str = "5";
+
+/// One of the four programs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Variant {
+    through: Through,
+    v6: bool,
+}
+
+/// What one of them lists.
+#[derive(Debug, Default)]
+pub(super) struct Listed {
+    /// lbridge's own rules.
+    pub(super) accepts: BTreeMap<(Chain, Opening), Accepted>,
+    /// The input chain, if it may deny.
+    pub(super) chain: Option<InputChain>,
+    /// Everything else.
+    pub(super) others: Vec<String>,
+}
+
+impl Variant {
+    /// For IPv4 and for IPv6.
+    pub(super) fn both(through: Through) -> [Self; 2] {
+        [false, true].map(|v6| Self { through, v6 })
+    }
+
+    fn of(chain: &Chain) -> Self {
+        Self { through: chain.through, v6: chain.family == Family::Ip6 }
+    }
+
+    pub(super) fn family(self) -> Family {
+        if self.v6 { Family::Ip6 } else { Family::Ip }
+    }
+
+    fn program(self) -> &'static str {
+        match (self.through, self.v6) {
+            (Through::IptablesLegacy, false) => "iptables-legacy",
+            (Through::IptablesLegacy, true) => "ip6tables-legacy",
+            (_, false) => "iptables-nft",
+            (_, true) => "ip6tables-nft",
+        }
+    }
+
+    /// Whether the old tables are there. To list them would make them.
+    pub(super) fn is_in_use(self) -> bool {
+        let path = if self.v6 { "/proc/net/ip6_tables_names" } else { "/proc/net/ip_tables_names" };
+        fs::read_to_string(path).is_ok_and(|names| names.lines().any(|name| name == "filter"))
+    }
+
+    /// Its filter table.
+    pub(super) async fn list(self) -> anyhow::Result<Listed> {
+        let text = self.run(&["-S"]).await?;
+        Ok(self.read(&text))
+    }
+
+    fn read(self, text: &str) -> Listed {
+        let chain = Chain {
+            through: self.through,
+            family: self.family(),
+            table: "filter".to_owned(),
+            name: INPUT.to_owned(),
+        };
+        let mut listed = Listed::default();
+        let mut ours_only = true;
+        for line in text.lines() {
+            let own = line.strip_prefix("-A INPUT ").map(own);
+            if let Some(Some(opening)) = own {
+                let accepted = listed.accepts.entry((chain.clone(), opening));
+                accepted.or_insert(Accepted { copies: 0, first: ours_only }).copies += 1;
+            } else {
+                ours_only &= own.is_none();
+                listed.others.push(line.to_owned());
+            }
+        }
+        let denies = |rule: &&String| rule.ends_with("-j DROP") || rule.contains("-j REJECT");
+        let denial = if listed.others.iter().any(|line| line == "-P INPUT DROP") {
+            Some(Denial::Policy)
+        } else {
+            listed.others.iter().find(denies).map(|_| Denial::Rule)
+        };
+        let ufw = |line: &String| line.starts_with("-N ufw");
+        let firewall = if listed.others.iter().any(ufw) { Firewall::Ufw } else { Firewall::Iptables };
+        listed.chain = denial.map(|denial| InputChain { chain, denial, firewall });
+        listed
+    }
+
+    async fn run(self, arguments: &[&str]) -> anyhow::Result<String> {
+        let program = self.program();
+        let mut command = Command::new(program);
+        command.args(["-w", LOCK_WAIT]).args(arguments).env("LC_ALL", "C").kill_on_drop(true);
+        let ended = tokio::time::timeout(PATIENCE, command.output()).await;
+        let output = ended
+            .with_context(|| format!("{program} does not come to an end"))?
+            .with_context(|| format!("cannot run {program}"))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let first = said.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
+            bail!("{program}: {first}");
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+/// Puts a rule first, then removes its older copies.
+pub(super) async fn accept(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
+    let variant = Variant::of(chain);
+    let rule = rule(opening);
+    let rule: Vec<_> = rule.iter().map(String::as_str).collect();
+    variant.run(&[&["-I", INPUT, "1"], &rule[..]].concat()).await?;
+    for number in numbers(variant, opening).await?.into_iter().skip(1).rev() {
+        variant.run(&["-D", INPUT, &number.to_string()]).await?;
+    }
+    Ok(())
+}
+
+/// Removes a rule and its copies.
+pub(super) async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
+    let variant = Variant::of(chain);
+    let rule = rule(opening);
+    let rule: Vec<_> = rule.iter().map(String::as_str).collect();
+    for _ in numbers(variant, opening).await? {
+        variant.run(&[&["-D", INPUT], &rule[..]].concat()).await?;
+    }
+    Ok(())
+}
+
+/// Where the copies of a rule are, from 1.
+async fn numbers(variant: Variant, opening: &Opening) -> anyhow::Result<Vec<usize>> {
+    let text = variant.run(&["-S", INPUT]).await?;
+    let rules = text.lines().filter_map(|line| line.strip_prefix("-A INPUT "));
+    let ours = rules.enumerate().filter(|(_, rule)| own(rule).as_ref() == Some(opening));
+    Ok(ours.map(|(index, _)| index + 1).collect())
+}
+
+/// A rule in iptables' words, in the order in which it prints them.
+fn rule(opening: &Opening) -> Vec<String> {
+    let Opening { interface, gateway, port } = opening;
+    let bits = if gateway.is_ipv4() { 32 } else { 128 };
+    format!(
+        "-d {gateway}/{bits} -i {interface} -p tcp -m tcp --dport {port} -m comment --comment {COMMENT} -j ACCEPT"
+    )
+    .split(' ')
+    .map(str::to_owned)
+    .collect()
+}
+
+/// What a rule lets through, if it is one of lbridge's, to the letter.
+fn own(text: &str) -> Option<Opening> {
+    let words: Vec<_> = text.split_whitespace().collect();
+    let after = |option: &str| words.iter().skip_while(|word| **word != option).nth(1).copied();
+    let opening = Opening {
+        interface: after("-i")?.to_owned(),
+        gateway: after("-d")?.split('/').next()?.parse::<IpAddr>().ok()?,
+        port: after("--dport")?.parse().ok()?,
+    };
+    (rule(&opening) == words).then_some(opening)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V4: Variant = Variant { through: Through::IptablesLegacy, v6: false };
+
+    #[test]
+    fn own_rules_are_told_from_others() {
+        let opening =
+            Opening { interface: "br-1".to_owned(), gateway: "10.7.0.1".parse().unwrap(), port: 5432 };
+        let text = rule(&opening).join(" ");
+        assert_eq!(own(&text), Some(opening));
+        for other in [
+            text.replace("lbridge", "lbridges"),
+            text.replace("-j ACCEPT", "-j DROP"),
+            text.replace("-i br-1", "! -i br-1"),
+            format!("-s 10.7.0.2/32 {text}"),
+        ] {
+            assert_eq!(own(&other), None, "{other}");
+        }
+        let v6 = Opening { interface: "br-1".to_owned(), gateway: "fd00::1".parse().unwrap(), port: 1 };
+        assert_eq!(own(&rule(&v6).join(" ")), Some(v6));
+    }
+
+    #[test]
+    fn what_may_deny_is_seen() {
+        let opening = Opening { interface: "br0".to_owned(), gateway: "10.7.0.1".parse().unwrap(), port: 80 };
+        let ours = format!("-A INPUT {}", rule(&opening).join(" "));
+        let denial = |text: &str| V4.read(text).chain.map(|chain| (chain.denial, chain.firewall));
+        assert_eq!(denial(&format!("-P INPUT ACCEPT\n{ours}\n")), None);
+        assert_eq!(denial("-P INPUT DROP\n"), Some((Denial::Policy, Firewall::Iptables)));
+        let ufw = "-P INPUT ACCEPT\n-N ufw-user-input\n-A ufw-user-input -s 1.2.3.4/32 -j DROP\n";
+        assert_eq!(denial(ufw), Some((Denial::Rule, Firewall::Ufw)));
+        let rejects = "-P INPUT ACCEPT\n-A INPUT -j REJECT --reject-with icmp-port-unreachable\n";
+        assert_eq!(denial(rejects), Some((Denial::Rule, Firewall::Iptables)));
+
+        let listed = V4.read(&format!("-P INPUT DROP\n{ours}\n-A INPUT -i lo -j ACCEPT\n{ours}\n"));
+        let accepted: Vec<_> = listed.accepts.values().copied().collect();
+        assert_eq!(accepted, [Accepted { copies: 2, first: true }]);
+        let listed = V4.read(&format!("-P INPUT DROP\n-A INPUT -i lo -j ACCEPT\n{ours}\n"));
+        assert!(listed.accepts.values().all(|accepted| !accepted.first));
+        assert_eq!(listed.others.len(), 2);
+    }
+}

@@ -1,0 +1,182 @@
+//! The host's firewall: tries whether packets arrive, reads who is in the way, keeps accept rules. Decides nothing:
+//! `planning/firewall.rs` does.
+//!
+//! - [`probe`]: a SYN from a namespace on the bridge;
+//! - [`ruleset`]: nftables' rules, with the `nftables` crate, which runs `nft`;
+//! - [`iptables`]: the tables of `iptables-nft` and `iptables-legacy`, through those programs;
+//! - [`changes`]: the kernel's word that a ruleset has changed.
+
+mod changes;
+mod iptables;
+mod probe;
+mod ruleset;
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use tokio::sync::mpsc;
+
+use crate::planning::firewall::{Chain, Filtering, Link, Opening, Passage, Through};
+use changes::Changes;
+use ruleset::Ruleset;
+
+/// A look at the ruleset without a reason: nothing tells of `iptables-legacy`'s changes.
+const IDLE_LOOK: Duration = Duration::from_secs(60);
+/// What was dropped, or could not be tried, is tried again after that long: not every firewall is a ruleset.
+const TRY_AGAIN: Duration = Duration::from_secs(30);
+/// A look costs what the ruleset is long; looking takes no more than this part of the time, even while it changes.
+const SHARE: u32 = 10;
+
+/// The host's firewall, as seen from this process's network namespace.
+#[derive(Debug)]
+pub struct Firewall {
+    wake: mpsc::Sender<()>,
+    changes: Option<Changes>,
+    ruleset: Ruleset,
+    looked: Option<Look>,
+    seen: Filtering,
+    tried: BTreeMap<Opening, Instant>,
+}
+
+/// The last look at the ruleset.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    begun: Instant,
+    took: Duration,
+}
+
+impl Firewall {
+    /// Follows the ruleset's changes; each wakes the loop.
+    pub fn follow(wake: mpsc::Sender<()>) -> Self {
+        let changes = Changes::follow(wake.clone()).inspect_err(|error| {
+            tracing::warn!("changes of the firewall are seen after {IDLE_LOOK:?} only: {error}");
+        });
+        Self {
+            wake,
+            changes: changes.ok(),
+            ruleset: Ruleset::default(),
+            looked: None,
+            seen: Filtering::default(),
+            tried: BTreeMap::new(),
+        }
+    }
+
+    /// What is known now of these openings: looks at the ruleset if it may have changed.
+    pub async fn look(&mut self, openings: &BTreeMap<Opening, Link>) -> &Filtering {
+        self.seen.passages.retain(|opening, _| openings.contains_key(opening));
+        self.seen.needed.retain(|opening| openings.contains_key(opening));
+        self.tried.retain(|opening, _| openings.contains_key(opening));
+        if self.is_due() {
+            self.read().await;
+        }
+        let stale = |opening: &Opening, passage: &Passage| {
+            let age = self.tried.get(opening).map_or(TRY_AGAIN, Instant::elapsed);
+            *passage != Passage::Open && age >= TRY_AGAIN
+        };
+        self.seen.passages.retain(|opening, passage| !stale(opening, passage));
+        &self.seen
+    }
+
+    /// Whether the ruleset may be another than it was.
+    fn is_due(&mut self) -> bool {
+        let Some(look) = self.looked else { return true };
+        if look.begun.elapsed() > IDLE_LOOK {
+            return true;
+        }
+        let Some(changes) = self.changes.as_mut().filter(|changes| changes.any()) else { return false };
+        let pause = (look.took * SHARE).saturating_sub(look.begun.elapsed());
+        if pause.is_zero() {
+            changes.seen();
+            return true;
+        }
+        let wake = self.wake.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            let _ = wake.try_send(());
+        });
+        false
+    }
+
+    async fn read(&mut self) {
+        let begun = Instant::now();
+        let (ruleset, unreadable) = Ruleset::read().await;
+        self.looked = Some(Look { begun, took: begun.elapsed() });
+        if ruleset.others != self.ruleset.others {
+            self.seen.passages.clear();
+        }
+        // An accept rule that is there was needed once; if somebody removes it, it is needed again.
+        self.seen.needed.extend(ruleset.accepts.keys().map(|(_, opening)| opening.clone()));
+        self.seen.chains.clone_from(&ruleset.chains);
+        self.seen.accepts.clone_from(&ruleset.accepts);
+        self.seen.unreadable = unreadable;
+        self.ruleset = ruleset;
+    }
+
+    /// Tries openings; what comes of it is known at the next [`Self::look`].
+    pub async fn probe(&mut self, openings: &BTreeMap<Opening, Link>) {
+        let mut bridges: BTreeMap<u32, Vec<(&Opening, u8)>> = BTreeMap::new();
+        for (opening, link) in openings {
+            bridges.entry(link.ifindex).or_default().push((opening, link.prefix));
+        }
+        // All at a time: what is dropped takes a while, and each has a namespace of its own.
+        let tries = bridges.into_iter().map(|(ifindex, openings)| probe::bridge(ifindex, openings));
+        for (opening, passage) in futures_util::future::join_all(tries).await.into_iter().flatten() {
+            let accepted = self.seen.accepts.keys().any(|(_, accepted)| *accepted == opening);
+            match passage {
+                Passage::Dropped => drop(self.seen.needed.insert(opening.clone())),
+                Passage::Open if !accepted => drop(self.seen.needed.remove(&opening)),
+                Passage::Open | Passage::Unknown(_) => {}
+            }
+            self.tried.insert(opening.clone(), Instant::now());
+            self.seen.passages.insert(opening, passage);
+        }
+    }
+
+    /// Puts an accept rule before all others of a chain; one that is there already moves.
+    pub async fn accept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            opening.has_plain_name(),
+            "the bridge's name could mean other interfaces to a firewall; let it through by hand: {}",
+            self.seen.why_dropped(opening)
+        );
+        let put = match chain.through {
+            Through::Nft => ruleset::accept(chain, opening).await,
+            Through::IptablesNft | Through::IptablesLegacy => iptables::accept(chain, opening).await,
+        };
+        put.with_context(|| format!("cannot let {opening} through"))?;
+        tracing::info!("firewall: accepts {opening}, which {chain} denied");
+        self.read().await;
+        Ok(())
+    }
+
+    /// Removes every copy of an accept rule from a chain.
+    pub async fn unaccept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
+        remove(chain, opening).await?;
+        tracing::info!("firewall: the accept rule for {opening} is removed from {chain}");
+        self.read().await;
+        Ok(())
+    }
+}
+
+async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
+    let removed = match chain.through {
+        Through::Nft => ruleset::remove(chain, opening).await,
+        Through::IptablesNft | Through::IptablesLegacy => iptables::remove(chain, opening).await,
+    };
+    removed.with_context(|| format!("cannot remove the firewall's accept rule for {opening}"))
+}
+
+/// Removes every accept rule of lbridge's, for good; how many there were. For when no daemon runs.
+pub async fn remove_all() -> anyhow::Result<usize> {
+    let (ruleset, unreadable) = Ruleset::read().await;
+    for (chain, opening) in ruleset.accepts.keys() {
+        remove(chain, opening).await?;
+    }
+    match unreadable {
+        Some(why) => Err(anyhow::anyhow!(why).context("whether accept rules are left cannot be told")),
+        None => Ok(ruleset.accepts.len()),
+    }
+}

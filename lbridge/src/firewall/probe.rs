@@ -1,0 +1,190 @@
+//! Tries whether a SYN from a bridge arrives: sends one from a scratch namespace there, and waits for the answer. The
+//! handshake is not completed, so that no service notices.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    mem::MaybeUninit,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use lbridge_common::wire::PROBE_PORT;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    host::scratch::{Scratch, free_address},
+    planning::firewall::{Opening, Passage},
+};
+
+/// When a SYN is sent, after the first: one may get lost.
+const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(600)];
+/// How long an answer may take. The host answers in microseconds.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// So many at a time, far less than a service's queue of half-open connections holds.
+const BURST: usize = 64;
+/// Where the header has what this module reads or writes (RFC 9293, section 3.1).
+const HEADER: usize = 20;
+const FLAGS: usize = 13;
+const CHECKSUM: usize = 16;
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
+
+/// Tries the openings of one bridge; each has the length of its gateway's prefix with it.
+pub(super) async fn bridge(ifindex: u32, openings: Vec<(&Opening, u8)>) -> Vec<(Opening, Passage)> {
+    let mut gateways: BTreeMap<(IpAddr, u8), Vec<&Opening>> = BTreeMap::new();
+    for (opening, prefix) in openings {
+        gateways.entry((opening.gateway, prefix)).or_default().push(opening);
+    }
+    let mut passages = vec![];
+    for ((gateway, prefix), openings) in gateways {
+        let ports: BTreeSet<u16> = openings.iter().map(|opening| opening.port).collect();
+        let answered = from_bridge(ifindex, gateway, prefix, &ports).await;
+        let answered = answered.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
+        passages.extend(openings.into_iter().map(|opening| {
+            let passage = match &answered {
+                Ok(answered) if answered.contains(&opening.port) => Passage::Open,
+                Ok(_) => Passage::Dropped,
+                Err(error) => Passage::Unknown(format!("{error:#}")),
+            };
+            (opening.clone(), passage)
+        }));
+    }
+    passages
+}
+
+/// Which ports of a gateway answer somebody on its bridge.
+async fn from_bridge(
+    ifindex: u32,
+    gateway: IpAddr,
+    prefix: u8,
+    ports: &BTreeSet<u16>,
+) -> anyhow::Result<BTreeSet<u16>> {
+    let source = free_address(ifindex, gateway, prefix, &[]).await?;
+    let source = source.with_context(|| format!("every address of {gateway}/{prefix} is taken"))?;
+    let scratch = Scratch::on_bridge(ifindex, &[(source, prefix)]).await?;
+    let ports = ports.clone();
+    // Waiting is a thread's, not the loop's.
+    tokio::task::spawn_blocking(move || scratch.within(|| answering(source, gateway, &ports))?)
+        .await
+        .context("the probe panicked")?
+        .with_context(|| format!("cannot send to {gateway}"))
+}
+
+/// Sends SYNs from within, and collects the ports that answer.
+fn answering(source: IpAddr, gateway: IpAddr, ports: &BTreeSet<u16>) -> anyhow::Result<BTreeSet<u16>> {
+    let socket =
+        Socket::new(Domain::for_address(SocketAddr::new(gateway, 0)), Type::RAW, Some(Protocol::TCP))?;
+    let mut answered = BTreeSet::new();
+    let ports: Vec<_> = ports.iter().copied().collect();
+    for burst in ports.chunks(BURST) {
+        let begun = Instant::now();
+        for wait_until in AGAIN.into_iter().chain([PATIENCE]) {
+            let silent: Vec<_> = burst.iter().filter(|port| !answered.contains(*port)).collect();
+            for port in &silent {
+                let segment = syn(source, gateway, **port);
+                socket.send_to(&segment, &SocketAddr::new(gateway, 0).into())?;
+            }
+            while burst.iter().any(|port| !answered.contains(port)) {
+                let left = wait_until.saturating_sub(begun.elapsed());
+                if left.is_zero() {
+                    break;
+                }
+                answered.extend(receive(&socket, gateway, left)?);
+            }
+        }
+    }
+    Ok(answered)
+}
+
+/// The port of an answer, if there is one in time.
+fn receive(socket: &Socket, gateway: IpAddr, patience: Duration) -> io::Result<Option<u16>> {
+    socket.set_read_timeout(Some(patience.max(Duration::from_millis(1))))?;
+    let mut packet = [MaybeUninit::uninit(); 128];
+    let (length, from) = match socket.recv_from(&mut packet) {
+        Ok(received) => received,
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    // SAFETY: the kernel has written the first `length` bytes.
+    let packet: &[u8] = unsafe { std::slice::from_raw_parts(packet.as_ptr().cast(), length) };
+    // An IPv4 socket gets the IP header, too (raw(7)); its length is in words of four bytes.
+    let header = match (gateway, packet.first()) {
+        (IpAddr::V4(_), Some(first)) => usize::from(first & 0x0f) * 4,
+        _ => 0,
+    };
+    let from_gateway = from.as_socket().is_some_and(|from| from.ip() == gateway);
+    Ok(packet.get(header..).filter(|_| from_gateway).and_then(answered_port))
+}
+
+/// Which port a segment answers a SYN from.
+fn answered_port(segment: &[u8]) -> Option<u16> {
+    let port = u16::from_be_bytes([*segment.first()?, *segment.get(1)?]);
+    let flags = segment.get(FLAGS)?;
+    let answers = flags & RST != 0 || flags & (SYN | ACK) == SYN | ACK;
+    answers.then_some(port)
+}
+
+/// A SYN without options.
+fn syn(source: IpAddr, gateway: IpAddr, port: u16) -> [u8; HEADER] {
+    const WINDOW: u16 = 64_240;
+    let mut segment = [0; HEADER];
+    segment[0..2].copy_from_slice(&PROBE_PORT.to_be_bytes());
+    segment[2..4].copy_from_slice(&port.to_be_bytes());
+    segment[12] = u8::try_from(HEADER / 4).unwrap_or_default() << 4;
+    segment[FLAGS] = SYN;
+    segment[14..16].copy_from_slice(&WINDOW.to_be_bytes());
+    let checksum = checksum(source, gateway, &segment);
+    segment[CHECKSUM..CHECKSUM + 2].copy_from_slice(&checksum.to_be_bytes());
+    segment
+}
+
+/// The Internet checksum over pseudo-header and segment (RFC 9293, section 3.1; RFC 8200, section 8.1).
+fn checksum(source: IpAddr, gateway: IpAddr, segment: &[u8; HEADER]) -> u16 {
+    const TCP: u16 = 6;
+    let octets = |ip: IpAddr| match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    let bytes = [octets(source), octets(gateway), segment.to_vec()].concat();
+    let words = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let length = u32::try_from(HEADER).unwrap_or_default();
+    let mut sum = words.sum::<u32>() + u32::from(TCP) + length;
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A correct segment sums up to zero together with its checksum.
+    #[test]
+    fn the_checksum_is_correct() {
+        for (source, gateway) in [("172.18.255.254", "172.18.0.1"), ("fd00::ffff", "fd00::1")] {
+            let (source, gateway) = (source.parse().unwrap(), gateway.parse().unwrap());
+            for port in [1, 80, 65_535] {
+                assert_eq!(checksum(source, gateway, &syn(source, gateway, port)), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn only_answers_count() {
+        let mut segment = [0; HEADER];
+        segment[..2].copy_from_slice(&80_u16.to_be_bytes());
+        for (flags, answers) in
+            [(SYN | ACK, true), (RST, true), (RST | ACK, true), (SYN, false), (ACK, false)]
+        {
+            segment[FLAGS] = flags;
+            assert_eq!(answered_port(&segment), answers.then_some(80), "{flags:#x}");
+        }
+        assert_eq!(answered_port(&segment[..10]), None);
+    }
+}

@@ -1,0 +1,393 @@
+//! The ruleset: nftables' as `nft -j` tells it, and iptables' own where its tables are in use. Everything on the input hook
+//! that may deny, and lbridge's own accept rules.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use anyhow::anyhow;
+use nftables::{
+    batch::Batch,
+    expr::{Expression, Meta, MetaKey, NamedExpression, Payload, PayloadField},
+    helper::{
+        DEFAULT_ARGS, DEFAULT_NFT, NftablesError, apply_ruleset_with_args_async,
+        get_current_ruleset_raw_async,
+    },
+    schema::{NfCmd, NfListObject, Rule},
+    stmt::{Match, Operator, Statement},
+    types::{NfChainPolicy, NfChainType, NfFamily, NfHook},
+};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::iptables::{Listed, Variant};
+use crate::planning::firewall::{
+    Accepted, COMMENT, Chain, Denial, Family, Firewall, InputChain, Opening, Through,
+};
+
+/// A firewall's tool that takes longer is not waited for.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// Without counters (`-s`) and without the elements of sets (`-t`): they change all the time, and may be a million.
+const LIST: [&str; 4] = ["-s", "-t", "list", "ruleset"];
+/// Of iptables' tables the one that filters, and its chain.
+const FILTER: (&str, &str) = ("filter", "INPUT");
+
+/// What was read.
+#[derive(Debug, Default)]
+pub(super) struct Ruleset {
+    /// Input chains that may deny, the likeliest first.
+    pub(super) chains: Vec<InputChain>,
+    /// lbridge's own rules.
+    pub(super) accepts: BTreeMap<(Chain, Opening), Accepted>,
+    /// Everybody else's that a packet on the input hook may meet. Where these are the same, so is what passes.
+    pub(super) others: Vec<String>,
+}
+
+impl Ruleset {
+    /// Reads all of it; and why some of it could not be read.
+    pub(super) async fn read() -> (Self, Option<String>) {
+        let mut ruleset = Self::default();
+        let mut problems = vec![];
+        match list(&LIST).await {
+            Ok(tables) => {
+                for variant in Variant::both(Through::IptablesNft) {
+                    let family = variant.family();
+                    let own = if tables.chains.contains_key(&key(family, FILTER.0, FILTER.1)) {
+                        variant.list().await.unwrap_or_else(|error| {
+                            problems.push(format!("{error:#}"));
+                            Listed::default()
+                        })
+                    } else {
+                        Listed::default()
+                    };
+                    ruleset.accepts.extend(own.accepts);
+                }
+                ruleset.take_nftables(&tables);
+            }
+            // Without `nft` there may still be the program that most firewalls use.
+            Err(ListError::NotInstalled) => {
+                problems.push("nft is not installed (apt install nftables)".to_owned());
+                for variant in Variant::both(Through::IptablesNft) {
+                    ruleset.take_iptables(variant, &mut problems).await;
+                }
+            }
+            Err(ListError::Failed(error)) => problems.push(format!("{error:#}")),
+        }
+        for variant in Variant::both(Through::IptablesLegacy) {
+            if variant.is_in_use() {
+                ruleset.take_iptables(variant, &mut problems).await;
+            }
+        }
+        ruleset.chains.sort_by_key(|chain| chain.denial);
+        (ruleset, (!problems.is_empty()).then(|| problems.join("; ")))
+    }
+
+    async fn take_iptables(&mut self, variant: Variant, problems: &mut Vec<String>) {
+        match variant.list().await {
+            Ok(Listed { accepts, chain, others }) => {
+                self.accepts.extend(accepts);
+                self.chains.extend(chain);
+                self.others.extend(others);
+            }
+            Err(error) => problems.push(format!("{error:#}")),
+        }
+    }
+
+    fn take_nftables(&mut self, tables: &Tables) {
+        for ((family, table, name), chain) in &tables.chains {
+            let Some(policy) = chain.on_input else { continue };
+            let through = if *family != Family::Inet && (table.as_str(), name.as_str()) == FILTER {
+                Through::IptablesNft
+            } else {
+                Through::Nft
+            };
+            let this = Chain { through, family: *family, table: table.clone(), name: name.clone() };
+            let mut ours_only = true;
+            let mut own = BTreeSet::new();
+            for rule in &chain.rules {
+                match &rule.opening {
+                    Some(opening) if through == Through::Nft => {
+                        let accepted = self
+                            .accepts
+                            .entry((this.clone(), opening.clone()))
+                            .or_insert(Accepted { copies: 0, first: ours_only });
+                        accepted.copies += 1;
+                        own.insert(rule.handle);
+                    }
+                    // Its comment is not told here, but by iptables.
+                    Some(opening) if self.accepts.contains_key(&(this.clone(), opening.clone())) => {
+                        own.insert(rule.handle);
+                    }
+                    _ => ours_only = false,
+                }
+            }
+            let reached = tables.reached_from(*family, table, name);
+            let others = reached.iter().flat_map(|chain| chain.rules.iter().map(move |rule| (chain, rule)));
+            let others: Vec<_> = others.filter(|(_, rule)| !own.contains(&rule.handle)).collect();
+            let denial = if policy == NfChainPolicy::Drop {
+                Some(Denial::Policy)
+            } else {
+                others.iter().any(|(_, rule)| rule.denies).then_some(Denial::Rule)
+            };
+            self.others.push(format!("{family} {table} {name} {policy:?}"));
+            self.others.extend(others.iter().map(|(_, rule)| rule.text.clone()));
+            let ufw = |chain: &&str| chain.starts_with("ufw-") || chain.starts_with("ufw6-");
+            let firewall = match through {
+                _ if table == "firewalld" => Firewall::Firewalld,
+                Through::Nft => Firewall::Nftables,
+                _ if tables.names_in(*family, table).any(|name| ufw(&name)) => Firewall::Ufw,
+                _ => Firewall::Iptables,
+            };
+            self.chains.extend(denial.map(|denial| InputChain { chain: this, denial, firewall }));
+        }
+    }
+}
+
+/// Family, table, chain.
+type ChainKey = (Family, String, String);
+
+fn key(family: Family, table: &str, chain: &str) -> ChainKey {
+    (family, table.to_owned(), chain.to_owned())
+}
+
+/// nftables' tables of the families that carry IP.
+#[derive(Debug, Default)]
+struct Tables {
+    chains: BTreeMap<ChainKey, ChainView>,
+}
+
+#[derive(Debug, Default)]
+struct ChainView {
+    /// For a base chain on the input hook: its policy.
+    on_input: Option<NfChainPolicy>,
+    rules: Vec<RuleView>,
+}
+
+#[derive(Debug)]
+struct RuleView {
+    handle: u32,
+    /// What it accepts, if it has the shape of one of lbridge's.
+    opening: Option<Opening>,
+    /// Whether it may drop or reject.
+    denies: bool,
+    /// Chains that it may go to.
+    targets: Vec<String>,
+    /// As printed, without what is another in each kernel.
+    text: String,
+}
+
+impl Tables {
+    fn names_in<'a>(&'a self, family: Family, table: &'a str) -> impl Iterator<Item = &'a str> {
+        self.chains.keys().filter(move |key| key.0 == family && key.1 == table).map(|key| key.2.as_str())
+    }
+
+    /// A chain and those that it may jump to.
+    fn reached_from(&self, family: Family, table: &str, chain: &str) -> Vec<&ChainView> {
+        let (mut reached, mut names) = (vec![], vec![chain.to_owned()]);
+        let mut known = BTreeSet::from([chain.to_owned()]);
+        while let Some(name) = names.pop() {
+            let Some(view) = self.chains.get(&key(family, table, &name)) else { continue };
+            reached.push(view);
+            let targets = view.rules.iter().flat_map(|rule| &rule.targets);
+            names.extend(targets.filter(|target| known.insert((*target).clone())).cloned());
+        }
+        reached
+    }
+}
+
+enum ListError {
+    NotInstalled,
+    Failed(anyhow::Error),
+}
+
+/// What `nft -j` prints; each object is read on its own, so that one which the crate does not know costs no other.
+#[derive(Deserialize)]
+struct Listing {
+    nftables: Vec<Value>,
+}
+
+async fn list(arguments: &[&str]) -> Result<Tables, ListError> {
+    let listed = get_current_ruleset_raw_async(DEFAULT_NFT, arguments.iter().copied());
+    let text = match tokio::time::timeout(PATIENCE, listed).await {
+        Ok(Ok(text)) => text,
+        Ok(Err(NftablesError::NftExecution { inner, .. }))
+            if inner.kind() == std::io::ErrorKind::NotFound =>
+        {
+            return Err(ListError::NotInstalled);
+        }
+        Ok(Err(error)) => return Err(ListError::Failed(told(error))),
+        Err(_) => return Err(ListError::Failed(anyhow!("nft list ruleset does not come to an end"))),
+    };
+    let listing: Listing =
+        serde_json::from_str(&text).map_err(|error| ListError::Failed(anyhow!(error).context("nft -j")))?;
+    let mut tables = Tables::default();
+    for object in listing.nftables {
+        tables.take(object);
+    }
+    Ok(tables)
+}
+
+impl Tables {
+    fn take(&mut self, object: Value) {
+        if object.get("chain").is_some() {
+            let Ok(NfListObject::Chain(chain)) = serde_json::from_value(object) else { return };
+            let Some(family) = family_of(chain.family) else { return };
+            let filters = chain.hook == Some(NfHook::Input) && chain._type == Some(NfChainType::Filter);
+            let view = self.chains.entry(key(family, &chain.table, &chain.name)).or_default();
+            view.on_input = filters.then(|| chain.policy.unwrap_or(NfChainPolicy::Accept));
+        } else if let Some(rule) = object.get("rule") {
+            let text = |field: &str| rule.get(field).and_then(Value::as_str).unwrap_or_default();
+            let family = serde_json::from_value(rule.get("family").cloned().unwrap_or_default());
+            let Some(family) = family.ok().and_then(family_of) else { return };
+            let expressions = rule.get("expr").unwrap_or(&Value::Null);
+            let handle =
+                rule.get("handle").and_then(Value::as_u64).and_then(|handle| u32::try_from(handle).ok());
+            let mut view = RuleView {
+                handle: handle.unwrap_or_default(),
+                opening: None,
+                denies: false,
+                targets: vec![],
+                text: format!("{} {} {expressions}", text("table"), text("chain")),
+            };
+            view.look_through(expressions);
+            let in_chain = key(family, text("table"), text("chain"));
+            let iptables = (text("table"), text("chain")) == FILTER && family != Family::Inet;
+            let marked = text("comment") == COMMENT || iptables;
+            view.opening =
+                serde_json::from_value(object).ok().filter(|_| marked).and_then(|rule| opening(&rule));
+            self.chains.entry(in_chain).or_default().rules.push(view);
+        }
+    }
+}
+
+impl RuleView {
+    /// Finds verdicts wherever they are, in verdict maps and in statements that the crate does not know.
+    fn look_through(&mut self, value: &Value) {
+        match value {
+            Value::Array(values) => values.iter().for_each(|value| self.look_through(value)),
+            Value::Object(fields) => {
+                for (name, value) in fields {
+                    match name.as_str() {
+                        "drop" | "reject" => self.denies = true,
+                        // A map by name, whose elements are not listed.
+                        "vmap" if value.get("data").is_some_and(Value::is_string) => self.denies = true,
+                        "jump" | "goto" => {
+                            let target = value.get("target").and_then(Value::as_str);
+                            self.targets.extend(target.map(str::to_owned));
+                        }
+                        _ => {}
+                    }
+                    self.look_through(value);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn family_of(family: NfFamily) -> Option<Family> {
+    match family {
+        NfFamily::IP => Some(Family::Ip),
+        NfFamily::IP6 => Some(Family::Ip6),
+        NfFamily::INet => Some(Family::Inet),
+        NfFamily::ARP | NfFamily::Bridge | NfFamily::NetDev => None,
+    }
+}
+
+/// Puts a rule first, and removes its older copies, at once.
+pub(super) async fn accept(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
+    let mut batch = Batch::new();
+    let rule = Rule { expr: statements(opening).into(), comment: Some(COMMENT.into()), ..rule_in(chain) };
+    batch.add_cmd(NfCmd::Insert(NfListObject::Rule(rule)));
+    apply(chain, opening, batch).await
+}
+
+/// Removes a rule and its copies.
+pub(super) async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
+    apply(chain, opening, Batch::new()).await
+}
+
+/// Adds the removal of every copy that is there now, and has it done.
+async fn apply(chain: &Chain, opening: &Opening, mut batch: Batch<'static>) -> anyhow::Result<()> {
+    let tables = list(&LIST).await.map_err(|error| match error {
+        ListError::NotInstalled => anyhow!("nft is not installed any more"),
+        ListError::Failed(error) => error,
+    })?;
+    let rules = tables.chains.get(&key(chain.family, &chain.table, &chain.name)).map(|chain| &chain.rules);
+    let copies = rules.into_iter().flatten().filter(|rule| rule.opening.as_ref() == Some(opening));
+    for copy in copies {
+        batch.delete(NfListObject::Rule(Rule { handle: Some(copy.handle), ..rule_in(chain) }));
+    }
+    let commands = batch.to_nftables();
+    let applied = apply_ruleset_with_args_async(&commands, DEFAULT_NFT, DEFAULT_ARGS.iter().copied());
+    match tokio::time::timeout(PATIENCE, applied).await {
+        Ok(applied) => applied.map_err(told),
+        Err(_) => Err(anyhow!("nft does not come to an end")),
+    }
+}
+
+fn rule_in(chain: &Chain) -> Rule<'static> {
+    let family = match chain.family {
+        Family::Ip => NfFamily::IP,
+        Family::Ip6 => NfFamily::IP6,
+        Family::Inet => NfFamily::INet,
+    };
+    Rule { family, table: chain.table.clone().into(), chain: chain.name.clone().into(), ..Rule::default() }
+}
+
+/// `iifname … ip daddr … tcp dport … accept`
+fn statements(opening: &Opening) -> Vec<Statement<'static>> {
+    let equals = |left: NamedExpression<'static>, right: Expression<'static>| {
+        Statement::Match(Match { left: Expression::Named(left), right, op: Operator::EQ })
+    };
+    let field = |protocol: &'static str, field: &'static str| {
+        NamedExpression::Payload(Payload::PayloadField(PayloadField {
+            protocol: protocol.into(),
+            field: field.into(),
+        }))
+    };
+    let ip = if opening.gateway.is_ipv4() { "ip" } else { "ip6" };
+    vec![
+        equals(
+            NamedExpression::Meta(Meta { key: MetaKey::Iifname }),
+            Expression::String(opening.interface.clone().into()),
+        ),
+        equals(field(ip, "daddr"), Expression::String(opening.gateway.to_string().into())),
+        equals(field("tcp", "dport"), Expression::Number(opening.port.into())),
+        Statement::Accept(None),
+    ]
+}
+
+/// What a rule lets through, if it is one of lbridge's: by its shape. iptables adds a counter, and its comment.
+fn opening(object: &NfListObject<'_>) -> Option<Opening> {
+    let NfListObject::Rule(rule) = object else { return None };
+    let matters = |statement: &&Statement<'_>| !matches!(statement, Statement::XT(_) | Statement::Counter(_));
+    let shape: Vec<_> = rule.expr.iter().filter(matters).cloned().collect();
+    let rights: Vec<_> = shape
+        .iter()
+        .filter_map(
+            |statement| if let Statement::Match(found) = statement { Some(&found.right) } else { None },
+        )
+        .collect();
+    let [Expression::String(interface), Expression::String(gateway), Expression::Number(port)] = rights[..]
+    else {
+        return None;
+    };
+    let opening = Opening {
+        interface: interface.clone().into_owned(),
+        gateway: gateway.parse().ok()?,
+        port: u16::try_from(*port).ok()?,
+    };
+    (statements(&opening) == shape).then_some(opening)
+}
+
+/// The crate's error without what the program itself said.
+fn told(error: NftablesError) -> anyhow::Error {
+    match &error {
+        NftablesError::NftFailed { stderr, .. } if !stderr.trim().is_empty() => {
+            anyhow!("nft: {}", stderr.lines().next().unwrap_or_default().trim_start_matches("Error: "))
+        }
+        _ => anyhow!(error),
+    }
+}

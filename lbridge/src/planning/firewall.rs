@@ -1,0 +1,300 @@
+//! The host's firewall, as far as rules need it. Netfilter's INPUT comes before `sk_lookup` and before a relay's socket: what
+//! it drops never arrives, and the container sees a time-out. Pure, as all of planning.
+//!
+//! Whether a packet arrives is never concluded from a ruleset: it is tried ([`Passage`]). The ruleset is read to say who is
+//! in the way, and where an accept rule would count.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::plan::Step;
+
+/// Marks lbridge's own rules in every ruleset.
+pub const COMMENT: &str = "lbridge";
+
+/// What lbridge may do to the host's firewall.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FirewallMode {
+    /// Keep an accept rule for what is dropped otherwise.
+    #[default]
+    Manage,
+    /// Nothing.
+    Off,
+}
+
+/// What must be let through: TCP from one bridge to one of its own addresses at one port.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Opening {
+    /// The bridge's name.
+    pub interface: String,
+    /// What is dialled.
+    pub gateway: IpAddr,
+    /// Port that is dialled.
+    pub port: u16,
+}
+
+impl fmt::Display for Opening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} port {} from {}", self.gateway, self.port, self.interface)
+    }
+}
+
+impl Opening {
+    /// Whether the interface can be named in a rule and mean only itself: firewalls read `*`, `+`, `@` and `!` otherwise.
+    pub fn has_plain_name(&self) -> bool {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        self.interface.chars().all(plain) && self.interface.starts_with(|c: char| c.is_ascii_alphanumeric())
+    }
+}
+
+/// Where an opening is tried from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// The bridge's index.
+    pub ifindex: u32,
+    /// Length of the gateway's prefix, in bits.
+    pub prefix: u8,
+}
+
+/// What became of a SYN from the bridge.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Passage {
+    /// It was answered, by a service or by a reset.
+    Open,
+    /// Nothing came back.
+    Dropped,
+    /// It could not be tried.
+    Unknown(String),
+}
+
+/// How a chain is changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Through {
+    /// `nft`.
+    Nft,
+    /// `iptables-nft`, `ip6tables-nft`: their tables are theirs, `nft` may leave what they cannot read.
+    IptablesNft,
+    /// `iptables-legacy`, `ip6tables-legacy`.
+    IptablesLegacy,
+}
+
+/// Address family of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    /// IPv4.
+    Ip,
+    /// IPv6.
+    Ip6,
+    /// Both.
+    Inet,
+}
+
+impl Family {
+    /// Whether packets to `address` meet such a table.
+    pub fn meets(self, address: IpAddr) -> bool {
+        match self {
+            Self::Ip => address.is_ipv4(),
+            Self::Ip6 => address.is_ipv6(),
+            Self::Inet => true,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ip => "ip",
+            Self::Ip6 => "ip6",
+            Self::Inet => "inet",
+        })
+    }
+}
+
+/// A base chain on the input hook.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Chain {
+    /// How it is changed.
+    pub through: Through,
+    /// Its table's.
+    pub family: Family,
+    /// Its table.
+    pub table: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl fmt::Display for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { through, family, table, name } = self;
+        match (through, family) {
+            (Through::Nft, _) => write!(f, "nftables' {family} {table} {name}"),
+            (Through::IptablesNft, Family::Ip6) => write!(f, "ip6tables' {name}"),
+            (Through::IptablesNft, _) => write!(f, "iptables' {name}"),
+            (Through::IptablesLegacy, Family::Ip6) => write!(f, "ip6tables-legacy's {name}"),
+            (Through::IptablesLegacy, _) => write!(f, "iptables-legacy's {name}"),
+        }
+    }
+}
+
+/// What a chain does with a packet that it says nothing of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Denial {
+    /// Drops it.
+    Policy,
+    /// Lets it pass, but some rule drops or rejects.
+    Rule,
+}
+
+/// Whose a chain is, as far as it can be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Firewall {
+    /// UFW.
+    Ufw,
+    /// firewalld.
+    Firewalld,
+    /// Somebody who uses iptables.
+    Iptables,
+    /// Somebody who uses nftables.
+    Nftables,
+}
+
+impl fmt::Display for Firewall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ufw => "UFW",
+            Self::Firewalld => "firewalld",
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+        })
+    }
+}
+
+/// An input chain that may deny.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InputChain {
+    /// Which.
+    pub chain: Chain,
+    /// How it denies.
+    pub denial: Denial,
+    /// Whose it is.
+    pub firewall: Firewall,
+}
+
+/// An accept rule of lbridge's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Accepted {
+    /// How often it is there.
+    pub copies: usize,
+    /// Whether nothing but lbridge's rules comes before it.
+    pub first: bool,
+}
+
+/// The firewall, as it was seen and tried.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Filtering {
+    /// Input chains that may deny, the likeliest first.
+    pub chains: Vec<InputChain>,
+    /// lbridge's own rules.
+    pub accepts: BTreeMap<(Chain, Opening), Accepted>,
+    /// What was tried since the ruleset changed.
+    pub passages: BTreeMap<Opening, Passage>,
+    /// What was dropped when it was tried without an accept rule.
+    pub needed: BTreeSet<Opening>,
+    /// Why the ruleset could not be read.
+    pub unreadable: Option<String>,
+}
+
+impl Filtering {
+    /// The chains that packets for an opening meet, the likeliest to deny first.
+    fn in_the_way_of(&self, opening: &Opening) -> impl Iterator<Item = &InputChain> {
+        self.chains.iter().filter(|chain| chain.chain.family.meets(opening.gateway))
+    }
+
+    /// Why nothing comes through, and what to type; in one line.
+    pub fn why_dropped(&self, opening: &Opening) -> String {
+        match self.in_the_way_of(opening).next() {
+            Some(chain) => format!("firewall {} drops it: {}", chain.firewall, chain.remedy(opening)),
+            None => match &self.unreadable {
+                Some(why) => format!("a firewall drops it, which cannot be told: {why}"),
+                None => "a firewall drops it, but no chain on the input hook: look for chains on prerouting, of bridge or \
+                         netdev tables, and for XDP programs"
+                    .to_owned(),
+            },
+        }
+    }
+}
+
+impl InputChain {
+    /// The command that lets an opening through.
+    fn remedy(&self, opening: &Opening) -> String {
+        let Opening { interface, gateway, port } = opening;
+        let (ip, family, suffix) = if gateway.is_ipv4() { ("ip", "ipv4", "") } else { ("ip6", "ipv6", "6") };
+        match self.firewall {
+            Firewall::Ufw => format!("ufw allow in on {interface} to {gateway} port {port} proto tcp"),
+            Firewall::Firewalld => format!(
+                "firewall-cmd --zone=\"$(firewall-cmd --get-zone-of-interface={interface} || firewall-cmd --get-default-zone)\" \
+                 --add-rich-rule='rule family=\"{family}\" destination address=\"{gateway}\" port port=\"{port}\" \
+                 protocol=\"tcp\" accept'"
+            ),
+            Firewall::Iptables => {
+                let legacy = if self.chain.through == Through::IptablesLegacy { "-legacy" } else { "" };
+                format!(
+                    "ip{suffix}tables{legacy} -I INPUT -i {interface} -d {gateway} -p tcp --dport {port} -j ACCEPT"
+                )
+            }
+            Firewall::Nftables => {
+                let Chain { family, table, name, .. } = &self.chain;
+                format!(
+                    "nft insert rule {family} {table} {name} iifname {interface} {ip} daddr {gateway} tcp dport {port} accept"
+                )
+            }
+        }
+    }
+}
+
+/// The steps that let through what is needed and take back what is not. `openings` are all that rules want.
+pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen: &Filtering) -> Vec<Step> {
+    let wanted = |opening: &Opening| mode == FirewallMode::Manage && openings.contains_key(opening);
+    let mut steps: Vec<_> = seen
+        .accepts
+        .keys()
+        .filter(|(_, opening)| !wanted(opening))
+        .map(|(chain, opening)| Step::Unaccept { chain: chain.clone(), opening: opening.clone() })
+        .collect();
+    let mut unknown = BTreeMap::new();
+    for (opening, link) in openings {
+        let passage = seen.passages.get(opening);
+        let accept = next_accept(opening, passage, seen).filter(|_| wanted(opening));
+        if passage.is_none() || accept.is_some() {
+            unknown.insert(opening.clone(), *link);
+        }
+        steps.extend(accept.map(|chain| Step::Accept { chain, opening: opening.clone() }));
+    }
+    if !unknown.is_empty() {
+        steps.push(Step::Probe(unknown));
+    }
+    steps
+}
+
+/// The chain that is to get an accept rule next: none is there though it is needed, or those that are there were not enough.
+fn next_accept(opening: &Opening, passage: Option<&Passage>, seen: &Filtering) -> Option<Chain> {
+    let of = |chain: &Chain| seen.accepts.get(&(chain.clone(), opening.clone()));
+    let chains = || seen.in_the_way_of(opening).map(|chain| &chain.chain);
+    // Somebody restored a ruleset that was saved with ours in it.
+    let doubled = chains().find(|chain| of(chain).is_some_and(|accepted| accepted.copies > 1));
+    let none = || !chains().any(|chain| of(chain).is_some());
+    let lacking = || chains().find(|chain| !of(chain).is_some_and(|accepted| accepted.first));
+    let next = match passage {
+        _ if doubled.is_some() => doubled,
+        Some(Passage::Dropped) => lacking(),
+        _ if seen.needed.contains(opening) && none() => lacking(),
+        _ => None,
+    };
+    next.cloned()
+}
