@@ -6,7 +6,7 @@ use crate::bpf_toolchain::{self, Toolchain};
 use crate::{apt, kernels};
 
 /// What the suites use, apart from the toolchain of the kernel programs.
-const PACKAGES: [&str; 17] = [
+const PACKAGES: [&str; 18] = [
     "apache2-bin",    // a web server, without the service that the package apache2 is
     "bubblewrap",     // sandboxes of users
     "busybox-static", // the containers' image, and the virtual machines' user space
@@ -22,6 +22,7 @@ const PACKAGES: [&str; 17] = [
     "redis-tools", // the server is in it, under another name; redis-server would be a service
     "socat",
     "strace",   // a tracer that is there already
+    "ufw",      // a firewall in the way
     "systemd",  // the suite that restarts lbridge under it
     "xz-utils", // kernel modules are compressed
 ];

@@ -43,7 +43,7 @@ use crate::{
 };
 
 /// A pass changes things and looks again until nothing is left to change; more rounds than this find nothing new.
-const ROUNDS: usize = 8;
+const ROUNDS: usize = 12;
 /// With events from everywhere a look without a reason only corrects what others changed behind our back.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
 /// Where nothing tells of a listener that comes or goes, looking is the only way to know: without a kernel half, of a
@@ -218,6 +218,7 @@ impl Reconciler {
                 self.remember_networks();
             }
         }
+        self.executor.firewall.try_again();
         self.change(rules).await?;
         Ok(self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect())
     }

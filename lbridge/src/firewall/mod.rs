@@ -27,6 +27,8 @@ use ruleset::Ruleset;
 const IDLE_LOOK: Duration = Duration::from_secs(60);
 /// What was dropped, or could not be tried, is tried again after that long: not every firewall is a ruleset.
 const TRY_AGAIN: Duration = Duration::from_secs(30);
+/// As [`TRY_AGAIN`], where the ruleset has changed somewhere.
+const SOON: Duration = Duration::from_secs(3);
 /// A look costs what the ruleset is long; looking takes no more than this part of the time, even while it changes.
 const SHARE: u32 = 10;
 
@@ -37,6 +39,8 @@ pub struct Firewall {
     changes: Option<Changes>,
     ruleset: Ruleset,
     looked: Option<Look>,
+    /// When the kernel last told of a change.
+    changed: Option<Instant>,
     seen: Filtering,
     tried: BTreeMap<Opening, Instant>,
 }
@@ -59,6 +63,7 @@ impl Firewall {
             changes: changes.ok(),
             ruleset: Ruleset::default(),
             looked: None,
+            changed: None,
             seen: Filtering::default(),
             tried: BTreeMap::new(),
         }
@@ -73,8 +78,10 @@ impl Firewall {
             self.read().await;
         }
         let stale = |opening: &Opening, passage: &Passage| {
-            let age = self.tried.get(opening).map_or(TRY_AGAIN, Instant::elapsed);
-            *passage != Passage::Open && age >= TRY_AGAIN
+            let Some(tried) = self.tried.get(opening) else { return true };
+            // What is on another hook may be gone.
+            let changed = self.changed.is_some_and(|changed| changed > *tried);
+            *passage != Passage::Open && tried.elapsed() >= if changed { SOON } else { TRY_AGAIN }
         };
         self.seen.passages.retain(|opening, passage| !stale(opening, passage));
         &self.seen
@@ -88,16 +95,24 @@ impl Firewall {
         }
         let Some(changes) = self.changes.as_mut().filter(|changes| changes.any()) else { return false };
         let pause = (look.took * SHARE).saturating_sub(look.begun.elapsed());
-        if pause.is_zero() {
-            changes.seen();
-            return true;
+        if !pause.is_zero() {
+            self.wake_in(pause);
+            return false;
         }
+        changes.seen();
+        self.changed = Some(Instant::now());
+        if self.seen.passages.values().any(|passage| *passage != Passage::Open) {
+            self.wake_in(SOON);
+        }
+        true
+    }
+
+    fn wake_in(&self, pause: Duration) {
         let wake = self.wake.clone();
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
             let _ = wake.try_send(());
         });
-        false
     }
 
     async fn read(&mut self) {
@@ -115,8 +130,36 @@ impl Firewall {
         self.ruleset = ruleset;
     }
 
+    /// Somebody may have done something about what is dropped: it is tried again.
+    pub fn try_again(&mut self) {
+        self.seen.passages.retain(|_, passage| *passage == Passage::Open);
+    }
+
     /// Tries openings; what comes of it is known at the next [`Self::look`].
     pub async fn probe(&mut self, openings: &BTreeMap<Opening, Link>) {
+        self.try_all(openings).await;
+        let dropped = |opening| self.seen.passages.get(opening) == Some(&Passage::Dropped);
+        if !openings.keys().any(dropped) {
+            return;
+        }
+        // Not every change is told.
+        self.read().await;
+        // Where nobody is in the way something may have gone wrong with the try itself.
+        let doubtful = |opening: &Opening| {
+            let passage = self.seen.passages.get(opening);
+            passage != Some(&Passage::Open) && self.seen.in_the_way_of(opening).next().is_none()
+        };
+        let doubtful: BTreeMap<_, _> = openings
+            .iter()
+            .filter(|(opening, _)| doubtful(opening))
+            .map(|(opening, link)| (opening.clone(), *link))
+            .collect();
+        if !doubtful.is_empty() {
+            self.try_all(&doubtful).await;
+        }
+    }
+
+    async fn try_all(&mut self, openings: &BTreeMap<Opening, Link>) {
         let mut bridges: BTreeMap<u32, Vec<(&Opening, u8)>> = BTreeMap::new();
         for (opening, link) in openings {
             bridges.entry(link.ifindex).or_default().push((opening, link.prefix));
@@ -147,6 +190,7 @@ impl Firewall {
             Through::IptablesNft | Through::IptablesLegacy => iptables::accept(chain, opening).await,
         };
         put.with_context(|| format!("cannot let {opening} through"))?;
+        self.seen.passages.remove(opening);
         tracing::info!("firewall: accepts {opening}, which {chain} denied");
         self.read().await;
         Ok(())

@@ -18,10 +18,12 @@ use crate::{
     planning::firewall::{Opening, Passage},
 };
 
-/// When a SYN is sent, after the first: one may get lost.
-const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(600)];
-/// How long an answer may take. The host answers in microseconds.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// When a SYN is sent again: one may get lost.
+const AGAIN: [Duration; 3] =
+    [Duration::from_millis(200), Duration::from_millis(500), Duration::from_millis(1100)];
+/// How long an answer may take. The host answers in microseconds; but if a question for a neighbour's address gets lost, it
+/// is a second until the next.
+const PATIENCE: Duration = Duration::from_millis(1500);
 /// So many at a time, far less than a service's queue of half-open connections holds.
 const BURST: usize = 64;
 /// Where the header has what this module reads or writes (RFC 9293, section 3.1).

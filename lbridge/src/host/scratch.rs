@@ -75,7 +75,9 @@ impl Scratch {
         let enslaved = host.handle.link().change(enslaved).execute().await;
         enslaved.with_context(|| format!("cannot plug a veth into the bridge with index {bridge}"))?;
         let mut patience = Patience::new();
+        // A bridge that had no port comes up with this one, and drops what it is to send until it has.
         while !(scratch.is_up(&host).await?
+            && host.is_up(bridge).await?
             && host.forwards(scratch.link.index).await?
             && !(scratch.ipv6 && host.has_tentative_addresses(bridge).await?))
         {

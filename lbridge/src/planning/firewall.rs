@@ -212,13 +212,26 @@ pub struct Filtering {
 
 impl Filtering {
     /// The chains that packets for an opening meet, the likeliest to deny first.
-    fn in_the_way_of(&self, opening: &Opening) -> impl Iterator<Item = &InputChain> {
+    pub fn in_the_way_of(&self, opening: &Opening) -> impl Iterator<Item = &InputChain> {
         self.chains.iter().filter(|chain| chain.chain.family.meets(opening.gateway))
     }
 
     /// Why nothing comes through, and what to type; in one line.
     pub fn why_dropped(&self, opening: &Opening) -> String {
+        let accepted = |chain: &InputChain| {
+            self.accepts.get(&(chain.chain.clone(), opening.clone())).is_some_and(|accepted| accepted.first)
+        };
         match self.in_the_way_of(opening).next() {
+            Some(chain) if self.in_the_way_of(opening).all(accepted) => {
+                let neighbours = "; for IPv6 a firewall must let neighbour discovery in (icmpv6 nd-neighbor-solicit, \
+                                  nd-neighbor-advert)";
+                let neighbours = if opening.gateway.is_ipv6() { neighbours } else { "" };
+                format!(
+                    "nothing comes through, though {} accepts it first: look for chains on prerouting, of bridge or netdev \
+                     tables, and for XDP programs{neighbours}",
+                    chain.chain
+                )
+            }
             Some(chain) => format!("firewall {} drops it: {}", chain.firewall, chain.remedy(opening)),
             None => match &self.unreadable {
                 Some(why) => format!("a firewall drops it, which cannot be told: {why}"),
@@ -258,7 +271,8 @@ impl InputChain {
     }
 }
 
-/// The steps that let through what is needed and take back what is not. `openings` are all that rules want.
+/// The steps that let through what is needed and take back what is not. `openings` are all that rules want. What was
+/// accepted is not known to pass any more, and so is tried in the next round.
 pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen: &Filtering) -> Vec<Step> {
     let wanted = |opening: &Opening| mode == FirewallMode::Manage && openings.contains_key(opening);
     let mut steps: Vec<_> = seen
@@ -270,11 +284,11 @@ pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen:
     let mut unknown = BTreeMap::new();
     for (opening, link) in openings {
         let passage = seen.passages.get(opening);
-        let accept = next_accept(opening, passage, seen).filter(|_| wanted(opening));
-        if passage.is_none() || accept.is_some() {
-            unknown.insert(opening.clone(), *link);
+        match next_accept(opening, passage, seen).filter(|_| wanted(opening)) {
+            Some(chain) => steps.push(Step::Accept { chain, opening: opening.clone() }),
+            None if passage.is_none() => drop(unknown.insert(opening.clone(), *link)),
+            None => {}
         }
-        steps.extend(accept.map(|chain| Step::Accept { chain, opening: opening.clone() }));
     }
     if !unknown.is_empty() {
         steps.push(Step::Probe(unknown));
