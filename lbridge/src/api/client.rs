@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
-use super::protocol::{ALLOW, Allow, ApiError, DENY, Deny, RuleStatus, STATUS, Status};
+use super::protocol::{ALLOW, Allow, ApiError, DENY, Deny, RELOAD, Reloaded, RuleStatus, STATUS, Status};
 
 /// Longest wait for an answer. The largest change there is, 131,072 rules, takes some seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -74,6 +74,11 @@ impl Client {
     /// Removes rules; returns them as they were.
     pub async fn deny(&self, deny: &Deny) -> Result<Vec<RuleStatus>, ClientError> {
         self.request(Method::POST, DENY, Some(deny)).await
+    }
+
+    /// Has the configuration read again.
+    pub async fn reload(&self) -> Result<Reloaded, ClientError> {
+        self.request::<(), _>(Method::POST, RELOAD, None).await
     }
 
     async fn request<B: Serialize, T: DeserializeOwned>(

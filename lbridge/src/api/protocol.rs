@@ -1,6 +1,6 @@
 //! What client and daemon say to each other. Additions are compatible, so unknown fields are ignored.
 
-use std::{net::IpAddr, num::NonZeroU32, time::Duration};
+use std::{fmt, net::IpAddr, num::NonZeroU32, time::Duration};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,9 @@ pub const ALLOW: &str = "/v1/allow";
 /// `POST` a [`Deny`]: a list of [`RuleStatus`], as it was.
 pub const DENY: &str = "/v1/deny";
 
+/// `POST` nothing: a [`Reloaded`].
+pub const RELOAD: &str = "/v1/reload";
+
 /// Everything at once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -32,6 +35,48 @@ pub struct Status {
     pub firewall: FirewallStatus,
     /// In order of network and port.
     pub rules: Vec<RuleStatus>,
+    /// The configuration file is not what is in force.
+    #[serde(default)]
+    pub refused_reload: Option<RefusedReload>,
+}
+
+/// A configuration file that was read again and is of no use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedReload {
+    /// Of the first of several in a row.
+    pub since: Timestamp,
+    /// What is wrong, where; of the last.
+    pub error: String,
+}
+
+/// What another configuration has brought about. Of rules that the file has, and had, and has otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// As they now are.
+    pub added: Vec<RuleStatus>,
+    /// As they now are.
+    pub changed: Vec<RuleStatus>,
+    /// As they were.
+    pub removed: Vec<RuleStatus>,
+    /// Everything that is no rule.
+    pub settings: Vec<SettingChange>,
+}
+
+/// A setting that is another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingChange {
+    /// As in the file.
+    pub name: String,
+    /// As one would write it.
+    pub before: String,
+    /// As one would write it.
+    pub now: String,
+}
+
+impl fmt::Display for SettingChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}, was {}", self.name, self.now, self.before)
+    }
 }
 
 /// The host's firewall, in front of what rules open.

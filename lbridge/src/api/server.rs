@@ -21,13 +21,18 @@ use axum::{
     routing::{get, post},
     serve::IncomingStream,
 };
-use nix::unistd::{Gid, Group, chown};
+use nix::{
+    errno::Errno,
+    unistd::{Gid, Group, chown},
+};
 use tokio::{
     net::UnixListener,
     sync::{mpsc, oneshot},
 };
 
-use super::protocol::{ALLOW, Allow, ApiError, DENY, Deny, ErrorCode, RuleStatus, STATUS, Status};
+use super::protocol::{
+    ALLOW, Allow, ApiError, DENY, Deny, ErrorCode, RELOAD, Reloaded, RuleStatus, STATUS, Status,
+};
 
 /// Who besides root may speak to the daemon.
 const GROUP: &str = "lbridge";
@@ -44,6 +49,8 @@ pub enum Command {
     Allow(Allow, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
     /// Remove rules.
     Deny(Deny, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
+    /// Read the configuration again.
+    Reload(oneshot::Sender<Result<Reloaded, ApiError>>),
 }
 
 /// The socket; its file is removed when this is dropped.
@@ -81,9 +88,12 @@ impl ControlSocket {
         nix::sys::stat::umask(mask);
         let listener = bound.with_context(|| format!("cannot listen at {}", path.display()))?;
         if let Ok(Some(group)) = Group::from_name(GROUP) {
-            chown(path, None, Some(group.gid))
-                .with_context(|| format!("cannot give {} to {GROUP}", path.display()))?;
-            fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+            match chown(path, None, Some(group.gid)) {
+                Ok(()) => fs::set_permissions(path, fs::Permissions::from_mode(0o660))?,
+                // A service manager that withholds the privilege may do it itself; the unit does.
+                Err(Errno::EPERM) => tracing::debug!("{} is not given to {GROUP}", path.display()),
+                Err(error) => bail!("cannot give {} to {GROUP}: {error}", path.display()),
+            }
         }
         Ok(Self { path: path.to_owned(), listener: Some(listener) })
     }
@@ -95,8 +105,12 @@ impl ControlSocket {
             .route(STATUS, get(status))
             .route(ALLOW, post(allow))
             .route(DENY, post(deny))
+            .route(RELOAD, post(reload))
             .fallback(async || {
-                failure(ErrorCode::Usage, "no such resource; there are /v1/status, /v1/allow and /v1/deny")
+                failure(
+                    ErrorCode::Usage,
+                    "no such resource; there are /v1/status, /v1/allow, /v1/deny and /v1/reload",
+                )
             })
             .layer(DefaultBodyLimit::max(MAX_BODY))
             .layer(middleware::from_fn(check_peer))
@@ -191,6 +205,10 @@ async fn deny(
         Ok(Json(body)) => ask(&commands, |answer| Command::Deny(body, answer)).await,
         Err(rejection) => failure(ErrorCode::Usage, &rejection.body_text()),
     }
+}
+
+async fn reload(State(commands): State<mpsc::Sender<Command>>) -> Response {
+    ask(&commands, Command::Reload).await
 }
 
 async fn ask<T: serde::Serialize>(

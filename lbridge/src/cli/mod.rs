@@ -2,10 +2,12 @@
 //! daemon through the control API only.
 
 mod allow;
+mod check_config;
 mod completions;
 mod deny;
 mod list;
 mod relay;
+mod reload;
 mod render;
 mod run;
 mod status;
@@ -67,6 +69,10 @@ enum Command {
     List(OutputArgs),
     /// Show what becomes of each rule, as observed
     Status(OutputArgs),
+    /// Have the daemon read its configuration again; returns when that is in force
+    Reload(OutputArgs),
+    /// Check a configuration file; needs no daemon
+    CheckConfig(check_config::CheckConfigArgs),
     /// Bridge a sandbox of your own (bwrap, unshare), in the foreground, without the daemon and without root
     Relay(relay::RelayArgs),
     /// Print a completion script for a shell
@@ -135,6 +141,8 @@ pub fn main() -> ExitCode {
         Command::Deny(args) => block_on(deny::handle(args, &client)),
         Command::List(args) => block_on(list::handle(&args, &client)),
         Command::Status(args) => block_on(status::handle(&args, &client)),
+        Command::Reload(args) => block_on(reload::handle(&args, &client)),
+        Command::CheckConfig(args) => check_config::handle(&args),
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
         Command::Completions(args) => {
             completions::handle(&args, &mut Cli::command());

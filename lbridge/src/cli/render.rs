@@ -4,18 +4,20 @@ use std::{
     fmt::Write as _,
     io::{self, Write as _},
     net::SocketAddr,
+    path::Path,
 };
 
 use serde::Serialize;
 
 use super::Failure;
 use crate::{
-    api::protocol::{DockerStatus, FirewallStatus, KernelPath, RuleStatus, Status},
+    api::protocol::{DockerStatus, FirewallStatus, KernelPath, Reloaded, RuleStatus, Status},
     planning::{
         firewall::FirewallMode,
         policy::State,
         rule::{Origin, PathChoice, ProxyProtocol, Source},
     },
+    store::config::Config,
 };
 
 fn print(text: &str) -> Result<(), Failure> {
@@ -42,9 +44,13 @@ pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
 
 /// What `allow` brought about, one line for each gateway.
 pub(super) fn states(rules: &[RuleStatus]) -> Result<(), Failure> {
+    print(&states_text(rules, ""))
+}
+
+fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
     let mut text = String::new();
     for rule in rules {
-        let what = format!("{} {}", shown(&rule.network.to_string()), rule.port);
+        let what = format!("{prefix}{} {}", shown(&rule.network.to_string()), rule.port);
         let target = shown(&rule.target);
         for gateway in &rule.gateways {
             let (dialled, state) = (
@@ -57,6 +63,46 @@ pub(super) fn states(rules: &[RuleStatus]) -> Result<(), Failure> {
             let _ = writeln!(text, "{what}: {target} {}", described(rule.state, rule.why.as_deref()));
         }
     }
+    text
+}
+
+/// What `reload` brought about.
+pub(super) fn reloaded(reloaded: &Reloaded) -> Result<(), Failure> {
+    let Reloaded { added, changed, removed, settings } = reloaded;
+    let mut text = states_text(added, "added    ");
+    text += &states_text(changed, "changed  ");
+    for rule in removed {
+        let what = format!("{} {}", shown(&rule.network.to_string()), rule.port);
+        let _ = writeln!(text, "removed  {what}; open connections go on");
+    }
+    for setting in settings {
+        let _ = writeln!(text, "changed  {}", shown(&setting.to_string()));
+    }
+    print(if text.is_empty() { "nothing has changed\n" } else { &text })
+}
+
+/// What `check-config` found. `unread` are rules that could not be compared.
+pub(super) fn config(
+    path: &Path,
+    there: bool,
+    config: &Config,
+    unread: Option<&Path>,
+) -> Result<(), Failure> {
+    let mut text = shown(&path.display().to_string());
+    let _ = match (there, config.len()) {
+        (false, _) => write!(text, " is not there, which is no error: no rules"),
+        (true, 0) => write!(text, ": no rules"),
+        (true, 1) => write!(text, ": 1 rule"),
+        (true, count) => write!(text, ": {count} rules"),
+    };
+    for (name, value) in config.settings() {
+        let _ = write!(text, ", {name} {}", shown(&value));
+    }
+    if let Some(path) = unread {
+        let _ =
+            write!(text, "; not compared with {}, which root may read", shown(&path.display().to_string()));
+    }
+    text.push('\n');
     print(&text)
 }
 
@@ -154,6 +200,14 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
         }
     };
     text += &firewall(&status.firewall);
+    if let Some(refused) = &status.refused_reload {
+        let error = shown(&refused.error);
+        let _ = writeln!(
+            text,
+            "config   not reloaded since {:.0}; what was read before is in force ({error})",
+            refused.since
+        );
+    }
     text.push('\n');
     if status.rules.is_empty() {
         text += NO_RULES;

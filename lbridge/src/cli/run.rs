@@ -6,7 +6,10 @@ use clap::Args;
 use tracing_subscriber::EnvFilter;
 
 use super::Failure;
-use crate::daemon::{self, Options};
+use crate::{
+    daemon::{self, Options},
+    host::privileges,
+};
 
 /// Arguments of `lbridge run`.
 #[derive(Debug, Args)]
@@ -47,6 +50,12 @@ pub(super) fn handle(args: RunArgs, socket: PathBuf) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
+        // What is needed at the start alone is done on this thread.
+        .on_thread_start(|| {
+            if let Err(error) = privileges::give_up() {
+                tracing::warn!("a thread keeps its privileges: {error}");
+            }
+        })
         .build()
         .map_err(anyhow::Error::from)?;
     Ok(runtime.block_on(daemon::run(options))?)

@@ -6,51 +6,44 @@
 //! ```
 //!
 //! - [`reconciler`]: the loop, and the state that it owns;
+//! - [`configuration`]: `lbridge.toml` as it is in force;
 //! - [`observe`]: one look at the host;
 //! - [`executor`]: carries out steps, decides nothing;
 //! - [`handover`]: listening sockets, from one daemon to the next;
+//! - [`manager`]: what the service manager is told;
 //! - [`report`]: what `status` says.
 
+mod configuration;
 mod executor;
 mod handover;
+mod manager;
 mod observe;
 mod reconciler;
 mod report;
 
-use std::{
-    fs::OpenOptions,
-    os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs::File, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
-use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg},
-};
 use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, oneshot},
 };
 
 use crate::{
-    api::server::ControlSocket,
+    api::server::{Command, ControlSocket},
     docker,
-    host::{interfaces::Interfaces, netns::HostNetns},
+    host::{interfaces::Interfaces, netns::HostNetns, privileges},
     kernel::loader::Kernel,
-    planning::rule::{Origin, Refused, Rules},
     relay,
-    store::{Config, Store},
+    store::Store,
 };
+use configuration::Configuration;
 use reconciler::{Reconciler, containers};
 
 /// How long a start waits for Docker's first answer: long enough for a living engine, too short to matter.
 const DOCKER_FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// A wake-up is a flag, not a queue.
 const WAKE_QUEUE: usize = 1;
-/// How long relayed connections may take to end when the daemon is stopped, unless the configuration says otherwise.
-const DRAIN: Duration = Duration::from_secs(5);
 /// What else a stop takes, at most.
 const DRAIN_EXTRA: Duration = Duration::from_secs(10);
 /// Requests that may wait for the loop.
@@ -81,16 +74,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         );
     }
     // Everything that can be wrong is read before anything is touched.
-    let config = Config::load(&options.config)?;
-    let drain = config.drain_timeout.unwrap_or(DRAIN);
     let store = Store::open(&options.state_dir)?;
-    let stored = store.rules()?;
-    let rules = Rules::default()
-        .allow(config.rules, Origin::Config)
-        .map_err(|refused| twice(&refused, &options.config))?
-        .allow(stored, Origin::Cli)
-        .map_err(|refused| contradiction(&refused, &options))?;
-    let _lock = lock(&options)?;
+    let (configuration, rules) = Configuration::load(options.config, &store)?;
+    let _lock = store.lock()?;
     let socket = ControlSocket::bind(&options.socket)?;
 
     relay::raise_descriptor_limit();
@@ -103,6 +89,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     if let Err(why) = &loaded.abilities.steer {
         tracing::warn!("nothing can be steered: {why}");
     }
+    // Every other thread of this process has given them up, or will be started by this one.
+    privileges::give_up().context("cannot give up privileges")?;
 
     let (wake, wakes) = mpsc::channel(WAKE_QUEUE);
     let interfaces = Interfaces::connect(wake.clone())?;
@@ -115,14 +103,15 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     };
 
     let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
-    let mut reconciler = Reconciler::new(rules, store, loaded, interfaces, docker, wake, netns.id)?;
-    reconciler.set_firewall(config.firewall);
+    let mut reconciler =
+        Reconciler::new(rules, configuration, store, loaded, interfaces, docker, wake, netns.id)?;
     reconciler.start().await?;
-    let mut serving = tokio::spawn(socket.serve(commands));
+    let mut serving = tokio::spawn(socket.serve(commands.clone()));
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
+    let hangup = signal(SignalKind::hangup())?;
+    let terminal = has_terminal();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!("ready: {}", reconciler.summary());
     let outcome = tokio::select! {
@@ -130,9 +119,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         ended = &mut serving => ended.context("the control API panicked")?,
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
-        // The terminal is gone; there is nothing to read anew.
-        _ = hangup.recv() => Ok(()),
+        () = reload_on(hangup, commands, terminal) => Ok(()),
     };
+    let drain = reconciler.drain_timeout();
     let _ = sd_notify::notify(&[
         sd_notify::NotifyState::Stopping,
         sd_notify::NotifyState::ExtendTimeoutUsec(microseconds(drain + DRAIN_EXTRA)),
@@ -158,41 +147,24 @@ fn microseconds(time: Duration) -> u32 {
     u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
 }
 
-/// The daemon does not run, so that `deny` is no remedy.
-fn twice(refused: &Refused, config: &Path) -> anyhow::Error {
-    let config = config.display();
-    match refused {
-        Refused::Conflict { id, existing } => anyhow::anyhow!(
-            "{config} has two rules for {id}, the first is {existing}; remove one, then start again"
-        ),
-        other => anyhow::anyhow!("{config}: {other}"),
-    }
-}
-
-/// As [`twice`], of the configuration and what `allow` made.
-fn contradiction(refused: &Refused, options: &Options) -> anyhow::Error {
-    let (config, rules) = (options.config.display(), options.state_dir.join("rules.toml"));
-    let rules = rules.display();
-    match refused {
-        Refused::ReadOnly { id } => anyhow::anyhow!(
-            "{config} allows {id}, {rules} does otherwise; remove the rule from one of them, then start again"
-        ),
-        other => anyhow::anyhow!("{config} and {rules}: {other}"),
-    }
-}
-
-/// One daemon to a state directory.
-fn lock(options: &Options) -> anyhow::Result<Flock<std::fs::File>> {
-    // A file of our own: a directory can be locked by whoever may read it.
-    let path = options.state_dir.join("lock");
-    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
-    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
-        Errno::EWOULDBLOCK => {
-            anyhow::anyhow!("another lbridge daemon uses {}; stop it first", options.state_dir.display())
+/// Has the configuration read again at each SIGHUP. Ends when it was sent because the terminal has gone that the daemon was
+/// started from.
+async fn reload_on(mut hangup: Signal, commands: mpsc::Sender<Command>, terminal: bool) {
+    while hangup.recv().await.is_some() {
+        if terminal && !has_terminal() {
+            return;
         }
-        error => anyhow::anyhow!("cannot lock {}: {error}", options.state_dir.display()),
-    })
+        // What comes of it is in the log.
+        let (answer, _) = oneshot::channel();
+        if commands.send(Command::Reload(answer)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Whether this process has a controlling terminal (tty(4)).
+fn has_terminal() -> bool {
+    File::open("/dev/tty").is_ok()
 }
 
 fn cgroup2_mount() -> anyhow::Result<PathBuf> {

@@ -14,16 +14,18 @@ use tokio::{
 };
 
 use super::{
+    configuration::Configuration,
     executor::{Executor, Failures},
     handover::{self, Inherited},
+    manager::Manager,
     observe::{Processes, observe},
     report::Report,
 };
 use crate::{
     api::{
         protocol::{
-            Allow, ApiError, Counters, Deny, DockerStatus, ErrorCode, KernelPath, KernelStatus, RuleStatus,
-            Status,
+            Allow, ApiError, Counters, Deny, DockerStatus, ErrorCode, KernelPath, KernelStatus, Reloaded,
+            RuleStatus, Status,
         },
         server::Command,
     },
@@ -32,7 +34,6 @@ use crate::{
     host::{interfaces::Interfaces, netns::process_start},
     kernel::{loader::Loaded, maps::Events},
     planning::{
-        firewall::FirewallMode,
         inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, find_networks},
         plan::{Step, plan},
         policy::{Policy, State, resolve},
@@ -59,7 +60,7 @@ const DOCKER_REFRESH: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Reconciler {
     rules: Rules,
-    firewall: FirewallMode,
+    configuration: Configuration,
     store: Store,
     abilities: Abilities,
     executor: Executor,
@@ -73,11 +74,14 @@ pub(super) struct Reconciler {
     last: Report,
     /// As last seen.
     inventory: Option<Inventory>,
+    manager: Manager,
 }
 
 impl Reconciler {
+    #[expect(clippy::too_many_arguments, reason = "what it owns from now on, each of it once")]
     pub(super) fn new(
         rules: Rules,
+        configuration: Configuration,
         store: Store,
         loaded: Loaded,
         interfaces: Interfaces,
@@ -90,7 +94,7 @@ impl Reconciler {
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Ok(Self {
             rules,
-            firewall: FirewallMode::default(),
+            configuration,
             saved_networks: store.networks(),
             store,
             abilities,
@@ -110,12 +114,8 @@ impl Reconciler {
             processes: Processes::new(),
             last: Report::default(),
             inventory: None,
+            manager: Manager::new(),
         })
-    }
-
-    /// What may be done to the host's firewall, from the next pass on.
-    pub(super) fn set_firewall(&mut self, mode: FirewallMode) {
-        self.firewall = mode;
     }
 
     /// Makes what was found into what is wanted.
@@ -140,6 +140,7 @@ impl Reconciler {
         let mut woken = false;
         let mut looked = Instant::now();
         loop {
+            self.manager.beat();
             let due = looked + if woken { BREATH } else { self.pause() };
             tokio::select! {
                 command = commands.recv() => match command {
@@ -149,6 +150,7 @@ impl Reconciler {
                 _ = wakes.recv(), if !woken => woken = true,
                 () = docker_changed(&mut self.docker), if !woken => woken = true,
                 () = listener_changed(&mut self.events), if !woken => woken = true,
+                () = self.manager.next_beat() => {}
                 () = sleep_until(due) => {
                     woken = false;
                     self.remember_networks();
@@ -166,7 +168,19 @@ impl Reconciler {
     /// sockets it gets those that listen, for the next daemon: new connections wait for that. How many were cut off.
     pub(super) async fn drain(&mut self, limit: Duration) -> usize {
         handover::keep(&self.executor.relays.sockets());
-        self.executor.relays.drain(limit).await
+        let drained = self.executor.relays.drain(limit);
+        tokio::pin!(drained);
+        loop {
+            tokio::select! {
+                cut_off = &mut drained => return cut_off,
+                () = self.manager.next_beat() => self.manager.beat(),
+            }
+        }
+    }
+
+    /// How long relayed connections may take to end when the daemon is stopped.
+    pub(super) fn drain_timeout(&self) -> Duration {
+        self.configuration.config().drain_timeout
     }
 
     /// One line for the log and for systemd.
@@ -197,6 +211,7 @@ impl Reconciler {
             Command::Status(answer) => drop(answer.send(self.status().await)),
             Command::Allow(allow, answer) => drop(answer.send(self.allow(allow).await)),
             Command::Deny(deny, answer) => drop(answer.send(self.deny(deny).await)),
+            Command::Reload(answer) => drop(answer.send(self.reload().await)),
         }
     }
 
@@ -204,23 +219,27 @@ impl Reconciler {
         let ids: HashSet<RuleId> = allow.rules.iter().map(Rule::id).collect();
         let added = allow.rules.into_iter().map(with_process).collect::<Result<Vec<_>, _>>()?;
         let rules = self.rules.allow(added, Origin::Cli).map_err(|refused| refusal(&refused))?;
-        if let Some(docker) = &self.docker {
-            docker.want(containers(&rules));
-            let known = docker.view();
-            let unknown = |network: &Network| match network {
-                Network::Docker(name) => find_networks(&known.networks, name).is_empty(),
-                Network::Container(name) => !matches!(known.containers.get(name), Some(Ok(Some(_)))),
-                Network::Bridge(_) | Network::Netns(_) | Network::Process(_) => false,
-            };
-            // The network may be so new that its event is still under way.
-            if ids.iter().any(|id| unknown(&id.network)) {
-                docker.refresh(DOCKER_REFRESH).await;
-                self.remember_networks();
-            }
-        }
+        self.follow(&rules, &ids).await;
         self.executor.firewall.try_again();
         self.change(rules).await?;
         Ok(self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect())
+    }
+
+    /// Has the engine asked about what `rules` name, those of `ids` at once where they are not known.
+    async fn follow(&mut self, rules: &Rules, ids: &HashSet<RuleId>) {
+        let Some(docker) = &self.docker else { return };
+        docker.want(containers(rules));
+        let known = docker.view();
+        let unknown = |network: &Network| match network {
+            Network::Docker(name) => find_networks(&known.networks, name).is_empty(),
+            Network::Container(name) => !matches!(known.containers.get(name), Some(Ok(Some(_)))),
+            Network::Bridge(_) | Network::Netns(_) | Network::Process(_) => false,
+        };
+        // The network may be so new that its event is still under way.
+        if ids.iter().any(|id| unknown(&id.network)) {
+            docker.refresh(DOCKER_REFRESH).await;
+            self.remember_networks();
+        }
     }
 
     async fn deny(&mut self, deny: Deny) -> Result<Vec<RuleStatus>, ApiError> {
@@ -239,15 +258,67 @@ impl Reconciler {
     /// Saves first: what is in force and not on disk would be gone after a restart, unseen.
     async fn change(&mut self, rules: Rules) -> Result<(), ApiError> {
         if rules != self.rules {
-            let own =
-                rules.iter().filter(|(_, _, origin)| *origin == Origin::Cli).map(|(_, rule, _)| rule.clone());
-            self.store.save_rules(own.collect()).map_err(|error| failed(&error))?;
+            self.store.save_rules(self.configuration.allowed(&rules)).map_err(|error| failed(&error))?;
             self.rules = rules;
         }
         if let Some(docker) = &self.docker {
             docker.want(containers(&self.rules));
         }
         self.pass().await.map_err(|error| failed(&error))
+    }
+
+    /// Reads the configuration again. One that is of no use changes nothing.
+    async fn reload(&mut self) -> Result<Reloaded, ApiError> {
+        let change = self.configuration.read_again(&self.rules, &self.store).inspect_err(|error| {
+            tracing::error!("the configuration is not reloaded: {error}");
+        });
+        let change = match change {
+            Ok(change) => change,
+            Err(error) => {
+                self.tell();
+                return Err(error);
+            }
+        };
+        let ids: HashSet<RuleId> = change.added.iter().chain(&change.changed).cloned().collect();
+        self.follow(&change.rules, &ids).await;
+        let find = |rules: Vec<RuleStatus>, ids: &[RuleId]| -> Vec<RuleStatus> {
+            let ids: HashSet<_> = ids.iter().collect();
+            rules.into_iter().filter(|rule| ids.contains(&id(rule))).collect()
+        };
+        let removed = find(self.last.rules(), &change.removed);
+        let (added, changed, settings) =
+            (change.added.clone(), change.changed.clone(), change.settings.clone());
+        tracing::info!(
+            "the configuration is reloaded: {} rules added, {} changed, {} removed",
+            added.len(),
+            changed.len(),
+            removed.len()
+        );
+        for setting in &settings {
+            tracing::info!("{setting}");
+        }
+        self.rules = self.configuration.adopt(change);
+        let looked = self.pass().await;
+        self.tell();
+        looked.map_err(|error| failed(&error))?;
+        match self.last.failures.others.first() {
+            // Something that should be gone may not be.
+            Some(failure) if !removed.is_empty() || !changed.is_empty() => {
+                Err(ApiError { code: ErrorCode::Failed, message: failure.clone() })
+            }
+            _ => Ok(Reloaded {
+                added: find(self.last.rules(), &added),
+                changed: find(self.last.rules(), &changed),
+                removed,
+                settings,
+            }),
+        }
+    }
+
+    /// Tells the service manager how things are.
+    fn tell(&mut self) {
+        let refused = self.configuration.refused().map_or("", |_| "; the configuration is not reloaded");
+        self.manager.status(format!("{}{refused}", self.summary()));
     }
 
     async fn status(&mut self) -> Result<Status, ApiError> {
@@ -265,6 +336,7 @@ impl Reconciler {
             docker: self.docker_status(),
             firewall: self.last.firewall(),
             rules: self.last.rules(),
+            refused_reload: self.configuration.refused().cloned(),
         })
     }
 
@@ -319,8 +391,10 @@ impl Reconciler {
             };
             self.inventory = Some(inventory.clone());
             self.refused.retain(|inode, _| inventory.listeners.iter().any(|l| l.inode == *inode));
-            let policy =
-                Policy { firewall: self.firewall, ..resolve(&self.rules, &inventory, &self.abilities) };
+            let policy = Policy {
+                firewall: self.configuration.config().firewall,
+                ..resolve(&self.rules, &inventory, &self.abilities)
+            };
             let reality = self.executor.reality(&policy).await?;
             let steps = self.possible(plan(&policy, &reality));
             // Steps that have failed will again.
@@ -332,12 +406,15 @@ impl Reconciler {
                     tracing::info!("{change}");
                 }
                 self.last = report;
+                self.tell();
                 return match unseen {
                     Some(error) => Err(error.context("the change is made to what was seen last")),
                     None => Ok(()),
                 };
             }
             rounds += 1;
+            // A round of a hundred thousand rules takes seconds; there are few of them.
+            self.manager.beat();
             failures = self.executor.execute(&steps).await;
             for news in failures.since(&self.last.failures) {
                 tracing::warn!("{news}");

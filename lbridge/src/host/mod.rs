@@ -4,4 +4,5 @@
 pub mod interfaces;
 pub mod listeners;
 pub mod netns;
+pub mod privileges;
 pub mod scratch;

@@ -28,6 +28,15 @@ pub enum FirewallMode {
     Off,
 }
 
+impl fmt::Display for FirewallMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Manage => "manage",
+            Self::Off => "off",
+        })
+    }
+}
+
 /// What must be let through: TCP from one bridge to one of its own addresses at one port.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Opening {

@@ -1,22 +1,29 @@
-//! Files: the rules that `allow` made, the networks last seen, the configuration. Owns their format; imports planning.
+//! Files: the rules that `allow` made, the networks last seen, the configuration ([`config`]). Owns their format; imports
+//! planning.
 //!
 //! Writes are atomic and durable: a new file beside the old one, synced, renamed over it, the directory synced.
 
+pub mod config;
+
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{ErrorKind, Write as _},
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::planning::{firewall::FirewallMode, inventory::DockerNetwork, rule::Rule};
+use crate::planning::{inventory::DockerNetwork, rule::Rule};
 
 /// Format of the files in the state directory.
 const VERSION: u32 = 1;
+const RULES_FILE: &str = "rules.toml";
 
 /// The state directory.
 #[derive(Debug, Clone)]
@@ -40,21 +47,6 @@ struct NetworksFile {
     networks: Vec<DockerNetwork>,
 }
 
-/// The configuration file.
-#[derive(Debug, Default, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// Rules, read-only to the CLI.
-    #[serde(default, rename = "rule")]
-    pub rules: Vec<Rule>,
-    /// What may be done to the host's firewall.
-    #[serde(default)]
-    pub firewall: FirewallMode,
-    /// How long relayed connections may take to end when the daemon is stopped (`"30s"`, `"2m"`).
-    #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
-    pub drain_timeout: Option<Duration>,
-}
-
 impl Store {
     /// Opens the directory; makes it, for its owner alone, where it is not there.
     pub fn open(directory: &Path) -> anyhow::Result<Self> {
@@ -63,13 +55,37 @@ impl Store {
             .mode(0o700)
             .create(directory)
             .with_context(|| format!("cannot make the state directory {}", directory.display()))?;
-        Ok(Self { directory: directory.to_owned() })
+        Ok(Self::at(directory))
+    }
+
+    /// The directory as it is, to be read.
+    pub fn at(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
+    /// Held by the one daemon that uses the directory.
+    pub fn lock(&self) -> anyhow::Result<Flock<File>> {
+        // A file of our own: a directory can be locked by whoever may read it.
+        let path = self.path("lock");
+        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+        Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+            Errno::EWOULDBLOCK => {
+                anyhow::anyhow!("another lbridge daemon uses {}; stop it first", self.directory.display())
+            }
+            error => anyhow::anyhow!("cannot lock {}: {error}", self.directory.display()),
+        })
+    }
+
+    /// Where the rules that `allow` made are.
+    pub fn rules_file(&self) -> PathBuf {
+        self.path(RULES_FILE)
     }
 
     /// The rules that `allow` made. A file that cannot be understood is an error that names the line: starting without
     /// its rules would cut off what they serve.
     pub fn rules(&self) -> anyhow::Result<Vec<Rule>> {
-        let path = self.path("rules.toml");
+        let path = self.rules_file();
         let file: RulesFile = match read_toml(&path)? {
             None => return Ok(vec![]),
             Some(file) => file,
@@ -86,7 +102,7 @@ impl Store {
 
     /// Replaces the rules.
     pub fn save_rules(&self, rules: Vec<Rule>) -> anyhow::Result<()> {
-        self.write("rules.toml", &toml::to_string(&RulesFile { version: VERSION, rules })?)
+        self.write(RULES_FILE, &toml::to_string(&RulesFile { version: VERSION, rules })?)
     }
 
     /// Docker's networks as last seen, for a start while the engine is away. They are a help, so that a file which
@@ -125,28 +141,24 @@ impl Store {
     }
 }
 
-impl Config {
-    /// Reads the file; none is as good as an empty one.
-    pub fn load(path: &Path) -> anyhow::Result<Self> {
-        Ok(read_toml(path)?.unwrap_or_default())
-    }
-}
-
 fn read_toml<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {
     let text = match fs::read_to_string(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         read => read.with_context(|| format!("cannot read {}", path.display()))?,
     };
     toml::from_str(&text).map(Some).map_err(|error| {
-        let place = error.span().map_or_else(String::new, |span| {
-            let before = &text[..span.start.min(text.len())];
-            let line = before.matches('\n').count() + 1;
-            let column = before.rsplit('\n').next().map_or(0, |l| l.chars().count()) + 1;
-            format!(":{line}:{column}")
-        });
+        let place = error.span().map_or_else(String::new, |span| place(&text, span.start));
         let message = error.message().replace('\n', " ");
         anyhow::anyhow!("{}{place}: {message}; mend or remove the file, then start again", path.display())
     })
+}
+
+/// `:LINE:COLUMN` of a byte.
+fn place(text: &str, start: usize) -> String {
+    let before = text.get(..start).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().map_or(0, |line| line.chars().count()) + 1;
+    format!(":{line}:{column}")
 }
 
 #[cfg(test)]

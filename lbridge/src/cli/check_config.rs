@@ -1,0 +1,39 @@
+//! `lbridge check-config`: what `lbridge run` and `lbridge reload` would make of the file. Needs no daemon.
+
+use std::path::PathBuf;
+
+use anyhow::anyhow;
+use clap::Args;
+
+use super::{Failure, render};
+use crate::store::{Store, config::Config};
+
+/// Arguments of `lbridge check-config`.
+#[derive(Debug, Args)]
+pub(super) struct CheckConfigArgs {
+    /// Configuration file
+    #[arg(long, env = "LBRIDGE_CONFIG", default_value = "/etc/lbridge/lbridge.toml")]
+    config: PathBuf,
+    /// Directory of the rules that `allow` makes, which must not contradict the file
+    #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = "/var/lib/lbridge")]
+    state_dir: PathBuf,
+}
+
+pub(super) fn handle(args: &CheckConfigArgs) -> Result<(), Failure> {
+    let there = args.config.try_exists().map_err(anyhow::Error::from)?;
+    let config = Config::load(&args.config).map_err(|error| anyhow!("{error:#}; mend the file"))?;
+    let store = Store::at(&args.state_dir);
+    // Mostly root's alone.
+    let (allowed, unreadable) = match store.rules() {
+        Ok(allowed) => (allowed, false),
+        Err(error) if is_forbidden(&error) => (vec![], true),
+        Err(error) => return Err(error.into()),
+    };
+    config.rules_with(allowed, &store.rules_file()).map_err(anyhow::Error::from)?;
+    render::config(&args.config, there, &config, unreadable.then(|| store.rules_file()).as_deref())
+}
+
+fn is_forbidden(error: &anyhow::Error) -> bool {
+    let cause = error.downcast_ref::<std::io::Error>();
+    cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::PermissionDenied)
+}

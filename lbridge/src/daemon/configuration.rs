@@ -1,0 +1,131 @@
+//! The configuration that is in force, and how another takes its place. Decides nothing of what follows from it.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use anyhow::anyhow;
+use jiff::Timestamp;
+
+use crate::{
+    api::protocol::{ApiError, ErrorCode, RefusedReload, SettingChange},
+    planning::rule::{Origin, Rule, RuleId, Rules},
+    store::{
+        Store,
+        config::{Config, Unfit},
+    },
+};
+
+/// The file and what was read from it.
+#[derive(Debug)]
+pub(super) struct Configuration {
+    path: PathBuf,
+    config: Config,
+    /// Rules of `allow` that the file has, too: theirs again once the file does not have them any more.
+    repeated: Vec<Rule>,
+    refused: Option<RefusedReload>,
+}
+
+/// What another configuration means, before it is in force.
+#[derive(Debug)]
+pub(super) struct Change {
+    config: Config,
+    /// All of them, those of `allow` included.
+    pub(super) rules: Rules,
+    repeated: Vec<Rule>,
+    /// Of the file alone: those that are new, other than they were, or gone.
+    pub(super) added: Vec<RuleId>,
+    pub(super) changed: Vec<RuleId>,
+    pub(super) removed: Vec<RuleId>,
+    pub(super) settings: Vec<SettingChange>,
+}
+
+impl Configuration {
+    /// Reads it for a start; with it all rules.
+    pub(super) fn load(path: PathBuf, store: &Store) -> anyhow::Result<(Self, Rules)> {
+        let config =
+            Config::load(&path).map_err(|e| anyhow!("{e:#}; mend or remove the file, then start again"))?;
+        let allowed = store.rules()?;
+        let rules = config.rules_with(allowed.clone(), &store.rules_file());
+        let rules = rules.map_err(|unfit| anyhow!("{unfit}, then start again"))?;
+        let repeated = repeated(&rules, allowed);
+        Ok((Self { path, config, repeated, refused: None }, rules))
+    }
+
+    /// What is in force.
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The reload that failed, if the last did.
+    pub(super) fn refused(&self) -> Option<&RefusedReload> {
+        self.refused.as_ref()
+    }
+
+    /// Rules of `allow` among `rules`, as they are to be kept on disk.
+    pub(super) fn allowed(&self, rules: &Rules) -> Vec<Rule> {
+        let own =
+            rules.iter().filter(|(_, _, origin)| *origin == Origin::Cli).map(|(_, rule, _)| rule.clone());
+        own.chain(self.repeated.iter().cloned()).collect()
+    }
+
+    /// Reads the file again, and compares it with what is in force. Nothing is changed, but that a file which is of no use
+    /// is remembered.
+    pub(super) fn read_again(&mut self, rules: &Rules, store: &Store) -> Result<Change, ApiError> {
+        let read = Config::load(&self.path).map_err(|e| Unfit::Rule(format!("{e:#}; mend the file")));
+        let read = read.and_then(|config| {
+            let allowed = self.allowed(rules);
+            let all = config.rules_with(allowed.clone(), &store.rules_file())?;
+            Ok(self.change(config, rules, all, allowed))
+        });
+        read.map_err(|unfit| {
+            let code = match &unfit {
+                Unfit::Rule(_) => ErrorCode::Failed,
+                Unfit::Contradiction(_) => ErrorCode::Conflict,
+            };
+            let since = self.refused.as_ref().map_or_else(Timestamp::now, |refused| refused.since);
+            self.refused = Some(RefusedReload { since, error: unfit.to_string() });
+            ApiError {
+                code,
+                message: format!("{unfit}, then `lbridge reload`; what was read before is in force"),
+            }
+        })
+    }
+
+    fn change(&self, config: Config, before: &Rules, rules: Rules, allowed: Vec<Rule>) -> Change {
+        let of_file = |rules: &Rules| -> BTreeMap<RuleId, Rule> {
+            let of_file = rules.iter().filter(|(_, _, origin)| *origin == Origin::Config);
+            of_file.map(|(id, rule, _)| (id.clone(), rule.clone())).collect()
+        };
+        let (old, new) = (of_file(before), of_file(&rules));
+        let ids = |wanted: &dyn Fn(&RuleId, &Rule) -> bool, among: &BTreeMap<RuleId, Rule>| {
+            among.iter().filter(|(id, rule)| wanted(id, rule)).map(|(id, _)| id.clone()).collect()
+        };
+        let settings = self.config.settings().into_iter().zip(config.settings());
+        let settings = settings
+            .filter(|(before, now)| before != now)
+            .map(|((name, before), (_, now))| SettingChange { name: name.to_owned(), before, now });
+        Change {
+            added: ids(&|id, _| !old.contains_key(id), &new),
+            changed: ids(&|id, rule| old.get(id).is_some_and(|old| old != rule), &new),
+            removed: ids(&|id, _| !new.contains_key(id), &old),
+            settings: settings.collect(),
+            repeated: repeated(&rules, allowed),
+            config,
+            rules,
+        }
+    }
+
+    /// From now on this one is in force; all rules.
+    pub(super) fn adopt(&mut self, change: Change) -> Rules {
+        self.config = change.config;
+        self.repeated = change.repeated;
+        self.refused = None;
+        change.rules
+    }
+}
+
+fn repeated(rules: &Rules, mut allowed: Vec<Rule>) -> Vec<Rule> {
+    let of_file: std::collections::BTreeSet<_> =
+        rules.iter().filter(|(_, _, origin)| *origin == Origin::Config).map(|(id, ..)| id).collect();
+    allowed.retain(|rule| of_file.contains(&rule.id()));
+    allowed
+}
