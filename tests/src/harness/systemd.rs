@@ -237,6 +237,10 @@ fn become_systemd(folder: &Path) -> Result<std::convert::Infallible> {
     pivot_root(".", ".").context("change the root")?;
     umount2(".", MntFlags::MNT_DETACH).context("detach the old root")?;
     chdir("/")?;
+    // As container managers do: what is mounted later (`ip netns add`) is to be seen by services with mounts of their own.
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none)
+        .context("share mounts with services")?;
     // A terminal's signals are not for it, and what is blocked would stay blocked for every service.
     setsid().context("start a session")?;
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;

@@ -27,28 +27,35 @@ const UNIT: &str = "lbridge.service";
 /// A configuration.
 const RELAY_8080: &str = "[[rule]]\nnetwork = \"bridge:lab0\"\nport = \"8080\"\npath = \"relay\"\n";
 
-/// Descriptors that systemd keeps, and how long it waits for a stop.
+/// What tests want of the unit: descriptors that systemd keeps, how long it waits for a stop and for a sign of life, and
+/// whether Docker is followed.
 #[derive(Clone, Copy, Debug)]
 struct Unit {
     store: u32,
     stop: &'static str,
+    watchdog: &'static str,
+    docker: bool,
 }
 
 impl Default for Unit {
     fn default() -> Unit {
-        Unit { store: 512, stop: "90s" }
+        Unit { store: 512, stop: "90s", watchdog: "60s", docker: false }
     }
 }
 
+/// The unit that packages install.
+const PACKAGED: &str = include_str!("../../../packaging/lbridge.service");
+
 impl Unit {
-    fn text(self) -> String {
-        let Unit { store, stop } = self;
+    /// What differs here from the packaged unit.
+    fn drop_in(self) -> String {
+        let Unit { store, stop, watchdog, docker } = self;
+        let (lbridge, docker) = (systemd::LBRIDGE, if docker { "" } else { " --no-docker" });
         // The limit of starts is for what fails again and again; these tests start it often.
         format!(
-            "[Unit]\nDescription=Host-loopback access for containers\nStartLimitIntervalSec=0\n\n\
-             [Service]\nType=notify\nExecStart={} run --no-docker\nRestart=on-failure\n\
-             FileDescriptorStoreMax={store}\nTimeoutStopSec={stop}\n",
-            systemd::LBRIDGE
+            "[Unit]\nStartLimitIntervalSec=0\n\n\
+             [Service]\nExecStart=\nExecStart={lbridge} run{docker}\nExecReload=\nExecReload={lbridge} reload\n\
+             FileDescriptorStoreMax={store}\nTimeoutStopSec={stop}\nWatchdogSec={watchdog}\n"
         )
     }
 }
@@ -68,7 +75,10 @@ impl Scene {
         let lab = Lab::with_host(systemd.netns().clone());
         let bridge = lab.add_bridge("lab0", "10.7.0.1/24")?;
         let container = lab.container(&bridge, "10.7.0.2/24")?;
-        systemd.install_unit(UNIT, &unit.text())?;
+        let drop_ins = systemd.path("/etc/systemd/system").join(format!("{UNIT}.d"));
+        fs::create_dir(&drop_ins)?;
+        fs::write(drop_ins.join("tests.conf"), unit.drop_in())?;
+        systemd.install_unit(UNIT, PACKAGED)?;
         let scene = Scene { lab, bridge, container, systemd };
         scene.configure(config)?;
         Ok(scene)
