@@ -128,6 +128,11 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
+/// What `--help`, the completion scripts and the man pages are made from.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Reads the command line, does what it says.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -145,7 +150,7 @@ pub fn main() -> ExitCode {
         Command::CheckConfig(args) => check_config::handle(&args),
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
         Command::Completions(args) => {
-            completions::handle(&args, &mut Cli::command());
+            completions::handle(&args, &mut command());
             Ok(())
         }
     };
