@@ -11,7 +11,7 @@ use std::{env, fs, panic};
 use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
-use super::{daemon, kernel, logs, patience, sandbox, systemd, vm};
+use super::{daemon, kernel, logs, packages, patience, sandbox, systemd, vm};
 
 /// The test to run in this process, set by the parent.
 const TEST: &str = "LBRIDGE_TEST";
@@ -35,6 +35,10 @@ pub enum Need {
     Mptcp,
     /// A kernel to boot, by the name of its folder.
     Kernel(&'static str),
+    /// A package that was made for tests, by the name of its file.
+    Package(&'static str),
+    /// The root file system of a Debian release.
+    DebianRoot(&'static str),
     /// A kernel where socket programs can tell namespaces apart (5.15).
     RegistersAlone,
 }
@@ -59,6 +63,8 @@ impl Need {
             Need::Kernel(name) if vm::kernel(name).is_none() => {
                 Some(format!("no kernel {name} to boot: cargo xtask test --setup"))
             }
+            Need::Package(name) => packages::package(name).err().map(|error| format!("{error:#}")),
+            Need::DebianRoot(name) => packages::root(name).err().map(|error| format!("{error:#}")),
             Need::RegistersAlone if !kernel::registers_listeners_alone() => {
                 Some("the kernel is older than 5.15".to_owned())
             }

@@ -11,6 +11,7 @@
 //! host's. Its processes are not seen from inside, though: who wants to take sockets from them cannot. One at a time.
 //! With the handle goes PID 1, and with that everything inside; the sandbox removes the rest.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -48,6 +49,8 @@ pub const NEEDS: [Need; 7] = [
 ];
 /// Set for the process that becomes systemd: the folder for its root.
 const BECOME: &str = "LBRIDGE_SYSTEMD_FOLDER";
+/// Set as well where it is not to be the machine's root, with the built `lbridge` in it: what lies below.
+const LOWER: &str = "LBRIDGE_SYSTEMD_LOWER";
 
 /// A booted systemd.
 #[derive(Debug)]
@@ -56,7 +59,7 @@ pub struct Systemd {
     journal: Option<Child>,
     netns: NetNs,
     log: Log,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// To be called early in `main`, after [`sandbox::hook`]: in the process that becomes systemd it never returns.
@@ -73,11 +76,23 @@ pub fn hook() {
 impl Systemd {
     /// Starts systemd, and returns when it is up. No unit of the machine's administrator is there.
     pub fn boot() -> Result<Systemd> {
+        Systemd::boot_over(None)
+    }
+
+    /// As [`Systemd::boot`], over another root file system, or over the machine's (`/`) without the built `lbridge` in it.
+    pub fn boot_root(lower: &Path) -> Result<Systemd> {
+        Systemd::boot_over(Some(lower))
+    }
+
+    fn boot_over(lower: Option<&Path>) -> Result<Systemd> {
         ensure!(sandbox::is_inside(), "systemd needs a sandbox around it");
         let folder = tempfile::Builder::new().prefix("systemd.").tempdir_in("/run")?;
         let log = Log::new("systemd");
         let mut command = Command::new(env::current_exe().context("find the current program")?);
         command.env(BECOME, folder.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(lower) = lower {
+            command.env(LOWER, lower);
+        }
         // The next child of a thread that has unshared its pid namespace is PID 1 of the new one.
         let spawned = thread::scope(|scope| {
             let spawn = || {
@@ -90,7 +105,7 @@ impl Systemd {
         init.stdout.take().into_iter().for_each(|pipe| log.follow(pipe));
         init.stderr.take().into_iter().for_each(|pipe| log.follow(pipe));
         // From here on it is ended if anything fails.
-        let mut systemd = Systemd { init, journal: None, netns: NetNs::current()?, log, _folder: folder };
+        let mut systemd = Systemd { init, journal: None, netns: NetNs::current()?, log, folder };
         systemd.wait_until_up()?;
         systemd.netns = NetNs::of_process(systemd.init.id())?;
         systemd.netns.ip("link set lo up")?;
@@ -152,6 +167,27 @@ impl Systemd {
     pub fn run(&self, program: &str, arguments: &[&str]) -> Result<Output> {
         let output = self.command(program).args(arguments).output();
         Ok(output.with_context(|| format!("run {program} beside systemd"))?.into())
+    }
+
+    /// Files and folders below `inside` that are not as they were before it was booted, or new.
+    pub fn written(&self, inside: &str) -> Result<BTreeSet<PathBuf>> {
+        fn list(upper: &Path, folder: &Path, into: &mut BTreeSet<PathBuf>) -> Result<()> {
+            for entry in fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
+                let entry = entry?;
+                into.insert(Path::new("/").join(entry.path().strip_prefix(upper)?));
+                if entry.file_type()?.is_dir() {
+                    list(upper, &entry.path(), into)?;
+                }
+            }
+            Ok(())
+        }
+        let upper = self.folder.path().join("upper");
+        let folder = upper.join(inside.trim_start_matches('/'));
+        let mut written = BTreeSet::new();
+        if folder.is_dir() {
+            list(&upper, &folder, &mut written)?;
+        }
+        Ok(written)
     }
 
     /// Writes a unit and has it known. One that is there already is replaced.
@@ -225,13 +261,16 @@ fn become_systemd(folder: &Path) -> Result<std::convert::Infallible> {
     )
     .context("make namespaces")?;
     let root = folder.join("root");
-    overlay(folder, &root)?;
+    let lower = env::var_os(LOWER).map(PathBuf::from);
+    overlay(lower.as_deref().unwrap_or(Path::new("/")), folder, &root)?;
     kernel_file_systems(&root)?;
     devices(&root)?;
     bare(&root)?;
     let lbridge = root.join(LBRIDGE.trim_start_matches('/'));
-    File::create(&lbridge)?;
-    bind(&daemon::binary()?, &lbridge)?;
+    if lower.is_none() {
+        File::create(&lbridge)?;
+        bind(&daemon::binary()?, &lbridge)?;
+    }
 
     chdir(&root)?;
     pivot_root(".", ".").context("change the root")?;
@@ -271,12 +310,13 @@ fn read_only(at: &Path) -> Result<()> {
     mount(none, at, none, flags, none).with_context(|| format!("make {} read-only", at.display()))
 }
 
-/// The machine's root file system; what is written goes to `folder`, a tmpfs.
-fn overlay(folder: &Path, root: &Path) -> Result<()> {
+/// A root file system; what is written goes to `folder`, a tmpfs.
+fn overlay(lower: &Path, folder: &Path, root: &Path) -> Result<()> {
     let (upper, work) = (folder.join("upper"), folder.join("work"));
     fs::create_dir(&upper)?;
     fs::create_dir(&work)?;
-    let options = format!("lowerdir=/,upperdir={},workdir={}", upper.display(), work.display());
+    let (lower, upper, work) = (lower.display(), upper.display(), work.display());
+    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
     mount_new("overlay", root, MsFlags::empty(), &options)
 }
 
@@ -341,6 +381,9 @@ fn bare(root: &Path) -> Result<()> {
     for file in ["fstab", "crypttab"] {
         absent(fs::remove_file(etc.join(file)))?;
     }
+    // It forbids packages to start services, on machines that are images in the making.
+    absent(fs::remove_file(root.join("usr/sbin/policy-rc.d")))?;
+    absent(fs::remove_file(root.join(LBRIDGE.trim_start_matches('/'))))?;
     fs::create_dir_all(etc.join("systemd/system"))?;
     // Without one it would be a first boot, which enables units.
     absent(fs::remove_file(etc.join("machine-id")))?;

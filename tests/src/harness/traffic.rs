@@ -6,19 +6,18 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use lbridge_tests::harness::client;
-use lbridge_tests::harness::netns::NetNs;
-use lbridge_tests::harness::patience;
+use anyhow::{Result, anyhow, ensure};
 
-use crate::join;
+use super::netns::NetNs;
+use super::{client, patience};
 
 const CLIENTS: usize = 4;
 /// Between two connections of a client: there are others who want the processor.
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// Clients at work.
-pub(crate) struct Traffic {
+#[derive(Debug)]
+pub struct Traffic {
     stop: Arc<AtomicBool>,
     served: Arc<AtomicUsize>,
     clients: Vec<JoinHandle<Vec<String>>>,
@@ -26,7 +25,7 @@ pub(crate) struct Traffic {
 
 impl Traffic {
     /// Starts clients, each with one connection at a time, that must be greeted by `service` and get back what they send.
-    pub(crate) fn start(netns: &NetNs, to: SocketAddr, service: &'static str) -> Traffic {
+    pub fn start(netns: &NetNs, to: SocketAddr, service: &'static str) -> Traffic {
         let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let client = || {
             let (netns, stop, served) = (netns.clone(), Arc::clone(&stop), Arc::clone(&served));
@@ -47,7 +46,7 @@ impl Traffic {
     }
 
     /// Returns when so many more connections were served.
-    pub(crate) fn flows(&self, connections: usize) -> Result<()> {
+    pub fn flows(&self, connections: usize) -> Result<()> {
         let wanted = self.served.load(Ordering::SeqCst) + connections;
         patience::until("connections are served", || {
             Ok((self.served.load(Ordering::SeqCst) >= wanted).then_some(()))
@@ -55,14 +54,15 @@ impl Traffic {
     }
 
     /// Ends it. What failed, each connection on its own.
-    pub(crate) fn failures(self) -> Result<Vec<String>> {
+    pub fn failures(self) -> Result<Vec<String>> {
         self.stop.store(true, Ordering::SeqCst);
+        let join = |client: JoinHandle<Vec<String>>| client.join().map_err(|_| anyhow!("a client panicked"));
         let failures = self.clients.into_iter().map(join).collect::<Result<Vec<_>>>()?;
         Ok(failures.concat())
     }
 
     /// Ends it. Nothing may have failed.
-    pub(crate) fn all_served(self) -> Result<()> {
+    pub fn all_served(self) -> Result<()> {
         let served = Arc::clone(&self.served);
         let failures = self.failures()?;
         let (failed, served) = (failures.len(), served.load(Ordering::SeqCst));

@@ -12,9 +12,9 @@ use lbridge_tests::harness::kernel;
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::traffic::Traffic;
 use lbridge_tests::tests;
 
-use crate::traffic::Traffic;
 use crate::{RELAY_8080, Scene, UNIT, Unit, join};
 
 pub(crate) fn tests() -> Vec<Test> {

@@ -1,7 +1,6 @@
 //! lbridge as a unit of a real systemd: starts, stops, and restarts that refuse nobody.
 
 mod handover;
-mod traffic;
 mod unit;
 
 use std::net::SocketAddr;

@@ -10,9 +10,9 @@ use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::systemd::Systemd;
+use lbridge_tests::harness::traffic::Traffic;
 use lbridge_tests::tests;
 
-use crate::traffic::Traffic;
 use crate::{RELAY_8080, Scene, UNIT, Unit};
 
 pub(crate) fn tests() -> Vec<Test> {
