@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::bpf_toolchain::{TARGET, Toolchain, Versions, bpf_cargo, locked_version, strip};
-use crate::workspace::{replace, root, run, target};
+use crate::workspace::{hex, replace, root, run, target};
 
 /// The folder of the object and of the file beside it, from the checkout's root.
 const FOLDER: &str = "lbridge/bpf";
@@ -231,15 +231,6 @@ fn collect(root: &Path, path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn hex(digest: impl AsRef<[u8]>) -> String {
-    use std::fmt::Write as _;
-    digest.as_ref().iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 /// What a loader sees of an object.

@@ -3,10 +3,10 @@
 use anyhow::Result;
 
 use crate::bpf_toolchain::{self, Toolchain};
-use crate::{apt, kernels};
+use crate::{apt, kernels, package, roots};
 
 /// What the suites use, apart from the toolchain of the kernel programs.
-const PACKAGES: [&str; 18] = [
+const PACKAGES: [&str; 20] = [
     "apache2-bin",    // a web server, without the service that the package apache2 is
     "bubblewrap",     // sandboxes of users
     "busybox-static", // the containers' image, and the virtual machines' user space
@@ -16,14 +16,16 @@ const PACKAGES: [&str; 18] = [
     "haproxy",        // what the benchmark compares with, as socat
     "iproute2",
     "iptables",
+    "mmdebstrap", // the root of a newer Debian
     "nftables",
     "postgresql", // its server; without a cluster, see apt.rs
     "qemu-system-x86",
     "redis-tools", // the server is in it, under another name; redis-server would be a service
+    "rpm",         // looks at the package for other distributions, and installs it
     "socat",
     "strace",   // a tracer that is there already
-    "ufw",      // a firewall in the way
     "systemd",  // the suite that restarts lbridge under it
+    "ufw",      // a firewall in the way
     "xz-utils", // kernel modules are compressed
 ];
 
@@ -36,5 +38,7 @@ pub(crate) fn handle() -> Result<()> {
         apt::install(&missing)?;
     }
     Toolchain::find()?;
-    kernels::fetch()
+    kernels::fetch()?;
+    roots::make()?;
+    package::install_test_tools()
 }

@@ -8,11 +8,14 @@ use std::{fmt, fs};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::setup;
+use crate::roots::roots_folder;
 use crate::workspace::{cargo, root, run, target, vm_folder};
+use crate::{package, setup};
 
 /// The unit tests' name on the command line.
 const UNIT: &str = "unit";
+/// The suite that installs packages.
+const PACKAGES: &str = "packages";
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
@@ -41,7 +44,15 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<bool> {
     let mut results = Vec::new();
     for suite in wanted {
         let start = Instant::now();
-        let counts = run_suite(suite)?;
+        let prepared = if suite == PACKAGES { package::for_tests() } else { Ok(()) };
+        let counts = match prepared {
+            Ok(()) => run_suite(suite)?,
+            // The other suites have something to say all the same.
+            Err(error) => {
+                println!("\n== {suite}\nno packages to test: {error:#}: counted as a failure");
+                Counts { failed: 1, ..Counts::default() }
+            }
+        };
         results.push((suite, counts, start.elapsed()));
     }
 
@@ -67,7 +78,9 @@ fn run_suite(suite: &str) -> Result<Counts> {
             .args(["test", "--workspace", "--no-fail-fast"])
             .args(*selection)
             .env("LBRIDGE_BIN", target().join("debug/lbridge"))
-            .env("LBRIDGE_VM_DIR", vm_folder());
+            .env("LBRIDGE_VM_DIR", vm_folder())
+            .env("LBRIDGE_ROOTS_DIR", roots_folder())
+            .env("LBRIDGE_PACKAGES_DIR", package::test_folder());
         counts += run_counted(&mut command, &mut io::stdout())?;
     }
     Ok(counts)

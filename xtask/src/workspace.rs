@@ -85,3 +85,13 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(&new, bytes).with_context(|| format!("write {}", new.display()))?;
     fs::rename(&new, path).with_context(|| format!("rename {} into place", new.display()))
 }
+
+/// A digest as `sha256sum` prints it.
+pub(crate) fn hex(digest: impl AsRef<[u8]>) -> String {
+    use std::fmt::Write as _;
+    digest.as_ref().iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string does not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

@@ -1,0 +1,293 @@
+//! `cargo xtask package`: what people install. A Debian package, an RPM package, and an archive with a static binary, of
+//! one stage: the binary, and what is made from the definition of its command line. Their metadata is in
+//! `lbridge/Cargo.toml`, the unit and the scripts are in `packaging/`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::workspace::{build_release, cargo, hex, output, root, run, target};
+
+/// Cargo's subcommands that make packages: from the registry, in a version that is known to do what is wanted.
+const CARGO_DEB: Tool = Tool { name: "cargo-deb", version: "3.8.0" };
+const CARGO_RPM: Tool = Tool { name: "cargo-generate-rpm", version: "0.21.1" };
+const CARGO_CYCLONEDX: Tool = Tool { name: "cargo-cyclonedx", version: "0.5.9" };
+
+/// For a binary that needs nothing of the machine but its kernel.
+const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
+
+/// Options of `cargo xtask package`.
+#[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "a switch for each kind of result")]
+pub(crate) struct Arguments {
+    /// Make the package for Debian and Ubuntu
+    #[arg(long)]
+    deb: bool,
+    /// Make the package for Fedora, RHEL and openSUSE
+    #[arg(long)]
+    rpm: bool,
+    /// Make the archive with the static binary
+    #[arg(long)]
+    musl: bool,
+    /// Make the list of components (SBOM), in CycloneDX's format
+    #[arg(long)]
+    sbom: bool,
+}
+
+/// Makes what is asked for, or everything, in `target/package`.
+pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
+    let all = !(arguments.deb || arguments.rpm || arguments.musl || arguments.sbom);
+    let results = folder();
+    let stage = results.join("stage");
+    fs::create_dir_all(&results).with_context(|| format!("make {}", results.display()))?;
+    let mut made = Vec::new();
+    // The archive has it, too.
+    let sbom = if all || arguments.sbom || arguments.musl { Some(sbom(&results)?) } else { None };
+    made.extend(sbom.clone());
+    if all || arguments.deb || arguments.rpm {
+        fill(&stage, &build_release()?)?;
+    }
+    if all || arguments.deb {
+        let package = results.join(format!("lbridge_{VERSION}-1_amd64.deb"));
+        deb(&stage, &package, &[])?;
+        made.push(package);
+    }
+    if all || arguments.rpm {
+        let package = results.join(format!("lbridge-{VERSION}-1.x86_64.rpm"));
+        rpm(&stage, &package, &[])?;
+        made.push(package);
+    }
+    if let Some(sbom) = sbom.filter(|_| all || arguments.musl) {
+        made.push(archive(&results, &sbom)?);
+    }
+    for file in &made {
+        println!("{:>9} {}", fs::metadata(file)?.len(), file.display());
+    }
+    checksums(&results)
+}
+
+/// The workspace's packages have one.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+fn folder() -> PathBuf {
+    target().join("package")
+}
+
+/// Where the suite `packages` finds what [`for_tests`] made.
+pub(crate) fn test_folder() -> PathBuf {
+    folder().join("test")
+}
+
+/// Builds the tools that [`for_tests`] needs, if they are not there yet.
+pub(crate) fn install_test_tools() -> Result<()> {
+    CARGO_DEB.find()?;
+    CARGO_RPM.find().map(drop)
+}
+
+/// Makes packages of the built debug binary, each in two versions, for an upgrade. Nothing without the tools.
+pub(crate) fn for_tests() -> Result<()> {
+    let results = test_folder();
+    drop(fs::remove_dir_all(&results));
+    if !(CARGO_DEB.is_there() && CARGO_RPM.is_there()) {
+        eprintln!("no packages for the tests: cargo xtask test --setup");
+        return Ok(());
+    }
+    let stage = results.join("stage");
+    fill(&stage, &target().join("debug/lbridge"))?;
+    for release in ["1", "2"] {
+        let version = format!("{VERSION}-{release}");
+        // Compressed in a hurry.
+        let options = ["--fast", "--deb-version", &version];
+        deb(&stage, &results.join(format!("{release}.deb")), &options)?;
+        let release_is = format!("release = \"{release}\"");
+        let options = ["--payload-compress=gzip", "--set-metadata", &release_is];
+        rpm(&stage, &results.join(format!("{release}.rpm")), &options)?;
+    }
+    Ok(())
+}
+
+/// Fills a folder that packagers take for Cargo's target folder, since they look for the binary and for what is built in
+/// `release/` there.
+fn fill(stage: &Path, binary: &Path) -> Result<()> {
+    let folder = stage.join("release");
+    drop(fs::remove_dir_all(&folder));
+    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    let staged = folder.join("lbridge");
+    fs::copy(binary, &staged).with_context(|| format!("copy {}", binary.display()))?;
+    run(Command::new("strip").arg("--strip-debug").arg(&staged))?;
+    let manual_folder = folder.join("manual");
+    manual(&manual_folder)?;
+    // As both kinds of distribution want their man pages; without a time stamp.
+    let mut gzip = Command::new("gzip");
+    gzip.args(["--best", "--no-name"]);
+    for entry in fs::read_dir(&manual_folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|section| section == "1") {
+            gzip.arg(path);
+        }
+    }
+    run(&mut gzip)
+}
+
+/// Man pages and completion scripts. The program that writes them knows nothing of profiles.
+fn manual(folder: &Path) -> Result<()> {
+    run(cargo().args(["run", "--quiet", "--package", "lbridge", "--example", "manual", "--"]).arg(folder))
+}
+
+fn deb(stage: &Path, package: &Path, options: &[&str]) -> Result<()> {
+    let mut cargo_deb = dated(Command::new(CARGO_DEB.find()?))?;
+    cargo_deb.current_dir(root()).env("CARGO_TARGET_DIR", stage);
+    cargo_deb.args(["deb", "--package=lbridge", "--locked", "--no-build", "--no-strip", "--quiet"]);
+    run(cargo_deb.args(options).arg("--output").arg(package))
+}
+
+fn rpm(stage: &Path, package: &Path, options: &[&str]) -> Result<()> {
+    let mut cargo_rpm = dated(Command::new(CARGO_RPM.find()?))?;
+    // By `ldd`: the same with and without the machine's own rpm.
+    cargo_rpm.current_dir(root().join("lbridge")).args(["generate-rpm", "--auto-req=builtin"]);
+    run(cargo_rpm.arg("--target-dir").arg(stage).args(options).arg("--output").arg(package))
+}
+
+/// The archive for every other distribution.
+fn archive(results: &Path, sbom: &Path) -> Result<PathBuf> {
+    let name = format!("lbridge-{VERSION}-x86_64-linux");
+    let folder = results.join("archive").join(&name);
+    drop(fs::remove_dir_all(&folder));
+    manual(&folder.join("manual"))?;
+    let binary = folder.join("lbridge");
+    fs::copy(build_static()?, &binary).context("copy the static binary")?;
+    let headers = output(Command::new("readelf").arg("--program-headers").arg(&binary))?;
+    ensure!(!headers.contains("INTERP"), "the binary for {STATIC_TARGET} wants a dynamic linker");
+
+    for file in ["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT"] {
+        fs::copy(root().join(file), folder.join(file)).with_context(|| format!("copy {file}"))?;
+    }
+    for file in ["lbridge.toml", "lbridge.sysusers"] {
+        fs::copy(root().join("packaging").join(file), folder.join(file))
+            .with_context(|| format!("copy {file}"))?;
+    }
+    fs::copy(sbom, folder.join("lbridge.cdx.json"))?;
+    // What no package manager knows belongs there.
+    let unit = fs::read_to_string(root().join("packaging/lbridge.service"))?;
+    fs::write(folder.join("lbridge.service"), unit.replace("/usr/bin/lbridge", "/usr/local/bin/lbridge"))?;
+
+    let archive = results.join(format!("{name}.tar.xz"));
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--xz", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"]);
+    tar.args(["--mode=u=rwX,go=rX", &format!("--mtime=@{}", date()?)]);
+    tar.arg("--file").arg(&archive).arg("--directory").arg(results.join("archive"));
+    run(tar.arg(&name))?;
+    Ok(archive)
+}
+
+fn build_static() -> Result<PathBuf> {
+    let libraries = output(Command::new("rustc").args(["--print=target-libdir", "--target", STATIC_TARGET]))?;
+    if !Path::new(libraries.trim_end()).exists() {
+        run(Command::new("rustup").args(["target", "add", STATIC_TARGET]).current_dir(root()))
+            .with_context(|| format!("Rust's libraries for {STATIC_TARGET} are needed"))?;
+    }
+    run(cargo()
+        .args(["build", "--release", "--locked", "--package", "lbridge", "--bin", "lbridge"])
+        .args(["--target", STATIC_TARGET]))?;
+    Ok(target().join(STATIC_TARGET).join("release/lbridge"))
+}
+
+/// Every crate in the binary, with its version and licence.
+fn sbom(results: &Path) -> Result<PathBuf> {
+    let mut cyclonedx = dated(Command::new(CARGO_CYCLONEDX.find()?))?;
+    let name = "lbridge-sbom";
+    cyclonedx.current_dir(root()).args(["cyclonedx", "--format=json", "--spec-version=1.5", "--quiet"]);
+    cyclonedx.args(["--manifest-path=lbridge/Cargo.toml", "--override-filename", name]);
+    let done = run(&mut cyclonedx);
+    let file = results.join(format!("lbridge-{VERSION}.cdx.json"));
+    // It writes one beside each manifest of the workspace.
+    for entry in fs::read_dir(root())? {
+        let folder = entry?.path();
+        let written = folder.join(name).with_extension("json");
+        if folder.ends_with("lbridge") && done.is_ok() {
+            let text = fs::read_to_string(&written).with_context(|| format!("read {}", written.display()))?;
+            // Where the checkout is concerns nobody.
+            let text = text.replace(&format!("file://{}/", root().display()), "file:///");
+            fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
+        }
+        if written.exists() {
+            fs::remove_file(&written)?;
+        }
+    }
+    done.map(|()| file)
+}
+
+/// In the form of `sha256sum`, so that `sha256sum --check SHA256SUMS` reads it.
+fn checksums(results: &Path) -> Result<()> {
+    const LIST: &str = "SHA256SUMS";
+    let mut names = Vec::new();
+    for entry in fs::read_dir(results)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() && entry.file_name() != LIST {
+            names.push(entry.file_name());
+        }
+    }
+    names.sort();
+    let mut lines = Vec::new();
+    for name in names {
+        let digest = hex(Sha256::digest(fs::read(results.join(&name))?));
+        lines.push(format!("{digest}  {}\n", name.display()));
+    }
+    fs::write(results.join(LIST), lines.concat())?;
+    println!("{}", results.join(LIST).display());
+    Ok(())
+}
+
+/// Has a packager take the last commit's time for every file's.
+fn dated(mut command: Command) -> Result<Command> {
+    command.env("SOURCE_DATE_EPOCH", date()?);
+    Ok(command)
+}
+
+/// The last commit's time, unless the environment says otherwise.
+fn date() -> Result<String> {
+    if let Ok(date) = std::env::var("SOURCE_DATE_EPOCH") {
+        return Ok(date);
+    }
+    let date = output(Command::new("git").args(["log", "-1", "--format=%ct"]).current_dir(root()));
+    Ok(date.context("not a checkout of git: set SOURCE_DATE_EPOCH")?.trim_end().to_owned())
+}
+
+/// A program of a package from the registry.
+struct Tool {
+    name: &'static str,
+    version: &'static str,
+}
+
+impl Tool {
+    fn root() -> PathBuf {
+        target().join("tools")
+    }
+
+    /// Whether it is installed in this version.
+    fn is_there(&self) -> bool {
+        let Tool { name, version } = self;
+        // Cargo's own record of what it has installed there.
+        let record = fs::read_to_string(Tool::root().join(".crates.toml")).unwrap_or_default();
+        record.contains(&format!("\"{name} {version} ("))
+    }
+
+    /// The program, built if it is missing or another version.
+    fn find(&self) -> Result<PathBuf> {
+        let Tool { name, version } = self;
+        if !self.is_there() {
+            eprintln!("building {name} {version}, once (a minute or two)");
+            let mut install = cargo();
+            install.args(["install", name, "--version", version, "--locked", "--force", "--quiet"]);
+            // For a few runs: that they are built quickly counts for more than that they are quick. What they have in
+            // common is built once.
+            install.env("CARGO_TARGET_DIR", Tool::root().join("build"));
+            install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_LTO", "off");
+            run(install.arg("--root").arg(Tool::root()))?;
+        }
+        Ok(Tool::root().join("bin").join(name))
+    }
+}
