@@ -1,7 +1,8 @@
 //! lbridge lets containers reach services that listen only on the host's loopback, per allowlisted network and port.
 //!
 //! ```text
-//! lbridge_common <- planning <- { store docker host firewall kernel relay sandbox api } <- { daemon foreground } <- cli
+//! lbridge_common <- planning <- { store docker host firewall kernel relay sandbox api }
+//!   <- { daemon foreground verify } <- cli
 //! ```
 //!
 //! The shells in braces do not import each other. `docs/architecture.md` has the map, `docs/data-path.md` follows one
@@ -19,3 +20,4 @@ pub mod planning;
 pub mod relay;
 pub mod sandbox;
 pub mod store;
+pub mod verify;

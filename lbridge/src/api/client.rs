@@ -66,6 +66,13 @@ impl Client {
         self.request::<(), _>(Method::GET, STATUS, None).await
     }
 
+    /// The daemon's process, as the kernel tells it.
+    pub async fn daemon(&self) -> Option<u32> {
+        let peer = UnixStream::connect(&self.path).await.ok()?.peer_cred().ok()?;
+        // A process of another pid namespace has no number here.
+        u32::try_from(peer.pid()?).ok().filter(|pid| *pid != 0)
+    }
+
     /// Adds rules; returns them as they then are.
     pub async fn allow(&self, allow: &Allow) -> Result<Vec<RuleStatus>, ClientError> {
         self.request(Method::POST, ALLOW, Some(allow)).await

@@ -1,12 +1,13 @@
 //! What client and daemon say to each other. Additions are compatible, so unknown fields are ignored.
 
-use std::{fmt, net::IpAddr, num::NonZeroU32, time::Duration};
+use std::{fmt, net::IpAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::planning::{
     firewall::FirewallMode,
+    inventory::DockerNetwork,
     policy::State,
     rule::{Network, Origin, PathChoice, ProxyProtocol, Rule, Source},
 };
@@ -33,6 +34,9 @@ pub struct Status {
     /// The host's firewall.
     #[serde(default)]
     pub firewall: FirewallStatus,
+    /// The engine's networks; the last known while it is away.
+    #[serde(default)]
+    pub docker_networks: Vec<DockerNetwork>,
     /// In order of network and port.
     pub rules: Vec<RuleStatus>,
     /// The configuration file is not what is in force.
@@ -200,12 +204,24 @@ pub struct GatewayStatus {
     pub address: IpAddr,
     /// The bridge; `lo` inside a namespace.
     pub interface: String,
+    /// Which namespace that is, if it is not the host's.
+    #[serde(default)]
+    pub namespace: Option<NamespaceStatus>,
     /// As observed.
     pub state: State,
     /// Why.
     pub why: Option<String>,
     /// Connections served since the entry was put or the relay opened.
     pub connections: u64,
+}
+
+/// A network namespace other than the host's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamespaceStatus {
+    /// Where it is found.
+    pub path: PathBuf,
+    /// Its inode there.
+    pub inode: u64,
 }
 
 /// Rules to add.

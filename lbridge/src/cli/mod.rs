@@ -11,6 +11,7 @@ mod reload;
 mod render;
 mod run;
 mod status;
+mod verify;
 
 use std::{num::NonZeroU32, path::PathBuf, process::ExitCode, str::FromStr as _, time::Duration};
 
@@ -73,6 +74,12 @@ enum Command {
     Reload(OutputArgs),
     /// Check a configuration file; needs no daemon
     CheckConfig(check_config::CheckConfigArgs),
+    /// Dial, and see that each rule is open to whom it should be and to nobody else; as root
+    ///
+    /// Makes throw-away network namespaces on the bridges, and one that stands for the LAN, and dials from there. Services
+    /// see connections that are closed at once; nothing else is sent, and nothing is left behind. Exit status 0 if everything
+    /// was as it should be, 1 if not, or if something could not be tried.
+    Verify(verify::VerifyArgs),
     /// Bridge a sandbox of your own (bwrap, unshare), in the foreground, without the daemon and without root
     Relay(relay::RelayArgs),
     /// Print a completion script for a shell
@@ -148,6 +155,12 @@ pub fn main() -> ExitCode {
         Command::Status(args) => block_on(status::handle(&args, &client)),
         Command::Reload(args) => block_on(reload::handle(&args, &client)),
         Command::CheckConfig(args) => check_config::handle(&args),
+        Command::Verify(args) => match block_on(verify::handle(args, &client)) {
+            Ok(true) => Ok(()),
+            // What is wrong has been printed.
+            Ok(false) => return Exit::Failed.into(),
+            Err(failure) => Err(failure),
+        },
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
         Command::Completions(args) => {
             completions::handle(&args, &mut command());
@@ -206,7 +219,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     Exit::Usage.into()
 }
 
-fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(anyhow::Error::from)?;
     runtime.block_on(command)

@@ -335,6 +335,7 @@ impl Reconciler {
             },
             docker: self.docker_status(),
             firewall: self.last.firewall(),
+            docker_networks: self.inventory.iter().flat_map(|seen| seen.docker_networks.clone()).collect(),
             rules: self.last.rules(),
             refused_reload: self.configuration.refused().cloned(),
         })

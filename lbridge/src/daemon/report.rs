@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::executor::Failures;
 use crate::{
-    api::protocol::{FirewallStatus, GatewayStatus, RuleStatus},
+    api::protocol::{FirewallStatus, GatewayStatus, NamespaceStatus, RuleStatus},
     planning::{
         firewall::Passage,
-        policy::{GatewayOutcome, Outcome, Policy, RelayKey, RuleOutcome, State},
+        inventory::{Entrance, NamespaceKey},
+        policy::{GatewayOutcome, Outcome, Place, Policy, RelayKey, RuleOutcome, State},
         reality::Reality,
         rule::RuleId,
     },
@@ -163,9 +164,21 @@ impl Report {
         GatewayStatus {
             address: meant.relay_key.address.ip(),
             interface: meant.relay_key.place.interface().to_owned(),
+            namespace: match &meant.relay_key.place {
+                Place::Bridge { .. } => None,
+                Place::Namespace(key) => Some(namespace(key)),
+            },
             state: observed.state,
             why: observed.why,
             connections: entry.map_or(0, |entry| entry.steered) + by_relay.connections,
         }
     }
+}
+
+fn namespace(key: &NamespaceKey) -> NamespaceStatus {
+    let path = match &key.entrance {
+        Entrance::Process { pid, .. } => format!("/proc/{pid}/ns/net").into(),
+        Entrance::Path(path) => path.clone(),
+    };
+    NamespaceStatus { path, inode: key.id.inode }
 }

@@ -16,7 +16,7 @@ use anyhow::{Context as _, bail};
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::{
     SockDiagMessage,
-    constants::{AF_INET, AF_INET6, IPPROTO_TCP},
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_LISTEN},
     inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
@@ -41,26 +41,46 @@ pub fn tcp() -> anyhow::Result<Vec<Listener>> {
     Ok(listeners)
 }
 
-fn dump(family: u8, listeners: &mut Vec<Listener>) -> anyhow::Result<()> {
-    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-    socket.bind_auto()?;
-    socket.connect(&NetlinkAddr::new(0, 0))?;
-    let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
-    let request = InetRequest {
-        family,
-        protocol: IPPROTO_TCP,
-        extensions: ExtensionFlags::empty(),
-        states: StateFlags::LISTEN,
-        socket_id,
+/// The listening socket of this thread's network namespace that the kernel would give a connection from `source` to
+/// `destination` that comes in on an interface, by its index. It is asked, not worked out: to find a socket by its ends the
+/// kernel does what it does for a SYN, steering programs included (`inet_lookup`, which `inet_diag_find_one_icsk` calls). No
+/// packet is sent, so no firewall has a say, and no route.
+pub fn lookup(
+    source: SocketAddr,
+    destination: SocketAddr,
+    interface: u32,
+) -> anyhow::Result<Option<Listener>> {
+    let family = if destination.is_ipv4() { AF_INET } else { AF_INET6 };
+    // As of the socket that is looked for: its own end is the source.
+    let socket_id = SocketId {
+        source_port: destination.port(),
+        destination_port: source.port(),
+        source_address: destination.ip(),
+        destination_address: source.ip(),
+        interface_id: interface,
+        // INET_DIAG_NOCOOKIE: any.
+        cookie: [0xff; 8],
     };
-    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
-    message.finalize();
-    let mut buffer = vec![0; DUMP_BUFFER];
-    message.serialize(&mut buffer);
-    socket.send(&buffer[..message.buffer_len()], 0)?;
+    let mut buffer = vec![];
+    let socket = ask(family, socket_id, StateFlags::all(), 0, &mut buffer)?;
+    buffer.clear();
+    socket.recv(&mut buffer, 0)?;
+    match NetlinkMessage::<SockDiagMessage>::deserialize(&buffer)?.payload {
+        NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
+            Ok((response.header.state == TCP_LISTEN).then(|| listener(&response)))
+        }
+        NetlinkPayload::Error(error) if error.raw_code() == -libc::ENOENT => Ok(None),
+        NetlinkPayload::Error(error) => {
+            Err(error.to_io()).context("cannot ask for the socket of a connection")
+        }
+        _ => bail!("sock_diag answers something else"),
+    }
+}
 
+fn dump(family: u8, listeners: &mut Vec<Listener>) -> anyhow::Result<()> {
+    let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
+    let mut buffer = vec![];
+    let socket = ask(family, socket_id, StateFlags::LISTEN, NLM_F_DUMP, &mut buffer)?;
     loop {
         // netlink-sys takes a `BufMut` and fills what is free of it.
         buffer.clear();
@@ -80,6 +100,29 @@ fn dump(family: u8, listeners: &mut Vec<Listener>) -> anyhow::Result<()> {
             rest = rest.get(length..).unwrap_or_default();
         }
     }
+}
+
+/// Sends a request; its answer is to be received into `buffer`.
+fn ask(
+    family: u8,
+    socket_id: SocketId,
+    states: StateFlags,
+    flags: u16,
+    buffer: &mut Vec<u8>,
+) -> anyhow::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    socket.connect(&NetlinkAddr::new(0, 0))?;
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | flags;
+    let request =
+        InetRequest { family, protocol: IPPROTO_TCP, extensions: ExtensionFlags::empty(), states, socket_id };
+    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    message.finalize();
+    buffer.resize(DUMP_BUFFER, 0);
+    message.serialize(buffer);
+    socket.send(&buffer[..message.buffer_len()], 0)?;
+    Ok(socket)
 }
 
 fn listener(response: &InetResponse) -> Listener {
@@ -234,6 +277,15 @@ pub fn holder(inode: u64) -> Option<String> {
     Some(format!("{name} (process {})", process.file_name()?.display()))
 }
 
+/// Whether a process has a descriptor of the socket with this inode.
+pub fn is_held_by(inode: u64, pid: u32) -> bool {
+    let wanted = format!("socket:[{inode}]");
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    descriptors.into_iter().any(|descriptor| {
+        fs::read_link(descriptor.path()).is_ok_and(|link| link.as_os_str() == OsStr::new(&wanted))
+    })
+}
+
 /// Whether a listening socket is MPTCP (`SO_PROTOCOL`).
 pub fn is_mptcp(socket: &OwnedFd) -> bool {
     sockopt::socket_protocol(socket).is_ok_and(|protocol| protocol == Some(ipproto::MPTCP))
@@ -295,6 +347,17 @@ mod tests {
             let taken = Taker::default().take(inode, &HashSet::from([inode])).unwrap();
             assert_eq!(TcpListener::from(taken).local_addr().unwrap(), seen.address);
         }
+    }
+
+    #[test]
+    fn the_kernel_is_asked_who_would_get_a_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let inode = nix::sys::stat::fstat(listener.as_fd()).unwrap().st_ino;
+        let (from, to) = ("127.0.0.7:1".parse().unwrap(), listener.local_addr().unwrap());
+        assert_eq!(lookup(from, to, 1).unwrap().map(|found| found.inode), Some(inode));
+        assert!(is_held_by(inode, std::process::id()) && !is_held_by(inode, 1));
+        drop(listener);
+        assert_eq!(lookup(from, to, 1).unwrap(), None);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use futures_util::TryStreamExt as _;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    address::{AddressAttribute, AddressHeaderFlags},
+    address::{AddressAttribute, AddressHeaderFlags, AddressScope},
     link::{
         AfSpecInet6, AfSpecUnspec, BridgePortState, In6AddrGenMode, InfoBridgePort, InfoData, InfoPortData,
         InfoVeth, LinkAttribute, LinkInfo, LinkMessage, State,
@@ -140,6 +140,11 @@ impl Scratch {
     /// Whether it has an IPv6 address; where IPv6 is off a neighbour has none.
     pub fn has_ipv6(&self) -> bool {
         self.ipv6
+    }
+
+    /// Index of the host's end, which what is sent from beside comes in on.
+    pub fn host_index(&self) -> u32 {
+        self.link.index
     }
 
     /// Sends what is for none of its neighbours to one of them.
@@ -495,8 +500,11 @@ impl Netlink {
         while let Some(address) = addresses.try_next().await.context("cannot list addresses")? {
             let flags = address.header.flags;
             let failed = flags.contains(AddressHeaderFlags::Dadfailed);
-            tentative |=
-                address.header.index == index && flags.contains(AddressHeaderFlags::Tentative) && !failed;
+            let is_global = address.header.scope == AddressScope::Universe;
+            tentative |= address.header.index == index
+                && is_global
+                && flags.contains(AddressHeaderFlags::Tentative)
+                && !failed;
         }
         Ok(tentative)
     }

@@ -187,7 +187,8 @@ pub struct Subnet {
 }
 
 impl Subnet {
-    fn of(gateway: IpAddr, prefix: u8) -> Self {
+    /// The one that an address with the length of its prefix tells.
+    pub fn of(gateway: IpAddr, prefix: u8) -> Self {
         let gateway = Address::from(gateway);
         let mask = gateway.mask(prefix);
         Self { base: gateway.masked(&mask), mask }

@@ -11,6 +11,8 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 
 /// Commands and map types of include/uapi/linux/bpf.h.
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
@@ -82,6 +84,57 @@ fn count(fd: &OwnedFd, key_size: usize) -> Result<usize> {
             Err(error) => return Err(error).context("next key"),
         }
         std::mem::swap(&mut key, &mut next);
+    }
+}
+
+/// A pinned map, to be read and written by whoever means harm.
+#[derive(Debug)]
+pub struct Map {
+    fd: OwnedFd,
+    key_size: usize,
+    value_size: usize,
+}
+
+/// `union bpf_attr`, for commands on elements.
+#[repr(C)]
+struct Element {
+    fd: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+impl Map {
+    /// Opens it.
+    pub fn open(path: &Path) -> Result<Map> {
+        let fd = open(path)?;
+        let info = map_info(&fd)?;
+        Ok(Map {
+            fd,
+            key_size: usize::try_from(info.key_size)?,
+            value_size: usize::try_from(info.value_size)?,
+        })
+    }
+
+    /// The value under a key.
+    pub fn get(&self, key: &[u8]) -> Result<Vec<u8>> {
+        let mut value = vec![0; self.value_size];
+        self.element(BPF_MAP_LOOKUP_ELEM, key, value.as_mut_ptr() as u64).context("look up")?;
+        Ok(value)
+    }
+
+    /// Puts a value under a key.
+    pub fn put(&self, key: &[u8], value: &[u8]) -> Result<()> {
+        anyhow::ensure!(value.len() == self.value_size, "a value has {} bytes", self.value_size);
+        self.element(BPF_MAP_UPDATE_ELEM, key, value.as_ptr() as u64).context("update")
+    }
+
+    fn element(&self, command: libc::c_long, key: &[u8], value: u64) -> io::Result<()> {
+        assert_eq!(key.len(), self.key_size, "a key's size");
+        let fd = self.fd.as_raw_fd().cast_unsigned();
+        let mut element = Element { fd, padding: 0, key: key.as_ptr() as u64, value, flags: 0 };
+        bpf(command, &mut element).map(drop)
     }
 }
 

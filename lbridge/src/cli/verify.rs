@@ -1,0 +1,56 @@
+//! `lbridge verify`
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Exit, Failure, parse_network, render};
+use crate::{
+    api::client::Client,
+    planning::rule::{Network, Refused, RuleId},
+    verify::verify,
+};
+
+/// Arguments of `lbridge verify`.
+#[derive(Debug, Args)]
+pub(super) struct VerifyArgs {
+    /// The network, as the rule names it; all rules if left out
+    #[arg(value_parser = parse_network, requires = "port")]
+    network: Option<Network>,
+    /// The dialled port
+    port: Option<u16>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Whether everything was as it should be.
+pub(super) async fn handle(args: VerifyArgs, client: &Client) -> Result<bool, Failure> {
+    if !nix::unistd::geteuid().is_root() {
+        let message = "verify makes network namespaces on the bridges, so it needs root; use sudo".to_owned();
+        return Err(Failure { exit: Exit::Failed, message });
+    }
+    let wanted = args.network.zip(args.port).map(|(network, port)| RuleId { network, port });
+    let status = client.status().await?;
+    if let Some(wanted) = &wanted
+        && !status.rules.iter().any(|rule| rule.network == wanted.network && rule.port == wanted.port)
+    {
+        let message = Refused::NoSuchRule { id: wanted.clone() }.to_string();
+        return Err(Failure { exit: Exit::Rule, message });
+    }
+    let daemon = client.daemon().await;
+    let mut terminate = signal(SignalKind::terminate()).map_err(anyhow::Error::from)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
+    // What it has made goes with it, at whatever point it is dropped.
+    let report = tokio::select! {
+        report = verify(&status, daemon, wanted.as_ref()) => report?,
+        _ = terminate.recv() => return Err(interrupted()),
+        _ = interrupt.recv() => return Err(interrupted()),
+    };
+    let printed = if args.json { render::json(&report) } else { render::verification(&report) };
+    printed?;
+    Ok(report.verified)
+}
+
+fn interrupted() -> Failure {
+    Failure { exit: Exit::Failed, message: "interrupted; nothing was verified".to_owned() }
+}

@@ -1,0 +1,282 @@
+//! Where things are tried: throw-away namespaces, and those that rules name. All that is sent is sent from there.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::{anyhow, bail};
+use futures_util::future::join_all;
+use nix::net::if_::if_nameindex;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{net::TcpSocket, time::timeout};
+
+use super::plan::{Attempt, Place, Plan, subnet};
+use crate::{
+    api::protocol::NamespaceStatus,
+    host::{
+        listeners,
+        netns::{HostNetns, LOOPBACK, Namespace},
+        scratch::{Scratch, free_address},
+    },
+    planning::inventory::{Absence, Entrance, Interface, Listener},
+};
+
+/// How long somebody who should not answer may take to. On one machine an answer takes a millisecond.
+const CLOSED: Duration = Duration::from_secs(1);
+/// How long somebody who should answer, if only with a refusal, may take to.
+const ANSWERS: Duration = Duration::from_secs(3);
+/// How long a relay may take to find out that its service is not there, and to reset what it has accepted.
+const STAYS: Duration = Duration::from_millis(200);
+
+/// What came of a connection.
+#[derive(Debug, Clone)]
+pub(super) enum Dialled {
+    /// Somebody took it, and who would take another one.
+    Open(Option<Listener>),
+    /// Refused, or reset.
+    Refused,
+    /// No way there.
+    Unreachable,
+    /// No answer.
+    TimedOut,
+    /// It could not be tried.
+    NotTried(String),
+}
+
+/// Somewhere to try things from.
+#[derive(Debug)]
+enum Ground {
+    Scratch {
+        scratch: Scratch,
+        /// The host's interface that packets from there come in on.
+        ingress: u32,
+        /// The interface's subnets that it has an address in, each with that address.
+        addresses: Vec<(IpAddr, IpAddr)>,
+        /// The bridge, if it is on one.
+        bridge: Option<Interface>,
+    },
+    Namespace(Namespace),
+}
+
+/// All of them.
+#[derive(Debug)]
+pub(super) struct Grounds(BTreeMap<Place, Result<Ground, String>>);
+
+impl Grounds {
+    /// Makes, and finds, what a plan needs.
+    pub(super) async fn make(plan: &Plan) -> anyhow::Result<Self> {
+        let host = HostNetns::open()?;
+        let needed = |place: &Place| {
+            plan.trials.iter().any(|trial| match &trial.attempt {
+                Attempt::Connect { from, .. } => from == place,
+                Attempt::Borrow { of, at, .. } => at == place || *place == Place::Bridge(of.clone()),
+                Attempt::Foreign { at: only, .. } | Attempt::Wire { within: only, .. } => only == place,
+                Attempt::Nothing { .. } => false,
+            })
+        };
+        let bridges = plan.bridges.iter().map(|(name, bridge)| (Place::Bridge(name.clone()), Some(bridge)));
+        let places: Vec<_> = bridges.chain([(Place::Lan, None)]).filter(|(place, _)| needed(place)).collect();
+        let made = places.into_iter().map(async |(place, bridge)| {
+            let ground = match bridge {
+                Some(bridge) => on_bridge(bridge).await,
+                None => beside().await,
+            };
+            (place, ground.map_err(|error| format!("{error:#}")))
+        });
+        let mut grounds: BTreeMap<_, _> = join_all(made).await.into_iter().collect();
+        for (rule, namespace) in &plan.namespaces {
+            let opened = open(namespace, &host).map(Ground::Namespace);
+            grounds.insert(Place::Inside(rule.clone()), opened.map_err(|error| format!("{error:#}")));
+        }
+        Ok(Self(grounds))
+    }
+
+    fn get(&self, place: &Place) -> Result<&Ground, String> {
+        match self.0.get(place) {
+            Some(Ok(ground)) => Ok(ground),
+            Some(Err(why)) => Err(why.clone()),
+            None => Err("there is no such bridge any more".to_owned()),
+        }
+    }
+
+    /// Dials. What should be open is looked at more closely.
+    pub(super) async fn dial(&self, from: &Place, to: SocketAddr, should_answer: bool) -> Dialled {
+        match self.try_dial(from, to, should_answer).await {
+            Ok(dialled) => dialled,
+            Err(error) => Dialled::NotTried(format!("{error:#}")),
+        }
+    }
+
+    async fn try_dial(&self, from: &Place, to: SocketAddr, should_answer: bool) -> anyhow::Result<Dialled> {
+        let ground = self.get(from).map_err(|why| anyhow!(why))?;
+        let source = ground.source(to)?;
+        let socket = ground.within(|| socket(source, to))??;
+        let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
+        let limit = if should_answer { ANSWERS } else { CLOSED };
+        let stream = match timeout(limit, connecting).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return not_connected(error),
+            Err(_) => return Ok(Dialled::TimedOut),
+        };
+        if should_answer && let Ok(Err(error)) = timeout(STAYS, stream.peek(&mut [0])).await {
+            return not_connected(error);
+        }
+        // Another port: this one's connection is found first.
+        let local = stream.local_addr()?;
+        let other = SocketAddr::new(local.ip(), local.port() ^ 1);
+        Ok(Dialled::Open(ground.lookup(other, to)?))
+    }
+
+    /// Who would get a connection that comes in from `at`, with the address that the namespace on `of` has.
+    pub(super) fn borrowed(
+        &self,
+        of: &Place,
+        at: &Place,
+        to: SocketAddr,
+    ) -> Result<(IpAddr, Option<Listener>), String> {
+        let source = self.get(of)?.source(to).map_err(|error| format!("{error:#}"))?;
+        let source = source.ok_or("no address to borrow")?;
+        let found = self.get(at)?.lookup(SocketAddr::new(source, 1), to);
+        found.map(|found| (source, found)).map_err(|error| format!("{error:#}"))
+    }
+
+    /// Who would get a connection that comes in from `at`, with an address that is none of that network's; and the address.
+    pub(super) fn foreign(&self, at: &Place, to: SocketAddr) -> Result<(IpAddr, Option<Listener>), String> {
+        let ground = self.get(at)?;
+        let own = |ip: &IpAddr| match ground {
+            Ground::Scratch { bridge: Some(bridge), .. } => subnet(bridge, *ip).is_some(),
+            Ground::Scratch { .. } | Ground::Namespace(_) => false,
+        };
+        let source = documentation(to).into_iter().find(|ip| !own(ip));
+        let source = source.ok_or("every address is one of this network's")?;
+        let found = ground.lookup(SocketAddr::new(source, 1), to);
+        found.map(|found| (source, found)).map_err(|error| format!("{error:#}"))
+    }
+
+    /// Who would get a connection to localhost of a namespace that comes in on another interface than its loopback one.
+    pub(super) fn wire(&self, within: &Place, to: SocketAddr) -> Result<Option<Listener>, String> {
+        let Ground::Namespace(namespace) = self.get(within)? else { return Ok(None) };
+        let [source, _] = documentation(to);
+        let look = || -> anyhow::Result<_> {
+            for interface in &if_nameindex()? {
+                if interface.index() != LOOPBACK.get()
+                    && let Some(found) = listeners::lookup(SocketAddr::new(source, 1), to, interface.index())?
+                {
+                    return Ok(Some(found));
+                }
+            }
+            Ok(None)
+        };
+        namespace.within(look).and_then(|found| found).map_err(|error| format!("{error:#}"))
+    }
+}
+
+impl Ground {
+    fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+        match self {
+            Self::Scratch { scratch, .. } => scratch.within(work),
+            Self::Namespace(namespace) => namespace.within(work),
+        }
+    }
+
+    /// The address to dial from, where it matters.
+    fn source(&self, to: SocketAddr) -> anyhow::Result<Option<IpAddr>> {
+        let Self::Scratch { scratch, addresses, bridge, .. } = self else { return Ok(None) };
+        let Some(bridge) = bridge else {
+            if to.is_ipv6() && !scratch.has_ipv6() {
+                bail!("IPv6 is off on new interfaces, so nothing can dial from beside");
+            }
+            return Ok(None);
+        };
+        // A gateway is dialled from its own subnet.
+        let own = subnet(bridge, to.ip());
+        let fits = |(gateway, _): &&(IpAddr, IpAddr)| match own {
+            Some((own, _)) => *gateway == own,
+            None => gateway.is_ipv4() == to.is_ipv4(),
+        };
+        match (addresses.iter().find(fits), own) {
+            (Some((_, source)), _) => Ok(Some(*source)),
+            (None, Some((ip, prefix))) => bail!("no free address in the subnet of {ip}/{prefix}"),
+            (None, None) => bail!("no free address in the subnets of {}", bridge.name),
+        }
+    }
+
+    /// Who would get a connection from there.
+    fn lookup(&self, source: SocketAddr, to: SocketAddr) -> anyhow::Result<Option<Listener>> {
+        match self {
+            Self::Scratch { ingress, .. } => listeners::lookup(source, to, *ingress),
+            Self::Namespace(namespace) => {
+                namespace.within(|| listeners::lookup(source, to, LOOPBACK.get()))?
+            }
+        }
+    }
+}
+
+/// Addresses that nobody has (RFC 5737, RFC 3849).
+fn documentation(to: SocketAddr) -> [IpAddr; 2] {
+    match to {
+        SocketAddr::V4(_) => [Ipv4Addr::new(192, 0, 2, 1).into(), Ipv4Addr::new(198, 51, 100, 1).into()],
+        SocketAddr::V6(_) => [0, 1].map(|n| Ipv6Addr::new(0x2001, 0xdb8, n, 0, 0, 0, 0, 1).into()),
+    }
+}
+
+async fn on_bridge(bridge: &Interface) -> anyhow::Result<Ground> {
+    let (mut addresses, mut with_prefix) = (vec![], vec![]);
+    for (gateway, prefix) in &bridge.addresses {
+        let taken: Vec<_> = addresses.iter().map(|(_, own)| *own).collect();
+        if let Some(own) = free_address(bridge.index, *gateway, *prefix, &taken).await? {
+            addresses.push((*gateway, own));
+            with_prefix.push((own, *prefix));
+        }
+    }
+    if addresses.is_empty() {
+        bail!("no free address in the subnets of {}", bridge.name);
+    }
+    let scratch = Scratch::on_bridge(bridge.index, &with_prefix).await?;
+    for v4 in [true, false] {
+        if let Some((gateway, _)) = addresses.iter().find(|(gateway, _)| gateway.is_ipv4() == v4) {
+            scratch.route_via(*gateway).await?;
+        }
+    }
+    Ok(Ground::Scratch { scratch, ingress: bridge.index, addresses, bridge: Some(bridge.clone()) })
+}
+
+async fn beside() -> anyhow::Result<Ground> {
+    let scratch = Scratch::beside().await?;
+    let ingress = scratch.host_index();
+    Ok(Ground::Scratch { scratch, ingress, addresses: vec![], bridge: None })
+}
+
+fn open(namespace: &NamespaceStatus, host: &HostNetns) -> anyhow::Result<Namespace> {
+    let opened = Namespace::open(&Entrance::Path(namespace.path.clone()), host.id);
+    let opened = opened.map_err(|absence| match absence {
+        Absence::NotThere(why) | Absence::Unsuitable(why) => anyhow!(why),
+    })?;
+    if opened.key.id.inode != namespace.inode {
+        bail!("the namespace was replaced just now; try again");
+    }
+    Ok(opened)
+}
+
+/// Closed by a reset, so that nothing is left of the connection at either end when the namespace goes.
+fn socket(source: Option<IpAddr>, to: SocketAddr) -> io::Result<Socket> {
+    let socket =
+        Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    socket.set_linger(Some(Duration::ZERO))?;
+    if let Some(source) = source {
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
+    Ok(socket)
+}
+
+fn not_connected(error: io::Error) -> anyhow::Result<Dialled> {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Ok(Dialled::Refused),
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => Ok(Dialled::Unreachable),
+        io::ErrorKind::TimedOut => Ok(Dialled::TimedOut),
+        _ => Err(anyhow::Error::new(error).context("cannot dial")),
+    }
+}

@@ -1,0 +1,356 @@
+//! `lbridge verify`: tries, with real connections, that each rule is open to whom it should be, and to nobody else. Makes
+//! throw-away namespaces on the bridges and one that stands for the LAN, and dials from there. Runs in the process of the
+//! command, as root.
+//!
+//! What can be proved, and how:
+//!
+//! - that a rule is open: by a connection. That the right one takes it: the kernel is asked which listener it would give such
+//!   a connection to, see [`listeners::lookup`]; for a steered rule that must be the service's, for a relayed one a socket that
+//!   the daemon holds. That the relay's service is there: the relay does not reset the connection.
+//! - that it is closed to others: by connections that come to nothing. Refused, reset, unreachable and no answer are one.
+//! - that a source address of the network does not help those elsewhere: the kernel is asked as above, since whoever lies
+//!   about the source never sees an answer.
+//!
+//! What cannot be tried is not verified, and counts as a failure does.
+
+mod ground;
+mod plan;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+};
+
+use anyhow::{Context as _, bail};
+use futures_util::{StreamExt as _, stream};
+use lbridge_common::verdict::listening_addresses;
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use crate::{
+    api::protocol::Status,
+    host::{interfaces::Interfaces, listeners, netns},
+    planning::{
+        inventory::Listener,
+        rule::{Network, RuleId},
+    },
+};
+
+use ground::{Dialled, Grounds};
+use plan::{Attempt, By, Place, Plan, Trial, plan};
+
+/// Connections at a time; the soft limit of open files is 1,024 nearly everywhere.
+const AT_A_TIME: usize = 256;
+const FIREWALL: &str =
+    "a firewall drops it; `nft list ruleset` or `iptables -vnL INPUT` shows the rule whose count grows";
+
+/// What should come of a check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Expected {
+    /// Somebody answers, and it is the rule's service or relay.
+    Open,
+    /// Refused at once.
+    Refused,
+    /// Nobody answers.
+    Closed,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Found {
+    /// Somebody answered.
+    Open,
+    /// Refused, or reset.
+    Refused,
+    /// No way there.
+    Unreachable,
+    /// No answer.
+    TimedOut,
+    /// The kernel, asked, has nobody who would get it.
+    Nobody,
+    /// It was not tried.
+    NotTried,
+}
+
+/// Whether that is as it should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It is.
+    Ok,
+    /// It is not.
+    Failed,
+    /// It could not be tried.
+    Unverified,
+}
+
+/// One thing that was tried.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// The rule's network.
+    pub network: Network,
+    /// The rule's dialled port.
+    pub port: u16,
+    /// From where.
+    pub from: String,
+    /// What was dialled.
+    pub to: String,
+    /// What should have come of it.
+    pub expected: Expected,
+    /// What did.
+    pub found: Found,
+    /// Whether that is as it should be.
+    pub verdict: Verdict,
+    /// Why not.
+    pub why: Option<String>,
+}
+
+/// Everything that was tried.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Whether everything is as it should be.
+    pub verified: bool,
+    /// In order of the rules.
+    pub checks: Vec<Check>,
+}
+
+/// Verifies all rules of `status`, or one. `daemon` is the daemon's process.
+pub async fn verify(status: &Status, daemon: Option<u32>, wanted: Option<&RuleId>) -> anyhow::Result<Report> {
+    is_the_daemons_host(daemon)?;
+    // A channel that nobody reads: one look is all there is.
+    let interfaces = Interfaces::connect(mpsc::channel(1).0)?.list().await?;
+    let plan = plan(status, &interfaces, wanted);
+    let grounds = Grounds::make(&plan).await?;
+    let dialled = dial_all(&plan, &grounds).await;
+    let judge = Judge { status, daemon, grounds: &grounds, dialled, listeners: listeners::tcp()? };
+    let checks: Vec<_> = plan.trials.iter().map(|trial| judge.check(trial)).collect();
+    let verified = checks.iter().all(|check| check.verdict == Verdict::Ok);
+    Ok(Report { verified, checks })
+}
+
+/// In another network namespace everything would be closed.
+fn is_the_daemons_host(daemon: Option<u32>) -> anyhow::Result<()> {
+    let Some(pid) = daemon else { return Ok(()) };
+    let of = |process: &str| {
+        let file = std::fs::File::open(format!("/proc/{process}/ns/net"))?;
+        netns::id_of(&file)
+    };
+    if of("self")? != of(&pid.to_string()).context("cannot look at the daemon")? {
+        bail!(
+            "the daemon's host is another network namespace; run it there: nsenter --net=/proc/{pid}/ns/net"
+        );
+    }
+    Ok(())
+}
+
+/// Several rules may ask for the same.
+async fn dial_all(plan: &Plan, grounds: &Grounds) -> BTreeMap<(Place, SocketAddr), Dialled> {
+    let mut wanted = BTreeMap::new();
+    for trial in &plan.trials {
+        if let Attempt::Connect { from, to, .. } = &trial.attempt {
+            *wanted.entry((from.clone(), *to)).or_insert(false) |= trial.expected != Expected::Closed;
+        }
+    }
+    let dials = wanted.into_iter().map(async |((from, to), should_answer)| {
+        let dialled = grounds.dial(&from, to, should_answer).await;
+        ((from, to), dialled)
+    });
+    stream::iter(dials).buffer_unordered(AT_A_TIME).collect().await
+}
+
+struct Judge<'a> {
+    status: &'a Status,
+    daemon: Option<u32>,
+    grounds: &'a Grounds,
+    dialled: BTreeMap<(Place, SocketAddr), Dialled>,
+    /// Of the host.
+    listeners: Vec<Listener>,
+}
+
+impl Judge<'_> {
+    fn check(&self, trial: &Trial) -> Check {
+        let (from, to) = match &trial.attempt {
+            Attempt::Connect { from, to, .. } => (self.name(from), to.to_string()),
+            Attempt::Borrow { of, at, to } => {
+                let source = match self.grounds.borrowed(&Place::Bridge(of.clone()), at, *to) {
+                    Ok((source, _)) => source.to_string(),
+                    Err(_) => self.name(&Place::Bridge(of.clone())),
+                };
+                (format!("{}, as {source}", self.name(at)), to.to_string())
+            }
+            Attempt::Foreign { at, to } => {
+                let source = match self.grounds.foreign(at, *to) {
+                    Ok((source, _)) => source.to_string(),
+                    Err(_) => "a stranger".to_owned(),
+                };
+                (format!("{}, as {source}", self.name(at)), to.to_string())
+            }
+            Attempt::Wire { within, to } => (format!("{}, not lo", self.name(within)), to.to_string()),
+            Attempt::Nothing { what, .. } => (trial.rule.network.to_string(), what.clone()),
+        };
+        let (found, verdict, why) = self.judge(trial);
+        Check {
+            network: trial.rule.network.clone(),
+            port: trial.rule.port,
+            from,
+            to,
+            expected: trial.expected,
+            found,
+            verdict,
+            why,
+        }
+    }
+
+    fn name(&self, place: &Place) -> String {
+        match place {
+            Place::Lan => "the LAN".to_owned(),
+            Place::Inside(rule) => rule.network.to_string(),
+            Place::Bridge(bridge) => {
+                let is_its = |bridge_of: &Option<String>| bridge_of.as_ref() == Some(bridge);
+                let network = self.status.docker_networks.iter().find(|network| is_its(&network.bridge));
+                network.map_or_else(|| format!("bridge:{bridge}"), |network| network.name.clone())
+            }
+        }
+    }
+
+    fn judge(&self, trial: &Trial) -> (Found, Verdict, Option<String>) {
+        let failed = |found, why: String| (found, Verdict::Failed, Some(why));
+        match &trial.attempt {
+            Attempt::Nothing { why, .. } => unverified(why),
+            Attempt::Connect { from, to, by } => match self.dialled.get(&(from.clone(), *to)) {
+                None => unverified("it was not tried"),
+                Some(Dialled::NotTried(why)) => unverified(why),
+                Some(dialled) => match (trial.expected, dialled) {
+                    (Expected::Open, Dialled::Open(taker)) => match self.is_right(by.as_ref(), taker.as_ref(), *to) {
+                        Ok(()) => (Found::Open, Verdict::Ok, None),
+                        Err(why) => failed(Found::Open, why),
+                    },
+                    (Expected::Closed | Expected::Refused, Dialled::Open(taker)) => {
+                        failed(Found::Open, who_answers(taker.as_ref(), *to))
+                    }
+                    (Expected::Closed, _) => match self.behind_a_firewall(from, *to) {
+                        Some(why) => (found(dialled), Verdict::Unverified, Some(why)),
+                        None => (found(dialled), Verdict::Ok, None),
+                    },
+                    (Expected::Refused, Dialled::Refused) => (Found::Refused, Verdict::Ok, None),
+                    (Expected::Open, Dialled::Refused) => {
+                        failed(Found::Refused, "nobody takes it; the daemon's log may say why".to_owned())
+                    }
+                    (_, Dialled::TimedOut) => failed(Found::TimedOut, FIREWALL.to_owned()),
+                    (_, _) => failed(
+                        found(dialled),
+                        "a firewall rejects it, or a route leads elsewhere; see `nft list ruleset` and `ip route`".to_owned(),
+                    ),
+                },
+            },
+            Attempt::Borrow { of, at, to } => {
+                match self.grounds.borrowed(&Place::Bridge(of.clone()), at, *to) {
+                    Err(why) => unverified(&why),
+                    Ok((_, None)) => (Found::Nobody, Verdict::Ok, None),
+                    Ok((_, taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
+                }
+            }
+            Attempt::Foreign { at, to } => match self.grounds.foreign(at, *to) {
+                Err(why) => unverified(&why),
+                Ok((_, None)) => (Found::Nobody, Verdict::Ok, None),
+                Ok((_, taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
+            },
+            Attempt::Wire { within, to } => match self.grounds.wire(within, *to) {
+                Err(why) => unverified(&why),
+                Ok(None) => (Found::Nobody, Verdict::Ok, None),
+                Ok(taker) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
+            },
+        }
+    }
+
+    /// Nobody answers the LAN, but somebody listens there. What a firewall does about an interface that was made just now it
+    /// may not do about the LAN's. Localhost over the wire is not for a firewall to stop, but for the kernel.
+    fn behind_a_firewall(&self, from: &Place, to: SocketAddr) -> Option<String> {
+        if *from != Place::Lan || to.ip().is_loopback() {
+            return None;
+        }
+        let (_, taker) = self.grounds.foreign(from, to).ok()?;
+        let taker = taker?;
+        Some(format!(
+            "only a firewall keeps it closed, and may not do so on every interface: {}; have it listen on 127.0.0.1",
+            shown(&taker)
+        ))
+    }
+
+    /// Whether whoever takes the connections to `to` is who should.
+    fn is_right(&self, by: Option<&By>, taker: Option<&Listener>, to: SocketAddr) -> Result<(), String> {
+        let Some(taker) = taker else { return Err(who_answers(None, to)) };
+        match by {
+            Some(By::Service(target)) if self.serves(taker, *target) => Ok(()),
+            Some(By::Service(target)) => {
+                Err(format!("given to {}, not to the service on {target}", shown(taker)))
+            }
+            Some(By::Relay) => match self.daemon {
+                None => Err("the daemon's process cannot be told, and so not its relays".to_owned()),
+                Some(daemon) if listeners::is_held_by(taker.inode, daemon) => Ok(()),
+                Some(_) => Err(format!("given to {}, which is no relay of the daemon", shown(taker))),
+            },
+            None => Err("where the rule leads cannot be told".to_owned()),
+        }
+    }
+
+    /// Whether it is what a client on the host would reach there: a listener at that address, or else at a wildcard one.
+    fn serves(&self, taker: &Listener, target: SocketAddr) -> bool {
+        let at = |ip: IpAddr| -> Vec<_> {
+            let there = SocketAddr::new(ip, target.port());
+            let fits = |listener: &&Listener| {
+                listener.address == there
+                    && listener.bound_interface == 0
+                    && (listener.address.is_ipv4() == target.is_ipv4() || !listener.single_family)
+            };
+            self.listeners.iter().filter(fits).collect()
+        };
+        let address = target.ip().into();
+        let mut found = listening_addresses(&address).map(|ip| at(ip.into()));
+        let first = found.find(|there| !there.is_empty());
+        first.unwrap_or_default().iter().any(|listener| listener.inode == taker.inode)
+    }
+}
+
+fn unverified(why: &str) -> (Found, Verdict, Option<String>) {
+    (Found::NotTried, Verdict::Unverified, Some(why.to_owned()))
+}
+
+fn found(dialled: &Dialled) -> Found {
+    match dialled {
+        Dialled::Open(_) => Found::Open,
+        Dialled::Refused => Found::Refused,
+        Dialled::Unreachable => Found::Unreachable,
+        Dialled::TimedOut => Found::TimedOut,
+        Dialled::NotTried(_) => Found::NotTried,
+    }
+}
+
+/// Somebody answers who should not.
+fn who_answers(taker: Option<&Listener>, to: SocketAddr) -> String {
+    let port = to.port();
+    match taker {
+        None => "something answers that does not listen on the host: a NAT rule sends it there; \
+                 `nft list ruleset` or `iptables -t nat -vnL` shows which"
+            .to_owned(),
+        Some(taker) if taker.address.ip().is_loopback() => {
+            format!("given to {}, though no rule says so; restart the daemon", shown(taker))
+        }
+        Some(taker) if taker.address.ip().is_unspecified() => format!(
+            "the service itself, or something else, listens on all addresses: {}; have it listen on 127.0.0.1 (ss -ltnp sport = :{port})",
+            shown(taker)
+        ),
+        Some(taker) => format!("somebody listens there: {} (ss -ltnp sport = :{port})", shown(taker)),
+    }
+}
+
+fn shown(listener: &Listener) -> String {
+    match listeners::holder(listener.inode) {
+        Some(holder) => format!("{holder} on {}", listener.address),
+        None => listener.address.to_string(),
+    }
+}
