@@ -322,18 +322,21 @@ fn a_stranger_in_the_relays_place_is_found() -> Result<()> {
 
 fn a_firewall_before_the_gateway_is_found() -> Result<()> {
     let stage = Stage::new()?;
-    let drop_it = |port: u16| {
-        let rule = format!("-A INPUT -i lab0 -p tcp --dport {port} -j DROP");
+    let add = |port: u16, verdict: &str| {
+        let rule = format!("-A INPUT -i lab0 -p tcp --dport {port} -j {verdict}");
         let status = stage.host().command("iptables").args(rule.split(' ')).status()?;
         ensure!(status.success(), "iptables");
         Ok(())
     };
-    drop_it(PLAIN)?;
-    drop_it(WAITING)?;
+    add(PLAIN, "DROP")?;
+    add(WAITING, "DROP")?;
+    add(REMAPPED, "REJECT")?;
     let failures = failures(&stage.verify(&["bridge:lab0", "8080"], 1)?);
     must_contain(&failures, "bridge:lab0 -> 10.7.0.1:8080", "a firewall drops it; `nft")?;
     let failures = self::failures(&stage.verify(&["bridge:lab0", "7000"], 1)?);
-    must_contain(&failures, "bridge:lab0 -> 10.7.0.1:7000", "a firewall drops it")
+    must_contain(&failures, "bridge:lab0 -> 10.7.0.1:7000", "a firewall drops it")?;
+    let failures = self::failures(&stage.verify(&["bridge:lab0", "80"], 1)?);
+    must_contain(&failures, "bridge:lab0 -> 10.7.0.1:80", "a firewall rejects it")
 }
 
 fn a_firewall_before_the_service_proves_nothing() -> Result<()> {

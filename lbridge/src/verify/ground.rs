@@ -31,6 +31,17 @@ const ANSWERS: Duration = Duration::from_secs(3);
 /// How long a relay may take to find out that its service is not there, and to reset what it has accepted.
 const STAYS: Duration = Duration::from_millis(200);
 
+/// What a connection is to show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Aim {
+    /// That nobody takes it.
+    Closed,
+    /// That it is answered, if only with a refusal.
+    Answered,
+    /// That a relay takes it, and finds its service.
+    Relayed,
+}
+
 /// What came of a connection.
 #[derive(Debug, Clone)]
 pub(super) enum Dialled {
@@ -102,32 +113,41 @@ impl Grounds {
         }
     }
 
-    /// Dials. What should be open is looked at more closely.
-    pub(super) async fn dial(&self, from: &Place, to: SocketAddr, should_answer: bool) -> Dialled {
-        match self.try_dial(from, to, should_answer).await {
+    /// Dials.
+    pub(super) async fn dial(&self, from: &Place, to: SocketAddr, aim: Aim) -> Dialled {
+        match self.try_dial(from, to, aim).await {
             Ok(dialled) => dialled,
             Err(error) => Dialled::NotTried(format!("{error:#}")),
         }
     }
 
-    async fn try_dial(&self, from: &Place, to: SocketAddr, should_answer: bool) -> anyhow::Result<Dialled> {
+    async fn try_dial(&self, from: &Place, to: SocketAddr, aim: Aim) -> anyhow::Result<Dialled> {
         let ground = self.get(from).map_err(|why| anyhow!(why))?;
         let source = ground.source(to)?;
         let socket = ground.within(|| socket(source, to))??;
         let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
-        let limit = if should_answer { ANSWERS } else { CLOSED };
+        let limit = if aim == Aim::Closed { CLOSED } else { ANSWERS };
         let stream = match timeout(limit, connecting).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return not_connected(error),
             Err(_) => return Ok(Dialled::TimedOut),
         };
-        if should_answer && let Ok(Err(error)) = timeout(STAYS, stream.peek(&mut [0])).await {
+        if aim == Aim::Relayed
+            && let Ok(Err(error)) = timeout(STAYS, stream.peek(&mut [0])).await
+        {
             return not_connected(error);
         }
         // Another port: this one's connection is found first.
         let local = stream.local_addr()?;
         let other = SocketAddr::new(local.ip(), local.port() ^ 1);
         Ok(Dialled::Open(ground.lookup(other, to)?))
+    }
+
+    /// Who would get a connection, if it came through.
+    pub(super) fn taker(&self, from: &Place, to: SocketAddr) -> Option<Listener> {
+        let ground = self.get(from).ok()?;
+        let source = ground.source(to).ok()?.unwrap_or(documentation(to)[0]);
+        ground.lookup(SocketAddr::new(source, 1), to).ok()?
     }
 
     /// Who would get a connection that comes in from `at`, with the address that the namespace on `of` has.

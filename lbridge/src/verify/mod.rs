@@ -38,13 +38,15 @@ use crate::{
     },
 };
 
-use ground::{Dialled, Grounds};
+use ground::{Aim, Dialled, Grounds};
 use plan::{Attempt, By, Place, Plan, Trial, plan};
 
 /// Connections at a time; the soft limit of open files is 1,024 nearly everywhere.
 const AT_A_TIME: usize = 256;
 const FIREWALL: &str =
     "a firewall drops it; `nft list ruleset` or `iptables -vnL INPUT` shows the rule whose count grows";
+const REJECTS: &str =
+    "a firewall rejects it; `nft list ruleset` or `iptables -vnL INPUT` shows the rule whose count grows";
 
 /// What should come of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -151,12 +153,18 @@ fn is_the_daemons_host(daemon: Option<u32>) -> anyhow::Result<()> {
 async fn dial_all(plan: &Plan, grounds: &Grounds) -> BTreeMap<(Place, SocketAddr), Dialled> {
     let mut wanted = BTreeMap::new();
     for trial in &plan.trials {
-        if let Attempt::Connect { from, to, .. } = &trial.attempt {
-            *wanted.entry((from.clone(), *to)).or_insert(false) |= trial.expected != Expected::Closed;
+        if let Attempt::Connect { from, to, by } = &trial.attempt {
+            let aim = match (trial.expected, by) {
+                (Expected::Closed, _) => Aim::Closed,
+                (_, Some(By::Relay)) => Aim::Relayed,
+                (_, _) => Aim::Answered,
+            };
+            let wanted = wanted.entry((from.clone(), *to)).or_insert(aim);
+            *wanted = aim.max(*wanted);
         }
     }
-    let dials = wanted.into_iter().map(async |((from, to), should_answer)| {
-        let dialled = grounds.dial(&from, to, should_answer).await;
+    let dials = wanted.into_iter().map(async |((from, to), aim)| {
+        let dialled = grounds.dial(&from, to, aim).await;
         ((from, to), dialled)
     });
     stream::iter(dials).buffer_unordered(AT_A_TIME).collect().await
@@ -238,7 +246,14 @@ impl Judge<'_> {
                     },
                     (Expected::Refused, Dialled::Refused) => (Found::Refused, Verdict::Ok, None),
                     (Expected::Open, Dialled::Refused) => {
-                        failed(Found::Refused, "nobody takes it; the daemon's log may say why".to_owned())
+                        let why = match (by, self.grounds.taker(from, *to)) {
+                            (Some(By::Relay), Some(_)) => {
+                                "its relay resets it, or a firewall rejects it; the daemon's log may say why"
+                            }
+                            (_, Some(_)) => REJECTS,
+                            (_, None) => "nobody takes it; the daemon's log may say why",
+                        };
+                        failed(Found::Refused, why.to_owned())
                     }
                     (_, Dialled::TimedOut) => failed(Found::TimedOut, FIREWALL.to_owned()),
                     (_, _) => failed(
@@ -273,8 +288,7 @@ impl Judge<'_> {
         if *from != Place::Lan || to.ip().is_loopback() {
             return None;
         }
-        let (_, taker) = self.grounds.foreign(from, to).ok()?;
-        let taker = taker?;
+        let taker = self.grounds.taker(from, to)?;
         Some(format!(
             "only a firewall keeps it closed, and may not do so on every interface: {}; have it listen on 127.0.0.1",
             shown(&taker)

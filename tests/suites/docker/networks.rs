@@ -33,6 +33,7 @@ pub(crate) fn tests() -> Vec<Test> {
         daemon_restarts_while_the_engine_is_away,
         daemon_is_there_before_the_engine,
         networks_without_a_bridge_are_blocked,
+        every_network_is_tried_by_verify,
         hostile_names,
         name_that_is_the_id_of_another,
         firewall_is_left_to_docker,
@@ -398,6 +399,41 @@ fn networks_without_a_bridge_are_blocked() -> Result<()> {
         ensure!(state.state == "blocked" && state.why.is_some(), "{network}: {state:?}");
     }
     Ok(())
+}
+
+/// Also those that no rule names, a container that does not run among them.
+fn every_network_is_tried_by_verify() -> Result<()> {
+    let scene = Scene::new()?;
+    let app = scene.engine.create_network("app", &["--internal"])?;
+    let named = &["--opt", "com.docker.network.bridge.name=ownbridge"];
+    let other = scene.engine.create_network("other", named)?;
+    let container = scene.engine.run("app", &[])?;
+    scene.engine.run("none", &["--name", "lonely"])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.daemon.allow(&["app", "9090=8080", "--path", "relay"])?;
+    scene.daemon.allow(&["container:lonely", "8080"])?;
+    let output = scene.daemon.cli(&["verify", "--json"])?;
+    ensure!(output.status == 0, "{output:?}");
+    let report: serde_json::Value = serde_json::from_str(&output.stdout)?;
+    let checks = report["checks"].as_array().context("no checks")?;
+    let has = |from: &str, to: SocketAddr, expected: &str| {
+        let to = to.to_string();
+        ensure!(
+            checks.iter().any(|c| c["from"] == from && c["to"] == *to && c["expected"] == expected),
+            "{from} -> {to}: {checks:#?}"
+        );
+        Ok(())
+    };
+    has("app", at(&app, 8080), "open")?;
+    has("app", at(&app, 9090), "open")?;
+    has("container:lonely", "127.0.0.1:8080".parse()?, "open")?;
+    for from in ["bridge", "other", "the LAN"] {
+        has(from, at(&app, 8080), "closed")?;
+    }
+    has("app", at(&other, 8080), "closed")?;
+    has("other", at(&other, 8080), "closed")?;
+    scene.served(&container, at(&app, 8080), "service").map(drop)
 }
 
 /// Names that the Engine takes: they are arguments, JSON, TOML and text on a terminal, and nothing else.

@@ -8,6 +8,7 @@ mod listeners;
 mod names;
 mod relay;
 mod steer;
+mod verified;
 
 use lbridge_tests::harness::suite::{Need, Suite};
 
@@ -22,6 +23,7 @@ pub(crate) fn suite() -> Suite {
         lifecycle::tests(),
         inside::tests(),
         limits::tests(),
+        verified::tests(),
     ];
     Suite::new(needs, tests.concat())
 }
