@@ -17,6 +17,7 @@ pub mod foreground;
 pub mod host;
 pub mod kernel;
 pub mod planning;
+pub mod recipes;
 pub mod relay;
 pub mod sandbox;
 pub mod store;
