@@ -1,8 +1,8 @@
 //! lbridge lets containers reach services that listen only on the host's loopback, per allowlisted network and port.
 //!
 //! ```text
-//! lbridge_common <- planning <- { store docker host firewall kernel relay sandbox api }
-//!   <- { daemon foreground verify } <- cli
+//! lbridge_common <- planning <- { store docker host firewall kernel relay sandbox recipes api }
+//!   <- { daemon foreground verify doctor import } <- cli
 //! ```
 //!
 //! The shells in braces do not import each other. `docs/architecture.md` has the map, `docs/data-path.md` follows one
@@ -12,9 +12,11 @@ pub mod api;
 pub mod cli;
 pub mod daemon;
 pub mod docker;
+pub mod doctor;
 pub mod firewall;
 pub mod foreground;
 pub mod host;
+pub mod import;
 pub mod kernel;
 pub mod planning;
 pub mod recipes;

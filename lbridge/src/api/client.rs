@@ -61,6 +61,11 @@ impl Client {
         Self { path: path.to_owned() }
     }
 
+    /// Where the daemon is looked for.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Everything.
     pub async fn status(&self) -> Result<Status, ClientError> {
         self.request::<(), _>(Method::GET, STATUS, None).await

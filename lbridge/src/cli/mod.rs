@@ -5,6 +5,8 @@ mod allow;
 mod check_config;
 mod completions;
 mod deny;
+mod doctor;
+mod import;
 mod list;
 mod relay;
 mod reload;
@@ -80,6 +82,10 @@ enum Command {
     /// see connections that are closed at once; nothing else is sent, and nothing is left behind. Exit status 0 if everything
     /// was as it should be, 1 if not, or if something could not be tried.
     Verify(verify::VerifyArgs),
+    /// Say what this host can and cannot do, and what to do about it; exit status 1 if something is a problem
+    Doctor(doctor::DoctorArgs),
+    /// Turn socat units into rules; without --yes say what would be done
+    Import(import::ImportArgs),
     /// Bridge a sandbox of your own (bwrap, unshare), in the foreground, without the daemon and without root
     Relay(relay::RelayArgs),
     /// Print a completion script for a shell
@@ -161,6 +167,10 @@ pub fn main() -> ExitCode {
             Ok(false) => return Exit::Failed.into(),
             Err(failure) => Err(failure),
         },
+        Command::Doctor(args) => {
+            return doctor::handle(args, &client).unwrap_or_else(|failure| failed(&failure));
+        }
+        Command::Import(args) => block_on(import::handle(args, &client)),
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
         Command::Completions(args) => {
             completions::handle(&args, &mut command());

@@ -1,6 +1,7 @@
 //! All output. Names come from elsewhere (networks, remarks), so whatever could act on a terminal is escaped.
 
 use std::{
+    cmp::Reverse,
     collections::BTreeSet,
     fmt::Write as _,
     io::{self, Write as _},
@@ -13,13 +14,15 @@ use serde::Serialize;
 use super::Failure;
 use crate::{
     api::protocol::{DockerStatus, FirewallStatus, KernelPath, Reloaded, RuleStatus, Status},
+    doctor::{self, Level},
+    import::{Plan, Standing, Taken},
     planning::{
         firewall::FirewallMode,
         policy::State,
         rule::{Origin, PathChoice, ProxyProtocol, Source},
     },
     store::config::Config,
-    verify::{Check, Expected, Found, Report, Verdict},
+    verify::{self, Check, Expected, Found, Verdict},
 };
 
 fn print(text: &str) -> Result<(), Failure> {
@@ -201,7 +204,7 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
             writeln!(text, "Docker   away{since}; rules in force stay in force ({})", shown(error))
         }
     };
-    text += &firewall(&status.firewall);
+    text += &firewall_line(&status.firewall);
     if let Some(refused) = &status.refused_reload {
         let error = shown(&refused.error);
         let _ = writeln!(
@@ -242,7 +245,7 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
 }
 
 /// What stands in front of the rules, in a line.
-fn firewall(status: &FirewallStatus) -> String {
+fn firewall_line(status: &FirewallStatus) -> String {
     let mut line = match &status.firewalls[..] {
         [] => "firewall nothing that denies".to_owned(),
         firewalls => format!("firewall {}", firewalls.join(", ")),
@@ -264,7 +267,7 @@ fn firewall(status: &FirewallStatus) -> String {
 }
 
 /// What `verify` has tried. What is closed as it should be is told in one line for each place.
-pub(super) fn verification(report: &Report) -> Result<(), Failure> {
+pub(super) fn verification(report: &verify::Report) -> Result<(), Failure> {
     if report.checks.is_empty() {
         return print(NO_RULES);
     }
@@ -331,6 +334,132 @@ fn found(found: Found) -> &'static str {
         Found::Nobody => "nobody",
         Found::NotTried => "-",
     }
+}
+
+/// What the doctor found, the worst first, each with what to type.
+pub(super) fn examination(report: &doctor::Report) -> Result<(), Failure> {
+    let mut text = String::new();
+    let mut findings: Vec<_> = report.findings.iter().collect();
+    findings.sort_by_key(|finding| Reverse(finding.level));
+    for finding in findings {
+        let word = match finding.level {
+            Level::Problem => "PROBLEM",
+            Level::Warning => "WARNING",
+            Level::Note => "note",
+            Level::Ok => "ok",
+        };
+        let _ = writeln!(text, "{word:8} {}", shown(&finding.what));
+        if let Some(why) = &finding.why {
+            let _ = writeln!(text, "         {}", shown(why));
+        }
+        for line in &finding.remedy {
+            let _ = writeln!(text, "           {}", shown(line));
+        }
+    }
+    let count = |level| report.findings.iter().filter(|finding| finding.level == level).count();
+    let (problems, warnings) = (count(Level::Problem), count(Level::Warning));
+    let several = |count: usize| if count == 1 { "" } else { "s" };
+    let _ = match (problems, warnings) {
+        (0, 0) => writeln!(text, "\nNothing is wrong."),
+        (problems, warnings) => writeln!(
+            text,
+            "\n{problems} problem{}, {warnings} warning{}.",
+            several(problems),
+            several(warnings)
+        ),
+    };
+    print(&text)
+}
+
+/// What an import would do, and what to type.
+pub(super) fn import_plan(plan: &Plan) -> Result<(), Failure> {
+    let mut text = String::new();
+    for taken in &plan.taken {
+        let rule = &taken.rule;
+        let standing = match &taken.standing {
+            Standing::New => String::new(),
+            Standing::There => "; there already".to_owned(),
+            Standing::Conflict(target) => format!("; CONFLICT: the rule there is leads to {}", shown(target)),
+        };
+        let _ = writeln!(
+            text,
+            "{} {}: {} -> {}, from {}{standing}",
+            shown(&rule.network.to_string()),
+            rule.spec.port,
+            SocketAddr::new(taken.gateway, rule.spec.port),
+            shown(&rule.spec.target.to_string()),
+            shown(&taken.unit),
+        );
+    }
+    text += &left(plan);
+    if plan.taken.is_empty() {
+        text += "No socat unit is to be turned into a rule.\n";
+        return print(&text);
+    }
+    text += "\nNothing was changed. Services saw 127.0.0.1; they will see containers, unless --source loopback is given.\n\
+             Make the rules first:\n  lbridge import --yes\n\
+             The kernel asks lbridge before it looks for socat's socket: new connections go to rules that say steered, none\n\
+             is refused. Those that socat carries end with it, so stop it when they may:\n";
+    text += &disable(plan.taken.iter());
+    text += "A rule that has to be relayed says blocked (in use) until socat is stopped, and serves within a second of that.\n";
+    text += &firewall(plan);
+    print(&text)
+}
+
+/// What an import did, and what is left to type. `made` are the new rules, `all` those there are.
+pub(super) fn imported(plan: &Plan, made: &[RuleStatus], all: &[RuleStatus]) -> Result<(), Failure> {
+    states(made)?;
+    let mut text = left(plan);
+    if plan.taken.is_empty() {
+        text += "No socat unit is to be turned into a rule.\n";
+        return print(&text);
+    }
+    let is_blocked = |taken: &&Taken| {
+        let is_its =
+            |rule: &&RuleStatus| rule.network == taken.rule.network && rule.port == taken.rule.spec.port;
+        all.iter().find(is_its).is_some_and(|rule| rule.state == State::Blocked)
+    };
+    let (blocked, served): (Vec<_>, Vec<_>) = plan.taken.iter().partition(is_blocked);
+    if !served.is_empty() {
+        text +=
+            "\nNew connections go to lbridge. Those that socat carries end with it; stop it when they may:\n";
+        text += &disable(served.into_iter());
+    }
+    if !blocked.is_empty() {
+        text += "\nRules that are blocked by socat's own socket serve within a second of its end; who connects meanwhile is\n\
+                 refused:\n";
+        text += &disable(blocked.into_iter());
+    }
+    text += &firewall(plan);
+    print(&text)
+}
+
+fn left(plan: &Plan) -> String {
+    let line = |(unit, why): &(String, String)| format!("{} stays: {}\n", shown(unit), shown(why));
+    plan.left.iter().map(line).collect()
+}
+
+fn disable<'a>(taken: impl Iterator<Item = &'a Taken>) -> String {
+    let line = |taken: &Taken| {
+        let unit = shown(&taken.unit);
+        if taken.alone {
+            format!("  systemctl disable --now {unit}\n")
+        } else {
+            format!("  systemctl edit --full {unit}    # it runs other commands, too\n")
+        }
+    };
+    let lines: BTreeSet<_> = taken.map(line).collect();
+    lines.into_iter().collect()
+}
+
+fn firewall(plan: &Plan) -> String {
+    let rules: BTreeSet<_> = plan.taken.iter().flat_map(|taken| &taken.ufw).collect();
+    if rules.is_empty() {
+        return String::new();
+    }
+    let lines = rules.iter().map(|rule| format!("  ufw {}\n", shown(rule)));
+    let start = "\nKeep these; packets pass the firewall before lbridge sees them:\n";
+    std::iter::once(start.to_owned()).chain(lines).collect()
 }
 
 fn described(state: State, why: Option<&str>) -> String {

@@ -32,7 +32,7 @@ use tokio::{
 use crate::{
     api::server::{Command, ControlSocket},
     docker,
-    host::{interfaces::Interfaces, netns::HostNetns, privileges},
+    host::{cgroup, interfaces::Interfaces, netns::HostNetns, privileges},
     kernel::loader::Kernel,
     relay,
     store::Store,
@@ -83,7 +83,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let netns = HostNetns::open()?;
     let cgroup = match options.cgroup {
         Some(path) => path,
-        None => cgroup2_mount()?,
+        None => cgroup::mount()?,
     };
     let loaded = Kernel::load(&options.bpffs, &cgroup, netns.file, netns.cookie)?;
     if let Err(why) = &loaded.abilities.steer {
@@ -165,17 +165,4 @@ async fn reload_on(mut hangup: Signal, commands: mpsc::Sender<Command>, terminal
 /// Whether this process has a controlling terminal (tty(4)).
 fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
-}
-
-fn cgroup2_mount() -> anyhow::Result<PathBuf> {
-    // Mount points are bytes; the kernel writes blanks in them as octal escapes (proc(5)).
-    let mounts = std::fs::read("/proc/mounts").context("cannot look for cgroup2")?;
-    let mount = mounts.split(|b| *b == b'\n').find_map(|line| {
-        let mut fields = line.split(|b| *b == b' ');
-        let (point, kind) = (fields.nth(1)?, fields.next()?);
-        (kind == b"cgroup2").then(|| PathBuf::from(String::from_utf8_lossy(point).replace("\\040", " ")))
-    });
-    mount.context(
-        "no cgroup2 is mounted; run `mount -t cgroup2 none /sys/fs/cgroup`, or give one with --cgroup",
-    )
 }

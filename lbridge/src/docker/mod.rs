@@ -3,5 +3,6 @@
 //!
 //! Level-triggered: an event only wakes, the list is read afresh.
 
+pub mod look;
 mod snapshot;
 pub mod watch;

@@ -8,9 +8,10 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressScope},
     link::{InfoKind, LinkAttribute, LinkInfo},
 };
-use rtnetlink::{Handle, MulticastGroup};
+use rtnetlink::{Handle, LinkUnspec, MulticastGroup};
 use tokio::sync::mpsc;
 
+use super::netns::LOOPBACK;
 use crate::planning::inventory::Interface;
 
 /// Pause before a broken socket is replaced.
@@ -78,6 +79,26 @@ impl Interfaces {
         }
         Ok(interfaces.into_values().collect())
     }
+}
+
+/// Every interface of this thread's namespace, once.
+pub async fn list() -> anyhow::Result<Vec<Interface>> {
+    let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
+    let connection = tokio::spawn(connection);
+    let interfaces = Interfaces { handle }.list().await;
+    connection.abort();
+    interfaces
+}
+
+/// Sets this thread's loopback interface up.
+pub(super) fn loopback_up() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
+        tokio::spawn(connection);
+        let up = LinkUnspec::new_with_index(LOOPBACK.get()).up().build();
+        handle.link().set(up).execute().await.context("cannot set the loopback interface up")
+    })
 }
 
 /// Wakes on every change, and goes on with a new socket should one break.

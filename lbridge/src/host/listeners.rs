@@ -291,6 +291,13 @@ pub fn is_mptcp(socket: &OwnedFd) -> bool {
     sockopt::socket_protocol(socket).is_ok_and(|protocol| protocol == Some(ipproto::MPTCP))
 }
 
+/// The processes that hold these sockets, as far as their descriptors can be seen.
+pub fn processes_of(wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, BTreeSet<u32>>> {
+    let holders = holders_of(wanted)?.into_iter();
+    let number = |(pid, _): (Pid, i32)| pid.as_raw_nonzero().get().unsigned_abs();
+    Ok(holders.map(|(inode, holders)| (inode, holders.into_iter().map(number).collect())).collect())
+}
+
 fn holders_of(wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, Vec<(Pid, i32)>>> {
     let mut holders: HashMap<u64, Vec<_>> = HashMap::new();
     for process in fs::read_dir("/proc").context("cannot list processes")? {

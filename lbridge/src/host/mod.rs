@@ -1,8 +1,10 @@
 //! What is there on the host: interfaces and their addresses, listening sockets; and throw-away neighbours of the host, to
 //! try things from. Netlink, /proc and pidfds; the only room that knows the netlink crates. Imports planning's inventory.
 
+pub mod cgroup;
 pub mod interfaces;
 pub mod listeners;
 pub mod netns;
 pub mod privileges;
+pub mod processes;
 pub mod scratch;

@@ -18,7 +18,7 @@ use anyhow::{Context as _, anyhow};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
     sys::socket::getsockopt,
 };
 use rustix::{
@@ -28,6 +28,7 @@ use rustix::{
 use socket2::{Domain, Socket, Type};
 use tokio::io::unix::AsyncFd;
 
+use super::interfaces;
 use crate::planning::{
     inventory::{Absence, Entrance, NamespaceId, NamespaceKey},
     rule::ProcessStart,
@@ -145,10 +146,10 @@ impl Namespace {
 }
 
 /// Runs `work` in a network namespace, on a thread of its own.
-pub(super) fn within<T: Send>(namespace: &OwnedFd, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+pub fn within<T: Send>(netns: impl AsFd + Send, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
     on_a_thread(|| {
         // Fails with EINVAL on a namespace of another kind.
-        setns(namespace, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
+        setns(netns, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
         Ok(work())
     })?
 }
@@ -161,6 +162,17 @@ pub(super) fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> anyhow::R
         let inside = inside.context("cannot start a thread to enter a network namespace")?;
         inside.join().map_err(|_| anyhow!("a thread in another network namespace panicked"))
     })
+}
+
+/// A new network namespace with nothing in it but the loopback, which is up. It goes when this is closed, or this process
+/// ends.
+pub fn throw_away() -> anyhow::Result<File> {
+    let netns = on_a_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+        File::open("/proc/thread-self/ns/net").context("cannot open the new network namespace")
+    })??;
+    within(&netns, interfaces::loopback_up)??;
+    Ok(netns)
 }
 
 /// Looks up a route, without sending anything: over the loopback interface there is one if it is up.

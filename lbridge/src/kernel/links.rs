@@ -14,7 +14,9 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use aya::programs::{CgroupAttachMode, Program, links::FdLink};
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type};
+use aya_obj::generated::{
+    BPF_F_ALLOW_MULTI, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type,
+};
 
 use super::pins;
 
@@ -120,6 +122,17 @@ fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<libc::c_long> {
 fn empty_attr() -> bpf_attr {
     // SAFETY: all zeroes is a valid value of this union of integers.
     unsafe { mem::zeroed() }
+}
+
+/// Whether programs are attached at a hook of that cgroup that suffer no others beside them.
+pub(super) fn is_exclusive(cgroup: &File, hook: bpf_attach_type) -> io::Result<bool> {
+    let mut attr = empty_attr();
+    attr.query.__bindgen_anon_1.target_fd = cgroup.as_raw_fd().cast_unsigned();
+    attr.query.attach_type = hook as u32;
+    bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr)?;
+    // SAFETY: the kernel has filled these members, which are integers.
+    let (flags, count) = unsafe { (attr.query.attach_flags, attr.query.__bindgen_anon_2.prog_cnt) };
+    Ok(count > 0 && flags & BPF_F_ALLOW_MULTI == 0)
 }
 
 /// aya opens pinned links too, but does not lend their descriptors.

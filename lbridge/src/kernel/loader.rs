@@ -19,8 +19,8 @@ use crate::planning::inventory::{Abilities, Steering};
 const NAME_HOOKS: [&str; 4] =
     [symbols::PEERNAME4, symbols::PEERNAME6, symbols::SOCKNAME4, symbols::SOCKNAME6];
 /// Pins of the two hooks that are always attached, whichever program serves them.
-const STEER_LINK: &str = "steer";
-const LISTENERS_LINK: &str = "listeners";
+pub(super) const STEER_LINK: &str = "steer";
+pub(super) const LISTENERS_LINK: &str = "listeners";
 
 /// The kernel half, in force.
 #[derive(Debug)]
@@ -77,16 +77,7 @@ impl Kernel {
         #[cfg(feature = "bpf-log")]
         follow_log(&mut object);
 
-        let steer = load_first(&mut object, &[symbols::STEER, symbols::STEER_ANY_INTERFACE]);
-        // Without the namespace's cookie the kernel program could not tell the host's listeners from a container's.
-        let registering: &[&'static str] =
-            if cookie.is_some() { &[symbols::REGISTER, symbols::ANNOUNCE] } else { &[symbols::ANNOUNCE] };
-        let listeners = load_first(&mut object, registering);
-        let hooks_loaded = NAME_HOOKS.iter().try_for_each(|hook| load(&mut object, hook));
-
-        // Each is of use without the others: but for listeners, on which both steering and names depend.
-        let steer = listeners.clone().and(steer);
-        let name_hooks = listeners.clone().and(hooks_loaded);
+        let Programs { steer, listeners, name_hooks } = Programs::load(&mut object, cookie);
         let mut programs = vec![];
         for (program, link) in [(&listeners, LISTENERS_LINK), (&steer, STEER_LINK)] {
             match program {
@@ -94,10 +85,7 @@ impl Kernel {
                 Err(_) => pins::remove(&pins.link(link))?,
             }
         }
-        let steering = steer.map(|steer| Steering {
-            interface_check: steer == symbols::STEER,
-            kernel_registers: listeners == Ok(symbols::REGISTER),
-        });
+        let steering = steering(&steer, &listeners);
         let (maps, events) = (Maps::take(&mut object)?, Events::take(&mut object)?);
         maps.peers.clear()?;
         let mut kernel = Self { maps, object, pins, hooks, programs };
@@ -157,6 +145,39 @@ impl Kernel {
     }
 }
 
+/// Of each hook the program that the kernel takes, loaded and not attached; or why it takes none.
+pub(super) struct Programs {
+    pub(super) steer: Result<&'static str, String>,
+    pub(super) listeners: Result<&'static str, String>,
+    pub(super) name_hooks: Result<(), String>,
+}
+
+impl Programs {
+    /// Tries them. Each is of use without the others: but for listeners, on which both steering and names depend.
+    pub(super) fn load(object: &mut Ebpf, cookie: Option<u64>) -> Self {
+        let steer = load_first(object, &[symbols::STEER, symbols::STEER_ANY_INTERFACE]);
+        // Without the namespace's cookie the kernel program could not tell the host's listeners from a container's.
+        let registering: &[&'static str] =
+            if cookie.is_some() { &[symbols::REGISTER, symbols::ANNOUNCE] } else { &[symbols::ANNOUNCE] };
+        let listeners = load_first(object, registering);
+        let hooks_loaded = NAME_HOOKS.iter().try_for_each(|hook| load(object, hook));
+        let steer = listeners.clone().and(steer);
+        let name_hooks = listeners.clone().and(hooks_loaded);
+        Self { steer, listeners, name_hooks }
+    }
+}
+
+/// How these programs steer.
+pub(super) fn steering(
+    steer: &Result<&'static str, String>,
+    listeners: &Result<&'static str, String>,
+) -> Result<Steering, String> {
+    steer.clone().map(|steer| Steering {
+        interface_check: steer == symbols::STEER,
+        kernel_registers: *listeners == Ok(symbols::REGISTER),
+    })
+}
+
 /// Detaches what a daemon before has left: nobody could change it any more, and `deny` would have no effect.
 fn abandon(pins: &Pins, why: &str) -> anyhow::Result<Loaded> {
     for link in [STEER_LINK, LISTENERS_LINK].iter().chain(&NAME_HOOKS) {
@@ -173,7 +194,7 @@ impl Loaded {
     }
 }
 
-fn open_cgroup(path: &Path) -> anyhow::Result<File> {
+pub(super) fn open_cgroup(path: &Path) -> anyhow::Result<File> {
     use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
     let is_cgroup2 = statfs(path).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
     anyhow::ensure!(
@@ -184,7 +205,7 @@ fn open_cgroup(path: &Path) -> anyhow::Result<File> {
     File::open(path).with_context(|| format!("cannot open {}", path.display()))
 }
 
-fn program_mut<'a>(object: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Program> {
+pub(super) fn program_mut<'a>(object: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Program> {
     object.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))
 }
 
@@ -226,7 +247,7 @@ fn complaint(text: &str) -> &str {
     log.lines().map(str::trim).rfind(is_complaint).unwrap_or(text)
 }
 
-fn error_chain(error: &dyn std::error::Error) -> String {
+pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
@@ -238,7 +259,7 @@ fn error_chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Before 5.11 maps count against this limit; later it is of no effect.
-fn raise_memlock() {
+pub(super) fn raise_memlock() {
     let unlimited = Rlimit { current: None, maximum: None };
     if let Err(error) = setrlimit(Resource::Memlock, unlimited) {
         tracing::debug!("RLIMIT_MEMLOCK stays: {error}");

@@ -5,10 +5,12 @@
 //! - [`pins`]: where things are pinned, and whether what is there may be adopted;
 //! - [`links`]: attaching, and replacing a program under a link that stays;
 //! - [`maps`]: typed access;
-//! - [`loader`]: all of it in order, and what turned out to be possible.
+//! - [`loader`]: all of it in order, and what turned out to be possible;
+//! - [`trial`]: the same without a trace, for those who only want to know.
 
 pub mod links;
 pub mod loader;
 pub mod maps;
 pub mod object;
 pub mod pins;
+pub mod trial;

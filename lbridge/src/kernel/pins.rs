@@ -19,7 +19,10 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use super::object::Shape;
+use super::{
+    loader::{LISTENERS_LINK, STEER_LINK},
+    object::Shape,
+};
 
 /// Maps that outlive the daemon. The event buffer does not: it is of use to one daemon only.
 pub(super) const PINNED_MAPS: [&str; 8] =
@@ -37,8 +40,7 @@ impl Pins {
     /// Opens `root`, a directory on a bpffs; makes it where it is not there.
     pub(super) fn open(root: &Path) -> anyhow::Result<Self> {
         let mount = root.parent().unwrap_or(root);
-        let on_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
-        if !on_bpffs(root) && !on_bpffs(mount) {
+        if !on_bpffs(root) {
             bail!("{} is not on a bpffs; run `mount -t bpf bpf {}`", root.display(), mount.display());
         }
         // What else is on the file system is not ours to look at, let alone to remove.
@@ -130,6 +132,25 @@ impl Pins {
         }
         Ok(())
     }
+}
+
+/// Whether what is always attached is pinned below `root`, without a change to anything.
+pub fn in_place(root: &Path) -> std::io::Result<bool> {
+    let current = root.join(format!("v{ABI_VERSION}"));
+    for link in [STEER_LINK, LISTENERS_LINK] {
+        match fs::symlink_metadata(current.join(format!("link_{link}"))) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
+/// Whether a path, or the folder that it is to be made in, is on a bpffs.
+pub fn on_bpffs(root: &Path) -> bool {
+    let on_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
+    on_bpffs(root) || on_bpffs(root.parent().unwrap_or(root))
 }
 
 /// Removes a pin; none is as good. A link that is pinned nowhere else is detached by that.

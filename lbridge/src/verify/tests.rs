@@ -1,7 +1,8 @@
 use super::{Expected, plan::*};
 use crate::{
     api::protocol::{
-        DockerStatus, GatewayStatus, KernelPath, KernelStatus, NamespaceStatus, RuleStatus, Status,
+        DockerStatus, FirewallStatus, GatewayStatus, KernelPath, KernelStatus, NamespaceStatus, RuleStatus,
+        Status,
     },
     planning::{
         inventory::{DockerNetwork, Interface},
@@ -57,8 +58,10 @@ fn status(rules: Vec<RuleStatus>) -> Status {
             counters: None,
         },
         docker: DockerStatus::Off,
+        firewall: FirewallStatus::default(),
         docker_networks: vec![network("app", "br-app"), network("db", "br-db")],
         rules,
+        refused_reload: None,
     }
 }
 

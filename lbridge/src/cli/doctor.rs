@@ -1,0 +1,46 @@
+//! `lbridge doctor`
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Args;
+
+use super::{Exit, Failure, render};
+use crate::{
+    api::client::Client,
+    doctor::{self, Level, Options},
+};
+
+/// Arguments of `lbridge doctor`.
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// The daemon's directory of rules
+    #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = "/var/lib/lbridge")]
+    state_dir: PathBuf,
+    /// Its configuration file
+    #[arg(long, env = "LBRIDGE_CONFIG", default_value = "/etc/lbridge/lbridge.toml")]
+    config: PathBuf,
+    /// Its directory on a bpffs
+    #[arg(long, env = "LBRIDGE_BPFFS", default_value = "/sys/fs/bpf/lbridge")]
+    bpffs: PathBuf,
+    /// Its cgroup2 [default: the mount point in /proc/mounts]
+    #[arg(long, env = "LBRIDGE_CGROUP")]
+    cgroup: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Exits with 1 where something is a problem.
+pub(super) fn handle(args: DoctorArgs, client: &Client) -> Result<ExitCode, Failure> {
+    let options =
+        Options { state_dir: args.state_dir, config: args.config, bpffs: args.bpffs, cgroup: args.cgroup };
+    let mut exit = Exit::Done;
+    super::block_on(async {
+        let report = doctor::examine(&options, client).await;
+        if report.worst == Level::Problem {
+            exit = Exit::Failed;
+        }
+        if args.json { render::json(&report) } else { render::examination(&report) }
+    })?;
+    Ok(exit.into())
+}

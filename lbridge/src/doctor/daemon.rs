@@ -1,0 +1,147 @@
+//! The daemon: whether it runs, how, and what it has to say of its rules.
+
+use std::{os::unix::net::UnixStream, path::Path};
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+use super::{Finding, Level, Options, Wanted};
+use crate::{
+    api::{
+        client::{Client, ClientError},
+        protocol::{KernelPath, RuleStatus, Status},
+    },
+    host::processes::{self, Unit},
+    kernel::pins,
+    planning::{policy::State, rule::PathChoice},
+};
+
+/// Where a unit may be.
+const UNIT_FILES: [&str; 3] = [
+    "/etc/systemd/system/lbridge.service",
+    "/usr/lib/systemd/system/lbridge.service",
+    "/lib/systemd/system/lbridge.service",
+];
+
+/// The process behind the control socket.
+#[derive(Debug)]
+pub(super) struct Daemon {
+    pub(super) pid: u32,
+    unit: Option<Unit>,
+}
+
+/// Who listens at the control socket, and what it says.
+pub(super) async fn look(client: &Client) -> (Option<Daemon>, Result<Status, ClientError>) {
+    let daemon = UnixStream::connect(client.path()).ok().and_then(|stream| {
+        // Who called listen(); 0 for a process that cannot be seen from here.
+        let pid = getsockopt(&stream, PeerCredentials).ok()?.pid();
+        let pid = u32::try_from(pid).ok().filter(|pid| *pid != 0)?;
+        Some(Daemon { pid, unit: processes::unit(pid) })
+    });
+    (daemon, client.status().await)
+}
+
+/// A rule as `status` tells it.
+pub(super) fn wanted(rule: &RuleStatus) -> Option<Wanted> {
+    let limited =
+        rule.max_connections.is_some() || rule.idle_timeout.is_some() || rule.proxy_protocol.is_some();
+    Some(Wanted {
+        network: rule.network.clone(),
+        // The target alone is `127.0.0.1:80` for a port of either family; whose addresses are no matter here.
+        spec: format!("{}={}", rule.port, rule.target).parse().ok()?,
+        steerable: rule.path != PathChoice::Relay && !limited && !rule.network.is_namespace(),
+    })
+}
+
+pub(super) fn findings(
+    options: &Options,
+    client: &Client,
+    daemon: Option<&Daemon>,
+    status: &Result<Status, ClientError>,
+) -> Vec<Finding> {
+    match status {
+        Ok(status) => answered(options, daemon, status),
+        Err(error) => vec![unanswered(options, client, error)],
+    }
+}
+
+fn unanswered(options: &Options, client: &Client, error: &ClientError) -> Finding {
+    const CHECK: &str = "daemon";
+    let socket = client.path().display();
+    match error {
+        ClientError::Forbidden { .. } => Finding::needs_root(CHECK, "the daemon and its rules"),
+        ClientError::Unreachable { .. } => {
+            let why = match pins::in_place(&options.bpffs) {
+                Ok(true) => "What is steered goes on; nothing is relayed, and rules cannot be changed.",
+                Ok(false) => "No rule is in force.",
+                Err(_) => "Nothing is relayed, and rules cannot be changed.",
+            };
+            let finding = Finding::new(CHECK, Level::Problem, format!("no daemon at {socket}")).because(why);
+            finding.type_this([if UNIT_FILES.iter().any(|file| Path::new(file).exists()) {
+                "systemctl start lbridge.service"
+            } else {
+                "sudo lbridge run    # or as a unit, which is in the README"
+            }])
+        }
+        other => Finding::new(CHECK, Level::Problem, other.to_string())
+            .type_this(["systemctl restart lbridge.service"]),
+    }
+}
+
+fn answered(options: &Options, daemon: Option<&Daemon>, status: &Status) -> Vec<Finding> {
+    const CHECK: &str = "daemon";
+    let mut findings = vec![];
+    let unit = daemon.and_then(|daemon| daemon.unit.as_ref());
+    let restart = unit.map_or("systemctl restart lbridge.service".to_owned(), |unit| {
+        format!("systemctl restart {}", unit.name)
+    });
+    let (own, its) = (env!("CARGO_PKG_VERSION"), &status.version);
+    if own == its {
+        let unit = unit.map_or_else(String::new, |unit| format!(" as {}", unit.name));
+        findings.push(Finding::ok(CHECK, format!("lbridge {its} runs{unit}")));
+    } else {
+        let what = format!("the daemon is lbridge {its}, this is {own}");
+        let why = "They may misunderstand each other.";
+        findings.push(Finding::new(CHECK, Level::Warning, what).because(why).type_this([restart.clone()]));
+    }
+    if let (Some(daemon), None) = (daemon, unit) {
+        let what = format!("the daemon (process {}) is no unit of systemd", daemon.pid);
+        let why = "Nothing starts it again after a crash or a boot. The README has a unit.";
+        findings.push(Finding::new("systemd", Level::Note, what).because(why));
+    }
+    if status.kernel.path == KernelPath::Steer {
+        match pins::in_place(&options.bpffs) {
+            Ok(true) => {}
+            Ok(false) => {
+                let what = format!("nothing is pinned below {}", options.bpffs.display());
+                let why = "If the daemon uses no other --bpffs, somebody has removed the pins, and nothing is steered.";
+                findings.push(Finding::new("pins", Level::Problem, what).because(why).type_this([restart]));
+            }
+            Err(_) => findings.push(Finding::needs_root("pins", "whether the pins are in place")),
+        }
+    }
+    if let Some(why) = &status.kernel.why {
+        findings.push(Finding::new("steering", Level::Warning, format!("the daemon does not steer: {why}")));
+    }
+    findings.extend(status.rules.iter().filter_map(about_rule));
+    let served =
+        status.rules.iter().filter(|rule| matches!(rule.state, State::Steered | State::Relayed)).count();
+    if served == status.rules.len() {
+        findings.push(match served {
+            0 => Finding::new("rules", Level::Note, "there are no rules")
+                .type_this(["lbridge allow NETWORK PORT"]),
+            1 => Finding::ok("rules", "the one rule is served"),
+            all => Finding::ok("rules", format!("all {all} rules are served")),
+        });
+    }
+    findings
+}
+
+fn about_rule(rule: &RuleStatus) -> Option<Finding> {
+    let (level, state) = match rule.state {
+        State::Steered | State::Relayed => return None,
+        State::Waiting => (Level::Warning, "waits"),
+        State::Blocked => (Level::Problem, "is blocked"),
+    };
+    let why = rule.why.as_deref().unwrap_or("no reason was told");
+    Some(Finding::new("rules", level, format!("rule {} {} {state}: {why}", rule.network, rule.port)))
+}

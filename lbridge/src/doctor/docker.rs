@@ -1,0 +1,110 @@
+//! The Docker Engine, and containers that know the host by an address that their rules do not serve.
+
+use std::collections::BTreeMap;
+
+use super::{Finding, Host, Level, listed, quoted};
+use crate::{
+    api::protocol::{DockerStatus, Status},
+    docker::look::{self, Engine},
+    planning::{inventory::find_networks, rule::Network},
+};
+
+/// The network whose gateway `host-gateway` stands for.
+const DEFAULT_NETWORK: &str = "bridge";
+
+/// Asks the engine.
+pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engine>, Vec<Finding>) {
+    const CHECK: &str = "docker";
+    let followed = status.map(|status| &status.docker);
+    if followed == Some(&DockerStatus::Off) {
+        return (None, vec![Finding::ok(CHECK, "Docker is not followed (--no-docker)")]);
+    }
+    let needed =
+        host.rules.iter().any(|rule| matches!(rule.network, Network::Docker(_) | Network::Container(_)));
+    let engine = match look::engine().await {
+        Ok(engine) => engine,
+        Err(error) => {
+            let finding = match (&followed, nix::unistd::geteuid().is_root()) {
+                (Some(DockerStatus::Reachable { version }), true) => {
+                    let what = format!(
+                        "no answer from {}, though the daemon has one from Docker {version}",
+                        look::address()
+                    );
+                    Finding::new(CHECK, Level::Note, what)
+                        .because("DOCKER_HOST may be another here than where the daemon runs.")
+                }
+                (Some(DockerStatus::Reachable { version }), false) => {
+                    Finding::ok(CHECK, format!("Docker {version} answers the daemon"))
+                }
+                _ => {
+                    let level = if needed { Level::Problem } else { Level::Note };
+                    let what = format!("no Docker Engine at {}: {error:#}", look::address());
+                    let why = if needed {
+                        "Rules in force stay in force, and do not follow networks and containers."
+                    } else {
+                        "No rule needs one."
+                    };
+                    let finding = Finding::new(CHECK, level, what).because(why);
+                    if needed { finding.type_this(["systemctl start docker.service"]) } else { finding }
+                }
+            };
+            return (None, vec![finding]);
+        }
+    };
+    let mut bridges = engine.networks.iter().filter_map(|network| network.bridge.as_ref()).peekable();
+    let none = bridges.peek().is_some()
+        && !bridges.any(|bridge| host.interfaces.iter().any(|interface| interface.name == *bridge));
+    let what = format!("Docker {} answers at {}", engine.version, look::address());
+    let finding = if engine.rootless || none {
+        let kind = if engine.rootless { "it is rootless" } else { "none of its bridges is on this host" };
+        Finding::new(CHECK, Level::Warning, format!("{what}, but {kind}"))
+            .because("A rule for one of its networks has no bridge; its containers' processes can be named.")
+            .type_this(["lbridge allow pid:N PORT"])
+    } else {
+        Finding::ok(CHECK, what)
+    };
+    (Some(engine), vec![finding])
+}
+
+/// Containers that were started with `--add-host host.docker.internal:host-gateway` dial docker0's address.
+pub(super) async fn guests(host: &Host) -> Vec<Finding> {
+    let Ok(guests) = look::guests().await else { return vec![] };
+    let docker0 = host.bridge(&Network::Docker(DEFAULT_NETWORK.to_owned()));
+    let docker0 = docker0.and_then(|bridge| bridge.addresses.first()).map(|(address, _)| address.to_string());
+    let docker0 = docker0.unwrap_or_else(|| "docker0's address".to_owned());
+    // By network: its ports, and the containers.
+    let mut misled: BTreeMap<&str, (Vec<String>, Vec<String>, &str)> = BTreeMap::new();
+    for rule in &host.rules {
+        let Network::Docker(name) = &rule.network else { continue };
+        let [network] = find_networks(&host.networks, name)[..] else { continue };
+        if network.name == DEFAULT_NETWORK {
+            continue;
+        }
+        for guest in guests.iter().filter(|guest| guest.networks.contains(&network.name)) {
+            let Some(host_name) = guest.host_names.first() else { continue };
+            let (ports, names, _) =
+                misled.entry(network.name.as_str()).or_insert_with(|| (vec![], vec![], host_name.as_str()));
+            for (list, item) in [(ports, rule.spec.port.to_string()), (names, guest.name.clone())] {
+                if !list.contains(&item) {
+                    list.push(item);
+                }
+            }
+        }
+    }
+    let finding = |(network, (ports, names, host_name)): (&str, (Vec<String>, Vec<String>, &str))| {
+        let bridge = host.bridge(&Network::Docker(network.to_owned()));
+        let gateway = bridge.and_then(|bridge| bridge.addresses.first())?.0;
+        let what =
+            format!("containers on {network} take {docker0} for the host ({host_name}): {}", listed(&names));
+        let why = format!(
+            "Rules for {network} (port {}) serve its own gateway, {gateway}: that is what they must dial.",
+            listed(&ports)
+        );
+        let finding = Finding::new("host-gateway", Level::Warning, what).because(why);
+        Some(
+            finding
+                .type_this([format!("docker run --network {network} --add-host {host_name}:{gateway} ...")]),
+        )
+    };
+    misled.into_iter().filter_map(finding).collect()
+}

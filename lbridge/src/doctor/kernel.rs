@@ -1,0 +1,231 @@
+//! What the kernel takes: every program loaded without a trace, and one connection steered in a namespace made for it.
+//! Nothing is guessed from a version.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    os::fd::AsFd as _,
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use lbridge_common::wire::{ListenerKey, RuleKey, RuleValue};
+use socket2::{Domain, Socket, Type};
+
+use super::{Finding, Level, Options, daemon::Daemon};
+use crate::{
+    host::{
+        cgroup,
+        listeners::Taker,
+        netns::{self, HostNetns, LOOPBACK},
+    },
+    kernel::{
+        pins,
+        trial::{self, Trial},
+    },
+    planning::inventory::Steering,
+};
+
+/// Relays of a daemon with fewer descriptors carry few connections.
+const FEW_DESCRIPTORS: u64 = 4096;
+/// A connection over a namespace's own loopback takes less than that.
+const CONNECT: Duration = Duration::from_secs(2);
+
+pub(super) fn findings(options: &Options, daemon: Option<&Daemon>) -> Vec<Finding> {
+    let root = nix::unistd::geteuid().is_root();
+    let mut findings = vec![about_cgroup(options, root), about_bpffs(&options.bpffs)];
+    if root {
+        match Trial::load(HostNetns::open().ok().and_then(|netns| netns.cookie)) {
+            Ok(trial) => findings.extend(about_programs(trial)),
+            Err(error) => findings.push(refused(format!("the kernel takes nothing of lbridge: {error:#}"))),
+        }
+    } else {
+        findings.push(Finding::needs_root("steering", "what the kernel takes"));
+    }
+    findings.extend(about_descriptors(daemon));
+    findings
+}
+
+fn about_cgroup(options: &Options, root: bool) -> Finding {
+    const CHECK: &str = "cgroup2";
+    const WHY: &str =
+        "A program at its root notices services that start; lbridge run does not start without.";
+    let path = match options.cgroup.clone().map_or_else(cgroup::mount, Ok) {
+        Ok(path) => path,
+        Err(_) => {
+            let remedy = "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified";
+            // Hybrid: what is there is a tmpfs with the controllers of cgroup v1.
+            let hybrid =
+                Path::new("/sys/fs/cgroup/memory").exists() || Path::new("/sys/fs/cgroup/systemd").exists();
+            let remedy = if hybrid { remedy } else { "mount -t cgroup2 none /sys/fs/cgroup" };
+            let finding = Finding::new(CHECK, Level::Problem, "no cgroup2 is mounted");
+            return finding.because(WHY).type_this([remedy]);
+        }
+    };
+    if root && let Err(error) = trial::check_cgroup(&path) {
+        return Finding::new(CHECK, Level::Problem, format!("{error:#}")).because(WHY);
+    }
+    Finding::ok(CHECK, format!("cgroup2 is at {}", path.display()))
+}
+
+fn about_bpffs(path: &Path) -> Finding {
+    const CHECK: &str = "bpffs";
+    if pins::on_bpffs(path) {
+        return Finding::ok(CHECK, format!("{} is on a bpffs", path.display()));
+    }
+    let mount = path.parent().unwrap_or(path).display();
+    Finding::new(CHECK, Level::Problem, format!("{} is not on a bpffs", path.display()))
+        .because("What the kernel serves is pinned there; lbridge run does not start without.")
+        .type_this([format!("mount -t bpf bpf {mount}")])
+}
+
+fn about_programs(mut trial: Trial) -> Vec<Finding> {
+    const CHECK: &str = "steering";
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim();
+    let mut findings = vec![];
+    match trial.abilities.steer.clone() {
+        Err(why) => findings.push(refused(format!("Linux {release} does not steer: {why}"))),
+        Ok(steering) => {
+            findings.push(match netns::throw_away() {
+                Err(error) => {
+                    let what = format!(
+                        "Linux {release} takes the steering program; it could not be tried: {error:#}"
+                    );
+                    Finding::new(CHECK, Level::Note, what)
+                }
+                Ok(netns) => match steer_one(&mut trial, &netns, steering) {
+                    Ok(()) => Finding::ok(CHECK, format!("Linux {release} steers; tried with a connection")),
+                    Err(error) => {
+                        let what = format!(
+                            "Linux {release} takes the steering program, but does not steer: {error:#}"
+                        );
+                        let finding = Finding::new(CHECK, Level::Problem, what);
+                        finding.because("Rules that say steered would not serve; --path relay does.")
+                    }
+                },
+            });
+            if !steering.interface_check {
+                let what =
+                    format!("Linux {release} does not tell where a packet came in (5.17 and later do)");
+                let why = "Only the source's subnet is checked: a host of the LAN with a forged source gets a SYN \
+                           through, and no connection.";
+                findings.push(Finding::new("ingress", Level::Note, what).because(why));
+            }
+            if !steering.kernel_registers {
+                let what =
+                    format!("Linux {release} does not register services by itself (5.15 and later do)");
+                let why = "A service that restarts while the daemon is down is not found until it is up.";
+                findings.push(Finding::new("registering", Level::Note, what).because(why));
+            }
+        }
+    }
+    if let Err(why) = &trial.abilities.name_hooks {
+        let finding = Finding::new(
+            "names",
+            Level::Warning,
+            format!("services cannot be shown containers' addresses: {why}"),
+        );
+        findings.push(finding.because(
+            "Relayed connections show an address in 127.128.0.0/9 instead, and --source loopback is relayed.",
+        ));
+    }
+    if let Err(error) = take_one() {
+        let what = format!("the listening sockets of services cannot be taken hold of: {error:#}");
+        let finding = Finding::new("taking", Level::Warning, what);
+        findings.push(
+            finding.because("A service that ran before its rule was made is relayed until it restarts."),
+        );
+    }
+    findings
+}
+
+fn refused(what: String) -> Finding {
+    let mut why =
+        "Every rule is relayed: connections end with the daemon, and cost two sockets each.".to_owned();
+    if let Some(reason) = restriction() {
+        why = format!("{why} {reason}");
+    }
+    Finding::new("steering", Level::Warning, what).because(why)
+}
+
+/// What may be behind a refusal.
+fn restriction() -> Option<String> {
+    // CAP_NET_ADMIN, CAP_SYS_ADMIN (include/uapi/linux/capability.h). CAP_BPF is part of the latter.
+    const NEEDED: u64 = 1 << 12 | 1 << 21;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let capabilities = capabilities.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    if capabilities.is_some_and(|bits| bits & NEEDED != NEEDED) {
+        return Some("This root lacks CAP_SYS_ADMIN or CAP_NET_ADMIN, as in a container.".to_owned());
+    }
+    let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
+    let mode = lockdown.split(['[', ']']).nth(1).filter(|mode| *mode != "none")?;
+    Some(format!("The kernel is locked down ({mode}), which restricts BPF."))
+}
+
+/// A connection from 127.0.0.2 to a port of 127.0.0.1 where nobody listens must reach the listener on 127.0.0.3.
+fn steer_one(trial: &mut Trial, netns: &File, steering: Steering) -> anyhow::Result<()> {
+    let [gateway, source, target] = [1, 2, 3].map(|last| IpAddr::from(Ipv4Addr::new(127, 0, 0, last)));
+    let listener = netns::within(netns, || TcpListener::bind((target, 0)))?.context("cannot listen there")?;
+    let port = listener.local_addr()?.port();
+    trial.maps.register(ListenerKey { address: target.into(), port, slot: 0 }, &listener)?;
+    let ifindex = if steering.interface_check { LOOPBACK.get() } else { 0 };
+    let key = RuleKey { gateway: gateway.into(), ifindex, port, reserved: 0 };
+    let mask = key.gateway.mask(8);
+    let subnet = key.gateway.masked(&mask);
+    let target = target.into();
+    let value = RuleValue { key, subnet, mask, target, target_port: port, reserved: [0; 3], steered: 0 };
+    trial.maps.put_entry(&key, &value)?;
+    trial.attach(netns)?;
+    netns::within(netns, || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+        socket.connect_timeout(&SocketAddr::new(gateway, port).into(), CONNECT)
+    })?
+    .context("the connection did not reach its listener")
+}
+
+/// As the daemon does it with services that ran before it.
+fn take_one() -> anyhow::Result<()> {
+    let netns = netns::throw_away()?;
+    let listener = netns::within(&netns, || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
+    let inode = nix::sys::stat::fstat(listener.as_fd())?.st_ino;
+    Taker::default().take(inode, &HashSet::from([inode])).map(drop)
+}
+
+fn about_descriptors(daemon: Option<&Daemon>) -> Vec<Finding> {
+    const CHECK: &str = "descriptors";
+    let mut findings = vec![];
+    let numbers = fs::read_to_string("/proc/sys/fs/file-nr").unwrap_or_default();
+    let numbers: Vec<u64> = numbers.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+    if let [open, _, max] = numbers[..]
+        && open > max / 10 * 9
+    {
+        let what = format!("{open} of {max} files of this host are open");
+        let finding =
+            Finding::new(CHECK, Level::Warning, what).because("Relays are about to refuse connections.");
+        findings.push(finding.type_this([format!("sysctl -w fs.file-max={}", max.saturating_mul(2))]));
+    }
+    if let Some(limit) = daemon.and_then(|daemon| open_files_limit(daemon.pid))
+        && limit < FEW_DESCRIPTORS
+    {
+        let what = format!("the daemon may open {limit} files");
+        let finding = Finding::new(CHECK, Level::Warning, what).because("A relayed connection takes two.");
+        findings.push(finding.type_this([
+            "systemctl edit lbridge.service",
+            "[Service]",
+            "LimitNOFILE=524288",
+        ]));
+    }
+    findings
+}
+
+/// The hard limit, to which the daemon raises its own.
+fn open_files_limit(pid: u32) -> Option<u64> {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}

@@ -1,0 +1,137 @@
+//! What was used before lbridge, and is still there.
+
+use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path};
+
+use super::{Finding, Host, Level, quoted};
+use crate::{
+    host::{listeners, processes},
+    recipes::{socat, ufw, unit},
+};
+
+const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf";
+
+pub(super) fn findings(host: &Host) -> Vec<Finding> {
+    let mut findings = vec![];
+    let units = socat_units(&mut findings);
+    socat_processes(&units, &mut findings);
+    route_localnet(&mut findings);
+    ufw_rules(host, &mut findings);
+    findings
+}
+
+/// The names of those units that run one.
+fn socat_units(findings: &mut Vec<Finding>) -> BTreeSet<String> {
+    const CHECK: &str = "socat";
+    let folders = unit::FOLDERS.map(Path::new);
+    let services = match unit::services(&folders) {
+        Ok(services) => services,
+        Err(error) => {
+            findings.push(Finding::new(CHECK, Level::Note, format!("units cannot be read: {error}")));
+            return BTreeSet::new();
+        }
+    };
+    let mut found = BTreeSet::new();
+    for service in services {
+        let runs = |command: &Result<Vec<String>, String>| {
+            command.as_ref().is_ok_and(|words| socat::is_socat(words) && socat::leads_to_loopback(words))
+        };
+        // Commands that cannot be told are the importer's to explain.
+        let untold = service.name.starts_with("socat") && service.commands.iter().any(Result::is_err);
+        if untold || service.commands.iter().any(runs) {
+            let finding = Finding::new(
+                CHECK,
+                Level::Warning,
+                format!("{} runs socat in front of loopback", service.name),
+            );
+            findings.push(
+                finding
+                    .because("Whoever reaches its address is let in, and the service takes them for local.")
+                    .type_this(["lbridge import"]),
+            );
+            found.insert(service.name);
+        }
+    }
+    found
+}
+
+fn socat_processes(units: &BTreeSet<String>, findings: &mut Vec<Finding>) {
+    if !nix::unistd::geteuid().is_root() {
+        return findings.push(Finding::needs_root("socat", "the socat processes of others"));
+    }
+    let all = processes::all();
+    let all: Vec<_> = all
+        .iter()
+        .filter(|process| socat::is_socat(&process.words) && socat::leads_to_loopback(&process.words))
+        .collect();
+    for process in &all {
+        // One that forks has a child for each connection.
+        let is_child = all.iter().any(|other| other.pid == process.parent && other.words == process.words);
+        let of_unit = processes::unit(process.pid).is_some_and(|unit| units.contains(&unit.name));
+        if is_child || of_unit {
+            continue;
+        }
+        let what =
+            format!("process {} is a socat in front of loopback: {}", process.pid, process.words.join(" "));
+        let finding = Finding::new("socat", Level::Warning, what);
+        findings.push(
+            finding
+                .because("Whoever reaches its address is let in, and the service takes them for local.")
+                .type_this(["lbridge allow NETWORK PORT".to_owned(), format!("kill {}", process.pid)]),
+        );
+    }
+}
+
+fn route_localnet(findings: &mut Vec<Finding>) {
+    let interfaces = fs::read_dir(ROUTE_LOCALNET).into_iter().flatten().flatten();
+    let on = interfaces.filter(|interface| {
+        fs::read_to_string(interface.path().join("route_localnet")).is_ok_and(|value| value.trim() != "0")
+    });
+    let mut on: Vec<_> = on.filter_map(|interface| interface.file_name().into_string().ok()).collect();
+    on.sort();
+    // The loopback itself needs no such thing to be reached.
+    on.retain(|interface| interface != "lo");
+    if on.is_empty() {
+        return;
+    }
+    let what = format!("packets for 127.0.0.0/8 are routed from {} (route_localnet)", on.join(", "));
+    findings.push(
+        Finding::new("route_localnet", Level::Warning, what)
+            .because(
+                "With a DNAT rule, or an address forged on that link, services on loopback are reached from outside. lbridge \
+                 does not need it; Docker without its userland proxy and kube-proxy set it for themselves.",
+            )
+            .type_this(on.iter().map(|interface| {
+                let name = quoted(&format!("net/ipv4/conf/{interface}/route_localnet=0"));
+                format!("sysctl -w {name}")
+            })),
+    );
+}
+
+/// Rules of UFW's for a bridge's address and a port that neither a rule of ours nor anything that listens has a use for.
+fn ufw_rules(host: &Host, findings: &mut Vec<Finding>) {
+    const CHECK: &str = "ufw";
+    let allowed = match ufw::allowed(Path::new(ufw::FOLDER)) {
+        Ok(allowed) => allowed,
+        Err(_) => return findings.push(Finding::needs_root(CHECK, "UFW's rules for older recipes")),
+    };
+    let listening = listeners::tcp().unwrap_or_default();
+    for rule in allowed {
+        let (Some((address, port)), Some(words)) = (rule.endpoint(), rule.words()) else { continue };
+        let bridge = host.interfaces.iter().filter(|interface| interface.is_bridge);
+        let mut bridge = bridge.filter(|bridge| bridge.addresses.iter().any(|(its, _)| *its == address));
+        let Some(bridge) = bridge.next() else { continue };
+        let is_ours = host.rules.iter().any(|rule| {
+            rule.spec.port == port && host.bridge(&rule.network).is_some_and(|its| its.name == bridge.name)
+        });
+        let used = listening.iter().any(|listener| {
+            let there = listener.address;
+            there.port() == port && (there.ip() == address || there.ip().is_unspecified())
+        });
+        if is_ours || used {
+            continue;
+        }
+        let what = format!("UFW lets in to {}, where nothing serves", SocketAddr::new(address, port));
+        let finding = Finding::new(CHECK, Level::Note, what).because("It may be left of an older recipe.");
+        findings.push(finding.type_this([format!("ufw delete {words}")]));
+    }
+}

@@ -1,0 +1,248 @@
+//! `lbridge doctor`: what this host can and cannot do, and what to do about it. Looks, and tries in namespaces of its own;
+//! changes nothing of the host, and leaves nothing behind, however it ends. Works without root and without the daemon, as far
+//! as that goes: a check that could not be made says so.
+//!
+//! - [`kernel`]: the programs, tried; cgroup2, bpffs, descriptors;
+//! - [`daemon`]: the daemon and its rules, as `status` has them;
+//! - [`docker`]: the engine, and containers that know the host by another address;
+//! - [`firewall`]: what keeps packets from lbridge;
+//! - [`services`]: the listeners that rules lead to;
+//! - [`leftovers`]: what was used before lbridge.
+
+mod daemon;
+mod docker;
+mod firewall;
+mod kernel;
+mod leftovers;
+mod services;
+
+use std::{net::IpAddr, path::PathBuf};
+
+use serde::Serialize;
+
+use crate::{
+    api::client::Client,
+    host::interfaces,
+    planning::{
+        inventory::{DockerNetwork, Interface, find_networks},
+        rule::{Network, PathChoice, PortSpec, Rule, Target},
+    },
+    store::{Store, config::Config},
+};
+
+/// Where the daemon has its things.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The state directory.
+    pub state_dir: PathBuf,
+    /// The configuration file.
+    pub config: PathBuf,
+    /// The pin directory.
+    pub bpffs: PathBuf,
+    /// The cgroup2 whose sockets are watched; `None`: the mount point.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// To know.
+    Note,
+    /// It works, but not as well or as safely as it could.
+    Warning,
+    /// Something does not work.
+    Problem,
+}
+
+/// What was found. The fields are what `--json` prints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at: a word that stays the same.
+    pub check: &'static str,
+    /// How bad it is.
+    pub level: Level,
+    /// What is the case.
+    pub what: String,
+    /// Why that matters.
+    pub why: Option<String>,
+    /// What to type, line by line.
+    pub remedy: Vec<String>,
+}
+
+impl Finding {
+    fn new(check: &'static str, level: Level, what: impl Into<String>) -> Self {
+        Self { check, level, what: what.into(), why: None, remedy: vec![] }
+    }
+
+    fn ok(check: &'static str, what: impl Into<String>) -> Self {
+        Self::new(check, Level::Ok, what)
+    }
+
+    /// A check that was not made since the user may not.
+    fn needs_root(check: &'static str, what: &str) -> Self {
+        Self::new(check, Level::Note, format!("{what}: not checked, that needs root"))
+            .type_this(["sudo lbridge doctor"])
+    }
+
+    fn because(mut self, why: impl Into<String>) -> Self {
+        self.why = Some(why.into());
+        self
+    }
+
+    fn type_this<T: Into<String>>(mut self, lines: impl IntoIterator<Item = T>) -> Self {
+        self.remedy.extend(lines.into_iter().map(Into::into));
+        self
+    }
+}
+
+/// Everything that was found, in the order of the checks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The version of this program.
+    pub version: &'static str,
+    /// The worst of the findings' levels.
+    pub worst: Level,
+    /// What was found.
+    pub findings: Vec<Finding>,
+}
+
+/// A rule, from whoever could tell.
+#[derive(Debug, Clone)]
+struct Wanted {
+    network: Network,
+    spec: PortSpec,
+    /// Whether the kernel could have its connections, as far as the rule goes.
+    steerable: bool,
+}
+
+impl Wanted {
+    fn of(rule: &Rule) -> Self {
+        let steerable = rule.path != PathChoice::Relay && rule.needs_relay().is_none();
+        Self { network: rule.network.clone(), spec: rule.spec.clone(), steerable }
+    }
+
+    /// Whether a listener at this address is the rule's service.
+    fn leads_to(&self, address: IpAddr, port: u16) -> bool {
+        match &self.spec.target {
+            Target::Port(target) => *target == port && (address.is_loopback() || address.is_unspecified()),
+            Target::Address(target) => {
+                target.port() == port && (target.ip() == address || address.is_unspecified())
+            }
+            Target::Unix(_) => false,
+        }
+    }
+}
+
+/// What several checks look at.
+#[derive(Debug, Default)]
+struct Host {
+    rules: Vec<Wanted>,
+    interfaces: Vec<Interface>,
+    networks: Vec<DockerNetwork>,
+}
+
+impl Host {
+    /// The bridge of a rule's network.
+    fn bridge(&self, network: &Network) -> Option<&Interface> {
+        let name = match network {
+            Network::Bridge(name) => name,
+            Network::Docker(name) => match find_networks(&self.networks, name)[..] {
+                [network] => network.bridge.as_ref()?,
+                _ => return None,
+            },
+            Network::Container(_) | Network::Netns(_) | Network::Process(_) => return None,
+        };
+        self.interfaces.iter().find(|interface| interface.name == *name)
+    }
+}
+
+/// Looks at everything.
+pub async fn examine(options: &Options, client: &Client) -> Report {
+    let mut findings = vec![];
+    let (daemon, status) = daemon::look(client).await;
+    findings.extend(kernel::findings(options, daemon.as_ref()));
+    findings.extend(daemon::findings(options, client, daemon.as_ref(), &status));
+
+    let mut host = Host::default();
+    match interfaces::list().await {
+        Ok(interfaces) => host.interfaces = interfaces,
+        Err(error) => findings.push(Finding::new("host", Level::Problem, format!("{error:#}"))),
+    }
+    host.rules = match &status {
+        Ok(status) => status.rules.iter().filter_map(daemon::wanted).collect(),
+        Err(_) => stored(options).unwrap_or_else(|finding| {
+            findings.push(finding);
+            vec![]
+        }),
+    };
+    let (engine, about_engine) = docker::engine(&host, status.as_ref().ok()).await;
+    findings.extend(about_engine);
+    if let Some(engine) = engine {
+        host.networks = engine.networks;
+        findings.extend(docker::guests(&host).await);
+    }
+    findings.extend(firewall::findings(&host));
+    findings.extend(services::findings(&host));
+    findings.extend(leftovers::findings(&host));
+    let worst = findings.iter().map(|finding| finding.level).max().unwrap_or(Level::Ok);
+    Report { version: env!("CARGO_PKG_VERSION"), worst, findings }
+}
+
+/// The rules in the files, while the daemon cannot be asked.
+fn stored(options: &Options) -> Result<Vec<Wanted>, Finding> {
+    let read = || {
+        let store = Store::at(&options.state_dir);
+        let rules = Config::load(&options.config)?.rules_with(store.rules()?, &store.rules_file())?;
+        anyhow::Ok(rules.iter().map(|(_, rule, _)| rule.clone()).collect::<Vec<_>>())
+    };
+    match read() {
+        Ok(rules) => Ok(rules.iter().map(Wanted::of).collect()),
+        Err(_) if !nix::unistd::geteuid().is_root() => {
+            Err(Finding::needs_root("rules", "the services that rules lead to"))
+        }
+        Err(error) => Err(Finding::new("rules", Level::Problem, format!("{error:#}"))
+            .because("lbridge run does not start like that.")),
+    }
+}
+
+/// Several names for people: the first few, and how many more.
+fn listed(names: &[String]) -> String {
+    const MOST: usize = 4;
+    let mut text = names.iter().take(MOST).cloned().collect::<Vec<_>>().join(", ");
+    if names.len() > MOST {
+        text += &format!(" and {} more", names.len() - MOST);
+    }
+    text
+}
+
+/// A word for a shell, which may be somebody else's choice.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{listed, quoted};
+
+    #[test]
+    fn words_cannot_act_on_a_shell() {
+        assert_eq!(quoted("socat@app.service"), "socat@app.service");
+        assert_eq!(quoted("a;reboot"), "'a;reboot'");
+        assert_eq!(quoted("it's"), "'it'\\''s'");
+        assert_eq!(quoted(""), "''");
+    }
+
+    #[test]
+    fn many_names_are_cut() {
+        let names: Vec<_> = ["a", "b", "c", "d", "e", "f"].map(str::to_owned).into();
+        assert_eq!(listed(&names[..2]), "a, b");
+        assert_eq!(listed(&names), "a, b, c, d and 2 more");
+    }
+}

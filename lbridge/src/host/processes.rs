@@ -1,0 +1,118 @@
+//! Processes, as /proc tells of them: their names, their command lines, and the units that they belong to.
+
+use std::fs;
+
+/// A unit of systemd.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Unit {
+    /// `ollama.service`.
+    pub name: String,
+    /// Whether it is one of a user's own manager.
+    pub of_user: bool,
+}
+
+/// The service that a process belongs to; a container's process belongs to none.
+pub fn unit(pid: u32) -> Option<Unit> {
+    unit_in(&fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?)
+}
+
+/// From the text of /proc/PID/cgroup: of systemd's own hierarchy, or of cgroup2, which is systemd's where there is no other.
+fn unit_in(cgroups: &str) -> Option<Unit> {
+    let path = |prefix: &str| {
+        cgroups.lines().find_map(|line| line.split_once(':').and_then(|(_, rest)| rest.strip_prefix(prefix)))
+    };
+    let path = path("name=systemd:").or_else(|| path(":"))?;
+    let is_manager = |name: &str| name.starts_with("user@");
+    let mut name = None;
+    let mut of_user = false;
+    for folder in path.split('/') {
+        if folder.ends_with(".scope") || (folder.starts_with("docker") && !folder.ends_with(".service")) {
+            // A container, or a session.
+            return None;
+        }
+        if folder.ends_with(".service") {
+            of_user |= name.is_some_and(is_manager);
+            name = Some(folder);
+        }
+    }
+    let name = name.filter(|name| !is_manager(name))?.to_owned();
+    Some(Unit { name, of_user })
+}
+
+/// What a process calls itself.
+pub fn name(pid: u32) -> Option<String> {
+    // Bytes, of whoever runs it.
+    let name = fs::read(format!("/proc/{pid}/comm")).ok()?;
+    Some(String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).into_owned())
+}
+
+/// A process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    /// Its parent's.
+    pub parent: u32,
+    /// Its command line.
+    pub words: Vec<String>,
+}
+
+/// Every process of this network namespace that has a command line, as far as it can be seen.
+pub fn all() -> Vec<Process> {
+    let numbers = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let own = fs::read_link("/proc/self/ns/net").ok();
+    let here = |pid: &u32| fs::read_link(format!("/proc/{pid}/ns/net")).ok() == own;
+    numbers.filter(here).filter_map(process).collect()
+}
+
+fn process(pid: u32) -> Option<Process> {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let line = line.strip_suffix(&[0]).filter(|line| !line.is_empty())?;
+    let words = line.split(|b| *b == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())?;
+    Some(Process { pid, parent, words })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_told_from_cgroups() {
+        let unit = |cgroups: &str| unit_in(cgroups).map(|unit| (unit.name, unit.of_user));
+        let named = |name: &str, of_user| Some((name.to_owned(), of_user));
+        assert_eq!(unit("0::/system.slice/ollama.service\n"), named("ollama.service", false));
+        assert_eq!(unit("0::/system.slice/a.service/worker\n"), named("a.service", false));
+        assert_eq!(
+            unit("0::/user.slice/user-1000.slice/user@1000.service/app.slice/b.service\n"),
+            named("b.service", true)
+        );
+        // Hybrid: the controllers' hierarchies say something else.
+        assert_eq!(
+            unit("5:cpu:/\n1:name=systemd:/system.slice/c.service\n0::/\n"),
+            named("c.service", false)
+        );
+        for none in [
+            "0::/\n",
+            "0::/user.slice/user-0.slice/session-1.scope\n",
+            "0::/user.slice/user-1000.slice/user@1000.service/init.scope\n",
+            "0::/user.slice/user-1000.slice/user@1000.service\n",
+            "0::/system.slice/docker-0123.scope\n",
+            "0::/docker/0123/system.slice/inside.service\n",
+            "",
+        ] {
+            assert_eq!(unit(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn processes_are_found() {
+        let own = std::process::id();
+        let found = all().into_iter().find(|process| process.pid == own).unwrap();
+        assert_eq!(found.words, std::env::args().collect::<Vec<_>>());
+        assert_eq!(found.parent, std::os::unix::process::parent_id());
+        assert!(name(own).is_some());
+    }
+}

@@ -1,0 +1,91 @@
+//! A trial: loads the object as the daemon does, but pins nothing and attaches to nothing of the host. It is gone when this is
+//! dropped, or the process ends.
+
+use std::{fs::File, path::Path};
+
+use anyhow::Context as _;
+use aya::{Ebpf, EbpfLoader, programs::Program};
+use aya_obj::generated::bpf_attach_type;
+use lbridge_common::symbols;
+
+use super::{
+    links,
+    loader::{Programs, error_chain, open_cgroup, program_mut, raise_memlock, steering},
+    maps::Maps,
+    object,
+};
+use crate::planning::inventory::Abilities;
+
+/// Room in each map: a trial puts one entry.
+const ROOM: u32 = 8;
+/// Hooks of the cgroup that the daemon attaches to.
+const CGROUP_HOOKS: [bpf_attach_type; 5] = [
+    bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+    bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+    bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+    bpf_attach_type::BPF_CGROUP_INET4_GETSOCKNAME,
+    bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME,
+];
+
+/// The object, loaded.
+#[derive(Debug)]
+pub struct Trial {
+    /// What the kernel took.
+    pub abilities: Abilities,
+    /// The maps.
+    pub maps: Maps,
+    steer: Option<&'static str>,
+    object: Ebpf,
+}
+
+impl Trial {
+    /// Loads it. `cookie` is that of the host's namespace, where the kernel tells it.
+    pub fn load(cookie: Option<u64>) -> anyhow::Result<Self> {
+        raise_memlock();
+        let bytes = object::bytes()?;
+        let host_netns = cookie.unwrap_or(0);
+        let mut loader = EbpfLoader::new();
+        loader.override_global(symbols::HOST_NETNS, &host_netns, true);
+        // The daemon's own maps take dozens of megabytes.
+        for map in [symbols::RULES, symbols::TARGETS, symbols::LISTENERS, symbols::LOOPBACK_VIEWS]
+            .into_iter()
+            .chain([symbols::RELAY_CONNECTS, symbols::RELAY_PEERS])
+        {
+            loader.map_max_entries(map, ROOM);
+        }
+        let mut object = loader.load(&bytes).map_err(|error| anyhow::anyhow!(error_chain(&error)))?;
+        let Programs { steer, listeners, name_hooks } = Programs::load(&mut object, cookie);
+        let abilities = Abilities { steer: steering(&steer, &listeners), name_hooks };
+        Ok(Self { abilities, maps: Maps::take(&mut object)?, steer: steer.ok(), object })
+    }
+
+    /// Attaches the steering program to that namespace, which is one made for it.
+    pub fn attach(&mut self, netns: &File) -> anyhow::Result<()> {
+        let steer = self.steer.context("the kernel takes no steering program")?;
+        match program_mut(&mut self.object, steer)? {
+            Program::SkLookup(program) => {
+                program.attach(netns).map_err(|error| anyhow::anyhow!(error_chain(&error)))?;
+                Ok(())
+            }
+            _ => anyhow::bail!("{steer} is no program of this hook"),
+        }
+    }
+}
+
+/// Whether the daemon could attach to this cgroup: it is one of cgroup2, the kernel has its hooks, and nobody has taken one for
+/// himself alone.
+pub fn check_cgroup(path: &Path) -> anyhow::Result<()> {
+    let cgroup = open_cgroup(path)?;
+    for hook in CGROUP_HOOKS {
+        let exclusive = links::is_exclusive(&cgroup, hook);
+        let exclusive =
+            exclusive.with_context(|| format!("cannot ask for the programs at {}", path.display()))?;
+        anyhow::ensure!(
+            !exclusive,
+            "another program holds hook {} of {} for itself alone; `bpftool cgroup show {1}` names it",
+            hook as u32,
+            path.display()
+        );
+    }
+    Ok(())
+}
