@@ -101,10 +101,9 @@ fn turned(
                 Ok(words) if words.iter().any(|word| word.contains("socat")) => {
                     Err("it runs socat through another program".to_owned())
                 }
-                Ok(_) => continue,
                 // Whether that is a socat is not known either; its name says what it was meant for.
                 Err(why) if service.name.contains("socat") => Err(why.clone()),
-                Err(_) => continue,
+                Ok(_) | Err(_) => continue,
             };
             let turned = turned.and_then(|(rule, gateway, bridge)| match seen.get(&rule.id()) {
                 Some(other) => Err(format!("it serves what {other} serves: {}", rule.id())),
@@ -141,12 +140,11 @@ fn rule(
     unit: &str,
 ) -> Result<(Rule, IpAddr, String), String> {
     let (network, gateway, bridge) = network(forward, bridges)?;
-    let unix = matches!(forward.target, Target::Unix(_));
     let rule = Rule {
         network,
         spec: PortSpec { port: forward.port, target: forward.target.clone() },
         // The service would see root as its peer: the daemon wants that said.
-        source: if unix { Source::Loopback } else { source },
+        source: if matches!(forward.target, Target::Unix(_)) { Source::Loopback } else { source },
         path: PathChoice::Auto,
         max_connections: None,
         idle_timeout: None,

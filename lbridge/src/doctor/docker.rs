@@ -101,10 +101,8 @@ pub(super) async fn guests(host: &Host) -> Vec<Finding> {
             listed(&ports)
         );
         let finding = Finding::new("host-gateway", Level::Warning, what).because(why);
-        Some(
-            finding
-                .type_this([format!("docker run --network {network} --add-host {host_name}:{gateway} ...")]),
-        )
+        let (network, host) = (quoted(network), quoted(&format!("{host_name}:{gateway}")));
+        Some(finding.type_this([format!("docker run --network {network} --add-host {host} ...")]))
     };
     misled.into_iter().filter_map(finding).collect()
 }

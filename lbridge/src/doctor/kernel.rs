@@ -52,17 +52,16 @@ fn about_cgroup(options: &Options, root: bool) -> Finding {
     const CHECK: &str = "cgroup2";
     const WHY: &str =
         "A program at its root notices services that start; lbridge run does not start without.";
-    let path = match options.cgroup.clone().map_or_else(cgroup::mount, Ok) {
-        Ok(path) => path,
-        Err(_) => {
-            let remedy = "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified";
-            // Hybrid: what is there is a tmpfs with the controllers of cgroup v1.
-            let hybrid =
-                Path::new("/sys/fs/cgroup/memory").exists() || Path::new("/sys/fs/cgroup/systemd").exists();
-            let remedy = if hybrid { remedy } else { "mount -t cgroup2 none /sys/fs/cgroup" };
-            let finding = Finding::new(CHECK, Level::Problem, "no cgroup2 is mounted");
-            return finding.because(WHY).type_this([remedy]);
-        }
+    let Ok(path) = options.cgroup.clone().map_or_else(cgroup::mount, Ok) else {
+        // Hybrid: what is there is a tmpfs with the controllers of cgroup v1.
+        let hybrid = ["memory", "systemd"].iter().any(|name| Path::new("/sys/fs/cgroup").join(name).exists());
+        let remedy = if hybrid {
+            "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
+        } else {
+            "mount -t cgroup2 none /sys/fs/cgroup"
+        };
+        let finding = Finding::new(CHECK, Level::Problem, "no cgroup2 is mounted");
+        return finding.because(WHY).type_this([remedy]);
     };
     if root && let Err(error) = trial::check_cgroup(&path) {
         return Finding::new(CHECK, Level::Problem, format!("{error:#}")).because(WHY);

@@ -110,9 +110,8 @@ fn route_localnet(findings: &mut Vec<Finding>) {
 /// Rules of UFW's for a bridge's address and a port that neither a rule of ours nor anything that listens has a use for.
 fn ufw_rules(host: &Host, findings: &mut Vec<Finding>) {
     const CHECK: &str = "ufw";
-    let allowed = match ufw::allowed(Path::new(ufw::FOLDER)) {
-        Ok(allowed) => allowed,
-        Err(_) => return findings.push(Finding::needs_root(CHECK, "UFW's rules for older recipes")),
+    let Ok(allowed) = ufw::allowed(Path::new(ufw::FOLDER)) else {
+        return findings.push(Finding::needs_root(CHECK, "UFW's rules for older recipes"));
     };
     let listening = listeners::tcp().unwrap_or_default();
     for rule in allowed {

@@ -16,7 +16,7 @@ mod kernel;
 mod leftovers;
 mod services;
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
 
 use serde::Serialize;
 
@@ -213,7 +213,7 @@ fn listed(names: &[String]) -> String {
     const MOST: usize = 4;
     let mut text = names.iter().take(MOST).cloned().collect::<Vec<_>>().join(", ");
     if names.len() > MOST {
-        text += &format!(" and {} more", names.len() - MOST);
+        let _ = write!(text, " and {} more", names.len() - MOST);
     }
     text
 }

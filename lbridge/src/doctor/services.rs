@@ -1,6 +1,6 @@
 //! The services that rules lead to: how they listen, and who else reaches them.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::{Finding, Host, Level, listed, quoted};
 use crate::{
@@ -30,9 +30,10 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
         listener.bound_interface == 0
             && host.rules.iter().any(|rule| rule.leads_to(address.ip(), address.port()))
     };
-    let meant: Vec<_> = listeners.iter().filter(is_meant).collect();
+    let mut meant: Vec<_> = listeners.iter().filter(is_meant).collect();
+    meant.sort_by_key(|listener| (listener.address.port(), listener.address));
     let inodes: HashSet<_> = meant.iter().map(|listener| listener.inode).collect();
-    let holders = listeners::processes_of(&inodes).unwrap_or_default();
+    let holders = listeners::processes_of(&inodes.iter().copied().collect()).unwrap_or_default();
     let mut taker = Taker::default();
     let mut findings = vec![];
     let mut unseen = false;
@@ -69,7 +70,7 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
     findings
 }
 
-fn holder(holders: &HashMap<u64, BTreeSet<u32>>, inode: u64) -> Holder {
+fn holder(holders: &BTreeMap<u64, BTreeSet<u32>>, inode: u64) -> Holder {
     let Some(pid) = holders.get(&inode).and_then(|pids| pids.first()) else {
         return Holder { name: "a service".to_owned(), unit: None, program: None };
     };

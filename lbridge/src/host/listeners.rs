@@ -292,8 +292,8 @@ pub fn is_mptcp(socket: &OwnedFd) -> bool {
 }
 
 /// The processes that hold these sockets, as far as their descriptors can be seen.
-pub fn processes_of(wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, BTreeSet<u32>>> {
-    let holders = holders_of(wanted)?.into_iter();
+pub fn processes_of(wanted: &BTreeSet<u64>) -> anyhow::Result<BTreeMap<u64, BTreeSet<u32>>> {
+    let holders = holders_of(&wanted.iter().copied().collect())?.into_iter();
     let number = |(pid, _): (Pid, i32)| pid.as_raw_nonzero().get().unsigned_abs();
     Ok(holders.map(|(inode, holders)| (inode, holders.into_iter().map(number).collect())).collect())
 }

@@ -16,27 +16,48 @@ pub fn unit(pid: u32) -> Option<Unit> {
     unit_in(&fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?)
 }
 
-/// From the text of /proc/PID/cgroup: of systemd's own hierarchy, or of cgroup2, which is systemd's where there is no other.
+/// From the text of /proc/PID/cgroup: of systemd's own hierarchy where that says something, else of cgroup2.
 fn unit_in(cgroups: &str) -> Option<Unit> {
-    let path = |prefix: &str| {
-        cgroups.lines().find_map(|line| line.split_once(':').and_then(|(_, rest)| rest.strip_prefix(prefix)))
+    let path = |controllers: &str| {
+        let rest = cgroups.lines().filter_map(|line| line.split_once(':').map(|(_, rest)| rest));
+        rest.filter_map(|rest| rest.split_once(':'))
+            .find(|(its, _)| *its == controllers)
+            .map(|(_, path)| path)
     };
-    let path = path("name=systemd:").or_else(|| path(":"))?;
+    match ["name=systemd", ""].into_iter().filter_map(path).find_map(owner)? {
+        Owner::Service(unit) => Some(unit),
+        Owner::Other => None,
+    }
+}
+
+/// Whose a cgroup is.
+enum Owner {
+    Service(Unit),
+    /// A container's, a session's.
+    Other,
+}
+
+/// `None` where the path says nothing.
+fn owner(path: &str) -> Option<Owner> {
     let is_manager = |name: &str| name.starts_with("user@");
     let mut name = None;
     let mut of_user = false;
     for folder in path.split('/') {
-        if folder.ends_with(".scope") || (folder.starts_with("docker") && !folder.ends_with(".service")) {
-            // A container, or a session.
-            return None;
-        }
-        if folder.ends_with(".service") {
-            of_user |= name.is_some_and(is_manager);
-            name = Some(folder);
+        match folder.rsplit_once('.') {
+            Some((_, "service")) => {
+                of_user |= name.is_some_and(is_manager);
+                name = Some(folder);
+            }
+            Some((_, "scope")) => return Some(Owner::Other),
+            _ if folder.starts_with("docker") => return Some(Owner::Other),
+            _ => {}
         }
     }
-    let name = name.filter(|name| !is_manager(name))?.to_owned();
-    Some(Unit { name, of_user })
+    let name = name?;
+    if is_manager(name) {
+        return Some(Owner::Other);
+    }
+    Some(Owner::Service(Unit { name: name.to_owned(), of_user }))
 }
 
 /// What a process calls itself.
@@ -89,6 +110,10 @@ mod tests {
             unit("0::/user.slice/user-1000.slice/user@1000.service/app.slice/b.service\n"),
             named("b.service", true)
         );
+        assert_eq!(
+            unit("4:pids:/x\n1:name=systemd:/\n0::/system.slice/d.service\n"),
+            named("d.service", false)
+        );
         // Hybrid: the controllers' hierarchies say something else.
         assert_eq!(
             unit("5:cpu:/\n1:name=systemd:/system.slice/c.service\n0::/\n"),
@@ -101,6 +126,7 @@ mod tests {
             "0::/user.slice/user-1000.slice/user@1000.service\n",
             "0::/system.slice/docker-0123.scope\n",
             "0::/docker/0123/system.slice/inside.service\n",
+            "1:name=systemd:/docker/0123\n0::/system.slice/containerd.service\n",
             "",
         ] {
             assert_eq!(unit(none), None, "{none}");

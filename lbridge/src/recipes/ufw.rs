@@ -1,6 +1,6 @@
 //! UFW's rules, as it keeps them: a comment `### tuple ###` for each in `user.rules`, of which it makes the lines that follow.
 
-use std::{net::IpAddr, path::Path};
+use std::{fmt::Write as _, net::IpAddr, path::Path};
 
 use lbridge_common::wire::Address;
 
@@ -105,18 +105,18 @@ impl Allowed {
         }
         let mut words = "allow in".to_owned();
         if let Some(interface) = &self.interface {
-            words += &format!(" on {interface}");
+            let _ = write!(words, " on {interface}");
         }
         let any = |text: &String| if is_any(text) { "any".to_owned() } else { text.clone() };
         if !is_any(&self.from) {
-            words += &format!(" from {}", self.from);
+            let _ = write!(words, " from {}", self.from);
         }
-        words += &format!(" to {}", any(&self.to));
+        let _ = write!(words, " to {}", any(&self.to));
         if self.port != "any" {
-            words += &format!(" port {}", self.port);
+            let _ = write!(words, " port {}", self.port);
         }
         if self.protocol != "any" {
-            words += &format!(" proto {}", self.protocol);
+            let _ = write!(words, " proto {}", self.protocol);
         }
         Some(words)
     }

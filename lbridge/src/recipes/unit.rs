@@ -30,10 +30,11 @@ pub fn services(folders: &[&Path]) -> io::Result<Vec<Service>> {
     let mut instances: BTreeSet<String> = BTreeSet::new();
     for folder in folders {
         for (name, path) in entries(folder)? {
-            if name.ends_with(".wants") || name.ends_with(".requires") {
+            let kind = kind(&name);
+            if kind == "wants" || kind == "requires" {
                 let enabled = entries(&path)?.into_iter().map(|(name, _)| name);
                 instances.extend(enabled.filter(|name| template_of(name).is_some()));
-            } else if name.ends_with(".service") && !is_alias(&name, &path) {
+            } else if kind == "service" && !is_alias(&name, &path) {
                 files.entry(name).or_insert(path);
             }
         }
@@ -52,6 +53,11 @@ pub fn services(folders: &[&Path]) -> io::Result<Vec<Service>> {
         services.push(Service { name, commands });
     }
     Ok(services)
+}
+
+/// `service` of `socat.service`.
+fn kind(name: &str) -> &str {
+    name.rsplit_once('.').map_or("", |(_, kind)| kind)
 }
 
 /// `socat@.service` of `socat@app.service`.
@@ -76,7 +82,7 @@ fn entries(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
 fn is_alias(name: &str, path: &Path) -> bool {
     let target = fs::read_link(path).ok();
     let target = target.as_deref().and_then(Path::file_name).and_then(|target| target.to_str());
-    target.is_some_and(|target| target != name && target.ends_with(".service"))
+    target.is_some_and(|target| target != name && kind(target) == "service")
 }
 
 /// The drop-ins of a unit, in the order in which they count: by their own name, wherever they are.
@@ -85,7 +91,7 @@ fn drop_ins(folders: &[&Path], name: &str, template: Option<&str>) -> io::Result
     for unit in [Some(name), template].into_iter().flatten() {
         for folder in folders {
             for (file, path) in entries(&folder.join(format!("{unit}.d")))? {
-                if file.ends_with(".conf") {
+                if kind(&file) == "conf" {
                     found.entry(file).or_insert(path);
                 }
             }

@@ -7,6 +7,7 @@
 pub mod client;
 pub mod daemon;
 pub mod docker;
+pub mod doctor;
 pub mod kernel;
 pub mod lab;
 pub mod logs;

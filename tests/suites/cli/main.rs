@@ -3,6 +3,7 @@
 
 mod access;
 mod commands;
+mod doctor;
 mod start;
 
 use std::fs;
@@ -14,7 +15,7 @@ use lbridge_tests::harness::suite::{Need, Suite};
 
 fn main() {
     const NEEDS: &[Need] = &[Need::Root, Need::Cgroup2, Need::Program("ip"), Need::Lbridge];
-    Suite::new(NEEDS, [commands::tests(), start::tests(), access::tests()].concat()).main()
+    Suite::new(NEEDS, [commands::tests(), start::tests(), access::tests(), doctor::tests()].concat()).main()
 }
 
 /// Failed with this status, silent on stdout and one line on stderr.

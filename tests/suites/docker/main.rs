@@ -1,6 +1,7 @@
 //! lbridge beside a real Docker Engine: networks and containers that come, go and change under its rules.
 
 mod containers;
+mod doctor;
 mod networks;
 
 use std::net::SocketAddr;
@@ -26,7 +27,7 @@ fn main() {
         Need::Program("busybox"),
         Need::Program("tar"),
     ];
-    let mut suite = Suite::new(NEEDS, [networks::tests(), containers::tests()].concat());
+    let mut suite = Suite::new(NEEDS, [networks::tests(), containers::tests(), doctor::tests()].concat());
     suite.threads = 1;
     suite.main()
 }

@@ -1,5 +1,6 @@
 //! lbridge on a kernel: real hooks in network namespaces, bridges without Docker.
 
+mod doctor;
 mod inside;
 mod isolation;
 mod lifecycle;
@@ -24,6 +25,7 @@ pub(crate) fn suite() -> Suite {
         inside::tests(),
         limits::tests(),
         verified::tests(),
+        doctor::tests(),
     ];
     Suite::new(needs, tests.concat())
 }

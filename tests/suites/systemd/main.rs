@@ -1,6 +1,7 @@
 //! lbridge as a unit of a real systemd: starts, stops, and restarts that refuse nobody.
 
 mod handover;
+mod recipes;
 mod unit;
 
 use std::net::SocketAddr;
@@ -17,7 +18,7 @@ use lbridge_tests::harness::suite::Suite;
 use lbridge_tests::harness::systemd::{self, Systemd};
 
 fn main() {
-    Suite::new(&systemd::NEEDS, [unit::tests(), handover::tests()].concat()).main()
+    Suite::new(&systemd::NEEDS, [unit::tests(), handover::tests(), recipes::tests()].concat()).main()
 }
 
 /// The unit's name.

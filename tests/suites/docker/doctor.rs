@@ -1,0 +1,101 @@
+//! The doctor and the importer beside a real engine.
+
+use std::fs;
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, ensure};
+use lbridge_tests::harness::doctor::Report;
+use lbridge_tests::harness::suite::Test;
+use lbridge_tests::tests;
+
+use super::{Scene, at};
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![
+        a_healthy_host_is_told_so,
+        containers_that_dial_docker0_are_told,
+        an_engine_that_is_away_is_told,
+        import_names_docker_networks,
+    ]
+}
+
+fn a_healthy_host_is_told_so() -> Result<()> {
+    let scene = Scene::new()?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.served(&container, at(&network, 8080), "service")?;
+    let report = Report::of(&scene.daemon)?;
+    ensure!(report.status == 0 && report.complaints().is_empty(), "{report:?}");
+    ensure!(report.must("docker", "ok")?.text.contains("docker.sock"), "{report:?}");
+    Ok(())
+}
+
+fn containers_that_dial_docker0_are_told() -> Result<()> {
+    let scene = Scene::new()?;
+    let network = scene.engine.create_network("app", &[])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    let host = ["--add-host", "host.docker.internal:host-gateway"];
+    let misled = scene.engine.run("app", &[&host, ["--name", "misled"].as_slice()].concat())?;
+    // Its host-gateway is its gateway.
+    scene.engine.run("bridge", &host)?;
+    let right = format!("host.docker.internal:{}", network.gateway);
+    scene.engine.run("app", &["--add-host", &right, "--name", "told"])?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.daemon.allow(&["bridge", "8080"])?;
+    let rule = scene.daemon.rule("bridge", 8080)?.context("the rule")?;
+    let docker0 = rule["gateways"][0]["address"].as_str().context("an address")?;
+
+    let hosts = scene.engine.exec(&misled, &["cat", "/etc/hosts"])?.stdout;
+    ensure!(hosts.contains(docker0), "that is what Docker does: {hosts}");
+    scene.refused(&misled, SocketAddr::new(docker0.parse()?, 8080))?;
+    let finding = Report::of(&scene.daemon)?.must("host-gateway", "warning")?;
+    for says in ["misled", "8080", "host.docker.internal", docker0] {
+        ensure!(finding.text.contains(says), "{says}: {finding:?}");
+    }
+    ensure!(!finding.text.contains("told"), "{finding:?}");
+    let option = format!("--network app --add-host host.docker.internal:{}", network.gateway);
+    ensure!(finding.remedy[0].contains(&option), "{finding:?}");
+    scene.served(&misled, at(&network, 8080), "service").map(drop)
+}
+
+fn an_engine_that_is_away_is_told() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.engine.down()?;
+    scene.wait_for_docker("away")?;
+    Report::of(&scene.daemon)?.must("docker", "note")?;
+    scene.daemon.allow(&["app", "8080"])?;
+    let finding = Report::of(&scene.daemon)?.must("docker", "problem")?;
+    ensure!(finding.remedy == ["systemctl start docker.service"], "{finding:?}");
+    scene.engine.up()?;
+    scene.wait_for_docker("reachable")?;
+    Report::of(&scene.daemon)?.must("docker", "ok").map(drop)
+}
+
+/// No systemd is needed to read its units.
+fn import_names_docker_networks() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let network = scene.engine.create_network("app", &[])?;
+    let gateway = network.gateway;
+    // The engine's /etc is a copy that goes with the test.
+    fs::create_dir_all("/etc/systemd/system")?;
+    let unit = format!("[Service]\nExecStart=socat TCP-LISTEN:80,bind={gateway},fork TCP:127.0.0.1:8080\n");
+    fs::write("/etc/systemd/system/socat-app.service", unit)?;
+    fs::create_dir_all("/etc/ufw")?;
+    let bridge = format!("br-{}", &network.id[..12]);
+    let tuple = format!("### tuple ### allow tcp 80 {gateway} any 0.0.0.0/0 in_{bridge}\n");
+    fs::write("/etc/ufw/user.rules", tuple)?;
+
+    scene.engine.down()?;
+    scene.wait_for_docker("away")?;
+    let said = scene.daemon.cli(&["import"])?.stdout;
+    ensure!(said.contains("Docker does not answer"), "{said}");
+    scene.engine.up()?;
+    scene.wait_for_docker("reachable")?;
+    let said = scene.daemon.cli(&["import", "--yes"])?.stdout;
+    ensure!(said.starts_with(&format!("app 80: {gateway}:80 -> 127.0.0.1:8080")), "{said}");
+    let keep = format!("  ufw allow in on {bridge} to {gateway} port 80 proto tcp\n");
+    ensure!(said.ends_with(&keep), "{said}");
+    scene.must_be("app", 80, "waiting")
+}
