@@ -239,6 +239,7 @@ mod tests {
     fn services(commands: &[&str]) -> Vec<Service> {
         let service = |(number, command): (usize, &&str)| Service {
             name: format!("socat-{number}.service"),
+            enabled: true,
             commands: vec![Ok(command.split(' ').map(str::to_owned).collect())],
         };
         commands.iter().enumerate().map(service).collect()

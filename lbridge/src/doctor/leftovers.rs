@@ -4,23 +4,32 @@ use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path};
 
 use super::{Finding, Host, Level, quoted};
 use crate::{
-    host::{listeners, processes},
+    host::{
+        listeners,
+        processes::{self, Process},
+    },
     recipes::{socat, ufw, unit},
 };
 
+const LETS_IN: &str = "Whoever reaches its address is let in, and the service takes them for local.";
 const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf";
 
 pub(super) fn findings(host: &Host) -> Vec<Finding> {
     let mut findings = vec![];
-    let units = socat_units(&mut findings);
-    socat_processes(&units, &mut findings);
+    let socats: Vec<_> = processes::all()
+        .into_iter()
+        .filter(|process| socat::is_socat(&process.words) && socat::leads_to_loopback(&process.words))
+        .collect();
+    let numbers: Vec<_> = socats.iter().map(|process| process.pid).collect();
+    let units = socat_units(&numbers, &mut findings);
+    socat_processes(&socats, &units, &mut findings);
     route_localnet(&mut findings);
     ufw_rules(host, &mut findings);
     findings
 }
 
 /// The names of those units that run one.
-fn socat_units(findings: &mut Vec<Finding>) -> BTreeSet<String> {
+fn socat_units(socats: &[u32], findings: &mut Vec<Finding>) -> BTreeSet<String> {
     const CHECK: &str = "socat";
     let folders = unit::FOLDERS.map(Path::new);
     let services = match unit::services(&folders) {
@@ -30,6 +39,8 @@ fn socat_units(findings: &mut Vec<Finding>) -> BTreeSet<String> {
             return BTreeSet::new();
         }
     };
+    let running: BTreeSet<_> =
+        socats.iter().filter_map(|pid| processes::unit(*pid)).map(|unit| unit.name).collect();
     let mut found = BTreeSet::new();
     for service in services {
         let runs = |command: &Result<Vec<String>, String>| {
@@ -37,47 +48,51 @@ fn socat_units(findings: &mut Vec<Finding>) -> BTreeSet<String> {
         };
         // Commands that cannot be told are the importer's to explain.
         let untold = service.name.starts_with("socat") && service.commands.iter().any(Result::is_err);
-        if untold || service.commands.iter().any(runs) {
-            let finding = Finding::new(
-                CHECK,
-                Level::Warning,
-                format!("{} runs socat in front of loopback", service.name),
-            );
-            findings.push(
-                finding
-                    .because("Whoever reaches its address is let in, and the service takes them for local.")
-                    .type_this(["lbridge import"]),
-            );
-            found.insert(service.name);
+        if !untold && !service.commands.iter().any(runs) {
+            continue;
         }
+        let runs_now = running.contains(&service.name);
+        let file = Path::new(unit::FOLDERS[0]).join(&service.name);
+        findings.push(if service.enabled || runs_now {
+            Finding::new(CHECK, Level::Warning, format!("{} runs socat in front of loopback", service.name))
+                .because(LETS_IN)
+                .type_this(["lbridge import"])
+        } else {
+            Finding::new(
+                CHECK,
+                Level::Note,
+                format!("{} is left of an older recipe; it is disabled", service.name),
+            )
+            .because("Whoever starts it opens its address again.")
+            .type_this([format!("rm {} && systemctl daemon-reload", quoted(&file.to_string_lossy()))])
+        });
+        found.insert(service.name);
     }
     found
 }
 
-fn socat_processes(units: &BTreeSet<String>, findings: &mut Vec<Finding>) {
+fn socat_processes(all: &[Process], units: &BTreeSet<String>, findings: &mut Vec<Finding>) {
     if !nix::unistd::geteuid().is_root() {
         return findings.push(Finding::needs_root("socat", "the socat processes of others"));
     }
-    let all = processes::all();
-    let all: Vec<_> = all
-        .iter()
-        .filter(|process| socat::is_socat(&process.words) && socat::leads_to_loopback(&process.words))
-        .collect();
-    for process in &all {
+    for process in all {
         // One that forks has a child for each connection.
         let is_child = all.iter().any(|other| other.pid == process.parent && other.words == process.words);
-        let of_unit = processes::unit(process.pid).is_some_and(|unit| units.contains(&unit.name));
-        if is_child || of_unit {
+        let unit = processes::unit(process.pid);
+        if is_child || unit.as_ref().is_some_and(|unit| units.contains(&unit.name)) {
             continue;
         }
+        let end = match unit {
+            Some(unit) => {
+                let user = if unit.of_user { "--user " } else { "" };
+                format!("systemctl {user}disable --now {}", quoted(&unit.name))
+            }
+            None => format!("kill {}", process.pid),
+        };
         let what =
             format!("process {} is a socat in front of loopback: {}", process.pid, process.words.join(" "));
         let finding = Finding::new("socat", Level::Warning, what);
-        findings.push(
-            finding
-                .because("Whoever reaches its address is let in, and the service takes them for local.")
-                .type_this(["lbridge allow NETWORK PORT".to_owned(), format!("kill {}", process.pid)]),
-        );
+        findings.push(finding.because(LETS_IN).type_this(["lbridge allow NETWORK PORT".to_owned(), end]));
     }
 }
 

@@ -19,6 +19,8 @@ const MAX_LENGTH: u64 = 1024 * 1024;
 pub struct Service {
     /// `socat-app.service`.
     pub name: String,
+    /// Whether something that is started wants it.
+    pub enabled: bool,
     /// The words of each command of `ExecStart=`, in order; or why they cannot be told.
     pub commands: Vec<Result<Vec<String>, String>>,
 }
@@ -27,13 +29,12 @@ pub struct Service {
 /// not exist has none.
 pub fn services(folders: &[&Path]) -> io::Result<Vec<Service>> {
     let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
-    let mut instances: BTreeSet<String> = BTreeSet::new();
+    let mut enabled: BTreeSet<String> = BTreeSet::new();
     for folder in folders {
         for (name, path) in entries(folder)? {
             let kind = kind(&name);
             if kind == "wants" || kind == "requires" {
-                let enabled = entries(&path)?.into_iter().map(|(name, _)| name);
-                instances.extend(enabled.filter(|name| template_of(name).is_some()));
+                enabled.extend(entries(&path)?.into_iter().map(|(name, _)| name));
             } else if kind == "service" && !is_alias(&name, &path) {
                 files.entry(name).or_insert(path);
             }
@@ -41,6 +42,7 @@ pub fn services(folders: &[&Path]) -> io::Result<Vec<Service>> {
     }
     let mut services = vec![];
     let plain = files.keys().filter(|name| !name.ends_with("@.service")).cloned();
+    let instances = enabled.iter().filter(|name| template_of(name).is_some()).cloned();
     for name in plain.chain(instances).collect::<BTreeSet<_>>() {
         let template = template_of(&name);
         let Some(file) = files.get(&name).or_else(|| files.get(template.as_ref()?)) else { continue };
@@ -50,7 +52,7 @@ pub fn services(folders: &[&Path]) -> io::Result<Vec<Service>> {
             Ok(texts) => commands(&texts, &name),
             Err(why) => vec![Err(why)],
         };
-        services.push(Service { name, commands });
+        services.push(Service { enabled: enabled.contains(&name), name, commands });
     }
     Ok(services)
 }
@@ -382,7 +384,11 @@ mod tests {
         std::os::unix::fs::symlink("plain.service", etc.join("alias.service")).unwrap();
         std::os::unix::fs::symlink("/dev/null", etc.join("masked.service")).unwrap();
         let found = services(&[&etc, &run, &folder.path().join("none")]).unwrap();
-        let service = |name: &str, commands| Service { name: name.to_owned(), commands };
+        let service = |name: &str, commands| Service {
+            name: name.to_owned(),
+            enabled: name == "t@x.service",
+            commands,
+        };
         assert_eq!(
             found,
             [
