@@ -85,26 +85,23 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let release = release.trim();
     let mut findings = vec![];
+    let netns = netns::throw_away();
     match trial.abilities.steer.clone() {
         Err(why) => findings.push(refused(format!("Linux {release} does not steer: {why}"))),
         Ok(steering) => {
-            findings.push(match netns::throw_away() {
+            let release = format!("Linux {release}");
+            findings.push(match netns.as_ref().map(|netns| steer_one(&mut trial, netns, steering)) {
+                Ok(Ok(())) => Finding::ok(CHECK, format!("{release} steers; tried with a connection")),
+                Ok(Err(error)) => {
+                    let what = format!("{release} takes the steering program, but does not steer: {error:#}");
+                    let finding = Finding::new(CHECK, Level::Problem, what);
+                    finding.because("Rules that say steered would not serve; --path relay does.")
+                }
                 Err(error) => {
-                    let what = format!(
-                        "Linux {release} takes the steering program; it could not be tried: {error:#}"
-                    );
+                    let what =
+                        format!("{release} takes the steering program; it could not be tried: {error:#}");
                     Finding::new(CHECK, Level::Note, what)
                 }
-                Ok(netns) => match steer_one(&mut trial, &netns, steering) {
-                    Ok(()) => Finding::ok(CHECK, format!("Linux {release} steers; tried with a connection")),
-                    Err(error) => {
-                        let what = format!(
-                            "Linux {release} takes the steering program, but does not steer: {error:#}"
-                        );
-                        let finding = Finding::new(CHECK, Level::Problem, what);
-                        finding.because("Rules that say steered would not serve; --path relay does.")
-                    }
-                },
             });
             if !steering.interface_check {
                 let what =
@@ -131,7 +128,9 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
             "Relayed connections show an address in 127.128.0.0/9 instead, and --source loopback is relayed.",
         ));
     }
-    if let Err(error) = take_one() {
+    if let Ok(netns) = &netns
+        && let Err(error) = take_one(netns)
+    {
         let what = format!("the listening sockets of services cannot be taken hold of: {error:#}");
         let finding = Finding::new("taking", Level::Warning, what);
         findings.push(
@@ -188,9 +187,8 @@ fn steer_one(trial: &mut Trial, netns: &File, steering: Steering) -> anyhow::Res
 }
 
 /// As the daemon does it with services that ran before it.
-fn take_one() -> anyhow::Result<()> {
-    let netns = netns::throw_away()?;
-    let listener = netns::within(&netns, || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
+fn take_one(netns: &File) -> anyhow::Result<()> {
+    let listener = netns::within(netns, || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
     let inode = nix::sys::stat::fstat(listener.as_fd())?.st_ino;
     Taker::default().take(inode, &HashSet::from([inode])).map(drop)
 }

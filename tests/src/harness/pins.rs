@@ -138,6 +138,46 @@ impl Map {
     }
 }
 
+/// Attaches a program that does nothing to a cgroup's `sock_ops` hook, without a link and for itself alone. It stays until the
+/// cgroup goes.
+pub fn take_sock_ops(cgroup: &Path) -> Result<()> {
+    // Of include/uapi/linux/bpf.h.
+    const BPF_PROG_LOAD: libc::c_long = 5;
+    const BPF_PROG_ATTACH: libc::c_long = 8;
+    const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
+    const BPF_CGROUP_SOCK_OPS: u32 = 3;
+    /// `r0 = 1; exit`.
+    const INSTRUCTIONS: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+    }
+    #[repr(C)]
+    struct Attach {
+        cgroup: u32,
+        program: u32,
+        kind: u32,
+        flags: u32,
+    }
+    let mut load = Load {
+        kind: BPF_PROG_TYPE_SOCK_OPS,
+        count: u32::try_from(INSTRUCTIONS.len())?,
+        instructions: INSTRUCTIONS.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+    };
+    let program = bpf(BPF_PROG_LOAD, &mut load).context("load a program")?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    let program = unsafe { OwnedFd::from_raw_fd(program) };
+    let cgroup = fs::File::open(cgroup)?;
+    let descriptor = |fd: &dyn AsRawFd| fd.as_raw_fd().cast_unsigned();
+    let (cgroup, program) = (descriptor(&cgroup), descriptor(&program));
+    let mut attach = Attach { cgroup, program, kind: BPF_CGROUP_SOCK_OPS, flags: 0 };
+    bpf(BPF_PROG_ATTACH, &mut attach).context("attach a program").map(drop)
+}
+
 /// All files under a folder.
 pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();

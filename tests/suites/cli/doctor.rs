@@ -1,6 +1,8 @@
 //! `lbridge doctor`: a healthy host is told so, whatever is wrong is found, and nothing is left behind.
 
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -33,6 +35,9 @@ pub(crate) fn tests() -> Vec<Test> {
         no_bpffs_is_a_problem,
         no_cgroup2_is_a_problem,
         pins_that_are_gone_are_told,
+        a_hook_that_is_taken_is_a_problem,
+        few_descriptors_are_told,
+        a_daemon_of_another_version_is_told,
         without_root_it_says_what_it_could_not_check: [Need::Program("setpriv")],
         it_leaves_nothing_behind,
         names_cannot_act_on_the_terminal,
@@ -240,6 +245,52 @@ fn pins_that_are_gone_are_told() -> Result<()> {
     let elsewhere = format!("--bpffs={}/elsewhere", sandbox::BPFFS);
     let report = Report::read(&scene.daemon.cli(&["doctor", "--json", &elsewhere])?)?;
     report.must("pins", "problem").map(drop)
+}
+
+/// Somebody attached to the cgroup the old way, which suffers nobody beside.
+fn a_hook_that_is_taken_is_a_problem() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut daemon = Daemon::prepare(lab.host(), Options::default())?;
+    Report::of(&daemon)?.must("cgroup2", "ok")?;
+    pins::take_sock_ops(sandbox::CGROUP_ROOT.as_ref())?;
+    let finding = Report::of(&daemon)?.must("cgroup2", "problem")?;
+    ensure!(finding.text.contains("for itself alone"), "{finding:?}");
+    ensure!(daemon.start_refused()?.stderr.contains("cannot attach"), "it is right");
+    Ok(())
+}
+
+fn few_descriptors_are_told() -> Result<()> {
+    let lab = Lab::new()?;
+    let daemon = Daemon::start_with(lab.host(), Options { open_files: Some(1024), ..Options::default() })?;
+    let finding = Report::of(&daemon)?.must("descriptors", "warning")?;
+    ensure!(finding.text.contains("1024"), "{finding:?}");
+    ensure!(finding.remedy.contains(&"LimitNOFILE=524288".to_owned()), "{finding:?}");
+    Ok(())
+}
+
+/// What an older daemon would say.
+fn a_daemon_of_another_version_is_told() -> Result<()> {
+    let (mut scene, _service) = served()?;
+    let mut status = scene.daemon.status()?;
+    scene.daemon.terminate()?;
+    status["version"] = "0.0.9".into();
+    let body = status.to_string();
+    let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    let listener = UnixListener::bind(scene.daemon.socket())?;
+    // Ends with the test's process.
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let mut stream = stream;
+            // The first connection only looks who is there.
+            drop(stream.read(&mut [0; 1024]).and_then(|_| stream.write_all(answer.as_bytes())));
+        }
+    });
+    let finding = Report::of(&scene.daemon)?.must("daemon", "warning")?;
+    ensure!(
+        finding.text.contains("0.0.9") && finding.remedy[0].starts_with("systemctl restart"),
+        "{finding:?}"
+    );
+    Ok(())
 }
 
 fn without_root_it_says_what_it_could_not_check() -> Result<()> {

@@ -4,6 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
+use lbridge_tests::harness::docker::Engine;
 use lbridge_tests::harness::doctor::Report;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
@@ -15,6 +16,7 @@ pub(crate) fn tests() -> Vec<Test> {
         a_healthy_host_is_told_so,
         containers_that_dial_docker0_are_told,
         an_engine_that_is_away_is_told,
+        ports_that_the_engine_only_keeps_are_told,
         import_names_docker_networks,
     ]
 }
@@ -71,6 +73,24 @@ fn an_engine_that_is_away_is_told() -> Result<()> {
     scene.engine.up()?;
     scene.wait_for_docker("reachable")?;
     Report::of(&scene.daemon)?.must("docker", "ok").map(drop)
+}
+
+/// Without the userland proxy the engine listens on published ports, and accepts nobody.
+fn ports_that_the_engine_only_keeps_are_told() -> Result<()> {
+    let mut engine = Engine::prepare(false)?;
+    fs::create_dir_all("/etc/docker")?;
+    fs::write("/etc/docker/daemon.json", "{\"userland-proxy\": false}")?;
+    engine.up()?;
+    engine.import_image()?;
+    let scene = Scene::with(engine)?;
+    scene.engine.create_network("app", &[])?;
+    scene.engine.run("app", &["--publish", "127.0.0.1:8080:80"])?;
+    scene.daemon.allow(&["app", "8080"])?;
+    let report = Report::of(&scene.daemon)?;
+    let finding = report.must("docker-proxy", "warning")?;
+    ensure!(finding.text.contains("dockerd") && finding.text.contains("app 8080"), "{finding:?}");
+    // That is how the engine does without.
+    report.must("route_localnet", "warning").map(drop)
 }
 
 /// No systemd is needed to read its units.
