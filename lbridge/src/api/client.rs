@@ -13,7 +13,10 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
-use super::protocol::{ALLOW, Allow, ApiError, DENY, Deny, RELOAD, Reloaded, RuleStatus, STATUS, Status};
+use super::protocol::{
+    ALLOW, Allow, ApiError, DENY, Deny, EXPLAIN, RELOAD, Reloaded, RuleStatus, STATUS, Status,
+};
+use crate::planning::explain::{Explanation, Question};
 
 /// Longest wait for an answer. The largest change there is, 131,072 rules, takes some seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -91,6 +94,11 @@ impl Client {
     /// Has the configuration read again.
     pub async fn reload(&self) -> Result<Reloaded, ClientError> {
         self.request::<(), _>(Method::POST, RELOAD, None).await
+    }
+
+    /// What would become of a connection.
+    pub async fn explain(&self, question: &Question) -> Result<Explanation, ClientError> {
+        self.request(Method::POST, EXPLAIN, Some(question)).await
     }
 
     async fn request<B: Serialize, T: DeserializeOwned>(

@@ -18,6 +18,8 @@ pub const STATUS: &str = "/v1/status";
 pub const ALLOW: &str = "/v1/allow";
 /// `POST` a [`Deny`]: a list of [`RuleStatus`], as it was.
 pub const DENY: &str = "/v1/deny";
+/// `POST` a [`Question`](crate::planning::explain::Question): an [`Explanation`](crate::planning::explain::Explanation).
+pub const EXPLAIN: &str = "/v1/explain";
 
 /// `POST` nothing: a [`Reloaded`].
 pub const RELOAD: &str = "/v1/reload";

@@ -31,8 +31,9 @@ use tokio::{
 };
 
 use super::protocol::{
-    ALLOW, Allow, ApiError, DENY, Deny, ErrorCode, RELOAD, Reloaded, RuleStatus, STATUS, Status,
+    ALLOW, Allow, ApiError, DENY, Deny, EXPLAIN, ErrorCode, RELOAD, Reloaded, RuleStatus, STATUS, Status,
 };
+use crate::planning::explain::{Explanation, Question};
 
 /// Who besides root may speak to the daemon.
 const GROUP: &str = "lbridge";
@@ -51,6 +52,8 @@ pub enum Command {
     Deny(Deny, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
     /// Read the configuration again.
     Reload(oneshot::Sender<Result<Reloaded, ApiError>>),
+    /// Tell what would become of a connection.
+    Explain(Question, oneshot::Sender<Result<Explanation, ApiError>>),
 }
 
 /// The socket; its file is removed when this is dropped.
@@ -106,10 +109,11 @@ impl ControlSocket {
             .route(ALLOW, post(allow))
             .route(DENY, post(deny))
             .route(RELOAD, post(reload))
+            .route(EXPLAIN, post(explain))
             .fallback(async || {
                 failure(
                     ErrorCode::Usage,
-                    "no such resource; there are /v1/status, /v1/allow, /v1/deny and /v1/reload",
+                    "no such resource; there are /v1/status, /v1/allow, /v1/deny, /v1/reload and /v1/explain",
                 )
             })
             .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -209,6 +213,16 @@ async fn deny(
 
 async fn reload(State(commands): State<mpsc::Sender<Command>>) -> Response {
     ask(&commands, Command::Reload).await
+}
+
+async fn explain(
+    State(commands): State<mpsc::Sender<Command>>,
+    body: Result<Json<Question>, JsonRejection>,
+) -> Response {
+    match body {
+        Ok(Json(body)) => ask(&commands, |answer| Command::Explain(body, answer)).await,
+        Err(rejection) => failure(ErrorCode::Usage, &rejection.body_text()),
+    }
 }
 
 async fn ask<T: serde::Serialize>(

@@ -6,6 +6,7 @@ mod check_config;
 mod completions;
 mod deny;
 mod doctor;
+mod explain;
 mod import;
 mod list;
 mod relay;
@@ -86,6 +87,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Turn socat units into rules; without --yes say what would be done
     Import(import::ImportArgs),
+    /// Explain what would become of a connection, step by step, by what is in force now
+    Explain(explain::ExplainArgs),
     /// Bridge a sandbox of your own (bwrap, unshare), in the foreground, without the daemon and without root
     Relay(relay::RelayArgs),
     /// Print a completion script for a shell
@@ -171,6 +174,7 @@ pub fn main() -> ExitCode {
             return doctor::handle(args, &client).unwrap_or_else(|failure| failed(&failure));
         }
         Command::Import(args) => block_on(import::handle(args, &client)),
+        Command::Explain(args) => block_on(explain::handle(args, &client)),
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
         Command::Completions(args) => {
             completions::handle(&args, &mut command());

@@ -17,6 +17,7 @@ use crate::{
     doctor::{self, Level},
     import::{Plan, Standing, Taken},
     planning::{
+        explain::{Answer, Explanation, Stage, Step},
         firewall::FirewallMode,
         policy::State,
         rule::{Origin, PathChoice, ProxyProtocol, Source},
@@ -473,6 +474,42 @@ fn described(state: State, why: Option<&str>) -> String {
         Some(why) => format!("{state} ({})", shown(why)),
         None => state.to_owned(),
     }
+}
+
+/// A connection, step by step.
+pub(super) fn explanation(explanation: &Explanation) -> Result<(), Failure> {
+    let mut text = String::new();
+    let steps = |text: &mut String, steps: &[Step]| {
+        for step in steps {
+            let mark = match step.verdict {
+                Answer::Yes => '+',
+                Answer::No => '-',
+                Answer::Note => ' ',
+            };
+            let stage = match step.stage {
+                Stage::Network => "network",
+                Stage::Rule => "rule",
+                Stage::Arrival => "arrival",
+                Stage::Lookup => "lookup",
+                Stage::Source => "source",
+                Stage::Listener => "listener",
+                Stage::Relay => "relay",
+                Stage::Host => "host",
+                Stage::Peer => "peer",
+            };
+            let _ = writeln!(text, "{mark} {stage:9} {}", shown(&step.text));
+            for detail in &step.details {
+                let _ = writeln!(text, "{:14}{}", "", shown(detail));
+            }
+        }
+    };
+    steps(&mut text, &explanation.steps);
+    for way in &explanation.ways {
+        let _ = writeln!(text, "\n{} dials {}", way.source, way.dialled);
+        steps(&mut text, &way.steps);
+    }
+    let _ = writeln!(text, "\n{}; {}", shown(&explanation.outcome), shown(&explanation.remedy));
+    print(&text)
 }
 
 /// Without anything that a terminal would act on.

@@ -9,12 +9,14 @@
 //! - [`configuration`]: `lbridge.toml` as it is in force;
 //! - [`observe`]: one look at the host;
 //! - [`executor`]: carries out steps, decides nothing;
+//! - [`explain`]: what `explain` needs beside one look;
 //! - [`handover`]: listening sockets, from one daemon to the next;
 //! - [`manager`]: what the service manager is told;
 //! - [`report`]: what `status` says.
 
 mod configuration;
 mod executor;
+mod explain;
 mod handover;
 mod manager;
 mod observe;

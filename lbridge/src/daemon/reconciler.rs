@@ -16,6 +16,7 @@ use tokio::{
 use super::{
     configuration::Configuration,
     executor::{Executor, Failures},
+    explain,
     handover::{self, Inherited},
     manager::Manager,
     observe::{Processes, observe},
@@ -34,6 +35,8 @@ use crate::{
     host::{interfaces::Interfaces, netns::process_start},
     kernel::{loader::Loaded, maps::Events},
     planning::{
+        self,
+        explain::{Explanation, Known, Question},
         inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, find_networks},
         plan::{Step, plan},
         policy::{Policy, State, resolve},
@@ -212,6 +215,7 @@ impl Reconciler {
             Command::Allow(allow, answer) => drop(answer.send(self.allow(allow).await)),
             Command::Deny(deny, answer) => drop(answer.send(self.deny(deny).await)),
             Command::Reload(answer) => drop(answer.send(self.reload().await)),
+            Command::Explain(question, answer) => drop(answer.send(self.explain(&question).await)),
         }
     }
 
@@ -219,14 +223,14 @@ impl Reconciler {
         let ids: HashSet<RuleId> = allow.rules.iter().map(Rule::id).collect();
         let added = allow.rules.into_iter().map(with_process).collect::<Result<Vec<_>, _>>()?;
         let rules = self.rules.allow(added, Origin::Cli).map_err(|refused| refusal(&refused))?;
-        self.follow(&rules, &ids).await;
+        self.ask_docker(&rules, ids.iter().map(|id| &id.network)).await;
         self.executor.firewall.try_again();
         self.change(rules).await?;
         Ok(self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect())
     }
 
-    /// Has the engine asked about what `rules` name, those of `ids` at once where they are not known.
-    async fn follow(&mut self, rules: &Rules, ids: &HashSet<RuleId>) {
+    /// Has Docker tell of the containers that `rules` name, and of what `networks` mean, where that is not known yet.
+    async fn ask_docker(&mut self, rules: &Rules, mut networks: impl Iterator<Item = &Network>) {
         let Some(docker) = &self.docker else { return };
         docker.want(containers(rules));
         let known = docker.view();
@@ -236,10 +240,42 @@ impl Reconciler {
             Network::Bridge(_) | Network::Netns(_) | Network::Process(_) => false,
         };
         // The network may be so new that its event is still under way.
-        if ids.iter().any(|id| unknown(&id.network)) {
+        if networks.any(unknown) {
             docker.refresh(DOCKER_REFRESH).await;
             self.remember_networks();
         }
+    }
+
+    /// Looks, and changes nothing: what is told is what is in force, whoever put it there.
+    async fn explain(&mut self, question: &Question) -> Result<Explanation, ApiError> {
+        if question.port == 0 {
+            let message = "port 0; ports are 1 to 65535".to_owned();
+            return Err(ApiError { code: ErrorCode::Usage, message });
+        }
+        let asked = explain::with_network(&self.rules, &question.network);
+        self.ask_docker(&asked, std::iter::once(&question.network)).await;
+        let view = self.docker.as_ref().map(Watcher::view);
+        if let Some(docker) = &self.docker {
+            docker.want(containers(&self.rules));
+        }
+        let host = self.executor.host;
+        let inventory =
+            observe(&asked, &self.interfaces, view.as_ref(), &self.refused, host, &mut self.processes).await;
+        let inventory = inventory.map_err(|error| failed(&error))?;
+        let policy = resolve(&self.rules, &inventory, &self.abilities);
+        let reality = self.executor.reality(&policy).await.map_err(|error| failed(&error))?;
+        let known = Known {
+            policy: &policy,
+            inventory: &inventory,
+            abilities: &self.abilities,
+            reality: &reality,
+            relay_failures: &self.last.failures.relays,
+            entry_failures: &self.last.failures.entries,
+            holders: &BTreeMap::new(),
+            inside: &explain::inside(&inventory, &question.network, host),
+        };
+        let holders = explain::holders(question, &known);
+        Ok(planning::explain::explain(question, &Known { holders: &holders, ..known }))
     }
 
     async fn deny(&mut self, deny: Deny) -> Result<Vec<RuleStatus>, ApiError> {
@@ -280,7 +316,7 @@ impl Reconciler {
             }
         };
         let ids: HashSet<RuleId> = change.added.iter().chain(&change.changed).cloned().collect();
-        self.follow(&change.rules, &ids).await;
+        self.ask_docker(&change.rules, ids.iter().map(|id| &id.network)).await;
         let find = |rules: Vec<RuleStatus>, ids: &[RuleId]| -> Vec<RuleStatus> {
             let ids: HashSet<_> = ids.iter().collect();
             rules.into_iter().filter(|rule| ids.contains(&id(rule))).collect()

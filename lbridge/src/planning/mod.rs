@@ -7,6 +7,7 @@
 //! May import `lbridge_common`, serde (the types are what files and the API say) and nothing of lbridge's; every shell
 //! may import this room.
 
+pub mod explain;
 pub mod firewall;
 pub mod inventory;
 pub mod plan;

@@ -243,6 +243,22 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
     resolver.policy
 }
 
+/// The bridge that a network is, or what keeps its rules from being served.
+pub(super) fn bridge_of(
+    network: &Network,
+    inventory: &Inventory,
+    abilities: &Abilities,
+) -> Result<Interface, Outcome> {
+    let resolver = Resolver {
+        inventory,
+        abilities,
+        policy: Policy::default(),
+        by_port: BTreeMap::new(),
+        claimed: BTreeSet::new(),
+    };
+    resolver.bridge(network).cloned()
+}
+
 /// How a connection to one gateway can be served.
 enum Way {
     /// By the kernel, given this listener; or by nobody yet, with everything in place for a service that starts.
@@ -617,6 +633,15 @@ impl Resolver<'_> {
 fn stand_in_for(id: NamespaceId) -> Ipv4Addr {
     let [.., a, b, c] = id.inode.to_be_bytes();
     stand_in([a, b, c])
+}
+
+/// The loopback address that a relay connects from in a container's stead, by the container's address.
+pub fn stand_in_for_container(container: IpAddr) -> Ipv4Addr {
+    stand_in(match container.to_canonical() {
+        IpAddr::V4(ip) => [ip.octets()[1], ip.octets()[2], ip.octets()[3]],
+        // The interface identifier's end is what differs within a network.
+        IpAddr::V6(ip) => [ip.octets()[13], ip.octets()[14], ip.octets()[15]],
+    })
 }
 
 /// A loopback address that stands for somebody who has none on the host: one of 127.128.0.0/9, never one that a service

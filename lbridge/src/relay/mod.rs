@@ -12,11 +12,11 @@ mod splice;
 pub mod trusted;
 mod workers;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
-use crate::planning::policy;
+use crate::planning::policy::stand_in_for_container as stand_in;
 
 /// Tells the service who is behind a relayed connection, where the kernel can (name hooks).
 pub trait PeerNames: Send + Sync + std::fmt::Debug {
@@ -28,15 +28,6 @@ pub trait PeerNames: Send + Sync + std::fmt::Debug {
     fn withdraw(&self, cookie: u64);
     /// It is over, or has failed; `relay_end` is where it had connected from.
     fn forget(&self, relay_end: SocketAddr, container: SocketAddr);
-}
-
-/// The loopback address that a relay connects from in a container's stead, by the container's address.
-pub fn stand_in(container: IpAddr) -> Ipv4Addr {
-    policy::stand_in(match container.to_canonical() {
-        IpAddr::V4(ip) => [ip.octets()[1], ip.octets()[2], ip.octets()[3]],
-        // The interface identifier's end is what differs within a network.
-        IpAddr::V6(ip) => [ip.octets()[13], ip.octets()[14], ip.octets()[15]],
-    })
 }
 
 /// A relayed connection takes two descriptors, or four; the soft limit is 1,024 nearly everywhere, for the sake of

@@ -178,6 +178,12 @@ pub fn take_sock_ops(cgroup: &Path) -> Result<()> {
     bpf(BPF_PROG_ATTACH, &mut attach).context("attach a program").map(drop)
 }
 
+/// Puts an entry into the pinned map of that name under a folder, behind the back of whoever pinned it.
+pub fn put(folder: &Path, map: &str, key: &[u8], value: &[u8]) -> Result<()> {
+    let path = files(folder)?.into_iter().find(|path| path.file_name().is_some_and(|name| name == map));
+    Map::open(&path.with_context(|| format!("no pinned map {map}"))?)?.put(key, value)
+}
+
 /// All files under a folder.
 pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();

@@ -167,6 +167,7 @@ fn no_daemon_is_status_3() -> Result<()> {
         &["list"],
         &["status"],
         &["status", "--json"],
+        &["explain", "bridge:lab0", "8080"],
     ];
     let all_say_so = |daemon: &Daemon| -> Result<()> {
         for command in commands {

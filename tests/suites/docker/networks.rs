@@ -16,6 +16,7 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![
         container_reaches_loopback_service,
         container_of_another_network_is_refused,
+        explain_foretells_what_containers_meet,
         internal_network_is_served,
         default_bridge_is_served,
         bridge_with_a_name_of_its_own_is_served,
@@ -90,6 +91,55 @@ fn container_of_another_network_is_refused() -> Result<()> {
     ensure!(steered.accepted() == 0 && relayed.accepted() == 0);
     scene.served(&inside, at(&app, 8080), "steered")?;
     scene.served(&inside, at(&app, 9090), "relayed")?;
+    Ok(())
+}
+
+fn explain_foretells_what_containers_meet() -> Result<()> {
+    let scene = Scene::new()?;
+    let app = scene.engine.create_network("app", &[])?;
+    let other = scene.engine.create_network("other", &[])?;
+    let inside = scene.engine.run("app", &[])?;
+    let outside = scene.engine.run("other", &[])?;
+    let sealed = scene.engine.run("none", &["--name", "agent"])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.daemon.allow(&["container:agent", "8080"])?;
+    let explained = |network: &str, port: &str| -> Result<serde_json::Value> {
+        let output = scene.daemon.cli(&["explain", "--json", network, port])?;
+        ensure!(output.status == 0, "{output:?}");
+        Ok(serde_json::from_str(&output.stdout)?)
+    };
+    let steered = explained("app", "8080")?;
+    ensure!(steered["ways"][0]["fate"] == "steered", "{steered:#}");
+    let network = steered["steps"][0]["text"].as_str().context("a text")?;
+    let bridge = format!("br-{}", &app.id[..12]);
+    for word in [&app.id[..12], &bridge, &app.gateway.to_string()] {
+        ensure!(network.contains(word), "{word} in {network}");
+    }
+    scene.served(&inside, at(&app, 8080), "service")?;
+    let by_id = explained(&app.id, "8080")?;
+    ensure!(by_id["ways"][0]["fate"] == "steered", "an id means the same network: {by_id:#}");
+
+    let refused = explained("other", "8080")?;
+    ensure!(refused["ways"][0]["fate"] == "refused", "{refused:#}");
+    ensure!(refused["steps"][1]["text"].as_str().is_some_and(|text| text.contains("nearest: app 8080")));
+    scene.refused(&outside, at(&other, 8080))?;
+
+    let relayed = explained("container:agent", "8080")?;
+    ensure!(relayed["ways"][0]["fate"] == "relayed", "{relayed:#}");
+    scene.served(&sealed, "127.0.0.1:8080".parse()?, "service")?;
+    // Nobody has ever asked Docker about this one.
+    let unruled = format!("container:{}", outside.id);
+    let refused = explained(&unruled, "8080")?;
+    ensure!(refused["ways"][0]["fate"] == "refused", "{refused:#}");
+    scene.refused(&outside, "127.0.0.1:8080".parse()?)?;
+
+    let nowhere = explained("to-come", "8080")?;
+    ensure!(nowhere["outcome"].as_str().is_some_and(|text| text.contains("no Docker network to-come")));
+    for (network, word) in [("none", "driver null"), ("host", "where localhost is the host's")] {
+        let no_bridge = explained(network, "8080")?;
+        ensure!(no_bridge["outcome"].as_str().is_some_and(|text| text.contains(word)), "{no_bridge:#}");
+    }
     Ok(())
 }
 

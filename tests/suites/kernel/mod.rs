@@ -1,6 +1,7 @@
 //! lbridge on a kernel: real hooks in network namespaces, bridges without Docker.
 
 mod doctor;
+mod explain;
 mod inside;
 mod isolation;
 mod lifecycle;
@@ -26,6 +27,7 @@ pub(crate) fn suite() -> Suite {
         limits::tests(),
         verified::tests(),
         doctor::tests(),
+        explain::tests(),
     ];
     Suite::new(needs, tests.concat())
 }

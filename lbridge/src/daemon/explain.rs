@@ -1,0 +1,56 @@
+//! What [`planning::explain`] needs beside one look at the host.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    host::{
+        listeners,
+        netns::{self, process_start},
+    },
+    planning::{
+        explain::{Known, Question, listeners_of_interest},
+        inventory::{Inventory, Listener, NamespaceId},
+        rule::{Network, Origin, PathChoice, PortSpec, Rule, Rules, Source, Target},
+    },
+};
+
+/// Finding a listener's process is a walk through /proc; more are not looked for.
+const MAX_HOLDERS: usize = 8;
+
+/// The rules, and one for `network` if there is none, so that a look at the host looks at its namespace, too.
+pub(super) fn with_network(rules: &Rules, network: &Network) -> Rules {
+    if !network.is_namespace() || rules.iter().any(|(id, ..)| id.network == *network) {
+        return rules.clone();
+    }
+    let process = match network {
+        Network::Process(pid) => process_start(*pid).ok(),
+        _ => None,
+    };
+    let rule = Rule {
+        network: network.clone(),
+        spec: PortSpec { port: 1, target: Target::Port(1) },
+        source: Source::Container,
+        path: PathChoice::Auto,
+        max_connections: None,
+        idle_timeout: None,
+        proxy_protocol: None,
+        process,
+        comment: None,
+    };
+    // Of a process that there is not, nothing can be looked at.
+    rules.allow([rule], Origin::Cli).unwrap_or_else(|_| rules.clone())
+}
+
+/// What listens inside the network's namespace, if it is one and can be entered.
+pub(super) fn inside(inventory: &Inventory, network: &Network, host: NamespaceId) -> Vec<Listener> {
+    let Some(Ok(namespace)) = inventory.namespaces.get(network) else { return vec![] };
+    let entered = netns::Namespace::open(&namespace.key.entrance, host).ok();
+    let listening = entered.and_then(|namespace| namespace.within(listeners::tcp).ok()?.ok());
+    listening.unwrap_or_default()
+}
+
+/// The processes of the listeners that an explanation may name.
+pub(super) fn holders(question: &Question, known: &Known<'_>) -> BTreeMap<u64, String> {
+    let inodes = listeners_of_interest(question, known).into_iter().take(MAX_HOLDERS);
+    inodes.filter_map(|inode| Some((inode, listeners::holder(inode)?))).collect()
+}
