@@ -2,19 +2,20 @@
 
 use std::{
     io,
+    ops::ControlFlow,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, client::conn::http1, header};
+use hyper::{Method, Request, Response, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use super::protocol::{
-    ALLOW, Allow, ApiError, DENY, Deny, EXPLAIN, RELOAD, Reloaded, RuleStatus, STATUS, Status,
+    ALLOW, Allow, ApiError, DENY, Deny, EVENTS, EXPLAIN, Event, RELOAD, Reloaded, RuleStatus, STATUS, Status,
 };
 use crate::planning::explain::{Explanation, Question};
 
@@ -47,6 +48,12 @@ pub enum ClientError {
     /// The daemon's answer is an error.
     #[error(transparent)]
     Api(#[from] ApiError),
+    /// It answered, and ended.
+    #[error("the daemon at {} has ended", path.display())]
+    Ended {
+        /// Where.
+        path: PathBuf,
+    },
     /// It answered something else, or broke off.
     #[error("the daemon's answer cannot be understood: {0}; is it of this version?")]
     Garbled(String),
@@ -101,6 +108,30 @@ impl Client {
         self.request(Method::POST, EXPLAIN, Some(question)).await
     }
 
+    /// Hands over what happens, from now on, until `event` breaks.
+    pub async fn follow<B>(&self, mut event: impl FnMut(Event) -> ControlFlow<B>) -> Result<B, ClientError> {
+        let sent = tokio::time::timeout(ANSWER_TIMEOUT, self.send::<()>(Method::GET, EVENTS, None));
+        let response = sent.await.unwrap_or_else(|_| Err(ClientError::Silent { path: self.path.clone() }))?;
+        let succeeded = response.status().is_success();
+        let mut body = response.into_body();
+        if !succeeded {
+            return Err(refusal(&body.collect().await.map_err(|e| garbled(&e))?.to_bytes()));
+        }
+        let mut rest = vec![];
+        // A daemon that is killed breaks off.
+        while let Some(Ok(frame)) = body.frame().await {
+            rest.extend_from_slice(&frame.into_data().unwrap_or_default());
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<_> = rest.drain(..=end).collect();
+                let happened = serde_json::from_slice(&line).map_err(|e| garbled(&e))?;
+                if let ControlFlow::Break(outcome) = event(happened) {
+                    return Ok(outcome);
+                }
+            }
+        }
+        Err(ClientError::Ended { path: self.path.clone() })
+    }
+
     async fn request<B: Serialize, T: DeserializeOwned>(
         &self,
         method: Method,
@@ -117,11 +148,27 @@ impl Client {
         resource: &str,
         body: Option<&B>,
     ) -> Result<T, ClientError> {
+        let response = self.send(method, resource, body).await?;
+        let succeeded = response.status().is_success();
+        let answer = response.into_body().collect().await.map_err(|e| garbled(&e))?.to_bytes();
+        if succeeded {
+            serde_json::from_slice(&answer).map_err(|e| garbled(&e))
+        } else {
+            Err(refusal(&answer))
+        }
+    }
+
+    /// The answer, as far as its body.
+    async fn send<B: Serialize>(
+        &self,
+        method: Method,
+        resource: &str,
+        body: Option<&B>,
+    ) -> Result<Response<Incoming>, ClientError> {
         let stream = UnixStream::connect(&self.path).await.map_err(|error| match error.kind() {
             io::ErrorKind::PermissionDenied => ClientError::Forbidden { path: self.path.clone() },
             _ => ClientError::Unreachable { path: self.path.clone(), error },
         })?;
-        let garbled = |error: &dyn std::fmt::Display| ClientError::Garbled(error.to_string());
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|e| garbled(&e))?;
         tokio::spawn(connection);
@@ -136,13 +183,15 @@ impl Client {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(|e| garbled(&e))?;
-        let response = sender.send_request(request).await.map_err(|e| garbled(&e))?;
-        let succeeded = response.status().is_success();
-        let answer = response.into_body().collect().await.map_err(|e| garbled(&e))?.to_bytes();
-        if succeeded {
-            serde_json::from_slice(&answer).map_err(|e| garbled(&e))
-        } else {
-            Err(serde_json::from_slice::<ApiError>(&answer).map_err(|e| garbled(&e))?.into())
-        }
+        sender.send_request(request).await.map_err(|e| garbled(&e))
     }
+}
+
+fn garbled(error: &dyn std::fmt::Display) -> ClientError {
+    ClientError::Garbled(error.to_string())
+}
+
+/// An answer that is no success.
+fn refusal(answer: &[u8]) -> ClientError {
+    serde_json::from_slice::<ApiError>(answer).map_or_else(|e| garbled(&e), ClientError::Api)
 }

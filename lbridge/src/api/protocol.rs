@@ -23,6 +23,8 @@ pub const EXPLAIN: &str = "/v1/explain";
 
 /// `POST` nothing: a [`Reloaded`].
 pub const RELOAD: &str = "/v1/reload";
+/// `GET`: [`Event`]s, a line of JSON each, for as long as somebody reads.
+pub const EVENTS: &str = "/v1/events";
 
 /// Everything at once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -195,6 +197,15 @@ pub struct RuleStatus {
     /// Connections that its relays refused since there were too many.
     #[serde(default)]
     pub refused: u64,
+    /// Connections that its relays carry now.
+    #[serde(default)]
+    pub open: u32,
+    /// Bytes that its relays have moved to the service; of what the kernel steers nobody knows.
+    #[serde(default)]
+    pub to_service: u64,
+    /// And back.
+    #[serde(default)]
+    pub to_client: u64,
     /// One for each address that a container can dial.
     pub gateways: Vec<GatewayStatus>,
 }
@@ -240,6 +251,97 @@ pub struct Deny {
     pub network: Network,
     /// All or none.
     pub ports: Vec<u16>,
+}
+
+/// Something that has happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// When it was noticed.
+    pub at: Timestamp,
+    /// What.
+    #[serde(flatten)]
+    pub what: Happening,
+}
+
+/// What can happen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Happening {
+    /// The first line: from now on everything is told.
+    Following {
+        /// The daemon's version.
+        version: String,
+    },
+    /// A rule was made.
+    Allowed {
+        /// Its network.
+        network: Network,
+        /// Its port.
+        port: u16,
+        /// The user who made it, where that is known.
+        uid: Option<u32>,
+    },
+    /// A rule was removed.
+    Denied {
+        /// Its network.
+        network: Network,
+        /// Its port.
+        port: u16,
+        /// The user who removed it, where that is known.
+        uid: Option<u32>,
+    },
+    /// A rule is in another state than before.
+    State {
+        /// Its network.
+        network: Network,
+        /// Its port.
+        port: u16,
+        /// As observed.
+        state: State,
+        /// Why.
+        why: Option<String>,
+    },
+    /// A socket listens on a port that a rule leads to.
+    Listening {
+        /// Its port.
+        port: u16,
+    },
+    /// As before, and the kernel refused to register it.
+    Unregistered {
+        /// Its port.
+        port: u16,
+        /// Why.
+        error: String,
+    },
+    /// A socket listens no more.
+    Closed {
+        /// Its port.
+        port: u16,
+    },
+    /// The Docker Engine answers, or does not any more.
+    Docker {
+        /// Its version; `None` while it is away.
+        version: Option<String>,
+        /// Why it is away.
+        error: Option<String>,
+    },
+    /// Relays have refused connections since there were too many.
+    Refused {
+        /// The rule's network.
+        network: Network,
+        /// The rule's port.
+        port: u16,
+        /// How many, since this was told last.
+        connections: u64,
+    },
+    /// More has happened than this subscriber has read.
+    Missed {
+        /// How many events it lost, the oldest.
+        events: u64,
+    },
+    /// Something that this version does not know of.
+    #[serde(other)]
+    Unknown,
 }
 
 /// What went wrong; stable, so that scripts can tell.

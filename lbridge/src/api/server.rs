@@ -1,6 +1,7 @@
 //! The daemon's end of the control API. Imports planning; turns requests into commands for the reconciler.
 
 use std::{
+    convert::Infallible,
     fs, io,
     os::{
         fd::AsRawFd as _,
@@ -12,15 +13,17 @@ use std::{
 use anyhow::{Context as _, bail};
 use axum::{
     Json, Router,
+    body::Body,
     extract::{
         ConnectInfo, DefaultBodyLimit, Request, State, connect_info::Connected, rejection::JsonRejection,
     },
-    http::StatusCode,
+    http::{StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
     serve::IncomingStream,
 };
+use futures_util::StreamExt as _;
 use nix::{
     errno::Errno,
     unistd::{Gid, Group, chown},
@@ -30,8 +33,12 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 
-use super::protocol::{
-    ALLOW, Allow, ApiError, DENY, Deny, EXPLAIN, ErrorCode, RELOAD, Reloaded, RuleStatus, STATUS, Status,
+use super::{
+    events::News,
+    protocol::{
+        ALLOW, Allow, ApiError, DENY, Deny, EVENTS, EXPLAIN, ErrorCode, RELOAD, Reloaded, RuleStatus, STATUS,
+        Status,
+    },
 };
 use crate::planning::explain::{Explanation, Question};
 
@@ -46,12 +53,12 @@ const MAX_BODY: usize = 32 * 1024 * 1024;
 pub enum Command {
     /// Tell everything.
     Status(oneshot::Sender<Result<Status, ApiError>>),
-    /// Add rules.
-    Allow(Allow, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
-    /// Remove rules.
-    Deny(Deny, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
     /// Read the configuration again.
     Reload(oneshot::Sender<Result<Reloaded, ApiError>>),
+    /// Add rules, for this user.
+    Allow(Allow, Option<u32>, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
+    /// Remove rules, for this user.
+    Deny(Deny, Option<u32>, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
     /// Tell what would become of a connection.
     Explain(Question, oneshot::Sender<Result<Explanation, ApiError>>),
 }
@@ -102,7 +109,7 @@ impl ControlSocket {
     }
 
     /// Serves until dropped.
-    pub async fn serve(mut self, commands: mpsc::Sender<Command>) -> anyhow::Result<()> {
+    pub async fn serve(mut self, commands: mpsc::Sender<Command>, news: News) -> anyhow::Result<()> {
         let Some(listener) = self.listener.take() else { return Ok(()) };
         let router = Router::new()
             .route(STATUS, get(status))
@@ -110,10 +117,11 @@ impl ControlSocket {
             .route(DENY, post(deny))
             .route(RELOAD, post(reload))
             .route(EXPLAIN, post(explain))
+            .route(EVENTS, get(async move || events(&news)))
             .fallback(async || {
                 failure(
                     ErrorCode::Usage,
-                    "no such resource; there are /v1/status, /v1/allow, /v1/deny, /v1/reload and /v1/explain",
+                    "no such resource; there are /v1/status, /v1/allow, /v1/deny, /v1/reload, /v1/explain and /v1/events",
                 )
             })
             .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -135,12 +143,15 @@ impl Drop for ControlSocket {
 #[derive(Debug, Clone, Copy)]
 struct Peer {
     permitted: bool,
+    uid: Option<u32>,
 }
 
 impl Connected<IncomingStream<'_, UnixListener>> for Peer {
     fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
         let stream = stream.io();
-        let permitted = stream.peer_cred().is_ok_and(|peer| {
+        let credentials = stream.peer_cred();
+        let uid = credentials.as_ref().ok().map(tokio::net::unix::UCred::uid);
+        let permitted = credentials.is_ok_and(|peer| {
             let lbridge = Group::from_name(GROUP).ok().flatten().map(|group| group.gid);
             let in_group = lbridge.is_some_and(|lbridge| {
                 peer.gid() == lbridge.as_raw()
@@ -148,7 +159,7 @@ impl Connected<IncomingStream<'_, UnixListener>> for Peer {
             });
             peer.uid() == 0 || in_group
         });
-        Self { permitted }
+        Self { permitted, uid }
     }
 }
 
@@ -193,20 +204,22 @@ async fn status(State(commands): State<mpsc::Sender<Command>>) -> Response {
 
 async fn allow(
     State(commands): State<mpsc::Sender<Command>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
     body: Result<Json<Allow>, JsonRejection>,
 ) -> Response {
     match body {
-        Ok(Json(body)) => ask(&commands, |answer| Command::Allow(body, answer)).await,
+        Ok(Json(body)) => ask(&commands, |answer| Command::Allow(body, peer.uid, answer)).await,
         Err(rejection) => failure(ErrorCode::Usage, &rejection.body_text()),
     }
 }
 
 async fn deny(
     State(commands): State<mpsc::Sender<Command>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
     body: Result<Json<Deny>, JsonRejection>,
 ) -> Response {
     match body {
-        Ok(Json(body)) => ask(&commands, |answer| Command::Deny(body, answer)).await,
+        Ok(Json(body)) => ask(&commands, |answer| Command::Deny(body, peer.uid, answer)).await,
         Err(rejection) => failure(ErrorCode::Usage, &rejection.body_text()),
     }
 }
@@ -223,6 +236,14 @@ async fn explain(
         Ok(Json(body)) => ask(&commands, |answer| Command::Explain(body, answer)).await,
         Err(rejection) => failure(ErrorCode::Usage, &rejection.body_text()),
     }
+}
+
+fn events(news: &News) -> Response {
+    let Some(lines) = news.subscribe() else {
+        return failure(ErrorCode::Failed, "too many follow events already; end one of them");
+    };
+    let body = Body::from_stream(lines.map(Ok::<_, Infallible>));
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
 }
 
 async fn ask<T: serde::Serialize>(

@@ -6,6 +6,7 @@ mod check_config;
 mod completions;
 mod deny;
 mod doctor;
+mod events;
 mod explain;
 mod import;
 mod list;
@@ -14,6 +15,7 @@ mod reload;
 mod render;
 mod run;
 mod status;
+mod top;
 mod verify;
 
 use std::{num::NonZeroU32, path::PathBuf, process::ExitCode, str::FromStr as _, time::Duration};
@@ -87,6 +89,10 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Turn socat units into rules; without --yes say what would be done
     Import(import::ImportArgs),
+    /// Follow what happens, until interrupted: rules' states, listeners, Docker, who allows and denies
+    Events(OutputArgs),
+    /// Show which rules are in use: connections per second and in total, and what relays carry
+    Top(top::TopArgs),
     /// Explain what would become of a connection, step by step, by what is in force now
     Explain(explain::ExplainArgs),
     /// Bridge a sandbox of your own (bwrap, unshare), in the foreground, without the daemon and without root
@@ -126,7 +132,9 @@ struct Failure {
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let exit = match &error {
-            ClientError::Unreachable { .. } | ClientError::Silent { .. } => Exit::NoDaemon,
+            ClientError::Unreachable { .. } | ClientError::Silent { .. } | ClientError::Ended { .. } => {
+                Exit::NoDaemon
+            }
             ClientError::Api(error) => match error.code {
                 ErrorCode::Usage => Exit::Usage,
                 ErrorCode::Conflict | ErrorCode::NoSuchRule => Exit::Rule,
@@ -174,6 +182,8 @@ pub fn main() -> ExitCode {
             return doctor::handle(args, &client).unwrap_or_else(|failure| failed(&failure));
         }
         Command::Import(args) => block_on(import::handle(args, &client)),
+        Command::Events(args) => block_on(events::handle(&args, &client)),
+        Command::Top(args) => block_on(top::handle(&args, &client)),
         Command::Explain(args) => block_on(explain::handle(args, &client)),
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
         Command::Completions(args) => {

@@ -9,30 +9,42 @@ use std::{
     path::Path,
 };
 
+use jiff::{Timestamp, tz::TimeZone};
+use nix::unistd::User;
 use serde::Serialize;
 
-use super::Failure;
+use super::{
+    Failure,
+    top::{Look, Relayed},
+};
 use crate::{
-    api::protocol::{DockerStatus, FirewallStatus, KernelPath, Reloaded, RuleStatus, Status},
+    api::protocol::{
+        DockerStatus, Event, FirewallStatus, Happening, KernelPath, Reloaded, RuleStatus, Status,
+    },
     doctor::{self, Level},
     import::{Plan, Standing, Taken},
     planning::{
         explain::{Answer, Explanation, Stage, Step},
         firewall::FirewallMode,
         policy::State,
-        rule::{Origin, PathChoice, ProxyProtocol, Source},
+        rule::{Network, Origin, PathChoice, ProxyProtocol, Source},
     },
     store::config::Config,
     verify::{self, Check, Expected, Found, Verdict},
 };
 
 fn print(text: &str) -> Result<(), Failure> {
-    match io::stdout().write_all(text.as_bytes()) {
+    print_on(text).map(drop)
+}
+
+/// Whether anybody reads on.
+fn print_on(text: &str) -> Result<bool, Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
         // `| head` has seen enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        done => {
-            done.map_err(|error| anyhow::Error::new(error).context("cannot write to standard output").into())
-        }
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(anyhow::Error::new(error).context("cannot write to standard output").into()),
     }
 }
 
@@ -46,6 +58,46 @@ pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
     let mut text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
     text.push('\n');
     print(&text)
+}
+
+/// JSON in one line, of many; whether anybody reads on.
+pub(super) fn json_line(value: &impl Serialize) -> Result<bool, Failure> {
+    print_on(&(serde_json::to_string(value).map_err(anyhow::Error::from)? + "\n"))
+}
+
+/// An event in one line, with the local time; whether anybody reads on.
+pub(super) fn event(event: &Event) -> Result<bool, Failure> {
+    let rule = |network: &Network, port: &u16| format!("{} {port}", shown(&network.to_string()));
+    let by = |uid: &Option<u32>| {
+        let name = |uid: u32| User::from_uid(uid.into()).ok().flatten().map(|user| shown(&user.name));
+        uid.map_or_else(String::new, |uid| match name(uid) {
+            Some(name) => format!(" by {name}"),
+            None => format!(" by user {uid}"),
+        })
+    };
+    let text = match &event.what {
+        Happening::Following { version } => format!("following lbridge {}", shown(version)),
+        Happening::Allowed { network, port, uid } => format!("{}: allowed{}", rule(network, port), by(uid)),
+        Happening::Denied { network, port, uid } => format!("{}: denied{}", rule(network, port), by(uid)),
+        Happening::State { network, port, state, why } => {
+            format!("{}: {}", rule(network, port), described(*state, why.as_deref()))
+        }
+        Happening::Listening { port } => format!("port {port}: a service listens"),
+        Happening::Unregistered { port, error } => {
+            format!("port {port}: a service listens, which the kernel cannot be given: {}", shown(error))
+        }
+        Happening::Closed { port } => format!("port {port}: a service listens no more"),
+        Happening::Docker { version: Some(version), .. } => format!("Docker {} answers", shown(version)),
+        Happening::Docker { version: None, error } => {
+            format!("Docker is away ({})", shown(error.as_deref().unwrap_or_default()))
+        }
+        Happening::Refused { network, port, connections } => {
+            format!("{}: {connections} connections over the limit were refused", rule(network, port))
+        }
+        Happening::Missed { events } => format!("{events} events were missed: this reads too slowly"),
+        Happening::Unknown => "something that this version does not know of; see --json".to_owned(),
+    };
+    print_on(&format!("{} {text}\n", time(event.at)))
 }
 
 /// What `allow` brought about, one line for each gateway.
@@ -512,6 +564,86 @@ pub(super) fn explanation(explanation: &Explanation) -> Result<(), Failure> {
     print(&text)
 }
 
+fn time(at: Timestamp) -> impl std::fmt::Display {
+    at.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S")
+}
+
+/// Which rules are in use; whether anybody reads on.
+pub(super) fn load(look: &Look) -> Result<bool, Failure> {
+    print_on(&(load_text(look) + "\n"))
+}
+
+/// As [`load`], over what the [`Screen`] showed before, as far as it reaches.
+pub(super) fn load_in_place(look: &Look) -> Result<bool, Failure> {
+    let text = load_text(look);
+    let lines: Vec<_> = text.lines().take(terminal_height()).collect();
+    print_on(&(CLEARED.to_owned() + &lines.join("\r\n")))
+}
+
+fn load_text(look: &Look) -> String {
+    let mut table =
+        Table::new(&["NETWORK", "PORT", "STATE", "CONN/S", "TOTAL", "OPEN", "TO SERVICE", "BACK"]);
+    for rule in &look.rules {
+        let relayed =
+            |cell: fn(&Relayed) -> String| rule.relayed.as_ref().map_or_else(|| "-".to_owned(), cell);
+        table.row([
+            shown(&rule.network.to_string()),
+            rule.port.to_string(),
+            described(rule.state, None),
+            format!("{:.1}", rule.per_second),
+            rule.connections.to_string(),
+            relayed(|relayed| relayed.open.to_string()),
+            relayed(|relayed| bytes(relayed.to_service)),
+            relayed(|relayed| bytes(relayed.to_client)),
+        ]);
+    }
+    format!(
+        "{}\n{}",
+        time(look.at),
+        if look.rules.is_empty() { NO_RULES.to_owned() } else { table.to_text() }
+    )
+}
+
+/// `512`, `1.5 KiB`, `3.0 GiB`.
+fn bytes(count: u64) -> String {
+    let units = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let Some(unit) = (1..=units.len()).rev().find(|unit| count >> (10 * unit) > 0) else {
+        return count.to_string();
+    };
+    // In tenths, which need no floating point.
+    let tenths = (u128::from(count) * 10) >> (10 * unit);
+    format!("{}.{} {}", tenths / 10, tenths % 10, units[unit - 1])
+}
+
+/// The other screen of a terminal, cursor hidden, long lines cut off (xterm's control sequences, console_codes(4)).
+const ENTERED: &str = "\x1b[?1049h\x1b[?25l\x1b[?7l";
+const LEFT: &str = "\x1b[?7h\x1b[?25h\x1b[?1049l";
+const CLEARED: &str = "\x1b[H\x1b[2J";
+
+/// A terminal that is drawn on; as it was before when this is dropped.
+pub(super) struct Screen;
+
+impl Screen {
+    pub(super) fn enter() -> Result<Self, Failure> {
+        print(ENTERED)?;
+        Ok(Self)
+    }
+}
+
+/// Lines that fit.
+fn terminal_height() -> usize {
+    let size = rustix::termios::tcgetwinsize(io::stdout());
+    // A terminal that does not tell is taken for the smallest usual one.
+    size.ok().map(|size| usize::from(size.ws_row)).filter(|rows| *rows > 0).unwrap_or(24)
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        // Whoever it belongs to has gone with it, where this fails.
+        let _ = print(LEFT);
+    }
+}
+
 /// Without anything that a terminal would act on.
 fn shown(text: &str) -> String {
     // Bidirectional controls would let a name change how the rest of its line reads.
@@ -563,6 +695,12 @@ mod tests {
     fn names_cannot_act_on_the_terminal() {
         assert_eq!(shown("a\u{1b}[2Jb\n"), "a\\u{1b}[2Jb\\n");
         assert_eq!(shown("grün"), "grün");
+    }
+
+    #[test]
+    fn bytes_are_rounded_down() {
+        let told = [0, 1023, 1024, 1535, 1536, 1 << 20, (1 << 40) - 1, u64::MAX].map(bytes);
+        assert_eq!(told, ["0", "1023", "1.0 KiB", "1.4 KiB", "1.5 KiB", "1.0 MiB", "1023.9 GiB", "15.9 EiB"]);
     }
 
     #[test]

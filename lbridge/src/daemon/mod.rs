@@ -108,7 +108,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut reconciler =
         Reconciler::new(rules, configuration, store, loaded, interfaces, docker, wake, netns.id)?;
     reconciler.start().await?;
-    let mut serving = tokio::spawn(socket.serve(commands.clone()));
+    let mut serving = tokio::spawn(socket.serve(commands.clone(), reconciler.news()));
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

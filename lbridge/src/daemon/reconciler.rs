@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use lbridge_common::wire::Counter;
+use lbridge_common::wire::{Counter, ListenerEvent};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until},
@@ -20,13 +20,14 @@ use super::{
     handover::{self, Inherited},
     manager::Manager,
     observe::{Processes, observe},
-    report::Report,
+    report::{self, Report},
 };
 use crate::{
     api::{
+        events::News,
         protocol::{
-            Allow, ApiError, Counters, Deny, DockerStatus, ErrorCode, KernelPath, KernelStatus, Reloaded,
-            RuleStatus, Status,
+            Allow, ApiError, Counters, Deny, DockerStatus, ErrorCode, Happening, KernelPath, KernelStatus,
+            Reloaded, RuleStatus, Status,
         },
         server::Command,
     },
@@ -78,6 +79,10 @@ pub(super) struct Reconciler {
     /// As last seen.
     inventory: Option<Inventory>,
     manager: Manager,
+    /// What happens.
+    news: News,
+    /// What was told of Docker last.
+    docker_told: DockerStatus,
 }
 
 impl Reconciler {
@@ -118,7 +123,14 @@ impl Reconciler {
             last: Report::default(),
             inventory: None,
             manager: Manager::new(),
+            news: News::default(),
+            docker_told: DockerStatus::Off,
         })
+    }
+
+    /// Where it tells what happens.
+    pub(super) fn news(&self) -> News {
+        self.news.clone()
     }
 
     /// Makes what was found into what is wanted.
@@ -152,8 +164,11 @@ impl Reconciler {
                 },
                 _ = wakes.recv(), if !woken => woken = true,
                 () = docker_changed(&mut self.docker), if !woken => woken = true,
-                () = listener_changed(&mut self.events), if !woken => woken = true,
                 () = self.manager.next_beat() => {}
+                happened = listener_changed(&mut self.events), if !woken => {
+                    woken = true;
+                    happened.iter().filter_map(report::happening).for_each(|what| self.news.tell(what));
+                }
                 () = sleep_until(due) => {
                     woken = false;
                     self.remember_networks();
@@ -212,20 +227,20 @@ impl Reconciler {
         // Whoever asked may have gone; the change stands all the same.
         match command {
             Command::Status(answer) => drop(answer.send(self.status().await)),
-            Command::Allow(allow, answer) => drop(answer.send(self.allow(allow).await)),
-            Command::Deny(deny, answer) => drop(answer.send(self.deny(deny).await)),
             Command::Reload(answer) => drop(answer.send(self.reload().await)),
+            Command::Allow(allow, uid, answer) => drop(answer.send(self.allow(allow, uid).await)),
+            Command::Deny(deny, uid, answer) => drop(answer.send(self.deny(deny, uid).await)),
             Command::Explain(question, answer) => drop(answer.send(self.explain(&question).await)),
         }
     }
 
-    async fn allow(&mut self, allow: Allow) -> Result<Vec<RuleStatus>, ApiError> {
+    async fn allow(&mut self, allow: Allow, uid: Option<u32>) -> Result<Vec<RuleStatus>, ApiError> {
         let ids: HashSet<RuleId> = allow.rules.iter().map(Rule::id).collect();
         let added = allow.rules.into_iter().map(with_process).collect::<Result<Vec<_>, _>>()?;
         let rules = self.rules.allow(added, Origin::Cli).map_err(|refused| refusal(&refused))?;
         self.ask_docker(&rules, ids.iter().map(|id| &id.network)).await;
         self.executor.firewall.try_again();
-        self.change(rules).await?;
+        self.change(rules, uid).await?;
         Ok(self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect())
     }
 
@@ -278,12 +293,12 @@ impl Reconciler {
         Ok(planning::explain::explain(question, &Known { holders: &holders, ..known }))
     }
 
-    async fn deny(&mut self, deny: Deny) -> Result<Vec<RuleStatus>, ApiError> {
+    async fn deny(&mut self, deny: Deny, uid: Option<u32>) -> Result<Vec<RuleStatus>, ApiError> {
         let ids: BTreeSet<RuleId> =
             deny.ports.iter().map(|port| RuleId { network: deny.network.clone(), port: *port }).collect();
         let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| refusal(&refused))?;
         let before = self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect();
-        self.change(rules).await?;
+        self.change(rules, uid).await?;
         match self.last.failures.others.first() {
             // Something that should be gone may not be.
             Some(failure) => Err(ApiError { code: ErrorCode::Failed, message: failure.clone() }),
@@ -292,9 +307,12 @@ impl Reconciler {
     }
 
     /// Saves first: what is in force and not on disk would be gone after a restart, unseen.
-    async fn change(&mut self, rules: Rules) -> Result<(), ApiError> {
+    async fn change(&mut self, rules: Rules, uid: Option<u32>) -> Result<(), ApiError> {
         if rules != self.rules {
             self.store.save_rules(self.configuration.allowed(&rules)).map_err(|error| failed(&error))?;
+            if self.news.is_heard() {
+                report::changed_by(&self.rules, &rules, uid).for_each(|what| self.news.tell(what));
+            }
             self.rules = rules;
         }
         if let Some(docker) = &self.docker {
@@ -442,6 +460,10 @@ impl Reconciler {
                 for change in report.changes_since(&self.last) {
                     tracing::info!("{change}");
                 }
+                if self.news.is_heard() {
+                    report.news_since(&self.last).for_each(|what| self.news.tell(what));
+                }
+                self.tell_of_docker();
                 self.last = report;
                 self.tell();
                 return match unseen {
@@ -459,6 +481,26 @@ impl Reconciler {
             self.refused.append(&mut failures.refused);
             if let Some(why) = failures.name_hooks.take() {
                 self.abilities.name_hooks = Err(why);
+            }
+        }
+    }
+
+    /// That it answers, or does not any more; why it does not may change its words at every try.
+    fn tell_of_docker(&mut self) {
+        let now = self.docker_status();
+        let both_away =
+            matches!((&self.docker_told, &now), (DockerStatus::Away { .. }, DockerStatus::Away { .. }));
+        if both_away || now == self.docker_told {
+            return;
+        }
+        self.docker_told = now.clone();
+        match now {
+            DockerStatus::Off => {}
+            DockerStatus::Reachable { version } => {
+                self.news.tell(Happening::Docker { version: Some(version), error: None });
+            }
+            DockerStatus::Away { error, .. } => {
+                self.news.tell(Happening::Docker { version: None, error: Some(error) });
             }
         }
     }
@@ -544,13 +586,17 @@ async fn docker_changed(docker: &mut Option<Watcher>) {
     }
 }
 
-async fn listener_changed(events: &mut Option<Events>) {
+async fn listener_changed(events: &mut Option<Events>) -> Vec<ListenerEvent> {
     let Some(open) = events else { return std::future::pending().await };
     match open.next().await {
-        Ok(happened) => tracing::debug!(?happened),
+        Ok(happened) => {
+            tracing::debug!(?happened);
+            happened
+        }
         Err(error) => {
             tracing::warn!("the kernel's events cannot be followed, looking every {POLL:?} instead: {error}");
             *events = None;
+            vec![]
         }
     }
 }

@@ -1,22 +1,30 @@
 //! What `status` says: what is meant, held against what is in force. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+};
+
+use lbridge_common::wire::ListenerEvent;
 
 use super::executor::Failures;
 use crate::{
-    api::protocol::{FirewallStatus, GatewayStatus, NamespaceStatus, RuleStatus},
+    api::protocol::{FirewallStatus, GatewayStatus, Happening, NamespaceStatus, RuleStatus},
     planning::{
         firewall::Passage,
         inventory::{Entrance, NamespaceKey},
         policy::{GatewayOutcome, Outcome, Place, Policy, RelayKey, RuleOutcome, State},
         reality::Reality,
-        rule::RuleId,
+        rule::{RuleId, Rules},
     },
     relay::set::Counts,
 };
 
 /// More at a time are told in one line.
 const MAX_CHANGES: usize = 100;
+
+/// A state, and why.
+type Described = (State, Option<String>);
 
 /// What became of the last pass.
 #[derive(Debug, Default)]
@@ -39,34 +47,59 @@ impl Report {
 
     /// What is another state than it was, or new, or gone, for the log.
     pub(super) fn changes_since(&self, before: &Self) -> Vec<String> {
+        let changes = self.states_since(before);
+        if changes.len() > MAX_CHANGES {
+            return vec![format!("{} rules have changed", changes.len())];
+        }
+        let told = |(id, now): (RuleId, Option<Described>)| match now {
+            None => format!("{id}: denied"),
+            Some((state, None)) => format!("{id}: {}", format!("{state:?}").to_lowercase()),
+            Some((state, Some(why))) => format!("{id}: {} ({why})", format!("{state:?}").to_lowercase()),
+        };
+        changes.into_iter().map(told).collect()
+    }
+
+    /// As [`Report::changes_since`], for whoever follows events; and the connections that relays refused.
+    pub(super) fn news_since(&self, before: &Self) -> impl Iterator<Item = Happening> {
+        let states = self.states_since(before).into_iter().filter_map(|(id, now)| {
+            let (state, why) = now?;
+            Some(Happening::State { network: id.network, port: id.port, state, why })
+        });
+        let refused = self.policy.outcomes.iter().filter_map(|outcome| {
+            let connections = self.counts(outcome).refused.saturating_sub(before.counts(outcome).refused);
+            let RuleId { network, port } = outcome.rule.id();
+            (connections > 0).then_some(Happening::Refused { network, port, connections })
+        });
+        states.chain(refused)
+    }
+
+    /// Rules whose state is another than it was, with the new one; `None` for those that are gone. By state: a reason may
+    /// hold words of others' choice, and change every moment.
+    fn states_since(&self, before: &Self) -> Vec<(RuleId, Option<Described>)> {
         if self.policy.outcomes == before.policy.outcomes && self.failures.steps == before.failures.steps {
             return vec![];
         }
-        // By state: a reason may hold words of others' choice, and change every moment.
-        let of = |report: &Self| -> BTreeMap<RuleId, (State, String)> {
-            let line = |rule: &RuleStatus| {
-                let state = format!("{:?}", rule.state).to_lowercase();
-                let text = rule.why.as_ref().map_or(state.clone(), |why| format!("{state} ({why})"));
-                (rule.state, text)
-            };
-            let rules = report.rules();
+        let of = |report: &Self| -> BTreeMap<RuleId, Described> {
+            let rules = report.rules().into_iter();
             rules
-                .iter()
-                .map(|rule| (RuleId { network: rule.network.clone(), port: rule.port }, line(rule)))
+                .map(|rule| (RuleId { network: rule.network, port: rule.port }, (rule.state, rule.why)))
                 .collect()
         };
-        let (before, now) = (of(before), of(self));
-        let state = |id: &RuleId| before.get(id).map(|(state, _)| *state);
-        let changed = now.iter().filter(|(id, (now, _))| state(id) != Some(*now));
-        let gone = before.keys().filter(|id| !now.contains_key(id));
-        let mut lines: Vec<_> = changed
-            .map(|(id, (_, text))| format!("{id}: {text}"))
-            .chain(gone.map(|id| format!("{id}: denied")))
-            .collect();
-        if lines.len() > MAX_CHANGES {
-            lines = vec![format!("{} rules have changed", lines.len())];
+        let (mut before, now) = (of(before), of(self));
+        let mut changes = vec![];
+        for (id, (state, why)) in now {
+            if before.remove(&id).is_none_or(|(before, _)| before != state) {
+                changes.push((id, Some((state, why))));
+            }
         }
-        lines
+        changes.extend(before.into_keys().map(|id| (id, None)));
+        changes
+    }
+
+    /// What the rule's relays have done: they count together.
+    fn counts(&self, outcome: &RuleOutcome) -> Counts {
+        let mut counts = outcome.gateways.iter().filter_map(|gateway| self.relayed.get(&gateway.relay_key));
+        counts.next().copied().unwrap_or_default()
     }
 
     /// What stands in front of the rules.
@@ -96,11 +129,12 @@ impl Report {
             worst.map_or((State::Waiting, None), |worst| (worst.state, worst.why.clone()))
         };
         let rule = &outcome.rule;
-        // The rule's relays count together.
-        let counts = outcome.gateways.iter().filter_map(|gateway| self.relayed.get(&gateway.relay_key));
-        let refused = counts.map(|counts| counts.refused).max().unwrap_or(0);
+        let counts = self.counts(outcome);
         RuleStatus {
-            refused,
+            refused: counts.refused,
+            open: counts.open,
+            to_service: counts.to_service,
+            to_client: counts.to_client,
             network: rule.network.clone(),
             port: rule.spec.port,
             target: rule.spec.target.to_string(),
@@ -181,4 +215,29 @@ fn namespace(key: &NamespaceKey) -> NamespaceStatus {
         Entrance::Path(path) => path.clone(),
     };
     NamespaceStatus { path, inode: key.id.inode }
+}
+
+/// Which rules were made and removed, and by whom.
+pub(super) fn changed_by(before: &Rules, now: &Rules, uid: Option<u32>) -> impl Iterator<Item = Happening> {
+    let ids = |rules: &Rules| -> BTreeSet<RuleId> { rules.iter().map(|(id, ..)| id.clone()).collect() };
+    let (before, now) = (ids(before), ids(now));
+    let made: Vec<_> = now.difference(&before).cloned().collect();
+    let removed: Vec<_> = before.difference(&now).cloned().collect();
+    let allowed = move |RuleId { network, port }| Happening::Allowed { network, port, uid };
+    let denied = move |RuleId { network, port }| Happening::Denied { network, port, uid };
+    made.into_iter().map(allowed).chain(removed.into_iter().map(denied))
+}
+
+/// What the kernel says of a listener.
+pub(super) fn happening(event: &ListenerEvent) -> Option<Happening> {
+    let port = u16::try_from(event.port).ok()?;
+    match event.kind {
+        ListenerEvent::LISTENING => Some(Happening::Listening { port }),
+        ListenerEvent::REFUSED => {
+            let error = io::Error::from_raw_os_error(event.error.saturating_neg()).to_string();
+            Some(Happening::Unregistered { port, error })
+        }
+        ListenerEvent::CLOSED => Some(Happening::Closed { port }),
+        _ => None,
+    }
 }

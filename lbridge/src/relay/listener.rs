@@ -2,13 +2,14 @@
 //! the service.
 
 use std::{
+    collections::HashMap,
     future, io,
     net::{IpAddr, SocketAddr},
     num::NonZeroU32,
     os::fd::{AsRawFd as _, OwnedFd},
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -134,11 +135,61 @@ pub(super) struct Statistics {
     pub(super) of_network: Arc<AtomicU32>,
     /// When a failure was told last.
     failed: Mutex<Pause>,
+    traffic: Mutex<Meter>,
+}
+
+/// Bytes of a rule's connections.
+#[derive(Debug, Default)]
+struct Meter {
+    /// Of those that have ended, to the service and back.
+    ended: (u64, u64),
+    /// Of those that are open, each under a number of its own.
+    open: HashMap<u64, Arc<splice::Traffic>>,
+    next: u64,
+}
+
+/// A connection whose bytes count for its rule.
+struct Metered {
+    statistics: Arc<Statistics>,
+    number: u64,
+    traffic: Arc<splice::Traffic>,
+}
+
+impl Drop for Metered {
+    fn drop(&mut self) {
+        let mut meter = self.statistics.meter();
+        meter.open.remove(&self.number);
+        meter.ended.0 += self.traffic.to_service();
+        meter.ended.1 += self.traffic.to_client();
+    }
 }
 
 impl Statistics {
     pub(super) fn of(network: Arc<AtomicU32>) -> Self {
         Self { of_network: network, ..Self::default() }
+    }
+
+    fn meter(&self) -> MutexGuard<'_, Meter> {
+        self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn metered(self: Arc<Self>) -> Metered {
+        let traffic = Arc::new(splice::Traffic::default());
+        let mut meter = self.meter();
+        meter.next += 1;
+        let number = meter.next;
+        meter.open.insert(number, traffic.clone());
+        drop(meter);
+        Metered { statistics: self, number, traffic }
+    }
+
+    /// Bytes moved to the service and back, over all connections there ever were.
+    pub(super) fn bytes(&self) -> (u64, u64) {
+        let meter = self.meter();
+        let add = |(there, back): (u64, u64), traffic: &Arc<splice::Traffic>| {
+            (there + traffic.to_service(), back + traffic.to_client())
+        };
+        meter.open.values().fold(meter.ended, add)
     }
 }
 
@@ -309,7 +360,7 @@ impl Listener {
         self.surroundings.connections.spawn(async move {
             let _permit = permit;
             tokio::select! {
-                carried = carry(client, container, &orders.spec, surroundings.names) => if let Err(error) = carried {
+                carried = carry(client, container, &orders, surroundings.names) => if let Err(error) = carried {
                     let told = &orders.statistics.failed;
                     if told.lock().unwrap_or_else(PoisonError::into_inner).is_over() {
                         tracing::warn!("{}: a connection of {container} has failed, and others may: {error:#}", orders.spec.rule);
@@ -341,10 +392,11 @@ impl Pause {
 async fn carry(
     client: TcpStream,
     container: SocketAddr,
-    spec: &RelaySpec,
+    Orders { spec, statistics }: &Orders,
     names: Option<Arc<dyn PeerNames>>,
 ) -> anyhow::Result<()> {
-    let traffic = splice::Traffic::default();
+    let metered = statistics.clone().metered();
+    let traffic = &*metered.traffic;
     let Ok(early) = splice::Early::read(&client) else {
         tracing::debug!("{container}: reset before the service was reached");
         return Ok(());
@@ -359,12 +411,12 @@ async fn carry(
             let connected = connect(*address, container, spec.source, names, speaks_first).await;
             let (mut service, _presented) = connected.inspect_err(|_| reset(&client))?;
             introduce(&mut service, &header).await.inspect_err(|_| reset(&client))?;
-            or_idle(splice::relay(client, early, service, &traffic), &traffic, spec.idle_timeout).await
+            or_idle(splice::relay(client, early, service, traffic), traffic, spec.idle_timeout).await
         }
         Service::Unix(path) => {
             let mut service = connect_unix(path).await.inspect_err(|_| reset(&client))?;
             introduce(&mut service, &header).await.inspect_err(|_| reset(&client))?;
-            or_idle(splice::relay(client, early, service, &traffic), &traffic, spec.idle_timeout).await
+            or_idle(splice::relay(client, early, service, traffic), traffic, spec.idle_timeout).await
         }
     };
     let (sent, received) = (traffic.to_service(), traffic.to_client());

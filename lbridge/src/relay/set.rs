@@ -64,6 +64,12 @@ pub struct Counts {
     pub connections: u64,
     /// Connections of its rule that were refused for want of a place.
     pub refused: u64,
+    /// Connections of its rule that are open.
+    pub open: u32,
+    /// Bytes of its rule's connections, to the service.
+    pub to_service: u64,
+    /// And back.
+    pub to_client: u64,
 }
 
 impl RelaySet {
@@ -186,10 +192,16 @@ impl RelaySet {
 
     /// What a relay has done.
     pub fn counts(&self, key: &RelayKey) -> Counts {
-        self.relays.get(key).map_or_else(Counts::default, |relay| Counts {
+        let Some(relay) = self.relays.get(key) else { return Counts::default() };
+        let statistics = relay.orders.borrow().statistics.clone();
+        let (to_service, to_client) = statistics.bytes();
+        Counts {
             connections: relay.taken.load(Ordering::Relaxed),
-            refused: relay.orders.borrow().statistics.refused.load(Ordering::Relaxed),
-        })
+            refused: statistics.refused.load(Ordering::Relaxed),
+            open: statistics.open.load(Ordering::Relaxed),
+            to_service,
+            to_client,
+        }
     }
 }
 

@@ -37,6 +37,9 @@ fn rule(network: &str, port: u16, target: &str, gateways: Vec<GatewayStatus>) ->
         state: State::Steered,
         why: Some("so it is".to_owned()),
         refused: 0,
+        open: 0,
+        to_client: 0,
+        to_service: 0,
         gateways,
     }
 }

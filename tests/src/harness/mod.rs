@@ -8,6 +8,7 @@ pub mod client;
 pub mod daemon;
 pub mod docker;
 pub mod doctor;
+pub mod follow;
 pub mod kernel;
 pub mod lab;
 pub mod logs;

@@ -4,6 +4,7 @@
 mod access;
 mod commands;
 mod doctor;
+mod follow;
 mod start;
 
 use std::fs;
@@ -15,7 +16,8 @@ use lbridge_tests::harness::suite::{Need, Suite};
 
 fn main() {
     const NEEDS: &[Need] = &[Need::Root, Need::Cgroup2, Need::Program("ip"), Need::Lbridge];
-    Suite::new(NEEDS, [commands::tests(), start::tests(), access::tests(), doctor::tests()].concat()).main()
+    let tests = [commands::tests(), start::tests(), access::tests(), doctor::tests(), follow::tests()];
+    Suite::new(NEEDS, tests.concat()).main()
 }
 
 /// Failed with this status, silent on stdout and one line on stderr.

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
 use lbridge_tests::harness::docker::{Engine, Network};
+use lbridge_tests::harness::follow::Follow;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::{self, Service};
 use lbridge_tests::harness::suite::{Need, Test};
@@ -17,6 +18,7 @@ pub(crate) fn tests() -> Vec<Test> {
         container_reaches_loopback_service,
         container_of_another_network_is_refused,
         explain_foretells_what_containers_meet,
+        events_tell_of_the_engine,
         internal_network_is_served,
         default_bridge_is_served,
         bridge_with_a_name_of_its_own_is_served,
@@ -141,6 +143,24 @@ fn explain_foretells_what_containers_meet() -> Result<()> {
         ensure!(no_bridge["outcome"].as_str().is_some_and(|text| text.contains(word)), "{no_bridge:#}");
     }
     Ok(())
+}
+
+fn events_tell_of_the_engine() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let mut command = scene.daemon.command()?;
+    command.args(["events", "--json"]);
+    let mut events = Follow::start(command)?;
+    let mut event = |what: &str, field: &str| {
+        events.until(field, |line| {
+            let event: serde_json::Value = serde_json::from_str(line).ok()?;
+            (event["event"] == what && event[field].is_string()).then_some(())
+        })
+    };
+    event("following", "version")?;
+    scene.engine.down()?;
+    event("docker", "error")?;
+    scene.engine.up()?;
+    event("docker", "version")
 }
 
 fn internal_network_is_served() -> Result<()> {

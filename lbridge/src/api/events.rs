@@ -1,0 +1,131 @@
+//! What happens, to whoever listens: each subscriber reads from one shared buffer of fixed length, and is told how much it
+//! has missed if it is too slow. Nobody is waited for.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::stream::{self, Stream};
+use jiff::Timestamp;
+use tokio::sync::{
+    OwnedSemaphorePermit, Semaphore,
+    broadcast::{self, error::RecvError},
+};
+
+use super::protocol::{Event, Happening};
+
+/// Events that a slow subscriber may be behind.
+const BUFFER: usize = 1024;
+/// Subscribers at a time.
+const SUBSCRIBERS: usize = 32;
+
+/// Where events are told.
+#[derive(Debug, Clone)]
+pub struct News {
+    /// Lines of JSON: written once, for all.
+    lines: broadcast::Sender<Bytes>,
+    places: Arc<Semaphore>,
+}
+
+impl Default for News {
+    fn default() -> Self {
+        Self { lines: broadcast::Sender::new(BUFFER), places: Arc::new(Semaphore::new(SUBSCRIBERS)) }
+    }
+}
+
+impl News {
+    /// Whether anybody listens: what nobody hears need not be put together.
+    pub fn is_heard(&self) -> bool {
+        self.lines.receiver_count() > 0
+    }
+
+    /// Tells everybody who listens.
+    pub fn tell(&self, what: Happening) {
+        if self.is_heard() {
+            // The last listener may have gone just now.
+            let _ = self.lines.send(line(what));
+        }
+    }
+
+    /// Everything from now on, as lines of JSON; `None` where too many listen already. It ends with the daemon.
+    pub(super) fn subscribe(&self) -> Option<impl Stream<Item = Bytes> + Send + 'static> {
+        let place = self.places.clone().try_acquire_owned().ok()?;
+        let first = Happening::Following { version: env!("CARGO_PKG_VERSION").to_owned() };
+        let subscriber =
+            Subscriber { lines: self.lines.subscribe(), first: Some(line(first)), _place: place };
+        Some(stream::unfold(subscriber, async |mut subscriber| Some((subscriber.next().await?, subscriber))))
+    }
+}
+
+struct Subscriber {
+    lines: broadcast::Receiver<Bytes>,
+    first: Option<Bytes>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Subscriber {
+    async fn next(&mut self) -> Option<Bytes> {
+        if let Some(first) = self.first.take() {
+            return Some(first);
+        }
+        match self.lines.recv().await {
+            Ok(line) => Some(line),
+            Err(RecvError::Lagged(events)) => Some(line(Happening::Missed { events })),
+            Err(RecvError::Closed) => None,
+        }
+    }
+}
+
+fn line(what: Happening) -> Bytes {
+    let mut line = serde_json::to_vec(&Event { at: Timestamp::now(), what }).unwrap_or_default();
+    line.push(b'\n');
+    line.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt as _;
+
+    use super::*;
+
+    fn missed(line: &Bytes) -> Option<u64> {
+        match serde_json::from_slice::<Event>(line).unwrap().what {
+            Happening::Missed { events } => Some(events),
+            _ => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slow_subscriber_loses_the_oldest_and_is_told_how_many() {
+        let news = News::default();
+        assert!(!news.is_heard());
+        let mut slow = Box::pin(news.subscribe().unwrap());
+        let mut quick = Box::pin(news.subscribe().unwrap());
+        assert!(quick.next().await.is_some(), "the first line");
+        for count in 1..=BUFFER as u64 + 7 {
+            news.tell(Happening::Docker { version: None, error: Some(count.to_string()) });
+            assert_eq!(missed(&quick.next().await.unwrap()), None);
+        }
+        assert!(slow.next().await.is_some(), "the first line is its own");
+        assert_eq!(missed(&slow.next().await.unwrap()), Some(7));
+        let oldest = slow.next().await.unwrap();
+        assert!(String::from_utf8_lossy(&oldest).contains("\"error\":\"8\""));
+        drop(news);
+        let rest = slow.count().await;
+        assert_eq!((rest, quick.next().await), (BUFFER - 1, None), "it ends with the daemon");
+    }
+
+    #[test]
+    fn events_of_later_versions_are_no_error() {
+        let line = r#"{"at":"2026-01-01T00:00:00Z","event":"invented","port":5}"#;
+        assert_eq!(serde_json::from_str::<Event>(line).unwrap().what, Happening::Unknown);
+    }
+
+    #[tokio::test]
+    async fn places_are_given_back() {
+        let news = News::default();
+        let all: Vec<_> = (0..SUBSCRIBERS).map(|_| news.subscribe().unwrap()).collect();
+        assert!(news.subscribe().is_none());
+        drop(all);
+        assert!(news.subscribe().is_some() && !news.is_heard());
+    }
+}

@@ -1,0 +1,186 @@
+//! `lbridge top`: what `status` counts, again and again.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, IsTerminal as _},
+    time::Duration,
+};
+
+use clap::Args;
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant, sleep_until},
+};
+
+use super::{Failure, parse_time, render};
+use crate::{
+    api::{client::Client, protocol::RuleStatus},
+    planning::{policy::State, rule::Network},
+};
+
+/// Arguments of `lbridge top`.
+#[derive(Debug, Args)]
+pub(super) struct TopArgs {
+    /// Time between two looks, over which connections per second are counted
+    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "1s")]
+    interval: Duration,
+    /// Print one table, after one interval, and end
+    #[arg(long)]
+    once: bool,
+    /// Print JSON, a line for each look
+    #[arg(long)]
+    json: bool,
+}
+
+/// One look.
+#[derive(Debug, Serialize)]
+pub(super) struct Look {
+    /// When.
+    pub(super) at: Timestamp,
+    /// The busiest first.
+    pub(super) rules: Vec<Load>,
+}
+
+/// What a rule has to do.
+#[derive(Debug, Serialize)]
+pub(super) struct Load {
+    /// Its network.
+    pub(super) network: Network,
+    /// Its port.
+    pub(super) port: u16,
+    /// What becomes of it.
+    pub(super) state: State,
+    /// New connections per second, since the look before.
+    pub(super) per_second: f64,
+    /// All connections since the entry was put or the relay opened.
+    pub(super) connections: u64,
+    /// What only relays know; `None` where nothing was relayed.
+    pub(super) relayed: Option<Relayed>,
+}
+
+/// What a rule's relays have to do.
+#[derive(Debug, Serialize)]
+pub(super) struct Relayed {
+    /// Connections now.
+    pub(super) open: u32,
+    /// Bytes to the service.
+    pub(super) to_service: u64,
+    /// And back.
+    pub(super) to_client: u64,
+}
+
+/// Connections of each rule, at a look.
+type Counts = BTreeMap<(Network, u16), u64>;
+
+fn connections(rule: &RuleStatus) -> u64 {
+    rule.gateways.iter().map(|gateway| gateway.connections).sum()
+}
+
+fn counts(rules: &[RuleStatus]) -> Counts {
+    rules.iter().map(|rule| ((rule.network.clone(), rule.port), connections(rule))).collect()
+}
+
+/// What has come since `before`, in `time`. A rule that was not there then has just been made.
+fn look(rules: Vec<RuleStatus>, before: &Counts, time: Duration, at: Timestamp) -> Look {
+    let load = |rule: RuleStatus| {
+        let connections = connections(&rule);
+        let id = (rule.network, rule.port);
+        // The count starts anew with a new entry.
+        let since = before.get(&id).filter(|then| **then <= connections).copied().unwrap_or(0);
+        let new = u32::try_from(connections - since).unwrap_or(u32::MAX);
+        let has_relayed =
+            rule.state == State::Relayed || rule.open > 0 || rule.to_service > 0 || rule.to_client > 0;
+        Load {
+            network: id.0,
+            port: id.1,
+            state: rule.state,
+            per_second: f64::from(new) / time.as_secs_f64(),
+            connections,
+            relayed: has_relayed.then_some(Relayed {
+                open: rule.open,
+                to_service: rule.to_service,
+                to_client: rule.to_client,
+            }),
+        }
+    };
+    let mut rules: Vec<_> = rules.into_iter().map(load).collect();
+    // Those of the same load stay in their order.
+    rules.sort_by(|a, b| b.per_second.total_cmp(&a.per_second));
+    Look { at, rules }
+}
+
+pub(super) async fn handle(args: &TopArgs, client: &Client) -> Result<(), Failure> {
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(anyhow::Error::from)?;
+    let mut before = counts(&client.status().await?.rules);
+    let mut looked = Instant::now();
+    let in_place = !args.once && !args.json && io::stdout().is_terminal();
+    let screen = if in_place { Some(render::Screen::enter()?) } else { None };
+    loop {
+        tokio::select! {
+            () = sleep_until(looked + args.interval) => {}
+            _ = interrupt.recv() => return Ok(()),
+            _ = terminate.recv() => return Ok(()),
+        }
+        let rules = client.status().await?.rules;
+        let (now, counted) = (Instant::now(), counts(&rules));
+        let look = look(rules, &before, now - looked, Timestamp::now());
+        (before, looked) = (counted, now);
+        let goes_on = match &screen {
+            Some(_) => render::load_in_place(&look)?,
+            None if args.json => render::json_line(&look)?,
+            None => render::load(&look)?,
+        };
+        if args.once || !goes_on {
+            return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::planning::rule::{Origin, PathChoice, Source};
+
+    fn rule(port: u16, connections: u64) -> RuleStatus {
+        RuleStatus {
+            network: "app".parse().unwrap(),
+            port,
+            target: String::new(),
+            source: Source::Container,
+            path: PathChoice::Auto,
+            max_connections: None,
+            idle_timeout: None,
+            proxy_protocol: None,
+            comment: None,
+            origin: Origin::Cli,
+            state: State::Steered,
+            why: None,
+            refused: 0,
+            open: 0,
+            to_service: 0,
+            to_client: 0,
+            gateways: vec![crate::api::protocol::GatewayStatus {
+                address: "172.18.0.1".parse().unwrap(),
+                namespace: None,
+                interface: "br-app".to_owned(),
+                state: State::Steered,
+                why: None,
+                connections,
+            }],
+        }
+    }
+
+    #[test]
+    fn the_busiest_come_first() {
+        let before = counts(&[rule(80, 10), rule(81, 10), rule(82, 100)]);
+        let now = vec![rule(80, 10), rule(81, 30), rule(82, 4), rule(83, 0)];
+        let look = look(now, &before, Duration::from_secs(2), Timestamp::UNIX_EPOCH);
+        let seen: Vec<_> = look.rules.iter().map(|rule| (rule.port, rule.per_second)).collect();
+        // The entry of 82 was put anew.
+        assert_eq!(seen, [(81, 10.0), (82, 2.0), (80, 0.0), (83, 0.0)]);
+        assert!(look.rules.iter().all(|rule| rule.relayed.is_none()));
+    }
+}
