@@ -58,6 +58,9 @@ fn events_tell_what_happens() -> Result<()> {
     let mut events = follow(&scene.daemon, &["events", "--json"])?;
     let mut lines = follow(&scene.daemon, &["events"])?;
     event(&mut events, &[("event", "following".into())])?;
+    // Another look than the one that it asks for may notice a listener first.
+    let mut listeners = follow(&scene.daemon, &["events", "--json"])?;
+    event(&mut listeners, &[("event", "following".into())])?;
     lines.until("a first line", |line| line.contains("following lbridge").then_some(()))?;
     scene.allow(&["8080"])?;
     let by = [("event", "allowed".into()), ("port", 8080.into()), ("uid", 0.into())];
@@ -66,10 +69,10 @@ fn events_tell_what_happens() -> Result<()> {
     let waiting = event(&mut events, &state(8080, "waiting"))?;
     ensure!(waiting["why"] == "nothing listens on 127.0.0.1:8080", "{waiting}");
     let service = scene.service("service", "127.0.0.1:8080")?;
-    event(&mut events, &[("event", "listening".into()), ("port", 8080.into())])?;
+    event(&mut listeners, &[("event", "listening".into()), ("port", 8080.into())])?;
     event(&mut events, &state(8080, "steered"))?;
     service.stop();
-    event(&mut events, &[("event", "closed".into()), ("port", 8080.into())])?;
+    event(&mut listeners, &[("event", "closed".into()), ("port", 8080.into())])?;
     event(&mut events, &state(8080, "waiting"))?;
 
     let _service = scene.service("relayed", "127.0.0.1:9090")?;
