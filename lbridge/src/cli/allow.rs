@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{Failure, Limits, Ports, parse_network, parse_path, parse_ports, parse_source, render};
+use super::{Failure, Limits, Ports, parse_new_network, parse_path, parse_ports, parse_source, render};
 use crate::{
     api::{client::Client, protocol::Allow},
     planning::rule::{Network, PathChoice, Rule, Source},
@@ -12,7 +12,7 @@ use crate::{
 #[derive(Debug, Args)]
 pub(super) struct AllowArgs {
     /// A Docker network's name or id, or bridge:IFNAME; container:NAME, netns:PATH or pid:N for localhost inside
-    #[arg(value_parser = parse_network)]
+    #[arg(value_parser = parse_new_network)]
     network: Network,
     /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path or 8000-8010
     #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use clap::Args;
 
-use super::{Failure, parse_network, render};
+use super::{Failure, parse_new_network, render};
 use crate::{
     api::client::Client,
     planning::{
@@ -17,7 +17,7 @@ use crate::{
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
     /// Where the connection comes from: a network as `allow` takes it
-    #[arg(value_parser = parse_network)]
+    #[arg(value_parser = parse_new_network)]
     network: Network,
     /// The port that is dialled
     #[arg(value_parser = parse_port)]

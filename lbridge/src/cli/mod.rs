@@ -219,6 +219,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     // Global options may come before the command.
     let words: Vec<_> = std::env::args().skip(1).collect();
     let command = words.iter().find(|word| Cli::command().find_subcommand(word).is_some());
+    let meant = one_word(&words);
     let hint = match command.map(String::as_str) {
         Some("relay")
             if !words.iter().any(|word| word == "--")
@@ -231,6 +232,8 @@ fn usage(error: &clap::Error) -> ExitCode {
         {
             "; the network goes before the ports"
         }
+        // `bridge lab0 80`: the name was taken for a port.
+        Some("allow" | "deny" | "explain") if meant.is_some() => meant.as_deref().unwrap_or_default(),
         _ => "",
     };
     let help = match command {
@@ -243,6 +246,15 @@ fn usage(error: &clap::Error) -> ExitCode {
     Exit::Usage.into()
 }
 
+/// A network that was written in two words.
+fn one_word(words: &[String]) -> Option<String> {
+    let pairs =
+        words.windows(2).filter(|pair| NETWORKS.iter().any(|kind| kind.strip_suffix(':') == Some(&pair[0])));
+    // Docker has a network called bridge.
+    let mut meant = pairs.filter(|pair| pair[0] != "bridge" || pair[1].parse::<PortSpec>().is_err());
+    meant.next().map(|pair| format!("; did you mean {}:{}?", pair[0], pair[1]))
+}
+
 fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(anyhow::Error::from)?;
@@ -251,6 +263,17 @@ fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, F
 
 fn parse_network(text: &str) -> Result<Network, String> {
     text.parse().map_err(|error: Invalid| error.to_string())
+}
+
+/// As [`parse_network`], where a slip would make a rule for a Docker network that there will never be: `pid 29 8080`.
+fn parse_new_network(text: &str) -> Result<Network, String> {
+    match NETWORKS.iter().find(|kind| kind.strip_suffix(':') == Some(text)) {
+        // Docker has a network of that name.
+        Some(&"bridge:") | None => parse_network(text),
+        Some(kind) => Err(format!(
+            "{text} says what kind of network, not which; write {kind}WHICH (a Docker network of that name goes by its id)"
+        )),
+    }
 }
 
 fn parse_source(text: &str) -> Result<Source, String> {

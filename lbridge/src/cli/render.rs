@@ -19,7 +19,8 @@ use super::{
 };
 use crate::{
     api::protocol::{
-        DockerStatus, Event, FirewallStatus, Happening, KernelPath, Reloaded, RuleStatus, Status,
+        DockerStatus, Event, FirewallStatus, GatewayStatus, Happening, KernelPath, Reloaded, RuleStatus,
+        Status,
     },
     doctor::{self, Level},
     import::{Plan, Standing, Taken},
@@ -184,11 +185,12 @@ pub(super) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
         return print(NO_RULES);
     }
     let mut table = Table::new(&["NETWORK", "PORT", "TARGET", "SOURCE", "PATH", "FROM", "LIMITS", "COMMENT"]);
-    for rule in rules {
+    for range in ranges(rules, |_| ()) {
+        let rule = range.first;
         table.row([
             shown(&rule.network.to_string()),
-            rule.port.to_string(),
-            shown(&rule.target),
+            range.ports(),
+            range.target(),
             match rule.source {
                 Source::Container => "container".to_owned(),
                 Source::Loopback => "loopback".to_owned(),
@@ -207,6 +209,75 @@ pub(super) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
         ]);
     }
     print(&table.to_text())
+}
+
+/// Rules of one network for ports that follow each other, which are the same but for that.
+struct Range<'a> {
+    first: &'a RuleStatus,
+    all: &'a [RuleStatus],
+}
+
+impl Range<'_> {
+    /// `8000-8010`, or a port alone.
+    fn ports(&self) -> String {
+        self.to_last(self.first.port)
+    }
+
+    /// Where it leads, in the same way.
+    fn target(&self) -> String {
+        shown(&self.said(&self.first.target))
+    }
+
+    fn to_last(&self, first: u16) -> String {
+        match u16::try_from(self.all.len()) {
+            Ok(count @ 2..) => format!("{first}-{}", first.saturating_add(count - 1)),
+            _ => first.to_string(),
+        }
+    }
+
+    /// A text of the first rule's, which may name its ports, said of all of them.
+    fn said(&self, text: &str) -> String {
+        with_ports(self.first, text, |port| self.to_last(port))
+    }
+}
+
+/// With other words for the rule's ports, wherever `text` names one behind an address.
+fn with_ports(rule: &RuleStatus, text: &str, words: impl Fn(u16) -> String) -> String {
+    let target = rule.target.parse::<SocketAddr>().ok().map(|target| target.port());
+    let ports = target.into_iter().chain((target != Some(rule.port)).then_some(rule.port));
+    ports.fold(text.to_owned(), |text, port| {
+        let named = format!(":{port}");
+        let mut pieces = text.split(&named);
+        let mut told = pieces.next().unwrap_or_default().to_owned();
+        for piece in pieces {
+            // `:80` is no part of `:8080`.
+            let is_other = piece.starts_with(|c: char| c.is_ascii_digit());
+            let words = if is_other { port.to_string() } else { words(port) };
+            told.extend([":", &words, piece]);
+        }
+        told
+    })
+}
+
+/// Folds rules, in their order. `more` is what has to be the same beside what they were given.
+fn ranges<K: PartialEq>(rules: &[RuleStatus], more: impl Fn(&RuleStatus) -> K) -> Vec<Range<'_>> {
+    // As it would be, were it the port before.
+    let follows = |before: &RuleStatus, rule: &RuleStatus| {
+        let target = |rule: &RuleStatus| rule.target.parse::<SocketAddr>().ok();
+        let leads_on = match (target(before), target(rule)) {
+            (Some(a), Some(b)) => a.ip() == b.ip() && a.port().checked_add(1) == Some(b.port()),
+            _ => false,
+        };
+        leads_on
+            && before.port.checked_add(1) == Some(rule.port)
+            && before.network == rule.network
+            && (before.source, before.path, before.origin) == (rule.source, rule.path, rule.origin)
+            && before.comment == rule.comment
+            && options(before) == options(rule)
+            && more(before) == more(rule)
+    };
+    let runs = rules.chunk_by(follows);
+    runs.filter_map(|all| Some(Range { first: all.first()?, all })).collect()
 }
 
 /// What only a relay can keep, as `allow` takes it.
@@ -272,23 +343,41 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
         return print(&text);
     }
     let mut table = Table::new(&["NETWORK", "CONTAINERS DIAL", "SERVICE", "SERVED", "STATE"]);
-    for rule in &status.rules {
-        let (network, target) = (shown(&rule.network.to_string()), shown(&rule.target));
+    let why = |rule: &RuleStatus, why: &Option<String>| {
+        why.as_ref().map(|why| with_ports(rule, why, |_| String::new()))
+    };
+    let state = |rule: &RuleStatus| {
+        let gateway = |gateway: &GatewayStatus| {
+            (gateway.address, gateway.interface.clone(), gateway.state, why(rule, &gateway.why))
+        };
+        let gateways: Vec<_> = rule.gateways.iter().map(gateway).collect();
+        (rule.state, why(rule, &rule.why), gateways)
+    };
+    for range in ranges(&status.rules, state) {
+        let rule = range.first;
+        let (network, target) = (shown(&rule.network.to_string()), range.target());
         if rule.gateways.is_empty() {
-            let state = described(rule.state, rule.why.as_deref());
-            table.row([network, format!("port {}", rule.port), target, "-".to_owned(), state]);
+            let state = described(rule.state, rule.why.as_ref().map(|why| range.said(why)).as_deref());
+            table.row([network, format!("port {}", range.ports()), target, "-".to_owned(), state]);
             continue;
         }
-        for gateway in &rule.gateways {
-            let mut state = described(gateway.state, gateway.why.as_deref());
-            if rule.refused > 0 {
-                let _ = write!(state, "; {} connections over the limit were refused", rule.refused);
+        let refused: u64 = range.all.iter().map(|rule| rule.refused).sum();
+        for (index, gateway) in rule.gateways.iter().enumerate() {
+            let mut state =
+                described(gateway.state, gateway.why.as_ref().map(|why| range.said(why)).as_deref());
+            if refused > 0 {
+                let _ = write!(state, "; {refused} connections over the limit were refused");
             }
+            let dialled = SocketAddr::new(gateway.address, rule.port).to_string();
+            let last = range.ports();
+            let last = last.split_once('-').map_or_else(String::new, |(_, last)| format!("-{last}"));
+            let of_gateway =
+                |rule: &RuleStatus| rule.gateways.get(index).map_or(0, |gateway| gateway.connections);
             table.row([
                 network.clone(),
-                SocketAddr::new(gateway.address, rule.port).to_string(),
+                dialled + &last,
                 target.clone(),
-                gateway.connections.to_string(),
+                range.all.iter().map(of_gateway).sum::<u64>().to_string(),
                 state,
             ]);
         }
@@ -695,6 +784,48 @@ mod tests {
     fn names_cannot_act_on_the_terminal() {
         assert_eq!(shown("a\u{1b}[2Jb\n"), "a\\u{1b}[2Jb\\n");
         assert_eq!(shown("grün"), "grün");
+    }
+
+    fn rule(port: u16, target: &str) -> RuleStatus {
+        let rule = serde_json::json!({
+            "network": "app", "port": port, "target": target, "source": "container", "path": "auto",
+            "origin": "cli", "state": "waiting", "why": format!("nothing listens on {target}"), "gateways": [],
+        });
+        serde_json::from_value(rule).unwrap()
+    }
+
+    fn folded(rules: &[RuleStatus]) -> Vec<String> {
+        let ranges = ranges(rules, |rule| rule.comment.clone());
+        let told = |range: &Range<'_>| {
+            format!(
+                "{} {} {}",
+                range.ports(),
+                range.target(),
+                range.said(range.first.why.as_deref().unwrap())
+            )
+        };
+        ranges.iter().map(told).collect()
+    }
+
+    #[test]
+    fn ranges_of_ports_are_folded() {
+        let mut rules: Vec<_> = (8000..=8010).map(|port| rule(port, &format!("127.0.0.1:{port}"))).collect();
+        assert_eq!(folded(&rules), ["8000-8010 127.0.0.1:8000-8010 nothing listens on 127.0.0.1:8000-8010"]);
+        rules[3].comment = Some("another".to_owned());
+        assert_eq!(folded(&rules).len(), 3);
+        let remapped = [rule(80, "127.0.0.1:8080"), rule(81, "127.0.0.1:8081"), rule(82, "127.0.0.1:8081")];
+        assert_eq!(
+            folded(&remapped),
+            [
+                "80-81 127.0.0.1:8080-8081 nothing listens on 127.0.0.1:8080-8081",
+                "82 127.0.0.1:8081 nothing listens on 127.0.0.1:8081"
+            ]
+        );
+        let unix = [rule(1, "unix:/run/x:1"), rule(2, "unix:/run/x:1")];
+        assert_eq!(folded(&unix).len(), 2);
+        assert_eq!(folded(&[]).len(), 0);
+        let tail = rule(80, "127.0.0.1:80");
+        assert_eq!(with_ports(&tail, "[::1]:80, :8080, :80", |_| "N".to_owned()), "[::1]:N, :8080, :N");
     }
 
     #[test]

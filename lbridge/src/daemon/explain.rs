@@ -17,9 +17,9 @@ use crate::{
 /// Finding a listener's process is a walk through /proc; more are not looked for.
 const MAX_HOLDERS: usize = 8;
 
-/// The rules, and one for `network` if there is none, so that a look at the host looks at its namespace, too.
+/// The rules, and one for `network` if there is none, so that a look at the host looks for it, too.
 pub(super) fn with_network(rules: &Rules, network: &Network) -> Rules {
-    if !network.is_namespace() || rules.iter().any(|(id, ..)| id.network == *network) {
+    if rules.iter().any(|(id, ..)| id.network == *network) {
         return rules.clone();
     }
     let process = match network {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    docker::watch::{Presence, View},
+    docker::watch::{Presence, Sighting, View},
     host::{interfaces::Interfaces, listeners, netns},
     planning::{
         inventory::{Absence, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId},
@@ -49,12 +49,19 @@ pub(super) async fn observe(
             Some(Presence::Reachable { .. }) => DockerPresence::Reachable,
             Some(Presence::Away { .. } | Presence::Unknown) => DockerPresence::Away,
         },
+        containers: docker.map(container_networks).unwrap_or_default(),
         interfaces: interfaces.list().await?,
         listeners,
         untrusted_paths: trusted::untrusted(&unix),
         unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
         namespaces: namespaces(rules, docker, host, processes),
     })
+}
+
+/// The networks of every container that Docker has told of.
+fn container_networks(docker: &View) -> BTreeMap<String, Vec<String>> {
+    let networks = |sighting: &Sighting| Some(sighting.as_ref().ok()?.as_ref()?.networks.clone());
+    docker.containers.iter().filter_map(|(name, seen)| Some((name.clone(), networks(seen)?))).collect()
 }
 
 /// The namespaces that the rules name.
@@ -173,7 +180,8 @@ mod tests {
             comment: None,
         };
         let rules = Rules::default().allow([rule.clone()], Origin::Cli).unwrap();
-        let container = |pid| Container { id: "ab".repeat(32), pid: Some(pid), address: None };
+        let container =
+            |pid| Container { id: "ab".repeat(32), pid: Some(pid), address: None, networks: vec![] };
         let view = |pid| View {
             presence: Presence::Unknown,
             networks: vec![],

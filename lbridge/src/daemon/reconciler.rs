@@ -31,7 +31,7 @@ use crate::{
         },
         server::Command,
     },
-    docker::watch::{Presence, Watcher},
+    docker::watch::{Presence, View, Watcher},
     firewall::Firewall,
     host::{interfaces::Interfaces, netns::process_start},
     kernel::{loader::Loaded, maps::Events},
@@ -247,8 +247,8 @@ impl Reconciler {
     /// Has Docker tell of the containers that `rules` name, and of what `networks` mean, where that is not known yet.
     async fn ask_docker(&mut self, rules: &Rules, mut networks: impl Iterator<Item = &Network>) {
         let Some(docker) = &self.docker else { return };
-        docker.want(containers(rules));
         let known = docker.view();
+        docker.want(names(rules, &known));
         let unknown = |network: &Network| match network {
             Network::Docker(name) => find_networks(&known.networks, name).is_empty(),
             Network::Container(name) => !matches!(known.containers.get(name), Some(Ok(Some(_)))),
@@ -270,9 +270,6 @@ impl Reconciler {
         let asked = explain::with_network(&self.rules, &question.network);
         self.ask_docker(&asked, std::iter::once(&question.network)).await;
         let view = self.docker.as_ref().map(Watcher::view);
-        if let Some(docker) = &self.docker {
-            docker.want(containers(&self.rules));
-        }
         let host = self.executor.host;
         let inventory =
             observe(&asked, &self.interfaces, view.as_ref(), &self.refused, host, &mut self.processes).await;
@@ -314,9 +311,6 @@ impl Reconciler {
                 report::changed_by(&self.rules, &rules, uid).for_each(|what| self.news.tell(what));
             }
             self.rules = rules;
-        }
-        if let Some(docker) = &self.docker {
-            docker.want(containers(&self.rules));
         }
         self.pass().await.map_err(|error| failed(&error))
     }
@@ -426,6 +420,9 @@ impl Reconciler {
         let (mut rounds, mut unseen) = (0, None);
         loop {
             let view = self.docker.as_ref().map(Watcher::view);
+            if let (Some(docker), Some(view)) = (&self.docker, &view) {
+                docker.want(names(&self.rules, view));
+            }
             let observed = observe(
                 &self.rules,
                 &self.interfaces,
@@ -543,6 +540,17 @@ pub(super) fn containers(rules: &Rules) -> BTreeSet<String> {
         _ => None,
     };
     rules.iter().filter_map(|(_, rule, _)| name(rule)).collect()
+}
+
+/// What Docker is asked for as containers: those that rules name, and what is no network, which may have been meant as one.
+fn names(rules: &Rules, known: &View) -> BTreeSet<String> {
+    let unknown = |rule: &Rule| match &rule.network {
+        Network::Docker(name) if find_networks(&known.networks, name).is_empty() => Some(name.clone()),
+        _ => None,
+    };
+    let mut names = containers(rules);
+    names.extend(rules.iter().filter_map(|(_, rule, _)| unknown(rule)));
+    names
 }
 
 /// A rule for a process is for that one, not for the next that gets its number.

@@ -72,7 +72,8 @@ fn described(container: ContainerInspectResponse) -> Option<Container> {
     let mut networks: Vec<_> = networks.into_iter().collect();
     networks.sort_by(|(a, _), (b, _)| a.cmp(b));
     let address = networks.iter().find_map(|(_, endpoint)| address(endpoint));
-    Some(Container { id: container.id?, pid, address })
+    let networks = networks.into_iter().map(|(name, _)| name).collect();
+    Some(Container { id: container.id?, pid, address, networks })
 }
 
 fn address(endpoint: &EndpointSettings) -> Option<IpAddr> {

@@ -69,6 +69,8 @@ pub struct Container {
     pub pid: Option<u32>,
     /// Its address on the first of its networks, by name, that gives it one.
     pub address: Option<IpAddr>,
+    /// Names of its networks, in order.
+    pub networks: Vec<String>,
 }
 
 /// Follows the engine in a task of its own, which ends when the watcher is dropped.

@@ -17,6 +17,8 @@ pub struct Inventory {
     pub docker_networks: Vec<DockerNetwork>,
     /// Whether the engine could ever be asked; until then a network that is not known may still exist.
     pub docker: DockerPresence,
+    /// Containers whose names rules use, with their Docker networks.
+    pub containers: BTreeMap<String, Vec<String>>,
     /// Every interface of the host's namespace.
     pub interfaces: Vec<Interface>,
     /// Every listening TCP socket of the host's namespace.

@@ -4,11 +4,12 @@
 //! Rules + Inventory + Abilities --resolve--> Policy --plan(policy, reality)--> Steps
 //! ```
 //!
-//! May import `lbridge_common`, serde (the types are what files and the API say) and nothing of lbridge's; every shell
+//! May import `lbridge_common`, serde (the types are what files and the API say), strsim and nothing of lbridge's; every shell
 //! may import this room.
 
 pub mod explain;
 pub mod firewall;
+mod hint;
 pub mod inventory;
 pub mod plan;
 pub mod policy;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     firewall::{FirewallMode, Link, Opening},
+    hint,
     inventory::{
         Abilities, Absence, DockerPresence, Interface, Inventory, Listener, ListenerKind, Namespace,
         NamespaceId, NamespaceKey, find_networks,
@@ -398,7 +399,8 @@ impl Resolver<'_> {
                 format!("Docker is away, and network {name} was not seen before"),
             ),
             DockerPresence::Reachable => {
-                Outcome::because(State::Waiting, format!("no Docker network {name}"))
+                let hint = hint::unknown_network(name, self.inventory);
+                Outcome::because(State::Waiting, format!("no Docker network {name}{hint}"))
             }
         }
     }

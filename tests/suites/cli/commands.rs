@@ -25,6 +25,8 @@ pub(crate) fn tests() -> Vec<Test> {
         rules_survive_restarts,
         many_commands_at_once,
         list_and_status_tell_people_and_programs,
+        ranges_are_told_in_one_line,
+        networks_in_two_words,
     ]
 }
 
@@ -379,4 +381,51 @@ fn list_and_status_tell_people_and_programs() -> Result<()> {
     let gateway = &rule["gateways"][0];
     ensure!(gateway["address"] == "10.7.0.1" && gateway["interface"] == "lab0", "{rule}");
     Ok(())
+}
+
+fn ranges_are_told_in_one_line() -> Result<()> {
+    let scene = Scene::with(("10.7.0.1/24 fd07::1/64", "10.7.0.2/24"), Options::default())?;
+    let _service = scene.service("service", "127.0.0.1:8003")?;
+    scene.allow(&["8000-8010"])?;
+    scene.allow(&["80=9000", "81=9001"])?;
+    scene.served(8003, "service")?;
+    let list = scene.daemon.cli(&["list"])?.stdout;
+    let words: Vec<Vec<_>> = list.lines().map(|line| line.split_whitespace().take(3).collect()).collect();
+    let rows = [
+        ["NETWORK", "PORT", "TARGET"],
+        ["bridge:lab0", "80-81", "127.0.0.1:9000-9001"],
+        ["bridge:lab0", "8000-8010", "127.0.0.1:8000-8010"],
+    ];
+    ensure!(words == rows, "{list}");
+    let status = scene.daemon.cli(&["status"])?.stdout;
+    for line in [
+        "10.7.0.1:8000-8002   127.0.0.1:8000-8002  0       waiting (nothing listens on 127.0.0.1:8000-8002)",
+        "[fd07::1]:8000-8002  127.0.0.1:8000-8002  0       waiting (nothing listens on [::1]:8000-8002)",
+        "10.7.0.1:8003        127.0.0.1:8003       1       steered",
+        "10.7.0.1:8004-8010   127.0.0.1:8004-8010  0       waiting",
+        "10.7.0.1:80-81       127.0.0.1:9000-9001  0       waiting (nothing listens on 127.0.0.1:9000-9001)",
+    ] {
+        ensure!(status.contains(line), "{line}\nin\n{status}");
+    }
+    let rules = scene.daemon.status()?["rules"].as_array().map(Vec::len);
+    ensure!(rules == Some(13), "one each for programs: {rules:?}");
+    Ok(())
+}
+
+fn networks_in_two_words() -> Result<()> {
+    let scene = Scene::new()?;
+    for (arguments, hint) in [
+        (["allow", "pid", "29", "8080"], "did you mean pid:29?"),
+        (["allow", "container", "db", "8080"], "did you mean container:db?"),
+        (["allow", "bridge", "lab0", "8080"], "did you mean bridge:lab0?"),
+        (["deny", "netns", "/run/netns/x", "8080"], "did you mean netns:/run/netns/x?"),
+        (["explain", "pid", "29", "8080"], "did you mean pid:29?"),
+    ] {
+        let output = scene.daemon.cli(&arguments)?;
+        let line = one_line(&output, 2)?;
+        ensure!(line.contains(hint), "{hint} in {line}");
+    }
+    ensure!(scene.daemon.status()?["rules"] == serde_json::json!([]), "nothing was made");
+    // Docker's own network; here it cannot be followed.
+    scene.daemon.allow(&["bridge", "8080", "8081"]).map(drop)
 }

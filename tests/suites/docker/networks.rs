@@ -19,6 +19,7 @@ pub(crate) fn tests() -> Vec<Test> {
         container_of_another_network_is_refused,
         explain_foretells_what_containers_meet,
         events_tell_of_the_engine,
+        names_that_mean_something_else,
         internal_network_is_served,
         default_bridge_is_served,
         bridge_with_a_name_of_its_own_is_served,
@@ -161,6 +162,29 @@ fn events_tell_of_the_engine() -> Result<()> {
     event("docker", "error")?;
     scene.engine.up()?;
     event("docker", "version")
+}
+
+fn names_that_mean_something_else() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.engine.create_network("app_net", &[])?;
+    scene.engine.run("app_net", &["--name", "db"])?;
+    let container = "db is a container: allow the port for container:db, or for its network app_net";
+    // By who is asked, none of which has heard of the name before.
+    let explained = scene.daemon.cli(&["explain", "db", "5432"])?;
+    ensure!(explained.status == 0 && explained.stdout.contains(container), "{explained:?}");
+    let allowed = scene.daemon.allow(&["db", "5432"])?;
+    ensure!(allowed.stdout.contains(container), "{allowed:?}");
+    let status = scene.daemon.cli(&["status"])?;
+    ensure!(status.stdout.contains(container), "{status:?}");
+    let allowed = scene.daemon.allow(&["ap_net", "80"])?;
+    ensure!(allowed.stdout.contains("did you mean app_net?"), "{allowed:?}");
+    // It is a network after all.
+    scene.engine.create_network("db", &[])?;
+    scene.daemon.wait_for_state("db", 5432, "waiting")?;
+    patience::until("the network is found", || {
+        let state = scene.daemon.rule_state("db", 5432)?;
+        Ok(state.why.is_some_and(|why| why.starts_with("nothing listens")).then_some(()))
+    })
 }
 
 fn internal_network_is_served() -> Result<()> {

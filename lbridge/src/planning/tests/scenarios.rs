@@ -388,3 +388,30 @@ fn a_unix_socket_behind_a_strangers_link_is_blocked() {
     let host = host.allow_with("app", "80=unix:/run/x.sock", Source::Loopback, PathChoice::Auto);
     assert_eq!(host.states(), ["172.18.0.1:80 blocked (x.sock is a link of user 7)"]);
 }
+
+#[test]
+fn names_that_may_have_meant_another() {
+    let state = |network: &str| {
+        let host = Host::new().network("app_net", "br-1").network("shop_backend", "br-2");
+        let mut host = host.allow(network, "80");
+        host.inventory.containers = [
+            ("db".to_owned(), vec!["app_net".to_owned(), "shop_backend".to_owned()]),
+            ("sealed".to_owned(), vec![]),
+        ]
+        .into();
+        host.states().remove(0)
+    };
+    for (name, hint) in [
+        ("ap_net", "; did you mean app_net?"),
+        ("App-Net", "; did you mean app_net?"),
+        ("backend", "; did you mean shop_backend?"),
+        ("elsewhere", ""),
+        (
+            "db",
+            "; db is a container: allow the port for container:db, or for its network app_net or shop_backend",
+        ),
+        ("sealed", "; sealed is a container: allow the port for container:sealed"),
+    ] {
+        assert_eq!(state(name), format!("{name} 80 waiting (no Docker network {name}{hint})"));
+    }
+}
