@@ -631,6 +631,7 @@ pub(super) fn explanation(explanation: &Explanation) -> Result<(), Failure> {
                 Stage::Network => "network",
                 Stage::Rule => "rule",
                 Stage::Arrival => "arrival",
+                Stage::Firewall => "firewall",
                 Stage::Lookup => "lookup",
                 Stage::Source => "source",
                 Stage::Listener => "listener",

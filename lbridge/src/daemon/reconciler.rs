@@ -274,7 +274,11 @@ impl Reconciler {
         let inventory =
             observe(&asked, &self.interfaces, view.as_ref(), &self.refused, host, &mut self.processes).await;
         let inventory = inventory.map_err(|error| failed(&error))?;
-        let policy = resolve(&self.rules, &inventory, &self.abilities);
+        let mut policy = resolve(&self.rules, &inventory, &self.abilities);
+        let openings = planning::explain::openings(question, &inventory, &self.abilities);
+        policy.openings.extend(openings.clone());
+        self.executor.firewall.look(&policy.openings).await;
+        self.executor.firewall.probe(&openings).await;
         let reality = self.executor.reality(&policy).await.map_err(|error| failed(&error))?;
         let known = Known {
             policy: &policy,

@@ -13,6 +13,7 @@ use lbridge_common::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    firewall::{Link, Opening, Passage},
     inventory::{
         Abilities, Absence, DockerNetwork, DockerPresence, Interface, Inventory, Listener, ListenerKind,
         Namespace, find_networks,
@@ -121,6 +122,8 @@ pub enum Stage {
     Rule,
     /// The packet comes in.
     Arrival,
+    /// The host's firewall lets it through.
+    Firewall,
     /// The kernel program looks for an entry.
     Lookup,
     /// It checks where the packet comes from.
@@ -157,6 +160,8 @@ pub enum Fate {
     Relayed,
     /// Refused or reset at once.
     Refused,
+    /// A time-out: a firewall drops it.
+    Dropped,
     /// At whatever listens on the dialled address itself, as if lbridge were not there.
     Passed,
 }
@@ -172,6 +177,22 @@ pub fn listeners_of_interest(question: &Question, known: &Known<'_>) -> BTreeSet
     let of_port = |listener: &&Listener| ports.contains(&listener.address.port());
     let listeners = known.inventory.listeners.iter().chain(known.inside);
     listeners.filter(of_port).map(|listener| listener.inode).collect()
+}
+
+/// What the firewall must let through for the connections in question; it is tried, rule or no rule.
+pub fn openings(
+    question: &Question,
+    inventory: &Inventory,
+    abilities: &Abilities,
+) -> BTreeMap<Opening, Link> {
+    let bridge = bridge_of(&question.network, inventory, abilities).ok();
+    let gateways =
+        bridge.iter().flat_map(|bridge| bridge.addresses.iter().map(move |address| (bridge, address)));
+    let opening = |(bridge, (gateway, prefix)): (&Interface, &(IpAddr, u8))| {
+        let opening = Opening { interface: bridge.name.clone(), gateway: *gateway, port: question.port };
+        (opening, Link { ifindex: bridge.index, prefix: *prefix })
+    };
+    gateways.map(opening).collect()
 }
 
 /// Explains.
@@ -365,6 +386,9 @@ impl Explainer<'_> {
             steps: vec![arrival(bridge, source, dialled)],
             fate: Fate::Refused,
         };
+        if let Some(end) = self.firewall(&mut way) {
+            return (way, end);
+        }
         let entry = self.lookup(&mut way, bridge);
         let verdict = decide(entry, &source.into());
         let end = match (verdict, entry) {
@@ -386,6 +410,40 @@ impl Explainer<'_> {
             (_, None) => self.beyond(&mut way, bridge),
         };
         (way, end)
+    }
+
+    /// What was tried; an end, if nothing comes through.
+    fn firewall(&self, way: &mut Way) -> Option<End> {
+        let opening =
+            Opening { interface: way.interface.clone(), gateway: way.dialled.ip(), port: way.dialled.port() };
+        let filtering = &self.known.reality.filtering;
+        let (verdict, text) = match filtering.passages.get(&opening) {
+            Some(Passage::Open) => {
+                let accepts = filtering.accepts.keys().find(|(_, accepted)| *accepted == opening);
+                let by =
+                    accepts.map_or_else(String::new, |(chain, _)| format!(", by lbridge's rule in {chain}"));
+                (Answer::Yes, format!("the firewall lets it in{by}: a SYN was sent and answered"))
+            }
+            Some(Passage::Dropped) => {
+                let why = filtering.why_dropped(&opening);
+                way.steps.push(step(
+                    Stage::Firewall,
+                    Answer::No,
+                    format!("a SYN was sent and not answered: {why}"),
+                ));
+                let remedy = match self.rule() {
+                    Some(_) => why,
+                    None => format!("`lbridge allow {}` lets it through, and opens the port", self.id()),
+                };
+                return Some(self.end(way, Fate::Dropped, "a firewall drops them", remedy));
+            }
+            Some(Passage::Unknown(why)) => {
+                (Answer::Note, format!("whether a firewall drops it could not be tried: {why}"))
+            }
+            None => (Answer::Note, "whether a firewall drops it was not tried".to_owned()),
+        };
+        way.steps.push(step(Stage::Firewall, verdict, text));
+        None
     }
 
     /// The entry that the kernel program finds.
@@ -628,6 +686,7 @@ impl Explainer<'_> {
             Fate::Steered => format!("{whose} are steered to {what}"),
             Fate::Relayed => format!("{whose} are relayed to {what}"),
             Fate::Refused => format!("{whose} are refused: {what}"),
+            Fate::Dropped => format!("{whose} time out: {what}"),
             Fate::Passed => format!("{whose} reach {what}, not by lbridge"),
         };
         End { sentence, remedy }
@@ -739,12 +798,9 @@ impl Explainer<'_> {
     }
 }
 
-/// Before the kernel program sees the SYN. What a firewall says of it belongs here.
+/// Before anything of the host has seen the SYN.
 fn arrival(bridge: &Interface, source: IpAddr, dialled: SocketAddr) -> Step {
-    let text = format!(
-        "a SYN from {source} to {dialled} comes in on {}, if no firewall drops it there (not looked at)",
-        bridge.name
-    );
+    let text = format!("a SYN from {source} to {dialled} comes in on {}", bridge.name);
     step(Stage::Arrival, Answer::Note, text)
 }
 
