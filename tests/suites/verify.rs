@@ -41,6 +41,7 @@ fn tests() -> Vec<Test> {
         a_firewall_before_the_gateway_is_found: [IPTABLES],
         a_firewall_before_the_service_proves_nothing: [IPTABLES],
         what_cannot_be_tried_is_not_verified,
+        silence_proves_nothing: [Need::Program("nft")],
         a_neighbour_with_the_highest_address_is_left_alone,
         interrupted_it_leaves_nothing,
         refusals: [Need::Program("setpriv")],
@@ -374,6 +375,20 @@ fn what_cannot_be_tried_is_not_verified() -> Result<()> {
     ensure!(whys.len() == 1 && whys[0].starts_with("blocked: "), "{whys:?}");
     let output = stage.daemon.cli(&["verify", "bridge:lab0", "81"])?;
     ensure!(output.stdout.contains("NOT verified: 1 of"), "{output:?}");
+    Ok(())
+}
+
+/// Where no frames pass nobody answers, whatever is open.
+fn silence_proves_nothing() -> Result<()> {
+    let stage = Stage::new()?;
+    let deaf = "table arp deaf { chain in { type filter hook input priority 0; iifname lab1 drop; }; }";
+    ensure!(stage.host().command("nft").arg(deaf).status()?.success(), "nft");
+    let checks = stage.verify(&["bridge:lab0", "8080"], 1)?;
+    let from_there: Vec<_> = checks.iter().filter(|check| text(check, "from") == "bridge:lab1").collect();
+    let untried = |check: &&Value| check["verdict"] == "unverified" && check["found"] == "not-tried";
+    ensure!(!from_there.is_empty() && from_there.iter().all(untried), "{from_there:#?}");
+    let why = "10.8.0.1 does not answer for itself on its own link";
+    ensure!(from_there.iter().all(|check| text(check, "why") == why), "{from_there:#?}");
     Ok(())
 }
 

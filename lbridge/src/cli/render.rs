@@ -408,18 +408,20 @@ fn firewall_line(status: &FirewallStatus) -> String {
     line
 }
 
-/// What `verify` has tried. What is closed as it should be is told in one line for each place.
+/// What `verify` has tried. What should be closed is told in one line for each place and finding.
 pub(super) fn verification(report: &verify::Report) -> Result<(), Failure> {
     if report.checks.is_empty() {
         return print(NO_RULES);
     }
-    let is_usual = |check: &Check| check.verdict == Verdict::Ok && check.expected == Expected::Closed;
-    let place = |check: &Check| (check.network.clone(), check.port, check.from.clone());
+    let kind = |check: &Check| {
+        let rule = (check.network.clone(), check.port);
+        (rule, check.from.clone(), check.expected, check.verdict, check.why.clone())
+    };
     let mut lines: Vec<Vec<&Check>> = vec![];
     for check in &report.checks {
-        let beside = |line: &&mut Vec<&Check>| is_usual(line[0]) && place(line[0]) == place(check);
-        match lines.iter_mut().find(beside) {
-            Some(line) if is_usual(check) => line.push(check),
+        let same = |line: &&mut Vec<&Check>| kind(line[0]) == kind(check);
+        match lines.iter_mut().find(same) {
+            Some(line) if check.expected == Expected::Closed => line.push(check),
             _ => lines.push(vec![check]),
         }
     }

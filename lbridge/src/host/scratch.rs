@@ -8,7 +8,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     hash::{BuildHasher as _, DefaultHasher, Hash as _, Hasher as _, RandomState},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::{AsRawFd as _, OwnedFd},
     time::Duration,
 };
@@ -39,6 +39,8 @@ const PREFIX: &str = "lbr";
 /// How long a bridge may take to forward what comes from a new port. Most do at once; one with a spanning tree takes
 /// twice its forward delay, which is 2 s at least, and 15 s unless somebody has set it.
 const READY: Duration = Duration::from_secs(6);
+/// How long a neighbour that is there may take to answer. The kernel asks each second.
+const MEETS: Duration = Duration::from_millis(2500);
 /// How long whoever has an address on a bridge may take to answer for it.
 const ANSWERS: Duration = Duration::from_millis(50);
 /// More addresses of a subnet are not looked at, one after the other.
@@ -83,7 +85,7 @@ impl Scratch {
         {
             if !patience.pause().await {
                 bail!(
-                    "the bridge does not forward from a new port within {} s; has it a spanning tree with a long delay?",
+                    "the bridge does not forward from a new port within {} s; is it up, or has it a spanning tree with a long delay?",
                     READY.as_secs()
                 );
             }
@@ -134,7 +136,31 @@ impl Scratch {
                 bail!("a veth does not come up");
             }
         }
+        scratch.meets(hosts.into()).await?;
+        if scratch.ipv6 {
+            scratch.meets(hosts6.into()).await?;
+        }
         Ok(scratch)
+    }
+
+    /// Waits until a neighbour, an address of the host's usually, has answered for itself, by ARP or neighbour discovery.
+    /// Then frames pass both ways, and only then does silence mean anything.
+    pub async fn meets(&self, neighbour: IpAddr) -> anyhow::Result<()> {
+        const DISCARD: u16 = 9;
+        // Something to send: without link-local addresses the kernel does not just ask for an IPv6 neighbour.
+        self.within(|| {
+            let any = if neighbour.is_ipv4() {
+                IpAddr::from(Ipv4Addr::UNSPECIFIED)
+            } else {
+                Ipv6Addr::UNSPECIFIED.into()
+            };
+            UdpSocket::bind((any, 0))?.send_to(&[], (neighbour, DISCARD))
+        })?
+        .with_context(|| format!("cannot send to {neighbour} from a namespace"))?;
+        if !self.inside.learns(self.inside_index, neighbour, MEETS).await? {
+            bail!("{neighbour} does not answer for itself on its own link");
+        }
+        Ok(())
     }
 
     /// Whether it has an IPv6 address; where IPv6 is off a neighbour has none.
@@ -185,6 +211,8 @@ impl Scratch {
         let (file, inside) = made??;
         let random = random();
         let name = format!("{PREFIX}{:08x}", random & 0xffff_ffff);
+        // Before there is one: whoever waits for it may be told to stop.
+        let mut link = Link { name: name.clone(), index: 0, known_as: vec![] };
         let peer = LinkMessageBuilder::<LinkUnspec>::new().name(INSIDE).address(mac);
         let peer = peer.setns_by_fd(file.as_raw_fd()).build();
         let pair = LinkVeth::new(&name, INSIDE)
@@ -192,7 +220,7 @@ impl Scratch {
             .address(host_mac(random))
             .build();
         host.handle.link().add(pair).execute().await.context("cannot make a veth pair")?;
-        let link = Link { index: host.index_of(&name).await?, known_as: vec![] };
+        link.index = host.index_of(&name).await?;
         let inside_index = inside.index_of(INSIDE).await?;
         host.without_link_local(link.index).await;
         inside.without_link_local(inside_index).await;
@@ -334,6 +362,7 @@ fn mac_of(first: u8, rest: u64) -> Vec<u8> {
 /// The host's end of a link; goes with this, and with it the end inside, and what the host knows of it.
 #[derive(Debug)]
 struct Link {
+    name: String,
     index: u32,
     /// Addresses, each with the interface that the host has seen it on.
     known_as: Vec<(u32, IpAddr)>,
@@ -342,7 +371,7 @@ struct Link {
 impl Drop for Link {
     fn drop(&mut self) {
         let mut link = LinkMessage::default();
-        link.header.index = self.index;
+        link.attributes.push(LinkAttribute::IfName(self.name.clone()));
         // Not in a runtime, which may be gone.
         if let Err(error) = request(RouteNetlinkMessage::DelLink(link)) {
             // The kernel does so, a little later, when the namespace goes.
@@ -537,14 +566,22 @@ impl Netlink {
         let ask = self.handle.neighbours().add(index, ip);
         let ask = ask.state(NeighbourState::None).flags(NeighbourFlags::Use).replace();
         ask.execute().await.context("cannot ask for a neighbour")?;
-        let limit = Instant::now() + ANSWERS;
+        let answers = self.learns(index, ip, ANSWERS).await?;
+        if !answers {
+            let _ = forget(index, ip);
+        }
+        Ok(answers)
+    }
+
+    /// Waits until it is known who has an address on that interface.
+    async fn learns(&self, index: u32, ip: IpAddr, within: Duration) -> anyhow::Result<bool> {
+        let limit = Instant::now() + within;
         loop {
             let known = self.neighbours(index).await?;
             if known.iter().any(|known| known.ip == ip && known.is_there()) {
                 return Ok(true);
             }
             if Instant::now() > limit {
-                let _ = forget(index, ip);
                 return Ok(false);
             }
             tokio::time::sleep(Duration::from_millis(2)).await;

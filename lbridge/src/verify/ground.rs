@@ -256,6 +256,9 @@ async fn on_bridge(bridge: &Interface) -> anyhow::Result<Ground> {
         bail!("no free address in the subnets of {}", bridge.name);
     }
     let scratch = Scratch::on_bridge(bridge.index, &with_prefix).await?;
+    for (gateway, _) in &addresses {
+        scratch.meets(*gateway).await?;
+    }
     for v4 in [true, false] {
         if let Some((gateway, _)) = addresses.iter().find(|(gateway, _)| gateway.is_ipv4() == v4) {
             scratch.route_via(*gateway).await?;

@@ -20,6 +20,10 @@ impl Host {
         let policy = self.policy();
         let keys = policy.listeners.keys();
         Reality {
+            filtering: Filtering {
+                passages: policy.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect(),
+                ..Filtering::default()
+            },
             targets: policy.targets.clone(),
             entries: policy.entries.clone(),
             views: policy.views.clone(),
@@ -82,6 +86,7 @@ fn a_steered_connection_step_by_step() {
         stages(&told),
         [
             (Stage::Arrival, Note),
+            (Stage::Firewall, Yes),
             (Stage::Lookup, Yes),
             (Stage::Source, Yes),
             (Stage::Listener, Yes),
@@ -135,7 +140,7 @@ fn a_v6_only_wildcard_takes_no_ipv4() {
     host.inventory.listeners[0].single_family = true;
     let told = host.explain_with("app", 80, None, &dual, &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
-    assert_eq!(told.ways[0].steps[3].details[2], "[::]:80: process 1000 (IPv6 only), registered");
+    assert_eq!(told.ways[0].steps[4].details[2], "[::]:80: process 1000 (IPv6 only), registered");
 }
 
 #[test]
@@ -316,4 +321,20 @@ fn an_old_kernel_knows_no_interface() {
             .relays
             .contains_key(&RelayKey { address: "172.18.0.1:80".parse().unwrap(), place: br_app() })
     );
+}
+
+#[test]
+fn a_firewall_comes_first() {
+    let host = Host::new().listens("127.0.0.1:80").allow("app", "80");
+    let mut reality = host.in_force();
+    let opening = host.policy().openings.into_keys().next().unwrap();
+    reality.filtering.passages.insert(opening.clone(), Passage::Dropped);
+    let told = host.explain_with("app", 80, None, &reality, &[]);
+    assert_eq!(fates(&told), ["172.18.0.1:80 dropped"]);
+    assert_eq!(told.outcome, "connections from app to 172.18.0.1:80 time out: a firewall drops them");
+    assert_eq!(told.remedy, reality.filtering.why_dropped(&opening));
+    assert!(told.ways[0].steps.iter().all(|step| step.stage < Stage::Lookup), "it gets no further");
+
+    let told = host.explain_with("app", 81, None, &host.in_force(), &[]);
+    assert_eq!(text(&told, Stage::Firewall), "whether a firewall drops it was not tried");
 }
