@@ -6,7 +6,7 @@
 //! | `harness` | namespaces: that packets flow, and nothing leaks | root, cgroup2 |
 //! | `kernel` | the kernel's hooks, on the kernel that runs | and a built lbridge |
 //! | `cli` | commands, files, the control API | and setpriv, curl |
-//! | `verify` | holes that are made on purpose, for `lbridge verify` to find | and iptables, setpriv |
+//! | `verify` | holes that are made on purpose, for `lbridge verify` to find | and iptables, nft, setpriv |
 //! | `sandbox` | sandboxes of a user who is not root | and bwrap, unshare, setpriv, strace |
 //! | `clients` | clients and servers that people use, over the relay; crowds, endings, exhaustion | and PostgreSQL, Redis, Apache |
 //! | `systemd` | a systemd that restarts the daemon under traffic | and systemd |

@@ -35,6 +35,7 @@ fn tests() -> Vec<Test> {
         a_service_on_all_addresses_is_found,
         a_service_on_another_address_is_found,
         an_entry_for_another_bridge_is_found,
+        an_entry_for_an_uplink_is_found,
         an_entry_for_any_source_is_found,
         an_entry_that_leads_elsewhere_is_found,
         a_stranger_in_the_relays_place_is_found,
@@ -108,8 +109,8 @@ impl Stage {
         pins::Map::open(path)
     }
 
-    fn ifindex(&self, bridge: &Bridge) -> Result<u32> {
-        let text = self.host().ip_output(&format!("-o link show dev {}", bridge.name()))?;
+    fn ifindex(&self, name: &str) -> Result<u32> {
+        let text = self.host().ip_output(&format!("-o link show dev {name}"))?;
         Ok(text.split(':').next().context("an index")?.trim().parse()?)
     }
 
@@ -265,9 +266,9 @@ fn a_service_on_another_address_is_found() -> Result<()> {
 fn an_entry_for_another_bridge_is_found() -> Result<()> {
     let stage = Stage::new()?;
     let map = stage.entries()?;
-    let mut value = map.get(&key(GATEWAY, stage.ifindex(&stage.bridges[0])?, PLAIN))?;
+    let mut value = map.get(&key(GATEWAY, stage.ifindex("lab0")?, PLAIN))?;
     // Any source, and the gateway of the first for those on the second.
-    let alien = key(GATEWAY, stage.ifindex(&stage.bridges[1])?, PLAIN);
+    let alien = key(GATEWAY, stage.ifindex("lab1")?, PLAIN);
     value[..24].copy_from_slice(&alien);
     value[24..56].fill(0);
     let checks = insisting(&map, &alien, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
@@ -278,10 +279,25 @@ fn an_entry_for_another_bridge_is_found() -> Result<()> {
     stage.verify(&["bridge:lab0", "8080"], 0).context("the daemon corrects it").map(drop)
 }
 
+/// What comes in there is nothing that can be made to come in.
+fn an_entry_for_an_uplink_is_found() -> Result<()> {
+    let stage = Stage::new()?;
+    let map = stage.entries()?;
+    let mut value = map.get(&key(GATEWAY, stage.ifindex("lab0")?, PLAIN))?;
+    // The second veth is the link to elsewhere.
+    let alien = key(GATEWAY, stage.ifindex("veth1")?, PLAIN);
+    value[..24].copy_from_slice(&alien);
+    let checks = insisting(&map, &alien, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
+    let failures = failures(&checks);
+    must_contain(&failures, "veth1, as 10.7.0.254 -> 10.7.0.1:8080", "no rule says so")?;
+    ensure!(failures.len() == 1, "{failures:#?}");
+    Ok(())
+}
+
 fn an_entry_for_any_source_is_found() -> Result<()> {
     let stage = Stage::new()?;
     let map = stage.entries()?;
-    let own = key(GATEWAY, stage.ifindex(&stage.bridges[0])?, PLAIN);
+    let own = key(GATEWAY, stage.ifindex("lab0")?, PLAIN);
     let mut value = map.get(&own)?;
     value[24..56].fill(0);
     let checks = insisting(&map, &own, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
@@ -294,7 +310,7 @@ fn an_entry_for_any_source_is_found() -> Result<()> {
 fn an_entry_that_leads_elsewhere_is_found() -> Result<()> {
     let stage = Stage::new()?;
     let map = stage.entries()?;
-    let own = key(GATEWAY, stage.ifindex(&stage.bridges[0])?, PLAIN);
+    let own = key(GATEWAY, stage.ifindex("lab0")?, PLAIN);
     let mut value = map.get(&own)?;
     value[72..74].copy_from_slice(&3000_u16.to_ne_bytes());
     let checks = insisting(&map, &own, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;

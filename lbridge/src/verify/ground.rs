@@ -159,7 +159,11 @@ impl Grounds {
     ) -> Result<(IpAddr, Option<Listener>), String> {
         let source = self.get(of)?.source(to).map_err(|error| format!("{error:#}"))?;
         let source = source.ok_or("no address to borrow")?;
-        let found = self.get(at)?.lookup(SocketAddr::new(source, 1), to);
+        let from = SocketAddr::new(source, 1);
+        let found = match at {
+            Place::Interface { index, .. } => listeners::lookup(from, to, *index),
+            at => self.get(at)?.lookup(from, to),
+        };
         found.map(|found| (source, found)).map_err(|error| format!("{error:#}"))
     }
 

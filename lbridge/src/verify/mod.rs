@@ -216,6 +216,7 @@ impl Judge<'_> {
     fn name(&self, place: &Place) -> String {
         match place {
             Place::Lan => "the LAN".to_owned(),
+            Place::Interface { name, .. } => name.clone(),
             Place::Inside(rule) => rule.network.to_string(),
             Place::Bridge(bridge) => {
                 let is_its = |bridge_of: &Option<String>| bridge_of.as_ref() == Some(bridge);

@@ -23,6 +23,13 @@ pub(super) enum Place {
     Lan,
     /// A bridge of the host, by its name.
     Bridge(String),
+    /// Any other interface of the host's. Nothing is sent there; the kernel is asked.
+    Interface {
+        /// Its name.
+        name: String,
+        /// Its index.
+        index: u32,
+    },
     /// The namespace of a rule.
     Inside(RuleId),
 }
@@ -120,6 +127,11 @@ pub(super) fn plan(status: &Status, interfaces: &[Interface], wanted: Option<&Ru
     let bridges = interfaces.iter().filter(|i| i.is_bridge && names.contains(i.name.as_str()));
     let planner = Planner {
         dialled,
+        uplinks: interfaces
+            .iter()
+            .filter(|i| !i.is_bridge && !i.addresses.is_empty())
+            .map(|i| Place::Interface { name: i.name.clone(), index: i.index })
+            .collect(),
         host: interfaces.iter().flat_map(|i| i.addresses.iter().map(|(ip, _)| *ip)).collect(),
         interface_check: status.kernel.interface_check,
         plan: Plan {
@@ -137,6 +149,8 @@ pub(super) fn id(rule: &RuleStatus) -> RuleId {
 struct Planner<'a> {
     /// What some rule has containers of a bridge dial.
     dialled: BTreeSet<(&'a str, SocketAddr)>,
+    /// Interfaces with addresses that are no bridges.
+    uplinks: Vec<Place>,
     /// Every address of the host.
     host: BTreeSet<IpAddr>,
     interface_check: bool,
@@ -253,7 +267,8 @@ impl Planner<'_> {
                 continue;
             }
             let others = self.plan.bridges.keys().filter(|name| **name != gateway.interface);
-            let places: Vec<_> = others.map(|name| Place::Bridge(name.clone())).chain([Place::Lan]).collect();
+            let others = others.map(|name| Place::Bridge(name.clone())).chain([Place::Lan]);
+            let places: Vec<_> = others.chain(self.uplinks.iter().cloned()).collect();
             for at in places {
                 let attempt = Attempt::Borrow { of: gateway.interface.clone(), at, to };
                 self.add(rule, attempt, Expected::Closed);

@@ -190,11 +190,12 @@ fn false_addresses_are_tried_where_the_kernel_tells_the_interface() {
         plan.trials.iter().filter_map(at).collect::<Vec<_>>()
     };
     let mut status = status(steered());
-    assert_eq!(borrowed(&status), [bridge("br-app"), bridge("br-db"), Place::Lan]);
+    let uplink = Place::Interface { name: "eth0".to_owned(), index: 2 };
+    assert_eq!(borrowed(&status), [bridge("br-app"), bridge("br-db"), Place::Lan, uplink.clone()]);
     status.kernel.interface_check = false;
     assert_eq!(borrowed(&status), [bridge("br-app")], "the subnet is checked everywhere");
     status.rules[0].gateways[0].state = State::Relayed;
-    assert_eq!(borrowed(&status), [bridge("br-db"), Place::Lan], "a relay is bound to its bridge");
+    assert_eq!(borrowed(&status), [bridge("br-db"), Place::Lan, uplink], "a relay is bound to its bridge");
 }
 
 #[test]
