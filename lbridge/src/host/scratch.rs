@@ -224,6 +224,14 @@ impl Scratch {
         let inside_index = inside.index_of(INSIDE).await?;
         host.without_link_local(link.index).await;
         inside.without_link_local(inside_index).await;
+        // A neighbour that was asked a moment too early is to be asked again soon, not after a second.
+        netns::within(&file, || {
+            for family in ["ipv4", "ipv6"] {
+                for (name, value) in [("retrans_time_ms", "50"), ("mcast_solicit", "60")] {
+                    let _ = fs::write(format!("/proc/sys/net/{family}/neigh/{INSIDE}/{name}"), value);
+                }
+            }
+        })?;
         Ok(Self { file, link, inside, inside_index, ipv6: false })
     }
 
