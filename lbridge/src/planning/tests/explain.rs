@@ -8,6 +8,7 @@ use crate::planning::{
         Answer::{No, Note, Yes},
         Explanation, Fate, Known, Question, Stage, explain, listeners_of_interest,
     },
+    firewall::{Filtering, Passage},
     inventory::{Absence, DockerPresence, Listener, ListenerKind},
     policy::RelayKey,
     reality::Reality,
