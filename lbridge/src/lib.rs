@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! lbridge_common <- planning <- { store docker host firewall kernel relay sandbox recipes api }
-//!   <- { daemon foreground verify doctor import } <- cli
+//!   <- { daemon foreground verify doctor import service } <- cli
 //! ```
 //!
 //! The shells in braces do not import each other. `docs/architecture.md` has the map, `docs/data-path.md` follows one
@@ -22,5 +22,6 @@ pub mod planning;
 pub mod recipes;
 pub mod relay;
 pub mod sandbox;
+pub mod service;
 pub mod store;
 pub mod verify;

@@ -14,6 +14,7 @@ mod relay;
 mod reload;
 mod render;
 mod run;
+mod service;
 mod status;
 mod top;
 mod verify;
@@ -97,6 +98,8 @@ enum Command {
     Explain(explain::ExplainArgs),
     /// Bridge a sandbox of your own (bwrap, unshare), in the foreground, without the daemon and without root
     Relay(relay::RelayArgs),
+    /// Install lbridge as a service of systemd, or remove it
+    Service(service::ServiceArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }
@@ -185,6 +188,7 @@ pub fn main() -> ExitCode {
         Command::Events(args) => block_on(events::handle(&args, &client)),
         Command::Top(args) => block_on(top::handle(&args, &client)),
         Command::Explain(args) => block_on(explain::handle(args, &client)),
+        Command::Service(args) => service::handle(args, cli.socket),
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
         Command::Completions(args) => {
             completions::handle(&args, &mut command());

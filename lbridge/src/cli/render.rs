@@ -140,6 +140,15 @@ pub(super) fn reloaded(reloaded: &Reloaded) -> Result<(), Failure> {
     print(if text.is_empty() { "nothing has changed\n" } else { &text })
 }
 
+/// What `service` has changed, one line for each.
+pub(super) fn changes(changes: &[String]) -> Result<(), Failure> {
+    if changes.is_empty() {
+        return print("nothing had to be changed\n");
+    }
+    let lines = changes.iter().map(|change| shown(change) + "\n");
+    print(&lines.collect::<String>())
+}
+
 /// What `check-config` found. `unread` are rules that could not be compared.
 pub(super) fn config(
     path: &Path,

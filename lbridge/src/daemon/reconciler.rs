@@ -341,7 +341,7 @@ impl Reconciler {
         let (added, changed, settings) =
             (change.added.clone(), change.changed.clone(), change.settings.clone());
         tracing::info!(
-            "the configuration is reloaded: {} rules added, {} changed, {} removed",
+            "the configuration is reloaded; rules: {} added, {} changed, {} removed",
             added.len(),
             changed.len(),
             removed.len()

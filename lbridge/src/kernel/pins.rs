@@ -39,33 +39,14 @@ pub(super) struct Pins {
 impl Pins {
     /// Opens `root`, a directory on a bpffs; makes it where it is not there.
     pub(super) fn open(root: &Path) -> anyhow::Result<Self> {
-        let mount = root.parent().unwrap_or(root);
-        if !on_bpffs(root) {
-            bail!("{} is not on a bpffs; run `mount -t bpf bpf {}`", root.display(), mount.display());
-        }
-        // What else is on the file system is not ours to look at, let alone to remove.
-        let is_mount_point = match (fs::metadata(root), fs::metadata(root.join(".."))) {
-            (Ok(own), Ok(parent)) => own.dev() != parent.dev() || own.ino() == parent.ino(),
-            _ => false,
-        };
-        if is_mount_point {
-            bail!("{} is a mount point; give a directory below it, e.g. {0}/lbridge", root.display());
-        }
+        check(root)?;
         let current = root.join(format!("v{ABI_VERSION}"));
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&current)
             .with_context(|| format!("cannot make {}", current.display()))?;
-        let lock = Flock::lock(File::open(root)?, FlockArg::LockExclusiveNonblock).map_err(
-            |(_, error)| match error {
-                Errno::EWOULDBLOCK => {
-                    anyhow::anyhow!("another lbridge daemon uses {}; stop it first", root.display())
-                }
-                error => anyhow::anyhow!("cannot lock {}: {error}", root.display()),
-            },
-        )?;
-        Ok(Self { root: root.to_owned(), current, _lock: lock })
+        Ok(Self { root: root.to_owned(), current, _lock: lock(root)? })
     }
 
     /// Where a map is pinned.
@@ -121,11 +102,8 @@ impl Pins {
 
     /// Removes what other versions pinned, once this one's is in force: until then both steer.
     pub(super) fn remove_other_versions(&self) -> anyhow::Result<()> {
-        for entry in fs::read_dir(&self.root)? {
-            let entry = entry?;
-            let (path, name) = (entry.path(), entry.file_name());
-            let version = name.to_str().and_then(|name| name.strip_prefix('v')?.parse::<u32>().ok());
-            if version.is_some_and(|version| version != ABI_VERSION) {
+        for (version, path) in versions(&self.root)? {
+            if version != ABI_VERSION {
                 tracing::info!("removing {}, pinned by another version", path.display());
                 fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
             }
@@ -147,10 +125,67 @@ pub fn in_place(root: &Path) -> std::io::Result<bool> {
     Ok(true)
 }
 
+/// Removes everything that daemons pinned at `root`, and by that detaches it; whether there was anything. None may run.
+pub fn remove_all(root: &Path) -> anyhow::Result<bool> {
+    if !root.exists() {
+        return Ok(false);
+    }
+    check(root)?;
+    let _lock = lock(root)?;
+    for (_, path) in versions(root)? {
+        fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    match fs::remove_dir(root) {
+        // What else is there is somebody else's.
+        Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {}
+        done => done.with_context(|| format!("cannot remove {}", root.display()))?,
+    }
+    Ok(true)
+}
+
 /// Whether a path, or the folder that it is to be made in, is on a bpffs.
 pub fn on_bpffs(root: &Path) -> bool {
     let on_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
     on_bpffs(root) || on_bpffs(root.parent().unwrap_or(root))
+}
+
+/// Whether `root` may be ours.
+fn check(root: &Path) -> anyhow::Result<()> {
+    let mount = root.parent().unwrap_or(root);
+    if !on_bpffs(root) {
+        bail!("{} is not on a bpffs; run `mount -t bpf bpf {}`", root.display(), mount.display());
+    }
+    // What else is on the file system is not ours to look at, let alone to remove.
+    let is_mount_point = match (fs::metadata(root), fs::metadata(root.join(".."))) {
+        (Ok(own), Ok(parent)) => own.dev() != parent.dev() || own.ino() == parent.ino(),
+        _ => false,
+    };
+    if is_mount_point {
+        bail!("{} is a mount point; give a directory below it, e.g. {0}/lbridge", root.display());
+    }
+    Ok(())
+}
+
+/// Held by the one daemon that uses the directory.
+fn lock(root: &Path) -> anyhow::Result<Flock<File>> {
+    Flock::lock(File::open(root)?, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+        Errno::EWOULDBLOCK => {
+            anyhow::anyhow!("another lbridge daemon uses {}; stop it first", root.display())
+        }
+        error => anyhow::anyhow!("cannot lock {}: {error}", root.display()),
+    })
+}
+
+/// The directories of each version, this one's and others'.
+fn versions(root: &Path) -> anyhow::Result<Vec<(u32, PathBuf)>> {
+    let mut versions = vec![];
+    for entry in fs::read_dir(root)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let version = name.to_str().and_then(|name| name.strip_prefix('v')?.parse().ok());
+        versions.extend(version.map(|version| (version, entry.path())));
+    }
+    Ok(versions)
 }
 
 /// Removes a pin; none is as good. A link that is pinned nowhere else is detached by that.

@@ -1,0 +1,178 @@
+//! lbridge as a service of systemd on this host, and taking back everything of it. Imports the shells; the daemon is not
+//! needed for any of it, and must not run when its traces are removed.
+
+mod systemd;
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+
+use crate::{kernel::pins, store::Store};
+
+/// Where the daemon keeps things, unless it is told otherwise.
+pub const SOCKET: &str = "/run/lbridge/lbridge.sock";
+/// Of the rules that `allow` makes.
+pub const STATE_DIR: &str = "/var/lib/lbridge";
+/// The configuration file.
+pub const CONFIG: &str = "/etc/lbridge/lbridge.toml";
+/// Where what the kernel serves is pinned.
+pub const BPFFS: &str = "/sys/fs/bpf/lbridge";
+
+/// A configuration to start from.
+const EXAMPLE: &str = include_str!("../../../packaging/lbridge.toml");
+
+/// Where a daemon may have left something.
+#[derive(Debug, Clone)]
+pub struct Traces {
+    /// Its control socket.
+    pub socket: PathBuf,
+    /// The state directory.
+    pub state_dir: PathBuf,
+    /// The pin directory.
+    pub bpffs: PathBuf,
+}
+
+impl Default for Traces {
+    fn default() -> Self {
+        Self { socket: SOCKET.into(), state_dir: STATE_DIR.into(), bpffs: BPFFS.into() }
+    }
+}
+
+/// A step by name, and what it does; it tells what has changed, if anything has.
+type Step<'a> = (&'static str, Box<dyn FnOnce() -> anyhow::Result<Option<String>> + 'a>);
+
+/// Takes steps in their order; what they changed. An error says what is left to do.
+fn take(steps: Vec<Step<'_>>) -> anyhow::Result<Vec<String>> {
+    let names: Vec<_> = steps.iter().map(|(name, _)| *name).collect();
+    let mut changed = vec![];
+    for (number, (_, step)) in steps.into_iter().enumerate() {
+        match step() {
+            Ok(change) => changed.extend(change),
+            Err(error) => bail!("{error:#}; left to do: {}", names[number..].join(", ")),
+        }
+    }
+    Ok(changed)
+}
+
+/// Has systemd run this program, now and at every boot. Done again it changes what has become different.
+pub fn install() -> anyhow::Result<Vec<String>> {
+    needs_root("install")?;
+    let unit = systemd::Unit::for_this_program()?;
+    if !unit.runs_already()? {
+        // Else the start would fail, for a reason that only the journal has.
+        no_daemon(Path::new(STATE_DIR))?;
+    }
+    take(vec![
+        ("write the configuration", Box::new(write_example)),
+        ("write the unit", Box::new(|| unit.write())),
+        ("enable the unit", Box::new(systemd::enable)),
+        ("start the unit", Box::new(|| unit.start())),
+    ])
+}
+
+/// Takes back what [`install`] did and what the daemon left; with `purge` rules and configuration, too.
+pub fn uninstall(purge: bool) -> anyhow::Result<Vec<String>> {
+    needs_root("uninstall")?;
+    systemd::may_be_removed()?;
+    let traces = Traces::default();
+    let mut steps: Vec<Step<'_>> =
+        vec![("stop and disable the unit", Box::new(|| systemd::disable().map(|()| None)))];
+    steps.push(("remove what the daemon left (`lbridge service cleanup`)", {
+        let traces = traces.clone();
+        Box::new(move || Ok(one_line(&cleanup(&traces)?)))
+    }));
+    steps.push(("remove the unit", Box::new(systemd::remove)));
+    if purge {
+        let remove = |path: &'static str| -> Step<'static> {
+            (path, Box::new(move || Ok(remove_tree(Path::new(path))?.then(|| format!("removed {path}")))))
+        };
+        steps.push(remove(STATE_DIR));
+        steps.push(remove("/etc/lbridge"));
+        steps.push(remove(systemd::DROP_INS));
+    }
+    take(steps)
+}
+
+/// Removes what a daemon leaves so that it stays in force without it. Rules and configuration stay.
+pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
+    needs_root("cleanup")?;
+    let _lock = no_daemon(&traces.state_dir)?;
+    // Whatever of the host the daemon has changed is given back here.
+    take(vec![
+        (
+            "detach the kernel programs",
+            Box::new(|| {
+                let removed = pins::remove_all(&traces.bpffs)?;
+                Ok(removed
+                    .then(|| format!("detached the kernel programs, removed {}", traces.bpffs.display())))
+            }),
+        ),
+        ("remove the control socket", Box::new(|| remove_socket(&traces.socket))),
+    ])
+}
+
+fn needs_root(command: &str) -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("lbridge service {command} needs root; use sudo");
+    }
+    Ok(())
+}
+
+/// None runs for as long as the lock is held.
+fn no_daemon(state_dir: &Path) -> anyhow::Result<Option<impl Drop + use<>>> {
+    state_dir.is_dir().then(|| Store::at(state_dir).lock()).transpose()
+}
+
+fn write_example() -> anyhow::Result<Option<String>> {
+    let path = Path::new(CONFIG);
+    if path.try_exists()? {
+        return Ok(None);
+    }
+    write(path, EXAMPLE)?;
+    Ok(Some(format!("wrote {CONFIG}, an example")))
+}
+
+/// Of this program, for everybody to read; all of it or nothing.
+fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+    use std::{io::Write as _, os::unix::fs::PermissionsExt as _};
+
+    let write = || -> io::Result<()> {
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(folder)?;
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(text.as_bytes())?;
+        file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// And its folder, if that is the one of its own, which systemd removes when the unit stops.
+fn remove_socket(path: &Path) -> anyhow::Result<Option<String>> {
+    let mut removed = is_done(path, fs::remove_file(path))?;
+    if let Some(folder) = path.parent().filter(|folder| Some(*folder) == Path::new(SOCKET).parent()) {
+        removed |= is_done(folder, fs::remove_dir(folder))?;
+    }
+    Ok(removed.then(|| format!("removed {}", path.display())))
+}
+
+fn remove_tree(path: &Path) -> anyhow::Result<bool> {
+    is_done(path, fs::remove_dir_all(path))
+}
+
+/// Whether something was removed; that there was nothing is as good.
+fn is_done(path: &Path, removed: io::Result<()>) -> anyhow::Result<bool> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        done => done.map(|()| true).with_context(|| format!("cannot remove {}", path.display())),
+    }
+}
+
+fn one_line(changes: &[String]) -> Option<String> {
+    (!changes.is_empty()).then(|| changes.join("; "))
+}
