@@ -154,6 +154,20 @@ impl Systemd {
         NetNs::at(&self.path(format!("/proc/{pid}/ns/net")))
     }
 
+    /// The number, here, of a process that has this one inside.
+    pub fn seen_from_outside(&self, inside: u32) -> Result<i32> {
+        let pid_namespace = |path: PathBuf| fs::read_link(path.join("ns/pid")).ok();
+        let of_systemd = pid_namespace(format!("/proc/{}", self.init.id()).into());
+        let processes = fs::read_dir("/proc")?.flatten().map(|entry| entry.path());
+        let found = processes.filter(|path| pid_namespace(path.clone()) == of_systemd).find(|path| {
+            let status = fs::read_to_string(path.join("status")).unwrap_or_default();
+            let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            numbers.and_then(|numbers| numbers.split_whitespace().last()) == Some(&inside.to_string())
+        });
+        let number = found.as_ref().and_then(|path| path.file_name()?.to_str()?.parse().ok());
+        number.with_context(|| format!("no process is {inside} inside"))
+    }
+
     /// A command that will run inside, in every namespace, with nothing on its standard input.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");

@@ -5,6 +5,7 @@ mod access;
 mod commands;
 mod doctor;
 mod follow;
+mod reload;
 mod start;
 
 use std::fs;
@@ -16,7 +17,14 @@ use lbridge_tests::harness::suite::{Need, Suite};
 
 fn main() {
     const NEEDS: &[Need] = &[Need::Root, Need::Cgroup2, Need::Program("ip"), Need::Lbridge];
-    let tests = [commands::tests(), start::tests(), access::tests(), doctor::tests(), follow::tests()];
+    let tests = [
+        commands::tests(),
+        start::tests(),
+        access::tests(),
+        doctor::tests(),
+        follow::tests(),
+        reload::tests(),
+    ];
     Suite::new(NEEDS, tests.concat()).main()
 }
 

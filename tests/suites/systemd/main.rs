@@ -1,7 +1,9 @@
 //! lbridge as a unit of a real systemd: starts, stops, and restarts that refuse nobody.
 
 mod handover;
+mod privileges;
 mod recipes;
+mod service;
 mod unit;
 
 use std::net::SocketAddr;
@@ -18,7 +20,11 @@ use lbridge_tests::harness::suite::Suite;
 use lbridge_tests::harness::systemd::{self, Systemd};
 
 fn main() {
-    Suite::new(&systemd::NEEDS, [unit::tests(), handover::tests(), recipes::tests()].concat()).main()
+    Suite::new(
+        &systemd::NEEDS,
+        [unit::tests(), privileges::tests(), service::tests(), handover::tests(), recipes::tests()].concat(),
+    )
+    .main()
 }
 
 /// The unit's name.
@@ -71,17 +77,20 @@ struct Scene {
 impl Scene {
     /// Not started yet, with this configuration.
     fn prepare(unit: Unit, config: &str) -> Result<Scene> {
+        let scene = Scene::bare()?;
+        scene.drop_in(UNIT, "tests.conf", &unit.drop_in())?;
+        scene.systemd.install_unit(UNIT, PACKAGED)?;
+        scene.configure(config)?;
+        Ok(scene)
+    }
+
+    /// Without a unit for lbridge.
+    fn bare() -> Result<Scene> {
         let systemd = Systemd::boot()?;
         let lab = Lab::with_host(systemd.netns().clone());
         let bridge = lab.add_bridge("lab0", "10.7.0.1/24")?;
         let container = lab.container(&bridge, "10.7.0.2/24")?;
-        let drop_ins = systemd.path("/etc/systemd/system").join(format!("{UNIT}.d"));
-        fs::create_dir(&drop_ins)?;
-        fs::write(drop_ins.join("tests.conf"), unit.drop_in())?;
-        systemd.install_unit(UNIT, PACKAGED)?;
-        let scene = Scene { lab, bridge, container, systemd };
-        scene.configure(config)?;
-        Ok(scene)
+        Ok(Scene { lab, bridge, container, systemd })
     }
 
     /// Started, with relayed connections that may take as long as they want.
@@ -93,6 +102,13 @@ impl Scene {
         let scene = Scene::prepare(Unit::default(), config)?;
         scene.systemd.must(&["start", UNIT])?;
         Ok(scene)
+    }
+
+    /// Writes a drop-in, for the next time that systemd reads units.
+    fn drop_in(&self, unit: &str, name: &str, text: &str) -> Result<()> {
+        let folder = self.systemd.path("/etc/systemd/system").join(format!("{unit}.d"));
+        fs::create_dir_all(&folder)?;
+        Ok(fs::write(folder.join(name), text)?)
     }
 
     /// The configuration for the next start.

@@ -1,7 +1,9 @@
 //! What systemd is told, and what it does to the daemon.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -12,8 +14,11 @@ use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::systemd::Systemd;
 use lbridge_tests::harness::traffic::Traffic;
 use lbridge_tests::tests;
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
 
-use crate::{RELAY_8080, Scene, UNIT, Unit};
+use crate::{RELAY_8080, Scene, UNIT, Unit, join};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -25,6 +30,12 @@ pub(crate) fn tests() -> Vec<Test> {
         steered_connections_do_not_notice_a_restart: [Need::RegistersAlone],
         steered_connections_do_not_notice_a_kill: [Need::RegistersAlone],
         relays_come_back_after_a_kill,
+        systemctl_reload_tells_what_is_wrong,
+        the_status_is_told_as_it_changes,
+        a_daemon_that_is_stopped_is_replaced: [Need::RegistersAlone],
+        a_loop_that_hangs_is_replaced,
+        a_loop_without_work_is_alive,
+        a_drain_may_take_longer_than_the_watchdog_waits,
     ]
 }
 
@@ -182,4 +193,109 @@ fn kill(scene: &Scene) -> Result<()> {
     let before = scene.main_pid()?;
     scene.systemd.must(&["kill", "--signal=KILL", UNIT])?;
     scene.wait_for_another(before)
+}
+
+fn systemctl_reload_tells_what_is_wrong() -> Result<()> {
+    let scene = Scene::with(RELAY_8080)?;
+    let _service = scene.service("relayed", "127.0.0.1:8080")?;
+    let mut open =
+        patience::until("relayed", || Ok(client::connect(&scene.container, scene.gateway(8080)).ok()))?;
+    let pid = scene.main_pid()?;
+    scene.configure(&format!("{RELAY_8080}[[rule]]\nnetwork = \"bridge:lab0\"\nport = \"8081=8080\"\n"))?;
+    scene.systemd.must(&["reload", UNIT])?;
+    scene.lbridge(&["deny", "bridge:lab0", "8080"]).expect_err("it is the file's");
+    ensure!(scene.systemd.journal(UNIT)?.contains("added    bridge:lab0 8081: "), "what has changed");
+
+    scene.configure("[[rule]]\nnetwork = \"bridge:lab0\"\nprot = 80\n")?;
+    let output = scene.systemd.systemctl(&["reload", UNIT])?;
+    ensure!(output.status == 1, "{output:?}");
+    let status = scene.systemd.run("systemctl", &["status", "--no-pager", "--full", UNIT])?.stdout;
+    ensure!(
+        status.contains("/etc/lbridge/lbridge.toml:3:1: ") && status.contains("active (running)"),
+        "{status}"
+    );
+    ensure!(status.contains("; the configuration is not reloaded\""), "{status}");
+    ensure!(scene.lbridge(&["status"])?.stdout.contains("config   not reloaded since "));
+
+    scene.configure(RELAY_8080)?;
+    scene.systemd.must(&["kill", "--kill-who=main", "--signal=HUP", UNIT])?;
+    scene.wait_for("StatusText", "1 rules: 0 steered, 1 relayed, 0 waiting, 0 blocked")?;
+    open.echo(b"still here")?;
+    ensure!(scene.main_pid()? == pid && scene.property("ActiveState")? == "active");
+    Ok(())
+}
+
+fn the_status_is_told_as_it_changes() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.wait_for("StatusText", "0 rules: 0 steered, 0 relayed, 0 waiting, 0 blocked")?;
+    scene.lbridge(&["allow", "bridge:lab0", "8080", "--path", "relay"])?;
+    scene.wait_for("StatusText", "1 rules: 0 steered, 0 relayed, 1 waiting, 0 blocked")?;
+    let _service = scene.service("relayed", "127.0.0.1:8080")?;
+    scene.wait_for("StatusText", "1 rules: 0 steered, 1 relayed, 0 waiting, 0 blocked")
+}
+
+/// With a watchdog that does not let the test wait.
+fn watched(config: &str) -> Result<Scene> {
+    let scene = Scene::prepare(Unit { watchdog: "3s", ..Unit::default() }, config)?;
+    scene.systemd.must(&["start", UNIT])?;
+    Ok(scene)
+}
+
+fn replaced_by_the_watchdog(scene: &Scene, before: u32) -> Result<()> {
+    scene.wait_for_another(before)?;
+    ensure!(scene.property("NRestarts")? == "1");
+    let journal = scene.systemd.run("journalctl", &["--quiet", "--unit", UNIT])?.stdout;
+    ensure!(journal.contains("Watchdog timeout"), "{journal}");
+    Ok(())
+}
+
+fn a_daemon_that_is_stopped_is_replaced() -> Result<()> {
+    let scene = watched("")?;
+    let _service = steered(&scene)?;
+    let mut open = client::connect(&scene.container, scene.gateway(8080))?;
+    let traffic = Traffic::start(&scene.container, scene.gateway(8080), "steered");
+    let before = scene.main_pid()?;
+    scene.systemd.must(&["kill", "--signal=STOP", UNIT])?;
+    replaced_by_the_watchdog(&scene, before)?;
+    open.echo(b"still here")?;
+    traffic.flows(50)?;
+    traffic.all_served()
+}
+
+/// The thread of the loop is held, as by a lock that nobody gives back; every other goes on.
+fn a_loop_that_hangs_is_replaced() -> Result<()> {
+    let scene = watched("")?;
+    let before = scene.main_pid()?;
+    let main_thread = Pid::from_raw(scene.systemd.seen_from_outside(before)?);
+    ptrace::seize(main_thread, ptrace::Options::empty())?;
+    ptrace::interrupt(main_thread)?;
+    waitpid(main_thread, None)?;
+    // Its end is told to us first; systemd hears of it when we have.
+    let end = thread::spawn(move || waitpid(main_thread, None));
+    replaced_by_the_watchdog(&scene, before)?;
+    ensure!(matches!(join(end)?, Ok(WaitStatus::Signaled(..))));
+    Ok(())
+}
+
+fn a_loop_without_work_is_alive() -> Result<()> {
+    let scene = watched("")?;
+    let mut seen = BTreeSet::new();
+    patience::until("signs of life, and again", || {
+        seen.insert(scene.property("WatchdogTimestampMonotonic")?);
+        Ok((seen.len() > 4).then_some(()))
+    })?;
+    ensure!(scene.property("NRestarts")? == "0");
+    Ok(())
+}
+
+fn a_drain_may_take_longer_than_the_watchdog_waits() -> Result<()> {
+    let scene = watched("drain_timeout = \"5s\"\n")?;
+    let _service = scene.service("relayed", "127.0.0.1:8080")?;
+    scene.relay_8080()?;
+    let _open = client::connect(&scene.container, scene.gateway(8080))?;
+    let start = Instant::now();
+    scene.systemd.must(&["stop", UNIT])?;
+    ensure!(start.elapsed().as_secs() >= 5, "after {:?}", start.elapsed());
+    ensure!(scene.property("Result")? == "success", "{}", scene.property("Result")?);
+    Ok(())
 }
