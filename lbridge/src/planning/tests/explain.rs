@@ -100,7 +100,7 @@ fn a_steered_connection_step_by_step() {
     );
     assert_eq!(text(&told, Stage::Source), "172.18.0.2 is in 172.18.0.0/16");
     assert_eq!(
-        told.ways[0].steps[3].details,
+        told.ways[0].steps[4].details,
         [
             "127.0.0.1:5432: process 1000, registered",
             "0.0.0.0:5432: nothing listens",
