@@ -1,5 +1,6 @@
 //! Localhost inside containers: those that have no way to the host, whatever becomes of them.
 
+use std::fs;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
@@ -26,6 +27,7 @@ pub(crate) fn tests() -> Vec<Test> {
         no_other_container_is_served,
         a_port_that_the_container_listens_on_is_its_own,
         a_container_is_waited_for,
+        a_container_of_a_rule_that_is_reloaded_is_served_at_once,
         the_end_of_a_container_resets_its_connections,
         a_container_stays_served_while_the_engine_is_away,
         a_process_number_from_elsewhere_is_not_believed,
@@ -66,6 +68,21 @@ fn a_container_without_network_is_served() -> Result<()> {
     // Nothing but that port: there is no way to anywhere.
     scene.refused(&alone, "127.0.0.1:8081".parse()?)?;
     scene.daemon.deny(&["container:alone", "8080"])?;
+    ensure!(asks_localhost(&scene, &alone)?.is_empty(), "out of reach again");
+    Ok(())
+}
+
+fn a_container_of_a_rule_that_is_reloaded_is_served_at_once() -> Result<()> {
+    let scene = Scene::new()?;
+    let alone = named(&scene, "none", "alone")?;
+    let _service = scene.service("host's", LOCALHOST)?;
+    fs::write(scene.daemon.config(), "[[rule]]\nnetwork = \"container:alone\"\nport = 8080\n")?;
+    let output = scene.daemon.cli(&["reload"])?;
+    let told = "added    container:alone 8080: 127.0.0.1:8080 -> 127.0.0.1:8080 relayed";
+    ensure!(output.status == 0 && output.stdout.contains(told), "{output:?}");
+    must_reach(&scene, &alone, "host's")?;
+    fs::write(scene.daemon.config(), "")?;
+    ensure!(scene.daemon.cli(&["reload"])?.status == 0);
     ensure!(asks_localhost(&scene, &alone)?.is_empty(), "out of reach again");
     Ok(())
 }
@@ -288,8 +305,8 @@ fn a_process_number_from_elsewhere_is_not_believed() -> Result<()> {
     let _service = scene.service("host's", LOCALHOST)?;
     // The process is the right one here; so its cgroup is made the wrong one.
     let pid = scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "alone"])?;
-    std::fs::write("/sys/fs/cgroup/cgroup.procs", &pid).context("move the container out of its cgroup")?;
-    let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    fs::write("/sys/fs/cgroup/cgroup.procs", &pid).context("move the container out of its cgroup")?;
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     ensure!(!cgroups.contains(&container.id), "the container is still in its cgroup: {cgroups}");
     scene.daemon.allow(&["container:alone", "8080"])?;
     let state = scene.daemon.rule_state("container:alone", 8080)?;
@@ -314,11 +331,11 @@ fn what_was_known_of_an_engine_that_is_away_is_not_believed_for_ever() -> Result
     })?;
 
     let cgroup = format!("/sys/fs/cgroup/{}", container.id);
-    std::fs::create_dir(&cgroup)?;
+    fs::create_dir(&cgroup)?;
     let netns = NetNs::new()?;
     let before = service.accepted();
     let mut stranger = patience::until("the number is given again", || {
-        std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string())?;
+        fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string())?;
         let mut child = netns.command("sleep").arg("1000").spawn()?;
         if child.id() == pid {
             return Ok(Some(child));
@@ -327,14 +344,14 @@ fn what_was_known_of_an_engine_that_is_away_is_not_believed_for_ever() -> Result
         child.wait()?;
         Ok(None)
     })?;
-    std::fs::write(format!("{cgroup}/cgroup.procs"), pid.to_string())?;
+    fs::write(format!("{cgroup}/cgroup.procs"), pid.to_string())?;
     // Longer than the daemon takes to look.
     std::thread::sleep(patience::seconds(2));
     let refused = client::refused(&netns, localhost());
     let state = scene.daemon.rule_state("container:alone", 8080);
     stranger.kill()?;
     stranger.wait()?;
-    std::fs::remove_dir(&cgroup)?;
+    fs::remove_dir(&cgroup)?;
     refused?;
     ensure!(state?.state == "waiting" && service.accepted() == before, "nobody came");
     Ok(())

@@ -36,6 +36,7 @@ pub(crate) fn tests() -> Vec<Test> {
         a_loop_that_hangs_is_replaced,
         a_loop_without_work_is_alive,
         a_drain_may_take_longer_than_the_watchdog_waits,
+        docker_may_come_later: [Need::Program("dockerd"), Need::Program("docker"), Need::File("/bin/busybox")],
     ]
 }
 
@@ -297,5 +298,35 @@ fn a_drain_may_take_longer_than_the_watchdog_waits() -> Result<()> {
     scene.systemd.must(&["stop", UNIT])?;
     ensure!(start.elapsed().as_secs() >= 5, "after {:?}", start.elapsed());
     ensure!(scene.property("Result")? == "success", "{}", scene.property("Result")?);
+    Ok(())
+}
+
+/// An order, no need: lbridge is up without Docker, and serves its containers when it has come.
+fn docker_may_come_later() -> Result<()> {
+    let scene = Scene::prepare(Unit { docker: true, ..Unit::default() }, "")?;
+    // What it writes goes with the sandbox.
+    let text = "[Service]\nType=notify\nDelegate=yes\nExecStart=dockerd --data-root /run/docker-data \
+                --exec-opt native.cgroupdriver=cgroupfs --iptables=false --ip6tables=false --bridge=none\n";
+    scene.systemd.install_unit("docker.service", text)?;
+    scene.systemd.must(&["start", UNIT])?;
+    ensure!(scene.systemd.property("docker.service", "ActiveState")? == "inactive", "not started by lbridge");
+    let _service = scene.service("host's", "127.0.0.1:8080")?;
+    let output = scene.lbridge(&["allow", "container:alone", "8080"])?;
+    ensure!(output.stdout.contains("waiting"), "{output:?}");
+
+    scene.systemd.must(&["start", "docker.service"])?;
+    let docker = |command: &str| -> Result<String> {
+        let output = scene.systemd.run("sh", &["-c", command])?;
+        ensure!(output.status == 0, "{command}: {output:?}");
+        Ok(output.stdout.trim().to_owned())
+    };
+    docker("tar -C / -c bin/busybox | docker import - lab")?;
+    docker("docker run --detach --stop-timeout 0 --name alone --network none lab /bin/busybox sleep 1000")?;
+    let netns = scene.systemd.netns_of(&docker("docker inspect --format '{{.State.Pid}}' alone")?)?;
+    patience::until("the container is served", || {
+        Ok(client::served_by(&netns, "127.0.0.1:8080".parse()?, "host's").ok())
+    })?;
+    scene.systemd.must(&["stop", "docker.service"])?;
+    ensure!(scene.property("ActiveState")? == "active", "not stopped with it");
     Ok(())
 }
