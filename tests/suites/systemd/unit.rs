@@ -305,7 +305,7 @@ fn a_drain_may_take_longer_than_the_watchdog_waits() -> Result<()> {
 fn docker_may_come_later() -> Result<()> {
     let scene = Scene::prepare(Unit { docker: true, ..Unit::default() }, "")?;
     // What it writes goes with the sandbox.
-    let text = "[Service]\nType=notify\nDelegate=yes\nExecStart=dockerd --data-root /run/docker-data \
+    let text = "[Service]\nType=notify\nDelegate=yes\nKillSignal=SIGKILL\nExecStart=dockerd --data-root /run/docker-data \
                 --exec-opt native.cgroupdriver=cgroupfs --iptables=false --ip6tables=false --bridge=none\n";
     scene.systemd.install_unit("docker.service", text)?;
     scene.systemd.must(&["start", UNIT])?;
