@@ -186,14 +186,7 @@ impl Reconciler {
     /// sockets it gets those that listen, for the next daemon: new connections wait for that. How many were cut off.
     pub(super) async fn drain(&mut self, limit: Duration) -> usize {
         handover::keep(&self.executor.relays.sockets());
-        let drained = self.executor.relays.drain(limit);
-        tokio::pin!(drained);
-        loop {
-            tokio::select! {
-                cut_off = &mut drained => return cut_off,
-                () = self.manager.next_beat() => self.manager.beat(),
-            }
-        }
+        self.executor.relays.drain(limit).await
     }
 
     /// How long relayed connections may take to end when the daemon is stopped.

@@ -289,6 +289,7 @@ fn a_loop_without_work_is_alive() -> Result<()> {
     Ok(())
 }
 
+/// systemd does not watch a unit that stops.
 fn a_drain_may_take_longer_than_the_watchdog_waits() -> Result<()> {
     let scene = watched("drain_timeout = \"5s\"\n")?;
     let _service = scene.service("relayed", "127.0.0.1:8080")?;
