@@ -239,9 +239,12 @@ fn check_config_needs_no_daemon() -> Result<()> {
     let (config, state) = (config.to_str().context("path")?, state.to_str().context("path")?);
     let check = || scene.daemon.cli(&["check-config", "--config", config, "--state-dir", state]);
     for (text, said) in [
-        (String::new(), "no rules, drain_timeout 5s"),
-        (rule("1", ""), "1 rule, drain_timeout 5s"),
-        (format!("drain_timeout = \"90s\"\n{}", rule("\"1-3\"", "")), "3 rules, drain_timeout 1m 30s"),
+        (String::new(), "no rules, drain_timeout 5s, firewall manage"),
+        (rule("1", ""), "1 rule, drain_timeout 5s, firewall manage"),
+        (
+            format!("drain_timeout = \"90s\"\n{}", rule("\"1-3\"", "")),
+            "3 rules, drain_timeout 1m 30s, firewall manage",
+        ),
     ] {
         configure(&scene, &text)?;
         let output = check()?;
