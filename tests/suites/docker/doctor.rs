@@ -4,8 +4,10 @@ use std::fs;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
+use lbridge_tests::harness::daemon::{Daemon, Options};
 use lbridge_tests::harness::docker::Engine;
 use lbridge_tests::harness::doctor::Report;
+use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
 
@@ -16,6 +18,7 @@ pub(crate) fn tests() -> Vec<Test> {
         a_healthy_host_is_told_so,
         containers_that_dial_docker0_are_told,
         an_engine_that_is_away_is_told,
+        an_engine_of_another_host_is_told,
         ports_that_the_engine_only_keeps_are_told,
         import_names_docker_networks,
     ]
@@ -73,6 +76,16 @@ fn an_engine_that_is_away_is_told() -> Result<()> {
     scene.engine.up()?;
     scene.wait_for_docker("reachable")?;
     Report::of(&scene.daemon)?.must("docker", "ok").map(drop)
+}
+
+/// Its bridges are in another network namespace than the doctor.
+fn an_engine_of_another_host_is_told() -> Result<()> {
+    let engine = Engine::start()?;
+    let daemon = Daemon::prepare(&NetNs::new()?, Options { docker: true, ..Options::default() })?;
+    let finding = Report::of(&daemon)?.must("docker", "warning")?;
+    ensure!(finding.text.contains("none of its bridges is on this host"), "{finding:?}");
+    drop(engine);
+    Ok(())
 }
 
 /// Without the userland proxy the engine listens on published ports, and accepts nobody.
