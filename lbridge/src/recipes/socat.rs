@@ -335,6 +335,13 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn nothing_panics(text in r#"(socat )?(TCP-L:80,bind=)?[-A-Za-z0-9:,.=\[\](){}"'\\!\u{e4} ]*"#) {
+            let _ = read(&text);
+        }
+    }
+
     #[test]
     fn the_older_recipe_is_told_from_other_uses() {
         let leads = |text: &str| leads_to_loopback(&text.split(' ').map(str::to_owned).collect::<Vec<_>>());

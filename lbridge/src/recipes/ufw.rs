@@ -195,6 +195,16 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn nothing_panics(tuple in "(allow tcp )?[a-z0-9:/,. _\u{e4}]*( in)?") {
+            if let Some(rule) = parse(&format!("### tuple ### {tuple}")) {
+                rule.admits("br-app", IpAddr::from([10, 7, 0, 1]), 80);
+                rule.words();
+            }
+        }
+    }
+
     #[test]
     fn it_drops_only_when_it_is_on() {
         let folder = tempfile::tempdir().unwrap();

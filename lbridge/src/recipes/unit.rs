@@ -355,14 +355,23 @@ mod tests {
         }
     }
 
-    #[test]
-    fn nothing_panics() {
-        for text in
-            ["ExecStart=\\", "ExecStart=\\x", "ExecStart=\\xg\u{e4}", "ExecStart=@", "ExecStart=%", "[", "="]
-        {
-            of(text);
+    proptest::proptest! {
+        #[test]
+        fn nothing_panics(value in r#"[-@:a-z %$\\{}"';xuU0-9\u{e4}\n=\[\]#]*"#) {
+            of(&format!("ExecStart={value}"));
+            of(&value);
         }
-        of("ExecStart=a \\u00e\u{e4} \\777 \\U00110000");
+
+        /// Whatever a word holds, quoted it comes back.
+        #[test]
+        fn what_is_quoted_comes_back(word in "[^\u{0}\n\r]*") {
+            let quoted: String = word.chars().flat_map(|c| match c {
+                '\\' | '"' => vec!['\\', c],
+                '%' | '$' => vec![c, c],
+                c => vec![c],
+            }).collect();
+            proptest::prop_assert_eq!(of(&format!("ExecStart=a \"{quoted}\"")), [Ok(vec!["a".to_owned(), word])]);
+        }
     }
 
     #[test]
