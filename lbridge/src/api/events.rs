@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use tokio::sync::{
     OwnedSemaphorePermit, Semaphore,
     broadcast::{self, error::RecvError},
+    mpsc,
 };
 
 use super::protocol::{Event, Happening};
@@ -24,15 +25,16 @@ pub struct News {
     /// Lines of JSON: written once, for all.
     lines: broadcast::Sender<Bytes>,
     places: Arc<Semaphore>,
-}
-
-impl Default for News {
-    fn default() -> Self {
-        Self { lines: broadcast::Sender::new(BUFFER), places: Arc::new(Semaphore::new(SUBSCRIBERS)) }
-    }
+    wake: mpsc::Sender<()>,
 }
 
 impl News {
+    /// `wake` gets a unit when somebody begins to listen.
+    pub fn new(wake: mpsc::Sender<()>) -> Self {
+        let places = Arc::new(Semaphore::new(SUBSCRIBERS));
+        Self { lines: broadcast::Sender::new(BUFFER), places, wake }
+    }
+
     /// Whether anybody listens: what nobody hears need not be put together.
     pub fn is_heard(&self) -> bool {
         self.lines.receiver_count() > 0
@@ -52,6 +54,7 @@ impl News {
         let first = Happening::Following { version: env!("CARGO_PKG_VERSION").to_owned() };
         let subscriber =
             Subscriber { lines: self.lines.subscribe(), first: Some(line(first)), _place: place };
+        let _ = self.wake.try_send(());
         Some(stream::unfold(subscriber, async |mut subscriber| Some((subscriber.next().await?, subscriber))))
     }
 }
@@ -96,7 +99,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_subscriber_loses_the_oldest_and_is_told_how_many() {
-        let news = News::default();
+        let news = News::new(mpsc::channel(1).0);
         assert!(!news.is_heard());
         let mut slow = Box::pin(news.subscribe().unwrap());
         let mut quick = Box::pin(news.subscribe().unwrap());
@@ -122,7 +125,7 @@ mod tests {
 
     #[tokio::test]
     async fn places_are_given_back() {
-        let news = News::default();
+        let news = News::new(mpsc::channel(1).0);
         let all: Vec<_> = (0..SUBSCRIBERS).map(|_| news.subscribe().unwrap()).collect();
         assert!(news.subscribe().is_none());
         drop(all);

@@ -109,7 +109,7 @@ impl Reconciler {
             executor: Executor {
                 kernel,
                 relays: RelaySet::new(names, wake.clone())?,
-                firewall: Firewall::follow(wake),
+                firewall: Firewall::follow(wake.clone()),
                 name_hooks_used: false,
                 host,
                 inherited: Inherited::take(),
@@ -123,7 +123,7 @@ impl Reconciler {
             last: Report::default(),
             inventory: None,
             manager: Manager::new(),
-            news: News::default(),
+            news: News::new(wake),
             docker_told: DockerStatus::Off,
         })
     }
@@ -213,7 +213,9 @@ impl Reconciler {
         let inside = self.rules.iter().any(|(_, rule, _)| rule.network.is_namespace());
         let unix = self.rules.iter().any(|(_, rule, _)| matches!(rule.spec.target, Target::Unix(_)));
         let relaying = !self.last.policy.relays.is_empty();
-        if blind || unix || inside || relaying { POLL } else { IDLE_LOOK }
+        // What the kernel does not tell of is to be told in time, too.
+        let followed = self.news.is_heard();
+        if blind || unix || inside || relaying || followed { POLL } else { IDLE_LOOK }
     }
 
     async fn command(&mut self, command: Command) {

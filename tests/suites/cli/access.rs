@@ -138,6 +138,19 @@ fn api_over_curl() -> Result<()> {
     body["kernel"]["counters"].take();
     told["kernel"]["counters"].take();
     ensure!(body == told, "the CLI tells what the API tells: {body}");
+    let explain = |question: &str| {
+        let json = "Content-Type: application/json";
+        let arguments = ["--data-binary", question, "--header", json, "http://localhost/v1/explain"];
+        curl(&scene.daemon, Command::new("curl"), &arguments)
+    };
+    let (status, body) = explain(r#"{"network":"bridge:lab0","port":8080}"#)?;
+    let body: serde_json::Value = serde_json::from_str(&body)?;
+    ensure!(status == "200" && body["ways"][0]["fate"] == "steered", "{status} {body}");
+    for question in ["", "{", r#"{"network":"bridge:lab0","port":0}"#, r#"{"network":"bridge:a/b","port":1}"#]
+    {
+        let (status, body) = explain(question)?;
+        ensure!(status.starts_with('4'), "{question} -> {status} {body}");
+    }
     let (status, _) = curl(&scene.daemon, Command::new("curl"), &["http://localhost/nothing/here"])?;
     ensure!(status.starts_with('4'), "{status}");
     Ok(())

@@ -55,6 +55,7 @@ fn state(port: u16, state: &str) -> [(&'static str, Value); 4] {
 
 fn events_tell_what_happens() -> Result<()> {
     let scene = Scene::new()?;
+    let earlier = scene.service("earlier", "127.0.0.1:7070")?;
     let mut events = follow(&scene.daemon, &["events", "--json"])?;
     let mut lines = follow(&scene.daemon, &["events"])?;
     event(&mut events, &[("event", "following".into())])?;
@@ -74,6 +75,12 @@ fn events_tell_what_happens() -> Result<()> {
     service.stop();
     event(&mut listeners, &[("event", "closed".into()), ("port", 8080.into())])?;
     event(&mut events, &state(8080, "waiting"))?;
+
+    // The kernel does not tell of the end of one that listened before its rule was there.
+    scene.allow(&["7070"])?;
+    event(&mut events, &state(7070, "steered"))?;
+    earlier.stop();
+    event(&mut events, &state(7070, "waiting"))?;
 
     let _service = scene.service("relayed", "127.0.0.1:9090")?;
     scene.allow(&["9090", "--max-connections", "1"])?;

@@ -100,6 +100,8 @@ fn steered_waiting_and_denied() -> Result<()> {
     ensure!(explanation["remedy"] == "start a service on 127.0.0.1:8080", "{explanation:#}");
 
     let service = scene.service("service", "127.0.0.1:8080")?;
+    // Before Linux 5.15 the daemon registers it.
+    scene.wait_for(8080, "steered")?;
     let explanation = fate(&scene, 8080, "steered")?;
     let way = first_way(&explanation)?;
     let own = format!("(process {})", std::process::id());
@@ -245,6 +247,7 @@ fn service_on_the_gateway_is_overridden_by_a_rule() -> Result<()> {
     scene.allow(&["8080"])?;
     fate(&scene, 8080, "refused").context("waiting, and nobody else is to be reached")?;
     let _loopback = scene.service("loopback", "127.0.0.1:8080")?;
+    scene.wait_for(8080, "steered")?;
     let (_, greeting) = comes_true(&scene, 8080)?;
     ensure!(greeting.is_some_and(|greeting| greeting.service == "loopback"));
     Ok(())
