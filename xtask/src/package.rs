@@ -69,6 +69,9 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     checksums(&results)
 }
 
+/// As in the packages' metadata.
+const MAINTAINER: &str = "The lbridge authors <maintainers@lbridge.invalid>";
+
 /// The workspace's packages have one.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -118,11 +121,19 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
     let staged = folder.join("lbridge");
     fs::copy(binary, &staged).with_context(|| format!("copy {}", binary.display()))?;
     run(Command::new("strip").arg("--strip-debug").arg(&staged))?;
+    // Debian wants a changelog in a form of its own.
+    let changelog = folder.join("changelog.Debian");
+    let written =
+        output(Command::new("date").args(["--utc", "--rfc-email", "--date", &format!("@{}", date()?)]))?;
+    let text = format!(
+        "lbridge ({VERSION}-1) unstable; urgency=medium\n\n  * See changelog.gz.\n\n -- {MAINTAINER}  {written}"
+    );
+    fs::write(&changelog, text).with_context(|| format!("write {}", changelog.display()))?;
     let manual_folder = folder.join("manual");
     manual(&manual_folder)?;
     // As both kinds of distribution want their man pages; without a time stamp.
     let mut gzip = Command::new("gzip");
-    gzip.args(["--best", "--no-name"]);
+    gzip.args(["--best", "--no-name"]).arg(&changelog);
     for entry in fs::read_dir(&manual_folder)? {
         let path = entry?.path();
         if path.extension().is_some_and(|section| section == "1") {

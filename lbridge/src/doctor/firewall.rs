@@ -1,44 +1,85 @@
-//! What keeps packets from lbridge: netfilter's INPUT comes before. [`findings`] is the place for all of it.
+//! What keeps packets from lbridge: netfilter's INPUT comes before. Tried, from the bridges of the rules.
 
-use std::path::Path;
+use std::collections::BTreeMap;
 
 use super::{Finding, Host, Level};
-use crate::recipes::ufw;
+use crate::{
+    api::protocol::Status,
+    firewall,
+    planning::firewall::{Filtering, FirewallMode, Link, Opening, Passage},
+};
 
-/// UFW's defaults.
-const UFW_DEFAULTS: &str = "/etc/default/ufw";
+const CHECK: &str = "firewall";
 
-/// Rules whose packets the firewall drops.
-pub(super) fn findings(host: &Host) -> Vec<Finding> {
-    const CHECK: &str = "firewall";
-    let folder = Path::new(ufw::FOLDER);
-    if !ufw::drops(folder, Path::new(UFW_DEFAULTS)) {
-        return vec![];
+/// Rules whose packets the firewall drops. `status` is the daemon's, if it runs.
+pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Finding> {
+    if !nix::unistd::geteuid().is_root() {
+        return vec![Finding::needs_root(CHECK, "whether the firewall lets the rules' packets in")];
     }
-    let Ok(allowed) = ufw::allowed(folder) else {
-        return vec![Finding::needs_root(CHECK, "whether UFW lets the rules' packets in")];
-    };
+    let openings = openings(host);
+    let seen = firewall::examine(&openings).await;
     let mut findings = vec![];
-    for rule in &host.rules {
-        let Some(bridge) = host.bridge(&rule.network) else { continue };
-        let port = rule.spec.port;
-        for (gateway, _) in &bridge.addresses {
-            if allowed.iter().any(|allowed| allowed.admits(&bridge.name, *gateway, port)) {
-                continue;
+    for (opening, passage) in &seen.passages {
+        match passage {
+            Passage::Open => {}
+            Passage::Dropped => findings.push(dropped(opening, &seen, status)),
+            Passage::Unknown(why) => {
+                let what =
+                    format!("whether a firewall drops packets for {opening} could not be tried: {why}");
+                findings.push(Finding::new(CHECK, Level::Note, what));
             }
-            let what = format!("UFW drops what containers of {} send to {gateway} port {port}", rule.network);
-            let finding = Finding::new(CHECK, Level::Problem, what);
-            findings.push(
-                finding
-                    .because(
-                        "Packets pass the firewall before lbridge sees them: containers meet a time-out.",
-                    )
-                    .type_this([format!(
-                        "ufw allow in on {} to {gateway} port {port} proto tcp",
-                        bridge.name
-                    )]),
-            );
         }
     }
+    if let Some(why) = &seen.unreadable {
+        findings.push(Finding::new(CHECK, Level::Note, format!("the ruleset could not be read: {why}")));
+    }
+    if findings.is_empty() {
+        let firewalls: std::collections::BTreeSet<_> =
+            seen.chains.iter().map(|chain| chain.firewall.to_string()).collect();
+        let firewalls: Vec<_> = firewalls.into_iter().collect();
+        let who = if firewalls.is_empty() { "no firewall".to_owned() } else { firewalls.join(", ") };
+        let what = match openings.len() {
+            0 => format!("{who} on the input hook; there is no rule to try"),
+            rules => format!(
+                "{who} on the input hook; packets for all {rules} gateways and ports of rules arrive, tried"
+            ),
+        };
+        findings.push(Finding::ok(CHECK, what));
+    }
     findings
+}
+
+fn dropped(opening: &Opening, seen: &Filtering, status: Option<&Status>) -> Finding {
+    let remedy = seen.remedy(opening);
+    let who = remedy.as_ref().map_or_else(|| "a firewall".to_owned(), |(who, _)| who.to_string());
+    let finding = Finding::new(CHECK, Level::Problem, format!("{who} drops packets for {opening}"))
+        .because("Packets pass the firewall before lbridge sees them: containers meet a time-out.");
+    let managed = status.is_some_and(|status| status.firewall.mode == FirewallMode::Manage);
+    match remedy {
+        Some(_) if managed => {
+            finding.type_this(["lbridge status    # which says why lbridge's accept rule does not help"])
+        }
+        Some((_, command)) if status.is_none() => {
+            finding.type_this(["systemctl start lbridge    # which lets them in; or:".to_owned(), command])
+        }
+        Some((_, command)) => finding.type_this([command]),
+        None => finding.type_this([
+            "nft list ruleset    # chains on prerouting, bridge and netdev tables; and: bpftool net",
+        ]),
+    }
+}
+
+fn openings(host: &Host) -> BTreeMap<Opening, Link> {
+    let of_rule = |rule: &super::Wanted| -> Vec<_> {
+        let port = rule.spec.port;
+        let bridge = host.bridge(&rule.network);
+        let addresses = bridge.iter().flat_map(|bridge| {
+            bridge.addresses.iter().map(move |(gateway, prefix)| {
+                let opening = Opening { interface: bridge.name.clone(), gateway: *gateway, port };
+                (opening, Link { ifindex: bridge.index, prefix: *prefix })
+            })
+        });
+        addresses.collect()
+    };
+    host.rules.iter().flat_map(of_rule).collect()
 }

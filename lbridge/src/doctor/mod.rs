@@ -184,7 +184,7 @@ pub async fn examine(options: &Options, client: &Client) -> Report {
         host.networks = engine.networks;
         findings.extend(docker::guests(&host).await);
     }
-    findings.extend(firewall::findings(&host));
+    findings.extend(firewall::findings(&host, status.as_ref().ok()).await);
     findings.extend(services::findings(&host));
     findings.extend(leftovers::findings(&host));
     let worst = findings.iter().map(|finding| finding.level).max().unwrap_or(Level::Ok);

@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 
 use crate::planning::firewall::{Chain, Filtering, Link, Opening, Passage, Through};
 use changes::Changes;
-use ruleset::Ruleset;
+use ruleset::{Problem, Ruleset};
 
 /// A look at the ruleset without a reason: nothing tells of `iptables-legacy`'s changes.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
@@ -58,9 +58,13 @@ impl Firewall {
         let changes = Changes::follow(wake.clone()).inspect_err(|error| {
             tracing::warn!("changes of the firewall are seen after {IDLE_LOOK:?} only: {error}");
         });
+        Self::new(wake, changes.ok())
+    }
+
+    fn new(wake: mpsc::Sender<()>, changes: Option<Changes>) -> Self {
         Self {
             wake,
-            changes: changes.ok(),
+            changes,
             ruleset: Ruleset::default(),
             looked: None,
             changed: None,
@@ -117,7 +121,8 @@ impl Firewall {
 
     async fn read(&mut self) {
         let begun = Instant::now();
-        let (ruleset, unreadable) = Ruleset::read().await;
+        let (ruleset, problems) = Ruleset::read().await;
+        let unreadable = (!problems.is_empty()).then(|| listed(&problems));
         self.looked = Some(Look { begun, took: begun.elapsed() });
         if ruleset.others != self.ruleset.others {
             self.seen.passages.clear();
@@ -215,12 +220,29 @@ async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
 
 /// Removes every accept rule of lbridge's, for good; how many there were. For when no daemon runs.
 pub async fn remove_all() -> anyhow::Result<usize> {
-    let (ruleset, unreadable) = Ruleset::read().await;
+    let (ruleset, mut problems) = Ruleset::read().await;
+    problems.retain(|problem| matches!(problem, Problem::Failed(_)));
     for (chain, opening) in ruleset.accepts.keys() {
         remove(chain, opening).await?;
     }
-    match unreadable {
-        Some(why) => Err(anyhow::anyhow!(why).context("whether accept rules are left cannot be told")),
-        None => Ok(ruleset.accepts.len()),
-    }
+    anyhow::ensure!(
+        problems.is_empty(),
+        "whether accept rules are left in the firewall cannot be told: {}",
+        listed(&problems)
+    );
+    Ok(ruleset.accepts.len())
+}
+
+/// One look, and a try of each opening. Changes nothing.
+pub async fn examine(openings: &BTreeMap<Opening, Link>) -> Filtering {
+    // Nobody is woken.
+    let (wake, _) = mpsc::channel(1);
+    let mut firewall = Firewall::new(wake, None);
+    firewall.look(openings).await;
+    firewall.probe(openings).await;
+    firewall.look(openings).await.clone()
+}
+
+fn listed(problems: &[Problem]) -> String {
+    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }

@@ -33,6 +33,16 @@ const LIST: [&str; 4] = ["-s", "-t", "list", "ruleset"];
 /// Of iptables' tables the one that filters, and its chain.
 const FILTER: (&str, &str) = ("filter", "INPUT");
 
+/// Why something could not be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Problem {
+    /// Nor could lbridge have put anything there.
+    #[error("{0} is not installed")]
+    Missing(&'static str),
+    #[error("{0:#}")]
+    Failed(anyhow::Error),
+}
+
 /// What was read.
 #[derive(Debug, Default)]
 pub(super) struct Ruleset {
@@ -46,7 +56,7 @@ pub(super) struct Ruleset {
 
 impl Ruleset {
     /// Reads all of it; and why some of it could not be read.
-    pub(super) async fn read() -> (Self, Option<String>) {
+    pub(super) async fn read() -> (Self, Vec<Problem>) {
         let mut ruleset = Self::default();
         let mut problems = vec![];
         match list(&LIST).await {
@@ -55,7 +65,7 @@ impl Ruleset {
                     let family = variant.family();
                     let own = if tables.chains.contains_key(&key(family, FILTER.0, FILTER.1)) {
                         variant.list().await.unwrap_or_else(|error| {
-                            problems.push(format!("{error:#}"));
+                            problems.push(error);
                             Listed::default()
                         })
                     } else {
@@ -67,12 +77,12 @@ impl Ruleset {
             }
             // Without `nft` there may still be the program that most firewalls use.
             Err(ListError::NotInstalled) => {
-                problems.push("nft is not installed (apt install nftables)".to_owned());
+                problems.push(Problem::Missing("nft"));
                 for variant in Variant::both(Through::IptablesNft) {
                     ruleset.take_iptables(variant, &mut problems).await;
                 }
             }
-            Err(ListError::Failed(error)) => problems.push(format!("{error:#}")),
+            Err(ListError::Failed(error)) => problems.push(Problem::Failed(error)),
         }
         for variant in Variant::both(Through::IptablesLegacy) {
             if variant.is_in_use() {
@@ -80,17 +90,17 @@ impl Ruleset {
             }
         }
         ruleset.chains.sort_by_key(|chain| chain.denial);
-        (ruleset, (!problems.is_empty()).then(|| problems.join("; ")))
+        (ruleset, problems)
     }
 
-    async fn take_iptables(&mut self, variant: Variant, problems: &mut Vec<String>) {
+    async fn take_iptables(&mut self, variant: Variant, problems: &mut Vec<Problem>) {
         match variant.list().await {
             Ok(Listed { accepts, chain, others }) => {
                 self.accepts.extend(accepts);
                 self.chains.extend(chain);
                 self.others.extend(others);
             }
-            Err(error) => problems.push(format!("{error:#}")),
+            Err(problem) => problems.push(problem),
         }
     }
 

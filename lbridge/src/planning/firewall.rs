@@ -225,6 +225,11 @@ impl Filtering {
         self.chains.iter().filter(|chain| chain.chain.family.meets(opening.gateway))
     }
 
+    /// Who is likely to drop it, and the command that lets it through; `None` where no chain on the input hook is in the way.
+    pub fn remedy(&self, opening: &Opening) -> Option<(Firewall, String)> {
+        self.in_the_way_of(opening).next().map(|chain| (chain.firewall, chain.remedy(opening)))
+    }
+
     /// Why nothing comes through, and what to type; in one line.
     pub fn why_dropped(&self, opening: &Opening) -> String {
         let accepted = |chain: &InputChain| {

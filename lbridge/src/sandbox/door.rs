@@ -278,9 +278,13 @@ fn bring_up_loopback() -> nix::Result<()> {
     // The first interface of every namespace, whatever it is called.
     request.ifr_ifru.ifru_ifindex = 1;
     // SAFETY: the request reads an index from the structure and writes a name to it (netdevice(7)).
-    Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFNAME, &raw mut request) })?;
+    Errno::result(unsafe {
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFNAME as libc::Ioctl, &raw mut request)
+    })?;
     // SAFETY: the request reads a name from the structure and writes flags to it (netdevice(7)).
-    Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) })?;
+    Errno::result(unsafe {
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as libc::Ioctl, &raw mut request)
+    })?;
     // SAFETY: the kernel has just written the member.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
     let up = libc::c_short::try_from(libc::IFF_UP).unwrap_or(1);
@@ -289,8 +293,10 @@ fn bring_up_loopback() -> nix::Result<()> {
     }
     request.ifr_ifru.ifru_flags = flags | up;
     // SAFETY: the request reads name and flags from the structure.
-    Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })
-        .map(drop)
+    Errno::result(unsafe {
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as libc::Ioctl, &raw const request)
+    })
+    .map(drop)
 }
 
 /// Closes all descriptors but these three, which may be the same.

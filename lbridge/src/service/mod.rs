@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::{kernel::pins, store::Store};
+use crate::{firewall, kernel::pins, store::Store};
 
 /// Where the daemon keeps things, unless it is told otherwise.
 pub const SOCKET: &str = "/run/lbridge/lbridge.sock";
@@ -100,7 +100,6 @@ pub fn uninstall(purge: bool) -> anyhow::Result<Vec<String>> {
 pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
     needs_root("cleanup")?;
     let _lock = no_daemon(&traces.state_dir)?;
-    // Whatever of the host the daemon has changed is given back here.
     take(vec![
         (
             "detach the kernel programs",
@@ -110,8 +109,18 @@ pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
                     .then(|| format!("detached the kernel programs, removed {}", traces.bpffs.display())))
             }),
         ),
+        ("remove the firewall's accept rules", Box::new(accept_rules)),
         ("remove the control socket", Box::new(|| remove_socket(&traces.socket))),
     ])
+}
+
+fn accept_rules() -> anyhow::Result<Option<String>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(match runtime.block_on(firewall::remove_all())? {
+        0 => None,
+        1 => Some("removed 1 accept rule from the firewall".to_owned()),
+        rules => Some(format!("removed {rules} accept rules from the firewall")),
+    })
 }
 
 fn needs_root(command: &str) -> anyhow::Result<()> {

@@ -35,8 +35,9 @@ fn the_rpm_has_what_the_deb_has() -> Result<()> {
         let path = path.replace("zsh/vendor-completions", "zsh/site-functions");
         Some(path.replace("changelog.gz", "CHANGELOG.md")).filter(|path| !path.ends_with('/'))
     };
+    let debians = ["/usr/share/doc/lbridge/changelog.Debian.gz", "/usr/share/doc/lbridge/copyright"];
     let in_deb: BTreeSet<_> =
-        contents.lines().filter_map(name).filter(|path| !path.ends_with("/copyright")).collect();
+        contents.lines().filter_map(name).filter(|path| !debians.contains(&path.as_str())).collect();
     ensure!(in_deb.len() > 20, "{contents}");
     let contents = host.run("rpm", &["--query", "--list", "--package", &rpm])?.stdout;
     let in_rpm: BTreeSet<_> =
