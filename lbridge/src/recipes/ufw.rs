@@ -35,19 +35,6 @@ pub fn allowed(folder: &Path) -> Result<Vec<Allowed>, std::io::Error> {
     Ok(rules)
 }
 
-/// Whether UFW is on, and drops what no rule lets in.
-pub fn drops(folder: &Path, defaults: &Path) -> bool {
-    let value = |path: &Path, name: &str| {
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        let value = text
-            .lines()
-            .find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('=').map(str::to_owned));
-        value.map(|value| value.trim_matches('"').to_uppercase())
-    };
-    let on = value(&folder.join("ufw.conf"), "ENABLED").is_some_and(|on| on == "YES");
-    on && value(defaults, "DEFAULT_INPUT_POLICY").is_none_or(|policy| policy != "ACCEPT")
-}
-
 /// `### tuple ### allow tcp 5432 172.18.0.1 any 0.0.0.0/0 in_br-app`: action, protocol, port, destination, source port,
 /// source, perhaps two applications, direction and interface, perhaps a comment.
 fn parse(line: &str) -> Option<Allowed> {
@@ -203,19 +190,5 @@ mod tests {
                 rule.words();
             }
         }
-    }
-
-    #[test]
-    fn it_drops_only_when_it_is_on() {
-        let folder = tempfile::tempdir().unwrap();
-        let (conf, defaults) = (folder.path().join("ufw.conf"), folder.path().join("default"));
-        assert!(!drops(folder.path(), &defaults));
-        std::fs::write(&conf, "# x\nENABLED=no\n").unwrap();
-        assert!(!drops(folder.path(), &defaults));
-        std::fs::write(&conf, "ENABLED=yes\nLOGLEVEL=low\n").unwrap();
-        std::fs::write(&defaults, "DEFAULT_INPUT_POLICY=\"DROP\"\n").unwrap();
-        assert!(drops(folder.path(), &defaults));
-        std::fs::write(&defaults, "DEFAULT_INPUT_POLICY=\"ACCEPT\"\n").unwrap();
-        assert!(!drops(folder.path(), &defaults));
     }
 }

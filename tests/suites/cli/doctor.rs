@@ -196,12 +196,31 @@ fn ufw(rules: &str) -> Result<()> {
 }
 
 fn ufw_in_the_way_is_told() -> Result<()> {
-    let (scene, _service) = served()?;
-    ufw("### tuple ### allow tcp 22 0.0.0.0/0 any 0.0.0.0/0 in\n")?;
+    let (mut scene, _service) = served()?;
+    sandbox::shadow("/etc")?;
+    let run = |command: &str| -> Result<()> {
+        let status =
+            scene.lab.host().command("sh").args(["-c", &format!("{command} > /dev/null")]).status()?;
+        ensure!(status.success(), "{command}: {status}");
+        Ok(())
+    };
+    run("ufw --force enable")?;
+    // The daemon lets in what its rules open.
+    Report::of(&scene.daemon)?.must("firewall", "ok")?;
+    // Without it nobody does.
+    scene.daemon.terminate()?;
+    let host = scene.lab.host().clone();
+    let run = |command: &str| -> Result<()> {
+        let status = host.command("sh").args(["-c", &format!("{command} > /dev/null")]).status()?;
+        ensure!(status.success(), "{command}: {status}");
+        Ok(())
+    };
+    run("iptables -F INPUT && ufw reload")?;
     let finding = Report::of(&scene.daemon)?.must("firewall", "problem")?;
-    ensure!(finding.remedy == ["ufw allow in on lab0 to 10.7.0.1 port 8080 proto tcp"], "{finding:?}");
-    ufw("### tuple ### allow tcp 8080 10.7.0.1 any 0.0.0.0/0 in_lab0\n")?;
-    Report::of(&scene.daemon)?.must_not("firewall")
+    let command = "ufw allow in on lab0 to 10.7.0.1 port 8080 proto tcp";
+    ensure!(finding.remedy.last().is_some_and(|last| last == command), "{finding:?}");
+    run(command)?;
+    Report::of(&scene.daemon)?.must("firewall", "ok").map(drop)
 }
 
 fn ufw_rules_of_older_recipes_are_told() -> Result<()> {
