@@ -1,0 +1,55 @@
+//! What has been changed, or would be: `reload`, `check-config`, `service`.
+
+use std::{fmt::Write as _, path::Path};
+
+use super::{print, rules::states_text, shown};
+use crate::{api::protocol::Reloaded, cli::Failure, store::config::Config};
+
+/// What `reload` brought about.
+pub(in crate::cli) fn reloaded(reloaded: &Reloaded) -> Result<(), Failure> {
+    let Reloaded { added, changed, removed, settings } = reloaded;
+    let mut text = states_text(added, "added    ");
+    text += &states_text(changed, "changed  ");
+    for rule in removed {
+        let what = format!("{} {}", shown(&rule.network.to_string()), rule.port);
+        let _ = writeln!(text, "removed  {what}; open connections go on");
+    }
+    for setting in settings {
+        let _ = writeln!(text, "changed  {}", shown(&setting.to_string()));
+    }
+    print(if text.is_empty() { "nothing has changed\n" } else { &text })
+}
+
+/// What `check-config` found. `unread` are rules that could not be compared.
+pub(in crate::cli) fn config(
+    path: &Path,
+    there: bool,
+    config: &Config,
+    unread: Option<&Path>,
+) -> Result<(), Failure> {
+    let mut text = shown(&path.display().to_string());
+    let _ = match (there, config.len()) {
+        (false, _) => write!(text, " is not there, which is no error: no rules"),
+        (true, 0) => write!(text, ": no rules"),
+        (true, 1) => write!(text, ": 1 rule"),
+        (true, count) => write!(text, ": {count} rules"),
+    };
+    for (name, value) in config.settings() {
+        let _ = write!(text, ", {name} {}", shown(&value));
+    }
+    if let Some(path) = unread {
+        let _ =
+            write!(text, "; not compared with {}, which root may read", shown(&path.display().to_string()));
+    }
+    text.push('\n');
+    print(&text)
+}
+
+/// What `service` has changed, one line for each.
+pub(in crate::cli) fn changes(changes: &[String]) -> Result<(), Failure> {
+    if changes.is_empty() {
+        return print("nothing had to be changed\n");
+    }
+    let lines = changes.iter().map(|change| shown(change) + "\n");
+    print(&lines.collect::<String>())
+}

@@ -1,0 +1,45 @@
+//! `events`: one line each.
+
+use nix::unistd::User;
+
+use super::{described, print_on, shown, time};
+use crate::{
+    api::protocol::{Event, Happening},
+    cli::Failure,
+    planning::rule::Network,
+};
+
+/// An event in one line, with the local time; whether anybody reads on.
+pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
+    let rule = |network: &Network, port: &u16| format!("{} {port}", shown(&network.to_string()));
+    let by = |uid: &Option<u32>| {
+        let name = |uid: u32| User::from_uid(uid.into()).ok().flatten().map(|user| shown(&user.name));
+        uid.map_or_else(String::new, |uid| match name(uid) {
+            Some(name) => format!(" by {name}"),
+            None => format!(" by user {uid}"),
+        })
+    };
+    let text = match &event.what {
+        Happening::Following { version } => format!("following lbridge {}", shown(version)),
+        Happening::Allowed { network, port, uid } => format!("{}: allowed{}", rule(network, port), by(uid)),
+        Happening::Denied { network, port, uid } => format!("{}: denied{}", rule(network, port), by(uid)),
+        Happening::State { network, port, state, why } => {
+            format!("{}: {}", rule(network, port), described(*state, why.as_deref()))
+        }
+        Happening::Listening { port } => format!("port {port}: a service listens"),
+        Happening::Unregistered { port, error } => {
+            format!("port {port}: a service listens, which the kernel cannot be given: {}", shown(error))
+        }
+        Happening::Closed { port } => format!("port {port}: a service listens no more"),
+        Happening::Docker { version: Some(version), .. } => format!("Docker {} answers", shown(version)),
+        Happening::Docker { version: None, error } => {
+            format!("Docker is away ({})", shown(error.as_deref().unwrap_or_default()))
+        }
+        Happening::Refused { network, port, connections } => {
+            format!("{}: {connections} connections over the limit were refused", rule(network, port))
+        }
+        Happening::Missed { events } => format!("{events} events were missed: this reads too slowly"),
+        Happening::Unknown => "something that this version does not know of; see --json".to_owned(),
+    };
+    print_on(&format!("{} {text}\n", time(event.at)))
+}

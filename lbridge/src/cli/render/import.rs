@@ -1,0 +1,102 @@
+//! `import`: what it would do or has done, and what is left to type.
+
+use std::{collections::BTreeSet, fmt::Write as _, net::SocketAddr};
+
+use super::{print, rules::states, shown};
+use crate::{
+    api::protocol::RuleStatus,
+    cli::Failure,
+    import::{Plan, Standing, Taken},
+    planning::policy::State,
+};
+
+/// What an import would do, and what to type.
+pub(in crate::cli) fn import_plan(plan: &Plan) -> Result<(), Failure> {
+    let mut text = String::new();
+    for taken in &plan.taken {
+        let rule = &taken.rule;
+        let standing = match &taken.standing {
+            Standing::New => String::new(),
+            Standing::There => "; there already".to_owned(),
+            Standing::Conflict(target) => format!("; CONFLICT: the rule there is leads to {}", shown(target)),
+        };
+        let _ = writeln!(
+            text,
+            "{} {}: {} -> {}, from {}{standing}",
+            shown(&rule.network.to_string()),
+            rule.spec.port,
+            SocketAddr::new(taken.gateway, rule.spec.port),
+            shown(&rule.spec.target.to_string()),
+            shown(&taken.unit),
+        );
+    }
+    text += &left(plan);
+    if plan.taken.is_empty() {
+        text += "No socat unit is to be turned into a rule.\n";
+        return print(&text);
+    }
+    text += "\nNothing was changed. Services saw 127.0.0.1; they will see containers, unless --source loopback is given.\n\
+             Make the rules first:\n  lbridge import --yes\n\
+             The kernel asks lbridge before it looks for socat's socket: new connections go to rules that say steered, none\n\
+             is refused. Those that socat carries end with it, so stop it when they may:\n";
+    text += &disable(plan.taken.iter());
+    text += "A rule that has to be relayed says blocked (in use) until socat is stopped, and serves within a second of that.\n";
+    text += &firewall(plan);
+    print(&text)
+}
+
+/// What an import did, and what is left to type. `made` are the new rules, `all` those there are.
+pub(in crate::cli) fn imported(plan: &Plan, made: &[RuleStatus], all: &[RuleStatus]) -> Result<(), Failure> {
+    states(made)?;
+    let mut text = left(plan);
+    if plan.taken.is_empty() {
+        text += "No socat unit is to be turned into a rule.\n";
+        return print(&text);
+    }
+    let is_blocked = |taken: &&Taken| {
+        let is_its =
+            |rule: &&RuleStatus| rule.network == taken.rule.network && rule.port == taken.rule.spec.port;
+        all.iter().find(is_its).is_some_and(|rule| rule.state == State::Blocked)
+    };
+    let (blocked, served): (Vec<_>, Vec<_>) = plan.taken.iter().partition(is_blocked);
+    if !served.is_empty() {
+        text +=
+            "\nNew connections go to lbridge. Those that socat carries end with it; stop it when they may:\n";
+        text += &disable(served.into_iter());
+    }
+    if !blocked.is_empty() {
+        text += "\nRules that are blocked by socat's own socket serve within a second of its end; who connects meanwhile is\n\
+                 refused:\n";
+        text += &disable(blocked.into_iter());
+    }
+    text += &firewall(plan);
+    print(&text)
+}
+
+fn left(plan: &Plan) -> String {
+    let line = |(unit, why): &(String, String)| format!("{} stays: {}\n", shown(unit), shown(why));
+    plan.left.iter().map(line).collect()
+}
+
+fn disable<'a>(taken: impl Iterator<Item = &'a Taken>) -> String {
+    let line = |taken: &Taken| {
+        let unit = shown(&taken.unit);
+        if taken.alone {
+            format!("  systemctl disable --now {unit}\n")
+        } else {
+            format!("  systemctl edit --full {unit}    # it runs other commands, too\n")
+        }
+    };
+    let lines: BTreeSet<_> = taken.map(line).collect();
+    lines.into_iter().collect()
+}
+
+fn firewall(plan: &Plan) -> String {
+    let rules: BTreeSet<_> = plan.taken.iter().flat_map(|taken| &taken.ufw).collect();
+    if rules.is_empty() {
+        return String::new();
+    }
+    let lines = rules.iter().map(|rule| format!("  ufw {}\n", shown(rule)));
+    let start = "\nKeep these; packets pass the firewall before lbridge sees them:\n";
+    std::iter::once(start.to_owned()).chain(lines).collect()
+}

@@ -1,0 +1,211 @@
+//! The rules, and what became of them: `allow`, `deny`, `list`. Ports that follow each other are folded into a range.
+
+use std::{fmt::Write as _, net::SocketAddr};
+
+use super::{NO_RULES, Table, described, print, shown};
+use crate::{
+    api::protocol::RuleStatus,
+    cli::Failure,
+    planning::rule::{Origin, PathChoice, ProxyProtocol, Source},
+};
+
+/// What `allow` brought about, one line for each gateway.
+pub(in crate::cli) fn states(rules: &[RuleStatus]) -> Result<(), Failure> {
+    print(&states_text(rules, ""))
+}
+
+pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
+    let mut text = String::new();
+    for rule in rules {
+        let what = format!("{prefix}{} {}", shown(&rule.network.to_string()), rule.port);
+        let target = shown(&rule.target);
+        for gateway in &rule.gateways {
+            let (dialled, state) = (
+                SocketAddr::new(gateway.address, rule.port),
+                described(gateway.state, gateway.why.as_deref()),
+            );
+            let _ = writeln!(text, "{what}: {dialled} -> {target} {state}");
+        }
+        if rule.gateways.is_empty() {
+            let _ = writeln!(text, "{what}: {target} {}", described(rule.state, rule.why.as_deref()));
+        }
+    }
+    text
+}
+
+/// What `deny` took back.
+pub(in crate::cli) fn denied(rules: &[RuleStatus]) -> Result<(), Failure> {
+    let mut text = String::new();
+    for rule in rules {
+        let _ = writeln!(
+            text,
+            "{} {}: denied; open connections go on",
+            shown(&rule.network.to_string()),
+            rule.port
+        );
+    }
+    print(&text)
+}
+
+/// The rules, as they were given.
+pub(in crate::cli) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
+    if rules.is_empty() {
+        return print(NO_RULES);
+    }
+    let mut table = Table::new(&["NETWORK", "PORT", "TARGET", "SOURCE", "PATH", "FROM", "LIMITS", "COMMENT"]);
+    for range in ranges(rules, |_| ()) {
+        let rule = range.first;
+        table.row([
+            shown(&rule.network.to_string()),
+            range.ports(),
+            range.target(),
+            match rule.source {
+                Source::Container => "container".to_owned(),
+                Source::Loopback => "loopback".to_owned(),
+            },
+            match rule.path {
+                PathChoice::Auto => "auto".to_owned(),
+                PathChoice::Steer => "steer".to_owned(),
+                PathChoice::Relay => "relay".to_owned(),
+            },
+            match rule.origin {
+                Origin::Cli => "allow".to_owned(),
+                Origin::Config => "config".to_owned(),
+            },
+            options(rule),
+            rule.comment.as_deref().map(shown).unwrap_or_default(),
+        ]);
+    }
+    print(&table.to_text())
+}
+
+/// Rules of one network for ports that follow each other, which are the same but for that.
+pub(super) struct Range<'a> {
+    pub(super) first: &'a RuleStatus,
+    pub(super) all: &'a [RuleStatus],
+}
+
+impl Range<'_> {
+    /// `8000-8010`, or a port alone.
+    pub(super) fn ports(&self) -> String {
+        self.to_last(self.first.port)
+    }
+
+    /// Where it leads, in the same way.
+    pub(super) fn target(&self) -> String {
+        shown(&self.said(&self.first.target))
+    }
+
+    fn to_last(&self, first: u16) -> String {
+        match u16::try_from(self.all.len()) {
+            Ok(count @ 2..) => format!("{first}-{}", first.saturating_add(count - 1)),
+            _ => first.to_string(),
+        }
+    }
+
+    /// A text of the first rule's, which may name its ports, said of all of them.
+    pub(super) fn said(&self, text: &str) -> String {
+        with_ports(self.first, text, |port| self.to_last(port))
+    }
+}
+
+/// With other words for the rule's ports, wherever `text` names one behind an address.
+pub(super) fn with_ports(rule: &RuleStatus, text: &str, words: impl Fn(u16) -> String) -> String {
+    let target = rule.target.parse::<SocketAddr>().ok().map(|target| target.port());
+    let ports = target.into_iter().chain((target != Some(rule.port)).then_some(rule.port));
+    ports.fold(text.to_owned(), |text, port| {
+        let named = format!(":{port}");
+        let mut pieces = text.split(&named);
+        let mut told = pieces.next().unwrap_or_default().to_owned();
+        for piece in pieces {
+            // `:80` is no part of `:8080`.
+            let is_other = piece.starts_with(|c: char| c.is_ascii_digit());
+            let words = if is_other { port.to_string() } else { words(port) };
+            told.extend([":", &words, piece]);
+        }
+        told
+    })
+}
+
+/// Folds rules, in their order. `more` is what has to be the same beside what they were given.
+pub(super) fn ranges<K: PartialEq>(rules: &[RuleStatus], more: impl Fn(&RuleStatus) -> K) -> Vec<Range<'_>> {
+    // As it would be, were it the port before.
+    let follows = |before: &RuleStatus, rule: &RuleStatus| {
+        let target = |rule: &RuleStatus| rule.target.parse::<SocketAddr>().ok();
+        let leads_on = match (target(before), target(rule)) {
+            (Some(a), Some(b)) => a.ip() == b.ip() && a.port().checked_add(1) == Some(b.port()),
+            _ => false,
+        };
+        leads_on
+            && before.port.checked_add(1) == Some(rule.port)
+            && before.network == rule.network
+            && (before.source, before.path, before.origin) == (rule.source, rule.path, rule.origin)
+            && before.comment == rule.comment
+            && options(before) == options(rule)
+            && more(before) == more(rule)
+    };
+    let runs = rules.chunk_by(follows);
+    runs.filter_map(|all| Some(Range { first: all.first()?, all })).collect()
+}
+
+/// What only a relay can keep, as `allow` takes it.
+fn options(rule: &RuleStatus) -> String {
+    let connections = rule.max_connections.map(|max| format!("--max-connections {max}"));
+    let idle = rule.idle_timeout.map(|idle| {
+        let idle = jiff::SignedDuration::try_from(idle).unwrap_or_default();
+        format!("--idle-timeout {idle:#}")
+    });
+    let proxy = rule.proxy_protocol.map(|version| match version {
+        ProxyProtocol::V1 => "--proxy-protocol v1".to_owned(),
+        ProxyProtocol::V2 => "--proxy-protocol v2".to_owned(),
+    });
+    let options: Vec<_> = [connections, idle, proxy].into_iter().flatten().collect();
+    if options.is_empty() { "-".to_owned() } else { options.join(" ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(port: u16, target: &str) -> RuleStatus {
+        let rule = serde_json::json!({
+            "network": "app", "port": port, "target": target, "source": "container", "path": "auto",
+            "origin": "cli", "state": "waiting", "why": format!("nothing listens on {target}"), "gateways": [],
+        });
+        serde_json::from_value(rule).unwrap()
+    }
+
+    fn folded(rules: &[RuleStatus]) -> Vec<String> {
+        let ranges = ranges(rules, |rule| rule.comment.clone());
+        let told = |range: &Range<'_>| {
+            format!(
+                "{} {} {}",
+                range.ports(),
+                range.target(),
+                range.said(range.first.why.as_deref().unwrap())
+            )
+        };
+        ranges.iter().map(told).collect()
+    }
+
+    #[test]
+    fn ranges_of_ports_are_folded() {
+        let mut rules: Vec<_> = (8000..=8010).map(|port| rule(port, &format!("127.0.0.1:{port}"))).collect();
+        assert_eq!(folded(&rules), ["8000-8010 127.0.0.1:8000-8010 nothing listens on 127.0.0.1:8000-8010"]);
+        rules[3].comment = Some("another".to_owned());
+        assert_eq!(folded(&rules).len(), 3);
+        let remapped = [rule(80, "127.0.0.1:8080"), rule(81, "127.0.0.1:8081"), rule(82, "127.0.0.1:8081")];
+        assert_eq!(
+            folded(&remapped),
+            [
+                "80-81 127.0.0.1:8080-8081 nothing listens on 127.0.0.1:8080-8081",
+                "82 127.0.0.1:8081 nothing listens on 127.0.0.1:8081"
+            ]
+        );
+        let unix = [rule(1, "unix:/run/x:1"), rule(2, "unix:/run/x:1")];
+        assert_eq!(folded(&unix).len(), 2);
+        assert_eq!(folded(&[]).len(), 0);
+        let tail = rule(80, "127.0.0.1:80");
+        assert_eq!(with_ports(&tail, "[::1]:80, :8080, :80", |_| "N".to_owned()), "[::1]:N, :8080, :N");
+    }
+}

@@ -1,0 +1,125 @@
+//! `status`.
+
+use std::{fmt::Write as _, net::SocketAddr};
+
+use super::{
+    NO_RULES, Table, described, print,
+    rules::{ranges, with_ports},
+    shown,
+};
+use crate::{
+    api::protocol::{DockerStatus, FirewallStatus, GatewayStatus, KernelPath, RuleStatus, Status},
+    cli::Failure,
+    planning::firewall::FirewallMode,
+};
+
+/// Everything, for a person at 3 a.m.
+pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
+    let mut text = format!("lbridge {}\n", status.version);
+    let kernel = &status.kernel;
+    let _ = match kernel.path {
+        KernelPath::Steer => writeln!(
+            text,
+            "kernel   steers{}{}",
+            if kernel.interface_check {
+                ""
+            } else {
+                "; checks source subnets only (interfaces from Linux 5.17 on)"
+            },
+            if kernel.registers_listeners {
+                ""
+            } else {
+                "; a service that restarts is found while the daemon runs"
+            },
+        ),
+        KernelPath::None => {
+            writeln!(text, "kernel   does not steer: {}", shown(kernel.why.as_deref().unwrap_or_default()))
+        }
+    };
+    let _ = match &status.docker {
+        DockerStatus::Off => writeln!(text, "Docker   not followed (--no-docker)"),
+        DockerStatus::Reachable { version } => writeln!(text, "Docker   {} answers", shown(version)),
+        DockerStatus::Away { since, error } => {
+            let since = since.map_or_else(String::new, |since| format!(" since {since:.0}"));
+            writeln!(text, "Docker   away{since}; rules in force stay in force ({})", shown(error))
+        }
+    };
+    text += &firewall_line(&status.firewall);
+    if let Some(refused) = &status.refused_reload {
+        let error = shown(&refused.error);
+        let _ = writeln!(
+            text,
+            "config   not reloaded since {:.0}; what was read before is in force ({error})",
+            refused.since
+        );
+    }
+    text.push('\n');
+    if status.rules.is_empty() {
+        text += NO_RULES;
+        return print(&text);
+    }
+    let mut table = Table::new(&["NETWORK", "CONTAINERS DIAL", "SERVICE", "SERVED", "STATE"]);
+    let why = |rule: &RuleStatus, why: &Option<String>| {
+        why.as_ref().map(|why| with_ports(rule, why, |_| String::new()))
+    };
+    let state = |rule: &RuleStatus| {
+        let gateway = |gateway: &GatewayStatus| {
+            (gateway.address, gateway.interface.clone(), gateway.state, why(rule, &gateway.why))
+        };
+        let gateways: Vec<_> = rule.gateways.iter().map(gateway).collect();
+        (rule.state, why(rule, &rule.why), gateways)
+    };
+    for range in ranges(&status.rules, state) {
+        let rule = range.first;
+        let (network, target) = (shown(&rule.network.to_string()), range.target());
+        if rule.gateways.is_empty() {
+            let state = described(rule.state, rule.why.as_ref().map(|why| range.said(why)).as_deref());
+            table.row([network, format!("port {}", range.ports()), target, "-".to_owned(), state]);
+            continue;
+        }
+        let refused: u64 = range.all.iter().map(|rule| rule.refused).sum();
+        for (index, gateway) in rule.gateways.iter().enumerate() {
+            let mut state =
+                described(gateway.state, gateway.why.as_ref().map(|why| range.said(why)).as_deref());
+            if refused > 0 {
+                let _ = write!(state, "; {refused} connections over the limit were refused");
+            }
+            let dialled = SocketAddr::new(gateway.address, rule.port).to_string();
+            let last = range.ports();
+            let last = last.split_once('-').map_or_else(String::new, |(_, last)| format!("-{last}"));
+            let of_gateway =
+                |rule: &RuleStatus| rule.gateways.get(index).map_or(0, |gateway| gateway.connections);
+            table.row([
+                network.clone(),
+                dialled + &last,
+                target.clone(),
+                range.all.iter().map(of_gateway).sum::<u64>().to_string(),
+                state,
+            ]);
+        }
+    }
+    text += &table.to_text();
+    print(&text)
+}
+
+/// What stands in front of the rules, in a line.
+fn firewall_line(status: &FirewallStatus) -> String {
+    let mut line = match &status.firewalls[..] {
+        [] => "firewall nothing that denies".to_owned(),
+        firewalls => format!("firewall {}", firewalls.join(", ")),
+    };
+    let _ = match (status.mode, status.accept_rules) {
+        (FirewallMode::Off, _) => write!(line, "; left alone (firewall = \"off\")"),
+        (FirewallMode::Manage, 0) => Ok(()),
+        (FirewallMode::Manage, 1) => write!(line, "; 1 accept rule of lbridge's"),
+        (FirewallMode::Manage, rules) => write!(line, "; {rules} accept rules of lbridge's"),
+    };
+    if let Some(why) = &status.unreadable {
+        let _ = write!(line, "; could not be read: {}", shown(why));
+    }
+    if let Some(why) = &status.untried {
+        let _ = write!(line, "; not tried whether packets arrive: {}", shown(why));
+    }
+    line.push('\n');
+    line
+}
