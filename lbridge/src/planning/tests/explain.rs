@@ -109,7 +109,10 @@ fn a_steered_connection_step_by_step() {
     );
     assert_eq!(told.remedy, "`lbridge deny app 5432` takes it back");
     let other = host.explain("app", 5433);
-    assert_eq!(stages(&other), [(Stage::Arrival, Note), (Stage::Lookup, No), (Stage::Host, No)]);
+    assert_eq!(
+        stages(&other),
+        [(Stage::Arrival, Note), (Stage::Firewall, Note), (Stage::Lookup, No), (Stage::Host, No)]
+    );
 }
 
 #[test]
