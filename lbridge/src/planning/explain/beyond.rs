@@ -1,0 +1,127 @@
+//! What takes a connection that the kernel program leaves alone: a relay, or whatever listens on the dialled address.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use super::{
+    Answer, End, Explainer, Fate, Stage, Way,
+    words::{step, taken_back},
+};
+use crate::planning::{
+    inventory::{Interface, Listener},
+    policy::{Clients, Place, RelayKey, RelaySpec, Service, State},
+};
+
+impl Explainer<'_> {
+    /// The kernel goes on as if lbridge were not there: to a relay, to whatever listens on the gateway, or nowhere.
+    pub(super) fn beyond(&self, way: &mut Way, bridge: &Interface) -> End {
+        let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
+        let key = RelayKey { address: way.dialled, place };
+        if let Some(spec) = self.known.reality.relays.get(&key) {
+            return self.relay(way, spec);
+        }
+        self.no_relay(way, &key);
+        let who = answering(&self.known.inventory.listeners, way.dialled, bridge.index);
+        self.host(way, who)
+    }
+
+    /// A relay that a rule asks for and that is not there, or that is about to go.
+    pub(super) fn no_relay(&self, way: &mut Way, key: &RelayKey) {
+        let text = if self.known.policy.relays.contains_key(key) {
+            let why = self.known.relay_failures.get(key).map_or("the next look opens it", String::as_str);
+            format!("the rule asks for a relay on {}, which is not open: {why}", way.dialled)
+        } else if self.known.reality.lingering.contains(key) {
+            "a relay only completes what had begun when the kernel took over".to_owned()
+        } else {
+            return;
+        };
+        way.steps.push(step(Stage::Relay, Answer::No, text));
+    }
+
+    pub(super) fn relay(&self, way: &mut Way, spec: &RelaySpec) -> End {
+        let reason = self.meant(way).and_then(|outcome| outcome.why.clone());
+        let reason = reason.map_or_else(String::new, |why| format!(" ({why})"));
+        let service = match &spec.service {
+            Service::Tcp(address) => address.to_string(),
+            Service::Unix(path) => format!("unix:{}", path.display()),
+        };
+        let open =
+            format!("the relay of {} is open on {}, {}{reason}", spec.rule, way.dialled, way.interface);
+        let container = match spec.clients {
+            Clients::Subnet(subnet) if !subnet.contains(way.source) || way.source == way.dialled.ip() => {
+                let text = format!("{open}; {} is none of its network's containers: reset", way.source);
+                way.steps.push(step(Stage::Relay, Answer::No, text));
+                let remedy = "only the network's own containers are served".to_owned();
+                return self.end(way, Fate::Refused, "the relay resets them", remedy);
+            }
+            Clients::Subnet(_) => way.source,
+            Clients::Inside(told) => told,
+        };
+        way.steps.push(step(Stage::Relay, Answer::Yes, format!("{open}: connects to {service}")));
+        way.steps.push(self.relayed_peer(spec, container));
+        let remedy = self.rule().map_or_else(|| "the next look closes it".to_owned(), taken_back);
+        self.end(way, Fate::Relayed, &format!("{service}{reason}"), remedy)
+    }
+
+    /// What listens on the dialled address itself, rule or no rule.
+    pub(super) fn host(&self, way: &mut Way, who: Option<&Listener>) -> End {
+        let id = self.id();
+        if let Some(listener) = who {
+            let named = self.named(listener);
+            let text =
+                format!("{named} listens on {} and answers, as if lbridge were not there", listener.address);
+            way.steps.push(step(Stage::Host, Answer::Yes, text));
+            let remedy = match self.rule() {
+                None => format!(
+                    "`lbridge allow {id}` would lead them to the loopback service of that port; a service that is bound to a loopback address is out of their reach"
+                ),
+                Some(_) => self.unserved(way),
+            };
+            return self.end(way, Fate::Passed, &format!("{named} on {}", listener.address), remedy);
+        }
+        let text = format!("nothing listens on {}: refused", way.dialled);
+        way.steps.push(step(Stage::Host, Answer::No, text));
+        if self.rule().is_none() {
+            let remedy = format!("`lbridge allow {id}` opens it");
+            return self.end(way, Fate::Refused, "there is no rule", remedy);
+        }
+        let why = self.meant(way).filter(|o| !matches!(o.state, State::Steered | State::Relayed));
+        let why = why.and_then(|outcome| outcome.why.clone());
+        let why = why.unwrap_or_else(|| "neither entry nor relay has it".to_owned());
+        let remedy = self.unserved(way);
+        self.end(way, Fate::Refused, &why, remedy)
+    }
+
+    /// What to do where a rule does not serve.
+    fn unserved(&self, way: &Way) -> String {
+        let Some(meant) = self.rule() else { return String::new() };
+        match self.meant(way).map(|outcome| outcome.state) {
+            Some(State::Waiting) => format!("start the service on {}", meant.rule.spec.target),
+            Some(State::Blocked) => {
+                "`lbridge status` says the same; the reason says what to change".to_owned()
+            }
+            // It serves others.
+            Some(State::Steered) => "only the network's own containers are served".to_owned(),
+            Some(State::Relayed) | None => "`lbridge status` makes the daemon look again".to_owned(),
+        }
+    }
+}
+
+/// The listener that the kernel itself picks for `dialled`, coming in on that interface: one that is bound to the address
+/// before one that is bound to all, one that is bound to the interface before one that is not (compute_score() in
+/// net/ipv4/inet_hashtables.c).
+pub(super) fn answering(listeners: &[Listener], dialled: SocketAddr, interface: u32) -> Option<&Listener> {
+    let score = |listener: &Listener| {
+        let bound = listener.address;
+        let of_family = bound.is_ipv4() == dialled.is_ipv4()
+            || (bound.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED) && !listener.single_family);
+        let of_address = bound.ip() == dialled.ip();
+        let of_interface = listener.bound_interface == interface;
+        let fits = bound.port() == dialled.port()
+            && of_family
+            && (of_address || bound.ip().is_unspecified())
+            && (of_interface || listener.bound_interface == 0);
+        fits.then_some((of_address, of_interface, bound.is_ipv4() == dialled.is_ipv4()))
+    };
+    let scored = listeners.iter().filter_map(|listener| Some((score(listener)?, listener)));
+    Some(scored.max_by_key(|(score, _)| *score)?.1)
+}

@@ -1,0 +1,190 @@
+//! From a bridge: the network, and the way of a SYN to each gateway, up to the kernel program.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use lbridge_common::{
+    verdict::{Verdict, decide},
+    wire::Address,
+};
+
+use super::{
+    Answer, End, Explainer, Fate, Stage, Step, Way, Ways,
+    words::{described, step, subnet},
+};
+use crate::planning::{
+    firewall::{Opening, Passage},
+    inventory::{DockerPresence, Interface, find_networks},
+    policy::{State, bridge_of},
+    rule::Network,
+};
+
+impl Explainer<'_> {
+    pub(super) fn bridge(&self) -> (Step, Ways) {
+        let network = &self.question.network;
+        let docker = match network {
+            Network::Docker(name) => find_networks(&self.known.inventory.docker_networks, name),
+            _ => vec![],
+        };
+        let bridge = match bridge_of(network, self.known.inventory, self.known.abilities) {
+            Ok(bridge) => bridge,
+            Err(outcome) => {
+                let why = outcome.why.unwrap_or_default();
+                let text = match docker[..] {
+                    [network] => format!("{}; {why}", described(network)),
+                    _ => why.clone(),
+                };
+                let end = End {
+                    sentence: format!("nothing of {network} can dial port {}: {why}", self.question.port),
+                    remedy: self.without_network(outcome.state),
+                };
+                return (step(Stage::Network, Answer::No, text), Err(end));
+            }
+        };
+        let addresses: Vec<_> =
+            bridge.addresses.iter().map(|(ip, prefix)| format!("{ip}/{prefix}")).collect();
+        let what = match docker[..] {
+            [network] => format!("{}, its bridge {}", described(network), bridge.name),
+            _ => format!("the bridge {}", bridge.name),
+        };
+        let away = match (network, self.known.inventory.docker) {
+            (Network::Docker(_), DockerPresence::Away) => "; as last seen, Docker is away",
+            _ => "",
+        };
+        if addresses.is_empty() {
+            let text = format!("{what}, which has no address that a container could dial{away}");
+            let end = End {
+                sentence: format!("nothing of {network} can dial port {}: no gateway", self.question.port),
+                remedy: format!(
+                    "give the bridge an address: `ip addr add ADDRESS/PREFIX dev {}`",
+                    bridge.name
+                ),
+            };
+            return (step(Stage::Network, Answer::No, text), Err(end));
+        }
+        let text = format!("{what} (interface {}), the gateway {}{away}", bridge.index, addresses.join(", "));
+        let fits = |ip: &IpAddr| self.question.source.is_none_or(|source| source.is_ipv4() == ip.is_ipv4());
+        let gateways = bridge.addresses.iter().filter(|(ip, _)| fits(ip));
+        let ways: Vec<_> = gateways.map(|(ip, prefix)| self.to_gateway(&bridge, *ip, *prefix)).collect();
+        let ways = if ways.is_empty() {
+            Err(End {
+                sentence: format!("{network} has no gateway of the source's family"),
+                remedy: "leave out --source, or give one of the network's addresses".to_owned(),
+            })
+        } else {
+            Ok(ways)
+        };
+        (step(Stage::Network, Answer::Yes, text), ways)
+    }
+
+    fn without_network(&self, state: State) -> String {
+        let id = self.id();
+        match (&self.question.network, state) {
+            (_, State::Blocked) => {
+                "name another network; `docker network ls` and `ip link show type bridge` show them"
+                    .to_owned()
+            }
+            (Network::Docker(name), _) if self.rule().is_some() => {
+                format!(
+                    "`docker network create {name}`: the rule is there, and is in force as soon as the network is"
+                )
+            }
+            (Network::Docker(_), _) => {
+                format!(
+                    "`docker network ls` shows the networks; `lbridge allow {id}` would wait for this one"
+                )
+            }
+            _ => format!(
+                "`ip link show type bridge` shows the bridges; `lbridge allow {id}` would wait for this one"
+            ),
+        }
+    }
+
+    /// The whole way of a SYN to a gateway.
+    fn to_gateway(&self, bridge: &Interface, gateway: IpAddr, prefix: u8) -> (Way, End) {
+        let dialled = SocketAddr::new(gateway, self.question.port);
+        let source = self.question.source.unwrap_or_else(|| neighbour(gateway, prefix));
+        let mut way = Way {
+            dialled,
+            interface: bridge.name.clone(),
+            source,
+            steps: vec![arrival(bridge, source, dialled)],
+            fate: Fate::Refused,
+        };
+        if let Some(end) = self.firewall(&mut way) {
+            return (way, end);
+        }
+        let entry = self.lookup(&mut way, bridge);
+        let verdict = decide(entry, &source.into());
+        let end = match (verdict, entry) {
+            (Verdict::Steer, Some(entry)) => {
+                let text = format!("{source} is in {}", subnet(entry));
+                way.steps.push(step(Stage::Source, Answer::Yes, text));
+                self.listener(&mut way, entry)
+            }
+            (Verdict::ForeignSource, Some(entry)) => {
+                let text = format!("{source} is not in {}: left alone, and counted", subnet(entry));
+                way.steps.push(step(Stage::Source, Answer::No, text));
+                self.beyond(&mut way, bridge)
+            }
+            (_, Some(_)) => {
+                let text = format!("{source} is the gateway's own address, so the host itself: left alone");
+                way.steps.push(step(Stage::Source, Answer::No, text));
+                self.beyond(&mut way, bridge)
+            }
+            (_, None) => self.beyond(&mut way, bridge),
+        };
+        (way, end)
+    }
+
+    /// What was tried; an end, if nothing comes through.
+    fn firewall(&self, way: &mut Way) -> Option<End> {
+        let opening =
+            Opening { interface: way.interface.clone(), gateway: way.dialled.ip(), port: way.dialled.port() };
+        let filtering = &self.known.reality.filtering;
+        let (verdict, text) = match filtering.passages.get(&opening) {
+            Some(Passage::Open) => {
+                let accepts = filtering.accepts.keys().find(|(_, accepted)| *accepted == opening);
+                let by =
+                    accepts.map_or_else(String::new, |(chain, _)| format!(", by lbridge's rule in {chain}"));
+                (Answer::Yes, format!("the firewall lets it in{by}: a SYN was sent and answered"))
+            }
+            Some(Passage::Dropped) => {
+                let why = filtering.why_dropped(&opening);
+                way.steps.push(step(
+                    Stage::Firewall,
+                    Answer::No,
+                    format!("a SYN was sent and not answered: {why}"),
+                ));
+                let remedy = match self.rule() {
+                    Some(_) => why,
+                    None => format!("`lbridge allow {}` lets it through, and opens the port", self.id()),
+                };
+                return Some(self.end(way, Fate::Dropped, "a firewall drops them", remedy));
+            }
+            Some(Passage::Unknown(why)) => {
+                (Answer::Note, format!("whether a firewall drops it could not be tried: {why}"))
+            }
+            None => (Answer::Note, "whether a firewall drops it was not tried".to_owned()),
+        };
+        way.steps.push(step(Stage::Firewall, verdict, text));
+        None
+    }
+}
+
+/// Before anything of the host has seen the SYN.
+fn arrival(bridge: &Interface, source: IpAddr, dialled: SocketAddr) -> Step {
+    let text = format!("a SYN from {source} to {dialled} comes in on {}", bridge.name);
+    step(Stage::Arrival, Answer::Note, text)
+}
+
+/// Some other address of the gateway's subnet.
+fn neighbour(gateway: IpAddr, prefix: u8) -> IpAddr {
+    let own = Address::from(gateway);
+    let mask = own.mask(prefix);
+    let is_inside = |ip: &IpAddr| Address::from(*ip).masked(&mask) == own.masked(&mask);
+    let beside = |step: i8| match gateway {
+        IpAddr::V4(ip) => IpAddr::from(Ipv4Addr::from(u32::from(ip).wrapping_add_signed(step.into()))),
+        IpAddr::V6(ip) => IpAddr::from(Ipv6Addr::from(u128::from(ip).wrapping_add_signed(step.into()))),
+    };
+    Some(beside(1)).filter(is_inside).unwrap_or_else(|| beside(-1))
+}

@@ -1,0 +1,135 @@
+//! What the kernel program finds in its maps: the entry, and the listener that it assigns.
+
+use std::net::{IpAddr, SocketAddr};
+
+use lbridge_common::{
+    verdict::{first_candidate, listening_addresses},
+    wire::{Address, ListenerKey, RuleKey, RuleValue},
+};
+
+use super::{
+    Answer, End, Explainer, Fate, Known, Stage, Step, Way,
+    words::{key_address, step, subnet, taken_back, target},
+};
+use crate::planning::inventory::{Interface, Listener};
+
+impl Explainer<'_> {
+    /// The entry that the kernel program finds.
+    pub(super) fn lookup(&self, way: &mut Way, bridge: &Interface) -> Option<&RuleValue> {
+        let Known { abilities, reality, policy, .. } = self.known;
+        let mut no = |text| way.steps.push(step(Stage::Lookup, Answer::No, text));
+        let steering = match &abilities.steer {
+            Ok(steering) => steering,
+            Err(why) => {
+                no(format!("the kernel does not steer: {why}"));
+                return None;
+            }
+        };
+        if reality.detached {
+            no("the kernel programs are detached, their pins are gone".to_owned());
+            return None;
+        }
+        let ifindex = if steering.interface_check { bridge.index } else { 0 };
+        let key =
+            RuleKey { gateway: way.dialled.ip().into(), ifindex, port: way.dialled.port(), reserved: 0 };
+        let interface = if steering.interface_check { &bridge.name } else { "any interface" };
+        let asked = format!("({interface}, {}, {})", way.dialled.ip(), way.dialled.port());
+        let Some(entry) = reality.entries.get(&key) else {
+            let missing = if policy.entries.contains_key(&key) {
+                let why =
+                    self.known.entry_failures.get(&key).map_or("the next look puts it there", String::as_str);
+                format!(", which the rule asks for: {why}")
+            } else {
+                String::new()
+            };
+            no(format!("RULES has nothing for {asked}{missing}"));
+            return None;
+        };
+        if entry.key != key {
+            no(format!("what RULES has for {asked} is another key's: left alone"));
+            return None;
+        }
+        let wanted = match policy.entries.get(&key) {
+            Some(wanted) if *wanted == (RuleValue { steered: 0, ..*entry }) => String::new(),
+            Some(wanted) => format!("; the rule asks for {}: the next look puts that", target(wanted)),
+            None => {
+                "; no rule asks for it, somebody else has put it there: the next look removes it".to_owned()
+            }
+        };
+        let text = format!(
+            "RULES has {asked}: from {} to {}, {} so far{wanted}",
+            subnet(entry),
+            target(entry),
+            entry.steered
+        );
+        way.steps.push(step(Stage::Lookup, Answer::Yes, text));
+        Some(entry)
+    }
+
+    /// The listener that the kernel program assigns.
+    pub(super) fn listener(&self, way: &mut Way, entry: &RuleValue) -> End {
+        let taken = |key: &ListenerKey| {
+            self.known.reality.registered.contains(key) && self.is_of_family(key, way.dialled.ip())
+        };
+        let found = first_candidate(&entry.target, entry.target_port, |key| taken(&key).then_some(key));
+        let details: Vec<_> =
+            listening_addresses(&entry.target).map(|address| self.candidate(address, entry)).collect();
+        let Some(key) = found else {
+            let text = "none that the kernel could take is registered: refused".to_owned();
+            way.steps.push(Step { stage: Stage::Listener, verdict: Answer::No, text, details });
+            let mut bound =
+                listening_addresses(&entry.target).map(|address| key_address(address, entry.target_port));
+            let (why, remedy) = if bound.any(|bound| self.at(bound).next().is_some()) {
+                let remedy = "`lbridge status` makes the daemon look, and says what it makes of the listener";
+                (format!("no listener for {} is registered", target(entry)), remedy.to_owned())
+            } else {
+                (
+                    format!("nothing listens on {}", target(entry)),
+                    format!("start a service on {}", target(entry)),
+                )
+            };
+            return self.end(way, Fate::Refused, &why, remedy);
+        };
+        let bound = key_address(key.address, key.port);
+        let who = self
+            .at(bound)
+            .find_map(|listener| self.holder(listener))
+            .unwrap_or_else(|| "a service".to_owned());
+        let text = format!("{bound}, registered under slot {}: {who} gets the connection", key.slot);
+        way.steps.push(Step { stage: Stage::Listener, verdict: Answer::Yes, text, details });
+        way.steps.push(self.steered_peer(way));
+        let remedy = match self.rule() {
+            Some(meant) => taken_back(meant),
+            None => "no rule asks for it: `lbridge status` makes the daemon look, and remove it".to_owned(),
+        };
+        self.end(way, Fate::Steered, &format!("{who} on {bound}"), remedy)
+    }
+
+    /// The kernel gives a connection only to a listener of its family; `[::]` may serve both.
+    fn is_of_family(&self, key: &ListenerKey, dialled: IpAddr) -> bool {
+        if key.address.is_v4() == dialled.is_ipv4() {
+            return true;
+        }
+        let mut listeners = self.at(key_address(key.address, key.port)).peekable();
+        // The socket may be newer than the list of them.
+        key.address == Address::ANY_V6 && (listeners.peek().is_none() || listeners.any(|l| !l.single_family))
+    }
+
+    fn candidate(&self, address: Address, entry: &RuleValue) -> String {
+        let bound = key_address(address, entry.target_port);
+        let of_address = |key: &&ListenerKey| key.address == address && key.port == entry.target_port;
+        let registered = self.known.reality.registered.iter().filter(of_address).count();
+        let there: Vec<_> = self.at(bound).map(|listener| self.named(listener)).collect();
+        match (registered, there.is_empty()) {
+            (0, true) => format!("{bound}: nothing listens"),
+            (0, false) => format!("{bound}: {}, not registered", there.join(", ")),
+            (_, true) => format!("{bound}: registered"),
+            (_, false) => format!("{bound}: {}, registered", there.join(", ")),
+        }
+    }
+
+    /// The host's listeners that are bound there, and to no interface.
+    fn at(&self, bound: SocketAddr) -> impl Iterator<Item = &Listener> {
+        self.known.inventory.listeners.iter().filter(move |l| l.address == bound && l.bound_interface == 0)
+    }
+}

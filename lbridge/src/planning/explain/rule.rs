@@ -1,0 +1,73 @@
+//! The rule that a question is about, and the nearest ones if there is none.
+
+use super::{Answer, Explainer, Stage, Step, Way, words::step};
+use crate::planning::{
+    policy::{Outcome, Place, RuleOutcome, bridge_of},
+    rule::{Origin, RuleId},
+};
+
+/// Rules that are told of where none matches.
+const MAX_NEAREST: usize = 4;
+/// A port that is so far from the dialled one may have been meant.
+const NEAR: u16 = 2;
+
+impl Explainer<'_> {
+    pub(super) fn id(&self) -> RuleId {
+        RuleId { network: self.question.network.clone(), port: self.question.port }
+    }
+
+    /// The question's rule, or whichever has one of the addresses that it is about: two names may mean one bridge.
+    pub(super) fn rule(&self) -> Option<&RuleOutcome> {
+        let outcomes = &self.known.policy.outcomes;
+        let by_name = outcomes.iter().find(|meant| meant.rule.id() == self.id());
+        by_name.or_else(|| {
+            let bridge = bridge_of(&self.question.network, self.known.inventory, self.known.abilities).ok()?;
+            outcomes.iter().find(|meant| {
+                let here = |place: &Place| matches!(place, Place::Bridge { ifindex, .. } if *ifindex == bridge.index);
+                meant.rule.spec.port == self.question.port
+                    && meant.gateways.iter().any(|gateway| here(&gateway.relay_key.place))
+            })
+        })
+    }
+
+    pub(super) fn rule_step(&self) -> Step {
+        let Some(meant) = self.rule() else {
+            let nearest = self.nearest();
+            let text = if nearest.is_empty() {
+                format!("no rule for {}", self.id())
+            } else {
+                format!("no rule for {}; nearest: {}", self.id(), nearest.join(", "))
+            };
+            return step(Stage::Rule, Answer::No, text);
+        };
+        let by = match meant.origin {
+            Origin::Cli => "made by lbridge allow",
+            Origin::Config => "from the configuration file",
+        };
+        let shared =
+            if meant.rule.network == self.question.network { "" } else { ", which means the same bridge" };
+        let text = format!("{} -> {}, {by}{shared}", meant.rule.id(), meant.rule.spec.target);
+        step(Stage::Rule, Answer::Yes, text)
+    }
+
+    /// Other ports of this network, and other networks that have this port or one beside it.
+    fn nearest(&self) -> Vec<String> {
+        let distance = |meant: &RuleOutcome| meant.rule.spec.port.abs_diff(self.question.port);
+        let is_other = |meant: &RuleOutcome| meant.rule.network != self.question.network;
+        let leads_there = |meant: &RuleOutcome| meant.rule.spec.target.port() == Some(self.question.port);
+        let outcomes = self.known.policy.outcomes.iter();
+        let mut near: Vec<_> = outcomes
+            .filter(|meant| !is_other(meant) || distance(meant) <= NEAR)
+            .map(|meant| (!leads_there(meant) || is_other(meant), distance(meant), is_other(meant), meant))
+            .collect();
+        near.sort_by_key(|(leads, distance, other, meant)| (*leads, *distance, *other, meant.rule.id()));
+        let told = |meant: &RuleOutcome| format!("{} {}", meant.rule.network, meant.rule.spec);
+        near.into_iter().take(MAX_NEAREST).map(|(.., meant)| told(meant)).collect()
+    }
+
+    /// What the rule means to become of this way.
+    pub(super) fn meant(&self, way: &Way) -> Option<&Outcome> {
+        let gateways = &self.rule()?.gateways;
+        Some(&gateways.iter().find(|gateway| gateway.relay_key.address == way.dialled)?.outcome)
+    }
+}

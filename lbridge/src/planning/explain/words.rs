@@ -1,0 +1,121 @@
+//! How things are called: ends, listeners and their processes, what a service sees as its peer.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use lbridge_common::wire::{Address, Endpoint, RuleValue};
+
+use super::{Answer, End, Explainer, Fate, Stage, Step, Way};
+use crate::planning::{
+    inventory::{DockerNetwork, Listener, ListenerKind},
+    policy::{RelaySpec, RuleOutcome, Service, stand_in_for_container},
+    rule::{Origin, Source},
+};
+
+/// Digits of an id that Docker prints.
+const SHORT_ID: usize = 12;
+
+impl Explainer<'_> {
+    pub(super) fn end(&self, way: &mut Way, fate: Fate, what: &str, remedy: String) -> End {
+        way.fate = fate;
+        let whose = format!("connections from {} to {}", self.question.network, way.dialled);
+        let sentence = match fate {
+            Fate::Steered => format!("{whose} are steered to {what}"),
+            Fate::Relayed => format!("{whose} are relayed to {what}"),
+            Fate::Refused => format!("{whose} are refused: {what}"),
+            Fate::Dropped => format!("{whose} time out: {what}"),
+            Fate::Passed => format!("{whose} reach {what}, not by lbridge"),
+        };
+        End { sentence, remedy }
+    }
+
+    pub(super) fn holder(&self, listener: &Listener) -> Option<String> {
+        self.known.holders.get(&listener.inode).cloned()
+    }
+
+    pub(super) fn named(&self, listener: &Listener) -> String {
+        let who = self.holder(listener).unwrap_or_else(|| "a service".to_owned());
+        let v6_only = listener.single_family && listener.address.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED);
+        match listener.kind {
+            ListenerKind::Tcp if v6_only => format!("{who} (IPv6 only)"),
+            ListenerKind::Tcp => who,
+            ListenerKind::Mptcp => format!("{who} (MPTCP)"),
+            ListenerKind::Refused(errno) => format!("{who} (refused by the kernel, error {errno})"),
+        }
+    }
+
+    pub(super) fn steered_peer(&self, way: &Way) -> Step {
+        let reality = self.known.reality;
+        let view = reality.views.get(&Endpoint::new(way.dialled.ip().into(), way.dialled.port()));
+        let seen = |view: &&lbridge_common::wire::LoopbackView| {
+            reality.name_hooks && Address::from(way.source).masked(&view.mask) == view.subnet
+        };
+        let text = match view.filter(seen) {
+            Some(view) => format!(
+                "the service sees {} as its peer, which it may trust, and itself as {}",
+                IpAddr::from(view.target.address),
+                key_address(view.target.address, view.target.port)
+            ),
+            None => format!("the service sees {} as its peer, and itself as {}", way.source, way.dialled),
+        };
+        step(Stage::Peer, Answer::Note, text)
+    }
+
+    pub(super) fn relayed_peer(&self, spec: &RelaySpec, container: IpAddr) -> Step {
+        let text = match (&spec.service, spec.source) {
+            (Service::Unix(_), _) => "the service sees root as its peer".to_owned(),
+            (Service::Tcp(address), Source::Loopback) => {
+                format!("the service sees {} as its peer, which it may trust", loopback(address.ip()))
+            }
+            (Service::Tcp(address), Source::Container) => {
+                // An IPv4 socket cannot be shown an IPv6 peer.
+                let nameable = container.is_ipv4() || address.is_ipv6();
+                let stands_in = stand_in_for_container(container);
+                if self.known.reality.name_hooks && nameable && IpAddr::from(stands_in) != container {
+                    format!("the service sees {container} as its peer")
+                } else {
+                    format!("the service sees {stands_in} as its peer, which stands for the container")
+                }
+            }
+        };
+        let header = if spec.proxy_protocol.is_some() {
+            "; the PROXY protocol's header says who connects"
+        } else {
+            ""
+        };
+        step(Stage::Peer, Answer::Note, text + header)
+    }
+}
+
+pub(super) fn step(stage: Stage, verdict: Answer, text: String) -> Step {
+    Step { stage, verdict, text, details: vec![] }
+}
+
+pub(super) fn described(network: &DockerNetwork) -> String {
+    let id = network.id.get(..SHORT_ID).unwrap_or(&network.id);
+    format!("Docker network {} ({id}, driver {})", network.name, network.driver)
+}
+
+pub(super) fn taken_back(meant: &RuleOutcome) -> String {
+    match meant.origin {
+        Origin::Cli => format!("`lbridge deny {}` takes it back", meant.rule.id()),
+        Origin::Config => "the rule is the configuration file's; change it there".to_owned(),
+    }
+}
+
+pub(super) fn subnet(entry: &RuleValue) -> String {
+    let ones: u32 = entry.mask.0.iter().map(|word| word.count_ones()).sum();
+    let prefix = if entry.subnet.is_v4() { ones.saturating_sub(96) } else { ones };
+    format!("{}/{prefix}", IpAddr::from(entry.subnet))
+}
+
+pub(super) fn target(entry: &RuleValue) -> SocketAddr {
+    key_address(entry.target, entry.target_port)
+}
+
+pub(super) fn key_address(address: Address, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
+}
+
+fn loopback(family: IpAddr) -> IpAddr {
+    if family.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
+}
