@@ -5,7 +5,7 @@
 //!   -> reconciler: observe -> resolve -> plan -> executor -> observe ...
 //! ```
 //!
-//! - [`reconciler`]: the loop, and the state that it owns;
+//! - [`reconciler`]: the loop, and the state that it owns; its `commands`: what is asked of it;
 //! - [`configuration`]: `lbridge.toml` as it is in force;
 //! - [`observe`]: one look at the host;
 //! - [`executor`]: carries out steps, decides nothing;

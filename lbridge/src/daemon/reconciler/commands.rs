@@ -1,0 +1,221 @@
+//! What is asked of the daemon, one command of the control API after the other.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use lbridge_common::wire::Counter;
+
+use super::Reconciler;
+use crate::{
+    api::{
+        protocol::{
+            Allow, ApiError, Counters, Deny, ErrorCode, KernelPath, KernelStatus, Reloaded, RuleStatus,
+            Status,
+        },
+        server::Command,
+    },
+    daemon::{explain, observe::observe, report},
+    docker::watch::Watcher,
+    host::netns::process_start,
+    planning::{
+        self,
+        explain::{Explanation, Known, Question},
+        policy::resolve,
+        rule::{Network, Origin, Refused, Rule, RuleId, Rules},
+    },
+};
+
+impl Reconciler {
+    pub(super) async fn command(&mut self, command: Command) {
+        // Whoever asked may have gone; the change stands all the same.
+        match command {
+            Command::Status(answer) => drop(answer.send(self.status().await)),
+            Command::Reload(answer) => drop(answer.send(self.reload().await)),
+            Command::Allow(allow, uid, answer) => drop(answer.send(self.allow(allow, uid).await)),
+            Command::Deny(deny, uid, answer) => drop(answer.send(self.deny(deny, uid).await)),
+            Command::Explain(question, answer) => drop(answer.send(self.explain(&question).await)),
+        }
+    }
+
+    async fn allow(&mut self, allow: Allow, uid: Option<u32>) -> Result<Vec<RuleStatus>, ApiError> {
+        let ids: HashSet<RuleId> = allow.rules.iter().map(Rule::id).collect();
+        let added = allow.rules.into_iter().map(with_process).collect::<Result<Vec<_>, _>>()?;
+        let rules = self.rules.allow(added, Origin::Cli).map_err(|refused| refusal(&refused))?;
+        self.ask_docker(&rules, ids.iter().map(|id| &id.network)).await;
+        self.executor.firewall.try_again();
+        self.change(rules, uid).await?;
+        Ok(self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect())
+    }
+
+    async fn deny(&mut self, deny: Deny, uid: Option<u32>) -> Result<Vec<RuleStatus>, ApiError> {
+        let ids: BTreeSet<RuleId> =
+            deny.ports.iter().map(|port| RuleId { network: deny.network.clone(), port: *port }).collect();
+        let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| refusal(&refused))?;
+        let before = self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect();
+        self.change(rules, uid).await?;
+        match self.last.failures.others.first() {
+            // Something that should be gone may not be.
+            Some(failure) => Err(ApiError { code: ErrorCode::Failed, message: failure.clone() }),
+            None => Ok(before),
+        }
+    }
+
+    /// Saves first: what is in force and not on disk would be gone after a restart, unseen.
+    async fn change(&mut self, rules: Rules, uid: Option<u32>) -> Result<(), ApiError> {
+        if rules != self.rules {
+            self.store.save_rules(self.configuration.allowed(&rules)).map_err(|error| failed(&error))?;
+            if self.news.is_heard() {
+                report::changed_by(&self.rules, &rules, uid).for_each(|what| self.news.tell(what));
+            }
+            self.rules = rules;
+        }
+        self.pass().await.map_err(|error| failed(&error))
+    }
+
+    /// Reads the configuration again. One that is of no use changes nothing.
+    async fn reload(&mut self) -> Result<Reloaded, ApiError> {
+        let change = self.configuration.read_again(&self.rules, &self.store).inspect_err(|error| {
+            tracing::error!("the configuration is not reloaded: {error}");
+        });
+        let change = match change {
+            Ok(change) => change,
+            Err(error) => {
+                self.tell();
+                return Err(error);
+            }
+        };
+        let ids: HashSet<RuleId> = change.added.iter().chain(&change.changed).cloned().collect();
+        self.ask_docker(&change.rules, ids.iter().map(|id| &id.network)).await;
+        let find = |rules: Vec<RuleStatus>, ids: &[RuleId]| -> Vec<RuleStatus> {
+            let ids: HashSet<_> = ids.iter().collect();
+            rules.into_iter().filter(|rule| ids.contains(&id(rule))).collect()
+        };
+        let removed = find(self.last.rules(), &change.removed);
+        let (added, changed, settings) =
+            (change.added.clone(), change.changed.clone(), change.settings.clone());
+        tracing::info!(
+            "the configuration is reloaded; rules: {} added, {} changed, {} removed",
+            added.len(),
+            changed.len(),
+            removed.len()
+        );
+        for setting in &settings {
+            tracing::info!("{setting}");
+        }
+        self.rules = self.configuration.adopt(change);
+        let looked = self.pass().await;
+        self.tell();
+        looked.map_err(|error| failed(&error))?;
+        match self.last.failures.others.first() {
+            // Something that should be gone may not be.
+            Some(failure) if !removed.is_empty() || !changed.is_empty() => {
+                Err(ApiError { code: ErrorCode::Failed, message: failure.clone() })
+            }
+            _ => Ok(Reloaded {
+                added: find(self.last.rules(), &added),
+                changed: find(self.last.rules(), &changed),
+                removed,
+                settings,
+            }),
+        }
+    }
+
+    /// Looks, and changes nothing: what is told is what is in force, whoever put it there.
+    async fn explain(&mut self, question: &Question) -> Result<Explanation, ApiError> {
+        if question.port == 0 {
+            let message = "port 0; ports are 1 to 65535".to_owned();
+            return Err(ApiError { code: ErrorCode::Usage, message });
+        }
+        let asked = explain::with_network(&self.rules, &question.network);
+        self.ask_docker(&asked, std::iter::once(&question.network)).await;
+        let view = self.docker.as_ref().map(Watcher::view);
+        let host = self.executor.host;
+        let inventory =
+            observe(&asked, &self.interfaces, view.as_ref(), &self.refused, host, &mut self.processes).await;
+        let inventory = inventory.map_err(|error| failed(&error))?;
+        let mut policy = resolve(&self.rules, &inventory, &self.abilities);
+        let openings = planning::explain::openings(question, &inventory, &self.abilities);
+        policy.openings.extend(openings.clone());
+        self.executor.firewall.look(&policy.openings).await;
+        self.executor.firewall.probe(&openings).await;
+        let reality = self.executor.reality(&policy).await.map_err(|error| failed(&error))?;
+        let known = Known {
+            policy: &policy,
+            inventory: &inventory,
+            abilities: &self.abilities,
+            reality: &reality,
+            relay_failures: &self.last.failures.relays,
+            entry_failures: &self.last.failures.entries,
+            holders: &BTreeMap::new(),
+            inside: &explain::inside(&inventory, &question.network, host),
+        };
+        let holders = explain::holders(question, &known);
+        Ok(planning::explain::explain(question, &Known { holders: &holders, ..known }))
+    }
+
+    async fn status(&mut self) -> Result<Status, ApiError> {
+        self.pass().await.map_err(|error| failed(&error))?;
+        let steering = self.abilities.steer.as_ref();
+        Ok(Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel: KernelStatus {
+                path: if steering.is_ok() { KernelPath::Steer } else { KernelPath::None },
+                why: steering.err().cloned(),
+                interface_check: steering.is_ok_and(|s| s.interface_check),
+                registers_listeners: steering.is_ok_and(|s| s.kernel_registers),
+                counters: self.counters().map_err(|error| failed(&error))?,
+            },
+            docker: self.docker_status(),
+            firewall: self.last.firewall(),
+            docker_networks: self.inventory.iter().flat_map(|seen| seen.docker_networks.clone()).collect(),
+            rules: self.last.rules(),
+            refused_reload: self.configuration.refused().cloned(),
+        })
+    }
+
+    fn counters(&self) -> anyhow::Result<Option<Counters>> {
+        let Some(kernel) = &self.executor.kernel else { return Ok(None) };
+        let count = |counter| kernel.maps.counter(counter);
+        Ok(Some(Counters {
+            steered: count(Counter::Steered)?,
+            foreign_source: count(Counter::ForeignSource)?,
+            no_listener: count(Counter::NoListener)?,
+            assign_failed: count(Counter::AssignFailed)?,
+            registered: count(Counter::Registered)?,
+            register_refused: count(Counter::RegisterRefused)?,
+        }))
+    }
+}
+
+/// A rule for a process is for that one, not for the next that gets its number.
+fn with_process(mut rule: Rule) -> Result<Rule, ApiError> {
+    rule.process = match rule.network {
+        Network::Process(pid) => {
+            let missing =
+                |_| format!("there is no process {pid}; a rule for a process is made while it runs");
+            let start = process_start(pid).map_err(missing);
+            Some(start.map_err(|message| ApiError { code: ErrorCode::Failed, message })?)
+        }
+        _ => None,
+    };
+    Ok(rule)
+}
+
+fn id(rule: &RuleStatus) -> RuleId {
+    RuleId { network: rule.network.clone(), port: rule.port }
+}
+
+fn refusal(refused: &Refused) -> ApiError {
+    let code = match refused {
+        Refused::Conflict { .. } | Refused::ReadOnly { .. } => ErrorCode::Conflict,
+        Refused::NoSuchRule { .. } => ErrorCode::NoSuchRule,
+        Refused::TooMany { .. }
+        | Refused::NeedsLoopback { .. }
+        | Refused::NeedsRelay { .. }
+        | Refused::ProcessUnknown { .. } => ErrorCode::Usage,
+    };
+    ApiError { code, message: refused.to_string() }
+}
+
+fn failed(error: &anyhow::Error) -> ApiError {
+    ApiError { code: ErrorCode::Failed, message: format!("{error:#}") }
+}
