@@ -6,16 +6,19 @@ use anyhow::anyhow;
 use clap::Args;
 
 use super::{Failure, render};
-use crate::store::{Store, config::Config};
+use crate::{
+    service,
+    store::{Store, config::Config},
+};
 
 /// Arguments of `lbridge check-config`.
 #[derive(Debug, Args)]
 pub(super) struct CheckConfigArgs {
     /// Configuration file
-    #[arg(long, env = "LBRIDGE_CONFIG", default_value = "/etc/lbridge/lbridge.toml")]
+    #[arg(long, env = "LBRIDGE_CONFIG", default_value = service::CONFIG)]
     config: PathBuf,
     /// Directory of the rules that `allow` makes, which must not contradict the file
-    #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = "/var/lib/lbridge")]
+    #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = service::STATE_DIR)]
     state_dir: PathBuf,
 }
 

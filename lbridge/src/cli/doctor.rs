@@ -8,19 +8,20 @@ use super::{Exit, Failure, render};
 use crate::{
     api::client::Client,
     doctor::{self, Level, Options},
+    service,
 };
 
 /// Arguments of `lbridge doctor`.
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
     /// The daemon's directory of rules
-    #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = "/var/lib/lbridge")]
+    #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = service::STATE_DIR)]
     state_dir: PathBuf,
     /// Its configuration file
-    #[arg(long, env = "LBRIDGE_CONFIG", default_value = "/etc/lbridge/lbridge.toml")]
+    #[arg(long, env = "LBRIDGE_CONFIG", default_value = service::CONFIG)]
     config: PathBuf,
     /// Its directory on a bpffs
-    #[arg(long, env = "LBRIDGE_BPFFS", default_value = "/sys/fs/bpf/lbridge")]
+    #[arg(long, env = "LBRIDGE_BPFFS", default_value = service::BPFFS)]
     bpffs: PathBuf,
     /// Its cgroup2 [default: the mount point in /proc/mounts]
     #[arg(long, env = "LBRIDGE_CGROUP")]

@@ -58,7 +58,7 @@ impl From<Exit> for ExitCode {
 #[command(name = "lbridge", version, max_term_width = 100)]
 pub struct Cli {
     /// Control socket of the daemon
-    #[arg(long, global = true, env = "LBRIDGE_SOCKET", default_value = "/run/lbridge/lbridge.sock")]
+    #[arg(long, global = true, env = "LBRIDGE_SOCKET", default_value = crate::service::SOCKET)]
     socket: PathBuf,
     #[command(subcommand)]
     command: Command,

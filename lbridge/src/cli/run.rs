@@ -9,19 +9,20 @@ use super::Failure;
 use crate::{
     daemon::{self, Options},
     host::privileges,
+    service,
 };
 
 /// Arguments of `lbridge run`.
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
     /// Directory of the rules that `allow` makes
-    #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = "/var/lib/lbridge")]
+    #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = service::STATE_DIR)]
     state_dir: PathBuf,
     /// Configuration file; may be absent
-    #[arg(long, env = "LBRIDGE_CONFIG", default_value = "/etc/lbridge/lbridge.toml")]
+    #[arg(long, env = "LBRIDGE_CONFIG", default_value = service::CONFIG)]
     config: PathBuf,
     /// Directory on a bpffs where what the kernel serves is pinned
-    #[arg(long, env = "LBRIDGE_BPFFS", default_value = "/sys/fs/bpf/lbridge")]
+    #[arg(long, env = "LBRIDGE_BPFFS", default_value = service::BPFFS)]
     bpffs: PathBuf,
     /// cgroup2 whose services are watched [default: the mount point in /proc/mounts]
     #[arg(long, env = "LBRIDGE_CGROUP")]

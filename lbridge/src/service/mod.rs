@@ -12,9 +12,9 @@ use anyhow::{Context as _, bail};
 
 use crate::{firewall, kernel::pins, store::Store};
 
-/// Where the daemon keeps things, unless it is told otherwise.
+/// Where the daemon has things, unless it is told otherwise: the control socket.
 pub const SOCKET: &str = "/run/lbridge/lbridge.sock";
-/// Of the rules that `allow` makes.
+/// The directory of the rules that `allow` makes.
 pub const STATE_DIR: &str = "/var/lib/lbridge";
 /// The configuration file.
 pub const CONFIG: &str = "/etc/lbridge/lbridge.toml";
