@@ -2,6 +2,8 @@
 
 mod containers;
 mod doctor;
+mod engine;
+mod names;
 mod networks;
 
 use std::net::SocketAddr;
@@ -27,7 +29,8 @@ fn main() {
         Need::Program("busybox"),
         Need::Program("tar"),
     ];
-    let mut suite = Suite::new(NEEDS, [networks::tests(), containers::tests(), doctor::tests()].concat());
+    let tests = [networks::tests(), names::tests(), engine::tests(), containers::tests(), doctor::tests()];
+    let mut suite = Suite::new(NEEDS, tests.concat());
     suite.threads = 1;
     suite.main()
 }

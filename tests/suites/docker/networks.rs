@@ -4,8 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
-use lbridge_tests::harness::docker::{Engine, Network};
-use lbridge_tests::harness::follow::Follow;
+use lbridge_tests::harness::docker::Network;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::{self, Service};
 use lbridge_tests::harness::suite::{Need, Test};
@@ -18,28 +17,19 @@ pub(crate) fn tests() -> Vec<Test> {
         container_reaches_loopback_service,
         container_of_another_network_is_refused,
         explain_foretells_what_containers_meet,
-        events_tell_of_the_engine,
-        names_that_mean_something_else,
         internal_network_is_served,
         default_bridge_is_served,
         bridge_with_a_name_of_its_own_is_served,
         ipv6_network_is_served,
         mptcp_listener_is_relayed: [Need::Mptcp],
-        network_named_by_id,
         rule_waits_for_its_network,
         network_is_made_anew,
         successor_of_a_network_inherits_nothing,
         successor_inherits_nothing_while_the_daemon_is_dead,
         container_restarts,
         container_changes_networks,
-        engine_restarts_with_live_containers,
-        engine_restarts_and_ends_its_containers,
-        daemon_restarts_while_the_engine_is_away,
-        daemon_is_there_before_the_engine,
         networks_without_a_bridge_are_blocked,
         every_network_is_tried_by_verify,
-        hostile_names,
-        name_that_is_the_id_of_another,
         firewall_is_left_to_docker,
     ]
 }
@@ -146,47 +136,6 @@ fn explain_foretells_what_containers_meet() -> Result<()> {
     Ok(())
 }
 
-fn events_tell_of_the_engine() -> Result<()> {
-    let mut scene = Scene::new()?;
-    let mut command = scene.daemon.command()?;
-    command.args(["events", "--json"]);
-    let mut events = Follow::start(command)?;
-    let mut event = |what: &str, field: &str| {
-        events.until(field, |line| {
-            let event: serde_json::Value = serde_json::from_str(line).ok()?;
-            (event["event"] == what && event[field].is_string()).then_some(())
-        })
-    };
-    event("following", "version")?;
-    scene.engine.down()?;
-    event("docker", "error")?;
-    scene.engine.up()?;
-    event("docker", "version")
-}
-
-fn names_that_mean_something_else() -> Result<()> {
-    let scene = Scene::new()?;
-    scene.engine.create_network("app_net", &[])?;
-    scene.engine.run("app_net", &["--name", "db"])?;
-    let container = "db is a container: allow the port for container:db, or for its network app_net";
-    // By who is asked, none of which has heard of the name before.
-    let explained = scene.daemon.cli(&["explain", "db", "5432"])?;
-    ensure!(explained.status == 0 && explained.stdout.contains(container), "{explained:?}");
-    let allowed = scene.daemon.allow(&["db", "5432"])?;
-    ensure!(allowed.stdout.contains(container), "{allowed:?}");
-    let status = scene.daemon.cli(&["status"])?;
-    ensure!(status.stdout.contains(container), "{status:?}");
-    let allowed = scene.daemon.allow(&["ap_net", "80"])?;
-    ensure!(allowed.stdout.contains("did you mean app_net?"), "{allowed:?}");
-    // It is a network after all.
-    scene.engine.create_network("db", &[])?;
-    scene.daemon.wait_for_state("db", 5432, "waiting")?;
-    patience::until("the network is found", || {
-        let state = scene.daemon.rule_state("db", 5432)?;
-        Ok(state.why.is_some_and(|why| why.starts_with("nothing listens")).then_some(()))
-    })
-}
-
 fn internal_network_is_served() -> Result<()> {
     let scene = Scene::new()?;
     let network = scene.engine.create_network("sealed", &["--internal"])?;
@@ -258,27 +207,6 @@ fn mptcp_listener_is_relayed() -> Result<()> {
     let greeting = scene.served(&container, at(&network, 8080), "go")?;
     ensure!(greeting.peer.ip().to_string() == address(&scene, &container, &network)?, "{greeting:?}");
     Ok(())
-}
-
-fn network_named_by_id() -> Result<()> {
-    let scene = Scene::new()?;
-    let network = scene.engine.create_network("app", &[])?;
-    let container = scene.engine.run("app", &[])?;
-    let _service = scene.service("service", "127.0.0.1:8080")?;
-    let short = &network.id[..12];
-    scene.daemon.allow(&[&network.id, "8080"])?;
-    scene.daemon.allow(&[short, "8081=8080"])?;
-    scene.must_be(&network.id, 8080, "steered")?;
-    scene.must_be(short, 8081, "steered")?;
-    scene.served(&container, at(&network, 8080), "service")?;
-    scene.served(&container, at(&network, 8081), "service")?;
-    // An id names this network, not the next one of its name.
-    scene.engine.remove(&container)?;
-    scene.engine.remove_network("app")?;
-    let network = scene.engine.create_network("app", &[])?;
-    let container = scene.engine.run("app", &[])?;
-    scene.daemon.wait_for_state(short, 8081, "waiting")?;
-    scene.refused(&container, at(&network, 8081))
 }
 
 fn rule_waits_for_its_network() -> Result<()> {
@@ -394,96 +322,6 @@ fn container_changes_networks() -> Result<()> {
     scene.refused(&container, at(&app, 8080))
 }
 
-fn engine_restarts_with_live_containers() -> Result<()> {
-    let mut scene = Scene::with(Engine::start_with(true)?)?;
-    let network = scene.engine.create_network("app", &[])?;
-    let container = scene.engine.run("app", &[])?;
-    let _service = scene.service("service", "127.0.0.1:8080")?;
-    scene.daemon.allow(&["app", "8080"])?;
-    let netns = scene.engine.netns(&container)?;
-    let mut connection = client::connect(&netns, at(&network, 8080))?;
-
-    scene.engine.down()?;
-    scene.wait_for_docker("away")?;
-    let (_, since) = scene.docker_state()?;
-    ensure!(since.as_deref().is_some_and(|since| since.starts_with("20")), "away since when: {since:?}");
-    let human = scene.daemon.cli(&["status"])?;
-    ensure!(human.stdout.contains("away since 20"), "{human:?}");
-    scene.must_be("app", 8080, "steered")?;
-    connection.echo(b"without an Engine")?;
-    client::served_by(&netns, at(&network, 8080), "service")?;
-    client::refused(&netns, at(&network, 8081))?;
-    // Rules can be made and taken back meanwhile.
-    scene.daemon.allow(&["app", "8081=8080"])?;
-    client::served_by(&netns, at(&network, 8081), "service")?;
-    scene.daemon.deny(&["app", "8081"])?;
-    client::refused(&netns, at(&network, 8081))?;
-
-    scene.engine.up()?;
-    scene.wait_for_docker("reachable")?;
-    scene.must_be("app", 8080, "steered")?;
-    connection.echo(b"and with it again")?;
-    scene.served(&container, at(&network, 8080), "service")?;
-    // It follows the new Engine.
-    let later = scene.engine.create_network("later", &[])?;
-    scene.daemon.allow(&["later", "8080"])?;
-    let container = scene.engine.run("later", &[])?;
-    scene.served(&container, at(&later, 8080), "service").map(drop)
-}
-
-fn engine_restarts_and_ends_its_containers() -> Result<()> {
-    let mut scene = Scene::new()?;
-    let network = scene.engine.create_network("app", &[])?;
-    let container = scene.engine.run("app", &["--restart", "always"])?;
-    let _service = scene.service("service", "127.0.0.1:8080")?;
-    scene.daemon.allow(&["app", "8080"])?;
-    scene.served(&container, at(&network, 8080), "service")?;
-    for _ in 0..2 {
-        scene.engine.restart()?;
-        scene.wait_for_docker("reachable")?;
-        scene.daemon.wait_for_state("app", 8080, "steered")?;
-        scene.served(&container, at(&network, 8080), "service")?;
-    }
-    Ok(())
-}
-
-fn daemon_restarts_while_the_engine_is_away() -> Result<()> {
-    let mut scene = Scene::with(Engine::start_with(true)?)?;
-    let network = scene.engine.create_network("app", &[])?;
-    let container = scene.engine.run("app", &[])?;
-    let netns = scene.engine.netns(&container)?;
-    let _service = scene.service("service", "127.0.0.1:8080")?;
-    scene.daemon.allow(&["app", "8080"])?;
-    scene.engine.down()?;
-    for kill in [false, true] {
-        if kill {
-            scene.daemon.kill9()?;
-        }
-        scene.daemon.restart()?;
-        ensure!(scene.docker_state()?.0 == "away");
-        client::served_by(&netns, at(&network, 8080), "service")?;
-        scene.must_be("app", 8080, "steered")?;
-    }
-    scene.engine.up()?;
-    scene.wait_for_docker("reachable")?;
-    scene.must_be("app", 8080, "steered")?;
-    client::served_by(&netns, at(&network, 8080), "service").map(drop)
-}
-
-fn daemon_is_there_before_the_engine() -> Result<()> {
-    let mut scene = Scene::with(Engine::prepare(false)?)?;
-    let _service = scene.service("service", "127.0.0.1:8080")?;
-    ensure!(scene.docker_state()?.0 == "away");
-    scene.daemon.allow(&["app", "8080"])?;
-    scene.must_be("app", 8080, "waiting")?;
-    scene.engine.up()?;
-    scene.engine.import_image()?;
-    let network = scene.engine.create_network("app", &[])?;
-    let container = scene.engine.run("app", &[])?;
-    scene.daemon.wait_for_state("app", 8080, "steered")?;
-    scene.served(&container, at(&network, 8080), "service").map(drop)
-}
-
 fn networks_without_a_bridge_are_blocked() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("service", "127.0.0.1:8080")?;
@@ -528,79 +366,6 @@ fn every_network_is_tried_by_verify() -> Result<()> {
     has("app", at(&other, 8080), "closed")?;
     has("other", at(&other, 8080), "closed")?;
     scene.served(&container, at(&app, 8080), "service").map(drop)
-}
-
-/// Names that the Engine takes: they are arguments, JSON, TOML and text on a terminal, and nothing else.
-fn hostile_names() -> Result<()> {
-    const NAMES: &[&str] = &[
-        "a.b_c-d",
-        "docker0",
-        "a=b",
-        "#hash",
-        "q\"uo'te",
-        "back\\slash",
-        "[[rule]]",
-        "$(reboot)",
-        "%s%n",
-        "grün",
-        "8080",
-        "..",
-    ];
-    let mut scene = Scene::new()?;
-    let _service = scene.service("service", "127.0.0.1:8080")?;
-    let mut made = Vec::new();
-    for name in NAMES {
-        // Newer Engines refuse some of them.
-        let Ok(network) = scene.engine.create_network(name, &[]) else { continue };
-        let output = scene.daemon.allow(&[name, "8080", "--comment", name])?;
-        ensure!(output.stdout.lines().count() == 1, "one line: {output:?}");
-        scene.must_be(name, 8080, "steered").with_context(|| format!("name {name:?}"))?;
-        made.push((name, network));
-    }
-    ensure!(!made.is_empty());
-    // Through the rules file and back.
-    scene.daemon.restart()?;
-    for (name, network) in &made {
-        let container = scene.engine.run(&network.id, &[])?;
-        scene.served(&container, at(network, 8080), "service").with_context(|| format!("name {name:?}"))?;
-        scene.engine.remove(&container)?;
-        scene.daemon.deny(&[name, "8080"])?;
-    }
-    let rules = scene.daemon.status()?["rules"].as_array().map(Vec::len);
-    ensure!(rules == Some(0), "{rules:?} rules are left");
-
-    // Names that no rule takes, or that mean something else: refused in one line, and the id still does.
-    for name in ["bridge:lab0", "with blank", "sla/sh", "new\nline", "\u{1b}[31mred"] {
-        let Ok(network) = scene.engine.create_network(name, &[]) else { continue };
-        let output = scene.daemon.cli(&["allow", name, "8080"])?;
-        if name != "bridge:lab0" && output.status != 0 {
-            ensure!(output.status == 2 && output.stderr.lines().count() == 1, "{name:?}: {output:?}");
-        }
-        ensure!(
-            !output.stderr.contains('\u{1b}') && !output.stdout.contains('\u{1b}'),
-            "{name:?}: {output:?}"
-        );
-        scene.daemon.allow(&[&network.id, "8080"])?;
-        scene.must_be(&network.id, 8080, "steered").with_context(|| format!("name {name:?}"))?;
-        let human = scene.daemon.cli(&["status"])?;
-        ensure!(human.status == 0 && !human.stdout.contains('\u{1b}'), "{human:?}");
-    }
-    Ok(())
-}
-
-/// Docker itself takes a name for a name before it takes it for the beginning of an id.
-fn name_that_is_the_id_of_another() -> Result<()> {
-    let scene = Scene::new()?;
-    let _service = scene.service("service", "127.0.0.1:8080")?;
-    let victim = scene.engine.create_network("victim", &[])?;
-    let name = &victim.id[..12];
-    let named = scene.engine.create_network(name, &[])?;
-    let of_victim = scene.engine.run(&victim.id, &[])?;
-    let of_named = scene.engine.run(&named.id, &[])?;
-    scene.daemon.allow(&[name, "8080"])?;
-    scene.served(&of_named, at(&named, 8080), "service")?;
-    scene.refused(&of_victim, at(&victim, 8080))?;
-    scene.refused(&of_victim, at(&named, 8080))
 }
 
 fn firewall_is_left_to_docker() -> Result<()> {
