@@ -31,8 +31,9 @@ use crate::{
     planning::{
         inventory::{Abilities, Absence, Entrance, Inventory, Namespace, NamespaceKey},
         plan::{Step, plan},
-        policy::{RelayKey, RelaySpec, State, resolve},
+        policy::{RelayKey, RelaySpec, State},
         reality::Reality,
+        resolve::resolve,
         rule::{Network, Origin, PathChoice, PortSpec, ProxyProtocol, Rule, Rules, Source, Target},
     },
     relay::{self, listener::Listening, set::RelaySet},

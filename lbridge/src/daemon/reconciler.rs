@@ -36,7 +36,8 @@ use crate::{
     planning::{
         inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, find_networks},
         plan::{Step, plan},
-        policy::{Policy, State, resolve},
+        policy::{Policy, State},
+        resolve::resolve,
         rule::{Network, Rule, Rules, Target},
     },
     relay::{PeerNames, set::RelaySet},

@@ -14,6 +14,7 @@ pub mod inventory;
 pub mod plan;
 pub mod policy;
 pub mod reality;
+pub mod resolve;
 pub mod rule;
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use crate::{
     planning::{
         self,
         explain::{Explanation, Known, Question},
-        policy::resolve,
+        resolve::resolve,
         rule::{Network, Origin, Refused, Rule, RuleId, Rules},
     },
 };

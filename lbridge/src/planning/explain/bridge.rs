@@ -14,7 +14,8 @@ use super::{
 use crate::planning::{
     firewall::{Opening, Passage},
     inventory::{DockerPresence, Interface, find_networks},
-    policy::{State, bridge_of},
+    policy::State,
+    resolve::bridge_of,
     rule::Network,
 };
 

@@ -22,8 +22,9 @@ use serde::{Deserialize, Serialize};
 use super::{
     firewall::{Link, Opening},
     inventory::{Abilities, Interface, Inventory, Listener},
-    policy::{Policy, RelayKey, bridge_of},
+    policy::{Policy, RelayKey},
     reality::Reality,
+    resolve::bridge_of,
     rule::Network,
 };
 

@@ -2,7 +2,8 @@
 
 use super::{Answer, Explainer, Stage, Step, Way, words::step};
 use crate::planning::{
-    policy::{Outcome, Place, RuleOutcome, bridge_of},
+    policy::{Outcome, Place, RuleOutcome},
+    resolve::bridge_of,
     rule::{Origin, RuleId},
 };
 

@@ -6,8 +6,9 @@ use crate::planning::{
     firewall::Passage,
     inventory::{ListenerKind, Steering},
     plan::{Step, plan},
-    policy::{Place, Policy, resolve},
+    policy::{Place, Policy},
     reality::Reality,
+    resolve::resolve,
     rule::{PathChoice, Source},
 };
 

@@ -12,7 +12,8 @@ use super::{
         Abilities, Absence, DockerNetwork, DockerPresence, Entrance, Interface, Inventory, Listener,
         ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering,
     },
-    policy::{Place, Policy, State, resolve},
+    policy::{Place, Policy, State},
+    resolve::resolve,
     rule::{Origin, PathChoice, ProcessStart, Rule, Rules, Source},
 };
 

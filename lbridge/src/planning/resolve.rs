@@ -1,0 +1,443 @@
+//! Resolve: decides for each rule and each address that can be dialled, given what was observed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+};
+
+use lbridge_common::{
+    verdict::listening_addresses,
+    wire::{Address, Endpoint, LoopbackView, RuleKey, RuleValue},
+};
+
+use super::{
+    firewall::{Link, Opening},
+    hint,
+    inventory::{
+        Abilities, Absence, DockerPresence, Interface, Inventory, Listener, ListenerKind, Namespace,
+        NamespaceId, find_networks,
+    },
+    policy::{
+        Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service, State,
+        Subnet, stand_in_for,
+    },
+    rule::{DEFAULT_CONNECTIONS, Network, Origin, PathChoice, Rule, Rules, Source, Target},
+};
+
+/// Decides for each rule and gateway.
+pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> Policy {
+    let mut resolver = Resolver {
+        inventory,
+        abilities,
+        policy: Policy::default(),
+        by_port: BTreeMap::new(),
+        claimed: BTreeSet::new(),
+    };
+    for listener in &inventory.listeners {
+        resolver.by_port.entry(listener.address.port()).or_default().push(listener);
+    }
+    for (_, rule, origin) in rules.iter() {
+        let outcome = resolver.rule(rule, origin);
+        resolver.policy.outcomes.push(outcome);
+    }
+    resolver.listeners_to_register();
+    resolver.policy
+}
+
+/// The bridge that a network is, or what keeps its rules from being served.
+pub(super) fn bridge_of(
+    network: &Network,
+    inventory: &Inventory,
+    abilities: &Abilities,
+) -> Result<Interface, Outcome> {
+    let resolver = Resolver {
+        inventory,
+        abilities,
+        policy: Policy::default(),
+        by_port: BTreeMap::new(),
+        claimed: BTreeSet::new(),
+    };
+    resolver.bridge(network).cloned()
+}
+
+/// How a connection to one gateway can be served.
+enum Way {
+    /// By the kernel, given this listener; or by nobody yet, with everything in place for a service that starts.
+    Kernel(Endpoint, Outcome),
+    /// By the daemon.
+    Relay(Service, String),
+    /// Not at all.
+    None(Outcome),
+}
+
+/// A loopback service that was found.
+struct Found {
+    /// Where it can be connected to.
+    at: SocketAddr,
+    /// Why the kernel cannot be given its listener, if it cannot.
+    obstacle: Option<String>,
+}
+
+const MPTCP: &str =
+    "the service listens with MPTCP; GODEBUG=multipathtcp=0 in a Go service's environment gets it steered";
+
+struct Resolver<'a> {
+    inventory: &'a Inventory,
+    abilities: &'a Abilities,
+    policy: Policy,
+    by_port: BTreeMap<u16, Vec<&'a Listener>>,
+    /// Addresses that a rule has, whatever becomes of it: the first in order, not the first whose service is up. A
+    /// namespace is one, whichever way leads there.
+    claimed: BTreeSet<(SocketAddr, Claim)>,
+}
+
+/// Whose an address is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Claim {
+    Bridge(u32),
+    Namespace(NamespaceId),
+}
+
+impl Resolver<'_> {
+    fn rule(&mut self, rule: &Rule, origin: Origin) -> RuleOutcome {
+        self.policy.targets.extend(rule.spec.target.port());
+        let (gateways, without_gateway) =
+            if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
+        RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway }
+    }
+
+    fn on_bridge(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {
+        match self.bridge(&rule.network) {
+            Err(outcome) => (vec![], Some(outcome)),
+            Ok(bridge) if bridge.addresses.is_empty() => {
+                let why = format!("{} has no address that a container could dial", bridge.name);
+                (vec![], Some(Outcome::because(State::Waiting, why)))
+            }
+            Ok(bridge) => {
+                let addresses = bridge.addresses.clone();
+                let (name, index) = (bridge.name.clone(), bridge.index);
+                let gateways = addresses
+                    .into_iter()
+                    .map(|(ip, prefix)| self.gateway(rule, &name, index, ip, prefix))
+                    .collect();
+                (gateways, None)
+            }
+        }
+    }
+
+    fn in_namespace(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {
+        let inventory = self.inventory;
+        let without = |state, why: &str| (vec![], Some(Outcome::because(state, why)));
+        match inventory.namespaces.get(&rule.network) {
+            None => without(State::Waiting, "not looked at yet"),
+            Some(Err(Absence::NotThere(why))) => without(State::Waiting, why),
+            Some(Err(Absence::Unsuitable(why))) => without(State::Blocked, why),
+            Some(Ok(namespace)) if namespace.loopback.is_empty() => {
+                without(State::Waiting, "its loopback interface is down; run `ip link set lo up` inside")
+            }
+            Some(Ok(namespace)) => {
+                let inside = namespace.loopback.iter();
+                (inside.map(|ip| self.inside(rule, namespace, *ip)).collect(), None)
+            }
+        }
+    }
+
+    fn inside(&mut self, rule: &Rule, namespace: &Namespace, ip: IpAddr) -> GatewayOutcome {
+        let relay_key = RelayKey {
+            address: SocketAddr::new(ip, rule.spec.port),
+            place: Place::Namespace(namespace.key.clone()),
+        };
+        let claim = Claim::Namespace(namespace.key.id);
+        let way = self.way(rule, relay_key.address, claim, " in that namespace");
+        let told = namespace.address.unwrap_or_else(|| stand_in_for(namespace.key.id).into());
+        let outcome = self.outcome(rule, way, &relay_key, None, Clients::Inside(told));
+        GatewayOutcome { relay_key, rule_key: None, outcome }
+    }
+
+    fn bridge(&self, network: &Network) -> Result<&Interface, Outcome> {
+        let name = match network {
+            Network::Container(_) | Network::Netns(_) | Network::Process(_) => {
+                return Err(Outcome::because(State::Blocked, "it is no bridge"));
+            }
+            Network::Bridge(name) => name,
+            Network::Docker(name) => match find_networks(&self.inventory.docker_networks, name)[..] {
+                [] => return Err(self.unknown_network(name)),
+                [network] => network.bridge.as_ref().ok_or_else(|| {
+                    let why = match network.driver.as_str() {
+                        "host" => "its containers are in the host's own namespace, where localhost is the host's".to_owned(),
+                        driver => format!(
+                            "driver {driver} gives the host no bridge; allow its containers one by one: container:NAME"
+                        ),
+                    };
+                    Outcome::because(State::Blocked, why)
+                })?,
+                [..] => {
+                    let why = format!("several Docker networks are called {name}; name the id of one");
+                    return Err(Outcome::because(State::Blocked, why));
+                }
+            },
+        };
+        match self.inventory.interface(name) {
+            // An uplink here would open the port to the LAN.
+            Some(interface) if !interface.is_bridge => Err(Outcome::because(
+                State::Blocked,
+                format!("{name} is not a bridge; name the bridge that the containers are on"),
+            )),
+            Some(interface) => Ok(interface),
+            None => Err(Outcome::because(State::Waiting, format!("there is no interface {name}"))),
+        }
+    }
+
+    fn unknown_network(&self, name: &str) -> Outcome {
+        match self.inventory.docker {
+            DockerPresence::Off => Outcome::because(
+                State::Blocked,
+                "the daemon runs with --no-docker; name the bridge instead: bridge:IFNAME",
+            ),
+            DockerPresence::Away => Outcome::because(
+                State::Waiting,
+                format!("Docker is away, and network {name} was not seen before"),
+            ),
+            DockerPresence::Reachable => {
+                let hint = hint::unknown_network(name, self.inventory);
+                Outcome::because(State::Waiting, format!("no Docker network {name}{hint}"))
+            }
+        }
+    }
+
+    fn gateway(
+        &mut self,
+        rule: &Rule,
+        interface: &str,
+        index: u32,
+        ip: IpAddr,
+        prefix: u8,
+    ) -> GatewayOutcome {
+        let gateway = SocketAddr::new(ip, rule.spec.port);
+        let subnet = Subnet::of(ip, prefix);
+        let checked = self.abilities.steer.as_ref().is_ok_and(|s| s.interface_check);
+        let ifindex = if checked { index } else { 0 };
+        let rule_key = RuleKey { gateway: ip.into(), ifindex, port: rule.spec.port, reserved: 0 };
+        let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
+        let relay_key = RelayKey { address: gateway, place };
+        let way = self.way(rule, gateway, Claim::Bridge(index), "");
+        let kernel = (rule_key, subnet);
+        let outcome = self.outcome(rule, way, &relay_key, Some(kernel), Clients::Subnet(subnet));
+        // While a service is down its clients are to be refused at once, so that the way has to be open then, too.
+        if outcome.state != State::Blocked {
+            let opening = Opening { interface: interface.to_owned(), gateway: ip, port: rule.spec.port };
+            self.policy.openings.insert(opening, Link { ifindex: index, prefix });
+        }
+        GatewayOutcome { relay_key, rule_key: Some(rule_key), outcome }
+    }
+
+    /// Notes what a way needs to be in force.
+    fn outcome(
+        &mut self,
+        rule: &Rule,
+        way: Way,
+        relay_key: &RelayKey,
+        kernel: Option<(RuleKey, Subnet)>,
+        clients: Clients,
+    ) -> Outcome {
+        match (way, kernel) {
+            (Way::None(outcome), _) => outcome,
+            (Way::Kernel(..), None) => Outcome::because(State::Blocked, "no bridge leads there"),
+            (Way::Kernel(target, outcome), Some((rule_key, subnet))) => {
+                let value = RuleValue {
+                    key: rule_key,
+                    subnet: subnet.base,
+                    mask: subnet.mask,
+                    target: target.address,
+                    target_port: target.port,
+                    reserved: [0; 3],
+                    steered: 0,
+                };
+                self.policy.entries.insert(rule_key, value);
+                if rule.source == Source::Loopback {
+                    let view = LoopbackView { subnet: subnet.base, mask: subnet.mask, target };
+                    self.policy.views.insert(Endpoint::new(rule_key.gateway, rule_key.port), view);
+                    self.policy.name_hooks = true;
+                }
+                outcome
+            }
+            (Way::Relay(service, why), _) => {
+                // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
+                self.policy.name_hooks |= rule.source == Source::Container
+                    && matches!(service, Service::Tcp(_))
+                    && self.abilities.name_hooks.is_ok();
+                let spec = RelaySpec {
+                    rule: rule.id(),
+                    service,
+                    source: rule.source,
+                    clients,
+                    proxy_protocol: rule.proxy_protocol,
+                    max_connections: rule.max_connections.map_or(DEFAULT_CONNECTIONS, Into::into),
+                    idle_timeout: rule.idle_timeout,
+                };
+                self.policy.relays.insert(relay_key.clone(), spec);
+                Outcome::because(State::Relayed, why)
+            }
+        }
+    }
+
+    /// How connections to an address can be served, if no rule before this one has it.
+    fn way(&mut self, rule: &Rule, dialled: SocketAddr, claim: Claim, place: &str) -> Way {
+        if !self.claimed.insert((dialled, claim)) {
+            let why = format!("another rule has {dialled}{place} already");
+            return Way::None(Outcome::because(State::Blocked, why));
+        }
+        self.way_to_service(rule, dialled.ip())
+    }
+
+    fn way_to_service(&self, rule: &Rule, gateway: IpAddr) -> Way {
+        let target = match &rule.spec.target {
+            Target::Unix(path) => return self.unix_way(rule, path),
+            Target::Port(port) => SocketAddr::new(loopback(gateway.is_ipv4()), *port),
+            Target::Address(address) => *address,
+        };
+        // The kernel gives a connection only to a listener of its family.
+        let same_family = target.is_ipv4() == gateway.is_ipv4();
+        let (service, obstacle) = match self.find(rule, target, gateway) {
+            Some(found) => (Some(found.at), self.obstacle(rule).or(found.obstacle)),
+            None => (None, self.obstacle(rule)),
+        };
+        let entry = Endpoint::new(target.ip().into(), target.port());
+        let waiting = || Outcome::because(State::Waiting, format!("nothing listens on {target}"));
+        match (service, obstacle) {
+            (Some(_), None) => Way::Kernel(entry, Outcome::steered()),
+            // The entry is put all the same: the kernel registers a service that starts, daemon or no daemon.
+            (None, None) if same_family => Way::Kernel(entry, waiting()),
+            (_, Some(why)) if rule.path == PathChoice::Steer => {
+                Way::None(Outcome::because(State::Blocked, why))
+            }
+            (None, _) => Way::None(waiting()),
+            (Some(at), Some(why)) => self.relay(rule, at, why),
+        }
+    }
+
+    /// Why the kernel is not to have the rule's connections, whatever listens.
+    fn obstacle(&self, rule: &Rule) -> Option<String> {
+        if rule.path == PathChoice::Relay {
+            return Some("as the rule asks".to_owned());
+        }
+        if rule.network.is_namespace() {
+            return Some("on localhost inside".to_owned());
+        }
+        if let Some(why) = rule.needs_relay() {
+            return Some(why.to_owned());
+        }
+        if let Err(why) = &self.abilities.steer {
+            return Some(why.clone());
+        }
+        let missing = self.abilities.name_hooks.as_ref().err().filter(|_| rule.source == Source::Loopback)?;
+        Some(format!("--source loopback without name hooks: {missing}"))
+    }
+
+    /// What serves connections to `target` that come in at `gateway`. One that is found across the families always has
+    /// an obstacle.
+    fn find(&self, rule: &Rule, target: SocketAddr, gateway: IpAddr) -> Option<Found> {
+        let same_family = target.is_ipv4() == gateway.is_ipv4();
+        let there = self.serving(target);
+        if let Some(first) = there.first() {
+            // A SO_REUSEPORT group may be mixed; one that the kernel takes is enough.
+            let suitable = there.iter().any(|listener| listener.kind == ListenerKind::Tcp);
+            let obstacle = match first.kind {
+                _ if suitable && same_family => None,
+                ListenerKind::Mptcp => Some(MPTCP.to_owned()),
+                ListenerKind::Refused(errno) => {
+                    let why = io::Error::from_raw_os_error(errno);
+                    Some(format!("the kernel refused to register the listener: {why}"))
+                }
+                ListenerKind::Tcp => Some(family_mismatch(gateway, first.address)),
+            };
+            return Some(Found { at: target, obstacle });
+        }
+        let at = self.other_family(rule, target)?;
+        Some(Found { at, obstacle: Some(family_mismatch(gateway, at)) })
+    }
+
+    fn relay(&self, rule: &Rule, service: SocketAddr, why: String) -> Way {
+        // There is one IPv6 loopback address, so nothing to stand in for the container.
+        if let (Err(missing), true, Source::Container) =
+            (&self.abilities.name_hooks, service.is_ipv6(), rule.source)
+        {
+            let why = format!(
+                "the service on {service} would take the container for a local client ({missing}); allow it with --source loopback"
+            );
+            return Way::None(Outcome::because(State::Blocked, why));
+        }
+        Way::Relay(Service::Tcp(service), why)
+    }
+
+    fn unix_way(&self, rule: &Rule, path: &Path) -> Way {
+        if rule.path == PathChoice::Steer {
+            return Way::None(Outcome::because(State::Blocked, "a Unix socket can only be relayed to"));
+        }
+        if rule.source == Source::Container {
+            let why =
+                "the service would see root as its peer, not the container; allow it with --source loopback";
+            return Way::None(Outcome::because(State::Blocked, why));
+        }
+        if let Some(why) = self.inventory.untrusted_paths.get(path) {
+            return Way::None(Outcome::because(State::Blocked, why));
+        }
+        if !self.inventory.unix_listeners.contains(path) {
+            let why = format!("nothing listens on {}", rule.spec.target);
+            return Way::None(Outcome::because(State::Waiting, why));
+        }
+        Way::Relay(Service::Unix(path.to_owned()), "the service listens on a Unix socket".to_owned())
+    }
+
+    /// The listeners that a client on the host would reach at `target`: those at the best bound address that has any.
+    fn serving(&self, target: SocketAddr) -> Vec<&Listener> {
+        let Some(there) = self.by_port.get(&target.port()) else { return vec![] };
+        let v4 = target.is_ipv4();
+        let bound_at = |address: Address| -> Vec<&Listener> {
+            let fits = |listener: &&&Listener| {
+                Address::from(listener.address.ip()) == address
+                    && listener.bound_interface == 0
+                    && (listener.address.is_ipv4() == v4 || !listener.single_family)
+            };
+            there.iter().filter(fits).copied().collect()
+        };
+        let target = Address::from(target.ip());
+        let mut found = listening_addresses(&target).map(bound_at);
+        found.find(|listeners| !listeners.is_empty()).unwrap_or_default()
+    }
+
+    /// The other family's loopback address, where the rule leaves the family open and only that one is listened on.
+    fn other_family(&self, rule: &Rule, target: SocketAddr) -> Option<SocketAddr> {
+        let Target::Port(port) = rule.spec.target else { return None };
+        let other = SocketAddr::new(loopback(!target.is_ipv4()), port);
+        (!self.serving(other).is_empty()).then_some(other)
+    }
+
+    /// Every listener that some entry may name.
+    fn listeners_to_register(&mut self) {
+        let wanted: BTreeSet<Endpoint> = self
+            .policy
+            .entries
+            .values()
+            .flat_map(|v| listening_addresses(&v.target).map(|address| Endpoint::new(address, v.target_port)))
+            .collect();
+        for listener in &self.inventory.listeners {
+            let bound = Endpoint::new(listener.address.ip().into(), listener.address.port());
+            if listener.kind == ListenerKind::Tcp && listener.bound_interface == 0 && wanted.contains(&bound)
+            {
+                self.policy.listeners.entry(bound).or_default().push(listener.inode);
+            }
+        }
+    }
+}
+
+fn loopback(v4: bool) -> IpAddr {
+    if v4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
+}
+
+fn family_mismatch(gateway: IpAddr, listens_on: SocketAddr) -> String {
+    let family = if gateway.is_ipv4() { "IPv4" } else { "IPv6" };
+    format!("{family} was dialled, the service listens on {listens_on}")
+}
