@@ -1,0 +1,287 @@
+//! Throw-away network namespaces of this process, each linked to the host by a veth pair: somebody on a bridge, or a
+//! neighbour on a link of its own, to try what reaches whom.
+//!
+//! Nothing names such a namespace but a descriptor of this process. However the process ends, the kernel closes that, and
+//! the namespace goes, and with its end of the link the host's end.
+//!
+//! - [`addresses`]: which are free, of both kinds;
+//! - [`netlink`]: what is asked of rtnetlink, on the host and inside.
+
+mod addresses;
+mod netlink;
+
+use std::{
+    fs::{self, File},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    os::fd::{AsRawFd as _, OwnedFd},
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{InfoData, InfoVeth, LinkAttribute, LinkMessage},
+};
+use nix::sched::{CloneFlags, unshare};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use tokio::time::Instant;
+
+use super::netns;
+pub use addresses::free_address;
+use addresses::{host_mac, mac, random, unused_subnets};
+use netlink::{Netlink, forget, request};
+
+/// The end inside.
+const INSIDE: &str = "eth0";
+/// What the host's ends begin with, for whoever sees one.
+const PREFIX: &str = "lbr";
+/// How long a bridge may take to forward what comes from a new port. Most do at once; one with a spanning tree takes
+/// twice its forward delay, which is 2 s at least, and 15 s unless somebody has set it.
+const READY: Duration = Duration::from_secs(6);
+/// How long a neighbour that is there may take to answer. The kernel asks each second.
+const MEETS: Duration = Duration::from_millis(2500);
+
+/// A namespace. Dropping it removes the link to it at once.
+#[derive(Debug)]
+pub struct Scratch {
+    file: OwnedFd,
+    link: Link,
+    /// A connection to rtnetlink inside.
+    inside: Netlink,
+    /// Index of the end inside.
+    inside_index: u32,
+    /// Whether it has an IPv6 address.
+    ipv6: bool,
+}
+
+impl Scratch {
+    /// On a bridge of the host, as a container would be, with these addresses. Returns when frames can pass, and when the
+    /// host's own addresses there can be dialled: a bridge that had no port tests its IPv6 addresses for duplicates only now.
+    pub async fn on_bridge(bridge: u32, addresses: &[(IpAddr, u8)]) -> anyhow::Result<Self> {
+        let host = Netlink::connect()?;
+        // The same for the same address: the host may remember it from the last time, and believes nobody else within a second.
+        let first = addresses.first().map_or(Ipv6Addr::UNSPECIFIED.into(), |(ip, _)| *ip);
+        let mut scratch = Self::link(&host, mac(first)).await?;
+        scratch.link.known_as = addresses.iter().map(|(ip, _)| (bridge, *ip)).collect();
+        for (ip, prefix) in addresses {
+            scratch.add_address(*ip, *prefix).await?;
+        }
+        scratch.inside.up(netns::LOOPBACK.get()).await.context("cannot bring up lo in a namespace")?;
+        scratch.inside.up(scratch.inside_index).await.context("cannot bring up a veth")?;
+        let enslaved = LinkUnspec::new_with_index(scratch.link.index).controller(bridge).up().build();
+        let enslaved = host.handle.link().change(enslaved).execute().await;
+        enslaved.with_context(|| format!("cannot plug a veth into the bridge with index {bridge}"))?;
+        let mut patience = Patience::new();
+        // A bridge that had no port comes up with this one, and drops what it is to send until it has.
+        while !(scratch.is_up(&host).await?
+            && host.is_up(bridge).await?
+            && host.forwards(scratch.link.index).await?
+            && !(scratch.ipv6 && host.has_tentative_addresses(bridge).await?))
+        {
+            if !patience.pause().await {
+                bail!(
+                    "the bridge does not forward from a new port within {} s; is it up, or has it a spanning tree with a long delay?",
+                    READY.as_secs()
+                );
+            }
+        }
+        Ok(scratch)
+    }
+
+    /// A neighbour of the host on a link of its own, standing for the LAN: everything it sends goes to the host, even what is
+    /// for 127.0.0.0/8 and ::1. Its addresses are of those that are kept for documentation (RFC 5737, RFC 3849), of a
+    /// subnet that the host has no address in.
+    pub async fn beside() -> anyhow::Result<Self> {
+        let host = Netlink::connect()?;
+        let used: Vec<_> = host.addresses().await?.into_iter().map(|(_, ip, prefix)| (ip, prefix)).collect();
+        let (v4, v6) = unused_subnets(&used)?;
+        let mut scratch = Self::link(&host, mac(Ipv4Addr::from(v4).into())).await?;
+        let (hosts, own) = (Ipv4Addr::from(v4 + 1), Ipv4Addr::from(v4 + 2));
+        host.add_address(scratch.link.index, hosts.into(), 30).await?;
+        scratch.add_address(own.into(), 30).await?;
+        let (hosts6, own6) = (Ipv6Addr::from(v6 + 1), Ipv6Addr::from(v6 + 2));
+        // Where IPv6 is off nobody can come by it.
+        let both = match host.add_address(scratch.link.index, hosts6.into(), 126).await {
+            Ok(()) => scratch.add_address(own6.into(), 126).await,
+            Err(error) => Err(error),
+        };
+        // The loopback interface stays down: no address of its is local then, and the kernel here has to be told that they may
+        // be dialled over a wire.
+        scratch
+            .within(|| {
+                // A namespace has the reverse path filter of the machine it is made on.
+                let settings = [("all", "rp_filter", "0"), (INSIDE, "rp_filter", "0")];
+                let settings = settings.into_iter().chain([(INSIDE, "route_localnet", "1")]);
+                settings.into_iter().try_for_each(|(interface, name, value)| {
+                    fs::write(format!("/proc/sys/net/ipv4/conf/{interface}/{name}"), value)
+                })
+            })?
+            .context("cannot set up routing in a namespace")?;
+        scratch.inside.up(scratch.inside_index).await.context("cannot bring up a veth")?;
+        host.up(scratch.link.index).await.context("cannot bring up a veth")?;
+        scratch.route_via(hosts.into()).await?;
+        if let Err(error) = both {
+            tracing::debug!("a neighbour without IPv6: {error:#}");
+        } else {
+            scratch.route_via(hosts6.into()).await?;
+        }
+        let mut patience = Patience::new();
+        while !scratch.is_up(&host).await? {
+            if !patience.pause().await {
+                bail!("a veth does not come up");
+            }
+        }
+        scratch.meets(hosts.into()).await?;
+        if scratch.ipv6 {
+            scratch.meets(hosts6.into()).await?;
+        }
+        Ok(scratch)
+    }
+
+    /// Waits until a neighbour, an address of the host's usually, has answered for itself, by ARP or neighbour discovery.
+    /// Then frames pass both ways, and only then does silence mean anything.
+    pub async fn meets(&self, neighbour: IpAddr) -> anyhow::Result<()> {
+        const DISCARD: u16 = 9;
+        // Something to send: without link-local addresses the kernel does not just ask for an IPv6 neighbour.
+        self.within(|| {
+            let any = if neighbour.is_ipv4() {
+                IpAddr::from(Ipv4Addr::UNSPECIFIED)
+            } else {
+                Ipv6Addr::UNSPECIFIED.into()
+            };
+            UdpSocket::bind((any, 0))?.send_to(&[], (neighbour, DISCARD))
+        })?
+        .with_context(|| format!("cannot send to {neighbour} from a namespace"))?;
+        if !self.inside.learns(self.inside_index, neighbour, MEETS).await? {
+            bail!("{neighbour} does not answer for itself on its own link");
+        }
+        Ok(())
+    }
+
+    /// Whether it has an IPv6 address; where IPv6 is off a neighbour has none.
+    pub fn has_ipv6(&self) -> bool {
+        self.ipv6
+    }
+
+    /// Index of the host's end, which what is sent from beside comes in on.
+    pub fn host_index(&self) -> u32 {
+        self.link.index
+    }
+
+    /// Sends what is for none of its neighbours to one of them.
+    pub async fn route_via(&self, gateway: IpAddr) -> anyhow::Result<()> {
+        let route = match gateway {
+            IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .gateway(ip)
+                .output_interface(self.inside_index)
+                .onlink()
+                .build(),
+            IpAddr::V6(ip) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .gateway(ip)
+                .output_interface(self.inside_index)
+                .onlink()
+                .build(),
+        };
+        let added = self.inside.handle.route().add(route).execute().await;
+        added.with_context(|| format!("cannot add a route via {gateway} in a namespace"))
+    }
+
+    /// Runs `work` inside, on a thread of its own. Sockets that it makes stay inside; they can be used anywhere.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+        netns::within(&self.file, work)
+    }
+
+    /// Makes the namespace and the link to it, both ends down.
+    async fn link(host: &Netlink, mac: Vec<u8>) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Handle::current();
+        // The socket belongs to the namespace of the thread that makes it, and to the runtime here.
+        let made = netns::on_a_thread(move || {
+            unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+            let file = File::open("/proc/thread-self/ns/net").context("cannot open a network namespace")?;
+            // Of new namespaces a machine may have been told that they have none; without IPv6 there is no such file.
+            let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "0");
+            let _runtime = runtime.enter();
+            anyhow::Ok((OwnedFd::from(file), Netlink::connect()?))
+        });
+        let (file, inside) = made??;
+        let random = random();
+        let name = format!("{PREFIX}{:08x}", random & 0xffff_ffff);
+        // Before there is one: whoever waits for it may be told to stop.
+        let mut link = Link { name: name.clone(), index: 0, known_as: vec![] };
+        let peer = LinkMessageBuilder::<LinkUnspec>::new().name(INSIDE).address(mac);
+        let peer = peer.setns_by_fd(file.as_raw_fd()).build();
+        let pair = LinkVeth::new(&name, INSIDE)
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+            .address(host_mac(random))
+            .build();
+        host.handle.link().add(pair).execute().await.context("cannot make a veth pair")?;
+        link.index = host.index_of(&name).await?;
+        let inside_index = inside.index_of(INSIDE).await?;
+        host.without_link_local(link.index).await;
+        inside.without_link_local(inside_index).await;
+        // A neighbour that was asked a moment too early is to be asked again soon, not after a second.
+        netns::within(&file, || {
+            for family in ["ipv4", "ipv6"] {
+                for (name, value) in [("retrans_time_ms", "50"), ("mcast_solicit", "60")] {
+                    let _ = fs::write(format!("/proc/sys/net/{family}/neigh/{INSIDE}/{name}"), value);
+                }
+            }
+        })?;
+        Ok(Self { file, link, inside, inside_index, ipv6: false })
+    }
+
+    /// Frames sent before that are lost.
+    async fn is_up(&self, host: &Netlink) -> anyhow::Result<bool> {
+        Ok(host.is_up(self.link.index).await? && self.inside.is_up(self.inside_index).await?)
+    }
+
+    async fn add_address(&mut self, ip: IpAddr, prefix: u8) -> anyhow::Result<()> {
+        self.inside.add_address(self.inside_index, ip, prefix).await?;
+        self.ipv6 |= ip.is_ipv6();
+        Ok(())
+    }
+}
+
+/// Pauses between two looks at something that should be so soon.
+struct Patience {
+    limit: Instant,
+    next: Duration,
+}
+
+impl Patience {
+    fn new() -> Self {
+        Self { limit: Instant::now() + READY, next: Duration::from_millis(1) }
+    }
+
+    /// `false` if it should have been so by now.
+    async fn pause(&mut self) -> bool {
+        tokio::time::sleep(self.next).await;
+        self.next = (self.next * 2).min(Duration::from_millis(20));
+        Instant::now() < self.limit
+    }
+}
+
+/// The host's end of a link; goes with this, and with it the end inside, and what the host knows of it.
+#[derive(Debug)]
+struct Link {
+    name: String,
+    index: u32,
+    /// Addresses, each with the interface that the host has seen it on.
+    known_as: Vec<(u32, IpAddr)>,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let mut link = LinkMessage::default();
+        link.attributes.push(LinkAttribute::IfName(self.name.clone()));
+        // Not in a runtime, which may be gone.
+        if let Err(error) = request(RouteNetlinkMessage::DelLink(link)) {
+            // The kernel does so, a little later, when the namespace goes.
+            tracing::debug!("cannot remove a veth: {error:#}");
+        }
+        for (interface, ip) in &self.known_as {
+            // It may never have been heard of.
+            let _ = forget(*interface, *ip);
+        }
+    }
+}
