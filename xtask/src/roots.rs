@@ -13,7 +13,7 @@ use crate::workspace::{output, target};
 const RELEASES: [&str; 1] = ["trixie"];
 
 /// What a host has on which somebody would install lbridge, beside what every Debian has.
-const PACKAGES: &str = "dbus,iproute2,nftables,systemd,systemd-sysv";
+const PACKAGES: &str = "dbus,firewalld,iproute2,iptables,nftables,systemd,systemd-sysv";
 
 /// Where they are kept.
 pub(crate) fn roots_folder() -> PathBuf {

@@ -1,12 +1,9 @@
 //! The tables of `iptables-nft` and `iptables-legacy`, through those programs: what they keep is theirs to write. They print
 //! no JSON, but rules in the words that they take; of these only lbridge's own are read as such.
 
-use std::{collections::BTreeMap, fs, io, net::IpAddr};
+use std::{collections::BTreeMap, fs, net::IpAddr};
 
-use anyhow::anyhow;
-use tokio::process::Command;
-
-use super::ruleset::{PATIENCE, Problem};
+use super::{ruleset::Problem, run};
 use crate::planning::firewall::{
     Accepted, COMMENT, Chain, Denial, Family, Firewall, InputChain, Opening, Through,
 };
@@ -101,26 +98,7 @@ impl Variant {
     }
 
     async fn run(self, arguments: &[&str]) -> Result<String, Problem> {
-        let program = self.program();
-        let mut command = Command::new(program);
-        command.args(["-w", LOCK_WAIT]).args(arguments).env("LC_ALL", "C").kill_on_drop(true);
-        let ended = tokio::time::timeout(PATIENCE, command.output()).await;
-        let output = match ended {
-            Ok(Ok(output)) => output,
-            Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(Problem::Missing(program));
-            }
-            Ok(Err(error)) => {
-                return Err(Problem::Failed(anyhow!(error).context(format!("cannot run {program}"))));
-            }
-            Err(_) => return Err(Problem::Failed(anyhow!("{program} does not come to an end"))),
-        };
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let first = said.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
-            return Err(Problem::Failed(anyhow!("{program}: {first}")));
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        run(self.program(), &[&["-w", LOCK_WAIT], arguments].concat()).await
     }
 }
 

@@ -4,15 +4,18 @@
 //! - [`probe`]: a SYN from a namespace on the bridge;
 //! - [`ruleset`]: nftables' rules, with the `nftables` crate, which runs `nft`;
 //! - [`iptables`]: the tables of `iptables-nft` and `iptables-legacy`, through those programs;
+//! - [`firewalld`]: firewalld whose table takes rules from nobody else;
 //! - [`changes`]: the kernel's word that a ruleset has changed.
 
 mod changes;
+mod firewalld;
 mod iptables;
 mod probe;
 mod ruleset;
 
 use std::{
     collections::BTreeMap,
+    io,
     time::{Duration, Instant},
 };
 
@@ -21,7 +24,7 @@ use tokio::sync::mpsc;
 
 use crate::planning::firewall::{Chain, Filtering, Link, Opening, Passage, Through};
 use changes::Changes;
-use ruleset::{Problem, Ruleset};
+use ruleset::{PATIENCE, Problem, Ruleset};
 
 /// A look at the ruleset without a reason: nothing tells of `iptables-legacy`'s changes.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
@@ -29,14 +32,18 @@ const IDLE_LOOK: Duration = Duration::from_secs(60);
 const TRY_AGAIN: Duration = Duration::from_secs(30);
 /// As [`TRY_AGAIN`], where the ruleset has changed somewhere.
 const SOON: Duration = Duration::from_secs(3);
-/// A look costs what the ruleset is long; looking takes no more than this part of the time, even while it changes.
-const SHARE: u32 = 10;
+/// A look costs what the ruleset is long; looking takes no more than this part of the time, even while it changes,
+const SHARE: u32 = 4;
+/// but what has changed is looked at after that long.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// The host's firewall, as seen from this process's network namespace.
 #[derive(Debug)]
 pub struct Firewall {
     wake: mpsc::Sender<()>,
     changes: Option<Changes>,
+    /// What is to be let through.
+    openings: BTreeMap<Opening, Link>,
     ruleset: Ruleset,
     looked: Option<Look>,
     /// When the kernel last told of a change.
@@ -65,6 +72,7 @@ impl Firewall {
         Self {
             wake,
             changes,
+            openings: BTreeMap::new(),
             ruleset: Ruleset::default(),
             looked: None,
             changed: None,
@@ -78,6 +86,7 @@ impl Firewall {
         self.seen.passages.retain(|opening, _| openings.contains_key(opening));
         self.seen.needed.retain(|opening| openings.contains_key(opening));
         self.tried.retain(|opening, _| openings.contains_key(opening));
+        self.openings.clone_from(openings);
         if self.is_due() {
             self.read().await;
         }
@@ -98,7 +107,7 @@ impl Firewall {
             return true;
         }
         let Some(changes) = self.changes.as_mut().filter(|changes| changes.any()) else { return false };
-        let pause = (look.took * SHARE).saturating_sub(look.begun.elapsed());
+        let pause = (look.took * SHARE).min(LONGEST_PAUSE).saturating_sub(look.begun.elapsed());
         if !pause.is_zero() {
             self.wake_in(pause);
             return false;
@@ -121,7 +130,7 @@ impl Firewall {
 
     async fn read(&mut self) {
         let begun = Instant::now();
-        let (ruleset, problems) = Ruleset::read().await;
+        let (ruleset, problems) = Ruleset::read(&self.openings).await;
         let unreadable = (!problems.is_empty()).then(|| listed(&problems));
         self.looked = Some(Look { begun, took: begun.elapsed() });
         if ruleset.others != self.ruleset.others {
@@ -193,6 +202,10 @@ impl Firewall {
         let put = match chain.through {
             Through::Nft => ruleset::accept(chain, opening).await,
             Through::IptablesNft | Through::IptablesLegacy => iptables::accept(chain, opening).await,
+            Through::Firewalld => match self.openings.get(opening) {
+                Some(link) => firewalld::accept(opening, link.prefix).await,
+                None => Err(anyhow::anyhow!("its subnet is not known")),
+            },
         };
         put.with_context(|| format!("cannot let {opening} through"))?;
         self.seen.passages.remove(opening);
@@ -214,13 +227,14 @@ async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
     let removed = match chain.through {
         Through::Nft => ruleset::remove(chain, opening).await,
         Through::IptablesNft | Through::IptablesLegacy => iptables::remove(chain, opening).await,
+        Through::Firewalld => firewalld::remove(opening).await,
     };
     removed.with_context(|| format!("cannot remove the firewall's accept rule for {opening}"))
 }
 
 /// Removes every accept rule of lbridge's, for good; how many there were. For when no daemon runs.
 pub async fn remove_all() -> anyhow::Result<usize> {
-    let (ruleset, mut problems) = Ruleset::read().await;
+    let (ruleset, mut problems) = Ruleset::read(&BTreeMap::new()).await;
     problems.retain(|problem| matches!(problem, Problem::Failed(_)));
     for (chain, opening) in ruleset.accepts.keys() {
         remove(chain, opening).await?;
@@ -245,4 +259,23 @@ pub async fn examine(openings: &BTreeMap<Opening, Link>) -> Filtering {
 
 fn listed(problems: &[Problem]) -> String {
     problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// Runs a firewall's tool to its end; what it prints.
+async fn run(program: &'static str, arguments: &[&str]) -> Result<String, Problem> {
+    let failed = |why: String| Problem::Failed(anyhow::anyhow!("{program}: {why}"));
+    let mut command = tokio::process::Command::new(program);
+    command.args(arguments).env("LC_ALL", "C").kill_on_drop(true);
+    let output = match tokio::time::timeout(PATIENCE, command.output()).await {
+        Ok(Ok(output)) => output,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => return Err(Problem::Missing(program)),
+        Ok(Err(error)) => return Err(failed(error.to_string())),
+        Err(_) => return Err(failed("it does not come to an end".to_owned())),
+    };
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let first = said.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
+        return Err(failed(first.to_owned()));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

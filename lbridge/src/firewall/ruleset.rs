@@ -21,15 +21,20 @@ use nftables::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::iptables::{Listed, Variant};
+use super::{
+    firewalld,
+    iptables::{Listed, Variant},
+};
 use crate::planning::firewall::{
-    Accepted, COMMENT, Chain, Denial, Family, Firewall, InputChain, Opening, Through,
+    Accepted, COMMENT, Chain, Denial, Family, Firewall, InputChain, Link, Opening, Through,
 };
 
 /// A firewall's tool that takes longer is not waited for.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// Without counters (`-s`) and without the elements of sets (`-t`): they change all the time, and may be a million.
 const LIST: [&str; 4] = ["-s", "-t", "list", "ruleset"];
+/// firewalld's table.
+const FIREWALLD: &str = "firewalld";
 /// Of iptables' tables the one that filters, and its chain.
 const FILTER: (&str, &str) = ("filter", "INPUT");
 
@@ -56,7 +61,7 @@ pub(super) struct Ruleset {
 
 impl Ruleset {
     /// Reads all of it; and why some of it could not be read.
-    pub(super) async fn read() -> (Self, Vec<Problem>) {
+    pub(super) async fn read(openings: &BTreeMap<Opening, Link>) -> (Self, Vec<Problem>) {
         let mut ruleset = Self::default();
         let mut problems = vec![];
         match list(&LIST).await {
@@ -74,6 +79,14 @@ impl Ruleset {
                     ruleset.accepts.extend(own.accepts);
                 }
                 ruleset.take_nftables(&tables);
+                if let Some(chain) =
+                    ruleset.chains.iter().find(|chain| chain.chain.through == Through::Firewalld)
+                {
+                    match firewalld::list(&chain.chain, openings).await {
+                        Ok(accepts) => ruleset.accepts.extend(accepts),
+                        Err(problem) => problems.push(problem),
+                    }
+                }
             }
             // Without `nft` there may still be the program that most firewalls use.
             Err(ListError::NotInstalled) => {
@@ -107,10 +120,10 @@ impl Ruleset {
     fn take_nftables(&mut self, tables: &Tables) {
         for ((family, table, name), chain) in &tables.chains {
             let Some(policy) = chain.on_input else { continue };
-            let through = if *family != Family::Inet && (table.as_str(), name.as_str()) == FILTER {
-                Through::IptablesNft
-            } else {
-                Through::Nft
+            let through = match (table.as_str(), name.as_str()) {
+                FILTER if *family != Family::Inet => Through::IptablesNft,
+                (FIREWALLD, _) if tables.owned.contains(&(*family, table.clone())) => Through::Firewalld,
+                _ => Through::Nft,
             };
             let this = Chain { through, family: *family, table: table.clone(), name: name.clone() };
             let mut ours_only = true;
@@ -144,7 +157,7 @@ impl Ruleset {
             self.others.extend(others.iter().map(|(_, rule)| rule.text.clone()));
             let ufw = |chain: &&str| chain.starts_with("ufw-") || chain.starts_with("ufw6-");
             let firewall = match through {
-                _ if table == "firewalld" => Firewall::Firewalld,
+                _ if table == FIREWALLD => Firewall::Firewalld,
                 Through::Nft => Firewall::Nftables,
                 _ if tables.names_in(*family, table).any(|name| ufw(&name)) => Firewall::Ufw,
                 _ => Firewall::Iptables,
@@ -165,6 +178,8 @@ fn key(family: Family, table: &str, chain: &str) -> ChainKey {
 #[derive(Debug, Default)]
 struct Tables {
     chains: BTreeMap<ChainKey, ChainView>,
+    /// Tables with an owner (`flags owner`): nobody else can change them.
+    owned: BTreeSet<(Family, String)>,
 }
 
 #[derive(Debug, Default)]
@@ -240,7 +255,17 @@ async fn list(arguments: &[&str]) -> Result<Tables, ListError> {
 
 impl Tables {
     fn take(&mut self, object: Value) {
-        if object.get("chain").is_some() {
+        if let Some(table) = object.get("table") {
+            let is_owned = match table.get("flags") {
+                Some(Value::Array(flags)) => flags.iter().any(|flag| flag == "owner"),
+                Some(flag) => flag == "owner",
+                None => false,
+            };
+            let Ok(NfListObject::Table(table)) = serde_json::from_value(object) else { return };
+            if let Some(family) = family_of(table.family).filter(|_| is_owned) {
+                self.owned.insert((family, table.name.into_owned()));
+            }
+        } else if object.get("chain").is_some() {
             let Ok(NfListObject::Chain(chain)) = serde_json::from_value(object) else { return };
             let Some(family) = family_of(chain.family) else { return };
             let filters = chain.hook == Some(NfHook::Input) && chain._type == Some(NfChainType::Filter);

@@ -91,6 +91,8 @@ pub enum Through {
     IptablesNft,
     /// `iptables-legacy`, `ip6tables-legacy`.
     IptablesLegacy,
+    /// `firewall-cmd`: firewalld's table has an owner, and takes rules from nobody else.
+    Firewalld,
 }
 
 /// Address family of a table.
@@ -142,6 +144,7 @@ impl fmt::Display for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { through, family, table, name } = self;
         match (through, family) {
+            (Through::Firewalld, _) => f.write_str("firewalld's zone"),
             (Through::Nft, _) => write!(f, "nftables' {family} {table} {name}"),
             (Through::IptablesNft, Family::Ip6) => write!(f, "ip6tables' {name}"),
             (Through::IptablesNft, _) => write!(f, "iptables' {name}"),

@@ -2,6 +2,7 @@
 //! nothing else, and takes it back.
 
 mod chains;
+mod firewalld;
 mod ufw;
 mod upkeep;
 
@@ -27,8 +28,9 @@ fn main() {
         Need::Program("iptables-legacy"),
         Need::Program("ufw"),
         Need::Program("dockerd"),
+        Need::Program("systemctl"),
     ];
-    Suite::new(NEEDS, [chains::tests(), ufw::tests(), upkeep::tests()].concat()).main()
+    Suite::new(NEEDS, [chains::tests(), firewalld::tests(), ufw::tests(), upkeep::tests()].concat()).main()
 }
 
 /// Drops what nobody accepts, as a server's ruleset does.

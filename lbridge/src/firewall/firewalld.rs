@@ -1,0 +1,154 @@
+//! firewalld from 2.2 on, whose table has an owner: nobody else can put a rule there, so that it is asked to. What it is asked for
+//! is a rich rule in the zone of the bridge, until the next reload of firewalld. A rich rule can name no interface, but the
+//! bridge's subnet; and it has no comment, but a priority, which is lbridge's own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use lbridge_common::wire::Address;
+
+use super::{ruleset::Problem, run};
+use crate::planning::firewall::{Accepted, Chain, Link, Opening};
+
+const PROGRAM: &str = "firewall-cmd";
+/// Marks lbridge's rules; below zero, they come before what a zone denies.
+const PRIORITY: &str = "-21093";
+
+/// One of lbridge's rules, as firewalld lists it.
+#[derive(Debug, PartialEq, Eq)]
+struct Rule {
+    zone: String,
+    text: String,
+    gateway: IpAddr,
+    port: u16,
+}
+
+/// lbridge's rules. Which bridge one is for is told by the openings that are wanted; of others it is not known.
+pub(super) async fn list(
+    chain: &Chain,
+    openings: &BTreeMap<Opening, Link>,
+) -> Result<BTreeMap<(Chain, Opening), Accepted>, Problem> {
+    let mut accepts = BTreeMap::new();
+    let mut zones = BTreeMap::new();
+    for rule in rules().await? {
+        let wanted = openings.keys().find(|opening| rule.is_for(opening)).cloned();
+        let is_known = wanted.is_some();
+        let opening = wanted.unwrap_or_else(|| Opening {
+            interface: String::new(),
+            gateway: rule.gateway,
+            port: rule.port,
+        });
+        if is_known && !zones.contains_key(&opening.interface) {
+            zones.insert(opening.interface.clone(), zone_of(&opening.interface).await?);
+        }
+        let counts = zones.get(&opening.interface) == Some(&rule.zone);
+        let accepted = accepts.entry((chain.clone(), opening)).or_insert(Accepted { copies: 0, first: true });
+        accepted.copies += 1;
+        accepted.first &= counts;
+    }
+    Ok(accepts)
+}
+
+/// Puts a rule into the bridge's zone, and removes it from others.
+pub(super) async fn accept(opening: &Opening, prefix: u8) -> anyhow::Result<()> {
+    let zone = zone_of(&opening.interface).await?;
+    let text = text(opening, prefix);
+    run(PROGRAM, &[&format!("--zone={zone}"), &format!("--add-rich-rule={text}")]).await?;
+    for rule in rules().await?.into_iter().filter(|rule| rule.is_for(opening) && rule.zone != zone) {
+        rule.remove().await?;
+    }
+    Ok(())
+}
+
+/// Removes a rule from all zones.
+pub(super) async fn remove(opening: &Opening) -> anyhow::Result<()> {
+    for rule in rules().await?.into_iter().filter(|rule| rule.is_for(opening)) {
+        rule.remove().await?;
+    }
+    Ok(())
+}
+
+/// The zone that an interface's packets meet: its own, or else the default one.
+async fn zone_of(interface: &str) -> Result<String, Problem> {
+    let zone = match run(PROGRAM, &[&format!("--get-zone-of-interface={interface}")]).await {
+        Ok(zone) => zone,
+        Err(Problem::Failed(_)) => run(PROGRAM, &["--get-default-zone"]).await?,
+        Err(missing) => return Err(missing),
+    };
+    Ok(zone.trim().to_owned())
+}
+
+async fn rules() -> Result<Vec<Rule>, Problem> {
+    let listed = run(PROGRAM, &["--list-all-zones"]).await?;
+    Ok(read(&listed))
+}
+
+fn read(listed: &str) -> Vec<Rule> {
+    let mut zone = "";
+    let mut seen = BTreeSet::new();
+    let mut rules = vec![];
+    for line in listed.lines() {
+        if !line.starts_with(char::is_whitespace) {
+            zone = line.split_whitespace().next().unwrap_or_default();
+        }
+        let text = line.trim();
+        let own = text.starts_with(&format!("rule priority=\"{PRIORITY}\" ")) && text.ends_with(" accept");
+        let value = |name: &str| text.split_once(&format!(" {name}=\""))?.1.split('"').next();
+        let ends = || Some((value("destination address")?.parse().ok()?, value("port port")?.parse().ok()?));
+        if let Some((gateway, port)) = ends().filter(|_| own)
+            && seen.insert((zone, text))
+        {
+            rules.push(Rule { zone: zone.to_owned(), text: text.to_owned(), gateway, port });
+        }
+    }
+    rules
+}
+
+/// A rich rule, in the order in which firewalld prints it.
+fn text(opening: &Opening, prefix: u8) -> String {
+    let Opening { gateway, port, .. } = opening;
+    let family = if gateway.is_ipv4() { "ipv4" } else { "ipv6" };
+    let own = Address::from(*gateway);
+    let subnet = IpAddr::from(own.masked(&own.mask(prefix)));
+    format!(
+        "rule priority=\"{PRIORITY}\" family=\"{family}\" source address=\"{subnet}/{prefix}\" destination \
+         address=\"{gateway}\" port port=\"{port}\" protocol=\"tcp\" accept"
+    )
+}
+
+impl Rule {
+    fn is_for(&self, opening: &Opening) -> bool {
+        (self.gateway, self.port) == (opening.gateway, opening.port)
+    }
+
+    async fn remove(&self) -> Result<(), Problem> {
+        let Self { zone, text, .. } = self;
+        run(PROGRAM, &[&format!("--zone={zone}"), &format!("--remove-rich-rule={text}")]).await.map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_rules_are_told_from_others_by_their_priority() {
+        let opening =
+            Opening { interface: "br0".to_owned(), gateway: "10.7.0.1".parse().unwrap(), port: 5432 };
+        let own = text(&opening, 24);
+        assert_eq!(
+            own,
+            "rule priority=\"-21093\" family=\"ipv4\" source address=\"10.7.0.0/24\" destination address=\"10.7.0.1\" \
+             port port=\"5432\" protocol=\"tcp\" accept"
+        );
+        let others = own.replace("-21093", "-2109");
+        let listed = format!(
+            "docker\n  target: ACCEPT\n  rich rules: \n\npublic (default, active)\n  target: default\n  rich rules: \n\
+             \t{others}\n\t{own}\n\ntrusted\n  rich rules: \n\t{own}\n"
+        );
+        let zones: Vec<_> = read(&listed).into_iter().map(|rule| (rule.zone, rule.port)).collect();
+        assert_eq!(zones, [("public".to_owned(), 5432), ("trusted".to_owned(), 5432)]);
+    }
+}
