@@ -40,7 +40,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// The host's firewall, as seen from this process's network namespace.
 #[derive(Debug)]
 pub struct Firewall {
-    wake: mpsc::Sender<()>,
+    /// Whom changes wake, if anybody.
+    wake: Option<mpsc::Sender<()>>,
     changes: Option<Changes>,
     /// What is to be let through.
     openings: BTreeMap<Opening, Link>,
@@ -62,16 +63,13 @@ struct Look {
 impl Firewall {
     /// Follows the ruleset's changes; each wakes the loop.
     pub fn follow(wake: mpsc::Sender<()>) -> Self {
-        let changes = Changes::follow(wake.clone()).inspect_err(|error| {
-            tracing::warn!("changes of the firewall are seen after {IDLE_LOOK:?} only: {error}");
-        });
-        Self::new(wake, changes.ok())
+        Self::new(Some(wake))
     }
 
-    fn new(wake: mpsc::Sender<()>, changes: Option<Changes>) -> Self {
+    fn new(wake: Option<mpsc::Sender<()>>) -> Self {
         Self {
             wake,
-            changes,
+            changes: None,
             openings: BTreeMap::new(),
             ruleset: Ruleset::default(),
             looked: None,
@@ -121,7 +119,7 @@ impl Firewall {
     }
 
     fn wake_in(&self, pause: Duration) {
-        let wake = self.wake.clone();
+        let Some(wake) = self.wake.clone() else { return };
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
             let _ = wake.try_send(());
@@ -130,6 +128,13 @@ impl Firewall {
 
     async fn read(&mut self) {
         let begun = Instant::now();
+        // A kernel that has no nf_tables yet may get it.
+        if let (None, Some(wake)) = (&self.changes, &self.wake) {
+            let followed = Changes::follow(wake.clone());
+            let followed = followed
+                .inspect_err(|error| tracing::debug!("changes of the firewall are not told: {error}"));
+            self.changes = followed.ok();
+        }
         let (ruleset, problems) = Ruleset::read(&self.openings).await;
         let unreadable = (!problems.is_empty()).then(|| listed(&problems));
         self.looked = Some(Look { begun, took: begun.elapsed() });
@@ -249,9 +254,7 @@ pub async fn remove_all() -> anyhow::Result<usize> {
 
 /// One look, and a try of each opening. Changes nothing.
 pub async fn examine(openings: &BTreeMap<Opening, Link>) -> Filtering {
-    // Nobody is woken.
-    let (wake, _) = mpsc::channel(1);
-    let mut firewall = Firewall::new(wake, None);
+    let mut firewall = Firewall::new(None);
     firewall.look(openings).await;
     firewall.probe(openings).await;
     firewall.look(openings).await.clone()

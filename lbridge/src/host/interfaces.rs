@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use anyhow::Context as _;
 use futures_util::{StreamExt as _, TryStreamExt as _};
+use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
+    RouteNetlinkMessage,
     address::{AddressAttribute, AddressScope},
     link::{InfoKind, LinkAttribute, LinkInfo},
 };
@@ -12,6 +14,7 @@ use rtnetlink::{Handle, LinkUnspec, MulticastGroup};
 use tokio::sync::mpsc;
 
 use super::netns::LOOPBACK;
+use super::scratch;
 use crate::planning::inventory::Interface;
 
 /// Pause before a broken socket is replaced.
@@ -101,6 +104,19 @@ pub(super) fn loopback_up() -> anyhow::Result<()> {
     })
 }
 
+fn is_scratch(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
+    let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link)) =
+        &message.payload
+    else {
+        return false;
+    };
+    let mut names = link.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name),
+        _ => None,
+    });
+    names.any(|name| scratch::is_link(name))
+}
+
 /// Wakes on every change, and goes on with a new socket should one break.
 fn follow(wake: mpsc::Sender<()>) -> anyhow::Result<()> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
@@ -112,8 +128,11 @@ fn follow(wake: mpsc::Sender<()>) -> anyhow::Result<()> {
         loop {
             let (task, _, mut messages) = connection;
             tokio::spawn(task);
-            while messages.next().await.is_some() {
-                let _ = wake.try_send(());
+            while let Some((message, _)) = messages.next().await {
+                // What lbridge makes for a moment is nothing new.
+                if !is_scratch(&message) {
+                    let _ = wake.try_send(());
+                }
             }
             tracing::warn!("changes of interfaces are followed anew");
             connection = loop {

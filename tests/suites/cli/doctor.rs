@@ -55,10 +55,10 @@ fn a_healthy_host_is_told_so() -> Result<()> {
     let (scene, _service) = served()?;
     let report = Report::of(&scene.daemon)?;
     ensure!(report.status == 0 && report.complaints().is_empty(), "{report:?}");
-    for check in ["cgroup2", "bpffs", "steering", "daemon", "rules"] {
+    for check in ["cgroup2", "bpffs", "steering", "daemon", "rules", "firewall"] {
         report.must(check, "ok")?;
     }
-    for check in ["mptcp", "exposed", "socat", "route_localnet", "ufw", "firewall", "pins", "descriptors"] {
+    for check in ["mptcp", "exposed", "socat", "route_localnet", "ufw", "pins", "descriptors"] {
         report.must_not(check)?;
     }
     let text = people(&scene.daemon)?;
@@ -198,24 +198,19 @@ fn ufw(rules: &str) -> Result<()> {
 fn ufw_in_the_way_is_told() -> Result<()> {
     let (mut scene, _service) = served()?;
     sandbox::shadow("/etc")?;
-    let run = |command: &str| -> Result<()> {
-        let status =
-            scene.lab.host().command("sh").args(["-c", &format!("{command} > /dev/null")]).status()?;
-        ensure!(status.success(), "{command}: {status}");
-        Ok(())
-    };
-    run("ufw --force enable")?;
-    // The daemon lets in what its rules open.
-    Report::of(&scene.daemon)?.must("firewall", "ok")?;
-    // Without it nobody does.
-    scene.daemon.terminate()?;
     let host = scene.lab.host().clone();
     let run = |command: &str| -> Result<()> {
         let status = host.command("sh").args(["-c", &format!("{command} > /dev/null")]).status()?;
         ensure!(status.success(), "{command}: {status}");
         Ok(())
     };
-    run("iptables -F INPUT && ufw reload")?;
+    run("ufw --force enable")?;
+    // The daemon lets in what its rules open.
+    patience::until("let in", || Ok(run("iptables -S INPUT | grep lbridge").ok()))?;
+    Report::of(&scene.daemon)?.must("firewall", "ok")?;
+    // Without it nobody does.
+    scene.daemon.terminate()?;
+    run("iptables -D INPUT 1")?;
     let finding = Report::of(&scene.daemon)?.must("firewall", "problem")?;
     let command = "ufw allow in on lab0 to 10.7.0.1 port 8080 proto tcp";
     ensure!(finding.remedy.last().is_some_and(|last| last == command), "{finding:?}");

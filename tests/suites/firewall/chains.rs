@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use lbridge_tests::harness::client::{self, Attempt};
 use lbridge_tests::harness::daemon::Options;
+use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
@@ -269,9 +270,13 @@ fn trying_is_not_noticed() -> Result<()> {
         walled.must(&format!(
             "nft 'add chain inet t{round} c {{ type filter hook input priority {round}; policy drop; }}'"
         ))?;
-        walled.scene.must_be(8080, "steered")?;
+        patience::until("an accept rule more", || {
+            let own = walled.own()?;
+            let of_port = own.iter().filter(|line| line.contains("10.7.0.1 tcp dport 8080"));
+            Ok((of_port.count() == round + 1).then_some(()))
+        })?;
+        walled.scene.wait_for(8080, "steered")?;
     }
-    ensure!(walled.own()?.iter().filter(|line| line.contains("10.7.0.1 tcp dport 8080")).count() == 3);
     ensure!((service.accepted(), relayed.accepted()) == (0, 0));
     for port in [8080, 8081] {
         let rule = walled.scene.daemon.rule("bridge:lab0", port)?.unwrap_or_default();

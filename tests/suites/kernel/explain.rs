@@ -6,10 +6,10 @@ use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client::{self, Attempt, Greeting};
 use lbridge_tests::harness::daemon::Daemon;
 use lbridge_tests::harness::netns::NetNs;
-use lbridge_tests::harness::pins;
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::service::{Options, Service};
 use lbridge_tests::harness::suite::{Need, Test};
+use lbridge_tests::harness::{patience, pins};
 use lbridge_tests::tests;
 use serde_json::Value;
 
@@ -275,13 +275,19 @@ fn entry_behind_the_daemons_back() -> Result<()> {
     let checked = lbridge_tests::harness::kernel::has_ingress_ifindex();
     let index = if checked { index.split(':').next().unwrap_or_default().parse()? } else { 0 };
     let (key, value) = entry([10, 7, 0, 1], index, 7777, 8080);
-    pins::put(scene.daemon.bpffs(), "RULES", &key, &value)?;
-    let explanation = fate(&scene, 7777, "steered")?;
+    // A look for another reason may come in between, and put things right.
+    let explain_entry = |port: u16, key: &[u8], value: &[u8], expected: &str| {
+        patience::until("an explanation before the daemon's next look", || {
+            pins::put(scene.daemon.bpffs(), "RULES", key, value)?;
+            let Ok((explanation, _)) = comes_true(&scene, port) else { return Ok(None) };
+            Ok((first_way(&explanation)?["fate"] == expected).then_some(explanation))
+        })
+    };
+    let explanation = explain_entry(7777, &key, &value, "steered")?;
     ensure!(text(first_way(&explanation)?, "lookup")?.contains("somebody else has put it there"));
     // One that leads elsewhere than its rule: to a port whose listeners nobody registers.
     let (key, value) = entry([10, 7, 0, 1], index, 8080, 9090);
-    pins::put(scene.daemon.bpffs(), "RULES", &key, &value)?;
-    let explanation = fate(&scene, 8080, "refused")?;
+    let explanation = explain_entry(8080, &key, &value, "refused")?;
     let lookup = text(first_way(&explanation)?, "lookup")?;
     ensure!(lookup.contains("to 127.0.0.1:9090") && lookup.contains("asks for 127.0.0.1:8080"), "{lookup}");
     ensure!(other.accepted() == 0);

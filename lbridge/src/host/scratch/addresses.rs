@@ -107,7 +107,8 @@ pub(super) fn mac(ip: IpAddr) -> Vec<u8> {
 /// A bridge takes the lowest address of its ports for its own, unless it was given one. Were this one the lowest the bridge
 /// would change its address, and change it back, and containers would send to the wrong one meanwhile; so it is high.
 pub(super) fn host_mac(random: u64) -> Vec<u8> {
-    mac_of(0xfe, random)
+    let [.., a, b, c] = random.to_be_bytes();
+    vec![0xfe, 0xff, 0xff, a, b, c]
 }
 
 fn mac_of(first: u8, rest: u64) -> Vec<u8> {
@@ -154,6 +155,6 @@ mod tests {
 
     #[test]
     fn the_hosts_end_never_lends_a_bridge_its_address() {
-        assert_eq!(host_mac(0x0102_0304_0506_0708), [0xfe, 1, 2, 3, 4, 5]);
+        assert_eq!(host_mac(0x0102_0304_0506_0708), [0xfe, 0xff, 0xff, 6, 7, 8]);
     }
 }

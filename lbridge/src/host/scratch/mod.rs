@@ -33,8 +33,15 @@ use netlink::{Netlink, forget, request};
 
 /// The end inside.
 const INSIDE: &str = "eth0";
-/// What the host's ends begin with, for whoever sees one.
+/// What the host's ends begin with, for whoever sees one; eight hexadecimal digits follow.
 const PREFIX: &str = "lbr";
+
+/// Whether a link of this name is a scratch namespace's.
+pub(super) fn is_link(name: &str) -> bool {
+    let digits = name.strip_prefix(PREFIX);
+    digits.is_some_and(|digits| digits.len() == 8 && digits.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
 /// How long a bridge may take to forward what comes from a new port. Most do at once; one with a spanning tree takes
 /// twice its forward delay, which is 2 s at least, and 15 s unless somebody has set it.
 const READY: Duration = Duration::from_secs(6);
