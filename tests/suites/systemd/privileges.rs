@@ -19,6 +19,8 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![
         the_unit_is_rated_as_tight,
         everything_works_and_needs_every_capability: [Need::Program("socat"), Need::Program("iptables-legacy")],
+        firewalls_are_got_through: [Need::Program("iptables-nft"), Need::Program("iptables-legacy"), Need::Program("nft")],
+        relays_splice,
         firewall_commands_work: [Need::Program("iptables-nft"), Need::Program("iptables-legacy"), Need::Program("nft")],
         every_thread_has_given_up_what_it_does_not_need,
         the_group_may_use_the_socket: [Need::Program("setpriv")],
@@ -127,6 +129,41 @@ fn everything(scene: &Scene) -> Result<()> {
     becomes(scene, &["bridge:lab0", "81=unix:/tmp/other.sock", "--source", "loopback"], "relayed")?;
     says(&scene.container, scene.gateway(81), "unix")?;
     scene.systemd.must(&["start", "firewall.service"]).map(drop)
+}
+
+/// By the daemon itself: it reads what the tools print, and tries what arrives.
+fn firewalls_are_got_through() -> Result<()> {
+    for drops in [
+        "nft 'add table inet f; add chain inet f in { type filter hook input priority 0; policy drop; }'",
+        "iptables-nft -P INPUT DROP",
+        "iptables-legacy -P INPUT DROP",
+    ] {
+        let scene = Scene::with("")?;
+        let output = scene.systemd.run("sh", &["-c", drops])?;
+        ensure!(output.status == 0, "{drops}: {output:?}");
+        scene.lbridge(&["allow", "bridge:lab0", "8080"])?;
+        let _service = scene.service("walled", "127.0.0.1:8080")?;
+        scene.served(8080, "walled").with_context(|| drops.to_owned())?;
+        let status = scene.lbridge(&["status"])?.stdout;
+        ensure!(status.contains("1 accept rule of lbridge's") && !status.contains("could not"), "{status}");
+    }
+    Ok(())
+}
+
+/// Without pipes every byte would be copied.
+fn relays_splice() -> Result<()> {
+    let scene = Scene::with("")?;
+    let _service = scene.service("relayed", "127.0.0.1:8080")?;
+    scene.relay_8080()?;
+    let mut open = client::connect(&scene.container, scene.gateway(8080))?;
+    let bulk = vec![7; 1 << 20];
+    for _ in 0..4 {
+        open.echo(&bulk)?;
+    }
+    let command = format!("ls -l /proc/{}/fd", scene.main_pid()?);
+    let files = scene.systemd.run("sh", &["-c", &command])?.stdout;
+    ensure!(files.contains("pipe:["), "{files}");
+    Ok(())
 }
 
 fn firewall_commands_work() -> Result<()> {
