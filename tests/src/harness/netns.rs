@@ -8,8 +8,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::{fs, panic, thread};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
+
+use super::daemon::Output;
 
 /// A network namespace, alive as long as this handle or a clone of it, or anything inside.
 #[derive(Clone, Debug)]
@@ -83,6 +85,14 @@ impl NetNs {
             bail!("ip {arguments}: {}", String::from_utf8_lossy(&output.stderr).trim());
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs a shell command inside, which must succeed; what it printed.
+    pub fn shell(&self, command: &str) -> Result<String> {
+        let output = self.command("sh").args(["-c", command]).output().context("run a shell")?;
+        let output = Output::from(output);
+        ensure!(output.status == 0, "{command}: {output:?}");
+        Ok(output.stdout)
     }
 
     /// Whether a TCP or MPTCP socket listens on exactly this address.

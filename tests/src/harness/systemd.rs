@@ -183,6 +183,13 @@ impl Systemd {
         Ok(output.with_context(|| format!("run {program} beside systemd"))?.into())
     }
 
+    /// Runs a shell command inside, which must succeed; what it printed.
+    pub fn shell(&self, command: &str) -> Result<String> {
+        let output = self.run("sh", &["-c", command])?;
+        ensure!(output.status == 0, "{command}: {output:?}");
+        Ok(output.stdout)
+    }
+
     /// Files and folders below `inside` that are not as they were before it was booted, or new.
     pub fn written(&self, inside: &str) -> Result<BTreeSet<PathBuf>> {
         fn list(upper: &Path, folder: &Path, into: &mut BTreeSet<PathBuf>) -> Result<()> {

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 use std::{fs, thread};
 
@@ -154,8 +154,7 @@ fn route_localnet_is_told() -> Result<()> {
     scene.lab.host().sysctl("net/ipv4/conf/lab0/route_localnet", "1")?;
     let finding = Report::of(&scene.daemon)?.must("route_localnet", "warning")?;
     ensure!(finding.remedy == ["sysctl -w net/ipv4/conf/lab0/route_localnet=0"], "{finding:?}");
-    let typed = scene.lab.host().command("sh").args(["-c", &finding.remedy[0]]).output()?;
-    ensure!(typed.status.success(), "{typed:?}");
+    scene.lab.host().shell(&finding.remedy[0])?;
     Report::of(&scene.daemon)?.must_not("route_localnet")
 }
 
@@ -199,22 +198,17 @@ fn ufw_in_the_way_is_told() -> Result<()> {
     let (mut scene, _service) = served()?;
     sandbox::shadow("/etc")?;
     let host = scene.lab.host().clone();
-    let run = |command: &str| -> Result<()> {
-        let status = host.command("sh").args(["-c", &format!("{command} > /dev/null")]).status()?;
-        ensure!(status.success(), "{command}: {status}");
-        Ok(())
-    };
-    run("ufw --force enable")?;
+    host.shell("ufw --force enable")?;
     // The daemon lets in what its rules open.
-    patience::until("let in", || Ok(run("iptables -S INPUT | grep lbridge").ok()))?;
+    patience::until("let in", || Ok(host.shell("iptables -S INPUT | grep lbridge").ok()))?;
     Report::of(&scene.daemon)?.must("firewall", "ok")?;
     // Without it nobody does.
     scene.daemon.terminate()?;
-    run("iptables -D INPUT 1")?;
+    host.shell("iptables -D INPUT 1")?;
     let finding = Report::of(&scene.daemon)?.must("firewall", "problem")?;
     let command = "ufw allow in on lab0 to 10.7.0.1 port 8080 proto tcp";
     ensure!(finding.remedy.last().is_some_and(|last| last == command), "{finding:?}");
-    run(command)?;
+    host.shell(command)?;
     Report::of(&scene.daemon)?.must("firewall", "ok").map(drop)
 }
 
@@ -236,8 +230,7 @@ fn no_bpffs_is_a_problem() -> Result<()> {
     ensure!(finding.remedy == ["mount -t bpf bpf /sys/fs/bpf"], "{finding:?}");
     // It is right: the daemon does not start, and does after what it says.
     ensure!(daemon.start_refused()?.stderr.contains("bpffs"));
-    let typed = Command::new("sh").args(["-c", &finding.remedy[0]]).output()?;
-    ensure!(typed.status.success(), "{typed:?}");
+    lab.host().shell(&finding.remedy[0])?;
     daemon.restart()?;
     Report::of(&daemon)?.must("bpffs", "ok").map(drop)
 }
@@ -248,8 +241,7 @@ fn no_cgroup2_is_a_problem() -> Result<()> {
     umount2(sandbox::CGROUP_ROOT, MntFlags::MNT_DETACH)?;
     let finding = Report::of(&daemon)?.must("cgroup2", "problem")?;
     ensure!(finding.remedy == ["mount -t cgroup2 none /sys/fs/cgroup"], "{finding:?}");
-    let typed = Command::new("sh").args(["-c", &finding.remedy[0]]).output()?;
-    ensure!(typed.status.success(), "{typed:?}");
+    lab.host().shell(&finding.remedy[0])?;
     Report::of(&daemon)?.must("cgroup2", "ok").map(drop)
 }
 

@@ -115,9 +115,7 @@ fn everything_works_and_needs_every_capability() -> Result<()> {
 /// From the start on, nothing of it done before.
 fn everything(scene: &Scene) -> Result<()> {
     scene.systemd.must(&["stop", UNIT])?;
-    scene
-        .systemd
-        .run("sh", &["-c", "rm -rf /sys/fs/bpf/lbridge /var/lib/lbridge/rules.toml /run/xtables.lock"])?;
+    scene.systemd.shell("rm -rf /sys/fs/bpf/lbridge /var/lib/lbridge/rules.toml /run/xtables.lock")?;
     scene.systemd.must(&["start", UNIT])?;
     becomes(scene, &["bridge:lab0", "8080", "--path", "steer"], "steered")?;
     says(&scene.container, scene.gateway(8080), "tcp")?;

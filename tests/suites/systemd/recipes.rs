@@ -102,7 +102,7 @@ fn import_refuses_no_connection() -> Result<()> {
     ensure!(said.contains("bridge:lab0 8080: 10.7.0.1:8080 -> 127.0.0.1:8080"), "{said}");
     let last = said.lines().find(|line| line.contains("systemctl disable --now")).context("what to type")?;
     traffic.flows(20)?;
-    scene.systemd.run("sh", &["-c", last])?;
+    scene.systemd.shell(last)?;
     traffic.flows(20)?;
     traffic.all_served()?;
     let after = scene.served(8080, "application")?;
@@ -113,7 +113,7 @@ fn import_refuses_no_connection() -> Result<()> {
     ensure!(said.contains("there already"), "{said}");
     // The unit's file is the administrator's.
     let finding = report(&scene)?.must("socat", "note")?;
-    scene.systemd.run("sh", &["-c", &finding.remedy[0]])?;
+    scene.systemd.shell(&finding.remedy[0])?;
     let report = report(&scene)?;
     ensure!(report.complaints().is_empty(), "{report:?}");
     report.must_not("socat")
@@ -130,7 +130,7 @@ fn what_has_to_be_relayed_waits_for_socat() -> Result<()> {
     let said = scene.lbridge(&["import", "--yes"])?.stdout;
     ensure!(said.contains("blocked") && said.contains("within a second of its end"), "{said}");
     let last = said.lines().find(|line| line.contains("systemctl disable --now")).context("what to type")?;
-    scene.systemd.run("sh", &["-c", last])?;
+    scene.systemd.shell(last)?;
     patience::until("the relay takes over", || {
         Ok(scene.lbridge(&["status"])?.stdout.contains("relayed").then_some(()))
     })?;

@@ -125,7 +125,7 @@ fn install_again_changes_what_is_different() -> Result<()> {
     ensure!(third != second && fs::read_to_string(&path)?.contains("ExecStart=/usr/bin/lbridge run\n"));
 
     // The same place, another file.
-    scene.systemd.run("sh", &["-c", "cp /usr/bin/lbridge /usr/bin/new; mv /usr/bin/new /usr/bin/lbridge"])?;
+    scene.systemd.shell("cp /usr/bin/lbridge /usr/bin/new; mv /usr/bin/new /usr/bin/lbridge")?;
     let output = scene.systemd.run("/usr/bin/lbridge", &["service", "install"])?;
     ensure!(output.stdout == "restarted lbridge.service\n" && scene.main_pid()? != third, "{output:?}");
     Ok(())

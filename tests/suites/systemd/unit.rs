@@ -316,14 +316,12 @@ fn docker_may_come_later() -> Result<()> {
     ensure!(output.stdout.contains("waiting"), "{output:?}");
 
     scene.systemd.must(&["start", "docker.service"])?;
-    let docker = |command: &str| -> Result<String> {
-        let output = scene.systemd.run("sh", &["-c", command])?;
-        ensure!(output.status == 0, "{command}: {output:?}");
-        Ok(output.stdout.trim().to_owned())
-    };
-    docker("tar -C / -c bin/busybox | docker import - lab")?;
-    docker("docker run --detach --stop-timeout 0 --name alone --network none lab /bin/busybox sleep 1000")?;
-    let netns = scene.systemd.netns_of(&docker("docker inspect --format '{{.State.Pid}}' alone")?)?;
+    scene.systemd.shell("tar -C / -c bin/busybox | docker import - lab")?;
+    scene.systemd.shell(
+        "docker run --detach --stop-timeout 0 --name alone --network none lab /bin/busybox sleep 1000",
+    )?;
+    let pid = scene.systemd.shell("docker inspect --format '{{.State.Pid}}' alone")?;
+    let netns = scene.systemd.netns_of(pid.trim())?;
     patience::until("the container is served", || {
         Ok(client::served_by(&netns, "127.0.0.1:8080".parse()?, "host's").ok())
     })?;
