@@ -1,5 +1,5 @@
 //! `lbridge relay`: the daemon's loop on a small scale, for one sandbox, without privileges and without a kernel half. Looks,
-//! decides with the same planning, opens and closes relays. Beside the daemon the only room that sees several shells.
+//! decides with the same planning, opens and closes relays. Imports planning, host, relay and sandbox.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,5 +1,5 @@
 //! `lbridge import`: turns socat units into rules. Looks, and says what is to be asked of the daemon; what is the
-//! administrator's, units and firewall rules, it leaves alone. Beside the daemon; imports recipes, host, docker and planning.
+//! administrator's, units and firewall rules, it leaves alone. Imports recipes, host, docker, planning and the API's words.
 
 use std::{collections::BTreeMap, net::IpAddr, path::Path};
 

@@ -5,8 +5,8 @@
 //!   <- { daemon foreground verify doctor import service } <- cli
 //! ```
 //!
-//! The shells in braces do not import each other. `docs/architecture.md` has the map, `docs/data-path.md` follows one
-//! connection.
+//! The shells in the first braces do not import each other, but that `firewall` tries things with `host`.
+//! `docs/architecture.md` has the map, `docs/data-path.md` follows one connection.
 
 pub mod api;
 pub mod cli;

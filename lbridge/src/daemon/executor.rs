@@ -33,7 +33,7 @@ use crate::{
 /// More than these are not remembered.
 const MAX_HOLDERS: usize = 1024;
 
-/// What is changed: the kernel's maps and the relays.
+/// What is changed: the kernel's maps, the relays and the firewall.
 #[derive(Debug)]
 pub(super) struct Executor {
     /// The kernel half, where there is one.

@@ -1,4 +1,4 @@
-//! The daemon: beside the foreground the only room that sees more than one shell.
+//! The daemon. Sees every shell but `sandbox` and `recipes`.
 //!
 //! ```text
 //! API commands, Docker, netlink and listener events (wake-ups only)

@@ -341,17 +341,7 @@ impl Reconciler {
     /// Without a kernel half its steps have nothing to work on.
     fn possible(&self, mut steps: Vec<Step>) -> Vec<Step> {
         if self.executor.kernel.is_none() {
-            let without = |step: &Step| {
-                matches!(
-                    step,
-                    Step::OpenRelay(..)
-                        | Step::CloseRelay { .. }
-                        | Step::Accept { .. }
-                        | Step::Unaccept { .. }
-                        | Step::Probe(_)
-                )
-            };
-            steps.retain(without);
+            steps.retain(|step| !step.is_of_kernel());
         }
         steps
     }

@@ -73,6 +73,20 @@ pub enum Step {
     Probe(BTreeMap<Opening, Link>),
 }
 
+impl Step {
+    /// Whether it is the kernel programs' and their maps'.
+    pub fn is_of_kernel(&self) -> bool {
+        !matches!(
+            self,
+            Self::OpenRelay(..)
+                | Self::CloseRelay { .. }
+                | Self::Accept { .. }
+                | Self::Unaccept { .. }
+                | Self::Probe(_)
+        )
+    }
+}
+
 /// The steps from `reality` to `policy`. None, where they agree.
 pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = vec![];

@@ -1,4 +1,4 @@
-//! Reality: what is in force, read back from the kernel and from the relay set.
+//! Reality: what is in force, read back from the kernel, the relay set and the firewall.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,8 +7,10 @@ use lbridge_common::{
     wire::{Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue},
 };
 
-use super::firewall::Filtering;
-use super::policy::{RelayKey, RelaySpec};
+use super::{
+    firewall::Filtering,
+    policy::{RelayKey, RelaySpec},
+};
 
 /// What is in force.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -29,10 +31,10 @@ pub struct Reality {
     pub detached: bool,
     /// Whether the name hooks are attached.
     pub name_hooks: bool,
-    /// The host's firewall.
-    pub filtering: Filtering,
     /// Whether sockets may live that still need them, whatever the policy says.
     pub name_hooks_in_use: bool,
+    /// The host's firewall.
+    pub filtering: Filtering,
 }
 
 impl Reality {
