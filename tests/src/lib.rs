@@ -11,6 +11,8 @@
 //! | `clients` | clients and servers that people use, over the relay; crowds, endings, exhaustion | and PostgreSQL, Redis, Apache |
 //! | `systemd` | a systemd that restarts the daemon under traffic | and systemd |
 //! | `docker` | a Docker Engine | and dockerd, iptables, busybox |
+//! | `firewall` | nftables, both kinds of iptables, UFW, in front of everything | and nft, iptables, ufw, dockerd |
+//! | `packages` | packages that are installed, upgraded and removed | and systemd, dpkg, rpm; `cargo xtask test` makes them |
 //! | `vm` | the `kernel` suite on Debian's 5.10 and 6.1 | qemu, kernels; no root |
 //!
 //! A suite is a program of its own (`cargo test -p lbridge-tests --test kernel -- restart`). To look around where the
