@@ -210,6 +210,32 @@ pub struct RuleStatus {
     pub gateways: Vec<GatewayStatus>,
 }
 
+#[cfg(test)]
+impl RuleStatus {
+    /// Steered, as `allow` makes it without options.
+    pub fn example(network: &str, port: u16, target: &str, gateways: Vec<GatewayStatus>) -> Self {
+        Self {
+            network: network.parse().unwrap(),
+            port,
+            target: target.to_owned(),
+            source: Source::Container,
+            path: PathChoice::Auto,
+            max_connections: None,
+            idle_timeout: None,
+            proxy_protocol: None,
+            comment: None,
+            origin: Origin::Cli,
+            state: State::Steered,
+            why: None,
+            refused: 0,
+            open: 0,
+            to_service: 0,
+            to_client: 0,
+            gateways,
+        }
+    }
+}
+
 /// What becomes of one of a rule's gateways.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GatewayStatus {

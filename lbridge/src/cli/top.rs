@@ -142,35 +142,18 @@ pub(super) async fn handle(args: &TopArgs, client: &Client) -> Result<(), Failur
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::planning::rule::{Origin, PathChoice, Source};
+    use crate::api::protocol::GatewayStatus;
 
     fn rule(port: u16, connections: u64) -> RuleStatus {
-        RuleStatus {
-            network: "app".parse().unwrap(),
-            port,
-            target: String::new(),
-            source: Source::Container,
-            path: PathChoice::Auto,
-            max_connections: None,
-            idle_timeout: None,
-            proxy_protocol: None,
-            comment: None,
-            origin: Origin::Cli,
+        let gateway = GatewayStatus {
+            address: "172.18.0.1".parse().unwrap(),
+            namespace: None,
+            interface: "br-app".to_owned(),
             state: State::Steered,
             why: None,
-            refused: 0,
-            open: 0,
-            to_service: 0,
-            to_client: 0,
-            gateways: vec![crate::api::protocol::GatewayStatus {
-                address: "172.18.0.1".parse().unwrap(),
-                namespace: None,
-                interface: "br-app".to_owned(),
-                state: State::Steered,
-                why: None,
-                connections,
-            }],
-        }
+            connections,
+        };
+        RuleStatus::example("app", port, "", vec![gateway])
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::{
     planning::{
         inventory::{DockerNetwork, Interface},
         policy::State,
-        rule::{Origin, PathChoice, RuleId, Source},
+        rule::RuleId,
     },
 };
 
@@ -23,25 +23,8 @@ fn gateway(address: &str, interface: &str, state: State) -> GatewayStatus {
 }
 
 fn rule(network: &str, port: u16, target: &str, gateways: Vec<GatewayStatus>) -> RuleStatus {
-    RuleStatus {
-        network: network.parse().unwrap(),
-        port,
-        target: target.to_owned(),
-        source: Source::Container,
-        path: PathChoice::Auto,
-        max_connections: None,
-        idle_timeout: None,
-        proxy_protocol: None,
-        comment: None,
-        origin: Origin::Cli,
-        state: State::Steered,
-        why: Some("so it is".to_owned()),
-        refused: 0,
-        open: 0,
-        to_client: 0,
-        to_service: 0,
-        gateways,
-    }
+    let rule = RuleStatus::example(network, port, target, gateways);
+    RuleStatus { why: Some("so it is".to_owned()), ..rule }
 }
 
 fn status(rules: Vec<RuleStatus>) -> Status {

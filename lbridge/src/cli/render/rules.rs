@@ -166,13 +166,11 @@ fn options(rule: &RuleStatus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::planning::policy::State;
 
     fn rule(port: u16, target: &str) -> RuleStatus {
-        let rule = serde_json::json!({
-            "network": "app", "port": port, "target": target, "source": "container", "path": "auto",
-            "origin": "cli", "state": "waiting", "why": format!("nothing listens on {target}"), "gateways": [],
-        });
-        serde_json::from_value(rule).unwrap()
+        let rule = RuleStatus::example("app", port, target, vec![]);
+        RuleStatus { state: State::Waiting, why: Some(format!("nothing listens on {target}")), ..rule }
     }
 
     fn folded(rules: &[RuleStatus]) -> Vec<String> {
