@@ -2,6 +2,7 @@
 
 mod bridge;
 mod launch;
+mod scene;
 
 use std::{env, process};
 
