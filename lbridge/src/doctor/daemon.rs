@@ -76,11 +76,7 @@ fn unanswered(options: &Options, client: &Client, error: &ClientError) -> Findin
                 Err(_) => "Nothing is relayed, and rules cannot be changed.",
             };
             let finding = Finding::new(CHECK, Level::Problem, format!("no daemon at {socket}")).because(why);
-            finding.type_this([if UNIT_FILES.iter().any(|file| Path::new(file).exists()) {
-                "systemctl start lbridge.service"
-            } else {
-                "sudo lbridge run    # or as a unit, which is in the README"
-            }])
+            finding.type_this([start()])
         }
         other => Finding::new(CHECK, Level::Problem, other.to_string())
             .type_this(["systemctl restart lbridge.service"]),
@@ -105,8 +101,10 @@ fn answered(options: &Options, daemon: Option<&Daemon>, status: &Status) -> Vec<
     }
     if let (Some(daemon), None) = (daemon, unit) {
         let what = format!("the daemon (process {}) is no unit of systemd", daemon.pid);
-        let why = "Nothing starts it again after a crash or a boot. The README has a unit.";
-        findings.push(Finding::new("systemd", Level::Note, what).because(why));
+        let why = "Nothing starts it again after a crash or a boot. Stop it, and have systemd run it.";
+        findings.push(
+            Finding::new("systemd", Level::Note, what).because(why).type_this(["lbridge service install"]),
+        );
     }
     if status.kernel.path == KernelPath::Steer {
         match pins::in_place(&options.bpffs) {
@@ -144,4 +142,15 @@ fn about_rule(rule: &RuleStatus) -> Option<Finding> {
     };
     let why = rule.why.as_deref().unwrap_or("no reason was told");
     Some(Finding::new("rules", level, format!("rule {} {} {state}: {why}", rule.network, rule.port)))
+}
+
+/// What starts a daemon on this host.
+pub(super) fn start() -> &'static str {
+    if UNIT_FILES.iter().any(|file| Path::new(file).exists()) {
+        "systemctl start lbridge.service"
+    } else if sd_notify::booted().unwrap_or(false) {
+        "lbridge service install"
+    } else {
+        "lbridge run"
+    }
 }

@@ -1,8 +1,8 @@
 //! What keeps packets from lbridge: netfilter's INPUT comes before. Tried, from the bridges of the rules.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Finding, Host, Level};
+use super::{Finding, Host, Level, daemon};
 use crate::{
     api::protocol::Status,
     firewall,
@@ -34,8 +34,7 @@ pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Findin
         findings.push(Finding::new(CHECK, Level::Note, format!("the ruleset could not be read: {why}")));
     }
     if findings.is_empty() {
-        let firewalls: std::collections::BTreeSet<_> =
-            seen.chains.iter().map(|chain| chain.firewall.to_string()).collect();
+        let firewalls: BTreeSet<_> = seen.chains.iter().map(|chain| chain.firewall.to_string()).collect();
         let firewalls: Vec<_> = firewalls.into_iter().collect();
         let who = if firewalls.is_empty() { "no firewall".to_owned() } else { firewalls.join(", ") };
         let what = match openings.len() {
@@ -60,7 +59,7 @@ fn dropped(opening: &Opening, seen: &Filtering, status: Option<&Status>) -> Find
             finding.type_this(["lbridge status    # which says why lbridge's accept rule does not help"])
         }
         Some((_, command)) if status.is_none() => {
-            finding.type_this(["systemctl start lbridge    # which lets them in; or:".to_owned(), command])
+            finding.type_this([format!("{}    # which lets them in; or:", daemon::start()), command])
         }
         Some((_, command)) => finding.type_this([command]),
         None => finding.type_this([
