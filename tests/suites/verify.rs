@@ -36,6 +36,7 @@ fn tests() -> Vec<Test> {
         a_service_on_another_address_is_found,
         an_entry_for_another_bridge_is_found,
         an_entry_for_an_uplink_is_found,
+        an_entry_for_a_bridge_without_rules_is_found,
         an_entry_for_any_source_is_found,
         an_entry_that_leads_elsewhere_is_found,
         a_stranger_in_the_relays_place_is_found,
@@ -294,6 +295,23 @@ fn an_entry_for_an_uplink_is_found() -> Result<()> {
     let checks = insisting(&map, &alien, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
     let failures = failures(&checks);
     must_contain(&failures, "veth1, as 10.7.0.254 -> 10.7.0.1:8080", "no rule says so")?;
+    ensure!(failures.len() == 1, "{failures:#?}");
+    Ok(())
+}
+
+/// Virtual machines', say.
+fn an_entry_for_a_bridge_without_rules_is_found() -> Result<()> {
+    let stage = Stage::new()?;
+    stage.lab.add_bridge("virbr0", "10.9.0.1/24")?;
+    stage.verify(&["bridge:lab0", "8080"], 0)?;
+    let map = stage.entries()?;
+    let mut value = map.get(&key(GATEWAY, stage.ifindex("lab0")?, PLAIN))?;
+    let alien = key(GATEWAY, stage.ifindex("virbr0")?, PLAIN);
+    value[..24].copy_from_slice(&alien);
+    value[24..56].fill(0);
+    let checks = insisting(&map, &alien, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
+    let failures = failures(&checks);
+    must_contain(&failures, "virbr0, as 10.7.0.254 -> 10.7.0.1:8080", "no rule says so")?;
     ensure!(failures.len() == 1, "{failures:#?}");
     Ok(())
 }

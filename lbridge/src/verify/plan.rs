@@ -129,7 +129,7 @@ pub(super) fn plan(status: &Status, interfaces: &[Interface], wanted: Option<&Ru
         dialled,
         uplinks: interfaces
             .iter()
-            .filter(|i| !i.is_bridge && !i.addresses.is_empty())
+            .filter(|i| if i.is_bridge { !names.contains(i.name.as_str()) } else { !i.addresses.is_empty() })
             .map(|i| Place::Interface { name: i.name.clone(), index: i.index })
             .collect(),
         host: interfaces.iter().flat_map(|i| i.addresses.iter().map(|(ip, _)| *ip)).collect(),
@@ -149,7 +149,8 @@ pub(super) fn id(rule: &RuleStatus) -> RuleId {
 struct Planner<'a> {
     /// What some rule has containers of a bridge dial.
     dialled: BTreeSet<(&'a str, SocketAddr)>,
-    /// Interfaces with addresses that are no bridges.
+    /// Interfaces with addresses, and bridges that neither a rule nor Docker knows: nothing is plugged into those, behind which
+    /// the LAN may be.
     uplinks: Vec<Place>,
     /// Every address of the host.
     host: BTreeSet<IpAddr>,

@@ -173,12 +173,14 @@ fn false_addresses_are_tried_where_the_kernel_tells_the_interface() {
         plan.trials.iter().filter_map(at).collect::<Vec<_>>()
     };
     let mut status = status(steered());
-    let uplink = Place::Interface { name: "eth0".to_owned(), index: 2 };
-    assert_eq!(borrowed(&status), [bridge("br-app"), bridge("br-db"), Place::Lan, uplink.clone()]);
+    let [uplink, of_others] =
+        [("eth0", 2), ("br-lan", 5)].map(|(name, index)| Place::Interface { name: name.to_owned(), index });
+    let elsewhere = [bridge("br-db"), Place::Lan, uplink, of_others];
+    assert_eq!(borrowed(&status), [&[bridge("br-app")], &elsewhere[..]].concat());
     status.kernel.interface_check = false;
     assert_eq!(borrowed(&status), [bridge("br-app")], "the subnet is checked everywhere");
     status.rules[0].gateways[0].state = State::Relayed;
-    assert_eq!(borrowed(&status), [bridge("br-db"), Place::Lan, uplink], "a relay is bound to its bridge");
+    assert_eq!(borrowed(&status), elsewhere, "a relay is bound to its bridge");
 }
 
 #[test]
