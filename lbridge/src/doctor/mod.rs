@@ -219,7 +219,7 @@ fn listed(names: &[String]) -> String {
 }
 
 /// A word for a shell, which may be somebody else's choice.
-fn quoted(word: &str) -> String {
+pub(crate) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();

@@ -6,6 +6,7 @@ use super::{print, rules::states, shown};
 use crate::{
     api::protocol::RuleStatus,
     cli::Failure,
+    doctor::quoted,
     import::{Plan, Standing, Taken},
     planning::policy::State,
 };
@@ -79,16 +80,19 @@ fn left(plan: &Plan) -> String {
 }
 
 fn disable<'a>(taken: impl Iterator<Item = &'a Taken>) -> String {
-    let line = |taken: &Taken| {
-        let unit = shown(&taken.unit);
-        if taken.alone {
-            format!("  systemctl disable --now {unit}\n")
-        } else {
-            format!("  systemctl edit --full {unit}    # it runs other commands, too\n")
-        }
-    };
-    let lines: BTreeSet<_> = taken.map(line).collect();
+    let lines: BTreeSet<_> = taken.map(|taken| disable_line(&taken.unit, taken.alone)).collect();
     lines.into_iter().collect()
+}
+
+fn disable_line(unit: &str, alone: bool) -> String {
+    // What systemd-escape makes has backslashes, which a shell would take away.
+    let unit = quoted(unit);
+    let unit = shown(&unit);
+    if alone {
+        format!("  systemctl disable --now {unit}\n")
+    } else {
+        format!("  systemctl edit --full {unit}    # it runs other commands, too\n")
+    }
 }
 
 fn firewall(plan: &Plan) -> String {
@@ -99,4 +103,17 @@ fn firewall(plan: &Plan) -> String {
     let lines = rules.iter().map(|rule| format!("  ufw {}\n", shown(rule)));
     let start = "\nKeep these; packets pass the firewall before lbridge sees them:\n";
     std::iter::once(start.to_owned()).chain(lines).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::disable_line;
+
+    #[test]
+    fn names_cannot_act_on_the_shell() {
+        assert_eq!(disable_line("socat-pg.service", true), "  systemctl disable --now socat-pg.service\n");
+        for (unit, quoted) in [("socat-a\\x2db.service", "'socat-a\\x2db.service'"), ("a;id", "'a;id'")] {
+            assert_eq!(disable_line(unit, true), format!("  systemctl disable --now {quoted}\n"));
+        }
+    }
 }
