@@ -58,10 +58,11 @@ fn dropped(opening: &Opening, seen: &Filtering, status: Option<&Status>) -> Find
         Some(_) if managed => {
             finding.type_this(["lbridge status    # which says why lbridge's accept rule does not help"])
         }
-        Some((_, command)) if status.is_none() => {
+        Some((_, Some(command))) if status.is_none() => {
             finding.type_this([format!("{}    # which lets them in; or:", daemon::start()), command])
         }
-        Some((_, command)) => finding.type_this([command]),
+        Some((_, Some(command))) => finding.type_this([command]),
+        Some((_, None)) => finding.type_this(["nft list ruleset    # and let it through there, by hand"]),
         None => finding.type_this([
             "nft list ruleset    # chains on prerouting, bridge and netdev tables; and: bpftool net",
         ]),

@@ -57,9 +57,13 @@ impl fmt::Display for Opening {
 impl Opening {
     /// Whether the interface can be named in a rule and mean only itself: firewalls read `*`, `+`, `@` and `!` otherwise.
     pub fn has_plain_name(&self) -> bool {
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        self.interface.chars().all(plain) && self.interface.starts_with(|c: char| c.is_ascii_alphanumeric())
+        is_plain(&self.interface)
     }
+}
+
+fn is_plain(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    name.chars().all(plain) && name.starts_with(|c: char| c.is_ascii_alphanumeric())
 }
 
 /// Where an opening is tried from.
@@ -229,7 +233,8 @@ impl Filtering {
     }
 
     /// Who is likely to drop it, and the command that lets it through; `None` where no chain on the input hook is in the way.
-    pub fn remedy(&self, opening: &Opening) -> Option<(Firewall, String)> {
+    /// The command is `None` where it would need a name that means more than itself.
+    pub fn remedy(&self, opening: &Opening) -> Option<(Firewall, Option<String>)> {
         self.in_the_way_of(opening).next().map(|chain| (chain.firewall, chain.remedy(opening)))
     }
 
@@ -249,7 +254,13 @@ impl Filtering {
                     chain.chain
                 )
             }
-            Some(chain) => format!("firewall {} drops it: {}", chain.firewall, chain.remedy(opening)),
+            Some(chain) => {
+                let remedy = chain.remedy(opening).unwrap_or_else(|| {
+                    "it has to be let through by hand, since a name here could mean something else to a firewall or a shell"
+                        .to_owned()
+                });
+                format!("firewall {} drops it: {remedy}", chain.firewall)
+            }
             None => match &self.unreadable {
                 Some(why) => format!("a firewall drops it, which cannot be told: {why}"),
                 None => "a firewall drops it, but no chain on the input hook: look for chains on prerouting, of bridge or \
@@ -261,11 +272,14 @@ impl Filtering {
 }
 
 impl InputChain {
-    /// The command that lets an opening through.
-    fn remedy(&self, opening: &Opening) -> String {
+    /// The command that lets an opening through, and nothing else, whoever chose the names in it.
+    fn remedy(&self, opening: &Opening) -> Option<String> {
+        if !(opening.has_plain_name() && is_plain(&self.chain.table) && is_plain(&self.chain.name)) {
+            return None;
+        }
         let Opening { interface, gateway, port } = opening;
         let (ip, family, suffix) = if gateway.is_ipv4() { ("ip", "ipv4", "") } else { ("ip6", "ipv6", "6") };
-        match self.firewall {
+        Some(match self.firewall {
             Firewall::Ufw => format!("ufw allow in on {interface} to {gateway} port {port} proto tcp"),
             Firewall::Firewalld => format!(
                 "firewall-cmd --zone=\"$(firewall-cmd --get-zone-of-interface={interface} || firewall-cmd --get-default-zone)\" \
@@ -284,7 +298,7 @@ impl InputChain {
                     "nft insert rule {family} {table} {name} iifname {interface} {ip} daddr {gateway} tcp dport {port} accept"
                 )
             }
-        }
+        })
     }
 }
 

@@ -245,6 +245,28 @@ fn the_remedy_can_be_typed() {
     }
 }
 
+/// To a firewall or to the shell that it is pasted into.
+#[test]
+fn a_remedy_has_no_name_that_means_more() {
+    let mut seen = Filtering {
+        chains: vec![InputChain {
+            chain: Chain { through: Through::Nft, ..chain(Family::Inet, "t") },
+            denial: Denial::Policy,
+            firewall: Firewall::Nftables,
+        }],
+        ..Filtering::default()
+    };
+    for name in ["br*", "br+", "$(id)", "a;id", "a&", "-x"] {
+        let one = Opening { interface: name.to_owned(), ..opening("172.18.0.1", 80) };
+        let why = seen.why_dropped(&one);
+        assert!(why.contains("by hand") && !why.contains(name), "{why}");
+        name.clone_into(&mut seen.chains[0].chain.table);
+        let why = seen.why_dropped(&opening("172.18.0.1", 80));
+        assert!(why.contains("by hand") && !why.contains(name), "{why}");
+        seen.chains[0].chain.table = "t".to_owned();
+    }
+}
+
 #[test]
 fn a_name_that_means_more_is_no_plain_name() {
     for (name, plain) in [
