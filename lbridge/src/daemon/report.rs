@@ -157,7 +157,12 @@ impl Report {
             return outcome;
         };
         let filtering = &self.reality.filtering;
-        if filtering.passages.get(&opening) != Some(&Passage::Dropped) {
+        // What was dropped, and cannot be accepted, is not tried again.
+        let dropped = match filtering.passages.get(&opening) {
+            Some(passage) => *passage == Passage::Dropped,
+            None => self.failures.openings.contains_key(&opening),
+        };
+        if !dropped {
             return outcome;
         }
         let why = match self.failures.openings.get(&opening) {

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fs, net::IpAddr};
 
-use super::{ruleset::Problem, run};
+use super::{ruleset::Problem, run, run_with};
 use crate::planning::firewall::{
     Accepted, COMMENT, Chain, Denial, Family, Firewall, InputChain, Opening, Through,
 };
@@ -100,17 +100,31 @@ impl Variant {
     async fn run(self, arguments: &[&str]) -> Result<String, Problem> {
         run(self.program(), &[&["-w", LOCK_WAIT], arguments].concat()).await
     }
+
+    /// Has several commands done at once, or none of them.
+    async fn restore(self, commands: &str) -> Result<String, Problem> {
+        let program = match (self.through, self.v6) {
+            (Through::IptablesLegacy, false) => "iptables-legacy-restore",
+            (Through::IptablesLegacy, true) => "ip6tables-legacy-restore",
+            (_, false) => "iptables-nft-restore",
+            (_, true) => "ip6tables-nft-restore",
+        };
+        run_with(program, &["-w", LOCK_WAIT, "--noflush"], commands).await
+    }
 }
 
-/// Puts a rule first, then removes its older copies.
+/// Whether somebody uses the old tables.
+pub(super) fn is_legacy_in_use() -> bool {
+    Variant::both(Through::IptablesLegacy).into_iter().any(Variant::is_in_use)
+}
+
+/// Puts a rule first, and removes its older copies: at once, and by what they say, for their numbers are others' as soon as
+/// somebody else puts a rule.
 pub(super) async fn accept(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
     let variant = Variant::of(chain);
-    let rule = rule(opening);
-    let rule: Vec<_> = rule.iter().map(String::as_str).collect();
-    variant.run(&[&["-I", INPUT, "1"], &rule[..]].concat()).await?;
-    for number in numbers(variant, opening).await?.into_iter().skip(1).rev() {
-        variant.run(&["-D", INPUT, &number.to_string()]).await?;
-    }
+    let rule = rule(opening).join(" ");
+    let removals = format!("-D {INPUT} {rule}\n").repeat(copies(variant, opening).await?);
+    variant.restore(&format!("*filter\n{removals}-I {INPUT} 1 {rule}\nCOMMIT\n")).await?;
     Ok(())
 }
 
@@ -119,18 +133,17 @@ pub(super) async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<(
     let variant = Variant::of(chain);
     let rule = rule(opening);
     let rule: Vec<_> = rule.iter().map(String::as_str).collect();
-    for _ in numbers(variant, opening).await? {
+    for _ in 0..copies(variant, opening).await? {
         variant.run(&[&["-D", INPUT], &rule[..]].concat()).await?;
     }
     Ok(())
 }
 
-/// Where the copies of a rule are, from 1.
-async fn numbers(variant: Variant, opening: &Opening) -> anyhow::Result<Vec<usize>> {
+/// How often a rule is there.
+async fn copies(variant: Variant, opening: &Opening) -> anyhow::Result<usize> {
     let text = variant.run(&["-S", INPUT]).await?;
     let rules = text.lines().filter_map(|line| line.strip_prefix("-A INPUT "));
-    let ours = rules.enumerate().filter(|(_, rule)| own(rule).as_ref() == Some(opening));
-    Ok(ours.map(|(index, _)| index + 1).collect())
+    Ok(rules.filter(|rule| own(rule).as_ref() == Some(opening)).count())
 }
 
 /// A rule in iptables' words, in the order in which it prints them.

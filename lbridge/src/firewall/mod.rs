@@ -16,11 +16,12 @@ mod ruleset;
 use std::{
     collections::BTreeMap,
     io,
+    process::Stdio,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
-use tokio::sync::mpsc;
+use tokio::{io::AsyncWriteExt as _, sync::mpsc};
 
 use crate::planning::firewall::{Chain, Filtering, Link, Opening, Passage, Through};
 use changes::Changes;
@@ -149,8 +150,12 @@ impl Firewall {
         self.ruleset = ruleset;
     }
 
-    /// Somebody may have done something about what is dropped: it is tried again.
+    /// Somebody may have done something about what is dropped: it is tried again. And where nothing tells of changes the
+    /// ruleset is looked at.
     pub fn try_again(&mut self) {
+        if iptables::is_legacy_in_use() {
+            self.looked = None;
+        }
         self.seen.passages.retain(|_, passage| *passage == Passage::Open);
     }
 
@@ -161,8 +166,11 @@ impl Firewall {
         if !openings.keys().any(dropped) {
             return;
         }
-        // Not every change is told.
+        // Not every change is told. But what was seen just now counts, for a ruleset that changes all the time, too.
+        let mut tried = self.seen.passages.clone();
+        tried.retain(|opening, _| openings.contains_key(opening));
         self.read().await;
+        self.seen.passages.extend(tried);
         // Where nobody is in the way something may have gone wrong with the try itself.
         let doubtful = |opening: &Opening| {
             let passage = self.seen.passages.get(opening);
@@ -201,8 +209,7 @@ impl Firewall {
     pub async fn accept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         anyhow::ensure!(
             opening.has_plain_name(),
-            "the bridge's name could mean other interfaces to a firewall; let it through by hand: {}",
-            self.seen.why_dropped(opening)
+            "the bridge's name could mean other interfaces to a firewall; give it another, or let it through by hand"
         );
         let put = match chain.through {
             Through::Nft => ruleset::accept(chain, opening).await,
@@ -266,10 +273,27 @@ fn listed(problems: &[Problem]) -> String {
 
 /// Runs a firewall's tool to its end; what it prints.
 async fn run(program: &'static str, arguments: &[&str]) -> Result<String, Problem> {
+    run_with(program, arguments, "").await
+}
+
+/// As [`run`], for a tool that reads what it is to do.
+async fn run_with(program: &'static str, arguments: &[&str], input: &str) -> Result<String, Problem> {
     let failed = |why: String| Problem::Failed(anyhow::anyhow!("{program}: {why}"));
     let mut command = tokio::process::Command::new(program);
     command.args(arguments).env("LC_ALL", "C").kill_on_drop(true);
-    let output = match tokio::time::timeout(PATIENCE, command.output()).await {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = async {
+        let mut child = command.spawn()?;
+        if let Some(mut stdin) = child.stdin.take() {
+            match stdin.write_all(input.as_bytes()).await {
+                // Its standard error says what it does not like.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                written => written?,
+            }
+        }
+        child.wait_with_output().await
+    };
+    let output = match tokio::time::timeout(PATIENCE, output).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => return Err(Problem::Missing(program)),
         Ok(Err(error)) => return Err(failed(error.to_string())),

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    hash::{BuildHasher as _, RandomState},
     io,
     mem::MaybeUninit,
     net::{IpAddr, SocketAddr},
@@ -28,6 +29,7 @@ const PATIENCE: Duration = Duration::from_millis(1500);
 const BURST: usize = 64;
 /// Where the header has what this module reads or writes (RFC 9293, section 3.1).
 const HEADER: usize = 20;
+const ACKNOWLEDGED: usize = 8;
 const FLAGS: usize = 13;
 const CHECKSUM: usize = 16;
 const SYN: u8 = 0x02;
@@ -80,13 +82,16 @@ fn answering(source: IpAddr, gateway: IpAddr, ports: &BTreeSet<u16>) -> anyhow::
     let socket =
         Socket::new(Domain::for_address(SocketAddr::new(gateway, 0)), Type::RAW, Some(Protocol::TCP))?;
     let mut answered = BTreeSet::new();
+    // Only whom the SYN has reached knows it: others on the bridge could answer in the gateway's name, for something that a
+    // firewall drops.
+    let sequence = (RandomState::new().hash_one(gateway) >> 32) as u32;
     let ports: Vec<_> = ports.iter().copied().collect();
     for burst in ports.chunks(BURST) {
         let begun = Instant::now();
         for wait_until in AGAIN.into_iter().chain([PATIENCE]) {
             let silent: Vec<_> = burst.iter().filter(|port| !answered.contains(*port)).collect();
             for port in &silent {
-                let segment = syn(source, gateway, **port);
+                let segment = syn(source, gateway, **port, sequence);
                 socket.send_to(&segment, &SocketAddr::new(gateway, 0).into())?;
             }
             while burst.iter().any(|port| !answered.contains(port)) {
@@ -94,7 +99,7 @@ fn answering(source: IpAddr, gateway: IpAddr, ports: &BTreeSet<u16>) -> anyhow::
                 if left.is_zero() {
                     break;
                 }
-                answered.extend(receive(&socket, gateway, left)?);
+                answered.extend(receive(&socket, gateway, sequence, left)?);
             }
         }
     }
@@ -102,7 +107,7 @@ fn answering(source: IpAddr, gateway: IpAddr, ports: &BTreeSet<u16>) -> anyhow::
 }
 
 /// The port of an answer, if there is one in time.
-fn receive(socket: &Socket, gateway: IpAddr, patience: Duration) -> io::Result<Option<u16>> {
+fn receive(socket: &Socket, gateway: IpAddr, sequence: u32, patience: Duration) -> io::Result<Option<u16>> {
     socket.set_read_timeout(Some(patience.max(Duration::from_millis(1))))?;
     let mut packet = [MaybeUninit::uninit(); 128];
     let (length, from) = match socket.recv_from(&mut packet) {
@@ -120,23 +125,25 @@ fn receive(socket: &Socket, gateway: IpAddr, patience: Duration) -> io::Result<O
         _ => 0,
     };
     let from_gateway = from.as_socket().is_some_and(|from| from.ip() == gateway);
-    Ok(packet.get(header..).filter(|_| from_gateway).and_then(answered_port))
+    Ok(packet.get(header..).filter(|_| from_gateway).and_then(|segment| answered_port(segment, sequence)))
 }
 
-/// Which port a segment answers a SYN from.
-fn answered_port(segment: &[u8]) -> Option<u16> {
+/// Which port a segment answers from, if it answers the SYN with that number.
+fn answered_port(segment: &[u8], sequence: u32) -> Option<u16> {
     let port = u16::from_be_bytes([*segment.first()?, *segment.get(1)?]);
+    let acknowledged = segment.get(ACKNOWLEDGED..)?.first_chunk().copied().map(u32::from_be_bytes)?;
     let flags = segment.get(FLAGS)?;
-    let answers = flags & RST != 0 || flags & (SYN | ACK) == SYN | ACK;
-    answers.then_some(port)
+    let answers = flags & ACK != 0 && flags & (RST | SYN) != 0;
+    (answers && acknowledged == sequence.wrapping_add(1)).then_some(port)
 }
 
 /// A SYN without options.
-fn syn(source: IpAddr, gateway: IpAddr, port: u16) -> [u8; HEADER] {
+fn syn(source: IpAddr, gateway: IpAddr, port: u16, sequence: u32) -> [u8; HEADER] {
     const WINDOW: u16 = 64_240;
     let mut segment = [0; HEADER];
     segment[0..2].copy_from_slice(&PROBE_PORT.to_be_bytes());
     segment[2..4].copy_from_slice(&port.to_be_bytes());
+    segment[4..8].copy_from_slice(&sequence.to_be_bytes());
     segment[12] = u8::try_from(HEADER / 4).unwrap_or_default() << 4;
     segment[FLAGS] = SYN;
     segment[14..16].copy_from_slice(&WINDOW.to_be_bytes());
@@ -172,7 +179,7 @@ mod tests {
         for (source, gateway) in [("172.18.255.254", "172.18.0.1"), ("fd00::ffff", "fd00::1")] {
             let (source, gateway) = (source.parse().unwrap(), gateway.parse().unwrap());
             for port in [1, 80, 65_535] {
-                assert_eq!(checksum(source, gateway, &syn(source, gateway, port)), 0);
+                assert_eq!(checksum(source, gateway, &syn(source, gateway, port, 0x0102_0304)), 0);
             }
         }
     }
@@ -182,11 +189,13 @@ mod tests {
         let mut segment = [0; HEADER];
         segment[..2].copy_from_slice(&80_u16.to_be_bytes());
         for (flags, answers) in
-            [(SYN | ACK, true), (RST, true), (RST | ACK, true), (SYN, false), (ACK, false)]
+            [(SYN | ACK, true), (RST | ACK, true), (RST, false), (SYN, false), (ACK, false)]
         {
             segment[FLAGS] = flags;
-            assert_eq!(answered_port(&segment), answers.then_some(80), "{flags:#x}");
+            segment[ACKNOWLEDGED..ACKNOWLEDGED + 4].copy_from_slice(&0_u32.to_be_bytes());
+            assert_eq!(answered_port(&segment, u32::MAX), answers.then_some(80), "{flags:#x}");
+            assert_eq!(answered_port(&segment, 6), None, "an answer to something else");
         }
-        assert_eq!(answered_port(&segment[..10]), None);
+        assert_eq!(answered_port(&segment[..10], u32::MAX), None);
     }
 }

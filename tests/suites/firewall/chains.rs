@@ -1,14 +1,23 @@
 //! nftables and both kinds of iptables: what drops is found, and the accept rule is put where it counts.
 
-use anyhow::{Result, ensure};
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, ensure};
 use lbridge_tests::harness::client::{self, Attempt};
 use lbridge_tests::harness::daemon::Options;
+use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
+use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn};
 
-use super::{DROPS, Walled, dropped};
+use super::{DROPS, Walled, dropped, must};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -25,6 +34,9 @@ pub(crate) fn tests() -> Vec<Test> {
         off_for_every_firewall,
         a_drop_that_no_chain_shows,
         a_bridge_whose_name_is_a_pattern,
+        another_container_does_not_answer_the_try,
+        what_others_put_meanwhile_stays,
+        a_ruleset_that_changes_all_the_time,
         trying_is_not_noticed,
     ]
 }
@@ -246,16 +258,119 @@ fn a_drop_that_no_chain_shows() -> Result<()> {
 fn a_bridge_whose_name_is_a_pattern() -> Result<()> {
     let walled = Walled::with(Options::default())?;
     walled.must(&format!("nft '{DROPS}'"))?;
-    for (name, number) in [("la*", 20), ("la+", 21), ("@la", 22), ("!la", 23)] {
+    for (name, number) in [("la*", 20), ("la+", 21), ("@la", 22), ("!la", 23), ("$(id)", 24)] {
         let bridge = walled.scene.lab.add_bridge(name, &format!("10.{number}.0.1/24"))?;
         let before = walled.ruleset()?;
+        walled.scene.daemon.allow(&[&bridge.network(), "8080"])?;
         walled.scene.daemon.allow(&[&bridge.network(), "8080"])?;
         let state = walled.scene.daemon.rule_state(&bridge.network(), 8080)?;
         ensure!(state.state == "blocked", "{name}: {state:?}");
         ensure!(state.why.as_ref().is_some_and(|why| why.contains("by hand")), "{name}: {state:?}");
+        // A command with that name would open more, or do something else.
+        ensure!(state.why.as_ref().is_some_and(|why| !why.contains(name)), "{name}: {state:?}");
         ensure!(walled.ruleset()? == before, "{name}: {}", walled.ruleset()?);
     }
     Ok(())
+}
+
+/// Somebody on the bridge answers in the gateway's name for what the firewall drops.
+fn another_container_does_not_answer_the_try() -> Result<()> {
+    let walled = Walled::new()?;
+    walled.must(&format!("nft '{DROPS}'"))?;
+    let _service = walled.scene.service("walled", "127.0.0.1:8080")?;
+    // To whoever has the address that the try is sent from.
+    must(
+        &walled.scene.container,
+        "ip neigh replace 10.7.0.254 lladdr ff:ff:ff:ff:ff:ff dev eth0 nud permanent",
+    )?;
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let liar = scope.spawn(|| walled.scene.container.run(|| answer_in_the_gateways_name(&over)));
+        let told = walled.scene.allow(&["8080"]).and_then(|()| walled.scene.served(8080, "walled"));
+        over.store(true, Ordering::Relaxed);
+        liar.join().map_err(|_| anyhow!("a panic"))??;
+        told.map(drop)
+    })
+}
+
+/// Sends SYN-ACKs from 10.7.0.1:8080 to 10.7.0.254:1023 until it is over.
+fn answer_in_the_gateways_name(over: &AtomicBool) -> Result<()> {
+    let socket =
+        socket::socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)?;
+    let mut packet = [0; 40];
+    // IPv4 (RFC 791); the kernel puts length and checksum (raw(7)). Then TCP, whose checksum no raw socket looks at.
+    packet[0] = 0x45;
+    packet[8..10].copy_from_slice(&[64, 6]);
+    packet[12..20].copy_from_slice(&[10, 7, 0, 1, 10, 7, 0, 254]);
+    packet[20..22].copy_from_slice(&8080_u16.to_be_bytes());
+    packet[22..24].copy_from_slice(&1023_u16.to_be_bytes());
+    packet[28..32].copy_from_slice(&1_u32.to_be_bytes());
+    packet[32..34].copy_from_slice(&[0x50, 0x12]);
+    let to = SockaddrIn::new(10, 7, 0, 254, 0);
+    while !over.load(Ordering::Relaxed) {
+        socket::sendto(socket.as_raw_fd(), &packet, &to, MsgFlags::empty())?;
+        thread::sleep(Duration::from_micros(500));
+    }
+    Ok(())
+}
+
+/// While lbridge moves its rule to the front somebody puts one there, as fail2ban does.
+fn what_others_put_meanwhile_stays() -> Result<()> {
+    for program in ["iptables-legacy", "iptables-nft"] {
+        // Whatever lbridge reads there is out of date at once.
+        let folder = tempfile::tempdir()?;
+        let (wrapper, path) = (folder.path().join(program), std::env::var("PATH")?);
+        let real = must(&NetNs::current()?, &format!("command -v {program}"))?;
+        let real = real.trim();
+        fs::write(
+            &wrapper,
+            format!(
+                "#!/bin/sh\n{real} \"$@\" || exit\ncase \"$*\" in *'-S INPUT') {real} -I INPUT -s 192.0.2.1 -j ACCEPT; esac\n"
+            ),
+        )?;
+        fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
+        let env = vec![("PATH".to_owned(), format!("{}:{path}", folder.path().display()))];
+        let walled = Walled::with(Options { env, ..Options::default() })?;
+        walled.must(&format!("{program} -P INPUT DROP"))?;
+        let _service = walled.scene.service("walled", "127.0.0.1:8080")?;
+        walled.scene.allow(&["8080"])?;
+        // What is behind this one does not count.
+        walled.must(&format!("{program} -I INPUT -i lab0 -j DROP"))?;
+        walled.scene.allow(&["8080"])?;
+        walled.scene.soon_served(8080, "walled")?;
+        let rules = walled.must(&format!("{program} -S INPUT"))?;
+        ensure!(rules.matches("-i lab0 -j DROP").count() == 1, "{rules}");
+        ensure!(rules.matches("-s 192.0.2.1").count() >= 2, "{rules}");
+        ensure!(rules.matches("lbridge").count() == 1, "{rules}");
+    }
+    Ok(())
+}
+
+/// Each change, fail2ban's, say, may be the one that matters; none of them keeps lbridge from letting in.
+fn a_ruleset_that_changes_all_the_time() -> Result<()> {
+    let walled = Walled::new()?;
+    walled.must(&format!("nft '{DROPS}'"))?;
+    let _service = walled.scene.service("walled", "127.0.0.1:8080")?;
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let other = scope.spawn(|| -> Result<()> {
+            for number in 1_u16.. {
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+                walled.must(&format!("nft add rule inet filter input tcp dport {number} drop"))?;
+                thread::sleep(Duration::from_millis(20));
+            }
+            Ok(())
+        });
+        let told = walled.scene.allow(&["8080"]).and_then(|()| {
+            walled.must("nft insert rule inet filter input iifname lab0 drop")?;
+            walled.scene.soon_served(8080, "walled")
+        });
+        over.store(true, Ordering::Relaxed);
+        other.join().map_err(|_| anyhow!("a panic"))??;
+        told.map(drop)
+    })
 }
 
 /// The service sees no connection, and none is counted, however often it is tried.
