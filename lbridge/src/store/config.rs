@@ -1,8 +1,17 @@
 //! `lbridge.toml`: reads it, and says what is wrong with it, where, and what to write instead.
 
-use std::{fmt, io::ErrorKind, num::NonZeroU32, path::Path, time::Duration};
+use std::{
+    fmt,
+    fs::OpenOptions,
+    io::{self, ErrorKind},
+    num::NonZeroU32,
+    os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
+    path::Path,
+    time::Duration,
+};
 
 use anyhow::{Context as _, anyhow};
+use nix::fcntl::OFlag;
 use serde::{
     Deserialize, Deserializer,
     de::{self, Visitor},
@@ -125,7 +134,7 @@ impl Config {
     /// Reads the file; none is as good as an empty one. An error names line and column.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         let name = path.display().to_string();
-        match std::fs::read_to_string(path) {
+        match read(path) {
             Ok(text) => Self::parse(&text, name),
             Err(error) if error.kind() == ErrorKind::NotFound => Self::parse("", name),
             Err(error) => Err(error).with_context(|| format!("cannot read {name}")),
@@ -275,6 +284,15 @@ fn known(name: &str, here: &[&str], elsewhere: &[&str], there: &str) -> Result<(
     })
 }
 
+/// Nobody waits for the other end of a pipe.
+fn read(path: &Path) -> io::Result<String> {
+    let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
+    if file.metadata()?.file_type().is_fifo() {
+        return Err(io::Error::other("it is a pipe"));
+    }
+    io::read_to_string(file)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,6 +303,16 @@ mod tests {
 
     fn rules(text: &str) -> Vec<String> {
         read(text).unwrap().rules.iter().map(|entry| entry.rule.spec.to_string()).collect()
+    }
+
+    #[test]
+    fn a_pipe_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(format!("{:#}", Config::load(&path).unwrap_err()).contains("it is a pipe"));
+        assert!(Config::load(&folder.path().join("none")).is_ok());
+        assert!(Config::load(Path::new("/dev/null")).is_ok());
     }
 
     #[test]
