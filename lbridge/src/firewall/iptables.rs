@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, net::IpAddr};
 
 use super::{ruleset::Problem, run, run_with};
 use crate::planning::firewall::{
-    Accepted, COMMENT, Chain, Denial, Family, Firewall, InputChain, Opening, Through,
+    Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Opening, Through,
 };
 
 /// The only chain that is looked at.
@@ -92,7 +92,7 @@ impl Variant {
             listed.others.iter().find(denies).map(|_| Denial::Rule)
         };
         let ufw = |line: &String| line.starts_with("-N ufw");
-        let firewall = if listed.others.iter().any(ufw) { Firewall::Ufw } else { Firewall::Iptables };
+        let firewall = if listed.others.iter().any(ufw) { Keeper::Ufw } else { Keeper::Iptables };
         listed.chain = denial.map(|denial| InputChain { chain, denial, firewall });
         listed
     }
@@ -200,11 +200,11 @@ mod tests {
         let ours = format!("-A INPUT {}", rule(&opening).join(" "));
         let denial = |text: &str| V4.read(text).chain.map(|chain| (chain.denial, chain.firewall));
         assert_eq!(denial(&format!("-P INPUT ACCEPT\n{ours}\n")), None);
-        assert_eq!(denial("-P INPUT DROP\n"), Some((Denial::Policy, Firewall::Iptables)));
+        assert_eq!(denial("-P INPUT DROP\n"), Some((Denial::Policy, Keeper::Iptables)));
         let ufw = "-P INPUT ACCEPT\n-N ufw-user-input\n-A ufw-user-input -s 1.2.3.4/32 -j DROP\n";
-        assert_eq!(denial(ufw), Some((Denial::Rule, Firewall::Ufw)));
+        assert_eq!(denial(ufw), Some((Denial::Rule, Keeper::Ufw)));
         let rejects = "-P INPUT ACCEPT\n-A INPUT -j REJECT --reject-with icmp-port-unreachable\n";
-        assert_eq!(denial(rejects), Some((Denial::Rule, Firewall::Iptables)));
+        assert_eq!(denial(rejects), Some((Denial::Rule, Keeper::Iptables)));
 
         let listed = V4.read(&format!("-P INPUT DROP\n{ours}\n-A INPUT -i lo -j ACCEPT\n{ours}\n"));
         let accepted: Vec<_> = listed.accepts.values().copied().collect();

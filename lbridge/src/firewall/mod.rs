@@ -2,7 +2,7 @@
 //! `planning/firewall.rs` does.
 //!
 //! - [`probe`]: a SYN from a namespace on the bridge;
-//! - [`ruleset`]: nftables' rules, with the `nftables` crate, which runs `nft`;
+//! - [`ruleset`]: nftables' rules, in the types of the `nftables` crate;
 //! - [`iptables`]: the tables of `iptables-nft` and `iptables-legacy`, through those programs;
 //! - [`firewalld`]: firewalld whose table takes rules from nobody else;
 //! - [`changes`]: the kernel's word that a ruleset has changed.
@@ -46,7 +46,8 @@ pub struct Firewall {
     changes: Option<Changes>,
     /// What is to be let through.
     openings: BTreeMap<Opening, Link>,
-    ruleset: Ruleset,
+    /// Everybody else's rules, as [`Ruleset::others`].
+    others: u64,
     looked: Option<Look>,
     /// When the kernel last told of a change.
     changed: Option<Instant>,
@@ -72,7 +73,7 @@ impl Firewall {
             wake,
             changes: None,
             openings: BTreeMap::new(),
-            ruleset: Ruleset::default(),
+            others: 0,
             looked: None,
             changed: None,
             seen: Filtering::default(),
@@ -139,15 +140,15 @@ impl Firewall {
         let (ruleset, problems) = Ruleset::read(&self.openings).await;
         let unreadable = (!problems.is_empty()).then(|| listed(&problems));
         self.looked = Some(Look { begun, took: begun.elapsed() });
-        if ruleset.others != self.ruleset.others {
+        if ruleset.others != self.others {
             self.seen.passages.clear();
         }
         // An accept rule that is there was needed once; if somebody removes it, it is needed again.
         self.seen.needed.extend(ruleset.accepts.keys().map(|(_, opening)| opening.clone()));
-        self.seen.chains.clone_from(&ruleset.chains);
-        self.seen.accepts.clone_from(&ruleset.accepts);
+        self.seen.chains = ruleset.chains;
+        self.seen.accepts = ruleset.accepts;
         self.seen.unreadable = unreadable;
-        self.ruleset = ruleset;
+        self.others = ruleset.others;
     }
 
     /// Somebody may have done something about what is dropped: it is tried again. And where nothing tells of changes the

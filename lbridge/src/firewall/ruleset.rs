@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     time::Duration,
 };
 
@@ -10,10 +11,6 @@ use anyhow::anyhow;
 use nftables::{
     batch::Batch,
     expr::{Expression, Meta, MetaKey, NamedExpression, Payload, PayloadField},
-    helper::{
-        DEFAULT_ARGS, DEFAULT_NFT, NftablesError, apply_ruleset_with_args_async,
-        get_current_ruleset_raw_async,
-    },
     schema::{NfCmd, NfListObject, Rule},
     stmt::{Match, Operator, Statement},
     types::{NfChainPolicy, NfChainType, NfFamily, NfHook},
@@ -24,15 +21,18 @@ use serde_json::Value;
 use super::{
     firewalld,
     iptables::{Listed, Variant},
+    run, run_with,
 };
 use crate::planning::firewall::{
-    Accepted, COMMENT, Chain, Denial, Family, Firewall, InputChain, Link, Opening, Through,
+    Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Link, Opening, Through,
 };
 
 /// A firewall's tool that takes longer is not waited for.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// Without counters (`-s`) and without the elements of sets (`-t`): they change all the time, and may be a million.
-const LIST: [&str; 4] = ["-s", "-t", "list", "ruleset"];
+const LIST: [&str; 5] = ["-j", "-s", "-t", "list", "ruleset"];
+/// The program.
+const NFT: &str = "nft";
 /// firewalld's table.
 const FIREWALLD: &str = "firewalld";
 /// Of iptables' tables the one that filters, and its chain.
@@ -55,8 +55,8 @@ pub(super) struct Ruleset {
     pub(super) chains: Vec<InputChain>,
     /// lbridge's own rules.
     pub(super) accepts: BTreeMap<(Chain, Opening), Accepted>,
-    /// Everybody else's that a packet on the input hook may meet. Where these are the same, so is what passes.
-    pub(super) others: Vec<String>,
+    /// Stands for everybody else's that a packet on the input hook may meet. Where this is the same, so is what passes.
+    pub(super) others: u64,
 }
 
 impl Ruleset {
@@ -64,7 +64,7 @@ impl Ruleset {
     pub(super) async fn read(openings: &BTreeMap<Opening, Link>) -> (Self, Vec<Problem>) {
         let mut ruleset = Self::default();
         let mut problems = vec![];
-        match list(&LIST).await {
+        match list().await {
             Ok(tables) => {
                 for variant in Variant::both(Through::IptablesNft) {
                     let family = variant.family();
@@ -89,13 +89,13 @@ impl Ruleset {
                 }
             }
             // Without `nft` there may still be the program that most firewalls use.
-            Err(ListError::NotInstalled) => {
-                problems.push(Problem::Missing("nft"));
+            Err(missing @ Problem::Missing(_)) => {
+                problems.push(missing);
                 for variant in Variant::both(Through::IptablesNft) {
                     ruleset.take_iptables(variant, &mut problems).await;
                 }
             }
-            Err(ListError::Failed(error)) => problems.push(Problem::Failed(error)),
+            Err(failed) => problems.push(failed),
         }
         for variant in Variant::both(Through::IptablesLegacy) {
             if variant.is_in_use() {
@@ -111,10 +111,18 @@ impl Ruleset {
             Ok(Listed { accepts, chain, others }) => {
                 self.accepts.extend(accepts);
                 self.chains.extend(chain);
-                self.others.extend(others);
+                for line in others {
+                    self.note(&line);
+                }
             }
             Err(problem) => problems.push(problem),
         }
+    }
+
+    fn note(&mut self, text: &str) {
+        let mut hasher = DefaultHasher::new();
+        (self.others, text).hash(&mut hasher);
+        self.others = hasher.finish();
     }
 
     fn take_nftables(&mut self, tables: &Tables) {
@@ -153,14 +161,16 @@ impl Ruleset {
             } else {
                 others.iter().any(|(_, rule)| rule.denies).then_some(Denial::Rule)
             };
-            self.others.push(format!("{family} {table} {name} {policy:?}"));
-            self.others.extend(others.iter().map(|(_, rule)| rule.text.clone()));
+            self.note(&format!("{family} {table} {name} {policy:?}"));
+            for (_, rule) in others {
+                self.note(&rule.text);
+            }
             let ufw = |chain: &&str| chain.starts_with("ufw-") || chain.starts_with("ufw6-");
             let firewall = match through {
-                _ if table == FIREWALLD => Firewall::Firewalld,
-                Through::Nft => Firewall::Nftables,
-                _ if tables.names_in(*family, table).any(|name| ufw(&name)) => Firewall::Ufw,
-                _ => Firewall::Iptables,
+                _ if table == FIREWALLD => Keeper::Firewalld,
+                Through::Nft => Keeper::Nftables,
+                _ if tables.names_in(*family, table).any(|name| ufw(&name)) => Keeper::Ufw,
+                _ => Keeper::Iptables,
             };
             self.chains.extend(denial.map(|denial| InputChain { chain: this, denial, firewall }));
         }
@@ -221,31 +231,16 @@ impl Tables {
     }
 }
 
-enum ListError {
-    NotInstalled,
-    Failed(anyhow::Error),
-}
-
 /// What `nft -j` prints; each object is read on its own, so that one which the crate does not know costs no other.
 #[derive(Deserialize)]
 struct Listing {
     nftables: Vec<Value>,
 }
 
-async fn list(arguments: &[&str]) -> Result<Tables, ListError> {
-    let listed = get_current_ruleset_raw_async(DEFAULT_NFT, arguments.iter().copied());
-    let text = match tokio::time::timeout(PATIENCE, listed).await {
-        Ok(Ok(text)) => text,
-        Ok(Err(NftablesError::NftExecution { inner, .. }))
-            if inner.kind() == std::io::ErrorKind::NotFound =>
-        {
-            return Err(ListError::NotInstalled);
-        }
-        Ok(Err(error)) => return Err(ListError::Failed(told(error))),
-        Err(_) => return Err(ListError::Failed(anyhow!("nft list ruleset does not come to an end"))),
-    };
-    let listing: Listing =
-        serde_json::from_str(&text).map_err(|error| ListError::Failed(anyhow!(error).context("nft -j")))?;
+async fn list() -> Result<Tables, Problem> {
+    let text = run(NFT, &LIST).await?;
+    let listing = serde_json::from_str::<Listing>(&text);
+    let listing = listing.map_err(|error| Problem::Failed(anyhow!(error).context("what nft -j prints")))?;
     let mut tables = Tables::default();
     for object in listing.nftables {
         tables.take(object);
@@ -345,21 +340,15 @@ pub(super) async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<(
 
 /// Adds the removal of every copy that is there now, and has it done.
 async fn apply(chain: &Chain, opening: &Opening, mut batch: Batch<'static>) -> anyhow::Result<()> {
-    let tables = list(&LIST).await.map_err(|error| match error {
-        ListError::NotInstalled => anyhow!("nft is not installed any more"),
-        ListError::Failed(error) => error,
-    })?;
+    let tables = list().await?;
     let rules = tables.chains.get(&key(chain.family, &chain.table, &chain.name)).map(|chain| &chain.rules);
     let copies = rules.into_iter().flatten().filter(|rule| rule.opening.as_ref() == Some(opening));
     for copy in copies {
         batch.delete(NfListObject::Rule(Rule { handle: Some(copy.handle), ..rule_in(chain) }));
     }
     let commands = batch.to_nftables();
-    let applied = apply_ruleset_with_args_async(&commands, DEFAULT_NFT, DEFAULT_ARGS.iter().copied());
-    match tokio::time::timeout(PATIENCE, applied).await {
-        Ok(applied) => applied.map_err(told),
-        Err(_) => Err(anyhow!("nft does not come to an end")),
-    }
+    run_with(NFT, &["-j", "-f", "-"], &serde_json::to_string(&commands)?).await?;
+    Ok(())
 }
 
 fn rule_in(chain: &Chain) -> Rule<'static> {
@@ -415,14 +404,4 @@ fn opening(object: &NfListObject<'_>) -> Option<Opening> {
         port: u16::try_from(*port).ok()?,
     };
     (statements(&opening) == shape).then_some(opening)
-}
-
-/// The crate's error without what the program itself said.
-fn told(error: NftablesError) -> anyhow::Error {
-    match &error {
-        NftablesError::NftFailed { stderr, .. } if !stderr.trim().is_empty() => {
-            anyhow!("nft: {}", stderr.lines().next().unwrap_or_default().trim_start_matches("Error: "))
-        }
-        _ => anyhow!(error),
-    }
 }

@@ -169,7 +169,7 @@ pub enum Denial {
 
 /// Whose a chain is, as far as it can be told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Firewall {
+pub enum Keeper {
     /// UFW.
     Ufw,
     /// firewalld.
@@ -180,7 +180,7 @@ pub enum Firewall {
     Nftables,
 }
 
-impl fmt::Display for Firewall {
+impl fmt::Display for Keeper {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Ufw => "UFW",
@@ -199,7 +199,7 @@ pub struct InputChain {
     /// How it denies.
     pub denial: Denial,
     /// Whose it is.
-    pub firewall: Firewall,
+    pub firewall: Keeper,
 }
 
 /// An accept rule of lbridge's.
@@ -234,7 +234,7 @@ impl Filtering {
 
     /// Who is likely to drop it, and the command that lets it through; `None` where no chain on the input hook is in the way.
     /// The command is `None` where it would need a name that means more than itself.
-    pub fn remedy(&self, opening: &Opening) -> Option<(Firewall, Option<String>)> {
+    pub fn remedy(&self, opening: &Opening) -> Option<(Keeper, Option<String>)> {
         self.in_the_way_of(opening).next().map(|chain| (chain.firewall, chain.remedy(opening)))
     }
 
@@ -280,19 +280,19 @@ impl InputChain {
         let Opening { interface, gateway, port } = opening;
         let (ip, family, suffix) = if gateway.is_ipv4() { ("ip", "ipv4", "") } else { ("ip6", "ipv6", "6") };
         Some(match self.firewall {
-            Firewall::Ufw => format!("ufw allow in on {interface} to {gateway} port {port} proto tcp"),
-            Firewall::Firewalld => format!(
+            Keeper::Ufw => format!("ufw allow in on {interface} to {gateway} port {port} proto tcp"),
+            Keeper::Firewalld => format!(
                 "firewall-cmd --zone=\"$(firewall-cmd --get-zone-of-interface={interface} || firewall-cmd --get-default-zone)\" \
                  --add-rich-rule='rule family=\"{family}\" destination address=\"{gateway}\" port port=\"{port}\" \
                  protocol=\"tcp\" accept'"
             ),
-            Firewall::Iptables => {
+            Keeper::Iptables => {
                 let legacy = if self.chain.through == Through::IptablesLegacy { "-legacy" } else { "" };
                 format!(
                     "ip{suffix}tables{legacy} -I INPUT -i {interface} -d {gateway} -p tcp --dport {port} -j ACCEPT"
                 )
             }
-            Firewall::Nftables => {
+            Keeper::Nftables => {
                 let Chain { family, table, name, .. } = &self.chain;
                 format!(
                     "nft insert rule {family} {table} {name} iifname {interface} {ip} daddr {gateway} tcp dport {port} accept"

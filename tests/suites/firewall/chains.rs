@@ -17,7 +17,7 @@ use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn};
 
-use super::{DROPS, Walled, dropped, must};
+use super::{DROPS, Walled, dropped};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -279,10 +279,10 @@ fn another_container_does_not_answer_the_try() -> Result<()> {
     walled.must(&format!("nft '{DROPS}'"))?;
     let _service = walled.scene.service("walled", "127.0.0.1:8080")?;
     // To whoever has the address that the try is sent from.
-    must(
-        &walled.scene.container,
-        "ip neigh replace 10.7.0.254 lladdr ff:ff:ff:ff:ff:ff dev eth0 nud permanent",
-    )?;
+    walled
+        .scene
+        .container
+        .shell("ip neigh replace 10.7.0.254 lladdr ff:ff:ff:ff:ff:ff dev eth0 nud permanent")?;
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let liar = scope.spawn(|| walled.scene.container.run(|| answer_in_the_gateways_name(&over)));
@@ -320,7 +320,7 @@ fn what_others_put_meanwhile_stays() -> Result<()> {
         // Whatever lbridge reads there is out of date at once.
         let folder = tempfile::tempdir()?;
         let (wrapper, path) = (folder.path().join(program), std::env::var("PATH")?);
-        let real = must(&NetNs::current()?, &format!("command -v {program}"))?;
+        let real = NetNs::current()?.shell(&format!("command -v {program}"))?;
         let real = real.trim();
         fs::write(
             &wrapper,

@@ -10,9 +10,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail};
 use lbridge_tests::harness::client;
-use lbridge_tests::harness::daemon::{Options, Output};
+use lbridge_tests::harness::daemon::Options;
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::scene::{self, Scene};
 use lbridge_tests::harness::suite::{Need, Suite};
@@ -79,7 +79,7 @@ impl Walled {
 
     /// A shell command in the host's namespace, which must succeed.
     fn must(&self, command: &str) -> Result<String> {
-        must(self.host(), command)
+        self.host().shell(command)
     }
 
     fn ruleset(&self) -> Result<String> {
@@ -112,12 +112,4 @@ fn dropped(from: &NetNs, to: SocketAddr) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(()),
         other => bail!("{to} should be dropped: {other:?}"),
     }
-}
-
-/// A shell command in a namespace, which must succeed.
-fn must(host: &NetNs, command: &str) -> Result<String> {
-    let output = host.command("sh").args(["-c", command]).output().with_context(|| command.to_owned())?;
-    let output = Output::from(output);
-    ensure!(output.status == 0, "{command}: {output:?}");
-    Ok(output.stdout)
 }

@@ -12,7 +12,7 @@ use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
 
-use super::{Walled, dropped, must};
+use super::{Walled, dropped};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![ufw_lets_in_what_is_allowed, ufw_reload_and_its_like, ufw_off, containers_behind_ufw]
@@ -21,7 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
 /// UFW with its defaults: what comes in is dropped. Its files are private to the test.
 fn enable(host: &NetNs) -> Result<()> {
     sandbox::shadow("/etc")?;
-    must(host, "ufw --force enable && ufw status verbose | grep 'deny (incoming)'").map(drop)
+    host.shell("ufw --force enable && ufw status verbose | grep 'deny (incoming)'").map(drop)
 }
 
 fn ufw_lets_in_what_is_allowed() -> Result<()> {
@@ -82,7 +82,7 @@ fn ufw_off() -> Result<()> {
 fn containers_behind_ufw() -> Result<()> {
     let engine = Engine::start()?;
     let host = NetNs::current()?;
-    must(&host, "ufw --force enable")?;
+    host.shell("ufw --force enable")?;
     let daemon = Daemon::start_with(&host, Options { docker: true, ..Options::default() })?;
     let network = engine.create_network("app", &[])?;
     let other = engine.create_network("other", &[])?;
@@ -114,6 +114,6 @@ fn containers_behind_ufw() -> Result<()> {
     engine.remove(&container)?;
     engine.remove_network("app")?;
     daemon.wait_for_state("app", 8080, "waiting")?;
-    ensure!(!must(&host, "iptables -S INPUT")?.contains("lbridge"), "the bridge is gone, and so is its rule");
+    ensure!(!host.shell("iptables -S INPUT")?.contains("lbridge"), "the bridge is gone, and so is its rule");
     Ok(())
 }

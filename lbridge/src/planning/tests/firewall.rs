@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use super::Host;
 use crate::planning::{
     firewall::{
-        Accepted, Chain, Denial, Family, Filtering, Firewall, FirewallMode, InputChain, Link, Opening,
-        Passage, Through, plan,
+        Accepted, Chain, Denial, Family, Filtering, FirewallMode, InputChain, Keeper, Link, Opening, Passage,
+        Through, plan,
     },
     plan::Step,
 };
@@ -65,7 +65,7 @@ impl World {
         let denies = |chain: &Chain| InputChain {
             chain: chain.clone(),
             denial: Denial::Policy,
-            firewall: Firewall::Nftables,
+            firewall: Keeper::Nftables,
         };
         Filtering {
             chains: self.chains.iter().map(denies).collect(),
@@ -223,20 +223,20 @@ fn the_remedy_can_be_typed() {
         ..Filtering::default()
     };
     for (through, firewall, remedy) in [
-        (Through::IptablesNft, Firewall::Ufw, "ufw allow in on br-app to 172.18.0.1 port 80 proto tcp"),
+        (Through::IptablesNft, Keeper::Ufw, "ufw allow in on br-app to 172.18.0.1 port 80 proto tcp"),
         (
             Through::IptablesLegacy,
-            Firewall::Iptables,
+            Keeper::Iptables,
             "iptables-legacy -I INPUT -i br-app -d 172.18.0.1 -p tcp --dport 80 -j ACCEPT",
         ),
         (
             Through::Nft,
-            Firewall::Nftables,
+            Keeper::Nftables,
             "nft insert rule ip t input iifname br-app ip daddr 172.18.0.1 tcp dport 80 accept",
         ),
         (
             Through::Nft,
-            Firewall::Firewalld,
+            Keeper::Firewalld,
             "--add-rich-rule='rule family=\"ipv4\" destination address=\"172.18.0.1\"",
         ),
     ] {
@@ -252,7 +252,7 @@ fn a_remedy_has_no_name_that_means_more() {
         chains: vec![InputChain {
             chain: Chain { through: Through::Nft, ..chain(Family::Inet, "t") },
             denial: Denial::Policy,
-            firewall: Firewall::Nftables,
+            firewall: Keeper::Nftables,
         }],
         ..Filtering::default()
     };
