@@ -337,6 +337,8 @@ mod tests {
     use std::{
         net::TcpListener,
         os::{fd::AsFd as _, linux::net::SocketAddrExt as _},
+        thread,
+        time::Duration,
     };
 
     use super::*;
@@ -379,6 +381,11 @@ mod tests {
         let wanted = BTreeSet::from([path.clone(), by_link, directory.path().join("none")]);
         assert_eq!(unix(wanted.clone()).unwrap().len(), 2);
         drop(listener);
-        assert_eq!(unix(wanted).unwrap().len(), 0);
+        // A child that another test's thread has just forked has it open until it is another program.
+        let gone = || unix(wanted.clone()).unwrap().is_empty();
+        assert!((0..1000).any(|_| gone() || {
+            thread::sleep(Duration::from_millis(5));
+            false
+        }));
     }
 }
