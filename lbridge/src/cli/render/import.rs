@@ -100,8 +100,9 @@ fn firewall(plan: &Plan) -> String {
     if rules.is_empty() {
         return String::new();
     }
-    let lines = rules.iter().map(|rule| format!("  ufw {}\n", shown(rule)));
-    let start = "\nKeep these; packets pass the firewall before lbridge sees them:\n";
+    let lines = rules.iter().map(|rule| format!("  ufw delete {}\n", shown(rule)));
+    let start = "\nUFW's rules may go last: within seconds lbridge puts accept rules of its own. With firewall = \"off\" keep \
+                 them.\n";
     std::iter::once(start.to_owned()).chain(lines).collect()
 }
 
