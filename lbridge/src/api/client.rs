@@ -26,7 +26,11 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody there.
-    #[error("no lbridge daemon at {}: {error}; start it, as root, with `lbridge run`", path.display())]
+    #[error(
+        "no lbridge daemon at {}: {error}; `systemctl start lbridge`, or `lbridge run` as root; \
+         `lbridge doctor` says more",
+        path.display()
+    )]
     Unreachable {
         /// Where.
         path: PathBuf,

@@ -24,7 +24,15 @@ pub(super) struct CheckConfigArgs {
 
 pub(super) fn handle(args: &CheckConfigArgs) -> Result<(), Failure> {
     let there = args.config.try_exists().map_err(anyhow::Error::from)?;
-    let config = Config::load(&args.config).map_err(|error| anyhow!("{error:#}; mend the file"))?;
+    let config = Config::load(&args.config).map_err(|error| {
+        // That it cannot be read is nothing to mend in it.
+        let remedy = match error.downcast_ref::<std::io::Error>() {
+            Some(_) if is_forbidden(&error) => "; use sudo",
+            Some(_) => "",
+            None => "; mend the file",
+        };
+        anyhow!("{error:#}{remedy}")
+    })?;
     let store = Store::at(&args.state_dir);
     // Mostly root's alone.
     let (allowed, unreadable) = match store.rules() {

@@ -30,7 +30,8 @@ pub(super) struct ExplainArgs {
     json: bool,
 }
 
-fn parse_port(text: &str) -> Result<u16, String> {
+/// A port that is dialled, one alone.
+pub(super) fn parse_port(text: &str) -> Result<u16, String> {
     match PortSpec::parse_many(text).as_deref() {
         Ok([PortSpec { port, target }]) if *target == Target::Port(*port) => Ok(*port),
         Ok(_) => Err("a connection dials one port, e.g. 5432".to_owned()),

@@ -53,9 +53,19 @@ impl From<Exit> for ExitCode {
     }
 }
 
+/// What one needs most.
+const FIRST_STEPS: &str = "\
+First steps:
+  lbridge doctor               what is wrong with this host or a rule, and what to type
+  lbridge allow app_net 5432   Docker network app_net reaches 127.0.0.1:5432
+  lbridge status               the rules, what containers dial, what is missing
+  lbridge deny app_net 5432    takes it back
+
+Exit status: 0 done, 1 failed, 2 usage, 3 no daemon, 4 no such rule or a conflict.";
+
 /// Lets containers reach services that listen only on the host's loopback, per allowlisted network and port.
 #[derive(Debug, Parser)]
-#[command(name = "lbridge", version, max_term_width = 100)]
+#[command(name = "lbridge", version, max_term_width = 100, after_help = FIRST_STEPS)]
 pub struct Cli {
     /// Control socket of the daemon
     #[arg(long, global = true, env = "LBRIDGE_SOCKET", default_value = crate::service::SOCKET)]
@@ -215,6 +225,11 @@ fn usage(error: &clap::Error) -> ExitCode {
         let _ = error.print();
         return Exit::Done.into();
     }
+    // Neither command nor argument: whoever types that wants to see what there is.
+    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print();
+        return Exit::Usage.into();
+    }
     let text = error.to_string();
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let first = lines.next().unwrap_or_default().trim_start_matches("error: ");
@@ -232,10 +247,12 @@ fn usage(error: &clap::Error) -> ExitCode {
             "; a command goes after --"
         }
         Some("allow" | "deny")
-            if first.contains("<PORT>") && NETWORKS.iter().any(|kind| first.contains(kind)) =>
+            if first.contains("<PORT>")
+                && (NETWORKS.iter().any(|kind| first.contains(kind)) || port_comes_first(&words)) =>
         {
             "; the network goes before the ports"
         }
+        Some("explain" | "verify") if port_comes_first(&words) => "; the network goes before the port",
         // `bridge lab0 80`: the name was taken for a port.
         Some("allow" | "deny" | "explain") if meant.is_some() => meant.as_deref().unwrap_or_default(),
         _ => "",
@@ -245,9 +262,22 @@ fn usage(error: &clap::Error) -> ExitCode {
         Some(command) => format!("; see lbridge {command} --help"),
         None => "; see lbridge --help".to_owned(),
     };
+    let more = text.lines().map(str::trim).find_map(|line| {
+        let tip = line.strip_prefix("tip: ").filter(|tip| tip.contains("similar")).map(ToOwned::to_owned);
+        tip.or_else(|| {
+            line.starts_with("[possible values:").then(|| line.trim_matches(['[', ']']).to_owned())
+        })
+    });
+    let more = more.map_or_else(String::new, |more| format!("; {more}"));
     let second = if second.is_empty() { String::new() } else { format!(" {second}") };
-    render::error(&format!("{}{second}{hint}{help}", first.trim_end()));
+    render::error(&format!("{}{second}{more}{hint}{help}", first.trim_end()));
     Exit::Usage.into()
+}
+
+/// Whether what stands where the network belongs is a port.
+fn port_comes_first(words: &[String]) -> bool {
+    let mut rest = words.iter().skip_while(|word| Cli::command().find_subcommand(word).is_none()).skip(1);
+    rest.find(|word| !word.starts_with('-')).is_some_and(|word| word.parse::<PortSpec>().is_ok())
 }
 
 /// A network that was written in two words.

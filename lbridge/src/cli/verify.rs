@@ -3,7 +3,7 @@
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Exit, Failure, parse_network, render};
+use super::{Exit, Failure, explain::parse_port, parse_network, render};
 use crate::{
     api::client::Client,
     planning::rule::{Network, Refused, RuleId},
@@ -13,10 +13,11 @@ use crate::{
 /// Arguments of `lbridge verify`.
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
-    /// The network, as the rule names it; all rules if left out
+    /// The network, as the rule names it, with the port; all rules if both are left out
     #[arg(value_parser = parse_network, requires = "port")]
     network: Option<Network>,
     /// The dialled port
+    #[arg(value_parser = parse_port)]
     port: Option<u16>,
     /// Print JSON
     #[arg(long)]

@@ -171,7 +171,7 @@ async fn session(
     backoff: &mut Duration,
 ) -> anyhow::Result<()> {
     let docker = Docker::connect_with_defaults()
-        .context("no engine is found; is dockerd running, or DOCKER_HOST right?")?;
+        .context("no engine is found (is dockerd running, is DOCKER_HOST right?)")?;
     let version = within(docker.version()).await?.version.unwrap_or_default();
     // The request for events goes out when the first is waited for, after the list was read; so it asks for those since
     // before. They may have happened already, which costs a look.
@@ -224,7 +224,16 @@ async fn session(
 }
 
 async fn within<T>(answer: impl Future<Output = Result<T, bollard::errors::Error>>) -> anyhow::Result<T> {
-    within_anyhow(async { answer.await.map_err(anyhow::Error::from) }).await
+    within_anyhow(async { answer.await.map_err(plain) }).await
+}
+
+/// The cause alone: what is around it tells of libraries' insides.
+fn plain(error: bollard::errors::Error) -> anyhow::Error {
+    let error = anyhow::Error::from(error);
+    match error.chain().len() {
+        1 => error,
+        _ => anyhow::anyhow!("the engine cannot be reached: {}", error.root_cause()),
+    }
 }
 
 async fn within_anyhow<T>(answer: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {

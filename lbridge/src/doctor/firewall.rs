@@ -39,6 +39,9 @@ pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Findin
         let who = if firewalls.is_empty() { "no firewall".to_owned() } else { firewalls.join(", ") };
         let what = match openings.len() {
             0 => format!("{who} on the input hook; there is no rule to try"),
+            1 => format!(
+                "{who} on the input hook; packets for the one gateway and port of a rule arrive, tried"
+            ),
             rules => format!(
                 "{who} on the input hook; packets for all {rules} gateways and ports of rules arrive, tried"
             ),

@@ -74,10 +74,9 @@ fn about_bpffs(path: &Path) -> Finding {
     if pins::on_bpffs(path) {
         return Finding::ok(CHECK, format!("{} is on a bpffs", path.display()));
     }
-    let mount = path.parent().unwrap_or(path).display();
     Finding::new(CHECK, Level::Problem, format!("{} is not on a bpffs", path.display()))
         .because("What the kernel serves is pinned there; lbridge run does not start without.")
-        .type_this([format!("mount -t bpf bpf {mount}")])
+        .type_this([pins::mount_one(path)])
 }
 
 fn about_programs(mut trial: Trial) -> Vec<Finding> {

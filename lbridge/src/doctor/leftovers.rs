@@ -61,10 +61,13 @@ fn socat_units(socats: &[u32], findings: &mut Vec<Finding>) -> BTreeSet<String> 
             Finding::new(
                 CHECK,
                 Level::Note,
-                format!("{} is left of an older recipe; it is disabled", service.name),
+                format!("{} would run socat in front of loopback; it is disabled", service.name),
             )
             .because("Whoever starts it opens its address again.")
-            .type_this([format!("rm {} && systemctl daemon-reload", quoted(&file.to_string_lossy()))])
+            .type_this([format!(
+                "rm {} && systemctl daemon-reload    # if nobody needs it",
+                quoted(&file.to_string_lossy())
+            )])
         });
         found.insert(service.name);
     }

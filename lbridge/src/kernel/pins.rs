@@ -149,11 +149,19 @@ pub fn on_bpffs(root: &Path) -> bool {
     on_bpffs(root) || on_bpffs(root.parent().unwrap_or(root))
 }
 
+/// What to type where [`on_bpffs`] is not so. Never to mount over a folder that may be something else's.
+pub fn mount_one(root: &Path) -> &'static str {
+    if root.starts_with("/sys/fs/bpf") {
+        "mount -t bpf bpf /sys/fs/bpf"
+    } else {
+        "mount -t bpf bpf /sys/fs/bpf    # if need be; then --bpffs /sys/fs/bpf/lbridge"
+    }
+}
+
 /// Whether `root` may be ours.
 fn check(root: &Path) -> anyhow::Result<()> {
-    let mount = root.parent().unwrap_or(root);
     if !on_bpffs(root) {
-        bail!("{} is not on a bpffs; run `mount -t bpf bpf {}`", root.display(), mount.display());
+        bail!("{} is not on a bpffs: {}", root.display(), mount_one(root));
     }
     // What else is on the file system is not ours to look at, let alone to remove.
     let is_mount_point = match (fs::metadata(root), fs::metadata(root.join(".."))) {

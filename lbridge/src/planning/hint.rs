@@ -16,6 +16,11 @@ pub(super) fn unknown_network(name: &str, inventory: &Inventory) -> String {
         };
         return format!("; {name} is a container: allow the port for container:{name}{on}");
     }
+    if inventory.interface(name).is_some_and(|interface| interface.is_bridge) {
+        let on = inventory.docker_networks.iter().find(|network| network.bridge.as_deref() == Some(name));
+        let of_docker = on.map_or_else(String::new, |network| format!("its network {}, or ", network.name));
+        return format!("; did you mean {of_docker}bridge:{name}?");
+    }
     let similar = similar(name, &inventory.docker_networks);
     if similar.is_empty() { String::new() } else { format!("; did you mean {}?", similar.join(" or ")) }
 }
@@ -29,7 +34,7 @@ fn similar<'a>(name: &str, networks: &'a [DockerNetwork]) -> Vec<&'a str> {
         if of_project { 1.0 } else { strsim::normalized_damerau_levenshtein(&wanted, &there) }
     };
     let mut alike: Vec<_> = networks.iter().map(|network| (likeness(network), &*network.name)).collect();
-    alike.retain(|(likeness, _)| *likeness >= ALIKE);
+    alike.retain(|(likeness, name)| *likeness >= ALIKE && !["host", "none"].contains(name));
     alike.sort_by(|(a, _), (b, _)| b.total_cmp(a));
     alike.into_iter().map(|(_, name)| name).take(MAX_HINTS).collect()
 }

@@ -144,7 +144,7 @@ impl Config {
     fn parse(text: &str, name: String) -> anyhow::Result<Self> {
         let at = |start: usize| format!("{name}{}", place(text, start));
         let wrong = |error: &toml::de::Error| {
-            let message = error.message().replace('\n', " ");
+            let message = plain(&error.message().replace('\n', " "));
             anyhow!("{}: {message}", at(error.span().map_or(0, |span| span.start)))
         };
         let table = DeTable::parse(text).map_err(|error| wrong(&error))?;
@@ -190,6 +190,11 @@ impl Config {
             Refused::NeedsLoopback { id }
             | Refused::NeedsRelay { id, .. }
             | Refused::ProcessUnknown { id } => {
+                // As it is written here; they are told as the command has it.
+                let refused = refused
+                    .to_string()
+                    .replace("allow it with --source loopback", "add source = \"loopback\"")
+                    .replace("--path steer", "path = \"steer\"");
                 Unfit::Rule(format!("{}: {refused}", self.places(id).next().unwrap_or(&self.name)))
             }
             other => Unfit::Rule(format!("{}: {other}", self.name)),
@@ -232,6 +237,20 @@ impl FileRule {
             comment: self.comment.clone(),
         }
     }
+}
+
+/// What serde and the parser say, in words for those who write the file.
+fn plain(message: &str) -> String {
+    if message.contains("duration format") {
+        return "no time; write one like \"30s\" or \"10m\"".to_owned();
+    }
+    message
+        .replace("an unsigned duration string", "a time, as \"30s\" or \"10m\"")
+        .replace("a nonzero u32", "a number, at least 1")
+        .replace("expected a sequence", "expected a list, as [5432, \"8000-8010\"]")
+        .replace("missing field `network`", "the rule has no network; add network = \"app_net\"")
+        .replace("string values must be quoted, expected literal string", "text goes between quotes")
+        .replace("unknown variant ", "there is no ")
 }
 
 /// Names that mean nothing, and the slips that people make; where, and what to write.
@@ -350,7 +369,7 @@ mod tests {
         for (text, place, words) in [
             ("drain_timeot = \"5s\"\n".to_owned(), "f:1:1: ", "write drain_timeout"),
             ("\n  zzz = 1\n".to_owned(), "f:2:3: ", "there are drain_timeout, firewall, rule"),
-            ("drain_timeout = \"5 parsecs\"\n".to_owned(), "f:1:17: ", "duration"),
+            ("drain_timeout = \"5 parsecs\"\n".to_owned(), "f:1:17: ", "no time; write"),
             ("[rule]\nnetwork = \"a\"\nport = 1\n".to_owned(), "f:1:2: ", "[[rule]]"),
             ("[[rules]]\nnetwork = \"a\"\nport = 1\n".to_owned(), "f:1:3: ", "write rule"),
             ("network = \"a\"\n".to_owned(), "f:1:1: ", "below [[rule]]"),
@@ -367,7 +386,13 @@ mod tests {
             (format!("{rule}port = 1\nports = [2]\n"), "f:1:1: ", "remove one"),
             (format!("{rule}port = 1\n\n[[rule]]\nport = 2\n"), "f:5:1: ", "network"),
             (format!("{rule}port = 1\nsource = \"x\"\n"), "f:4:10: ", "container"),
-            (format!("{rule}port = 1\nmax_connections = 0\n"), "f:4:19: ", "nonzero"),
+            (format!("{rule}port = 1\nmax_connections = 0\n"), "f:4:19: ", "at least 1"),
+            (format!("{rule}port = 1\nmax_connections = \"5\"\n"), "f:4:19: ", "a number, at least 1"),
+            (format!("{rule}ports = 80\n"), "f:3:9: ", "a list, as [5432"),
+            ("[[rule]]\nport = 1\n".to_owned(), "f:1:1: ", "add network = "),
+            ("[[rule]]\nnetwork = a\n".to_owned(), "f:2:11: ", "between quotes"),
+            ("drain_timeout = 30\n".to_owned(), "f:1:17: ", "a time, as \"30s\""),
+            ("firewall = \"on\"\n".to_owned(), "f:1:12: ", "`manage` or `off`"),
             ("a = \n".to_owned(), "f:1:", ""),
             (format!("{rule}port = 1\nport = 2\n"), "f:4:1: ", "duplicate"),
         ] {
@@ -401,6 +426,6 @@ mod tests {
 
         let unix = read("[[rule]]\nnetwork = \"a\"\nport = \"1=unix:/x\"\n").unwrap();
         let error = unix.rules_with(vec![], Path::new("allowed")).unwrap_err().to_string();
-        assert!(error.starts_with("f:1:1: ") && error.contains("loopback"), "{error}");
+        assert!(error.starts_with("f:1:1: ") && error.contains("add source = \"loopback\""), "{error}");
     }
 }

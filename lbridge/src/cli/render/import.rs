@@ -36,6 +36,13 @@ pub(in crate::cli) fn import_plan(plan: &Plan) -> Result<(), Failure> {
         text += "No socat unit is to be turned into a rule.\n";
         return print(&text);
     }
+    // Done already, but for what is the administrator's.
+    if plan.taken.iter().all(|taken| taken.standing == Standing::There) {
+        text += "\nThe rules are there. Connections that socat carries end with it; stop it when they may:\n";
+        text += &disable(plan.taken.iter());
+        text += &firewall(plan);
+        return print(&text);
+    }
     text += "\nNothing was changed. Services saw 127.0.0.1; they will see containers, unless --source loopback is given.\n\
              Make the rules first:\n  lbridge import --yes\n\
              The kernel asks lbridge before it looks for socat's socket: new connections go to rules that say steered, none\n\

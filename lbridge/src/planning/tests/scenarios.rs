@@ -393,7 +393,7 @@ fn a_unix_socket_behind_a_strangers_link_is_blocked() {
 fn names_that_may_have_meant_another() {
     let state = |network: &str| {
         let host = Host::new().network("app_net", "br-1").network("shop_backend", "br-2");
-        let mut host = host.allow(network, "80");
+        let mut host = host.bridge("br-2", 2, &[]).allow(network, "80");
         host.inventory.containers = [
             ("db".to_owned(), vec!["app_net".to_owned(), "shop_backend".to_owned()]),
             ("sealed".to_owned(), vec![]),
@@ -406,6 +406,7 @@ fn names_that_may_have_meant_another() {
         ("App-Net", "; did you mean app_net?"),
         ("backend", "; did you mean shop_backend?"),
         ("elsewhere", ""),
+        ("br-2", "; did you mean its network shop_backend, or bridge:br-2?"),
         (
             "db",
             "; db is a container: allow the port for container:db, or for its network app_net or shop_backend",
