@@ -51,7 +51,7 @@ pub fn address() -> String {
 pub async fn engine() -> anyhow::Result<Engine> {
     within(async {
         let docker = connect()?;
-        let version = docker.version().await?.version.unwrap_or_default();
+        let version = docker.version().await.map_err(super::plain)?.version.unwrap_or_default();
         let options = docker.info().await?.security_options.unwrap_or_default();
         let rootless = options.iter().any(|option| option.starts_with("name=rootless"));
         Ok(Engine { version, rootless, networks: snapshot::networks(&docker).await? })

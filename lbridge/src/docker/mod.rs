@@ -6,3 +6,12 @@
 pub mod look;
 mod snapshot;
 pub mod watch;
+
+/// The cause alone: what is around it tells of libraries' insides.
+fn plain(error: bollard::errors::Error) -> anyhow::Error {
+    let error = anyhow::Error::from(error);
+    match error.chain().len() {
+        1 => error,
+        _ => anyhow::anyhow!("the engine cannot be reached: {}", error.root_cause()),
+    }
+}

@@ -224,16 +224,7 @@ async fn session(
 }
 
 async fn within<T>(answer: impl Future<Output = Result<T, bollard::errors::Error>>) -> anyhow::Result<T> {
-    within_anyhow(async { answer.await.map_err(plain) }).await
-}
-
-/// The cause alone: what is around it tells of libraries' insides.
-fn plain(error: bollard::errors::Error) -> anyhow::Error {
-    let error = anyhow::Error::from(error);
-    match error.chain().len() {
-        1 => error,
-        _ => anyhow::anyhow!("the engine cannot be reached: {}", error.root_cause()),
-    }
+    within_anyhow(async { answer.await.map_err(super::plain) }).await
 }
 
 async fn within_anyhow<T>(answer: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {

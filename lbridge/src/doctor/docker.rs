@@ -36,6 +36,8 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
                 (Some(DockerStatus::Reachable { version }), false) => {
                     Finding::ok(CHECK, format!("Docker {version} answers the daemon"))
                 }
+                // Who may not ask the engine may not ask the daemon either, and knows of no rule.
+                (None, false) => Finding::needs_root(CHECK, "Docker"),
                 _ => {
                     let level = if needed { Level::Problem } else { Level::Note };
                     let what = format!("no Docker Engine at {}: {error:#}", look::address());

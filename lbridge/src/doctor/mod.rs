@@ -72,6 +72,9 @@ pub struct Finding {
     pub remedy: Vec<String>,
 }
 
+/// What to type where only root could check.
+const AS_ROOT: &str = "sudo lbridge doctor";
+
 impl Finding {
     fn new(check: &'static str, level: Level, what: impl Into<String>) -> Self {
         Self { check, level, what: what.into(), why: None, remedy: vec![] }
@@ -83,8 +86,12 @@ impl Finding {
 
     /// A check that was not made since the user may not.
     fn needs_root(check: &'static str, what: &str) -> Self {
-        Self::new(check, Level::Note, format!("{what}: not checked, that needs root"))
-            .type_this(["sudo lbridge doctor"])
+        Self::new(check, Level::Note, format!("{what}: not checked, that needs root")).type_this([AS_ROOT])
+    }
+
+    /// Whether it says that only root could check.
+    pub fn is_for_root(&self) -> bool {
+        self.remedy == [AS_ROOT]
     }
 
     fn because(mut self, why: impl Into<String>) -> Self {

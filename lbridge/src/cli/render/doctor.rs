@@ -5,7 +5,7 @@ use std::{cmp::Reverse, fmt::Write as _};
 use super::{print, shown};
 use crate::{
     cli::Failure,
-    doctor::{Level, Report},
+    doctor::{Finding, Level, Report},
 };
 
 /// What the doctor found, the worst first, each with what to type.
@@ -32,6 +32,12 @@ pub(in crate::cli) fn examination(report: &Report) -> Result<(), Failure> {
     let (problems, warnings) = (count(Level::Problem), count(Level::Warning));
     let several = |count: usize| if count == 1 { "" } else { "s" };
     let _ = match (problems, warnings) {
+        (0, 0) if report.findings.iter().any(Finding::is_for_root) => {
+            writeln!(
+                text,
+                "\nNothing is wrong with what could be checked; the rest needs root: sudo lbridge doctor"
+            )
+        }
         (0, 0) => writeln!(text, "\nNothing is wrong."),
         (problems, warnings) => writeln!(
             text,
