@@ -196,8 +196,9 @@ impl Reconciler {
         let rules = self.last.rules();
         let count = |state| rules.iter().filter(|rule| rule.state == state).count();
         format!(
-            "{} rules: {} steered, {} relayed, {} waiting, {} blocked",
+            "{} {}: {} steered, {} relayed, {} waiting, {} blocked",
             rules.len(),
+            if rules.len() == 1 { "rule" } else { "rules" },
             count(State::Steered),
             count(State::Relayed),
             count(State::Waiting),

@@ -259,7 +259,7 @@ impl Filtering {
                     "it has to be let through by hand, since a name here could mean something else to a firewall or a shell"
                         .to_owned()
                 });
-                format!("firewall {} drops it: {remedy}", chain.firewall)
+                format!("firewall {} drops it; type: {remedy}", chain.firewall)
             }
             None => match &self.unreadable {
                 Some(why) => format!("a firewall drops it, which cannot be told: {why}"),

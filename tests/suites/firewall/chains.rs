@@ -214,7 +214,7 @@ fn off_says_what_to_type() -> Result<()> {
     let state = walled.scene.must_be(8080, "blocked")?;
     ensure!(walled.ruleset()? == before, "nothing is touched");
     let why = state.why.unwrap_or_default();
-    let command = why.strip_prefix("firewall nftables drops it: ").unwrap_or_default();
+    let command = why.strip_prefix("firewall nftables drops it; type: ").unwrap_or_default();
     walled.must(command)?;
     walled.scene.wait_for(8080, "steered")?;
     walled.scene.served(8080, "walled")?;
@@ -230,7 +230,7 @@ fn off_for_every_firewall() -> Result<()> {
         let _service = walled.scene.service("walled", "127.0.0.1:8080")?;
         walled.scene.allow(&["8080"])?;
         let why = walled.scene.must_be(8080, "blocked")?.why.unwrap_or_default();
-        let command = why.strip_prefix(&format!("firewall {firewall} drops it: ")).unwrap_or_default();
+        let command = why.strip_prefix(&format!("firewall {firewall} drops it; type: ")).unwrap_or_default();
         walled.must(command)?;
         // Nothing tells of the old tables' changes: it is tried again after a while, and at once when it is allowed again.
         walled.scene.allow(&["8080"])?;

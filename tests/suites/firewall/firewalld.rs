@@ -135,7 +135,8 @@ fn firewalld_off() -> Result<()> {
     let host = Host::boot()?;
     host.run("sed -i 's/^#firewall = .*/firewall = \"off\"/' /etc/lbridge/lbridge.toml && systemctl reload lbridge")?;
     let said = host.run("lbridge allow bridge:lab0 8080")?;
-    let (_, command) = said.split_once("blocked (firewall firewalld drops it: ").context(said.clone())?;
+    let (_, command) =
+        said.split_once("blocked (firewall firewalld drops it; type: ").context(said.clone())?;
     let command = command.trim_end().strip_suffix(')').context(said.clone())?;
     host.run(command)?;
     patience::until("let in", || Ok(host.run("lbridge status")?.contains("waiting (nothing").then_some(())))?;

@@ -72,7 +72,10 @@ fn ufw_off() -> Result<()> {
     let _service = walled.scene.service("walled", "127.0.0.1:8080")?;
     walled.scene.allow(&["8080"])?;
     let why = walled.scene.must_be(8080, "blocked")?.why.unwrap_or_default();
-    ensure!(why == "firewall UFW drops it: ufw allow in on lab0 to 10.7.0.1 port 8080 proto tcp", "{why}");
+    ensure!(
+        why == "firewall UFW drops it; type: ufw allow in on lab0 to 10.7.0.1 port 8080 proto tcp",
+        "{why}"
+    );
     walled.must("ufw allow in on lab0 to 10.7.0.1 port 8080 proto tcp")?;
     walled.scene.wait_for(8080, "steered")?;
     walled.scene.served(8080, "walled").map(drop)

@@ -73,10 +73,16 @@ fn start_returns_when_rules_are_in_force() -> Result<()> {
     let _service = scene.service("relayed", "127.0.0.1:8080")?;
     scene.systemd.must(&["start", UNIT])?;
     scene.served(8080, "relayed")?;
-    ensure!(scene.systemd.journal(UNIT)?.contains("ready: 1 rules: 0 steered, 1 relayed"), "its last words");
+    ensure!(scene.systemd.journal(UNIT)?.contains("ready: 1 rule: 0 steered, 1 relayed"), "its last words");
+    // The journal has the time, and the severity.
+    let journal = scene.systemd.journal(UNIT)?;
+    ensure!(journal.lines().any(|line| line.starts_with("ready: ")), "{journal}");
+    let serious =
+        scene.systemd.shell(&format!("journalctl --quiet --output=cat --unit={UNIT} --priority=warning"))?;
+    ensure!(!serious.contains("ready: "), "{serious}");
     let status = scene.systemd.must(&["status", "--no-pager", "--full", UNIT])?.stdout;
     ensure!(status.contains("Active: active (running)"), "{status}");
-    ensure!(status.contains("ready: 1 rules"), "{status}");
+    ensure!(status.contains("ready: 1 rule:"), "{status}");
     scene.systemd.must(&["stop", UNIT])?;
     ensure!(scene.property("ActiveState")? == "inactive" && scene.property("Result")? == "success");
     ensure!(scene.property("ExecMainStatus")? == "0" && scene.property("NRestarts")? == "0");
@@ -220,7 +226,7 @@ fn systemctl_reload_tells_what_is_wrong() -> Result<()> {
 
     scene.configure(RELAY_8080)?;
     scene.systemd.must(&["kill", "--kill-who=main", "--signal=HUP", UNIT])?;
-    scene.wait_for("StatusText", "1 rules: 0 steered, 1 relayed, 0 waiting, 0 blocked")?;
+    scene.wait_for("StatusText", "1 rule: 0 steered, 1 relayed, 0 waiting, 0 blocked")?;
     open.echo(b"still here")?;
     ensure!(scene.main_pid()? == pid && scene.property("ActiveState")? == "active");
     Ok(())
@@ -230,9 +236,9 @@ fn the_status_is_told_as_it_changes() -> Result<()> {
     let scene = Scene::new()?;
     scene.wait_for("StatusText", "0 rules: 0 steered, 0 relayed, 0 waiting, 0 blocked")?;
     scene.lbridge(&["allow", "bridge:lab0", "8080", "--path", "relay"])?;
-    scene.wait_for("StatusText", "1 rules: 0 steered, 0 relayed, 1 waiting, 0 blocked")?;
+    scene.wait_for("StatusText", "1 rule: 0 steered, 0 relayed, 1 waiting, 0 blocked")?;
     let _service = scene.service("relayed", "127.0.0.1:8080")?;
-    scene.wait_for("StatusText", "1 rules: 0 steered, 1 relayed, 0 waiting, 0 blocked")
+    scene.wait_for("StatusText", "1 rule: 0 steered, 1 relayed, 0 waiting, 0 blocked")
 }
 
 /// With a watchdog that does not let the test wait.
