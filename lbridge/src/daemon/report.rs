@@ -105,15 +105,13 @@ impl Report {
     /// What stands in front of the rules.
     pub(super) fn firewall(&self) -> FirewallStatus {
         let filtering = &self.reality.filtering;
-        let firewalls: BTreeSet<_> =
-            filtering.chains.iter().map(|chain| chain.firewall.to_string()).collect();
         let untried = filtering.passages.iter().find_map(|(opening, passage)| match passage {
             Passage::Unknown(why) => Some(format!("{opening}: {why}")),
             Passage::Open | Passage::Dropped => None,
         });
         FirewallStatus {
             mode: self.policy.firewall,
-            firewalls: firewalls.into_iter().collect(),
+            firewalls: filtering.keepers().iter().map(ToString::to_string).collect(),
             accept_rules: filtering.accepts.values().map(|accepted| accepted.copies).sum(),
             unreadable: filtering.unreadable.clone(),
             untried,

@@ -1,12 +1,15 @@
 //! What keeps packets from lbridge: netfilter's INPUT comes before. Tried, from the bridges of the rules.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::{Finding, Host, Level, daemon};
 use crate::{
     api::protocol::Status,
     firewall,
-    planning::firewall::{Filtering, FirewallMode, Link, Opening, Passage},
+    planning::{
+        self,
+        firewall::{Filtering, FirewallMode, Link, Opening, Passage},
+    },
 };
 
 const CHECK: &str = "firewall";
@@ -34,8 +37,7 @@ pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Findin
         findings.push(Finding::new(CHECK, Level::Note, format!("the ruleset could not be read: {why}")));
     }
     if findings.is_empty() {
-        let firewalls: BTreeSet<_> = seen.chains.iter().map(|chain| chain.firewall.to_string()).collect();
-        let firewalls: Vec<_> = firewalls.into_iter().collect();
+        let firewalls: Vec<_> = seen.keepers().iter().map(ToString::to_string).collect();
         let who = if firewalls.is_empty() { "no firewall".to_owned() } else { firewalls.join(", ") };
         let what = match openings.len() {
             0 => format!("{who} on the input hook; there is no rule to try"),
@@ -73,16 +75,12 @@ fn dropped(opening: &Opening, seen: &Filtering, status: Option<&Status>) -> Find
 }
 
 fn openings(host: &Host) -> BTreeMap<Opening, Link> {
-    let of_rule = |rule: &super::Wanted| -> Vec<_> {
-        let port = rule.spec.port;
-        let bridge = host.bridge(&rule.network);
-        let addresses = bridge.iter().flat_map(|bridge| {
-            bridge.addresses.iter().map(move |(gateway, prefix)| {
-                let opening = Opening { interface: bridge.name.clone(), gateway: *gateway, port };
-                (opening, Link { ifindex: bridge.index, prefix: *prefix })
-            })
-        });
-        addresses.collect()
+    let of_rule = |rule: &super::Wanted| {
+        let (bridge, port) = (host.bridge(&rule.network), rule.spec.port);
+        bridge
+            .into_iter()
+            .flat_map(move |bridge| planning::firewall::openings(bridge, port))
+            .collect::<Vec<_>>()
     };
     host.rules.iter().flat_map(of_rule).collect()
 }

@@ -12,7 +12,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::Step;
+use super::{inventory::Interface, plan::Step};
 
 /// Marks lbridge's own rules in every ruleset.
 pub const COMMENT: &str = "lbridge";
@@ -73,6 +73,14 @@ pub struct Link {
     pub ifindex: u32,
     /// Length of the gateway's prefix, in bits.
     pub prefix: u8,
+}
+
+/// What must be let through for a port to be dialled on a bridge, at each of its addresses.
+pub fn openings(bridge: &Interface, port: u16) -> impl Iterator<Item = (Opening, Link)> {
+    bridge.addresses.iter().map(move |(gateway, prefix)| {
+        let opening = Opening { interface: bridge.name.clone(), gateway: *gateway, port };
+        (opening, Link { ifindex: bridge.index, prefix: *prefix })
+    })
 }
 
 /// What became of a SYN from the bridge.
@@ -227,6 +235,11 @@ pub struct Filtering {
 }
 
 impl Filtering {
+    /// Who keeps chains that may deny, each once.
+    pub fn keepers(&self) -> BTreeSet<Keeper> {
+        self.chains.iter().map(|chain| chain.firewall).collect()
+    }
+
     /// The chains that packets for an opening meet, the likeliest to deny first.
     pub fn in_the_way_of(&self, opening: &Opening) -> impl Iterator<Item = &InputChain> {
         self.chains.iter().filter(|chain| chain.chain.family.meets(opening.gateway))

@@ -20,8 +20,8 @@ use lbridge_common::wire::RuleKey;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    firewall::{Link, Opening},
-    inventory::{Abilities, Interface, Inventory, Listener},
+    firewall::{self, Link, Opening},
+    inventory::{Abilities, Inventory, Listener},
     policy::{Policy, RelayKey},
     reality::Reality,
     resolve::bridge_of,
@@ -181,13 +181,7 @@ pub fn openings(
     abilities: &Abilities,
 ) -> BTreeMap<Opening, Link> {
     let bridge = bridge_of(&question.network, inventory, abilities).ok();
-    let gateways =
-        bridge.iter().flat_map(|bridge| bridge.addresses.iter().map(move |address| (bridge, address)));
-    let opening = |(bridge, (gateway, prefix)): (&Interface, &(IpAddr, u8))| {
-        let opening = Opening { interface: bridge.name.clone(), gateway: *gateway, port: question.port };
-        (opening, Link { ifindex: bridge.index, prefix: *prefix })
-    };
-    gateways.map(opening).collect()
+    bridge.iter().flat_map(|bridge| firewall::openings(bridge, question.port)).collect()
 }
 
 /// Explains.
