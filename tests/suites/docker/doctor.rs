@@ -128,7 +128,7 @@ fn import_names_docker_networks() -> Result<()> {
     scene.wait_for_docker("reachable")?;
     let said = scene.daemon.cli(&["import", "--yes"])?.stdout;
     ensure!(said.starts_with(&format!("app 80: {gateway}:80 -> 127.0.0.1:8080")), "{said}");
-    let keep = format!("  ufw allow in on {bridge} to {gateway} port 80 proto tcp\n");
-    ensure!(said.ends_with(&keep), "{said}");
+    let delete = format!("  ufw delete allow in on {bridge} to {gateway} port 80 proto tcp\n");
+    ensure!(said.ends_with(&delete), "{said}");
     scene.must_be("app", 80, "waiting")
 }
