@@ -92,11 +92,12 @@ pub fn uninstall(purge: bool) -> anyhow::Result<Vec<String>> {
         steps.push(remove(STATE_DIR));
         steps.push(remove("/etc/lbridge"));
         steps.push(remove(systemd::DROP_INS));
-    } else {
-        let kept = format!("kept {STATE_DIR} and /etc/lbridge; --purge removes them");
-        steps.push(("", Box::new(move || Ok(Some(kept.clone())))));
     }
-    take(steps)
+    let mut changes = take(steps)?;
+    if !purge {
+        changes.push(format!("kept {STATE_DIR} and /etc/lbridge; --purge removes them"));
+    }
+    Ok(changes)
 }
 
 /// Removes what a daemon leaves so that it stays in force without it. Rules and configuration stay.
