@@ -6,18 +6,24 @@ use crate::bpf_toolchain::{self, Toolchain};
 use crate::{apt, kernels, package, roots};
 
 /// What the suites use, apart from the toolchain of the kernel programs.
-const PACKAGES: [&str; 20] = [
+const PACKAGES: [&str; 26] = [
+    "aardvark-dns",   // Podman's names
     "apache2-bin",    // a web server, without the service that the package apache2 is
     "bubblewrap",     // sandboxes of users
     "busybox-static", // the containers' image, and the virtual machines' user space
     "cpio",           // their initial file systems
     "curl",           // a client that is not ours
-    "docker.io",      // the engine; without recommendations, or it brings cgroupfs-mount
-    "haproxy",        // what the benchmark compares with, as socat
+    "dnsmasq-base",   // a server that speaks UDP, without its service
+    "docker-compose",
+    "docker.io", // the engine; without recommendations, or it brings cgroupfs-mount
+    "haproxy",   // what the benchmark compares with, as socat
     "iproute2",
     "iptables",
     "mmdebstrap", // the root of a newer Debian
+    "netavark",   // Podman's networks
     "nftables",
+    "nodejs",     // a client that dials localhost
+    "podman",     // the other engine
     "postgresql", // its server; without a cluster, see apt.rs
     "qemu-system-x86",
     "redis-tools", // the server is in it, under another name; redis-server would be a service
