@@ -1,6 +1,9 @@
 //! The one place where map types are declared plain data for aya.
 
-use crate::wire::{Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue};
+use crate::wire::{
+    Address, Dial, DialKey, Endpoint, Guest, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey,
+    TargetKey, ViewKey,
+};
 
 macro_rules! pod {
     ($($type:ty),+ $(,)?) => {
@@ -11,4 +14,17 @@ macro_rules! pod {
     };
 }
 
-pod!(Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue);
+pod!(
+    Address,
+    Dial,
+    DialKey,
+    Endpoint,
+    Guest,
+    ListenerKey,
+    LoopbackView,
+    RuleKey,
+    RuleValue,
+    SourceKey,
+    TargetKey,
+    ViewKey,
+);

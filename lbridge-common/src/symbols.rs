@@ -4,12 +4,18 @@
 
 /// Rules, [`crate::wire::RuleKey`] to [`crate::wire::RuleValue`].
 pub const RULES: &str = "RULES";
-/// Ports whose listeners are registered: port in host byte order (`u16`) to 1 (`u8`).
+/// Who may use rules that are not for all: [`crate::wire::SourceKey`] to 1 (`u8`).
+pub const SOURCES: &str = "SOURCES";
+/// Ports whose listeners are registered: [`crate::wire::TargetKey`] to 1 (`u8`).
 pub const TARGETS: &str = "TARGETS";
 /// Registered listeners, [`crate::wire::ListenerKey`] to socket.
 pub const LISTENERS: &str = "LISTENERS";
-/// Gateways whose connections look local, [`crate::wire::Endpoint`] to [`crate::wire::LoopbackView`].
+/// Gateways whose connections look local, [`crate::wire::ViewKey`] to [`crate::wire::LoopbackView`].
 pub const LOOPBACK_VIEWS: &str = "LOOPBACK_VIEWS";
+/// Namespaces whose localhost may lead to the host: cookie (`u64`) to [`crate::wire::Guest`].
+pub const GUESTS: &str = "GUESTS";
+/// Where it leads, [`crate::wire::DialKey`] to [`crate::wire::Dial`].
+pub const DIALS: &str = "DIALS";
 /// Relays' sockets that are about to connect: socket cookie (`u64`) to the container's [`crate::wire::Endpoint`].
 pub const RELAY_CONNECTS: &str = "RELAY_CONNECTS";
 /// Relayed connections, the relay's own [`crate::wire::Endpoint`] to the container's.

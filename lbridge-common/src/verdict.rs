@@ -8,21 +8,24 @@ use crate::wire::{Address, ListenerKey, RuleValue, SLOTS};
 pub enum Verdict {
     /// No rule: the kernel goes on as if lbridge were not there.
     NotOurs,
-    /// A rule, but the source is outside of the rule's subnet: as [`Verdict::NotOurs`], and counted.
+    /// A rule, but the source is outside of the rule's subnet, or none of those that it is for: as [`Verdict::NotOurs`], and
+    /// counted.
     ForeignSource,
     /// To be given to the first of [`first_candidate`]'s keys that is registered and that the kernel takes. None: refused, since
     /// letting it pass could hand it to another service that listens on every address.
     Steer,
 }
 
-/// Decides on a connection from `source` for which the lookup of (ingress interface, gateway, port) gave `rule`.
+/// Decides on a connection from `source` for which the lookup of (ingress interface, gateway, port) gave `rule`. Whether the
+/// rule lists the source is asked only where it matters.
 #[inline(always)]
-pub fn decide(rule: Option<&RuleValue>, source: &Address) -> Verdict {
+pub fn decide(rule: Option<&RuleValue>, source: &Address, listed: impl FnOnce() -> bool) -> Verdict {
     match rule {
         None => Verdict::NotOurs,
         // The host itself: for a local destination the kernel names the interface that has the address, not `lo`.
         Some(rule) if *source == rule.key.gateway => Verdict::NotOurs,
         Some(rule) if source.masked(&rule.mask) != rule.subnet => Verdict::ForeignSource,
+        Some(rule) if rule.flags & RuleValue::LISTED != 0 && !listed() => Verdict::ForeignSource,
         Some(_) => Verdict::Steer,
     }
 }
@@ -43,13 +46,14 @@ pub fn listening_addresses(target: &Address) -> impl Iterator<Item = Address> {
 pub fn first_candidate<R>(
     target: &Address,
     port: u16,
+    protocol: u8,
     mut attempt: impl FnMut(ListenerKey) -> Option<R>,
 ) -> Option<R> {
     const _: () = assert!(SLOTS == 4, "as many slots as are written out below");
     macro_rules! attempts {
         ($address:expr; $($slot:literal)+) => {
             $(
-                if let Some(done) = attempt(ListenerKey { address: $address, port, slot: $slot }) {
+                if let Some(done) = attempt(ListenerKey { address: $address, port, slot: $slot, protocol }) {
                     return Some(done);
                 }
             )+
@@ -68,7 +72,7 @@ mod tests {
     use core::net::IpAddr;
 
     use super::*;
-    use crate::wire::RuleKey;
+    use crate::wire::{RuleKey, TCP};
 
     fn address(text: &str) -> Address {
         text.parse::<IpAddr>().unwrap().into()
@@ -78,18 +82,20 @@ mod tests {
         let gateway = address(gateway);
         let mask = gateway.mask(prefix);
         RuleValue {
-            key: RuleKey { gateway, ifindex: 1, port: 80, reserved: 0 },
+            key: RuleKey { gateway, ifindex: 1, port: 80, protocol: TCP.into() },
             subnet: gateway.masked(&mask),
             mask,
             target: address("127.0.0.1"),
             target_port: 80,
-            reserved: [0; 3],
+            flags: 0,
+            reserved: [0; 2],
             steered: 0,
         }
     }
 
     #[test]
     fn the_subnet_decides() {
+        let decide = |rule: Option<&RuleValue>, source: &Address| decide(rule, source, || unreachable!());
         let v4 = rule("172.18.0.1", 16);
         assert_eq!(decide(None, &address("172.18.0.2")), Verdict::NotOurs);
         assert_eq!(decide(Some(&v4), &address("172.18.255.255")), Verdict::Steer);
@@ -104,10 +110,23 @@ mod tests {
     }
 
     #[test]
+    fn a_list_decides_within_the_subnet() {
+        let listed = RuleValue { flags: RuleValue::LISTED, ..rule("172.18.0.1", 16) };
+        assert_eq!(decide(Some(&listed), &address("172.18.0.2"), || true), Verdict::Steer);
+        assert_eq!(decide(Some(&listed), &address("172.18.0.3"), || false), Verdict::ForeignSource);
+        assert_eq!(decide(Some(&listed), &address("172.19.0.2"), || true), Verdict::ForeignSource);
+        assert_eq!(
+            decide(Some(&listed), &address("172.18.0.1"), || true),
+            Verdict::NotOurs,
+            "the host itself"
+        );
+    }
+
+    #[test]
     fn the_loopback_address_comes_before_the_wildcards() {
         let all = |target: &str| {
             let mut keys = vec![];
-            first_candidate::<()>(&address(target), 80, |key| {
+            first_candidate::<()>(&address(target), 80, TCP, |key| {
                 keys.push((IpAddr::from(key.address), key.slot));
                 None
             });
@@ -124,7 +143,7 @@ mod tests {
             addresses.dedup();
             assert!(listening_addresses(&address(target)).map(IpAddr::from).eq(addresses), "{target}");
         }
-        let second = first_candidate(&address("::1"), 80, |key| (key.slot == 1).then_some(key.port));
+        let second = first_candidate(&address("::1"), 80, TCP, |key| (key.slot == 1).then_some(key.port));
         assert_eq!(second, Some(80));
     }
 }

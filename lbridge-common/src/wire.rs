@@ -11,10 +11,14 @@ use core::{
 
 /// Changes with every change of a layout below or of a map's meaning. Part of the pin directory's name, so that a
 /// daemon never adopts maps that it would misread.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Most rules (network, gateway, port) in force at a time.
 pub const MAX_RULES: u32 = 131_072;
+/// Most namespaces whose localhost leads to the host.
+pub const MAX_GUESTS: u32 = 65_536;
+/// Bridges of one namespace whose rules its localhost may lead to.
+pub const BRIDGES: usize = 4;
 /// Most relayed connections that are named at a time.
 pub const MAX_RELAY_PEERS: u32 = 65_536;
 /// Ports there are.
@@ -28,6 +32,11 @@ pub const SLOTS: u8 = 4;
 /// Source port of the daemon's own SYNs, with which it tries whether a firewall lets packets through: they are steered as
 /// any other, but not counted as connections. No kernel gives it to a client unasked.
 pub const PROBE_PORT: u16 = 1023;
+
+/// `IPPROTO_TCP`, as keys hold it (include/uapi/linux/in.h).
+pub const TCP: u8 = 6;
+/// `IPPROTO_UDP`.
+pub const UDP: u8 = 17;
 
 const V4_MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 
@@ -142,8 +151,8 @@ pub struct RuleKey {
     pub ifindex: u32,
     /// Dialled port, host byte order.
     pub port: u16,
-    /// Always 0.
-    pub reserved: u16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u16,
 }
 
 /// Where a rule leads, and from where it may be used.
@@ -161,10 +170,44 @@ pub struct RuleValue {
     pub target: Address,
     /// The service's port, host byte order.
     pub target_port: u16,
+    /// Bits: [`RuleValue::LISTED`].
+    pub flags: u16,
     /// Always 0.
-    pub reserved: [u16; 3],
+    pub reserved: [u16; 2],
     /// Connections steered since the entry was put. Added to by the kernel program.
     pub steered: u64,
+}
+
+impl RuleValue {
+    /// Served are not all of the subnet's addresses, but those that have a [`SourceKey`].
+    pub const LISTED: u16 = 1;
+
+    /// [`TCP`] or [`UDP`].
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "an IP protocol's number is a byte")]
+    pub const fn protocol(&self) -> u8 {
+        self.key.protocol as u8
+    }
+}
+
+/// An address that may use a rule with [`RuleValue::LISTED`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourceKey {
+    /// The rule's key.
+    pub rule: RuleKey,
+    /// The container's address.
+    pub source: Address,
+}
+
+/// A port of the host's that rules lead to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TargetKey {
+    /// Port, host byte order.
+    pub port: u16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u16,
 }
 
 /// A registered listening socket of the host's network namespace.
@@ -176,7 +219,9 @@ pub struct ListenerKey {
     /// Port, host byte order.
     pub port: u16,
     /// Which of the group's registered sockets, below [`SLOTS`].
-    pub slot: u16,
+    pub slot: u8,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
 }
 
 /// An address and a port.
@@ -199,16 +244,83 @@ impl Endpoint {
     }
 }
 
-/// `--source loopback`: connections to a gateway from `subnet` look as if they came from and to loopback.
+/// `--source loopback`: connections to `gateway` from a subnet look as if they came from and to loopback. The key of a
+/// longest-prefix match: the subnet is its end.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ViewKey {
+    /// What is dialled.
+    pub gateway: Endpoint,
+    /// The network's subnet; in a lookup the container.
+    pub peer: Address,
+}
+
+impl ViewKey {
+    /// All bits, as a lookup has them.
+    pub const BITS: u32 = Self::GATEWAY_BITS + 128;
+
+    const GATEWAY_BITS: u32 = 160;
+
+    /// Bits that must be the same, where the subnet's mask is this.
+    #[must_use]
+    pub fn prefix_len(mask: &Address) -> u32 {
+        let ones: u32 = mask.0.iter().map(|word| word.count_ones()).sum();
+        Self::GATEWAY_BITS + ones
+    }
+
+    /// Whether a lookup for a connection to `gateway` from `peer` finds it, where `prefix_len` bits must be the same.
+    #[must_use]
+    pub fn matches(&self, prefix_len: u32, gateway: &Endpoint, peer: &Address) -> bool {
+        let mask = Address::ANY_V6.mask(u8::try_from(prefix_len - Self::GATEWAY_BITS).unwrap_or(128));
+        self.gateway == *gateway && peer.masked(&mask) == self.peer
+    }
+}
+
+/// How such connections look.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LoopbackView {
-    /// The network's subnet.
-    pub subnet: Address,
-    /// Netmask of `subnet`.
-    pub mask: Address,
+    /// The key's: as [`RuleValue::key`].
+    pub gateway: Endpoint,
     /// What `getsockname()` answers, and whose address `getpeername()` does.
     pub target: Endpoint,
+}
+
+/// The bridges of the host that a network namespace is on, whose localhost may lead to the host. Its key is the
+/// namespace's cookie.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Guest {
+    /// Interface indices in the host's namespace, in the order in which they are asked; 0 for none.
+    pub bridges: [u32; BRIDGES],
+}
+
+/// What a process in a [`Guest`] dials that leads to another address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DialKey {
+    /// Address that is dialled: `127.0.0.1`, `::1`.
+    pub address: Address,
+    /// The bridge's interface index.
+    pub ifindex: u32,
+    /// Port that is dialled, host byte order.
+    pub port: u16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u16,
+    /// Cookie of the one namespace that this is for; 0 for all on the bridge.
+    pub netns: u64,
+}
+
+/// Where that leads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Dial {
+    /// The entry's own key: as [`RuleValue::key`].
+    pub key: DialKey,
+    /// The network's gateway.
+    pub gateway: Endpoint,
+    /// Always 0.
+    pub reserved: u32,
 }
 
 /// What happened to a listener of a targeted port.
@@ -260,7 +372,14 @@ const _: () = {
     assert!(size_of::<RuleValue>() == 88 && align_of::<RuleValue>() == 8);
     assert!(size_of::<ListenerKey>() == 20);
     assert!(size_of::<Endpoint>() == 20);
-    assert!(size_of::<LoopbackView>() == 52);
+    assert!(size_of::<ViewKey>() == 36 && align_of::<ViewKey>() == 4);
+    assert!(8 * size_of::<ViewKey>() == ViewKey::BITS as usize);
+    assert!(size_of::<LoopbackView>() == 40);
+    assert!(size_of::<SourceKey>() == 40);
+    assert!(size_of::<TargetKey>() == 4);
+    assert!(size_of::<Guest>() == 16);
+    assert!(size_of::<DialKey>() == 32 && align_of::<DialKey>() == 8);
+    assert!(size_of::<Dial>() == 56);
     assert!(size_of::<ListenerEvent>() == 12);
 };
 

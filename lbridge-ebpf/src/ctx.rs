@@ -78,7 +78,7 @@ pub fn source_port(ctx: &SkLookupContext) -> u16 {
     u16::from_be(read!(lookup, remote_port))
 }
 
-/// Both ends of a `sock_ops` callback's socket; the remote one of a listener is unspecified.
+/// Both ends of a socket; the remote one of a listener is unspecified.
 pub struct Ends {
     pub local: Endpoint,
     pub remote: Endpoint,
@@ -181,24 +181,28 @@ pub enum Side {
     Local,
 }
 
-/// The socket's own end of the connection.
+/// Both ends of a name hook's socket.
 #[inline(always)]
-pub fn local_end_v4(ctx: &SockAddrContext) -> Option<Endpoint> {
+pub fn ends_v4(ctx: &SockAddrContext) -> Option<Ends> {
     let sk = read!(ctx.sock_addr, __bindgen_anon_1.sk);
     if sk.is_null() {
         return None;
     }
-    Some(Endpoint::new(Address::from_v4_word(read!(sk, src_ip4)), read!(sk, src_port) as u16))
+    let local = Endpoint::new(Address::from_v4_word(read!(sk, src_ip4)), read!(sk, src_port) as u16);
+    let remote = Endpoint::new(Address::from_v4_word(read!(sk, dst_ip4)), u16::from_be(read!(sk, dst_port)));
+    Some(Ends { local, remote })
 }
 
-/// As [`local_end_v4`], of an IPv6 socket; IPv4 on a dual-stack one is v4-mapped.
+/// As [`ends_v4`], of an IPv6 socket; IPv4 on a dual-stack one is v4-mapped.
 #[inline(always)]
-pub fn local_end_v6(ctx: &SockAddrContext) -> Option<Endpoint> {
+pub fn ends_v6(ctx: &SockAddrContext) -> Option<Ends> {
     let sk = read!(ctx.sock_addr, __bindgen_anon_1.sk);
     if sk.is_null() {
         return None;
     }
-    Some(Endpoint::new(read_words!(sk, src_ip6), read!(sk, src_port) as u16))
+    let local = Endpoint::new(read_words!(sk, src_ip6), read!(sk, src_port) as u16);
+    let remote = Endpoint::new(read_words!(sk, dst_ip6), u16::from_be(read!(sk, dst_port)));
+    Some(Ends { local, remote })
 }
 
 /// The address that the caller is about to get.

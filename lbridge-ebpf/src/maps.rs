@@ -5,23 +5,29 @@ use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::SkStorage,
     macros::{btf_map, map},
-    maps::{HashMap, PerCpuArray, RingBuf, SockHash},
+    maps::{HashMap, LpmTrie, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
 };
 use lbridge_common::wire::{
-    Counter, Endpoint, ListenerEvent, ListenerKey, LoopbackView, MAX_LISTENERS, MAX_RELAY_PEERS, MAX_RULES,
-    MAX_TARGETS, RuleKey, RuleValue,
+    Address, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, MAX_GUESTS, MAX_LISTENERS, MAX_RELAY_PEERS,
+    MAX_RULES, MAX_TARGETS, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
 };
 
 // Not preallocated: an empty map costs nothing.
 #[map]
 pub static RULES: HashMap<RuleKey, RuleValue> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
-pub static TARGETS: HashMap<u16, u8> = HashMap::with_max_entries(MAX_TARGETS, BPF_F_NO_PREALLOC);
+pub static SOURCES: HashMap<SourceKey, u8> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+#[map]
+pub static TARGETS: HashMap<TargetKey, u8> = HashMap::with_max_entries(MAX_TARGETS, BPF_F_NO_PREALLOC);
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
 #[map]
-pub static LOOPBACK_VIEWS: HashMap<Endpoint, LoopbackView> =
-    HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+static LOOPBACK_VIEWS: LpmTrie<ViewKey, LoopbackView> =
+    LpmTrie::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+#[map]
+pub static GUESTS: HashMap<u64, Guest> = HashMap::with_max_entries(MAX_GUESTS, BPF_F_NO_PREALLOC);
+#[map]
+pub static DIALS: HashMap<DialKey, Dial> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 // No LRU: an entry that went while its connection lives would show the service a local peer. Where it is full a relay
 // gives up the connection instead.
 #[map]
@@ -45,6 +51,14 @@ static HOST_NETNS: Global<u64> = Global::new(0);
 #[inline(always)]
 pub fn host_netns() -> u64 {
     HOST_NETNS.load()
+}
+
+/// How connections to `gateway` from `peer` look to the service, if otherwise than they are.
+#[inline(always)]
+pub fn loopback_view(gateway: &Endpoint, peer: &Address) -> Option<LoopbackView> {
+    let key = ViewKey { gateway: *gateway, peer: *peer };
+    let view = LOOPBACK_VIEWS.get(Key::new(ViewKey::BITS, key)).copied()?;
+    (view.gateway == *gateway).then_some(view)
 }
 
 #[inline(always)]

@@ -7,15 +7,15 @@ use aya_ebpf::programs::SockAddrContext;
 use lbridge_common::wire::Endpoint;
 
 use crate::{
-    ctx::{self, Side},
-    maps::{LOOPBACK_VIEWS, PEER_NAMES, RELAY_PEERS, host_netns},
+    ctx::{self, Ends, Side},
+    maps::{PEER_NAMES, RELAY_PEERS, host_netns, loopback_view},
 };
 
 #[inline(always)]
 pub fn rewrite_v4(ctx: &SockAddrContext, side: Side) {
     if is_host(ctx)
-        && let Some(local) = ctx::local_end_v4(ctx)
-        && let Some(name) = rewritten(ctx, &local, &ctx::name_v4(ctx), side)
+        && let Some(ends) = ctx::ends_v4(ctx)
+        && let Some(name) = rewritten(ctx, &ends, &ctx::name_v4(ctx), side)
         // An IPv4 socket cannot be shown an IPv6 container; part of its address could read as anybody's, 127.0.0.1 too.
         && name.address.is_v4()
     {
@@ -26,8 +26,8 @@ pub fn rewrite_v4(ctx: &SockAddrContext, side: Side) {
 #[inline(always)]
 pub fn rewrite_v6(ctx: &SockAddrContext, side: Side) {
     if is_host(ctx)
-        && let Some(local) = ctx::local_end_v6(ctx)
-        && let Some(name) = rewritten(ctx, &local, &ctx::name_v6(ctx), side)
+        && let Some(ends) = ctx::ends_v6(ctx)
+        && let Some(name) = rewritten(ctx, &ends, &ctx::name_v6(ctx), side)
     {
         ctx::set_name_v6(ctx, &name);
     }
@@ -42,20 +42,17 @@ fn is_host(ctx: &SockAddrContext) -> bool {
 }
 
 #[inline(always)]
-fn rewritten(ctx: &SockAddrContext, local: &Endpoint, name: &Endpoint, side: Side) -> Option<Endpoint> {
-    // SAFETY: memory of the map stays readable while the program runs, and is copied.
-    if let Some(view) = unsafe { LOOPBACK_VIEWS.get(local) }.copied() {
-        return match side {
-            Side::Local => Some(view.target),
-            // The subnet again: the entry is for the network's connections, not for whatever else is bound there.
-            Side::Peer => (name.address.masked(&view.mask) == view.subnet)
-                .then_some(Endpoint::new(view.target.address, name.port)),
-        };
+fn rewritten(ctx: &SockAddrContext, ends: &Ends, name: &Endpoint, side: Side) -> Option<Endpoint> {
+    if let Some(view) = loopback_view(&ends.local, &ends.remote.address) {
+        return Some(match side {
+            Side::Local => view.target,
+            Side::Peer => Endpoint::new(view.target.address, name.port),
+        });
     }
     match side {
         Side::Local => None,
         // An MPTCP service's socket is not the one that was connected to, so it has no storage; the relay's end tells.
-        // SAFETY: as above.
+        // SAFETY: memory of the map stays readable while the program runs, and is copied.
         Side::Peer => ctx::stored(ctx, &PEER_NAMES).or_else(|| unsafe { RELAY_PEERS.get(name) }.copied()),
     }
 }

@@ -6,12 +6,12 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use aya_ebpf::programs::SkLookupContext;
 use lbridge_common::{
     verdict::{Verdict, decide, first_candidate},
-    wire::{Counter, PROBE_PORT, RuleKey},
+    wire::{Counter, PROBE_PORT, RuleKey, SourceKey, TCP},
 };
 
 use crate::{
     ctx,
-    maps::{LISTENERS, RULES, count},
+    maps::{LISTENERS, RULES, SOURCES, count},
 };
 
 const ENOENT: i32 = 2;
@@ -43,7 +43,7 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
     let Some((source, dialled)) = ctx::packet(ctx) else {
         return Outcome::Untouched;
     };
-    let key = RuleKey { gateway: dialled.address, ifindex, port: dialled.port, reserved: 0 };
+    let key = RuleKey { gateway: dialled.address, ifindex, port: dialled.port, protocol: u16::from(TCP) };
     let Some(pointer) = RULES.get_ptr_mut(key) else {
         return Outcome::Untouched;
     };
@@ -54,7 +54,8 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
     if rule.key != key {
         return Outcome::Untouched;
     }
-    match decide(Some(&rule), &source) {
+    let listed = || SOURCES.get_ptr(SourceKey { rule: key, source }).is_some();
+    match decide(Some(&rule), &source, listed) {
         Verdict::NotOurs => return Outcome::Untouched,
         Verdict::ForeignSource => {
             count(Counter::ForeignSource);
@@ -68,6 +69,7 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
     let assigned = first_candidate(
         &rule.target,
         rule.target_port,
+        TCP,
         #[inline(always)]
         |key| {
             let done = LISTENERS.redirect_sk_lookup(ctx, key, 0);

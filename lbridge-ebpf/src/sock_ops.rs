@@ -12,7 +12,7 @@ use aya_ebpf::{
     helpers::generated::bpf_get_prandom_u32,
     programs::SockOpsContext,
 };
-use lbridge_common::wire::{Counter, Endpoint, ListenerEvent, ListenerKey, SLOTS};
+use lbridge_common::wire::{Counter, Endpoint, ListenerEvent, ListenerKey, SLOTS, TCP, TargetKey};
 
 use crate::{
     ctx::{self, Ends},
@@ -87,7 +87,8 @@ pub fn is_host(ctx: &SockOpsContext) -> bool {
 /// Only loopback and wildcard sockets can be what a rule means, and only on a port that some rule targets.
 #[inline(always)]
 fn is_targeted(bound: &Endpoint) -> bool {
-    (bound.address.is_loopback() || bound.address.is_unspecified()) && TARGETS.get_ptr(bound.port).is_some()
+    (bound.address.is_loopback() || bound.address.is_unspecified())
+        && TARGETS.get_ptr(TargetKey { port: bound.port, protocol: u16::from(TCP) }).is_some()
 }
 
 #[inline(always)]
@@ -112,8 +113,8 @@ pub fn register_listener(ctx: &SockOpsContext, bound: &Endpoint) {
 fn put(ctx: &SockOpsContext, bound: &Endpoint) -> Result<(), i32> {
     // SAFETY: the context is the kernel's own `bpf_sock_ops`.
     let ops = unsafe { &mut *ctx.ops };
-    for slot in 0..u16::from(SLOTS) {
-        let key = ListenerKey { address: bound.address, port: bound.port, slot };
+    for slot in 0..SLOTS {
+        let key = ListenerKey { address: bound.address, port: bound.port, slot, protocol: TCP };
         match LISTENERS.update(key, &mut *ops, u64::from(BPF_NOEXIST)) {
             Err(error) if error == -EEXIST => {}
             done => return done,
@@ -121,8 +122,8 @@ fn put(ctx: &SockOpsContext, bound: &Endpoint) -> Result<(), i32> {
     }
     // SAFETY: no arguments.
     let random = unsafe { bpf_get_prandom_u32() };
-    let slot = (random % u32::from(SLOTS)) as u16;
-    LISTENERS.update(ListenerKey { address: bound.address, port: bound.port, slot }, ops, 0)
+    let slot = (random % u32::from(SLOTS)) as u8;
+    LISTENERS.update(ListenerKey { address: bound.address, port: bound.port, slot, protocol: TCP }, ops, 0)
 }
 
 /// Tells of the socket. The daemon looks which it is.

@@ -34,7 +34,7 @@ use crate::{
         policy::{RelayKey, RelaySpec, State},
         reality::Reality,
         resolve::resolve,
-        rule::{Network, Origin, PathChoice, PortSpec, ProxyProtocol, Rule, Rules, Source, Target},
+        rule::{Network, Origin, PortSpec, ProxyProtocol, Rule, Rules, Source, Target},
     },
     relay::{self, listener::Listening, set::RelaySet},
     sandbox::{
@@ -197,15 +197,12 @@ impl Options {
             _ => None,
         };
         let rules = self.ports.iter().map(|spec| Rule {
-            network: network.clone(),
-            spec: spec.clone(),
             source: self.source,
-            path: PathChoice::Auto,
             max_connections: self.max_connections,
             idle_timeout: self.idle_timeout,
             proxy_protocol: self.proxy_protocol,
             process: process.clone(),
-            comment: None,
+            ..Rule::new(network.clone(), spec.clone())
         });
         Rules::default().allow(rules, Origin::Cli).map_err(|refused| anyhow!("{refused}"))
     }

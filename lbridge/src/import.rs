@@ -11,7 +11,7 @@ use crate::{
     host::interfaces,
     planning::{
         inventory::{DockerNetwork, Interface},
-        rule::{Network, PathChoice, PortSpec, Rule, RuleId, Source, Target},
+        rule::{Network, PortSpec, Protocol, Rule, RuleId, Source, Target},
     },
     recipes::{
         socat::{self, Forward},
@@ -140,17 +140,12 @@ fn rule(
     unit: &str,
 ) -> Result<(Rule, IpAddr, String), String> {
     let (network, gateway, bridge) = network(forward, bridges)?;
+    let spec = PortSpec { port: forward.port, protocol: Protocol::Tcp, target: forward.target.clone() };
     let rule = Rule {
-        network,
-        spec: PortSpec { port: forward.port, target: forward.target.clone() },
         // The service would see root as its peer: the daemon wants that said.
         source: if matches!(forward.target, Target::Unix(_)) { Source::Loopback } else { source },
-        path: PathChoice::Auto,
-        max_connections: None,
-        idle_timeout: None,
-        proxy_protocol: None,
-        process: None,
         comment: Some(format!("was {}", unit.escape_debug())),
+        ..Rule::new(network, spec)
     };
     Ok((rule, gateway, bridge))
 }

@@ -1,6 +1,6 @@
 //! What client and daemon say to each other. Additions are compatible, so unknown fields are ignored.
 
-use std::{fmt, net::IpAddr, num::NonZeroU32, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, fmt, net::IpAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use crate::planning::{
     firewall::FirewallMode,
     inventory::DockerNetwork,
     policy::State,
-    rule::{Network, Origin, PathChoice, ProxyProtocol, Rule, Source},
+    rule::{Network, Origin, PathChoice, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
 
 /// `GET`: a [`Status`].
@@ -171,8 +171,17 @@ pub struct RuleStatus {
     pub network: Network,
     /// Dialled port.
     pub port: u16,
+    /// What is spoken there.
+    #[serde(default)]
+    pub protocol: Protocol,
     /// Where it leads.
     pub target: String,
+    /// Names of the containers that it is for; for all of the network, if there is none.
+    #[serde(default)]
+    pub from: BTreeSet<String>,
+    /// Whether the port of the containers' own localhost leads there, too.
+    #[serde(default)]
+    pub localhost: bool,
     /// What the service sees.
     pub source: Source,
     /// Which way was asked for.
@@ -210,6 +219,13 @@ pub struct RuleStatus {
     pub gateways: Vec<GatewayStatus>,
 }
 
+impl RuleStatus {
+    /// What tells it from others.
+    pub fn id(&self) -> RuleId {
+        RuleId { network: self.network.clone(), port: self.port, protocol: self.protocol }
+    }
+}
+
 #[cfg(test)]
 impl RuleStatus {
     /// Steered, as `allow` makes it without options.
@@ -217,7 +233,10 @@ impl RuleStatus {
         Self {
             network: network.parse().unwrap(),
             port,
+            protocol: Protocol::Tcp,
             target: target.to_owned(),
+            from: BTreeSet::new(),
+            localhost: false,
             source: Source::Container,
             path: PathChoice::Auto,
             max_connections: None,
@@ -275,8 +294,12 @@ pub struct Allow {
 pub struct Deny {
     /// From this network
     pub network: Network,
-    /// All or none.
+    /// All or none, by TCP.
+    #[serde(default)]
     pub ports: Vec<u16>,
+    /// And by UDP.
+    #[serde(default)]
+    pub udp_ports: Vec<u16>,
 }
 
 /// Something that has happened.
@@ -304,6 +327,9 @@ pub enum Happening {
         network: Network,
         /// Its port.
         port: u16,
+        /// What is spoken there.
+        #[serde(default)]
+        protocol: Protocol,
         /// The user who made it, where that is known.
         uid: Option<u32>,
     },
@@ -313,6 +339,9 @@ pub enum Happening {
         network: Network,
         /// Its port.
         port: u16,
+        /// What is spoken there.
+        #[serde(default)]
+        protocol: Protocol,
         /// The user who removed it, where that is known.
         uid: Option<u32>,
     },
@@ -322,6 +351,9 @@ pub enum Happening {
         network: Network,
         /// Its port.
         port: u16,
+        /// What is spoken there.
+        #[serde(default)]
+        protocol: Protocol,
         /// As observed.
         state: State,
         /// Why.
@@ -357,6 +389,9 @@ pub enum Happening {
         network: Network,
         /// The rule's port.
         port: u16,
+        /// What is spoken there.
+        #[serde(default)]
+        protocol: Protocol,
         /// How many, since this was told last.
         connections: u64,
     },

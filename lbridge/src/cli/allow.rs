@@ -2,7 +2,9 @@
 
 use clap::Args;
 
-use super::{Failure, Limits, Ports, parse_new_network, parse_path, parse_ports, parse_source, render};
+use super::{
+    Failure, Limits, Ports, parse_container, parse_new_network, parse_path, parse_ports, parse_source, render,
+};
 use crate::{
     api::{client::Client, protocol::Allow},
     planning::rule::{Network, PathChoice, Rule, Source},
@@ -14,7 +16,7 @@ pub(super) struct AllowArgs {
     /// A Docker network's name or id, or bridge:IFNAME; container:NAME, netns:PATH or pid:N for localhost inside
     #[arg(value_parser = parse_new_network)]
     network: Network,
-    /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path or 8000-8010
+    /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path, 8000-8010 or 53/udp
     #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
     ports: Vec<Ports>,
     /// What the service sees: the container's address, or a loopback one, which it may trust
@@ -23,6 +25,12 @@ pub(super) struct AllowArgs {
     /// Steer in the kernel, relay through the daemon, or whichever is possible
     #[arg(long, value_parser = parse_path, default_value = "auto", value_name = "auto|steer|relay")]
     path: PathChoice,
+    /// Only these containers of the network, by name
+    #[arg(long, value_name = "CONTAINER", value_delimiter = ',', value_parser = parse_container)]
+    from: Vec<String>,
+    /// Lead the port of the containers' own localhost there, too
+    #[arg(long)]
+    localhost: bool,
     #[command(flatten)]
     limits: Limits,
     /// A remark, shown by `list`
@@ -42,15 +50,15 @@ fn parse_comment(text: &str) -> Result<String, String> {
 
 pub(super) async fn handle(args: AllowArgs, client: &Client) -> Result<(), Failure> {
     let rules = args.ports.into_iter().flat_map(|Ports(specs)| specs).map(|spec| Rule {
-        network: args.network.clone(),
-        spec,
+        from: args.from.iter().cloned().collect(),
+        localhost: args.localhost,
         source: args.source,
         path: args.path,
         max_connections: args.limits.max_connections,
         idle_timeout: args.limits.idle_timeout,
         proxy_protocol: args.limits.proxy_protocol,
-        process: None,
         comment: args.comment.clone(),
+        ..Rule::new(args.network.clone(), spec)
     });
     let rules = client.allow(&Allow { rules: rules.collect() }).await?;
     if args.json { render::json(&rules) } else { render::states(&rules) }

@@ -9,7 +9,7 @@ use crate::{
     api::client::Client,
     planning::{
         explain::Question,
-        rule::{Network, PortSpec, Target},
+        rule::{Network, PortSpec, Protocol, Target},
     },
 };
 
@@ -33,7 +33,9 @@ pub(super) struct ExplainArgs {
 /// A port that is dialled, one alone.
 pub(super) fn parse_port(text: &str) -> Result<u16, String> {
     match PortSpec::parse_many(text).as_deref() {
-        Ok([PortSpec { port, target }]) if *target == Target::Port(*port) => Ok(*port),
+        Ok([PortSpec { port, protocol: Protocol::Tcp, target }]) if *target == Target::Port(*port) => {
+            Ok(*port)
+        }
         Ok(_) => Err("a connection dials one port, e.g. 5432".to_owned()),
         Err(error) => Err(error.to_string()),
     }

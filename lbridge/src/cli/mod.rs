@@ -28,7 +28,7 @@ use crate::{
         client::{Client, ClientError},
         protocol::ErrorCode,
     },
-    planning::rule::{Invalid, Network, PathChoice, PortSpec, ProxyProtocol, Source},
+    planning::rule::{Invalid, Network, PathChoice, PortSpec, ProxyProtocol, Source, container_name},
 };
 
 /// Exit status of the contract.
@@ -308,6 +308,10 @@ fn parse_new_network(text: &str) -> Result<Network, String> {
             "{text} says what kind of network, not which; write {kind}WHICH (a Docker network of that name goes by its id)"
         )),
     }
+}
+
+fn parse_container(text: &str) -> Result<String, String> {
+    container_name(text).map_err(|error| error.to_string())
 }
 
 fn parse_source(text: &str) -> Result<Source, String> {

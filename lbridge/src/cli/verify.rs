@@ -6,7 +6,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{Exit, Failure, explain::parse_port, parse_network, render};
 use crate::{
     api::client::Client,
-    planning::rule::{Network, Refused, RuleId},
+    planning::rule::{Network, Protocol, Refused, RuleId},
     verify::verify,
 };
 
@@ -30,7 +30,8 @@ pub(super) async fn handle(args: VerifyArgs, client: &Client) -> Result<bool, Fa
         let message = "verify makes network namespaces on the bridges, so it needs root; use sudo".to_owned();
         return Err(Failure { exit: Exit::Failed, message });
     }
-    let wanted = args.network.zip(args.port).map(|(network, port)| RuleId { network, port });
+    let wanted =
+        args.network.zip(args.port).map(|(network, port)| RuleId { network, port, protocol: Protocol::Tcp });
     let status = client.status().await?;
     if let Some(wanted) = &wanted
         && !status.rules.iter().any(|rule| rule.network == wanted.network && rule.port == wanted.port)

@@ -120,6 +120,8 @@ impl Executor {
         Ok(Reality {
             targets: kernel.maps.targets()?,
             entries: kernel.maps.entries()?,
+            sources: kernel.maps.sources()?,
+            dials: kernel.maps.dials()?,
             views: kernel.maps.views()?,
             registered: kernel.maps.registered()?,
             relays,
@@ -188,12 +190,12 @@ impl Executor {
         let kernel = self.kernel.as_mut().context("there is no kernel half")?;
         match step {
             Step::Attach => kernel.attach(),
-            Step::AddTarget(port) => kernel.maps.add_target(*port),
+            Step::AddTarget(port) => kernel.maps.add_target(port),
             Step::AttachNameHooks => {
                 self.name_hooks_used = true;
                 kernel.attach_name_hooks()
             }
-            Step::PutView(endpoint, view) => kernel.maps.put_view(endpoint, view),
+            Step::PutView(key, view) => kernel.maps.put_view(*key, view),
             Step::Register { key, inode } => {
                 let socket = taker.take(*inode, wanted)?;
                 if listeners::is_mptcp(&socket) {
@@ -201,12 +203,16 @@ impl Executor {
                 }
                 kernel.maps.register(*key, &socket)
             }
+            Step::AddSource(key) => kernel.maps.add_source(key),
+            Step::RemoveSource(key) => kernel.maps.remove_source(key),
             Step::PutEntry(key, value) => kernel.maps.put_entry(key, value),
+            Step::PutDial(key, dial) => kernel.maps.put_dial(key, dial),
+            Step::RemoveDial(key) => kernel.maps.remove_dial(key),
             Step::RemoveEntry(key) => kernel.maps.remove_entry(key),
-            Step::RemoveView(endpoint) => kernel.maps.remove_view(endpoint),
+            Step::RemoveView(key) => kernel.maps.remove_view(*key),
             Step::DetachNameHooks => kernel.detach_name_hooks(),
             Step::Unregister(key) => kernel.maps.unregister(key),
-            Step::RemoveTarget(port) => kernel.maps.remove_target(*port),
+            Step::RemoveTarget(port) => kernel.maps.remove_target(port),
             Step::OpenRelay(..)
             | Step::CloseRelay { .. }
             | Step::Accept { .. }

@@ -10,7 +10,7 @@ use crate::{
     planning::{
         explain::{Known, Question, listeners_of_interest},
         inventory::{Inventory, Listener, NamespaceId},
-        rule::{Network, Origin, PathChoice, PortSpec, Rule, Rules, Source, Target},
+        rule::{Network, Origin, PortSpec, Rule, Rules},
     },
 };
 
@@ -26,17 +26,7 @@ pub(super) fn with_network(rules: &Rules, network: &Network) -> Rules {
         Network::Process(pid) => process_start(*pid).ok(),
         _ => None,
     };
-    let rule = Rule {
-        network: network.clone(),
-        spec: PortSpec { port: 1, target: Target::Port(1) },
-        source: Source::Container,
-        path: PathChoice::Auto,
-        max_connections: None,
-        idle_timeout: None,
-        proxy_protocol: None,
-        process,
-        comment: None,
-    };
+    let rule = Rule { process, ..Rule::new(network.clone(), PortSpec::same(1)) };
     // Of a process that there is not, nothing can be looked at.
     rules.allow([rule], Origin::Cli).unwrap_or_else(|_| rules.clone())
 }

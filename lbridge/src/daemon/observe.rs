@@ -162,23 +162,13 @@ mod tests {
     use super::*;
     use crate::{
         docker::watch::Container,
-        planning::rule::{Origin, PathChoice, Rule, Source},
+        planning::rule::{Origin, PortSpec, Rule},
     };
 
     /// A number that meant nobody when it was first looked at means a stranger later.
     #[test]
     fn a_process_that_was_gone_stays_gone() {
-        let rule = Rule {
-            network: "container:c".parse().unwrap(),
-            spec: "80".parse().unwrap(),
-            source: Source::Container,
-            path: PathChoice::Auto,
-            max_connections: None,
-            idle_timeout: None,
-            proxy_protocol: None,
-            process: None,
-            comment: None,
-        };
+        let rule = Rule::new("container:c".parse().unwrap(), PortSpec::same(80));
         let rules = Rules::default().allow([rule.clone()], Origin::Cli).unwrap();
         let container =
             |pid| Container { id: "ab".repeat(32), pid: Some(pid), address: None, networks: vec![] };

@@ -63,12 +63,12 @@ impl Report {
     pub(super) fn news_since(&self, before: &Self) -> impl Iterator<Item = Happening> {
         let states = self.states_since(before).into_iter().filter_map(|(id, now)| {
             let (state, why) = now?;
-            Some(Happening::State { network: id.network, port: id.port, state, why })
+            Some(Happening::State { network: id.network, port: id.port, protocol: id.protocol, state, why })
         });
         let refused = self.policy.outcomes.iter().filter_map(|outcome| {
             let connections = self.counts(outcome).refused.saturating_sub(before.counts(outcome).refused);
-            let RuleId { network, port } = outcome.rule.id();
-            (connections > 0).then_some(Happening::Refused { network, port, connections })
+            let RuleId { network, port, protocol } = outcome.rule.id();
+            (connections > 0).then_some(Happening::Refused { network, port, protocol, connections })
         });
         states.chain(refused)
     }
@@ -81,9 +81,7 @@ impl Report {
         }
         let of = |report: &Self| -> BTreeMap<RuleId, Described> {
             let rules = report.rules().into_iter();
-            rules
-                .map(|rule| (RuleId { network: rule.network, port: rule.port }, (rule.state, rule.why)))
-                .collect()
+            rules.map(|rule| (rule.id(), (rule.state, rule.why))).collect()
         };
         let (mut before, now) = (of(before), of(self));
         let mut changes = vec![];
@@ -136,6 +134,9 @@ impl Report {
             network: rule.network.clone(),
             port: rule.spec.port,
             target: rule.spec.target.to_string(),
+            protocol: rule.spec.protocol,
+            from: rule.from.clone(),
+            localhost: rule.localhost,
             source: rule.source,
             path: rule.path,
             max_connections: rule.max_connections,
@@ -226,8 +227,9 @@ pub(super) fn changed_by(before: &Rules, now: &Rules, uid: Option<u32>) -> impl 
     let (before, now) = (ids(before), ids(now));
     let made: Vec<_> = now.difference(&before).cloned().collect();
     let removed: Vec<_> = before.difference(&now).cloned().collect();
-    let allowed = move |RuleId { network, port }| Happening::Allowed { network, port, uid };
-    let denied = move |RuleId { network, port }| Happening::Denied { network, port, uid };
+    let allowed =
+        move |RuleId { network, port, protocol }| Happening::Allowed { network, port, protocol, uid };
+    let denied = move |RuleId { network, port, protocol }| Happening::Denied { network, port, protocol, uid };
     made.into_iter().map(allowed).chain(removed.into_iter().map(denied))
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lbridge_common::wire::{ListenerKey, RuleKey, RuleValue};
+use lbridge_common::wire::{ListenerKey, RuleKey, RuleValue, TCP};
 use socket2::{Domain, Socket, Type};
 
 use super::{Finding, Level, Options, daemon::Daemon};
@@ -168,13 +168,14 @@ fn steer_one(trial: &mut Trial, netns: &File, steering: Steering) -> anyhow::Res
     let [gateway, source, target] = [1, 2, 3].map(|last| IpAddr::from(Ipv4Addr::new(127, 0, 0, last)));
     let listener = netns::within(netns, || TcpListener::bind((target, 0)))?.context("cannot listen there")?;
     let port = listener.local_addr()?.port();
-    trial.maps.register(ListenerKey { address: target.into(), port, slot: 0 }, &listener)?;
+    trial.maps.register(ListenerKey { address: target.into(), port, slot: 0, protocol: TCP }, &listener)?;
     let ifindex = if steering.interface_check { LOOPBACK.get() } else { 0 };
-    let key = RuleKey { gateway: gateway.into(), ifindex, port, reserved: 0 };
+    let key = RuleKey { gateway: gateway.into(), ifindex, port, protocol: TCP.into() };
     let mask = key.gateway.mask(8);
     let subnet = key.gateway.masked(&mask);
     let target = target.into();
-    let value = RuleValue { key, subnet, mask, target, target_port: port, reserved: [0; 3], steered: 0 };
+    let value =
+        RuleValue { key, subnet, mask, target, target_port: port, flags: 0, reserved: [0; 2], steered: 0 };
     trial.maps.put_entry(&key, &value)?;
     trial.attach(netns)?;
     netns::within(netns, || {

@@ -13,11 +13,14 @@ use std::{
 use anyhow::{Context as _, bail};
 use aya::{
     Ebpf, Pod,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockHash},
+    maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
 };
 use lbridge_common::{
     symbols,
-    wire::{Counter, Endpoint, ListenerEvent, ListenerKey, LoopbackView, RuleKey, RuleValue},
+    wire::{
+        Counter, Dial, DialKey, Endpoint, ListenerEvent, ListenerKey, LoopbackView, RuleKey, RuleValue,
+        SourceKey, TargetKey, ViewKey,
+    },
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -27,9 +30,11 @@ const BPF_NOEXIST: u64 = 1;
 /// The maps that userspace reads and writes.
 pub struct Maps {
     rules: HashMap<MapData, RuleKey, RuleValue>,
-    targets: HashMap<MapData, u16, u8>,
+    sources: HashMap<MapData, SourceKey, u8>,
+    targets: HashMap<MapData, TargetKey, u8>,
     listeners: SockHash<MapData, ListenerKey>,
-    views: HashMap<MapData, Endpoint, LoopbackView>,
+    dials: HashMap<MapData, DialKey, Dial>,
+    views: LpmTrie<MapData, ViewKey, LoopbackView>,
     counters: PerCpuArray<MapData, u64>,
     /// Who is behind a relayed connection. Shared with the relays, which enter and remove their own.
     pub peers: PeerNames,
@@ -55,8 +60,10 @@ impl Maps {
     pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<Self> {
         Ok(Self {
             rules: taken(object, symbols::RULES)?,
+            sources: taken(object, symbols::SOURCES)?,
             targets: taken(object, symbols::TARGETS)?,
             listeners: taken(object, symbols::LISTENERS)?,
+            dials: taken(object, symbols::DIALS)?,
             views: taken(object, symbols::LOOPBACK_VIEWS)?,
             counters: taken(object, symbols::COUNTERS)?,
             peers: PeerNames(Arc::new(Mutex::new(NameMaps {
@@ -82,34 +89,67 @@ impl Maps {
     }
 
     /// Watched ports.
-    pub fn targets(&self) -> anyhow::Result<BTreeSet<u16>> {
+    pub fn targets(&self) -> anyhow::Result<BTreeSet<TargetKey>> {
         let ports: Result<_, MapError> = self.targets.keys().collect();
         ports.context("cannot read the watched ports")
     }
 
     /// Watches a port.
-    pub fn add_target(&mut self, port: u16) -> anyhow::Result<()> {
-        self.targets.insert(port, 1, 0).context("cannot watch the port")
+    pub fn add_target(&mut self, key: &TargetKey) -> anyhow::Result<()> {
+        self.targets.insert(key, 1, 0).context("cannot watch the port")
     }
 
     /// Watches a port no more.
-    pub fn remove_target(&mut self, port: u16) -> anyhow::Result<()> {
-        or_absent(self.targets.remove(&port)).context("cannot stop to watch the port")
+    pub fn remove_target(&mut self, key: &TargetKey) -> anyhow::Result<()> {
+        or_absent(self.targets.remove(key)).context("cannot stop to watch the port")
     }
 
-    /// Gateways that look local.
-    pub fn views(&self) -> anyhow::Result<BTreeMap<Endpoint, LoopbackView>> {
-        collected(&self.views).context("cannot read the gateways that look local")
+    /// Who may use the entries that are not for all.
+    pub fn sources(&self) -> anyhow::Result<BTreeSet<SourceKey>> {
+        let keys: Result<_, MapError> = self.sources.keys().collect();
+        keys.context("cannot read who may use the rules")
+    }
+
+    /// Lets an address use an entry.
+    pub fn add_source(&mut self, key: &SourceKey) -> anyhow::Result<()> {
+        self.sources.insert(key, 1, 0).context("cannot let the container use the rule")
+    }
+
+    /// Lets an address use an entry no more.
+    pub fn remove_source(&mut self, key: &SourceKey) -> anyhow::Result<()> {
+        or_absent(self.sources.remove(key)).context("cannot let the container use the rule no more")
+    }
+
+    /// What containers dial that leads to their gateway.
+    pub fn dials(&self) -> anyhow::Result<BTreeMap<DialKey, Dial>> {
+        collected(&self.dials).context("cannot read what leads to gateways")
+    }
+
+    /// Leads what containers dial to their gateway.
+    pub fn put_dial(&mut self, key: &DialKey, dial: &Dial) -> anyhow::Result<()> {
+        self.dials.insert(key, dial, 0).context("cannot lead localhost to the gateway")
+    }
+
+    /// Leaves it alone.
+    pub fn remove_dial(&mut self, key: &DialKey) -> anyhow::Result<()> {
+        or_absent(self.dials.remove(key)).context("cannot leave localhost alone")
+    }
+
+    /// Gateways that look local, with the bits of the key that count.
+    pub fn views(&self) -> anyhow::Result<BTreeMap<(ViewKey, u32), LoopbackView>> {
+        let views =
+            self.views.iter().map(|entry| entry.map(|(key, view)| ((key.data(), key.prefix_len()), view)));
+        views.collect::<Result<_, MapError>>().context("cannot read the gateways that look local")
     }
 
     /// Makes a gateway's connections look local.
-    pub fn put_view(&mut self, endpoint: &Endpoint, view: &LoopbackView) -> anyhow::Result<()> {
-        self.views.insert(endpoint, view, 0).context("cannot make the gateway look local")
+    pub fn put_view(&mut self, (key, bits): (ViewKey, u32), view: &LoopbackView) -> anyhow::Result<()> {
+        self.views.insert(&Key::new(bits, key), view, 0).context("cannot make the gateway look local")
     }
 
     /// Makes a gateway's connections look as they are.
-    pub fn remove_view(&mut self, endpoint: &Endpoint) -> anyhow::Result<()> {
-        or_absent(self.views.remove(endpoint)).context("cannot make the gateway look as it is")
+    pub fn remove_view(&mut self, (key, bits): (ViewKey, u32)) -> anyhow::Result<()> {
+        or_absent(self.views.remove(&Key::new(bits, key))).context("cannot make the gateway look as it is")
     }
 
     /// Keys under which a listener is registered now. The kernel removes them as sockets close.

@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context as _, bail};
 use aya::maps::{MapData, MapError};
 use lbridge_common::{
-    symbols::{COUNTERS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS, RULES, TARGETS},
+    symbols::{
+        COUNTERS, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS, RULES,
+        SOURCES, TARGETS,
+    },
     wire::ABI_VERSION,
 };
 use nix::{
@@ -25,8 +28,19 @@ use super::{
 };
 
 /// Maps that outlive the daemon. The event buffer does not: it is of use to one daemon only.
-pub(super) const PINNED_MAPS: [&str; 8] =
-    [RULES, TARGETS, LISTENERS, LOOPBACK_VIEWS, RELAY_CONNECTS, RELAY_PEERS, PEER_NAMES, COUNTERS];
+pub(super) const PINNED_MAPS: [&str; 11] = [
+    RULES,
+    SOURCES,
+    GUESTS,
+    DIALS,
+    TARGETS,
+    LISTENERS,
+    LOOPBACK_VIEWS,
+    RELAY_CONNECTS,
+    RELAY_PEERS,
+    PEER_NAMES,
+    COUNTERS,
+];
 
 /// The pin directory, locked for as long as this lives.
 #[derive(Debug)]

@@ -4,11 +4,16 @@
 //! - the name hooks are attached before the connections that need them can come, and detached after the last one;
 //! - a relay listens before the kernel's entry goes, the entry is there before the relay stops;
 //! - an entry goes before its listener, and before the firewall is closed;
+//! - who may use an entry is entered before it, and forgotten after it;
+//! - what leads to a gateway is entered after what answers there, and goes before it;
 //! - the firewall is tried last, when everything that answers is there.
 
 use std::collections::BTreeMap;
 
-use lbridge_common::wire::{Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SLOTS};
+use lbridge_common::wire::{
+    Address, Dial, DialKey, ListenerKey, LoopbackView, RuleKey, RuleValue, SLOTS, SourceKey, TCP, TargetKey,
+    ViewKey,
+};
 
 use super::{
     firewall::{self, Chain, Link, Opening},
@@ -22,11 +27,11 @@ pub enum Step {
     /// Attach the programs that are always attached: somebody has removed their pins.
     Attach,
     /// Watch listeners of a port.
-    AddTarget(u16),
+    AddTarget(TargetKey),
     /// Attach the name hooks.
     AttachNameHooks,
     /// Make a gateway's connections look local, or otherwise so.
-    PutView(Endpoint, LoopbackView),
+    PutView((ViewKey, u32), LoopbackView),
     /// Register the socket of this inode.
     Register {
         /// Under which key.
@@ -36,10 +41,18 @@ pub enum Step {
     },
     /// Listen as a relay; or, where it does, relay otherwise.
     OpenRelay(RelayKey, RelaySpec),
+    /// Let an address use an entry that is not for all.
+    AddSource(SourceKey),
     /// Put an entry, or change where it leads.
     PutEntry(RuleKey, RuleValue),
     /// Remove an entry.
     RemoveEntry(RuleKey),
+    /// Let an address use it no more.
+    RemoveSource(SourceKey),
+    /// Lead what containers dial to their gateway.
+    PutDial(DialKey, Dial),
+    /// Leave it alone.
+    RemoveDial(DialKey),
     /// Stop listening as a relay.
     CloseRelay {
         /// Which.
@@ -48,13 +61,13 @@ pub enum Step {
         handed_over: bool,
     },
     /// Make a gateway's connections look as they are.
-    RemoveView(Endpoint),
+    RemoveView((ViewKey, u32)),
     /// Detach the name hooks.
     DetachNameHooks,
     /// Forget a listener.
     Unregister(ListenerKey),
     /// Watch a port no more.
-    RemoveTarget(u16),
+    RemoveTarget(TargetKey),
     /// Put an accept rule first in one of the firewall's chains.
     Accept {
         /// Where.
@@ -115,6 +128,10 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
             steps.push(Step::OpenRelay(key.clone(), spec.clone()));
         }
     }
+    // Before anything else goes that they lead to; after the hooks, where they are new.
+    let dials = reality.dials.keys().filter(|key| !policy.dials.contains_key(key));
+    steps.extend(dials.map(|key| Step::RemoveDial(*key)));
+    steps.extend(policy.sources.difference(&reality.sources).map(|key| Step::AddSource(*key)));
     for (key, value) in &policy.entries {
         // The count is the kernel's.
         let same = reality.entries.get(key).is_some_and(|there| RuleValue { steered: 0, ..*there } == *value);
@@ -125,11 +142,20 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps.extend(
         reality.entries.keys().filter(|k| !policy.entries.contains_key(k)).map(|k| Step::RemoveEntry(*k)),
     );
+    steps.extend(reality.sources.difference(&policy.sources).map(|key| Step::RemoveSource(*key)));
+    for (key, dial) in &policy.dials {
+        if reality.dials.get(key) != Some(dial) {
+            steps.push(Step::PutDial(*key, *dial));
+        }
+    }
     let handed_over = |key: &RelayKey| {
         let Place::Bridge { ifindex, .. } = key.place else { return false };
         let (gateway, port) = (Address::from(key.address.ip()), key.address.port());
         let taken_over = |entry: &RuleKey| {
-            entry.gateway == gateway && entry.port == port && (entry.ifindex == 0 || entry.ifindex == ifindex)
+            entry.protocol == u16::from(TCP)
+                && entry.gateway == gateway
+                && entry.port == port
+                && (entry.ifindex == 0 || entry.ifindex == ifindex)
         };
         policy.entries.keys().any(taken_over)
     };
@@ -145,7 +171,10 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     if reality.name_hooks && !policy.name_hooks && !reality.name_hooks_in_use {
         steps.push(Step::DetachNameHooks);
     }
-    let stale = reality.registered.iter().filter(|k| !policy.targets.contains(&k.port));
+    let watched = |key: &ListenerKey| {
+        policy.targets.contains(&TargetKey { port: key.port, protocol: key.protocol.into() })
+    };
+    let stale = reality.registered.iter().filter(|key| !watched(key));
     steps.extend(stale.map(|k| Step::Unregister(*k)));
     steps.extend(reality.targets.difference(&policy.targets).map(|port| Step::RemoveTarget(*port)));
     steps.extend(firewall::plan(&policy.openings, policy.firewall, &reality.filtering));
@@ -157,8 +186,7 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
 fn registrations(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = vec![];
     for (bound, inodes) in &policy.listeners {
-        let keys =
-            (0..u16::from(SLOTS)).map(|slot| ListenerKey { address: bound.address, port: bound.port, slot });
+        let keys = (0..SLOTS).map(|slot| ListenerKey { slot, ..*bound });
         let free: Vec<_> = keys.filter(|key| !reality.registered.contains(key)).collect();
         let missing = inodes.len().min(usize::from(SLOTS)).saturating_sub(usize::from(SLOTS) - free.len());
         let newest = inodes.iter().rev().take(missing);

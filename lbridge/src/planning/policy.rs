@@ -7,7 +7,9 @@ use std::{
     time::Duration,
 };
 
-use lbridge_common::wire::{Address, Endpoint, LoopbackView, RuleKey, RuleValue};
+use lbridge_common::wire::{
+    Address, Dial, DialKey, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -197,13 +199,17 @@ pub struct Policy {
     /// In order of the rules.
     pub outcomes: Vec<RuleOutcome>,
     /// Ports whose listeners matter.
-    pub targets: BTreeSet<u16>,
+    pub targets: BTreeSet<TargetKey>,
     /// Kernel entries; `steered` is 0.
     pub entries: BTreeMap<RuleKey, RuleValue>,
-    /// Gateways that look local to the service.
-    pub views: BTreeMap<Endpoint, LoopbackView>,
-    /// Listeners that the kernel map should hold: bound address and port, to the sockets there.
-    pub listeners: BTreeMap<Endpoint, Vec<u64>>,
+    /// Who may use the entries that are not for all.
+    pub sources: BTreeSet<SourceKey>,
+    /// Gateways that look local to the service, with the bits of the key that count.
+    pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
+    /// What containers dial that leads to their gateway.
+    pub dials: BTreeMap<DialKey, Dial>,
+    /// Listeners that the kernel map should hold: the first slot of each bound address, to the sockets there.
+    pub listeners: BTreeMap<ListenerKey, Vec<u64>>,
     /// Relay listeners.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
     /// Whether the name hooks are needed.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lbridge_common::{
     verdict::first_candidate,
-    wire::{Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue},
+    wire::{Dial, DialKey, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey},
 };
 
 use super::{
@@ -16,11 +16,15 @@ use super::{
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reality {
     /// Ports whose listeners the kernel registers or tells of.
-    pub targets: BTreeSet<u16>,
+    pub targets: BTreeSet<TargetKey>,
     /// Kernel entries, with their counts.
     pub entries: BTreeMap<RuleKey, RuleValue>,
+    /// Who may use the entries that are not for all.
+    pub sources: BTreeSet<SourceKey>,
     /// Gateways that look local.
-    pub views: BTreeMap<Endpoint, LoopbackView>,
+    pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
+    /// What containers dial that leads to their gateway.
+    pub dials: BTreeMap<DialKey, Dial>,
     /// Registered listeners.
     pub registered: BTreeSet<ListenerKey>,
     /// Open relay listeners.
@@ -41,6 +45,6 @@ impl Reality {
     /// Whether a connection that meets this entry finds a listener.
     pub fn serves(&self, entry: &RuleValue) -> bool {
         let registered = |key| self.registered.contains(&key).then_some(());
-        first_candidate(&entry.target, entry.target_port, registered).is_some()
+        first_candidate(&entry.target, entry.target_port, entry.protocol(), registered).is_some()
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use lbridge_common::{
     verdict::listening_addresses,
-    wire::{Address, Endpoint, LoopbackView, RuleKey, RuleValue},
+    wire::{Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, TCP, TargetKey, ViewKey},
 };
 
 use super::{
@@ -23,7 +23,7 @@ use super::{
         Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service, State,
         Subnet, stand_in_for,
     },
-    rule::{DEFAULT_CONNECTIONS, Network, Origin, PathChoice, Rule, Rules, Source, Target},
+    rule::{DEFAULT_CONNECTIONS, Network, Origin, PathChoice, Protocol, Rule, Rules, Source, Target},
 };
 
 /// Decides for each rule and gateway.
@@ -90,7 +90,7 @@ struct Resolver<'a> {
     by_port: BTreeMap<u16, Vec<&'a Listener>>,
     /// Addresses that a rule has, whatever becomes of it: the first in order, not the first whose service is up. A
     /// namespace is one, whichever way leads there.
-    claimed: BTreeSet<(SocketAddr, Claim)>,
+    claimed: BTreeSet<(SocketAddr, Protocol, Claim)>,
 }
 
 /// Whose an address is.
@@ -102,7 +102,8 @@ enum Claim {
 
 impl Resolver<'_> {
     fn rule(&mut self, rule: &Rule, origin: Origin) -> RuleOutcome {
-        self.policy.targets.extend(rule.spec.target.port());
+        let protocol = rule.spec.protocol.number().into();
+        self.policy.targets.extend(rule.spec.target.port().map(|port| TargetKey { port, protocol }));
         let (gateways, without_gateway) =
             if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
         RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway }
@@ -219,7 +220,8 @@ impl Resolver<'_> {
         let subnet = Subnet::of(ip, prefix);
         let checked = self.abilities.steer.as_ref().is_ok_and(|s| s.interface_check);
         let ifindex = if checked { index } else { 0 };
-        let rule_key = RuleKey { gateway: ip.into(), ifindex, port: rule.spec.port, reserved: 0 };
+        let protocol = rule.spec.protocol.number().into();
+        let rule_key = RuleKey { gateway: ip.into(), ifindex, port: rule.spec.port, protocol };
         let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
         let relay_key = RelayKey { address: gateway, place };
         let way = self.way(rule, gateway, Claim::Bridge(index), "");
@@ -252,13 +254,15 @@ impl Resolver<'_> {
                     mask: subnet.mask,
                     target: target.address,
                     target_port: target.port,
-                    reserved: [0; 3],
+                    flags: 0,
+                    reserved: [0; 2],
                     steered: 0,
                 };
                 self.policy.entries.insert(rule_key, value);
                 if rule.source == Source::Loopback {
-                    let view = LoopbackView { subnet: subnet.base, mask: subnet.mask, target };
-                    self.policy.views.insert(Endpoint::new(rule_key.gateway, rule_key.port), view);
+                    let gateway = Endpoint::new(rule_key.gateway, rule_key.port);
+                    let key = (ViewKey { gateway, peer: subnet.base }, ViewKey::prefix_len(&subnet.mask));
+                    self.policy.views.insert(key, LoopbackView { gateway, target });
                     self.policy.name_hooks = true;
                 }
                 outcome
@@ -285,7 +289,7 @@ impl Resolver<'_> {
 
     /// How connections to an address can be served, if no rule before this one has it.
     fn way(&mut self, rule: &Rule, dialled: SocketAddr, claim: Claim, place: &str) -> Way {
-        if !self.claimed.insert((dialled, claim)) {
+        if !self.claimed.insert((dialled, rule.spec.protocol, claim)) {
             let why = format!("another rule has {dialled}{place} already");
             return Way::None(Outcome::because(State::Blocked, why));
         }
@@ -417,14 +421,15 @@ impl Resolver<'_> {
 
     /// Every listener that some entry may name.
     fn listeners_to_register(&mut self) {
-        let wanted: BTreeSet<Endpoint> = self
-            .policy
-            .entries
-            .values()
-            .flat_map(|v| listening_addresses(&v.target).map(|address| Endpoint::new(address, v.target_port)))
-            .collect();
+        let keys = |entry: &RuleValue| {
+            let (port, protocol) = (entry.target_port, entry.protocol());
+            let addresses = listening_addresses(&entry.target);
+            addresses.map(move |address| ListenerKey { address, port, slot: 0, protocol }).collect::<Vec<_>>()
+        };
+        let wanted: BTreeSet<ListenerKey> = self.policy.entries.values().flat_map(keys).collect();
         for listener in &self.inventory.listeners {
-            let bound = Endpoint::new(listener.address.ip().into(), listener.address.port());
+            let (address, port) = (listener.address.ip().into(), listener.address.port());
+            let bound = ListenerKey { address, port, slot: 0, protocol: TCP };
             if listener.kind == ListenerKind::Tcp && listener.bound_interface == 0 && wanted.contains(&bound)
             {
                 self.policy.listeners.entry(bound).or_default().push(listener.inode);

@@ -1,7 +1,7 @@
 //! Rules: what the administrator wants. Parsing of networks and ports, and the set that `allow` and `deny` change.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::{self, Write as _},
     net::SocketAddr,
     num::NonZeroU32,
@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use lbridge_common::wire;
 use serde::{Deserialize, Serialize};
 
 /// `Serialize` and `Deserialize` through `Display` and `FromStr`: files and the API say what the CLI says.
@@ -134,6 +135,14 @@ impl FromStr for Network {
     }
 }
 
+/// A container's name or id, as `--from` takes it.
+pub fn container_name(text: &str) -> Result<String, Invalid> {
+    match format!("container:{text}").parse() {
+        Ok(Network::Container(name)) => Ok(name),
+        _ => invalid(format!("{text:?} is no container; write its name or id")),
+    }
+}
+
 /// The loopback service that a rule leads to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Target {
@@ -208,11 +217,42 @@ macro_rules! from_serde_name {
 
 from_serde_name!(Source: "container or loopback", PathChoice: "auto, steer or relay");
 
-/// A port argument: `5432`, `5432=15432`, `80=127.0.0.1:3000`, `80=[::1]:3000`, `5432=unix:/path`.
+/// What is spoken on a port.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP, and MPTCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// As the kernel program's keys hold it.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => wire::TCP,
+            Self::Udp => wire::UDP,
+        }
+    }
+
+    /// What follows a port's number, as Docker writes it.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Tcp => "",
+            Self::Udp => "/udp",
+        }
+    }
+}
+
+/// A port argument: `5432`, `5432=15432`, `80=127.0.0.1:3000`, `80=[::1]:3000`, `5432=unix:/path`, `53/udp`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortSpec {
     /// Dialled port, never 0.
     pub port: u16,
+    /// What is spoken there, and by the service.
+    pub protocol: Protocol,
     /// Where it leads.
     pub target: Target,
 }
@@ -220,14 +260,32 @@ pub struct PortSpec {
 impl PortSpec {
     /// Parses one argument, which may be a range (`8000-8010`) and so several ports.
     pub fn parse_many(text: &str) -> Result<Vec<Self>, Invalid> {
-        if let Some((first, last)) = text.split_once('-').filter(|(first, _)| !first.contains('=')) {
+        let (ports, protocol) = split_protocol(text);
+        if let Some((first, last)) = ports.split_once('-').filter(|(first, _)| !first.contains('=')) {
             let (first, last) = (parse_port(first, text)?, parse_port(last, text)?);
             if first > last {
                 return invalid(format!("port range {text} is empty; write the lower port first"));
             }
-            return Ok((first..=last).map(|port| Self { port, target: Target::Port(port) }).collect());
+            let spec = |port| Self { port, protocol, target: Target::Port(port) };
+            return Ok((first..=last).map(spec).collect());
         }
         Ok(vec![text.parse()?])
+    }
+}
+
+/// `53/udp`: what is before the slash, and the protocol. A Unix socket's path has slashes of its own, and no protocol.
+fn split_protocol(text: &str) -> (&str, Protocol) {
+    if text.contains("unix:") {
+        return (text, Protocol::Tcp);
+    }
+    let with = |suffix, protocol| text.strip_suffix(suffix).map(|ports| (ports, protocol));
+    with("/udp", Protocol::Udp).or_else(|| with("/tcp", Protocol::Tcp)).unwrap_or((text, Protocol::Tcp))
+}
+
+impl PortSpec {
+    /// The same port of loopback, by TCP.
+    pub fn same(port: u16) -> Self {
+        Self { port, protocol: Protocol::Tcp, target: Target::Port(port) }
     }
 }
 
@@ -235,16 +293,17 @@ impl FromStr for PortSpec {
     type Err = Invalid;
 
     fn from_str(text: &str) -> Result<Self, Invalid> {
-        let Some((dialled, target)) = text.split_once('=') else {
-            if text == "all" {
+        let (ports, protocol) = split_protocol(text);
+        let Some((dialled, target)) = ports.split_once('=') else {
+            if ports == "all" {
                 return invalid("\"all\" would open every service of the host; name the ports".to_owned());
             }
-            let port = parse_port(text, text)?;
-            return Ok(Self { port, target: Target::Port(port) });
+            let port = parse_port(ports, text)?;
+            return Ok(Self { port, protocol, target: Target::Port(port) });
         };
         let port = parse_port(dialled, text)?;
         if let Some(path) = target.strip_prefix("unix:") {
-            return Ok(Self { port, target: Target::Unix(unix_path(path, text)?) });
+            return Ok(Self { port, protocol, target: Target::Unix(unix_path(path, text)?) });
         }
         if let Ok(address) = target.parse::<SocketAddr>() {
             if !address.ip().is_loopback() {
@@ -255,10 +314,10 @@ impl FromStr for PortSpec {
             if address.port() == 0 {
                 return invalid(format!("port 0 in {text:?}; ports are 1 to 65535"));
             }
-            return Ok(Self { port, target: Target::Address(address) });
+            return Ok(Self { port, protocol, target: Target::Address(address) });
         }
         if target.bytes().all(|b| b.is_ascii_digit()) {
-            return Ok(Self { port, target: Target::Port(parse_port(target, text)?) });
+            return Ok(Self { port, protocol, target: Target::Port(parse_port(target, text)?) });
         }
         invalid(format!(
             "{target:?} in {text:?} is no target; write 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000 or 5432=unix:/path"
@@ -272,7 +331,8 @@ impl fmt::Display for PortSpec {
             Target::Port(target) if *target == self.port => write!(f, "{}", self.port),
             Target::Port(target) => write!(f, "{}={target}", self.port),
             target => write!(f, "{}={target}", self.port),
-        }
+        }?;
+        f.write_str(self.protocol.suffix())
     }
 }
 
@@ -349,6 +409,12 @@ pub struct Rule {
     /// What is dialled, and where it leads.
     #[serde(rename = "port")]
     pub spec: PortSpec,
+    /// Names of the containers that it is for; for all of the network, if there is none.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub from: BTreeSet<String>,
+    /// Whether the port of the containers' own localhost leads there, too.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub localhost: bool,
     /// What the service sees.
     #[serde(default, skip_serializing_if = "is_default")]
     pub source: Source,
@@ -381,15 +447,34 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 impl Rule {
+    /// Without options.
+    pub fn new(network: Network, spec: PortSpec) -> Self {
+        Self {
+            network,
+            spec,
+            from: BTreeSet::new(),
+            localhost: false,
+            source: Source::default(),
+            path: PathChoice::default(),
+            max_connections: None,
+            idle_timeout: None,
+            proxy_protocol: None,
+            process: None,
+            comment: None,
+        }
+    }
+
     /// What tells it from others.
     pub fn id(&self) -> RuleId {
-        RuleId { network: self.network.clone(), port: self.spec.port }
+        RuleId { network: self.network.clone(), port: self.spec.port, protocol: self.spec.protocol }
     }
 
     /// Whether both mean the same; remarks aside.
     fn same_effect(&self, other: &Self) -> bool {
         self.id() == other.id()
             && self.spec == other.spec
+            && self.from == other.from
+            && self.localhost == other.localhost
             && self.source == other.source
             && self.path == other.path
             && self.max_connections == other.max_connections
@@ -412,18 +497,20 @@ impl Rule {
     }
 }
 
-/// A rule's identity: there is one for each (network, dialled port).
+/// A rule's identity: there is one for each (network, dialled port, protocol).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RuleId {
     /// From where.
     pub network: Network,
     /// Dialled port.
     pub port: u16,
+    /// What is spoken there.
+    pub protocol: Protocol,
 }
 
 impl fmt::Display for RuleId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.network, self.port)
+        write!(f, "{} {}{}", self.network, self.port, self.protocol.suffix())
     }
 }
 
@@ -435,6 +522,8 @@ pub enum Origin {
     Cli,
     /// `lbridge.toml`: read-only to the CLI.
     Config,
+    /// A label of a container or a network: as that.
+    Label,
 }
 
 /// Why a change was refused; nothing of it was applied.
@@ -475,6 +564,14 @@ pub enum Refused {
         id: RuleId,
         /// What keeps the kernel from serving it.
         obstacle: &'static str,
+    },
+    /// Options that do not go together.
+    #[error("{id}: {why}")]
+    Contradiction {
+        /// Which.
+        id: RuleId,
+        /// Which they are, and what to leave out.
+        why: &'static str,
     },
     /// A number that says nothing.
     #[error(
@@ -525,6 +622,9 @@ impl Rules {
             if let (PathChoice::Steer, Some(obstacle)) = (rule.path, rule.needs_relay()) {
                 return Err(Refused::NeedsRelay { id, obstacle });
             }
+            if let Some(why) = rule.contradiction() {
+                return Err(Refused::Contradiction { id, why });
+            }
             if matches!(rule.network, Network::Process(_)) && rule.process.is_none() {
                 return Err(Refused::ProcessUnknown { id });
             }
@@ -540,14 +640,14 @@ impl Rules {
                     return Err(Refused::Conflict { existing: existing.options(), id });
                 }
                 // A config rule stays the config's, whatever remark the CLI gives.
-                Some((_, Origin::Config)) => {}
+                Some((_, Origin::Config | Origin::Label)) => {}
                 Some((existing, Origin::Cli)) if rule.comment.is_none() && existing.comment.is_some() => {}
                 _ => {
                     rules.insert(id, (rule, origin));
                 }
             }
         }
-        let max = lbridge_common::wire::MAX_RULES as usize;
+        let max = wire::MAX_RULES as usize;
         if rules.len() > max {
             return Err(Refused::TooMany { count: rules.len(), max });
         }
@@ -560,7 +660,8 @@ impl Rules {
         for id in removed {
             match self.0.get(&id) {
                 None => return Err(Refused::NoSuchRule { id }),
-                Some((_, Origin::Config)) => return Err(Refused::ReadOnly { id }),
+                // What labels say is no part of the set that is changed.
+                Some((_, Origin::Config | Origin::Label)) => return Err(Refused::ReadOnly { id }),
                 Some((_, Origin::Cli)) => rules.remove(&id),
             };
         }
@@ -569,6 +670,36 @@ impl Rules {
 }
 
 impl Rule {
+    /// Which of its options do not go together.
+    fn contradiction(&self) -> Option<&'static str> {
+        if self.network.is_namespace() {
+            if self.localhost {
+                return Some("it is served on localhost inside anyway; leave --localhost out");
+            }
+            if !self.from.is_empty() {
+                return Some("it is one namespace, whoever is in it; leave --from out");
+            }
+            if self.protocol() == Protocol::Udp {
+                return Some("inside a namespace only TCP can be served; allow UDP on a network");
+            }
+        }
+        if self.protocol() == Protocol::Tcp {
+            return None;
+        }
+        if matches!(self.spec.target, Target::Unix(_)) {
+            return Some("UDP does not lead to a Unix socket");
+        }
+        if self.source == Source::Loopback {
+            return Some("a UDP service answers the address that it sees; leave --source loopback out");
+        }
+        (self.path == PathChoice::Relay || self.needs_relay().is_some())
+            .then_some("UDP is steered, never relayed; leave out what needs a relay")
+    }
+
+    fn protocol(&self) -> Protocol {
+        self.spec.protocol
+    }
+
     /// As the arguments of `allow`.
     fn options(&self) -> String {
         let source = match self.source {
@@ -581,6 +712,13 @@ impl Rule {
             PathChoice::Relay => "relay",
         };
         let mut options = format!("{} --source {source} --path {path}", self.spec);
+        if self.localhost {
+            options += " --localhost";
+        }
+        if !self.from.is_empty() {
+            let from: Vec<_> = self.from.iter().map(String::as_str).collect();
+            let _ = write!(options, " --from {}", from.join(","));
+        }
         if let Some(max) = self.max_connections {
             let _ = write!(options, " --max-connections {max}");
         }

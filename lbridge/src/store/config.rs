@@ -1,6 +1,7 @@
 //! `lbridge.toml`: reads it, and says what is wrong with it, where, and what to write instead.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     fs::OpenOptions,
     io::{self, ErrorKind},
@@ -24,7 +25,10 @@ use toml::{
 use super::place;
 use crate::planning::{
     firewall::FirewallMode,
-    rule::{Network, Origin, PathChoice, PortSpec, ProxyProtocol, Refused, Rule, RuleId, Rules, Source},
+    rule::{
+        Network, Origin, PathChoice, PortSpec, ProxyProtocol, Refused, Rule, RuleId, Rules, Source,
+        container_name,
+    },
 };
 
 /// How long relayed connections may take to end when the daemon is stopped, unless the file says otherwise.
@@ -32,10 +36,12 @@ pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the file may set, and each of its rules. Kept beside the types below: serde does not tell them.
 const SETTINGS: [&str; 3] = ["drain_timeout", "firewall", "rule"];
-const RULE: [&str; 9] = [
+const RULE: [&str; 11] = [
     "network",
     "port",
     "ports",
+    "from",
+    "localhost",
     "source",
     "path",
     "max_connections",
@@ -100,7 +106,21 @@ struct FileRule {
     #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
     idle_timeout: Option<Duration>,
     proxy_protocol: Option<ProxyProtocol>,
+    #[serde(default)]
+    from: BTreeSet<Container>,
+    #[serde(default)]
+    localhost: bool,
     comment: Option<String>,
+}
+
+/// The name of a container.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Container(String);
+
+impl<'de> Deserialize<'de> for Container {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        container_name(&String::deserialize(deserializer)?).map(Self).map_err(de::Error::custom)
+    }
 }
 
 /// `5432`, or what `allow` takes as PORT.
@@ -189,12 +209,14 @@ impl Config {
             }
             Refused::NeedsLoopback { id }
             | Refused::NeedsRelay { id, .. }
+            | Refused::Contradiction { id, .. }
             | Refused::ProcessUnknown { id } => {
                 // As it is written here; they are told as the command has it.
                 let refused = refused
                     .to_string()
                     .replace("allow it with --source loopback", "add source = \"loopback\"")
-                    .replace("--path steer", "path = \"steer\"");
+                    .replace("--path steer", "path = \"steer\"")
+                    .replace("--", "");
                 Unfit::Rule(format!("{}: {refused}", self.places(id).next().unwrap_or(&self.name)))
             }
             other => Unfit::Rule(format!("{}: {other}", self.name)),
@@ -226,15 +248,15 @@ impl FileRule {
 
     fn rule(&self, spec: PortSpec) -> Rule {
         Rule {
-            network: self.network.clone(),
-            spec,
+            from: self.from.iter().map(|container| container.0.clone()).collect(),
+            localhost: self.localhost,
             source: self.source,
             path: self.path,
             max_connections: self.max_connections,
             idle_timeout: self.idle_timeout,
             proxy_protocol: self.proxy_protocol,
-            process: None,
             comment: self.comment.clone(),
+            ..Rule::new(self.network.clone(), spec)
         }
     }
 }

@@ -139,11 +139,7 @@ pub(super) fn plan(status: &Status, interfaces: &[Interface], wanted: Option<&Ru
             ..Plan::default()
         },
     };
-    planner.all(status.rules.iter().filter(|rule| wanted.is_none_or(|wanted| *wanted == id(rule))))
-}
-
-pub(super) fn id(rule: &RuleStatus) -> RuleId {
-    RuleId { network: rule.network.clone(), port: rule.port }
+    planner.all(status.rules.iter().filter(|rule| wanted.is_none_or(|wanted| *wanted == rule.id())))
 }
 
 struct Planner<'a> {
@@ -174,7 +170,7 @@ impl Planner<'_> {
     }
 
     fn add(&mut self, rule: &RuleStatus, attempt: Attempt, expected: Expected) {
-        self.plan.trials.push(Trial { rule: id(rule), attempt, expected });
+        self.plan.trials.push(Trial { rule: rule.id(), attempt, expected });
     }
 
     fn closed(&mut self, rule: &RuleStatus, from: &Place, to: SocketAddr) {
@@ -193,8 +189,8 @@ impl Planner<'_> {
             let from = match &gateway.namespace {
                 None => Place::Bridge(gateway.interface.clone()),
                 Some(namespace) => {
-                    self.plan.namespaces.insert(id(rule), namespace.clone());
-                    Place::Inside(id(rule))
+                    self.plan.namespaces.insert(rule.id(), namespace.clone());
+                    Place::Inside(rule.id())
                 }
             };
             let (by, expected) = match gateway.state {
@@ -280,7 +276,7 @@ impl Planner<'_> {
     fn inside(&mut self, rule: &RuleStatus) {
         for gateway in rule.gateways.iter().filter(|gateway| gateway.state == State::Relayed) {
             let to = SocketAddr::new(gateway.address, rule.port);
-            self.add(rule, Attempt::Wire { within: Place::Inside(id(rule)), to }, Expected::Closed);
+            self.add(rule, Attempt::Wire { within: Place::Inside(rule.id()), to }, Expected::Closed);
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     planning::{
         inventory::{DockerNetwork, Interface},
         policy::State,
-        rule::RuleId,
+        rule::{PortSpec, Rule},
     },
 };
 
@@ -143,7 +143,7 @@ fn one_rule_alone() {
         rule("app", 80, "127.0.0.1:80", vec![gateway("10.7.0.1", "br-app", State::Steered)]),
         rule("db", 80, "127.0.0.1:80", vec![gateway("10.8.0.1", "br-db", State::Steered)]),
     ];
-    let wanted = RuleId { network: "db".parse().unwrap(), port: 80 };
+    let wanted = Rule::new("db".parse().unwrap(), PortSpec::same(80)).id();
     let plan = plan(&status(rules), &host(), Some(&wanted));
     assert!(plan.trials.iter().all(|trial| trial.rule == wanted));
     assert!(!connects(&plan, &bridge("br-db"), Expected::Closed).contains(&"10.8.0.1:80".to_owned()));
@@ -188,7 +188,7 @@ fn a_namespace_is_dialled_from_inside() {
     let mut inside = gateway("127.0.0.1", "lo", State::Relayed);
     inside.namespace = Some(NamespaceStatus { path: "/proc/7/ns/net".into(), inode: 1 });
     let plan = plan(&status(vec![rule("pid:7", 80, "127.0.0.1:3000", vec![inside])]), &host(), None);
-    let id = RuleId { network: "pid:7".parse().unwrap(), port: 80 };
+    let id = Rule::new("pid:7".parse().unwrap(), PortSpec::same(80)).id();
     assert_eq!(connects(&plan, &Place::Inside(id.clone()), Expected::Open), ["127.0.0.1:80"]);
     assert!(plan.trials.iter().any(|trial| matches!(trial.attempt, Attempt::Wire { .. })));
     // The port is dialled inside, the service is the host's.

@@ -258,7 +258,8 @@ fn service_on_the_gateway_is_overridden_by_a_rule() -> Result<()> {
 fn entry(gateway: [u8; 4], ifindex: u32, port: u16, target_port: u16) -> (Vec<u8>, Vec<u8>) {
     let v4 = |address: [u8; 4]| [&[0; 10], [0xff; 2].as_slice(), &address].concat();
     let mut key = [v4(gateway), ifindex.to_ne_bytes().to_vec(), port.to_ne_bytes().to_vec()].concat();
-    key.extend([0; 2]);
+    // By TCP.
+    key.extend(6_u16.to_ne_bytes());
     let [a, b, c, _] = gateway;
     let mask = [[0xff; 15].as_slice(), &[0]].concat();
     let mut value = [key.clone(), v4([a, b, c, 0]), mask, v4([127, 0, 0, 1])].concat();

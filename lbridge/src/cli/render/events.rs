@@ -6,12 +6,14 @@ use super::{described, print_on, shown, time};
 use crate::{
     api::protocol::{Event, Happening},
     cli::Failure,
-    planning::rule::Network,
+    planning::rule::{Network, Protocol},
 };
 
 /// An event in one line, with the local time; whether anybody reads on.
 pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
-    let rule = |network: &Network, port: &u16| format!("{} {port}", shown(&network.to_string()));
+    let rule = |network: &Network, port: &u16, protocol: &Protocol| {
+        format!("{} {port}{}", shown(&network.to_string()), protocol.suffix())
+    };
     let by = |uid: &Option<u32>| {
         let name = |uid: u32| User::from_uid(uid.into()).ok().flatten().map(|user| shown(&user.name));
         uid.map_or_else(String::new, |uid| match name(uid) {
@@ -21,10 +23,14 @@ pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
     };
     let text = match &event.what {
         Happening::Following { version } => format!("following lbridge {}", shown(version)),
-        Happening::Allowed { network, port, uid } => format!("{}: allowed{}", rule(network, port), by(uid)),
-        Happening::Denied { network, port, uid } => format!("{}: denied{}", rule(network, port), by(uid)),
-        Happening::State { network, port, state, why } => {
-            format!("{}: {}", rule(network, port), described(*state, why.as_deref()))
+        Happening::Allowed { network, port, protocol, uid } => {
+            format!("{}: allowed{}", rule(network, port, protocol), by(uid))
+        }
+        Happening::Denied { network, port, protocol, uid } => {
+            format!("{}: denied{}", rule(network, port, protocol), by(uid))
+        }
+        Happening::State { network, port, protocol, state, why } => {
+            format!("{}: {}", rule(network, port, protocol), described(*state, why.as_deref()))
         }
         Happening::Listening { port } => format!("port {port}: a service listens"),
         Happening::Unregistered { port, error } => {
@@ -35,8 +41,11 @@ pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
         Happening::Docker { version: None, error } => {
             format!("Docker is away ({})", shown(error.as_deref().unwrap_or_default()))
         }
-        Happening::Refused { network, port, connections } => {
-            format!("{}: {connections} connections over the limit were refused", rule(network, port))
+        Happening::Refused { network, port, protocol, connections } => {
+            format!(
+                "{}: {connections} connections over the limit were refused",
+                rule(network, port, protocol)
+            )
         }
         Happening::Missed { events } => format!("{events} events were missed: this reads too slowly"),
         Happening::Unknown => "something that this version does not know of; see --json".to_owned(),

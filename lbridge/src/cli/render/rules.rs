@@ -17,7 +17,7 @@ pub(in crate::cli) fn states(rules: &[RuleStatus]) -> Result<(), Failure> {
 pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
     let mut text = String::new();
     for rule in rules {
-        let what = format!("{prefix}{} {}", shown(&rule.network.to_string()), rule.port);
+        let what = format!("{prefix}{}", shown(&rule.id().to_string()));
         let target = shown(&rule.target);
         for gateway in &rule.gateways {
             let (dialled, state) = (
@@ -37,12 +37,7 @@ pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
 pub(in crate::cli) fn denied(rules: &[RuleStatus]) -> Result<(), Failure> {
     let mut text = String::new();
     for rule in rules {
-        let _ = writeln!(
-            text,
-            "{} {}: denied; open connections go on",
-            shown(&rule.network.to_string()),
-            rule.port
-        );
+        let _ = writeln!(text, "{}: denied; open connections go on", shown(&rule.id().to_string()));
     }
     print(&text)
 }
@@ -52,7 +47,8 @@ pub(in crate::cli) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
     if rules.is_empty() {
         return print(NO_RULES);
     }
-    let mut table = Table::new(&["NETWORK", "PORT", "TARGET", "SOURCE", "PATH", "FROM", "LIMITS", "COMMENT"]);
+    let mut table =
+        Table::new(&["NETWORK", "PORT", "TARGET", "SOURCE", "PATH", "FROM", "OPTIONS", "COMMENT"]);
     for range in ranges(rules, |_| ()) {
         let rule = range.first;
         table.row([
@@ -71,6 +67,7 @@ pub(in crate::cli) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
             match rule.origin {
                 Origin::Cli => "allow".to_owned(),
                 Origin::Config => "config".to_owned(),
+                Origin::Label => "label".to_owned(),
             },
             options(rule),
             rule.comment.as_deref().map(shown).unwrap_or_default(),
@@ -88,7 +85,7 @@ pub(super) struct Range<'a> {
 impl Range<'_> {
     /// `8000-8010`, or a port alone.
     pub(super) fn ports(&self) -> String {
-        self.to_last(self.first.port)
+        self.to_last(self.first.port) + self.first.protocol.suffix()
     }
 
     /// Where it leads, in the same way.
@@ -138,7 +135,7 @@ pub(super) fn ranges<K: PartialEq>(rules: &[RuleStatus], more: impl Fn(&RuleStat
         };
         leads_on
             && before.port.checked_add(1) == Some(rule.port)
-            && before.network == rule.network
+            && (&before.network, before.protocol) == (&rule.network, rule.protocol)
             && (before.source, before.path, before.origin) == (rule.source, rule.path, rule.origin)
             && before.comment == rule.comment
             && options(before) == options(rule)
@@ -148,8 +145,11 @@ pub(super) fn ranges<K: PartialEq>(rules: &[RuleStatus], more: impl Fn(&RuleStat
     runs.filter_map(|all| Some(Range { first: all.first()?, all })).collect()
 }
 
-/// What only a relay can keep, as `allow` takes it.
+/// What else was asked for, as `allow` takes it.
 fn options(rule: &RuleStatus) -> String {
+    let localhost = rule.localhost.then(|| "--localhost".to_owned());
+    let from: Vec<_> = rule.from.iter().map(|name| shown(name)).collect();
+    let from = (!from.is_empty()).then(|| format!("--from {}", from.join(",")));
     let connections = rule.max_connections.map(|max| format!("--max-connections {max}"));
     let idle = rule.idle_timeout.map(|idle| {
         let idle = jiff::SignedDuration::try_from(idle).unwrap_or_default();
@@ -159,7 +159,7 @@ fn options(rule: &RuleStatus) -> String {
         ProxyProtocol::V1 => "--proxy-protocol v1".to_owned(),
         ProxyProtocol::V2 => "--proxy-protocol v2".to_owned(),
     });
-    let options: Vec<_> = [connections, idle, proxy].into_iter().flatten().collect();
+    let options: Vec<_> = [localhost, from, connections, idle, proxy].into_iter().flatten().collect();
     if options.is_empty() { "-".to_owned() } else { options.join(" ") }
 }
 

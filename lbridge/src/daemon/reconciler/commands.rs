@@ -20,7 +20,7 @@ use crate::{
         self,
         explain::{Explanation, Known, Question},
         resolve::resolve,
-        rule::{Network, Origin, Refused, Rule, RuleId, Rules},
+        rule::{Network, Origin, Protocol, Refused, Rule, RuleId, Rules},
     },
 };
 
@@ -43,14 +43,19 @@ impl Reconciler {
         self.ask_docker(&rules, ids.iter().map(|id| &id.network)).await;
         self.executor.firewall.try_again();
         self.change(rules, uid).await?;
-        Ok(self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect())
+        Ok(self.last.rules().into_iter().filter(|rule| ids.contains(&rule.id())).collect())
     }
 
     async fn deny(&mut self, deny: Deny, uid: Option<u32>) -> Result<Vec<RuleStatus>, ApiError> {
-        let ids: BTreeSet<RuleId> =
-            deny.ports.iter().map(|port| RuleId { network: deny.network.clone(), port: *port }).collect();
+        let ids = |ports: &[u16], protocol| -> Vec<RuleId> {
+            ports.iter().map(|port| RuleId { network: deny.network.clone(), port: *port, protocol }).collect()
+        };
+        let ids: BTreeSet<RuleId> = [ids(&deny.ports, Protocol::Tcp), ids(&deny.udp_ports, Protocol::Udp)]
+            .concat()
+            .into_iter()
+            .collect();
         let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| refusal(&refused))?;
-        let before = self.last.rules().into_iter().filter(|rule| ids.contains(&id(rule))).collect();
+        let before = self.last.rules().into_iter().filter(|rule| ids.contains(&rule.id())).collect();
         self.change(rules, uid).await?;
         match self.last.failures.others.first() {
             // Something that should be gone may not be.
@@ -87,7 +92,7 @@ impl Reconciler {
         self.ask_docker(&change.rules, ids.iter().map(|id| &id.network)).await;
         let find = |rules: Vec<RuleStatus>, ids: &[RuleId]| -> Vec<RuleStatus> {
             let ids: HashSet<_> = ids.iter().collect();
-            rules.into_iter().filter(|rule| ids.contains(&id(rule))).collect()
+            rules.into_iter().filter(|rule| ids.contains(&rule.id())).collect()
         };
         let removed = find(self.last.rules(), &change.removed);
         let (added, changed, settings) =
@@ -200,10 +205,6 @@ fn with_process(mut rule: Rule) -> Result<Rule, ApiError> {
     Ok(rule)
 }
 
-fn id(rule: &RuleStatus) -> RuleId {
-    RuleId { network: rule.network.clone(), port: rule.port }
-}
-
 fn refusal(refused: &Refused) -> ApiError {
     let code = match refused {
         Refused::Conflict { .. } | Refused::ReadOnly { .. } => ErrorCode::Conflict,
@@ -211,6 +212,7 @@ fn refusal(refused: &Refused) -> ApiError {
         Refused::TooMany { .. }
         | Refused::NeedsLoopback { .. }
         | Refused::NeedsRelay { .. }
+        | Refused::Contradiction { .. }
         | Refused::ProcessUnknown { .. } => ErrorCode::Usage,
     };
     ApiError { code, message: refused.to_string() }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use lbridge_common::{
     verdict::{Verdict, decide},
-    wire::Address,
+    wire::{Address, SourceKey},
 };
 
 use super::{
@@ -115,7 +115,13 @@ impl Explainer<'_> {
             return (way, end);
         }
         let entry = self.lookup(&mut way, bridge);
-        let verdict = decide(entry, &source.into());
+        let listed = || {
+            entry.is_some_and(|entry| {
+                let key = SourceKey { rule: entry.key, source: source.into() };
+                self.known.reality.sources.contains(&key)
+            })
+        };
+        let verdict = decide(entry, &source.into(), listed);
         let end = match (verdict, entry) {
             (Verdict::Steer, Some(entry)) => {
                 let text = format!("{source} is in {}", subnet(entry));

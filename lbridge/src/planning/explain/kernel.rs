@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use lbridge_common::{
     verdict::{first_candidate, listening_addresses},
-    wire::{Address, ListenerKey, RuleKey, RuleValue},
+    wire::{Address, ListenerKey, RuleKey, RuleValue, TCP},
 };
 
 use super::{
@@ -30,8 +30,12 @@ impl Explainer<'_> {
             return None;
         }
         let ifindex = if steering.interface_check { bridge.index } else { 0 };
-        let key =
-            RuleKey { gateway: way.dialled.ip().into(), ifindex, port: way.dialled.port(), reserved: 0 };
+        let key = RuleKey {
+            gateway: way.dialled.ip().into(),
+            ifindex,
+            port: way.dialled.port(),
+            protocol: TCP.into(),
+        };
         let interface = if steering.interface_check { &bridge.name } else { "any interface" };
         let asked = format!("({interface}, {}, {})", way.dialled.ip(), way.dialled.port());
         let Some(entry) = reality.entries.get(&key) else {
@@ -71,7 +75,9 @@ impl Explainer<'_> {
         let taken = |key: &ListenerKey| {
             self.known.reality.registered.contains(key) && self.is_of_family(key, way.dialled.ip())
         };
-        let found = first_candidate(&entry.target, entry.target_port, |key| taken(&key).then_some(key));
+        let found = first_candidate(&entry.target, entry.target_port, entry.protocol(), |key| {
+            taken(&key).then_some(key)
+        });
         let details: Vec<_> =
             listening_addresses(&entry.target).map(|address| self.candidate(address, entry)).collect();
         let Some(key) = found else {

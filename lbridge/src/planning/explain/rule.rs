@@ -4,7 +4,7 @@ use super::{Answer, Explainer, Stage, Step, Way, words::step};
 use crate::planning::{
     policy::{Outcome, Place, RuleOutcome},
     resolve::bridge_of,
-    rule::{Origin, RuleId},
+    rule::{Origin, Protocol, RuleId},
 };
 
 /// Rules that are told of where none matches.
@@ -14,7 +14,7 @@ const NEAR: u16 = 2;
 
 impl Explainer<'_> {
     pub(super) fn id(&self) -> RuleId {
-        RuleId { network: self.question.network.clone(), port: self.question.port }
+        RuleId { network: self.question.network.clone(), port: self.question.port, protocol: Protocol::Tcp }
     }
 
     /// The question's rule, or whichever has one of the addresses that it is about: two names may mean one bridge.
@@ -44,6 +44,7 @@ impl Explainer<'_> {
         let by = match meant.origin {
             Origin::Cli => "made by lbridge allow",
             Origin::Config => "from the configuration file",
+            Origin::Label => "from a label",
         };
         let shared =
             if meant.rule.network == self.question.network { "" } else { ", which means the same bridge" };

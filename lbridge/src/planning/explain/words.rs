@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use lbridge_common::wire::{Address, Endpoint, RuleValue};
+use lbridge_common::wire::{Address, Endpoint, RuleValue, ViewKey};
 
 use super::{Answer, End, Explainer, Fate, Stage, Step, Way};
 use crate::planning::{
@@ -45,11 +45,13 @@ impl Explainer<'_> {
 
     pub(super) fn steered_peer(&self, way: &Way) -> Step {
         let reality = self.known.reality;
-        let view = reality.views.get(&Endpoint::new(way.dialled.ip().into(), way.dialled.port()));
-        let seen = |view: &&lbridge_common::wire::LoopbackView| {
-            reality.name_hooks && Address::from(way.source).masked(&view.mask) == view.subnet
-        };
-        let text = match view.filter(seen) {
+        let gateway = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
+        // As the kernel's longest-prefix match has it; a gateway's subnets do not overlap.
+        let found =
+            |((key, bits), _): &(&(ViewKey, u32), _)| key.matches(*bits, &gateway, &way.source.into());
+        let view = reality.views.iter().filter(found);
+        let view = view.max_by_key(|((_, bits), _)| *bits).map(|(_, view)| view);
+        let text = match view.filter(|_| reality.name_hooks) {
             Some(view) => format!(
                 "the service sees {} as its peer, which it may trust, and itself as {}",
                 IpAddr::from(view.target.address),
@@ -99,6 +101,9 @@ pub(super) fn taken_back(meant: &RuleOutcome) -> String {
     match meant.origin {
         Origin::Cli => format!("`lbridge deny {}` takes it back", meant.rule.id()),
         Origin::Config => "the rule is the configuration file's; change it there".to_owned(),
+        Origin::Label => {
+            "the rule is a label's of a container or a network; make that anew without it".to_owned()
+        }
     }
 }
 

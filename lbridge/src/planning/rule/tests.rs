@@ -7,17 +7,7 @@ fn spec(text: &str) -> PortSpec {
 }
 
 fn rule(network: &str, port: &str) -> Rule {
-    Rule {
-        network: network.parse().unwrap(),
-        spec: spec(port),
-        source: Source::Container,
-        path: PathChoice::Auto,
-        max_connections: None,
-        idle_timeout: None,
-        proxy_protocol: None,
-        process: None,
-        comment: None,
-    }
+    Rule::new(network.parse().unwrap(), spec(port))
 }
 
 #[test]
@@ -124,7 +114,7 @@ fn allow_is_idempotent_and_refuses_contradictions_whole() {
 fn deny_refuses_the_unknown_and_the_configs() {
     let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
     let rules = rules.allow([rule("a", "81")], Origin::Config).unwrap();
-    let unknown = RuleId { network: "b".parse().unwrap(), port: 80 };
+    let unknown = rule("b", "80").id();
     assert!(matches!(rules.deny([rule("a", "80").id(), unknown]), Err(Refused::NoSuchRule { .. })));
     assert!(matches!(rules.deny([rule("a", "81").id()]), Err(Refused::ReadOnly { .. })));
     assert_eq!(rules.deny([rule("a", "80").id()]).unwrap().len(), 1);
@@ -180,4 +170,37 @@ fn a_remark_is_no_conflict() {
     let rules = rules.allow([remarked], Origin::Cli).unwrap();
     let rules = rules.allow([rule("a", "80")], Origin::Cli).unwrap();
     assert_eq!(rules.iter().next().unwrap().1.comment.as_deref(), Some("why"));
+}
+
+#[test]
+fn protocols_are_written_as_docker_does() {
+    let told = |text: &str| {
+        let spec = spec(text);
+        (spec.protocol, spec.to_string())
+    };
+    assert_eq!(told("53/udp"), (Protocol::Udp, "53/udp".to_owned()));
+    assert_eq!(told("53=5353/udp"), (Protocol::Udp, "53=5353/udp".to_owned()));
+    assert_eq!(told("53=[::1]:5353/udp"), (Protocol::Udp, "53=[::1]:5353/udp".to_owned()));
+    assert_eq!(told("53/tcp"), (Protocol::Tcp, "53".to_owned()));
+    assert_eq!(told("5=unix:/run/udp"), (Protocol::Tcp, "5=unix:/run/udp".to_owned()));
+    assert_eq!(PortSpec::parse_many("5000-5002/udp").unwrap().len(), 3);
+    assert!("53/sctp".parse::<PortSpec>().is_err());
+    let both = Rules::default().allow([rule("a", "53"), rule("a", "53/udp")], Origin::Cli).unwrap();
+    assert_eq!(both.iter().map(|(id, ..)| id.to_string()).collect::<Vec<_>>(), ["a 53", "a 53/udp"]);
+    assert_eq!(both.deny([rule("a", "53").id()]).unwrap().len(), 1);
+}
+
+#[test]
+fn options_that_do_not_go_together_are_refused() {
+    let refused = |rule: Rule, words: &str| {
+        let refused = Rules::default().allow([rule], Origin::Cli).unwrap_err();
+        assert!(matches!(refused, Refused::Contradiction { .. }), "{refused}");
+        assert!(refused.to_string().contains(words), "{refused}");
+    };
+    refused(Rule { localhost: true, ..rule("container:c", "80") }, "leave --localhost out");
+    refused(Rule { from: ["a".to_owned()].into(), ..rule("container:c", "80") }, "leave --from out");
+    refused(rule("container:c", "53/udp"), "on a network");
+    refused(Rule { source: Source::Loopback, ..rule("a", "53/udp") }, "leave --source loopback out");
+    refused(Rule { path: PathChoice::Relay, ..rule("a", "53/udp") }, "never relayed");
+    refused(Rule { proxy_protocol: Some(ProxyProtocol::V2), ..rule("a", "53/udp") }, "never relayed");
 }

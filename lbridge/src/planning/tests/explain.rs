@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use lbridge_common::wire::{ListenerKey, RuleValue};
+use lbridge_common::wire::RuleValue;
 
 use super::{Host, br_app};
 use crate::planning::{
@@ -28,7 +28,9 @@ impl Host {
             targets: policy.targets.clone(),
             entries: policy.entries.clone(),
             views: policy.views.clone(),
-            registered: keys.map(|l| ListenerKey { address: l.address, port: l.port, slot: 0 }).collect(),
+            sources: policy.sources.clone(),
+            dials: policy.dials.clone(),
+            registered: keys.copied().collect(),
             relays: policy.relays.clone(),
             name_hooks: policy.name_hooks,
             ..Reality::default()

@@ -1,4 +1,4 @@
-use lbridge_common::wire::SLOTS;
+use lbridge_common::wire::{ListenerKey, SLOTS, TargetKey};
 use proptest::prelude::*;
 
 use super::Host;
@@ -16,10 +16,12 @@ use crate::planning::{
 fn carry_out(reality: &mut Reality, steps: &[Step]) {
     for step in steps {
         match step {
-            Step::AddTarget(port) => assert!(reality.targets.insert(*port)),
-            Step::RemoveTarget(port) => {
-                assert!(!reality.registered.iter().any(|key| key.port == *port), "a forgotten listener");
-                assert!(reality.targets.remove(port));
+            Step::AddTarget(target) => assert!(reality.targets.insert(*target)),
+            Step::RemoveTarget(target) => {
+                let is_of =
+                    |key: &ListenerKey| (key.port, key.protocol.into()) == (target.port, target.protocol);
+                assert!(!reality.registered.iter().any(is_of), "a forgotten listener");
+                assert!(reality.targets.remove(target));
             }
             Step::AttachNameHooks => reality.name_hooks = true,
             Step::DetachNameHooks => {
@@ -32,8 +34,9 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             }
             Step::RemoveView(endpoint) => assert!(reality.views.remove(endpoint).is_some()),
             Step::Register { key, .. } => {
-                assert!(reality.targets.contains(&key.port), "watched first");
-                assert!(key.slot < u16::from(SLOTS));
+                let target = TargetKey { port: key.port, protocol: key.protocol.into() };
+                assert!(reality.targets.contains(&target), "watched first");
+                assert!(key.slot < SLOTS);
                 assert!(reality.registered.insert(*key), "a slot that is taken");
             }
             Step::Unregister(key) => {
@@ -42,10 +45,17 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
                 assert!(reality.registered.remove(key));
             }
             Step::PutEntry(key, value) => {
-                assert!(reality.targets.contains(&value.target_port));
+                let target = TargetKey { port: value.target_port, protocol: key.protocol };
+                assert!(reality.targets.contains(&target));
                 reality.entries.insert(*key, *value);
             }
             Step::RemoveEntry(key) => assert!(reality.entries.remove(key).is_some()),
+            Step::AddSource(key) => {
+                assert!(reality.sources.insert(*key));
+            }
+            Step::RemoveSource(key) => assert!(reality.sources.remove(key)),
+            Step::PutDial(key, dial) => drop(reality.dials.insert(*key, *dial)),
+            Step::RemoveDial(key) => assert!(reality.dials.remove(key).is_some()),
             Step::OpenRelay(key, spec) => {
                 reality.lingering.remove(key);
                 reality.relays.insert(key.clone(), spec.clone());

@@ -101,15 +101,10 @@ impl Host {
 
     fn allow_with(mut self, network: &str, port: &str, source: Source, path: PathChoice) -> Self {
         let rule = Rule {
-            network: network.parse().unwrap(),
-            spec: port.parse().unwrap(),
             source,
             path,
-            max_connections: None,
-            idle_timeout: None,
-            proxy_protocol: None,
-            comment: None,
             process: network.starts_with("pid:").then(|| ProcessStart { ticks: 1, boot: String::new() }),
+            ..Rule::new(network.parse().unwrap(), port.parse().unwrap())
         };
         self.rules = self.rules.allow([rule], Origin::Cli).unwrap();
         self

@@ -1,6 +1,6 @@
 use std::net::IpAddr;
 
-use lbridge_common::wire::{Address, Endpoint};
+use lbridge_common::wire::{Address, Endpoint, TCP, TargetKey};
 
 use super::{Host, br_app};
 use crate::planning::{
@@ -31,7 +31,7 @@ fn a_service_that_is_down_has_its_entry_ready() {
     let host = Host::new().allow("app", "80=3000");
     assert_eq!(host.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:3000)"]);
     assert_eq!(host.policy().entries.len(), 1);
-    assert_eq!(host.policy().targets, [3000].into());
+    assert_eq!(host.policy().targets, [TargetKey { port: 3000, protocol: TCP.into() }].into());
 }
 
 #[test]
@@ -142,7 +142,11 @@ fn source_loopback_changes_names_in_both_ways() {
     assert_eq!(steered.states(), ["172.18.0.1:80 steered"]);
     let policy = steered.policy();
     let gateway = Endpoint::new(Address::from("172.18.0.1".parse::<IpAddr>().unwrap()), 80);
-    assert!(policy.name_hooks && policy.views.contains_key(&gateway));
+    let inside = "172.18.3.4".parse::<IpAddr>().unwrap().into();
+    let ((key, bits), view) = policy.views.first_key_value().unwrap();
+    assert!(policy.name_hooks && view.gateway == gateway && key.matches(*bits, &gateway, &inside));
+    let outside = "172.19.3.4".parse::<IpAddr>().unwrap().into();
+    assert!(!key.matches(*bits, &gateway, &outside));
 
     let mut without = steered;
     without.abilities.name_hooks = Err("refused".to_owned());
