@@ -134,7 +134,7 @@ impl Drop for Stage {
 /// `struct rule_key`: the gateway as an IPv6 address, the interface, the port.
 fn key(gateway: Ipv4Addr, ifindex: u32, port: u16) -> Vec<u8> {
     let gateway = gateway.to_ipv6_mapped().octets();
-    [&gateway[..], &ifindex.to_ne_bytes(), &port.to_ne_bytes(), &[0; 2]].concat()
+    [&gateway[..], &ifindex.to_ne_bytes(), &port.to_ne_bytes(), &6_u16.to_ne_bytes()].concat()
 }
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
