@@ -1,7 +1,7 @@
 //! Resolve: decides for each rule and each address that can be dialled, given what was observed.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
@@ -23,7 +23,7 @@ use super::{
         Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service, State,
         Subnet, stand_in_for,
     },
-    rule::{DEFAULT_CONNECTIONS, Network, Origin, PathChoice, Protocol, Rule, Rules, Source, Target},
+    rule::{DEFAULT_CONNECTIONS, Network, Origin, PathChoice, Protocol, Rule, RuleId, Rules, Source, Target},
 };
 
 /// Decides for each rule and gateway.
@@ -33,7 +33,7 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
         abilities,
         policy: Policy::default(),
         by_port: BTreeMap::new(),
-        claimed: BTreeSet::new(),
+        claimed: BTreeMap::new(),
     };
     for listener in &inventory.listeners {
         resolver.by_port.entry(listener.address.port()).or_default().push(listener);
@@ -57,7 +57,7 @@ pub(super) fn bridge_of(
         abilities,
         policy: Policy::default(),
         by_port: BTreeMap::new(),
-        claimed: BTreeSet::new(),
+        claimed: BTreeMap::new(),
     };
     resolver.bridge(network).cloned()
 }
@@ -90,7 +90,7 @@ struct Resolver<'a> {
     by_port: BTreeMap<u16, Vec<&'a Listener>>,
     /// Addresses that a rule has, whatever becomes of it: the first in order, not the first whose service is up. A
     /// namespace is one, whichever way leads there.
-    claimed: BTreeSet<(SocketAddr, Protocol, Claim)>,
+    claimed: BTreeMap<(SocketAddr, Protocol, Claim), RuleId>,
 }
 
 /// Whose an address is.
@@ -289,10 +289,13 @@ impl Resolver<'_> {
 
     /// How connections to an address can be served, if no rule before this one has it.
     fn way(&mut self, rule: &Rule, dialled: SocketAddr, claim: Claim, place: &str) -> Way {
-        if !self.claimed.insert((dialled, rule.spec.protocol, claim)) {
-            let why = format!("another rule has {dialled}{place} already");
-            return Way::None(Outcome::because(State::Blocked, why));
-        }
+        match self.claimed.entry((dialled, rule.spec.protocol, claim)) {
+            Entry::Occupied(first) => {
+                let why = format!("rule {} has {dialled}{place} already; deny one of them", first.get());
+                return Way::None(Outcome::because(State::Blocked, why));
+            }
+            Entry::Vacant(free) => free.insert(rule.id()),
+        };
         self.way_to_service(rule, dialled.ip())
     }
 

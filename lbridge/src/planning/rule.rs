@@ -530,11 +530,26 @@ pub enum Origin {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// The same (network, port) with other options.
-    #[error("{id} is already allowed as {existing}; run `lbridge deny {id}` first")]
+    #[error(
+        "{network} {wanted} contradicts {network} {existing}, which is allowed already; run `lbridge deny {id}` first",
+        network = .id.network
+    )]
     Conflict {
         /// Which.
         id: RuleId,
-        /// Its options, as `allow` takes them.
+        /// The port argument and options that were to be added.
+        wanted: String,
+        /// Those that there are.
+        existing: String,
+    },
+    /// As [`Refused::Conflict`], among what was to be added at once.
+    #[error("{network} {wanted} contradicts {network} {existing}, both asked for at once; leave one of them out", network = .id.network)]
+    ConflictWithin {
+        /// Which.
+        id: RuleId,
+        /// The later one.
+        wanted: String,
+        /// The earlier one.
         existing: String,
     },
     /// There is no such rule.
@@ -637,7 +652,12 @@ impl Rules {
                     return Err(Refused::ReadOnly { id });
                 }
                 Some((existing, _)) if !existing.same_effect(&rule) => {
-                    return Err(Refused::Conflict { existing: existing.options(), id });
+                    let (wanted, existing) = (rule.options(), existing.options());
+                    return Err(if self.0.contains_key(&id) {
+                        Refused::Conflict { id, wanted, existing }
+                    } else {
+                        Refused::ConflictWithin { id, wanted, existing }
+                    });
                 }
                 // A config rule stays the config's, whatever remark the CLI gives.
                 Some((_, Origin::Config | Origin::Label)) => {}
@@ -702,16 +722,16 @@ impl Rule {
 
     /// As the arguments of `allow`.
     fn options(&self) -> String {
-        let source = match self.source {
-            Source::Container => "container",
-            Source::Loopback => "loopback",
+        let mut options = self.spec.to_string();
+        options += match self.source {
+            Source::Container => "",
+            Source::Loopback => " --source loopback",
         };
-        let path = match self.path {
-            PathChoice::Auto => "auto",
-            PathChoice::Steer => "steer",
-            PathChoice::Relay => "relay",
+        options += match self.path {
+            PathChoice::Auto => "",
+            PathChoice::Steer => " --path steer",
+            PathChoice::Relay => " --path relay",
         };
-        let mut options = format!("{} --source {source} --path {path}", self.spec);
         if self.localhost {
             options += " --localhost";
         }

@@ -201,7 +201,7 @@ impl Config {
     pub fn rules_with(&self, allowed: Vec<Rule>, allowed_in: &Path) -> Result<Rules, Unfit> {
         let rules = self.rules.iter().map(|entry| entry.rule.clone());
         let rules = Rules::default().allow(rules, Origin::Config).map_err(|refused| match &refused {
-            Refused::Conflict { id, existing } => {
+            Refused::ConflictWithin { id, existing, .. } => {
                 let mut places = self.places(id);
                 let first = places.next().unwrap_or(&self.name);
                 let second = places.next_back().unwrap_or(first);

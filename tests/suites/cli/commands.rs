@@ -409,6 +409,27 @@ fn ranges_are_told_in_one_line() -> Result<()> {
     }
     let rules = scene.daemon.status()?["rules"].as_array().map(Vec::len);
     ensure!(rules == Some(13), "one each for programs: {rules:?}");
+
+    let allowed = scene.daemon.cli(&["allow", "bridge:lab0", "9100-9110"])?.stdout;
+    let wanted = "\
+bridge:lab0 9100-9110: 10.7.0.1:9100-9110 -> 127.0.0.1:9100-9110 waiting (nothing listens on 127.0.0.1:9100-9110)
+bridge:lab0 9100-9110: [fd07::1]:9100-9110 -> 127.0.0.1:9100-9110 waiting (nothing listens on [::1]:9100-9110)
+";
+    ensure!(allowed == wanted, "{allowed}");
+    let denied = scene.daemon.cli(&["deny", "bridge:lab0", "9100-9110"])?.stdout;
+    ensure!(denied == "bridge:lab0 9100-9110: denied; open connections go on\n", "{denied}");
+
+    // Contradictions name both.
+    for (ports, words) in [
+        (["8005=9000", "8011"], "bridge:lab0 8005=9000 contradicts bridge:lab0 8005, which is allowed already"),
+        (["7000-7010", "7005=9000"], "7005=9000 contradicts bridge:lab0 7005, both asked for at once"),
+    ] {
+        let output = scene.daemon.cli(&[&["allow", "bridge:lab0"], &ports[..]].concat())?;
+        let line = one_line(&output, 4)?;
+        ensure!(line.contains(words), "{words} in {line}");
+    }
+    let rules = scene.daemon.status()?["rules"].as_array().map(Vec::len);
+    ensure!(rules == Some(13), "nothing half-applied: {rules:?}");
     Ok(())
 }
 

@@ -20,6 +20,7 @@ pub(crate) fn tests() -> Vec<Test> {
         internal_network_is_served,
         default_bridge_is_served,
         bridge_with_a_name_of_its_own_is_served,
+        port_published_on_loopback_is_served,
         ipv6_network_is_served,
         mptcp_listener_is_relayed: [Need::Mptcp],
         rule_waits_for_its_network,
@@ -171,6 +172,29 @@ fn bridge_with_a_name_of_its_own_is_served() -> Result<()> {
     let rule = scene.daemon.rule("named", 8080)?.context("the rule")?;
     ensure!(rule["gateways"][0]["interface"] == "ownbridge", "{rule}");
     Ok(())
+}
+
+/// What another container publishes on the host's localhost is a service like any other: for the allowed network, and for no
+/// other.
+fn port_published_on_loopback_is_served() -> Result<()> {
+    let scene = Scene::new()?;
+    let app = scene.engine.create_network("app", &[])?;
+    let other = scene.engine.create_network("other", &[])?;
+    scene.engine.create_network("web", &[])?;
+    let inside = scene.engine.run("app", &[])?;
+    let outside = scene.engine.run("other", &[])?;
+    let web = scene.engine.run("web", &["--publish", "127.0.0.1:8080:80"])?;
+    let _server = Service::start(&scene.engine.netns(&web)?, "published", "0.0.0.0:80")?;
+    for container in [&inside, &outside] {
+        scene.refused(container, at(&app, 8080))?;
+    }
+    scene.daemon.allow(&["app", "8080"])?;
+    scene.must_be("app", 8080, "steered")?;
+    scene.served(&inside, at(&app, 8080), "published")?;
+    scene.refused(&outside, at(&app, 8080))?;
+    scene.refused(&outside, at(&other, 8080))?;
+    scene.daemon.deny(&["app", "8080"])?;
+    scene.refused(&inside, at(&app, 8080))
 }
 
 fn ipv6_network_is_served() -> Result<()> {

@@ -2,6 +2,7 @@
 
 mod doctor;
 mod explain;
+mod families;
 mod inside;
 mod isolation;
 mod lifecycle;
@@ -28,6 +29,7 @@ pub(crate) fn suite() -> Suite {
         verified::tests(),
         doctor::tests(),
         explain::tests(),
+        families::tests(),
     ];
     Suite::new(needs, tests.concat())
 }

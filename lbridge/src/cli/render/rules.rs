@@ -1,10 +1,13 @@
 //! The rules, and what became of them: `allow`, `deny`, `list`. Ports that follow each other are folded into a range.
 
-use std::{fmt::Write as _, net::SocketAddr};
+use std::{
+    fmt::Write as _,
+    net::{IpAddr, SocketAddr},
+};
 
 use super::{NO_RULES, Table, described, print, shown};
 use crate::{
-    api::protocol::RuleStatus,
+    api::protocol::{GatewayStatus, RuleStatus},
     cli::Failure,
     planning::rule::{Origin, PathChoice, ProxyProtocol, Source},
 };
@@ -16,18 +19,19 @@ pub(in crate::cli) fn states(rules: &[RuleStatus]) -> Result<(), Failure> {
 
 pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
     let mut text = String::new();
-    for rule in rules {
-        let what = format!("{prefix}{}", shown(&rule.id().to_string()));
-        let target = shown(&rule.target);
+    for range in states_of(rules) {
+        let rule = range.first;
+        let what = format!("{prefix}{} {}", shown(&rule.network.to_string()), range.ports());
+        let target = range.target();
+        let told = |state, why: &Option<String>| {
+            described(state, why.as_ref().map(|why| range.said(why)).as_deref())
+        };
         for gateway in &rule.gateways {
-            let (dialled, state) = (
-                SocketAddr::new(gateway.address, rule.port),
-                described(gateway.state, gateway.why.as_deref()),
-            );
-            let _ = writeln!(text, "{what}: {dialled} -> {target} {state}");
+            let state = told(gateway.state, &gateway.why);
+            let _ = writeln!(text, "{what}: {} -> {target} {state}", range.dialled(gateway.address));
         }
         if rule.gateways.is_empty() {
-            let _ = writeln!(text, "{what}: {target} {}", described(rule.state, rule.why.as_deref()));
+            let _ = writeln!(text, "{what}: {target} {}", told(rule.state, &rule.why));
         }
     }
     text
@@ -36,8 +40,9 @@ pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
 /// What `deny` took back.
 pub(in crate::cli) fn denied(rules: &[RuleStatus]) -> Result<(), Failure> {
     let mut text = String::new();
-    for rule in rules {
-        let _ = writeln!(text, "{}: denied; open connections go on", shown(&rule.id().to_string()));
+    for range in ranges(rules, |_| ()) {
+        let network = shown(&range.first.network.to_string());
+        let _ = writeln!(text, "{network} {}: denied; open connections go on", range.ports());
     }
     print(&text)
 }
@@ -88,6 +93,13 @@ impl Range<'_> {
         self.to_last(self.first.port) + self.first.protocol.suffix()
     }
 
+    /// What containers dial at `gateway`, in the same way.
+    pub(super) fn dialled(&self, gateway: IpAddr) -> String {
+        let first = SocketAddr::new(gateway, self.first.port).to_string();
+        let ports = self.to_last(self.first.port);
+        first + ports.strip_prefix(&self.first.port.to_string()).unwrap_or_default()
+    }
+
     /// Where it leads, in the same way.
     pub(super) fn target(&self) -> String {
         shown(&self.said(&self.first.target))
@@ -104,6 +116,21 @@ impl Range<'_> {
     pub(super) fn said(&self, text: &str) -> String {
         with_ports(self.first, text, |port| self.to_last(port))
     }
+}
+
+/// As [`ranges`], where they are in the same state.
+pub(super) fn states_of(rules: &[RuleStatus]) -> Vec<Range<'_>> {
+    let why = |rule: &RuleStatus, why: &Option<String>| {
+        why.as_ref().map(|why| with_ports(rule, why, |_| String::new()))
+    };
+    let state = |rule: &RuleStatus| {
+        let gateway = |gateway: &GatewayStatus| {
+            (gateway.address, gateway.interface.clone(), gateway.state, why(rule, &gateway.why))
+        };
+        let gateways: Vec<_> = rule.gateways.iter().map(gateway).collect();
+        (rule.state, why(rule, &rule.why), gateways)
+    };
+    ranges(rules, state)
 }
 
 /// With other words for the rule's ports, wherever `text` names one behind an address.

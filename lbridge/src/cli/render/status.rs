@@ -1,14 +1,10 @@
 //! `status`.
 
-use std::{fmt::Write as _, net::SocketAddr};
+use std::fmt::Write as _;
 
-use super::{
-    NO_RULES, Table, described, print,
-    rules::{ranges, with_ports},
-    shown,
-};
+use super::{NO_RULES, Table, described, print, rules::states_of, shown};
 use crate::{
-    api::protocol::{DockerStatus, FirewallStatus, GatewayStatus, KernelPath, RuleStatus, Status},
+    api::protocol::{DockerStatus, FirewallStatus, KernelPath, RuleStatus, Status},
     cli::Failure,
     planning::firewall::FirewallMode,
 };
@@ -59,17 +55,7 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
         return print(&text);
     }
     let mut table = Table::new(&["NETWORK", "CONTAINERS DIAL", "SERVICE", "SERVED", "STATE"]);
-    let why = |rule: &RuleStatus, why: &Option<String>| {
-        why.as_ref().map(|why| with_ports(rule, why, |_| String::new()))
-    };
-    let state = |rule: &RuleStatus| {
-        let gateway = |gateway: &GatewayStatus| {
-            (gateway.address, gateway.interface.clone(), gateway.state, why(rule, &gateway.why))
-        };
-        let gateways: Vec<_> = rule.gateways.iter().map(gateway).collect();
-        (rule.state, why(rule, &rule.why), gateways)
-    };
-    for range in ranges(&status.rules, state) {
+    for range in states_of(&status.rules) {
         let rule = range.first;
         let (network, target) = (shown(&rule.network.to_string()), range.target());
         if rule.gateways.is_empty() {
@@ -84,14 +70,11 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
             if refused > 0 {
                 let _ = write!(state, "; {refused} connections over the limit were refused");
             }
-            let dialled = SocketAddr::new(gateway.address, rule.port).to_string();
-            let last = range.ports();
-            let last = last.split_once('-').map_or_else(String::new, |(_, last)| format!("-{last}"));
             let of_gateway =
                 |rule: &RuleStatus| rule.gateways.get(index).map_or(0, |gateway| gateway.connections);
             table.row([
                 network.clone(),
-                dialled + &last,
+                range.dialled(gateway.address),
                 target.clone(),
                 range.all.iter().map(of_gateway).sum::<u64>().to_string(),
                 state,

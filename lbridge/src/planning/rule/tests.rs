@@ -105,7 +105,15 @@ fn allow_is_idempotent_and_refuses_contradictions_whole() {
     let conflict = rules.allow([rule("a", "81"), rule("a", "80=3000")], Origin::Cli).unwrap_err();
     assert_eq!(
         conflict.to_string(),
-        "a 80 is already allowed as 80 --source container --path auto; run `lbridge deny a 80` first"
+        "a 80=3000 contradicts a 80, which is allowed already; run `lbridge deny a 80` first"
+    );
+    let range = PortSpec::parse_many("8000-8010").unwrap().into_iter();
+    let range = range.map(|spec| Rule::new("a".parse().unwrap(), spec));
+    let loopback = Rule { source: Source::Loopback, ..rule("a", "8005") };
+    let conflict = rules.allow(range.chain([loopback]), Origin::Cli).unwrap_err();
+    assert_eq!(
+        conflict.to_string(),
+        "a 8005 --source loopback contradicts a 8005, both asked for at once; leave one of them out"
     );
     assert_eq!(rules.len(), 1);
 }

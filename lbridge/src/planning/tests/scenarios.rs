@@ -240,12 +240,18 @@ fn one_gateway_is_given_once() {
     let host = host.allow("app", "80").allow("bridge:br-app", "80=81");
     assert_eq!(
         host.states(),
-        ["172.18.0.1:80 steered", "172.18.0.1:80 blocked (another rule has 172.18.0.1:80 already)"]
+        [
+            "172.18.0.1:80 steered",
+            "172.18.0.1:80 blocked (rule app 80 has 172.18.0.1:80 already; deny one of them)"
+        ]
     );
     let down = Host::new().listens("127.0.0.1:81");
     let down =
         down.allow_with("app", "80", Source::Container, PathChoice::Relay).allow("bridge:br-app", "80=81");
-    assert_eq!(down.states()[1], "172.18.0.1:80 blocked (another rule has 172.18.0.1:80 already)");
+    assert_eq!(
+        down.states()[1],
+        "172.18.0.1:80 blocked (rule app 80 has 172.18.0.1:80 already; deny one of them)"
+    );
 }
 
 #[test]
@@ -340,7 +346,7 @@ fn a_namespace_is_one_whichever_way_leads_there() {
         host.states(),
         [
             "127.0.0.1:80 relayed (on localhost inside)",
-            "127.0.0.1:80 blocked (another rule has 127.0.0.1:80 in that namespace already)",
+            "127.0.0.1:80 blocked (rule container:a 80 has 127.0.0.1:80 in that namespace already; deny one of them)",
         ]
     );
 }
