@@ -221,7 +221,8 @@ fn run_sandboxed(name: &str, limit: u64, capture: bool) -> Result<(), Failed> {
     };
     match status {
         Some(status) if status.success() => Ok(()),
-        Some(status) => Err(Failed::from(format!("{status}\n{}", said()))),
+        // Of the test's own process, not of a command that it ran; what was wrong is the last thing it said.
+        Some(status) => Err(Failed::from(format!("the test ended with {status}\n{}", said()))),
         None => Err(Failed::from(format!("killed after {limit:?}\n{}", said()))),
     }
 }
