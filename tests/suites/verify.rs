@@ -1,12 +1,13 @@
 //! `lbridge verify`: passes where all is well, and finds each hole that is made on purpose.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::Duration;
+use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
@@ -100,11 +101,7 @@ impl Stage {
 
     /// `lbridge verify --json`, which must end so.
     fn verify(&self, arguments: &[&str], status: i32) -> Result<Vec<Value>> {
-        let output = self.daemon.cli(&[&["verify", "--json"], arguments].concat())?;
-        ensure!(output.status == status, "exit status {status} expected: {output:?}");
-        let report: Value = serde_json::from_str(&output.stdout).context("JSON")?;
-        ensure!(report["verified"] == (status == 0), "{report}");
-        Ok(report["checks"].as_array().context("no checks")?.clone())
+        checks(&self.daemon.cli(&[&["verify", "--json"], arguments].concat())?, status)
     }
 
     /// The pinned map of entries, and the key of the entry for a port on the first bridge's IPv4 gateway.
@@ -131,6 +128,14 @@ impl Drop for Stage {
     }
 }
 
+/// Of a `verify --json` that must end so.
+fn checks(output: &Output, status: i32) -> Result<Vec<Value>> {
+    ensure!(output.status == status, "exit status {status} expected: {output:?}");
+    let report: Value = serde_json::from_str(&output.stdout).context("JSON")?;
+    ensure!(report["verified"] == (status == 0), "{report}");
+    Ok(report["checks"].as_array().context("no checks")?.clone())
+}
+
 /// `struct rule_key`: the gateway as an IPv6 address, the interface, the port.
 fn key(gateway: Ipv4Addr, ifindex: u32, port: u16) -> Vec<u8> {
     let gateway = gateway.to_ipv6_mapped().octets();
@@ -139,22 +144,36 @@ fn key(gateway: Ipv4Addr, ifindex: u32, port: u16) -> Vec<u8> {
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
 
-/// Puts an entry again and again while something is done: the daemon corrects what it finds whenever it looks.
-fn insisting<T>(map: &pins::Map, key: &[u8], value: &[u8], work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let insisting = scope.spawn(|| -> Result<()> {
-            while !over.load(Ordering::Relaxed) {
-                map.put(key, value)?;
-                thread::sleep(Duration::from_micros(200));
-            }
-            Ok(())
-        });
-        let done = work();
-        over.store(true, Ordering::Relaxed);
-        insisting.join().map_err(|_| anyhow::anyhow!("a panic"))??;
-        done
-    })
+/// `lbridge verify --json bridge:lab0 8080`, which must fail, while there is an entry that no rule asks for. The daemon would
+/// correct it whenever it looks, so it stands still, and the command is told what it answered before.
+fn verify_with(stage: &Stage, map: &pins::Map, key: &[u8], value: &[u8]) -> Result<Vec<Value>> {
+    let folder = tempfile::tempdir_in("/run")?;
+    let socket = folder.path().join("lbridge.sock");
+    let answer = stage.daemon.raw_answer("/v1/status")?;
+    let answering = answer_once(&socket, answer, stage.daemon.socket())?;
+    let output = stage.daemon.paused(|| {
+        map.put(key, value)?;
+        let mut command = stage.daemon.command()?;
+        command.env("LBRIDGE_SOCKET", &socket).args(["verify", "--json", "bridge:lab0", "8080"]);
+        Ok(Output::from(command.output()?))
+    })?;
+    let checks = checks(&output, 1)?;
+    answering.join().map_err(|_| anyhow::anyhow!("a panic"))??;
+    Ok(checks)
+}
+
+/// Answers one request, whatever it is; whoever dials then, to see whose process it is, reaches `daemon`.
+fn answer_once(socket: &Path, answer: Vec<u8>, daemon: PathBuf) -> Result<JoinHandle<Result<()>>> {
+    let listener = UnixListener::bind(socket)?;
+    let socket = socket.to_owned();
+    Ok(thread::spawn(move || {
+        let (mut stream, _) = listener.accept()?;
+        let mut lines = BufReader::new(stream.try_clone()?).lines();
+        while !lines.next().context("half a request")??.is_empty() {}
+        fs::remove_file(&socket)?;
+        symlink(daemon, &socket)?;
+        Ok(stream.write_all(&answer)?)
+    }))
 }
 
 fn text<'a>(check: &'a Value, field: &str) -> &'a str {
@@ -276,7 +295,7 @@ fn an_entry_for_another_bridge_is_found() -> Result<()> {
     let alien = key(GATEWAY, stage.ifindex("lab1")?, PLAIN);
     value[..24].copy_from_slice(&alien);
     value[24..56].fill(0);
-    let checks = insisting(&map, &alien, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
+    let checks = verify_with(&stage, &map, &alien, &value)?;
     let failures = failures(&checks);
     must_contain(&failures, "bridge:lab1 -> 10.7.0.1:8080", "given to")?;
     must_contain(&failures, "bridge:lab1, as 10.7.0.254 -> 10.7.0.1:8080", "no rule says so")?;
@@ -292,7 +311,7 @@ fn an_entry_for_an_uplink_is_found() -> Result<()> {
     // The second veth is the link to elsewhere.
     let alien = key(GATEWAY, stage.ifindex("veth1")?, PLAIN);
     value[..24].copy_from_slice(&alien);
-    let checks = insisting(&map, &alien, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
+    let checks = verify_with(&stage, &map, &alien, &value)?;
     let failures = failures(&checks);
     must_contain(&failures, "veth1, as 10.7.0.254 -> 10.7.0.1:8080", "no rule says so")?;
     ensure!(failures.len() == 1, "{failures:#?}");
@@ -309,7 +328,7 @@ fn an_entry_for_a_bridge_without_rules_is_found() -> Result<()> {
     let alien = key(GATEWAY, stage.ifindex("virbr0")?, PLAIN);
     value[..24].copy_from_slice(&alien);
     value[24..56].fill(0);
-    let checks = insisting(&map, &alien, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
+    let checks = verify_with(&stage, &map, &alien, &value)?;
     let failures = failures(&checks);
     must_contain(&failures, "virbr0, as 10.7.0.254 -> 10.7.0.1:8080", "no rule says so")?;
     ensure!(failures.len() == 1, "{failures:#?}");
@@ -322,7 +341,7 @@ fn an_entry_for_any_source_is_found() -> Result<()> {
     let own = key(GATEWAY, stage.ifindex("lab0")?, PLAIN);
     let mut value = map.get(&own)?;
     value[24..56].fill(0);
-    let checks = insisting(&map, &own, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
+    let checks = verify_with(&stage, &map, &own, &value)?;
     let failures = failures(&checks);
     must_contain(&failures, "bridge:lab0, as 192.0.2.1 -> 10.7.0.1:8080", "given to")?;
     ensure!(failures.len() == 1, "{failures:#?}");
@@ -335,7 +354,7 @@ fn an_entry_that_leads_elsewhere_is_found() -> Result<()> {
     let own = key(GATEWAY, stage.ifindex("lab0")?, PLAIN);
     let mut value = map.get(&own)?;
     value[72..74].copy_from_slice(&3000_u16.to_ne_bytes());
-    let checks = insisting(&map, &own, &value, || stage.verify(&["bridge:lab0", "8080"], 1))?;
+    let checks = verify_with(&stage, &map, &own, &value)?;
     let failures = failures(&checks);
     must_contain(
         &failures,

@@ -1,7 +1,8 @@
 //! The program under test: `lbridge run` in a host's namespace, with private paths, and the commands that talk to it.
 
+use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -10,6 +11,7 @@ use std::{env, fs, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -340,6 +342,28 @@ impl Daemon {
         let pid = self.pid().context("no daemon to signal")?;
         self.log.note(&format!("[harness] {signal}"));
         Ok(kill(Pid::from_raw(pid.cast_signed()), signal)?)
+    }
+
+    /// Runs `work` while the process stands still: it neither looks nor answers, but what it listens on takes connections.
+    pub fn paused<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.signal(Signal::SIGSTOP)?;
+        let pid = Pid::from_raw(self.pid().context("no daemon to stop")?.cast_signed());
+        // Told once all of its threads do.
+        let stopped =
+            waitid(Id::Pid(pid), WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)?;
+        ensure!(matches!(stopped, WaitStatus::Stopped(..)), "the daemon does not stand still: {stopped:?}");
+        let done = work();
+        self.signal(Signal::SIGCONT)?;
+        done
+    }
+
+    /// The daemon's whole answer to a GET, for who is to be told by somebody else.
+    pub fn raw_answer(&self, resource: &str) -> Result<Vec<u8>> {
+        let mut stream = UnixStream::connect(self.socket()).context("dial the daemon")?;
+        write!(stream, "GET {resource} HTTP/1.1\r\nHost: lbridge\r\nConnection: close\r\n\r\n")?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        Ok(answer)
     }
 
     /// Whether the process has not ended.
