@@ -30,7 +30,12 @@ fn main() {
         Need::Program("dockerd"),
         Need::Program("systemctl"),
     ];
-    Suite::new(NEEDS, [chains::tests(), firewalld::tests(), ufw::tests(), upkeep::tests()].concat()).main()
+    let tests = [chains::tests(), firewalld::tests(), ufw::tests(), upkeep::tests()].concat();
+    let mut suite = Suite::new(NEEDS, tests);
+    // firewalld and its command are Python, and started a dozen times: a test of theirs takes 15 s of a processor, of which there
+    // may be a quarter.
+    suite.limit = 180;
+    suite.main()
 }
 
 /// Drops what nobody accepts, as a server's ruleset does.
