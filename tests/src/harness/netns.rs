@@ -1,6 +1,7 @@
 //! Network namespaces: made, entered by threads and by processes, never named in the file system.
 
 use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -96,9 +97,17 @@ impl NetNs {
     }
 
     /// Whether a TCP or MPTCP socket listens on exactly this address.
-    pub fn listens(&self, address: std::net::SocketAddrV4) -> Result<bool> {
-        let table = self.run(|| fs::read_to_string("/proc/thread-self/net/tcp").context("read net/tcp"))?;
-        let local = format!("{:08X}:{:04X}", u32::from(*address.ip()).swap_bytes(), address.port());
+    pub fn listens(&self, address: SocketAddr) -> Result<bool> {
+        let (table, bytes) = match address.ip() {
+            IpAddr::V4(ip) => ("tcp", ip.octets().to_vec()),
+            IpAddr::V6(ip) => ("tcp6", ip.octets().to_vec()),
+        };
+        let table = format!("/proc/thread-self/net/{table}");
+        let table = self.run(|| fs::read_to_string(&table).with_context(|| format!("read {table}")))?;
+        // The kernel prints its words as numbers.
+        let words = bytes.chunks_exact(4).map(|word| [word[0], word[1], word[2], word[3]]);
+        let words: Vec<_> = words.map(|word| format!("{:08X}", u32::from_ne_bytes(word))).collect();
+        let local = format!("{}:{:04X}", words.concat(), address.port());
         Ok(table.lines().any(|line| {
             let fields: Vec<_> = line.split_whitespace().collect();
             // 0A is TCP_LISTEN.

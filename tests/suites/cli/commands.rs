@@ -421,7 +421,10 @@ bridge:lab0 9100-9110: [fd07::1]:9100-9110 -> 127.0.0.1:9100-9110 waiting (nothi
 
     // Contradictions name both.
     for (ports, words) in [
-        (["8005=9000", "8011"], "bridge:lab0 8005=9000 contradicts bridge:lab0 8005, which is allowed already"),
+        (
+            ["8005=9000", "8011"],
+            "bridge:lab0 8005=9000 contradicts bridge:lab0 8005, which is allowed already",
+        ),
         (["7000-7010", "7005=9000"], "7005=9000 contradicts bridge:lab0 7005, both asked for at once"),
     ] {
         let output = scene.daemon.cli(&[&["allow", "bridge:lab0"], &ports[..]].concat())?;

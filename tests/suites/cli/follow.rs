@@ -153,7 +153,9 @@ fn slow_subscribers_are_told_what_they_missed() -> Result<()> {
     ensure!(scene.daemon.status()?["rules"].as_array().map(Vec::len) == Some(1), "nobody was waited for");
     let mut text = String::new();
     let mut buffer = vec![0; 65536];
-    while !(text.contains("\"event\":\"missed\"") && text.contains("\"port\":8080,\"protocol\":\"tcp\",\"state\"")) {
+    while !(text.contains("\"event\":\"missed\"")
+        && text.contains("\"port\":8080,\"protocol\":\"tcp\",\"state\""))
+    {
         let length = slow.read(&mut buffer).with_context(|| format!("after {} bytes", text.len()))?;
         ensure!(length > 0, "closed after {} bytes", text.len());
         text.push_str(&String::from_utf8_lossy(&buffer[..length]));

@@ -1,12 +1,13 @@
 //! Clients and servers that people use, over the relay: what they said must arrive, and how they ended must show.
 //!
-//! Every test has a container dial the gateway, and a service on the host's 127.0.0.1 behind a rule with
+//! Every test has a container dial the gateway, and a service on the host's 127.0.0.1 behind a rule, most of them with
 //! `--path relay`.
 
 mod bytes;
 mod crowd;
 mod exhaustion;
 mod http;
+mod node;
 mod postgres;
 mod pressure;
 mod redis;
@@ -25,6 +26,7 @@ fn main() {
         postgres::tests(),
         redis::tests(),
         http::tests(),
+        node::tests(),
         streams::tests(),
         pressure::tests(),
         crowd::tests(),

@@ -1,6 +1,6 @@
 //! Server programs in the host's namespace, and client programs in the container's.
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -21,7 +21,7 @@ pub(crate) struct Server {
 
 impl Server {
     /// Starts it and waits until it listens.
-    pub(crate) fn start(name: &str, mut command: Command, host: &NetNs, on: SocketAddrV4) -> Result<Server> {
+    pub(crate) fn start(name: &str, mut command: Command, host: &NetNs, on: SocketAddr) -> Result<Server> {
         let log = Log::new(name);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // In a group of its own, so that what it starts ends with it.

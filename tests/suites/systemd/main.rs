@@ -153,10 +153,7 @@ impl Scene {
 
     /// Whether anything listens on the gateway at that port, systemd included.
     fn listens(&self, port: u16) -> Result<bool> {
-        match self.gateway(port) {
-            SocketAddr::V4(address) => self.lab.host().listens(address),
-            SocketAddr::V6(_) => unreachable!("the bridge has an IPv4 address"),
-        }
+        self.lab.host().listens(self.gateway(port))
     }
 
     fn property(&self, name: &str) -> Result<String> {
