@@ -219,6 +219,7 @@ mod tests {
             name: "app".to_owned(),
             driver: "bridge".to_owned(),
             bridge: Some("br-0123".to_owned()),
+            ..DockerNetwork::default()
         };
         Bridges {
             interfaces: vec![

@@ -33,7 +33,7 @@ fn network(network: Network) -> Option<DockerNetwork> {
         "bridge" => Some(chosen.unwrap_or_else(|| format!("br-{}", id.get(..12).unwrap_or(&id)))),
         _ => None,
     };
-    Some(DockerNetwork { id, name, driver, bridge })
+    Some(DockerNetwork { id, name, driver, bridge, ..DockerNetwork::default() })
 }
 
 /// The container of this name or id. What the engine has to say against one container is that one's state; an error

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
@@ -36,6 +37,15 @@ impl Inventory {
     pub fn interface(&self, name: &str) -> Option<&Interface> {
         self.interfaces.iter().find(|i| i.name == name)
     }
+
+    /// Whether some network's bridge is another interface than when the engine told of it, so that the engine is to be asked
+    /// anew.
+    pub fn outruns_engine(&self) -> bool {
+        self.docker_networks.iter().any(|network| {
+            let there = network.bridge.as_deref().and_then(|name| self.interface(name));
+            there.is_some_and(|interface| !network.means(interface))
+        })
+    }
 }
 
 /// The networks that `name` may mean, as Docker reads it: the one with that id; else those of that name, of which the
@@ -49,7 +59,7 @@ pub fn find_networks<'a>(networks: &'a [DockerNetwork], name: &str) -> Vec<&'a D
     if !by_id.is_empty() {
         return by_id;
     }
-    let by_name = select(&|n| n.name == name);
+    let by_name = select(&|n| n.name == name || n.other_name.as_deref() == Some(name));
     let is_id = name.len() >= SHORT_ID && name.bytes().all(|b| b.is_ascii_hexdigit());
     if by_name.is_empty() && is_id { select(&|n| n.id.starts_with(name)) } else { by_name }
 }
@@ -66,8 +76,28 @@ pub enum DockerPresence {
     Reachable,
 }
 
+/// Whose engine it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Product {
+    /// The Docker Engine, or whoever does not say otherwise.
+    #[default]
+    Docker,
+    /// Podman, which speaks Docker's API and one of its own.
+    Podman,
+}
+
+impl fmt::Display for Product {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Docker => "Docker",
+            Self::Podman => "Podman",
+        })
+    }
+}
+
 /// A network as the engine describes it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DockerNetwork {
     /// 64 hexadecimal digits.
     pub id: String,
@@ -77,6 +107,20 @@ pub struct DockerNetwork {
     pub driver: String,
     /// The host's interface, for the bridge driver.
     pub bridge: Option<String>,
+    /// Where the engine gives the name of a bridge to another network once it is free: the index of the interface that had
+    /// it when the engine told, 0 where none had. `None` where the name is this network's for as long as that exists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge_index: Option<u32>,
+    /// What the engine calls it elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_name: Option<String>,
+}
+
+impl DockerNetwork {
+    /// Whether an interface that is called as the network's bridge is that bridge.
+    pub fn means(&self, interface: &Interface) -> bool {
+        self.bridge_index.is_none_or(|index| index == interface.index)
+    }
 }
 
 /// A network namespace other than the host's.

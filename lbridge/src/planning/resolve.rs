@@ -16,8 +16,8 @@ use super::{
     firewall::{Link, Opening},
     hint,
     inventory::{
-        Abilities, Absence, DockerPresence, Interface, Inventory, Listener, ListenerKind, Namespace,
-        NamespaceId, find_networks,
+        Abilities, Absence, DockerNetwork, DockerPresence, Interface, Inventory, Listener, ListenerKind,
+        Namespace, NamespaceId, find_networks,
     },
     policy::{
         Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service, State,
@@ -158,22 +158,17 @@ impl Resolver<'_> {
     }
 
     fn bridge(&self, network: &Network) -> Result<&Interface, Outcome> {
-        let name = match network {
+        let (name, of_engine) = match network {
             Network::Container(_) | Network::Netns(_) | Network::Process(_) => {
                 return Err(Outcome::because(State::Blocked, "it is no bridge"));
             }
-            Network::Bridge(name) => name,
+            Network::Bridge(name) => (name, None),
             Network::Docker(name) => match find_networks(&self.inventory.docker_networks, name)[..] {
                 [] => return Err(self.unknown_network(name)),
-                [network] => network.bridge.as_ref().ok_or_else(|| {
-                    let why = match network.driver.as_str() {
-                        "host" => "its containers are in the host's own namespace, where localhost is the host's".to_owned(),
-                        driver => format!(
-                            "driver {driver} gives the host no bridge; allow its containers one by one: container:NAME"
-                        ),
-                    };
-                    Outcome::because(State::Blocked, why)
-                })?,
+                [network] => match &network.bridge {
+                    Some(bridge) => (bridge, Some(network)),
+                    None => return Err(without_bridge(network)),
+                },
                 [..] => {
                     let why = format!("several Docker networks are called {name}; name the id of one");
                     return Err(Outcome::because(State::Blocked, why));
@@ -186,8 +181,17 @@ impl Resolver<'_> {
                 State::Blocked,
                 format!("{name} is not a bridge; name the bridge that the containers are on"),
             )),
+            // It may be another network's by now.
+            Some(interface) if of_engine.is_some_and(|network| !network.means(interface)) => {
+                let why = format!("{name} is newer than what the engine said of it");
+                Err(Outcome::because(State::Waiting, why))
+            }
             Some(interface) => Ok(interface),
-            None => Err(Outcome::because(State::Waiting, format!("there is no interface {name}"))),
+            None => {
+                let comes = of_engine.is_some_and(|network| network.bridge_index.is_some());
+                let comes = if comes { "; it comes with the network's first container" } else { "" };
+                Err(Outcome::because(State::Waiting, format!("there is no interface {name}{comes}")))
+            }
         }
     }
 
@@ -439,6 +443,18 @@ impl Resolver<'_> {
             }
         }
     }
+}
+
+fn without_bridge(network: &DockerNetwork) -> Outcome {
+    let why = match network.driver.as_str() {
+        "host" => "its containers are in the host's own namespace, where localhost is the host's".to_owned(),
+        driver => {
+            format!(
+                "driver {driver} gives the host no bridge; allow its containers one by one: container:NAME"
+            )
+        }
+    };
+    Outcome::because(State::Blocked, why)
 }
 
 fn loopback(v4: bool) -> IpAddr {

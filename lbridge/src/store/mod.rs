@@ -43,6 +43,9 @@ struct RulesFile {
 #[serde(deny_unknown_fields)]
 struct NetworksFile {
     version: u32,
+    /// Since when the indices of interfaces count.
+    #[serde(default)]
+    boot: String,
     #[serde(default, rename = "network", skip_serializing_if = "Vec::is_empty")]
     networks: Vec<DockerNetwork>,
 }
@@ -109,7 +112,14 @@ impl Store {
     /// cannot be read is as good as none.
     pub fn networks(&self) -> Vec<DockerNetwork> {
         match read_toml::<NetworksFile>(&self.path("networks.toml")) {
-            Ok(Some(file)) if file.version == VERSION => file.networks,
+            Ok(Some(file)) if file.version == VERSION => {
+                let of_now = !file.boot.is_empty() && file.boot == boot();
+                let mut networks = file.networks;
+                let indices = networks.iter_mut().filter_map(|network| network.bridge_index.as_mut());
+                // After a reboot an index is another interface's.
+                indices.filter(|_| !of_now).for_each(|index| *index = 0);
+                networks
+            }
             Ok(_) => vec![],
             Err(error) => {
                 tracing::warn!("the list of networks last seen is of no use: {error:#}");
@@ -120,7 +130,8 @@ impl Store {
 
     /// Replaces the networks last seen.
     pub fn save_networks(&self, networks: Vec<DockerNetwork>) -> anyhow::Result<()> {
-        self.write("networks.toml", &toml::to_string(&NetworksFile { version: VERSION, networks })?)
+        let file = NetworksFile { version: VERSION, boot: boot(), networks };
+        self.write("networks.toml", &toml::to_string(&file)?)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -139,6 +150,12 @@ impl Store {
         };
         write().with_context(|| format!("cannot write {}", path.display()))
     }
+}
+
+/// Of this boot, of no other; empty where that is not told, as in files of before that was asked.
+fn boot() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    id.map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
 fn read_toml<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {
@@ -183,6 +200,18 @@ mod tests {
         assert_eq!(store.rules().unwrap(), file.rules);
         let mode = fs::metadata(store.path("rules.toml")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn an_interface_of_another_boot_is_nobodys() {
+        let (_directory, store) = store();
+        let network = |bridge_index| DockerNetwork { bridge_index, ..DockerNetwork::default() };
+        store.save_networks(vec![network(Some(7)), network(None)]).unwrap();
+        assert_eq!(store.networks(), [network(Some(7)), network(None)]);
+        let path = store.path("networks.toml");
+        let text = fs::read_to_string(&path).unwrap().replace(&boot(), "another");
+        fs::write(&path, text).unwrap();
+        assert_eq!(store.networks(), [network(Some(0)), network(None)]);
     }
 
     #[test]

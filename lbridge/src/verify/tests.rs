@@ -33,6 +33,7 @@ fn status(rules: Vec<RuleStatus>) -> Status {
         name: name.to_owned(),
         driver: "bridge".to_owned(),
         bridge: Some(bridge.to_owned()),
+        ..DockerNetwork::default()
     };
     Status {
         version: String::new(),

@@ -45,6 +45,7 @@ impl Host {
             name: name.to_owned(),
             driver: "bridge".to_owned(),
             bridge: Some(bridge.to_owned()),
+            ..DockerNetwork::default()
         });
         self
     }

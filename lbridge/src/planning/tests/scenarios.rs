@@ -426,3 +426,34 @@ fn names_that_may_have_meant_another() {
         assert_eq!(state(name), format!("{name} 80 waiting (no Docker network {name}{hint})"));
     }
 }
+
+/// Podman gives the name of a bridge to the next network.
+#[test]
+fn a_bridge_that_the_engine_did_not_mean_is_not_served() {
+    let seen = |index| {
+        let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
+        host.inventory.docker_networks[0].bridge_index = Some(index);
+        host
+    };
+    assert_eq!(seen(7).states(), ["172.18.0.1:80 steered"]);
+    assert!(!seen(7).inventory.outruns_engine());
+    for index in [0, 6, 8] {
+        let host = seen(index);
+        assert_eq!(host.states(), ["app 80 waiting (br-app is newer than what the engine said of it)"]);
+        assert!(host.inventory.outruns_engine(), "so that it is asked");
+    }
+    let mut gone = seen(7);
+    gone.inventory.interfaces.clear();
+    assert_eq!(
+        gone.states(),
+        ["app 80 waiting (there is no interface br-app; it comes with the network's first container)"]
+    );
+    assert!(!gone.inventory.outruns_engine(), "nothing to ask about");
+}
+
+#[test]
+fn a_network_goes_by_either_of_its_names() {
+    let mut host = Host::new().listens("127.0.0.1:80").allow("bridge", "80");
+    host.inventory.docker_networks[0].other_name = Some("bridge".to_owned());
+    assert_eq!(host.states(), ["172.18.0.1:80 steered"]);
+}
