@@ -89,6 +89,7 @@ mod tests {
     use futures_util::StreamExt as _;
 
     use super::*;
+    use crate::planning::inventory::Product;
 
     fn missed(line: &Bytes) -> Option<u64> {
         match serde_json::from_slice::<Event>(line).unwrap().what {
@@ -105,7 +106,11 @@ mod tests {
         let mut quick = Box::pin(news.subscribe().unwrap());
         assert!(quick.next().await.is_some(), "the first line");
         for count in 1..=BUFFER as u64 + 7 {
-            news.tell(Happening::Docker { version: None, error: Some(count.to_string()) });
+            news.tell(Happening::Docker {
+                engine: Product::Docker,
+                version: None,
+                error: Some(count.to_string()),
+            });
             assert_eq!(missed(&quick.next().await.unwrap()), None);
         }
         assert!(slow.next().await.is_some(), "the first line is its own");

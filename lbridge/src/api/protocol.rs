@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::planning::{
     firewall::FirewallMode,
-    inventory::DockerNetwork,
+    inventory::{DockerNetwork, Product},
     policy::State,
     rule::{Network, Origin, PathChoice, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
@@ -144,7 +144,7 @@ pub struct Counters {
     pub register_refused: u64,
 }
 
-/// The Docker Engine.
+/// The Docker Engine, or Podman.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "lowercase")]
 pub enum DockerStatus {
@@ -152,11 +152,17 @@ pub enum DockerStatus {
     Off,
     /// It answers.
     Reachable {
+        /// Which it is.
+        #[serde(default)]
+        engine: Product,
         /// Its version.
         version: String,
     },
     /// It does not; rules in force stay in force.
     Away {
+        /// Which it was.
+        #[serde(default)]
+        engine: Product,
         /// Since when; `None` while it was not asked yet.
         since: Option<Timestamp>,
         /// Why.
@@ -378,6 +384,9 @@ pub enum Happening {
     },
     /// The Docker Engine answers, or does not any more.
     Docker {
+        /// Which it is.
+        #[serde(default)]
+        engine: Product,
         /// Its version; `None` while it is away.
         version: Option<String>,
         /// Why it is away.

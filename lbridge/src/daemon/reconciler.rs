@@ -34,7 +34,7 @@ use crate::{
     host::interfaces::Interfaces,
     kernel::{loader::Loaded, maps::Events},
     planning::{
-        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, find_networks},
+        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, Product, find_networks},
         plan::{Step, plan},
         policy::{Policy, State},
         resolve::resolve,
@@ -242,9 +242,12 @@ impl Reconciler {
     fn docker_status(&self) -> DockerStatus {
         match self.docker.as_ref().map(|docker| docker.view().presence) {
             None => DockerStatus::Off,
-            Some(Presence::Reachable { version }) => DockerStatus::Reachable { version },
-            Some(Presence::Away { since, error }) => DockerStatus::Away { since: Some(since), error },
+            Some(Presence::Reachable { engine, version }) => DockerStatus::Reachable { engine, version },
+            Some(Presence::Away { engine, since, error }) => {
+                DockerStatus::Away { engine, since: Some(since), error }
+            }
             Some(Presence::Unknown) => DockerStatus::Away {
+                engine: Product::default(),
                 since: None,
                 error: "it has not answered since the daemon started".to_owned(),
             },
@@ -254,7 +257,7 @@ impl Reconciler {
     /// Observe, resolve, plan, execute; until nothing is left to do, or nothing more can be done.
     async fn pass(&mut self) -> anyhow::Result<()> {
         let mut failures = Failures::default();
-        let (mut rounds, mut unseen) = (0, None);
+        let (mut rounds, mut unseen, mut asked_anew) = (0, None, false);
         loop {
             let view = self.docker.as_ref().map(Watcher::view);
             if let (Some(docker), Some(view)) = (&self.docker, &view) {
@@ -278,6 +281,13 @@ impl Reconciler {
                 }
                 (Err(error), None) => return Err(error),
             };
+            // Once: an engine that is away, or says the same again, will not know better at once.
+            if let Some(docker) = self.docker.as_ref().filter(|_| !asked_anew && inventory.outruns_engine()) {
+                asked_anew = true;
+                docker.refresh(DOCKER_REFRESH).await;
+                self.remember_networks();
+                continue;
+            }
             self.inventory = Some(inventory.clone());
             self.refused.retain(|inode, _| inventory.listeners.iter().any(|l| l.inode == *inode));
             let policy = Policy {
@@ -330,11 +340,11 @@ impl Reconciler {
         self.docker_told = now.clone();
         match now {
             DockerStatus::Off => {}
-            DockerStatus::Reachable { version } => {
-                self.news.tell(Happening::Docker { version: Some(version), error: None });
+            DockerStatus::Reachable { engine, version } => {
+                self.news.tell(Happening::Docker { engine, version: Some(version), error: None });
             }
-            DockerStatus::Away { error, .. } => {
-                self.news.tell(Happening::Docker { version: None, error: Some(error) });
+            DockerStatus::Away { engine, error, .. } => {
+                self.news.tell(Happening::Docker { engine, version: None, error: Some(error) });
             }
         }
     }

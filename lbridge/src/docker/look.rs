@@ -9,8 +9,8 @@ use bollard::{
 };
 use tokio::time::timeout;
 
-use super::snapshot;
-use crate::planning::inventory::DockerNetwork;
+use super::{engine, snapshot};
+use crate::planning::inventory::{DockerNetwork, Product};
 
 /// An engine that takes longer is as good as away.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -20,6 +20,8 @@ const HOST_GATEWAY: &str = "host-gateway";
 /// What the engine says of itself.
 #[derive(Debug, Clone)]
 pub struct Engine {
+    /// Which it is.
+    pub product: Product,
     /// Its version.
     pub version: String,
     /// Whether it runs without root, in namespaces of its own.
@@ -51,10 +53,10 @@ pub fn address() -> String {
 pub async fn engine() -> anyhow::Result<Engine> {
     within(async {
         let docker = connect()?;
-        let version = docker.version().await.map_err(super::plain)?.version.unwrap_or_default();
-        let options = docker.info().await?.security_options.unwrap_or_default();
-        let rootless = options.iter().any(|option| option.starts_with("name=rootless"));
-        Ok(Engine { version, rootless, networks: snapshot::networks(&docker).await? })
+        let engine = engine::Engine::ask(&docker).await?;
+        let networks = snapshot::networks(&docker, &engine).await?;
+        let engine::Engine { product, version, rootless, .. } = engine;
+        Ok(Engine { product, version, rootless, networks })
     })
     .await
 }

@@ -1,8 +1,10 @@
-//! Docker: its networks and containers, and the wake-ups when they change. The only room that knows bollard. Imports planning's
-//! inventory.
+//! Docker, or Podman in its place: networks and containers, and the wake-ups when they change. The only room that knows bollard.
+//! Imports planning's inventory.
 //!
 //! Level-triggered: an event only wakes, the list is read afresh.
 
+mod engine;
+mod libpod;
 pub mod look;
 mod snapshot;
 pub mod watch;

@@ -1,6 +1,6 @@
 //! The engine's networks and containers, as the rest of the program wants them.
 
-use std::net::IpAddr;
+use std::{collections::HashMap, net::IpAddr};
 
 use anyhow::Context as _;
 use bollard::{
@@ -10,22 +10,37 @@ use bollard::{
     query_parameters::{InspectContainerOptions, ListNetworksOptions},
 };
 
-use crate::planning::inventory::DockerNetwork;
+use nix::net::if_::if_nametoindex;
 
-use super::watch::{Container, Sighting};
+use crate::planning::inventory::{DockerNetwork, Product};
+
+use super::{
+    engine::Engine,
+    libpod,
+    watch::{Container, Sighting},
+};
 
 const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
 
 /// Lists the engine's networks, in order of name.
-pub(super) async fn networks(docker: &Docker) -> anyhow::Result<Vec<DockerNetwork>> {
-    let networks =
-        docker.list_networks(None::<ListNetworksOptions>).await.context("cannot list Docker's networks")?;
-    let mut networks: Vec<_> = networks.into_iter().filter_map(network).collect();
+pub(super) async fn networks(docker: &Docker, engine: &Engine) -> anyhow::Result<Vec<DockerNetwork>> {
+    // In this order, see `of_podman`.
+    let bridges = match &engine.libpod {
+        Some(libpod) => libpod.networks().await?.into_iter().map(seen).collect(),
+        None => HashMap::new(),
+    };
+    let networks = docker.list_networks(None::<ListNetworksOptions>).await;
+    let networks = networks.with_context(|| format!("cannot list {}'s networks", engine.product))?;
+    let networks = networks.into_iter().filter_map(|network| match engine.product {
+        Product::Docker => of_docker(network),
+        Product::Podman => of_podman(network, engine, &bridges),
+    });
+    let mut networks: Vec<_> = networks.map(|network| on_this_host(network, engine)).collect();
     networks.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
     Ok(networks)
 }
 
-fn network(network: Network) -> Option<DockerNetwork> {
+fn of_docker(network: Network) -> Option<DockerNetwork> {
     let (id, name, driver) = (network.id?, network.name?, network.driver.unwrap_or_default());
     let chosen = network.options.unwrap_or_default().remove(BRIDGE_NAME).filter(|name| !name.is_empty());
     let bridge = match driver.as_str() {
@@ -36,14 +51,56 @@ fn network(network: Network) -> Option<DockerNetwork> {
     Some(DockerNetwork { id, name, driver, bridge, ..DockerNetwork::default() })
 }
 
+/// A network of Podman's, by its id, with the index of the interface that has the name of its bridge now, 0 if none has.
+fn seen(network: libpod::Network) -> (String, (libpod::Network, u32)) {
+    let index = network.bridge().and_then(|name| if_nametoindex(name).ok()).unwrap_or_default();
+    (network.id.clone(), (network, index))
+}
+
+/// Podman makes a bridge with its network's first container, and names it podmanN, with the first N that is free: the next
+/// network may get the name, and nobody is told. But a network keeps its name for as long as it exists. So what was called that
+/// between two lists that both have the network is its bridge.
+fn of_podman(
+    network: Network,
+    engine: &Engine,
+    bridges: &HashMap<String, (libpod::Network, u32)>,
+) -> Option<DockerNetwork> {
+    let (id, name, driver) = (network.id?, network.name?, network.driver.unwrap_or_default());
+    if engine.libpod.is_none() {
+        let driver = format!("{driver} (of Podman {}, which does not tell its bridge)", engine.version);
+        return Some(DockerNetwork { id, name, driver, ..DockerNetwork::default() });
+    }
+    // One that is newer than the first list is in the next.
+    let (network, index) = bridges.get(&id)?;
+    let bridge = network.bridge().map(str::to_owned);
+    Some(DockerNetwork {
+        id,
+        driver: network.driver(),
+        bridge_index: bridge.as_ref().map(|_| *index),
+        bridge,
+        // The default network is called podman, in Docker's API bridge.
+        other_name: (name != network.name).then_some(name),
+        name: network.name.clone(),
+    })
+}
+
+/// The bridges of an engine without root are in a namespace of its own; here others may have their names.
+fn on_this_host(network: DockerNetwork, engine: &Engine) -> DockerNetwork {
+    if !engine.rootless || network.bridge.is_none() {
+        return network;
+    }
+    let driver = format!("{} (rootless)", network.driver);
+    DockerNetwork { driver, bridge: None, bridge_index: None, ..network }
+}
+
 /// The container of this name or id. What the engine has to say against one container is that one's state; an error
 /// is the engine's own.
-pub(super) async fn container(docker: &Docker, name: &str) -> anyhow::Result<Sighting> {
+pub(super) async fn container(docker: &Docker, engine: &Engine, name: &str) -> anyhow::Result<Sighting> {
     match docker.inspect_container(name, None::<InspectContainerOptions>).await {
-        Ok(container) => Ok(meant(container, name)),
+        Ok(container) => Ok(meant(container, name).map(|container| as_trusted(container, engine))),
         Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(Ok(None)),
         Err(Error::DockerResponseServerError { message, .. }) => {
-            Ok(Err(format!("Docker says: {}", message.replace('\n', " "))))
+            Ok(Err(format!("the engine says: {}", message.replace('\n', " "))))
         }
         Err(error) => Err(error).with_context(|| format!("cannot inspect container {name}")),
     }
@@ -64,6 +121,13 @@ fn meant(container: ContainerInspectResponse, name: &str) -> Sighting {
         (true, true) => Err(format!("{name} is the name of a container, and reads like an id; rename it")),
         (false, _) => Ok(None),
     }
+}
+
+/// An engine without root is its user's, and its networks are none of the host's: no service is to be shown addresses that
+/// mean another container there.
+fn as_trusted(container: Option<Container>, engine: &Engine) -> Option<Container> {
+    container
+        .map(|container| Container { address: container.address.filter(|_| !engine.rootless), ..container })
 }
 
 fn described(container: ContainerInspectResponse) -> Option<Container> {

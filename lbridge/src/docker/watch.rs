@@ -1,7 +1,7 @@
 //! Follows the engine: through its events, its absence and its return.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     time::Duration,
 };
@@ -15,13 +15,15 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::snapshot;
-use crate::planning::inventory::DockerNetwork;
+use super::{engine::Engine, snapshot};
+use crate::planning::inventory::{DockerNetwork, Product};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
 /// The list is read without an event that often: an event that was lost is made up for.
 const RELIST: Duration = Duration::from_secs(60);
+/// Before 5.4 Podman does not tell of networks that come and go.
+const RELIST_PODMAN: Duration = Duration::from_secs(10);
 /// The engine's events have whole seconds.
 const SINCE_BEFORE: Duration = Duration::from_secs(1);
 /// An engine that takes longer to answer is as good as away.
@@ -34,11 +36,15 @@ pub enum Presence {
     Unknown,
     /// It does.
     Reachable {
+        /// Which it is.
+        engine: Product,
         /// Its version.
         version: String,
     },
     /// It does not.
     Away {
+        /// Which it was, when it last did.
+        engine: Product,
         /// Since when.
         since: Timestamp,
         /// Why.
@@ -142,8 +148,12 @@ async fn follow(
         view.send_if_modified(|view| match &mut view.presence {
             Presence::Away { error: known, .. } => std::mem::replace(known, error.clone()) != error,
             presence => {
-                tracing::warn!("Docker is away: {error}; rules in force stay in force");
-                *presence = Presence::Away { since: Timestamp::now(), error };
+                let engine = match presence {
+                    Presence::Reachable { engine, .. } => *engine,
+                    Presence::Unknown | Presence::Away { .. } => Product::default(),
+                };
+                tracing::warn!("{engine} is away: {error}; rules in force stay in force");
+                *presence = Presence::Away { engine, since: Timestamp::now(), error };
                 true
             }
         });
@@ -172,34 +182,34 @@ async fn session(
 ) -> anyhow::Result<()> {
     let docker = Docker::connect_with_defaults()
         .context("no engine is found (is dockerd running, is DOCKER_HOST right?)")?;
-    let version = within(docker.version()).await?.version.unwrap_or_default();
+    let engine = within(Engine::ask(&docker)).await?;
+    let Engine { product, version, .. } = &engine;
     // The request for events goes out when the first is waited for, after the list was read; so it asks for those since
     // before. They may have happened already, which costs a look.
     let since = Some((Timestamp::now() - SINCE_BEFORE).as_second().to_string());
-    // What makes, ends or renames something. Others are as frequent as the health checks of every container.
-    let actions = ["create", "destroy", "remove", "connect", "disconnect", "start", "die", "rename"];
-    let filters = HashMap::from([
-        ("type".to_owned(), vec!["network".to_owned(), "container".to_owned()]),
-        ("event".to_owned(), actions.map(str::to_owned).into()),
-    ]);
-    let mut events =
-        docker.events(Some(EventsOptions { since, filters: Some(filters), ..EventsOptions::default() }));
+    let options = EventsOptions { since, filters: Some(Engine::events()), ..EventsOptions::default() };
+    let mut events = docker.events(Some(options.clone()));
+    let mut pause = FIRST_BACKOFF;
+    let relist = match product {
+        Product::Docker => RELIST,
+        Product::Podman => RELIST_PODMAN,
+    };
     let mut waiting: Option<oneshot::Sender<()>> = None;
     loop {
-        let networks = within_anyhow(snapshot::networks(&docker)).await?;
+        let networks = within(snapshot::networks(&docker, &engine)).await?;
         let names = wanted.borrow_and_update().clone();
         let mut containers = BTreeMap::new();
         for name in names {
-            let container = within_anyhow(snapshot::container(&docker, &name)).await?;
+            let container = within(snapshot::container(&docker, &engine, &name)).await?;
             containers.insert(name, container);
         }
         *backoff = FIRST_BACKOFF;
         view.send_if_modified(|view| {
-            let presence = Presence::Reachable { version: version.clone() };
+            let presence = Presence::Reachable { engine: *product, version: version.clone() };
             let changed =
                 view.presence != presence || view.networks != networks || view.containers != containers;
             if view.presence != presence {
-                tracing::info!("Docker {version} answers");
+                tracing::info!("{product} {version} answers");
             }
             *view = View { presence, networks, containers };
             changed
@@ -208,9 +218,19 @@ async fn session(
             let _ = done.send(());
         }
         tokio::select! {
-            event = events.next() => {
-                event.context("the engine closed the stream of events")?.context("the stream of events broke")?;
-            }
+            event = events.next() => match (event, product) {
+                (Some(Ok(_)), _) => pause = FIRST_BACKOFF,
+                // Podman 4 breaks it off where it reads half a line of its own log. Whether it is there the list says.
+                (_, Product::Podman) => {
+                    sleep(pause).await;
+                    pause = (pause * 2).min(LAST_BACKOFF);
+                    events = docker.events(Some(options.clone()));
+                }
+                (event, Product::Docker) => {
+                    let event = event.context("the engine closed the stream of events")?;
+                    event.context("the stream of events broke")?;
+                }
+            },
             request = requests.recv() => match request {
                 Some(done) => waiting = Some(done),
                 None => return Ok(()),
@@ -218,15 +238,11 @@ async fn session(
             changed = wanted.changed() => if changed.is_err() {
                 return Ok(());
             },
-            () = sleep(RELIST) => {}
+            () = sleep(relist) => {}
         }
     }
 }
 
-async fn within<T>(answer: impl Future<Output = Result<T, bollard::errors::Error>>) -> anyhow::Result<T> {
-    within_anyhow(async { answer.await.map_err(super::plain) }).await
-}
-
-async fn within_anyhow<T>(answer: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+async fn within<T>(answer: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     timeout(ANSWER_TIMEOUT, answer).await.context("the engine does not answer")?
 }

@@ -6,7 +6,10 @@ use super::{Finding, Host, Level, listed, quoted};
 use crate::{
     api::protocol::{DockerStatus, Status},
     docker::look::{self, Engine},
-    planning::{inventory::find_networks, rule::Network},
+    planning::{
+        inventory::{Product, find_networks},
+        rule::Network,
+    },
 };
 
 /// The network whose gateway `host-gateway` stands for.
@@ -25,43 +28,47 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
         Ok(engine) => engine,
         Err(error) => {
             let finding = match (&followed, nix::unistd::geteuid().is_root()) {
-                (Some(DockerStatus::Reachable { version }), true) => {
+                (Some(DockerStatus::Reachable { engine, version }), true) => {
                     let what = format!(
-                        "no answer from {}, though the daemon has one from Docker {version}",
+                        "no answer from {}, though the daemon has one from {engine} {version}",
                         look::address()
                     );
                     Finding::new(CHECK, Level::Note, what)
                         .because("DOCKER_HOST may be another here than where the daemon runs.")
                 }
-                (Some(DockerStatus::Reachable { version }), false) => {
-                    Finding::ok(CHECK, format!("Docker {version} answers the daemon"))
+                (Some(DockerStatus::Reachable { engine, version }), false) => {
+                    Finding::ok(CHECK, format!("{engine} {version} answers the daemon"))
                 }
                 // Who may not ask the engine may not ask the daemon either, and knows of no rule.
                 (None, false) => Finding::needs_root(CHECK, "Docker"),
                 _ => {
                     let level = if needed { Level::Problem } else { Level::Note };
-                    let what = format!("no Docker Engine at {}: {error:#}", look::address());
+                    let address = look::address();
+                    let what = format!("no Docker Engine at {address}: {error:#}");
                     let why = if needed {
                         "Rules in force stay in force, and do not follow networks and containers."
                     } else {
                         "No rule needs one."
                     };
                     let finding = Finding::new(CHECK, level, what).because(why);
-                    if needed { finding.type_this(["systemctl start docker.service"]) } else { finding }
+                    let unit = if address.contains("podman") { "podman.socket" } else { "docker.service" };
+                    if needed { finding.type_this([format!("systemctl start {unit}")]) } else { finding }
                 }
             };
             return (None, vec![finding]);
         }
     };
     let mut bridges = engine.networks.iter().filter_map(|network| network.bridge.as_ref()).peekable();
-    let none = bridges.peek().is_some()
+    // Podman makes a bridge with its first container.
+    let none = engine.product == Product::Docker
+        && bridges.peek().is_some()
         && !bridges.any(|bridge| host.interfaces.iter().any(|interface| interface.name == *bridge));
-    let what = format!("Docker {} answers at {}", engine.version, look::address());
+    let what = format!("{} {} answers at {}", engine.product, engine.version, look::address());
     let finding = if engine.rootless || none {
         let kind = if engine.rootless { "it is rootless" } else { "none of its bridges is on this host" };
         Finding::new(CHECK, Level::Warning, format!("{what}, but {kind}"))
-            .because("A rule for one of its networks has no bridge; its containers' processes can be named.")
-            .type_this(["lbridge allow pid:N PORT"])
+            .because("A rule for one of its networks has no bridge; its containers can be named.")
+            .type_this(["lbridge allow container:NAME PORT"])
     } else {
         Finding::ok(CHECK, what)
     };

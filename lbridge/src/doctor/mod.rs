@@ -24,7 +24,7 @@ use crate::{
     api::client::Client,
     host::interfaces,
     planning::{
-        inventory::{DockerNetwork, Interface, find_networks},
+        inventory::{DockerNetwork, Interface, Product, find_networks},
         rule::{Network, PathChoice, PortSpec, Rule, Target},
     },
     store::{Store, config::Config},
@@ -189,7 +189,10 @@ pub async fn examine(options: &Options, client: &Client) -> Report {
     findings.extend(about_engine);
     if let Some(engine) = engine {
         host.networks = engine.networks;
-        findings.extend(docker::guests(&host).await);
+        // To Podman the host is the gateway of the container's own network.
+        if engine.product == Product::Docker {
+            findings.extend(docker::guests(&host).await);
+        }
     }
     findings.extend(firewall::findings(&host, status.as_ref().ok()).await);
     findings.extend(services::findings(&host));

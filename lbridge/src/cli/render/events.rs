@@ -37,9 +37,11 @@ pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
             format!("port {port}: a service listens, which the kernel cannot be given: {}", shown(error))
         }
         Happening::Closed { port } => format!("port {port}: a service listens no more"),
-        Happening::Docker { version: Some(version), .. } => format!("Docker {} answers", shown(version)),
-        Happening::Docker { version: None, error } => {
-            format!("Docker is away ({})", shown(error.as_deref().unwrap_or_default()))
+        Happening::Docker { engine, version: Some(version), .. } => {
+            format!("{engine} {} answers", shown(version))
+        }
+        Happening::Docker { engine, version: None, error } => {
+            format!("{engine} is away ({})", shown(error.as_deref().unwrap_or_default()))
         }
         Happening::Refused { network, port, protocol, connections } => {
             format!(

@@ -34,10 +34,12 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
     };
     let _ = match &status.docker {
         DockerStatus::Off => writeln!(text, "Docker   not followed (--no-docker)"),
-        DockerStatus::Reachable { version } => writeln!(text, "Docker   {} answers", shown(version)),
-        DockerStatus::Away { since, error } => {
+        DockerStatus::Reachable { engine, version } => {
+            writeln!(text, "{engine:8} {} answers", shown(version))
+        }
+        DockerStatus::Away { engine, since, error } => {
             let since = since.map_or_else(String::new, |since| format!(" since {since:.0}"));
-            writeln!(text, "Docker   away{since}; rules in force stay in force ({})", shown(error))
+            writeln!(text, "{engine:8} away{since}; rules in force stay in force ({})", shown(error))
         }
     };
     text += &firewall_line(&status.firewall);
