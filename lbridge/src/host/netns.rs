@@ -225,15 +225,25 @@ fn of_process(
 /// Whether a process in these cgroups (/proc/PID/cgroup) is the container's: the first part of a path that holds an id
 /// holds this one. Who is in a container, or has a cgroup of its own, can make others below with any name.
 fn is_in_container(cgroups: &str, container: &str) -> bool {
-    const ID: usize = 64;
-    let is_id = |text: &str| text.len() == ID && text.bytes().all(|b| b.is_ascii_hexdigit());
     let ids = cgroups.lines().filter_map(|line| {
-        let path = line.splitn(3, ':').nth(2)?;
+        let path = without_pod(line.splitn(3, ':').nth(2)?);
         // `ID`, `docker-ID.scope`, `libpod-ID.scope`, `crio-ID`.
         path.split('/').find_map(|part| part.split(['-', '.']).find(|word| is_id(word)))
     });
     let ids: Vec<_> = ids.collect();
     is_id(container) && !ids.is_empty() && ids.iter().all(|id| *id == container)
+}
+
+/// Where Podman makes cgroups itself, a pod has one around those of its containers, named by its id alone; below a folder at the
+/// top, where nobody but root makes any.
+fn without_pod(path: &str) -> &str {
+    let inside = path.strip_prefix("/libpod_parent/").and_then(|path| path.split_once('/'));
+    inside.filter(|(pod, _)| is_id(pod)).map_or(path, |(_, container)| container)
+}
+
+fn is_id(text: &str) -> bool {
+    const ID: usize = 64;
+    text.len() == ID && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 fn has_ended(process: &OwnedFd) -> bool {
@@ -352,6 +362,13 @@ mod tests {
             (format!("0::/docker/{own}\n"), true),
             (format!("0::/system.slice/docker-{own}.scope\n"), true),
             (format!("0::/machine.slice/libpod-{own}.scope/container\n"), true),
+            (format!("0::/system.slice/a.service/libpod-payload-{own}\n"), true),
+            (format!("0::/libpod_parent/libpod-{own}\n"), true),
+            // In a pod, and what somebody in a container may make of that.
+            (format!("0::/libpod_parent/{other}/libpod-{own}\n"), true),
+            (format!("0::/machine.slice/machine-libpod_pod_{other}.slice/libpod-{own}.scope\n"), true),
+            (format!("0::/libpod_parent/libpod-{other}/libpod-{own}\n"), false),
+            (format!("0::/docker/{other}/libpod_parent/{other}/libpod-{own}\n"), false),
             (format!("1:cpu:/docker/{own}\n0::/\n"), true),
             (format!("0::/docker/{other}/{own}\n"), false),
             (format!("0::/docker/{own}/{other}\n"), true),
