@@ -6,7 +6,7 @@ use crate::bpf_toolchain::{self, Toolchain};
 use crate::{apt, kernels, package, roots};
 
 /// What the suites use, apart from the toolchain of the kernel programs.
-const PACKAGES: [&str; 26] = [
+const PACKAGES: [&str; 28] = [
     "aardvark-dns",   // Podman's names
     "apache2-bin",    // a web server, without the service that the package apache2 is
     "bubblewrap",     // sandboxes of users
@@ -28,10 +28,12 @@ const PACKAGES: [&str; 26] = [
     "qemu-system-x86",
     "redis-tools", // the server is in it, under another name; redis-server would be a service
     "rpm",         // looks at the package for other distributions, and installs it
+    "slirp4netns", // networks of a user's Podman
     "socat",
     "strace",   // a tracer that is there already
     "systemd",  // the suite that restarts lbridge under it
     "ufw",      // a firewall in the way
+    "uidmap",   // a user's Podman
     "xz-utils", // kernel modules are compressed
 ];
 

@@ -260,6 +260,8 @@ impl Daemon {
     pub fn command(&self) -> Result<Command> {
         let mut command = self.host.command(binary()?);
         command.env("LBRIDGE_SOCKET", self.socket()).stdin(Stdio::null());
+        // Those that ask the engine themselves ask the daemon's.
+        command.envs(self.options.env.iter().filter(|(name, _)| name == "DOCKER_HOST").cloned());
         Ok(command)
     }
 

@@ -16,6 +16,7 @@ pub mod netns;
 pub mod packages;
 pub mod patience;
 pub mod pins;
+pub mod podman;
 pub mod sandbox;
 pub mod scene;
 pub mod service;
