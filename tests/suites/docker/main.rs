@@ -5,6 +5,7 @@ mod doctor;
 mod engine;
 mod names;
 mod networks;
+mod swarm;
 
 use std::net::SocketAddr;
 
@@ -29,7 +30,14 @@ fn main() {
         Need::Program("busybox"),
         Need::Program("tar"),
     ];
-    let tests = [networks::tests(), names::tests(), engine::tests(), containers::tests(), doctor::tests()];
+    let tests = [
+        networks::tests(),
+        names::tests(),
+        engine::tests(),
+        containers::tests(),
+        swarm::tests(),
+        doctor::tests(),
+    ];
     let mut suite = Suite::new(NEEDS, tests.concat());
     suite.threads = 1;
     suite.main()
