@@ -271,6 +271,9 @@ pub struct GatewayStatus {
     /// Which namespace that is, if it is not the host's.
     #[serde(default)]
     pub namespace: Option<NamespaceStatus>,
+    /// The addresses that are served there now, of a rule for some containers; absent if it is for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sources: Option<BTreeSet<IpAddr>>,
     /// As observed.
     pub state: State,
     /// Why.

@@ -148,6 +148,7 @@ mod tests {
         let gateway = GatewayStatus {
             address: "172.18.0.1".parse().unwrap(),
             namespace: None,
+            sources: None,
             interface: "br-app".to_owned(),
             state: State::Steered,
             why: None,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use lbridge_common::wire::RuleKey;
+use lbridge_common::wire::{RuleKey, SourceKey};
 
 use super::handover::Inherited;
 use crate::{
@@ -147,7 +147,9 @@ impl Executor {
                 let text = format!("{error:#}");
                 match step {
                     Step::OpenRelay(key, _) => drop(failures.relays.insert(key.clone(), text)),
-                    Step::PutEntry(key, _) => drop(failures.entries.insert(*key, text)),
+                    Step::PutEntry(key, _) | Step::AddSource(SourceKey { rule: key, .. }) => {
+                        drop(failures.entries.insert(*key, text));
+                    }
                     Step::Register { inode, key } => match unsuitable(&error) {
                         Some(kind) => drop(failures.refused.insert(*inode, kind)),
                         None => drop(failures.listeners.insert(key.port, text)),

@@ -10,7 +10,9 @@ use crate::{
     docker::watch::{Presence, Sighting, View},
     host::{interfaces::Interfaces, listeners, netns},
     planning::{
-        inventory::{Absence, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId},
+        inventory::{
+            Absence, Container, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId,
+        },
         rule::{Network, ProcessStart, Rules, Target},
     },
     relay::trusted,
@@ -42,6 +44,7 @@ pub(super) async fn observe(
             Target::Port(_) | Target::Address(_) => None,
         })
         .collect();
+    let namespaces = namespaces(rules, docker, host, processes);
     Ok(Inventory {
         docker_networks: docker.map(|view| view.networks.clone()).unwrap_or_default(),
         docker: match docker.map(|view| &view.presence) {
@@ -49,19 +52,34 @@ pub(super) async fn observe(
             Some(Presence::Reachable { .. }) => DockerPresence::Reachable,
             Some(Presence::Away { .. } | Presence::Unknown) => DockerPresence::Away,
         },
-        containers: docker.map(container_networks).unwrap_or_default(),
+        containers: docker.map(|view| containers(view, processes)).unwrap_or_default(),
+        container_names: docker.map(|view| view.container_names.clone()).unwrap_or_default(),
         interfaces: interfaces.list().await?,
         listeners,
         untrusted_paths: trusted::untrusted(&unix),
         unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
-        namespaces: namespaces(rules, docker, host, processes),
+        namespaces,
     })
 }
 
-/// The networks of every container that Docker has told of.
-fn container_networks(docker: &View) -> BTreeMap<String, Vec<String>> {
-    let networks = |sighting: &Sighting| Some(sighting.as_ref().ok()?.as_ref()?.networks.clone());
-    docker.containers.iter().filter_map(|(name, seen)| Some((name.clone(), networks(seen)?))).collect()
+/// Every container that Docker has told of. While it is away nobody tells when one ends, and whose the address is then: it
+/// is the container's for as long as its process is there.
+fn containers(docker: &View, processes: &Processes) -> BTreeMap<String, Result<Container, String>> {
+    let reachable = matches!(docker.presence, Presence::Reachable { .. });
+    let lives = |id: &str, pid| {
+        let known = processes.get(&(String::from(id), pid)).cloned().flatten();
+        known.is_some() && netns::process_start(pid).ok() == known
+    };
+    let seen = |sighting: &Sighting| match sighting {
+        Ok(None) => None,
+        Err(why) => Some(Err(why.clone())),
+        Ok(Some(container)) => {
+            let lives = || container.pid.is_some_and(|pid| lives(&container.id, pid));
+            let running = container.running && (reachable || lives());
+            Some(Ok(Container { running, attachments: container.attachments.clone() }))
+        }
+    };
+    docker.containers.iter().filter_map(|(name, sighting)| Some((name.clone(), seen(sighting)?))).collect()
 }
 
 /// The namespaces that the rules name.
@@ -141,7 +159,7 @@ fn namespace(
             };
             let entrance =
                 Entrance::Process { pid, start: Some(start), container: Some(container.id.clone()) };
-            (entrance, container.address)
+            (entrance, container.address())
         }
     };
     let namespace = netns::Namespace::open(&entrance, host);
@@ -171,11 +189,12 @@ mod tests {
         let rule = Rule::new("container:c".parse().unwrap(), PortSpec::same(80));
         let rules = Rules::default().allow([rule.clone()], Origin::Cli).unwrap();
         let container =
-            |pid| Container { id: "ab".repeat(32), pid: Some(pid), address: None, networks: vec![] };
+            |pid| Container { id: "ab".repeat(32), pid: Some(pid), running: true, attachments: vec![] };
         let view = |pid| View {
             presence: Presence::Unknown,
             networks: vec![],
             containers: [("c".to_owned(), Ok(Some(container(pid))))].into(),
+            container_names: vec![],
         };
         let host = NamespaceId { device: 0, inode: 0 };
         let mut processes = Processes::new();

@@ -150,24 +150,30 @@ impl Reconciler {
     ) -> anyhow::Result<()> {
         // Containers can cause wake-ups (a relay's refused connections), so looks keep a distance. Commands do not wait.
         let mut woken = false;
+        // An address that a rule is for may be another container's now.
+        let mut pressing = false;
         let mut looked = Instant::now();
         loop {
             self.manager.beat();
-            let due = looked + if woken { BREATH } else { self.pause() };
+            let pause = if woken { BREATH } else { self.pause() };
+            let due = looked + if pressing { Duration::ZERO } else { pause };
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(command) => self.command(command).await,
                     None => return Ok(()),
                 },
                 _ = wakes.recv(), if !woken => woken = true,
-                () = docker_changed(&mut self.docker), if !woken => woken = true,
+                () = docker_changed(&mut self.docker), if !pressing => {
+                    woken = true;
+                    pressing = self.names_sources();
+                }
                 () = self.manager.next_beat() => {}
                 happened = listener_changed(&mut self.events), if !woken => {
                     woken = true;
                     happened.iter().filter_map(report::happening).for_each(|what| self.news.tell(what));
                 }
                 () = sleep_until(due) => {
-                    woken = false;
+                    (woken, pressing) = (false, false);
                     self.remember_networks();
                     if let Err(error) = self.pass().await {
                         tracing::error!("cannot look at the host, trying again: {error:#}");
@@ -213,11 +219,19 @@ impl Reconciler {
         let relaying = !self.last.policy.relays.is_empty();
         // What the kernel does not tell of is to be told in time, too.
         let followed = self.news.is_heard();
-        if blind || unix || inside || relaying || followed { POLL } else { IDLE_LOOK }
+        // Nobody tells whether the containers that rules are for still run.
+        let unsure = self.names_sources()
+            && !matches!(self.docker_status(), DockerStatus::Reachable { .. } | DockerStatus::Off);
+        if blind || unix || inside || relaying || followed || unsure { POLL } else { IDLE_LOOK }
+    }
+
+    /// Whether some rule is for some containers of its network only.
+    fn names_sources(&self) -> bool {
+        self.rules.iter().any(|(_, rule, _)| !rule.from.is_empty())
     }
 
     /// Has Docker tell of the containers that `rules` name, and of what `networks` mean, where that is not known yet.
-    async fn ask_docker(&mut self, rules: &Rules, mut networks: impl Iterator<Item = &Network>) {
+    async fn ask_docker(&mut self, rules: &Rules, mut networks: impl Iterator<Item = &Network> + Clone) {
         let Some(docker) = &self.docker else { return };
         let known = docker.view();
         docker.want(names(rules, &known));
@@ -226,8 +240,12 @@ impl Reconciler {
             Network::Container(name) => !matches!(known.containers.get(name), Some(Ok(Some(_)))),
             Network::Bridge(_) | Network::Netns(_) | Network::Process(_) => false,
         };
+        let mut named = networks.clone().flat_map(|network| {
+            rules.iter().filter(move |(id, ..)| id.network == *network).flat_map(|(_, rule, _)| &rule.from)
+        });
+        let is_unknown = |name: &String| !matches!(known.containers.get(name), Some(Ok(Some(_))));
         // The network may be so new that its event is still under way.
-        if networks.any(unknown) {
+        if named.any(is_unknown) || networks.any(unknown) {
             docker.refresh(DOCKER_REFRESH).await;
             self.remember_networks();
         }
@@ -376,7 +394,7 @@ pub(super) fn containers(rules: &Rules) -> BTreeSet<String> {
         Network::Container(name) => Some(name.clone()),
         _ => None,
     };
-    rules.iter().filter_map(|(_, rule, _)| name(rule)).collect()
+    rules.iter().flat_map(|(_, rule, _)| name(rule).into_iter().chain(rule.from.iter().cloned())).collect()
 }
 
 /// What Docker is asked for as containers: those that rules name, and what is no network, which may have been meant as one.

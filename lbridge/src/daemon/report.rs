@@ -3,9 +3,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
+    net::IpAddr,
 };
 
-use lbridge_common::wire::ListenerEvent;
+use lbridge_common::wire::{Address, ListenerEvent, RuleValue, SourceKey};
 
 use super::executor::Failures;
 use crate::{
@@ -13,7 +14,7 @@ use crate::{
     planning::{
         firewall::Passage,
         inventory::{Entrance, NamespaceKey},
-        policy::{GatewayOutcome, Outcome, Place, Policy, RelayKey, RuleOutcome, State},
+        policy::{Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, State},
         reality::Reality,
         rule::{RuleId, Rules},
     },
@@ -182,6 +183,16 @@ impl Report {
             (State::Steered, _) if self.reality.detached => {
                 blocked(None, "the kernel programs are detached, their pins are gone; restart the daemon")
             }
+            (State::Steered, Some(entry))
+                if !sources(&self.policy.sources, entry)
+                    .is_subset(&sources(&self.reality.sources, entry)) =>
+            {
+                let failure = self.failures.entries.get(&entry.key);
+                blocked(
+                    failure,
+                    "the kernel does not know all of its containers; the daemon's log may say why",
+                )
+            }
             (State::Steered, Some(entry)) if self.reality.serves(entry) => meant.outcome.clone(),
             (State::Steered, Some(entry)) => {
                 let failure = self.failures.listeners.get(&entry.target_port);
@@ -206,11 +217,25 @@ impl Report {
                 Place::Bridge { .. } => None,
                 Place::Namespace(key) => Some(namespace(key)),
             },
+            sources: match (self.reality.relays.get(&meant.relay_key), entry) {
+                (Some(RelaySpec { clients: Clients::Listed(listed), .. }), _) => Some(listed.clone()),
+                (None, Some(entry)) if entry.flags & RuleValue::LISTED != 0 => {
+                    Some(sources(&self.reality.sources, entry))
+                }
+                _ => None,
+            },
             state: observed.state,
             why: observed.why,
             connections: entry.map_or(0, |entry| entry.steered) + by_relay.connections,
         }
     }
+}
+
+/// The addresses that an entry is for, if it is not for all.
+fn sources(known: &BTreeSet<SourceKey>, entry: &RuleValue) -> BTreeSet<IpAddr> {
+    let of_words = |words| SourceKey { rule: entry.key, source: Address(words) };
+    let of_entry = known.range(of_words([0; 4])..=of_words([u32::MAX; 4]));
+    of_entry.map(|key| key.source.into()).collect()
 }
 
 fn namespace(key: &NamespaceKey) -> NamespaceStatus {

@@ -7,12 +7,12 @@ use bollard::{
     Docker,
     errors::Error,
     models::{ContainerInspectResponse, EndpointSettings, Network},
-    query_parameters::{InspectContainerOptions, ListNetworksOptions},
+    query_parameters::{InspectContainerOptions, ListContainersOptions, ListNetworksOptions},
 };
 
 use nix::net::if_::if_nametoindex;
 
-use crate::planning::inventory::{DockerNetwork, Product};
+use crate::planning::inventory::{Attachment, DockerNetwork, Product};
 
 use super::{
     engine::Engine,
@@ -126,23 +126,43 @@ fn meant(container: ContainerInspectResponse, name: &str) -> Sighting {
 /// An engine without root is its user's, and its networks are none of the host's: no service is to be shown addresses that
 /// mean another container there.
 fn as_trusted(container: Option<Container>, engine: &Engine) -> Option<Container> {
-    container
-        .map(|container| Container { address: container.address.filter(|_| !engine.rootless), ..container })
+    container.map(|mut container| {
+        if engine.rootless {
+            container.attachments.iter_mut().for_each(|there| there.addresses.clear());
+        }
+        container
+    })
 }
 
 fn described(container: ContainerInspectResponse) -> Option<Container> {
     let pid = container.state.and_then(|state| u32::try_from(state.pid?).ok()).filter(|pid| *pid != 0);
     let networks = container.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
-    let mut networks: Vec<_> = networks.into_iter().collect();
-    networks.sort_by(|(a, _), (b, _)| a.cmp(b));
-    let address = networks.iter().find_map(|(_, endpoint)| address(endpoint));
-    let networks = networks.into_iter().map(|(name, _)| name).collect();
-    Some(Container { id: container.id?, pid, address, networks })
+    let mut attachments: Vec<_> =
+        networks.into_iter().map(|(name, endpoint)| attachment(name, &endpoint)).collect();
+    attachments.sort_by(|a, b| a.network.cmp(&b.network));
+    Some(Container { id: container.id?, pid, running: pid.is_some(), attachments })
 }
 
-fn address(endpoint: &EndpointSettings) -> Option<IpAddr> {
+fn attachment(network: String, endpoint: &EndpointSettings) -> Attachment {
     let addresses = [&endpoint.ip_address, &endpoint.global_ipv6_address];
     // The engine lets networks have any; none of these may be shown to a service.
     let is_a_containers = |ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast();
-    addresses.into_iter().flatten().filter_map(|text| text.parse().ok()).find(is_a_containers)
+    let addresses = addresses.into_iter().flatten().filter_map(|text| text.parse().ok());
+    let addresses = addresses.filter(is_a_containers).collect();
+    // Podman has the name there.
+    let id = endpoint.network_id.clone().filter(|id| !id.is_empty() && *id != network);
+    Attachment { network, id, addresses }
+}
+
+/// The names of all containers, those that do not run, too.
+pub(super) async fn container_names(docker: &Docker) -> anyhow::Result<Vec<String>> {
+    let options = ListContainersOptions { all: true, ..ListContainersOptions::default() };
+    let containers =
+        docker.list_containers(Some(options)).await.context("cannot list Docker's containers")?;
+    // Links of the old kind are names with a second slash.
+    let own = |name: &String| Some(name.strip_prefix('/')?.to_owned()).filter(|name| !name.contains('/'));
+    let mut names: Vec<_> =
+        containers.iter().filter_map(|c| c.names.iter().flatten().find_map(own)).collect();
+    names.sort();
+    Ok(names)
 }

@@ -1,14 +1,14 @@
 //! Follows the engine: through its events, its absence and its return.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     time::Duration,
 };
 
 use anyhow::Context as _;
-use bollard::{Docker, query_parameters::EventsOptions};
-use futures_util::StreamExt as _;
+use bollard::{Docker, models::EventMessage, query_parameters::EventsOptions};
+use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use jiff::Timestamp;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::{engine::Engine, snapshot};
-use crate::planning::inventory::{DockerNetwork, Product};
+use crate::planning::inventory::{Attachment, DockerNetwork, Product};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
@@ -28,6 +28,9 @@ const RELIST_PODMAN: Duration = Duration::from_secs(10);
 const SINCE_BEFORE: Duration = Duration::from_secs(1);
 /// An engine that takes longer to answer is as good as away.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Containers that are asked for at once.
+const AT_A_TIME: usize = 8;
 
 /// Whether the engine answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,7 +56,7 @@ pub enum Presence {
 }
 
 /// What is known of the engine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
     /// Whether it answers.
     pub presence: Presence,
@@ -61,6 +64,8 @@ pub struct View {
     pub networks: Vec<DockerNetwork>,
     /// The containers that were asked for, by the name that was asked for; the last known while it is away.
     pub containers: BTreeMap<String, Sighting>,
+    /// The names of all containers, where one that was asked for is nobody's.
+    pub container_names: Vec<String>,
 }
 
 /// What the engine says of a name: a container, none, or what is wrong with it.
@@ -73,10 +78,17 @@ pub struct Container {
     pub id: String,
     /// Its first process, in the engine's pid namespace, while it runs.
     pub pid: Option<u32>,
-    /// Its address on the first of its networks, by name, that gives it one.
-    pub address: Option<IpAddr>,
-    /// Names of its networks, in order.
-    pub networks: Vec<String>,
+    /// Whether it runs; not if the engine has told of its end.
+    pub running: bool,
+    /// Its networks, in order of name.
+    pub attachments: Vec<Attachment>,
+}
+
+impl Container {
+    /// Its address on the first of its networks that gives it one.
+    pub fn address(&self) -> Option<IpAddr> {
+        self.attachments.iter().flat_map(|there| &there.addresses).next().copied()
+    }
 }
 
 /// Follows the engine in a task of its own, which ends when the watcher is dropped.
@@ -91,7 +103,12 @@ impl Watcher {
     /// Starts to follow the engine at `DOCKER_HOST`, or at the default socket, and the containers of these names.
     /// `last_known` serves until it answers.
     pub fn start(last_known: Vec<DockerNetwork>, containers: BTreeSet<String>) -> Self {
-        let unknown = View { presence: Presence::Unknown, networks: last_known, containers: BTreeMap::new() };
+        let unknown = View {
+            presence: Presence::Unknown,
+            networks: last_known,
+            containers: BTreeMap::new(),
+            container_names: vec![],
+        };
         let (sender, view) = watch::channel(unknown);
         let (wanted, names) = watch::channel(containers);
         let (refresh, requests) = mpsc::channel(16);
@@ -195,42 +212,60 @@ async fn session(
         Product::Podman => RELIST_PODMAN,
     };
     let mut waiting: Option<oneshot::Sender<()>> = None;
+    let mut ended = Ended::default();
     loop {
+        let looked = Timestamp::now();
         let networks = within(snapshot::networks(&docker, &engine)).await?;
         let names = wanted.borrow_and_update().clone();
-        let mut containers = BTreeMap::new();
-        for name in names {
+        let sightings = names.into_iter().map(async |name| {
             let container = within(snapshot::container(&docker, &engine, &name)).await?;
-            containers.insert(name, container);
-        }
+            anyhow::Ok((name, container))
+        });
+        let mut containers: BTreeMap<_, _> =
+            stream::iter(sightings).buffered(AT_A_TIME).try_collect().await?;
+        let missing = containers.values().any(|sighting| matches!(sighting, Ok(None)));
+        let container_names =
+            if missing { within(snapshot::container_names(&docker)).await? } else { vec![] };
+        ended.apply(&mut containers);
         *backoff = FIRST_BACKOFF;
         view.send_if_modified(|view| {
             let presence = Presence::Reachable { engine: *product, version: version.clone() };
-            let changed =
-                view.presence != presence || view.networks != networks || view.containers != containers;
             if view.presence != presence {
                 tracing::info!("{product} {version} answers");
             }
-            *view = View { presence, networks, containers };
+            let now = View { presence, networks, containers, container_names };
+            let changed = *view != now;
+            *view = now;
             changed
         });
         if let Some(done) = waiting.take() {
             let _ = done.send(());
         }
         tokio::select! {
-            event = events.next() => match (event, product) {
-                (Some(Ok(_)), _) => pause = FIRST_BACKOFF,
-                // Podman 4 breaks it off where it reads half a line of its own log. Whether it is there the list says.
-                (_, Product::Podman) => {
-                    sleep(pause).await;
-                    pause = (pause * 2).min(LAST_BACKOFF);
-                    events = docker.events(Some(options.clone()));
+            event = events.next() => {
+                let mut next = Some(event);
+                // All that wait, in one look.
+                while let Some(event) = next {
+                    match (event, product) {
+                        (Some(Ok(event)), _) => {
+                            pause = FIRST_BACKOFF;
+                            ended.hear(&event, looked, view);
+                        }
+                        // Podman 4 breaks it off where it reads half a line of its own log. Whether it is there the list says.
+                        (_, Product::Podman) => {
+                            sleep(pause).await;
+                            pause = (pause * 2).min(LAST_BACKOFF);
+                            events = docker.events(Some(options.clone()));
+                            break;
+                        }
+                        (event, Product::Docker) => {
+                            let event = event.context("the engine closed the stream of events")?;
+                            event.context("the stream of events broke")?;
+                        }
+                    }
+                    next = events.next().now_or_never();
                 }
-                (event, Product::Docker) => {
-                    let event = event.context("the engine closed the stream of events")?;
-                    event.context("the stream of events broke")?;
-                }
-            },
+            }
             request = requests.recv() => match request {
                 Some(done) => waiting = Some(done),
                 None => return Ok(()),
@@ -241,6 +276,54 @@ async fn session(
             () = sleep(relist) => {}
         }
     }
+}
+
+/// Containers that have ended, by id, with the process that they had: the engine tells of the end before it says so of the
+/// container, and gives its addresses to others meanwhile.
+#[derive(Debug, Default)]
+struct Ended(HashMap<String, u32>);
+
+impl Ended {
+    /// What is gone is gone at once, without another look. What happened before the last look is in there.
+    fn hear(&mut self, event: &EventMessage, looked: Timestamp, view: &watch::Sender<View>) {
+        let after = |time: i64| i128::from(time) > looked.as_nanosecond();
+        let Some(id) = event.actor.as_ref().and_then(|actor| actor.id.as_ref()) else { return };
+        if !event.time_nano.is_some_and(after) {
+            return;
+        }
+        let container = event.actor.as_ref().and_then(|actor| actor.attributes.as_ref()?.get("container"));
+        match (event.action.as_deref(), container) {
+            (Some("disconnect"), Some(container)) => change(view, container, |its| {
+                let left = its.attachments.iter_mut().filter(|there| there.id.as_ref() == Some(id));
+                left.fold(false, |other, there| other | !std::mem::take(&mut there.addresses).is_empty())
+            }),
+            // Podman says "died".
+            (Some("die" | "died"), _) => change(view, id, |its| {
+                its.pid.and_then(|pid| self.0.insert(its.id.clone(), pid));
+                std::mem::take(&mut its.running)
+            }),
+            _ => {}
+        }
+    }
+
+    /// Tells the same of what was seen, until the engine does.
+    fn apply(&mut self, containers: &mut BTreeMap<String, Sighting>) {
+        let before = std::mem::take(&mut self.0);
+        for its in containers.values_mut().filter_map(|sighting| sighting.as_mut().ok()?.as_mut()) {
+            if let Some(pid) = its.pid.filter(|pid| before.get(&its.id) == Some(pid)) {
+                its.running = false;
+                self.0.insert(its.id.clone(), pid);
+            }
+        }
+    }
+}
+
+/// Changes what is known of a container.
+fn change(view: &watch::Sender<View>, id: &str, mut change: impl FnMut(&mut Container) -> bool) {
+    view.send_if_modified(|view| {
+        let known = view.containers.values_mut().filter_map(|sighting| sighting.as_mut().ok()?.as_mut());
+        known.filter(|its| its.id == id).fold(false, |changed, its| change(its) | changed)
+    });
 }
 
 async fn within<T>(answer: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {

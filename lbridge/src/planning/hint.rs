@@ -1,6 +1,6 @@
 //! What a name that means nothing may have meant.
 
-use super::inventory::{DockerNetwork, Inventory};
+use super::inventory::Inventory;
 
 /// Names less alike than this were not meant.
 const ALIKE: f64 = 0.7;
@@ -9,7 +9,8 @@ const MAX_HINTS: usize = 2;
 
 /// To be appended to what is said of a Docker network that there is not; empty where nothing comes to mind.
 pub(super) fn unknown_network(name: &str, inventory: &Inventory) -> String {
-    if let Some(networks) = inventory.containers.get(name) {
+    if let Some(Ok(container)) = inventory.containers.get(name) {
+        let networks: Vec<_> = container.attachments.iter().map(|there| there.network.as_str()).collect();
         let on = match &networks[..] {
             [] => String::new(),
             networks => format!(", or for its network {}", networks.join(" or ")),
@@ -21,20 +22,55 @@ pub(super) fn unknown_network(name: &str, inventory: &Inventory) -> String {
         let of_docker = on.map_or_else(String::new, |network| format!("its network {}, or ", network.name));
         return format!("; did you mean {of_docker}bridge:{name}?");
     }
-    let similar = similar(name, &inventory.docker_networks);
+    // What Compose puts before a network's name, `PROJECT_`, is easily left out.
+    let of_project =
+        |there: &str, wanted: &str| there.strip_suffix(wanted).is_some_and(|project| project.ends_with('_'));
+    let networks = inventory.docker_networks.iter().map(|network| network.name.as_str());
+    did_you_mean(name, networks.filter(|name| !["host", "none"].contains(name)), of_project)
+}
+
+/// To be appended to what is said of a container that there is not.
+pub(super) fn unknown_container(name: &str, inventory: &Inventory) -> String {
+    // Compose writes PROJECT-SERVICE-NUMBER, and once wrote PROJECT_SERVICE_NUMBER.
+    let of_project = |there: &str, wanted: &str| {
+        let parts: Vec<_> = there.split(['-', '_']).collect();
+        let is_number = |part: &&str| part.bytes().all(|b| b.is_ascii_digit());
+        let service = match parts.split_last() {
+            Some((last, service)) if is_number(last) => service,
+            _ => &parts[..],
+        };
+        let wanted: Vec<_> = wanted.split(['-', '_']).collect();
+        service.len() > wanted.len() && service.ends_with(&wanted)
+    };
+    did_you_mean(name, inventory.container_names.iter().map(String::as_str), of_project)
+}
+
+fn did_you_mean<'a>(
+    name: &str,
+    names: impl Iterator<Item = &'a str>,
+    of_project: impl Fn(&str, &str) -> bool,
+) -> String {
+    let similar = similar(name, names, of_project);
     if similar.is_empty() { String::new() } else { format!("; did you mean {}?", similar.join(" or ")) }
 }
 
-/// The most similar first. What Compose puts before a network's name, `PROJECT_`, is easily left out.
-fn similar<'a>(name: &str, networks: &'a [DockerNetwork]) -> Vec<&'a str> {
+/// The most similar first.
+fn similar<'a>(
+    name: &str,
+    names: impl Iterator<Item = &'a str>,
+    of_project: impl Fn(&str, &str) -> bool,
+) -> Vec<&'a str> {
     let wanted = name.to_lowercase();
-    let likeness = |network: &DockerNetwork| {
-        let there = network.name.to_lowercase();
-        let of_project = there.strip_suffix(&wanted).is_some_and(|project| project.ends_with('_'));
-        if of_project { 1.0 } else { strsim::normalized_damerau_levenshtein(&wanted, &there) }
+    let likeness = |there: &str| {
+        let there = there.to_lowercase();
+        if of_project(&there, &wanted) {
+            1.0
+        } else {
+            strsim::normalized_damerau_levenshtein(&wanted, &there)
+        }
     };
-    let mut alike: Vec<_> = networks.iter().map(|network| (likeness(network), &*network.name)).collect();
-    alike.retain(|(likeness, name)| *likeness >= ALIKE && !["host", "none"].contains(name));
+    let mut alike: Vec<_> = names.map(|name| (likeness(name), name)).collect();
+    alike.retain(|(likeness, _)| *likeness >= ALIKE);
     alike.sort_by(|(a, _), (b, _)| b.total_cmp(a));
     alike.into_iter().map(|(_, name)| name).take(MAX_HINTS).collect()
 }

@@ -18,8 +18,10 @@ pub struct Inventory {
     pub docker_networks: Vec<DockerNetwork>,
     /// Whether the engine could ever be asked; until then a network that is not known may still exist.
     pub docker: DockerPresence,
-    /// Containers whose names rules use, with their Docker networks.
-    pub containers: BTreeMap<String, Vec<String>>,
+    /// Containers by the names that rules use, or what the engine has against a name; the last known while it is away.
+    pub containers: BTreeMap<String, Result<Container, String>>,
+    /// The names of all of the engine's containers, where a name that rules use is nobody's.
+    pub container_names: Vec<String>,
     /// Every interface of the host's namespace.
     pub interfaces: Vec<Interface>,
     /// Every listening TCP socket of the host's namespace.
@@ -120,6 +122,33 @@ impl DockerNetwork {
     /// Whether an interface that is called as the network's bridge is that bridge.
     pub fn means(&self, interface: &Interface) -> bool {
         self.bridge_index.is_none_or(|index| index == interface.index)
+    }
+}
+
+/// A container as the engine describes it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Container {
+    /// Whether it runs.
+    pub running: bool,
+    /// Its networks, in order of name.
+    pub attachments: Vec<Attachment>,
+}
+
+/// A container's place on a network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attachment {
+    /// The network's name.
+    pub network: String,
+    /// Its id, where the engine tells it.
+    pub id: Option<String>,
+    /// The addresses that the engine gave the container there, while it runs.
+    pub addresses: Vec<IpAddr>,
+}
+
+impl Attachment {
+    /// Whether it is on that network: by id, since the engine's API allows several of one name.
+    pub fn is_on(&self, network: &DockerNetwork) -> bool {
+        self.id.as_ref().map_or(self.network == network.name, |id| *id == network.id)
     }
 }
 

@@ -4,7 +4,7 @@
 //! - the name hooks are attached before the connections that need them can come, and detached after the last one;
 //! - a relay listens before the kernel's entry goes, the entry is there before the relay stops;
 //! - an entry goes before its listener, and before the firewall is closed;
-//! - who may use an entry is entered before it, and forgotten after it;
+//! - who may use an entry is entered before it, and forgotten after it; at once, if it stays for others;
 //! - what leads to a gateway is entered after what answers there, and goes before it;
 //! - the firewall is tried last, when everything that answers is there.
 
@@ -103,6 +103,13 @@ impl Step {
 /// The steps from `reality` to `policy`. None, where they agree.
 pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = vec![];
+    // Where the entry goes on to be for some, nothing needs them any more, and the address may be another's by now.
+    let listed = |key: &SourceKey| {
+        policy.entries.get(&key.rule).is_some_and(|entry| entry.flags & RuleValue::LISTED != 0)
+    };
+    let (gone, later): (Vec<_>, Vec<_>) =
+        reality.sources.difference(&policy.sources).copied().partition(listed);
+    steps.extend(gone.into_iter().map(Step::RemoveSource));
     if reality.detached {
         steps.push(Step::Attach);
     }
@@ -142,7 +149,7 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps.extend(
         reality.entries.keys().filter(|k| !policy.entries.contains_key(k)).map(|k| Step::RemoveEntry(*k)),
     );
-    steps.extend(reality.sources.difference(&policy.sources).map(|key| Step::RemoveSource(*key)));
+    steps.extend(later.into_iter().map(Step::RemoveSource));
     for (key, dial) in &policy.dials {
         if reality.dials.get(key) != Some(dial) {
             steps.push(Step::PutDial(*key, *dial));

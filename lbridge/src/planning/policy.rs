@@ -162,10 +162,12 @@ pub struct RelaySpec {
 }
 
 /// Whom a relay serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Clients {
     /// The containers of a bridge: whoever is in the subnet and not the host itself.
     Subnet(Subnet),
+    /// Some containers of a bridge, by their addresses.
+    Listed(BTreeSet<IpAddr>),
     /// Whoever is inside the namespace; the service is told this address, since all have the same: 127.0.0.1.
     Inside(IpAddr),
 }

@@ -9,15 +9,17 @@ use std::{
 
 use lbridge_common::{
     verdict::listening_addresses,
-    wire::{Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, TCP, TargetKey, ViewKey},
+    wire::{
+        Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TCP, TargetKey, ViewKey,
+    },
 };
 
 use super::{
     firewall::{Link, Opening},
     hint,
     inventory::{
-        Abilities, Absence, DockerNetwork, DockerPresence, Interface, Inventory, Listener, ListenerKind,
-        Namespace, NamespaceId, find_networks,
+        Abilities, Absence, Attachment, DockerNetwork, DockerPresence, Interface, Inventory, Listener,
+        ListenerKind, Namespace, NamespaceId, find_networks,
     },
     policy::{
         Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service, State,
@@ -80,6 +82,31 @@ struct Found {
     obstacle: Option<String>,
 }
 
+/// Who of those that a rule is for can use it at one gateway.
+#[derive(Default)]
+struct Sources {
+    /// Their addresses.
+    addresses: BTreeSet<IpAddr>,
+    /// Their names.
+    served: Vec<String>,
+    /// Why others cannot.
+    missing: Vec<String>,
+}
+
+impl Sources {
+    /// With whom it is for; and if there is nobody, it waits for them.
+    fn told(self, outcome: Outcome) -> Outcome {
+        if outcome.state == State::Blocked {
+            return outcome;
+        }
+        let state = if self.served.is_empty() { State::Waiting } else { outcome.state };
+        let why = outcome.why.filter(|_| state == outcome.state);
+        let served = (!self.served.is_empty()).then(|| format!("for {}", self.served.join(", ")));
+        let why: Vec<_> = why.into_iter().chain(served).chain(self.missing).collect();
+        Outcome::because(state, why.join("; "))
+    }
+}
+
 const MPTCP: &str =
     "the service listens with MPTCP; GODEBUG=multipathtcp=0 in a Go service's environment gets it steered";
 
@@ -117,6 +144,9 @@ impl Resolver<'_> {
                 (vec![], Some(Outcome::because(State::Waiting, why)))
             }
             Ok(bridge) => {
+                if let Err(outcome) = self.networks_of(&rule.network, &rule.from) {
+                    return (vec![], Some(outcome));
+                }
                 let addresses = bridge.addresses.clone();
                 let (name, index) = (bridge.name.clone(), bridge.index);
                 let gateways = addresses
@@ -230,13 +260,106 @@ impl Resolver<'_> {
         let relay_key = RelayKey { address: gateway, place };
         let way = self.way(rule, gateway, Claim::Bridge(index), "");
         let kernel = (rule_key, subnet);
-        let outcome = self.outcome(rule, way, &relay_key, Some(kernel), Clients::Subnet(subnet));
+        let outcome = if rule.from.is_empty() {
+            self.outcome(rule, way, &relay_key, Some(kernel), Clients::Subnet(subnet))
+        } else {
+            let sources = self.sources(rule, ip, subnet);
+            let clients = Clients::Listed(sources.addresses.clone());
+            sources.told(self.outcome(rule, way, &relay_key, Some(kernel), clients))
+        };
         // While a service is down its clients are to be refused at once, so that the way has to be open then, too.
         if outcome.state != State::Blocked {
             let opening = Opening { interface: interface.to_owned(), gateway: ip, port: rule.spec.port };
             self.policy.openings.insert(opening, Link { ifindex: index, prefix });
         }
         GatewayOutcome { relay_key, rule_key: Some(rule_key), outcome }
+    }
+
+    /// The engine's networks that a rule for some containers can mean; none where it is for all.
+    fn networks_of(
+        &self,
+        network: &Network,
+        from: &BTreeSet<String>,
+    ) -> Result<Vec<&DockerNetwork>, Outcome> {
+        let networks = &self.inventory.docker_networks;
+        match network {
+            _ if from.is_empty() => Ok(vec![]),
+            Network::Docker(name) => Ok(find_networks(networks, name)),
+            Network::Bridge(name) => {
+                let on_bridge: Vec<_> =
+                    networks.iter().filter(|network| network.bridge.as_ref() == Some(name)).collect();
+                let (state, why) = match self.inventory.docker {
+                    _ if !on_bridge.is_empty() => return Ok(on_bridge),
+                    DockerPresence::Off => (
+                        State::Blocked,
+                        "the daemon runs with --no-docker, and knows no container's address".to_owned(),
+                    ),
+                    DockerPresence::Away => (
+                        State::Waiting,
+                        format!("Docker is away, and no network of its on {name} was seen before"),
+                    ),
+                    DockerPresence::Reachable => (
+                        State::Blocked,
+                        format!(
+                            "{name} is no Docker network's bridge, so Docker knows no container's address there"
+                        ),
+                    ),
+                };
+                Err(Outcome::because(state, format!("{why}; leave --from out")))
+            }
+            Network::Container(_) | Network::Netns(_) | Network::Process(_) => Ok(vec![]),
+        }
+    }
+
+    /// The addresses of the containers that a rule is for, of those that a gateway's subnet has.
+    fn sources(&self, rule: &Rule, gateway: IpAddr, subnet: Subnet) -> Sources {
+        let networks = self.networks_of(&rule.network, &rule.from).unwrap_or_default();
+        let mut sources = Sources::default();
+        for name in &rule.from {
+            let addresses = self.addresses(name, &rule.network, &networks).and_then(|addresses| {
+                let fits = |ip: &IpAddr| subnet.contains(*ip) && *ip != gateway;
+                let here: Vec<_> = addresses.into_iter().filter(fits).collect();
+                let family = if gateway.is_ipv4() { "IPv4" } else { "IPv6" };
+                let none = || format!("container {name} has no {family} address beside {gateway}");
+                if here.is_empty() { Err(none()) } else { Ok(here) }
+            });
+            match addresses {
+                Ok(addresses) => {
+                    sources.served.push(name.clone());
+                    sources.addresses.extend(addresses);
+                }
+                Err(why) => sources.missing.push(why),
+            }
+        }
+        sources
+    }
+
+    /// The addresses of a container on one of these networks, or why it has none.
+    fn addresses(
+        &self,
+        name: &str,
+        meant: &Network,
+        networks: &[&DockerNetwork],
+    ) -> Result<Vec<IpAddr>, String> {
+        let container = match (self.inventory.containers.get(name), self.inventory.docker) {
+            (Some(Ok(container)), _) => container,
+            (Some(Err(why)), _) => return Err(format!("container {name}: {why}")),
+            (None, DockerPresence::Reachable) => {
+                return Err(format!("no container {name}{}", hint::unknown_container(name, self.inventory)));
+            }
+            (None, _) => return Err(format!("Docker is away, and container {name} was not seen before")),
+        };
+        if !container.running {
+            return Err(format!("container {name} does not run"));
+        }
+        let is_there = |there: &&Attachment| networks.iter().any(|network| there.is_on(network));
+        let mut there = container.attachments.iter().filter(is_there).peekable();
+        if there.peek().is_none() {
+            let on: Vec<_> = container.attachments.iter().map(|there| there.network.as_str()).collect();
+            let on = if on.is_empty() { String::new() } else { format!(", but on {}", on.join(" and ")) };
+            return Err(format!("container {name} is not on {meant}{on}"));
+        }
+        Ok(there.flat_map(|there| there.addresses.iter().copied()).collect())
     }
 
     /// Notes what a way needs to be in force.
@@ -252,13 +375,19 @@ impl Resolver<'_> {
             (Way::None(outcome), _) => outcome,
             (Way::Kernel(..), None) => Outcome::because(State::Blocked, "no bridge leads there"),
             (Way::Kernel(target, outcome), Some((rule_key, subnet))) => {
+                let mut flags = 0;
+                if let Clients::Listed(listed) = clients {
+                    flags |= RuleValue::LISTED;
+                    let key = |ip: IpAddr| SourceKey { rule: rule_key, source: ip.into() };
+                    self.policy.sources.extend(listed.into_iter().map(key));
+                }
                 let value = RuleValue {
                     key: rule_key,
                     subnet: subnet.base,
                     mask: subnet.mask,
                     target: target.address,
                     target_port: target.port,
-                    flags: 0,
+                    flags,
                     reserved: [0; 2],
                     steered: 0,
                 };
@@ -270,6 +399,10 @@ impl Resolver<'_> {
                     self.policy.name_hooks = true;
                 }
                 outcome
+            }
+            // Nobody to listen for.
+            (Way::Relay(_, why), _) if clients == Clients::Listed(BTreeSet::new()) => {
+                Outcome::because(State::Relayed, why)
             }
             (Way::Relay(service, why), _) => {
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.

@@ -332,7 +332,7 @@ impl Listener {
     fn take(&self, client: TcpStream, peer: SocketAddr, own: Option<IpAddr>, refused: &mut Pause) {
         let orders = self.orders.borrow().clone();
         let Orders { spec, statistics } = &*orders;
-        let container = match spec.clients {
+        let container = match &spec.clients {
             // The host's own processes come from the gateway's address.
             Clients::Subnet(subnet)
                 if !subnet.contains(peer.ip()) || Some(peer.ip().to_canonical()) == own =>
@@ -340,8 +340,12 @@ impl Listener {
                 tracing::debug!("refused {peer}: not an address of this network's containers");
                 return reset(&client);
             }
-            Clients::Subnet(_) => peer,
-            Clients::Inside(told) => SocketAddr::new(told, peer.port()),
+            Clients::Listed(listed) if !listed.contains(&peer.ip().to_canonical()) => {
+                tracing::debug!("refused {peer}: none of the containers that the rule is for");
+                return reset(&client);
+            }
+            Clients::Subnet(_) | Clients::Listed(_) => peer,
+            Clients::Inside(told) => SocketAddr::new(*told, peer.port()),
         };
         let Some(permit) = self.surroundings.places.take(statistics, spec.max_connections) else {
             statistics.refused.fetch_add(1, Ordering::Relaxed);

@@ -84,7 +84,9 @@ impl Grounds {
             plan.trials.iter().any(|trial| match &trial.attempt {
                 Attempt::Connect { from, .. } => from == place,
                 Attempt::Borrow { of, at, .. } => at == place || *place == Place::Bridge(of.clone()),
-                Attempt::Foreign { at: only, .. } | Attempt::Wire { within: only, .. } => only == place,
+                Attempt::Listed { at: only, .. }
+                | Attempt::Foreign { at: only, .. }
+                | Attempt::Wire { within: only, .. } => only == place,
                 Attempt::Nothing { .. } => false,
             })
         };
@@ -159,12 +161,22 @@ impl Grounds {
     ) -> Result<(IpAddr, Option<Listener>), String> {
         let source = self.get(of)?.source(to).map_err(|error| format!("{error:#}"))?;
         let source = source.ok_or("no address to borrow")?;
+        self.taker_of(source, at, to).map(|found| (source, found))
+    }
+
+    /// Who would get a connection that comes in from `at`, with that address.
+    pub(super) fn taker_of(
+        &self,
+        source: IpAddr,
+        at: &Place,
+        to: SocketAddr,
+    ) -> Result<Option<Listener>, String> {
         let from = SocketAddr::new(source, 1);
         let found = match at {
             Place::Interface { index, .. } => listeners::lookup(from, to, *index),
             at => self.get(at)?.lookup(from, to),
         };
-        found.map(|found| (source, found)).map_err(|error| format!("{error:#}"))
+        found.map_err(|error| format!("{error:#}"))
     }
 
     /// Who would get a connection that comes in from `at`, with an address that is none of that network's; and the address.

@@ -190,6 +190,9 @@ impl Judge<'_> {
                 };
                 (format!("{}, as {source}", self.name(at)), to.to_string())
             }
+            Attempt::Listed { source, at, to, .. } => {
+                (format!("{}, as {source}", self.name(at)), to.to_string())
+            }
             Attempt::Foreign { at, to } => {
                 let source = match self.grounds.foreign(at, *to) {
                     Ok((source, _)) => source.to_string(),
@@ -270,6 +273,18 @@ impl Judge<'_> {
                     Ok((_, taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
                 }
             }
+            Attempt::Listed { source, at, to, by } => match (self.grounds.taker_of(*source, at, *to), by) {
+                (Err(why), _) => unverified(&why),
+                (Ok(taker), Some(by)) => match self.is_right(Some(by), taker.as_ref(), *to) {
+                    Ok(()) => (Found::Open, Verdict::Ok, None),
+                    Err(_) if taker.is_none() => {
+                        failed(Found::Nobody, "nobody would get it; the daemon's log may say why".to_owned())
+                    }
+                    Err(why) => failed(Found::Open, why),
+                },
+                (Ok(None), None) => (Found::Nobody, Verdict::Ok, None),
+                (Ok(taker), None) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
+            },
             Attempt::Foreign { at, to } => match self.grounds.foreign(at, *to) {
                 Err(why) => unverified(&why),
                 Ok((_, None)) => (Found::Nobody, Verdict::Ok, None),

@@ -67,6 +67,17 @@ pub(super) enum Attempt {
         /// To there.
         to: SocketAddr,
     },
+    /// The address of a container that the rule is for; asked like the above, since somebody has it.
+    Listed {
+        /// Which.
+        source: IpAddr,
+        /// There packets come in.
+        at: Place,
+        /// To there.
+        to: SocketAddr,
+        /// Who is to get it; `None` where nobody is.
+        by: Option<By>,
+    },
     /// An address that is none of the network's, on its bridge; asked like the above.
     Foreign {
         /// The bridge.
@@ -204,7 +215,17 @@ impl Planner<'_> {
                     continue;
                 }
             };
-            self.add(rule, Attempt::Connect { from, to, by }, expected);
+            let Some(sources) = gateway.sources.as_ref().filter(|_| expected == Expected::Open) else {
+                self.add(rule, Attempt::Connect { from, to, by }, expected);
+                continue;
+            };
+            for source in sources {
+                let attempt = Attempt::Listed { source: *source, at: from.clone(), to, by: by.clone() };
+                self.add(rule, attempt, Expected::Open);
+            }
+            // What is tried has another address; a relay accepts it, and resets it.
+            let by = by.filter(|by| *by == By::Relay);
+            self.add(rule, Attempt::Connect { from, to, by }, Expected::Refused);
         }
     }
 
@@ -266,8 +287,13 @@ impl Planner<'_> {
             let others = self.plan.bridges.keys().filter(|name| **name != gateway.interface);
             let others = others.map(|name| Place::Bridge(name.clone())).chain([Place::Lan]);
             let places: Vec<_> = others.chain(self.uplinks.iter().cloned()).collect();
+            // Any other address is refused anyway.
+            let listed = gateway.sources.as_ref().and_then(|sources| sources.first().copied());
             for at in places {
-                let attempt = Attempt::Borrow { of: gateway.interface.clone(), at, to };
+                let attempt = match listed {
+                    Some(source) => Attempt::Listed { source, at, to, by: None },
+                    None => Attempt::Borrow { of: gateway.interface.clone(), at, to },
+                };
                 self.add(rule, attempt, Expected::Closed);
             }
         }

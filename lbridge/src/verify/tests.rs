@@ -16,6 +16,7 @@ fn gateway(address: &str, interface: &str, state: State) -> GatewayStatus {
         address: address.parse().unwrap(),
         interface: interface.to_owned(),
         namespace: None,
+        sources: None,
         state,
         why: Some("so it is".to_owned()),
         connections: 0,

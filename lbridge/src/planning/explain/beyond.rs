@@ -4,11 +4,11 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use super::{
     Answer, End, Explainer, Fate, Stage, Way,
-    words::{step, taken_back},
+    words::{addresses, step, taken_back},
 };
 use crate::planning::{
     inventory::{Interface, Listener},
-    policy::{Clients, Place, RelayKey, RelaySpec, Service, State},
+    policy::{Clients, Place, RelayKey, RelaySpec, RuleOutcome, Service, State},
 };
 
 impl Explainer<'_> {
@@ -46,15 +46,21 @@ impl Explainer<'_> {
         };
         let open =
             format!("the relay of {} is open on {}, {}{reason}", spec.rule, way.dialled, way.interface);
-        let container = match spec.clients {
+        let container = match &spec.clients {
             Clients::Subnet(subnet) if !subnet.contains(way.source) || way.source == way.dialled.ip() => {
                 let text = format!("{open}; {} is none of its network's containers: reset", way.source);
                 way.steps.push(step(Stage::Relay, Answer::No, text));
-                let remedy = "only the network's own containers are served".to_owned();
+                let remedy = self.whom();
                 return self.end(way, Fate::Refused, "the relay resets them", remedy);
             }
-            Clients::Subnet(_) => way.source,
-            Clients::Inside(told) => told,
+            Clients::Listed(listed) if !listed.contains(&way.source) => {
+                let text = format!("{open}; it is for {}, not for {}: reset", addresses(listed), way.source);
+                way.steps.push(step(Stage::Relay, Answer::No, text));
+                let remedy = self.whom();
+                return self.end(way, Fate::Refused, "the relay resets them", remedy);
+            }
+            Clients::Subnet(_) | Clients::Listed(_) => way.source,
+            Clients::Inside(told) => *told,
         };
         way.steps.push(step(Stage::Relay, Answer::Yes, format!("{open}: connects to {service}")));
         way.steps.push(self.relayed_peer(spec, container));
@@ -86,7 +92,11 @@ impl Explainer<'_> {
         }
         let why = self.meant(way).filter(|o| !matches!(o.state, State::Steered | State::Relayed));
         let why = why.and_then(|outcome| outcome.why.clone());
-        let why = why.unwrap_or_else(|| "neither entry nor relay has it".to_owned());
+        let listed = |meant: &RuleOutcome| !meant.rule.from.is_empty();
+        let why = why.unwrap_or_else(|| match self.rule() {
+            Some(meant) if listed(meant) => "the rule is for other containers".to_owned(),
+            _ => "neither entry nor relay has it".to_owned(),
+        });
         let remedy = self.unserved(way);
         self.end(way, Fate::Refused, &why, remedy)
     }
@@ -100,9 +110,17 @@ impl Explainer<'_> {
                 "`lbridge status` says the same; the reason says what to change".to_owned()
             }
             // It serves others.
-            Some(State::Steered) => "only the network's own containers are served".to_owned(),
+            Some(State::Steered) => self.whom(),
             Some(State::Relayed) | None => "`lbridge status` makes the daemon look again".to_owned(),
         }
+    }
+
+    /// Who is served, if others are not.
+    fn whom(&self) -> String {
+        let from = self.rule().map(|meant| &meant.rule.from).filter(|from| !from.is_empty());
+        let Some(from) = from else { return "only the network's own containers are served".to_owned() };
+        let names: Vec<_> = from.iter().map(String::as_str).collect();
+        format!("only {} of the network's containers may use it, as --from says", names.join(", "))
     }
 }
 

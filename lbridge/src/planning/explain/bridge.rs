@@ -1,20 +1,23 @@
 //! From a bridge: the network, and the way of a SYN to each gateway, up to the kernel program.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use lbridge_common::{
     verdict::{Verdict, decide},
-    wire::{Address, SourceKey},
+    wire::{Address, RuleKey, RuleValue, SourceKey},
 };
 
 use super::{
     Answer, End, Explainer, Fate, Stage, Step, Way, Ways,
-    words::{described, step, subnet},
+    words::{addresses, described, step, subnet},
 };
 use crate::planning::{
     firewall::{Opening, Passage},
     inventory::{DockerPresence, Interface, find_networks},
-    policy::State,
+    policy::{Clients, Place, RelayKey, RelaySpec, State},
     resolve::bridge_of,
     rule::Network,
 };
@@ -103,7 +106,8 @@ impl Explainer<'_> {
     /// The whole way of a SYN to a gateway.
     fn to_gateway(&self, bridge: &Interface, gateway: IpAddr, prefix: u8) -> (Way, End) {
         let dialled = SocketAddr::new(gateway, self.question.port);
-        let source = self.question.source.unwrap_or_else(|| neighbour(gateway, prefix));
+        let source = self.question.source.or_else(|| self.listed(bridge, dialled).into_iter().next());
+        let source = source.unwrap_or_else(|| neighbour(gateway, prefix));
         let mut way = Way {
             dialled,
             interface: bridge.name.clone(),
@@ -124,12 +128,19 @@ impl Explainer<'_> {
         let verdict = decide(entry, &source.into(), listed);
         let end = match (verdict, entry) {
             (Verdict::Steer, Some(entry)) => {
-                let text = format!("{source} is in {}", subnet(entry));
+                let listed = if is_listed(entry) { ", and one of those that the rule is for" } else { "" };
+                let text = format!("{source} is in {}{listed}", subnet(entry));
                 way.steps.push(step(Stage::Source, Answer::Yes, text));
                 self.listener(&mut way, entry)
             }
             (Verdict::ForeignSource, Some(entry)) => {
-                let text = format!("{source} is not in {}: left alone, and counted", subnet(entry));
+                let of_network = Address::from(source).masked(&entry.mask) == entry.subnet;
+                let text = if is_listed(entry) && of_network {
+                    let listed = addresses(&self.listed(bridge, dialled));
+                    format!("the rule is for {listed}, not for {source}: left alone, and counted")
+                } else {
+                    format!("{source} is not in {}: left alone, and counted", subnet(entry))
+                };
                 way.steps.push(step(Stage::Source, Answer::No, text));
                 self.beyond(&mut way, bridge)
             }
@@ -141,6 +152,23 @@ impl Explainer<'_> {
             (_, None) => self.beyond(&mut way, bridge),
         };
         (way, end)
+    }
+
+    /// The addresses that what is in force there is for, where it is not for all.
+    fn listed(&self, bridge: &Interface, dialled: SocketAddr) -> BTreeSet<IpAddr> {
+        let reality = self.known.reality;
+        let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
+        if let Some(RelaySpec { clients: Clients::Listed(listed), .. }) =
+            reality.relays.get(&RelayKey { address: dialled, place })
+        {
+            return listed.clone();
+        }
+        let here = |key: &RuleKey| {
+            (key.gateway, key.port) == (dialled.ip().into(), dialled.port())
+                && [0, bridge.index].contains(&key.ifindex)
+        };
+        let listed = reality.sources.iter().filter(|key| here(&key.rule));
+        listed.map(|key| key.source.into()).collect()
     }
 
     /// What was tried; an end, if nothing comes through.
@@ -176,6 +204,10 @@ impl Explainer<'_> {
         way.steps.push(step(Stage::Firewall, verdict, text));
         None
     }
+}
+
+fn is_listed(entry: &RuleValue) -> bool {
+    entry.flags & RuleValue::LISTED != 0
 }
 
 /// Before anything of the host has seen the SYN.

@@ -124,3 +124,9 @@ pub(super) fn key_address(address: Address, port: u16) -> SocketAddr {
 fn loopback(family: IpAddr) -> IpAddr {
     if family.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
 }
+
+/// Of containers that a rule is for.
+pub(super) fn addresses<'a>(listed: impl IntoIterator<Item = &'a IpAddr>) -> String {
+    let listed: Vec<_> = listed.into_iter().map(ToString::to_string).collect();
+    if listed.is_empty() { "no container".to_owned() } else { listed.join(", ") }
+}

@@ -89,13 +89,14 @@ fn listener() -> impl Strategy<Value = (&'static str, u16, ListenerKind)> {
 const NETWORKS: [&str; 8] =
     ["app", "dual", "bridge:br-app", "bridge:br-dual", "gone", "container:c", "netns:/c", "pid:9"];
 
-fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, PathChoice)> {
+fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, PathChoice, Vec<&'static str>)> {
     (
         prop::sample::select(NETWORKS.to_vec()),
         80..84_u16,
         80..84_u16,
         prop::sample::select(vec![Source::Container, Source::Loopback]),
         prop::sample::select(vec![PathChoice::Auto, PathChoice::Steer, PathChoice::Relay]),
+        prop::sample::subsequence(vec!["c", "d"], 0..=2),
     )
 }
 
@@ -106,6 +107,7 @@ prop_compose! {
         interface_check in any::<bool>(),
         steers in prop::bool::weighted(0.9),
         names in prop::bool::weighted(0.9),
+        containers in prop::collection::btree_map(prop::sample::select(vec!["c", "d"]), 2..5_u8, 0..3),
         inside in prop::collection::vec((prop::sample::select(NETWORKS[5..].to_vec()), 1..3_u64, any::<bool>()), 0..3),
     ) -> Host {
         let mut host = Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
@@ -116,11 +118,16 @@ prop_compose! {
             host = host.namespace(network, inode, if v6 { &["127.0.0.1", "::1"] } else { &["127.0.0.1"] });
         }
         let mut seen = std::collections::BTreeSet::new();
-        for (network, port, target, source, path) in rules.into_values() {
+        for (network, port, target, source, path, from) in rules.into_values() {
             let refused = path == PathChoice::Steer && NETWORKS[5..].contains(&network);
             if !refused && seen.insert((network, port)) {
-                host = host.allow_with(network, &format!("{port}={target}"), source, path);
+                let from = if NETWORKS[5..].contains(&network) { vec![] } else { from };
+                host = host.allow_for(network, &format!("{port}={target}"), source, path, &from);
             }
+        }
+        for (container, last) in containers {
+            let (app, dual) = (format!("172.18.0.{last}"), format!("172.20.0.{last}"));
+            host = host.container(container, &[("app", &[&app]), ("dual", &[&dual, &format!("fd00::{last}")])]);
         }
         host.abilities.steer =
             if steers { Ok(Steering { interface_check, kernel_registers: true }) } else { Err("none".to_owned()) };
@@ -142,6 +149,7 @@ proptest! {
             carry_out(&mut reality, &steps);
             prop_assert_eq!(plan(&policy, &reality), vec![]);
             prop_assert_eq!(&reality.entries, &policy.entries);
+            prop_assert_eq!(&reality.sources, &policy.sources);
             prop_assert_eq!(&reality.relays, &policy.relays);
             for entry in policy.entries.keys() {
                 let relayed = policy.relays.keys().any(|k| {

@@ -9,8 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::{
     inventory::{
-        Abilities, Absence, DockerNetwork, DockerPresence, Entrance, Interface, Inventory, Listener,
-        ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering,
+        Abilities, Absence, Attachment, Container, DockerNetwork, DockerPresence, Entrance, Interface,
+        Inventory, Listener, ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering, find_networks,
     },
     policy::{Place, Policy, State},
     resolve::resolve,
@@ -47,6 +47,19 @@ impl Host {
             bridge: Some(bridge.to_owned()),
             ..DockerNetwork::default()
         });
+        self
+    }
+
+    /// A container that runs, with its addresses on networks there are.
+    fn container(mut self, name: &str, networks: &[(&str, &[&str])]) -> Self {
+        let attachment = |(network, addresses): &(&str, &[&str])| Attachment {
+            network: (*network).to_owned(),
+            id: find_networks(&self.inventory.docker_networks, network).first().map(|known| known.id.clone()),
+            addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+        };
+        let attachments = networks.iter().map(attachment).collect();
+        let container = Container { running: true, attachments };
+        self.inventory.containers.insert(name.to_owned(), Ok(container));
         self
     }
 
@@ -100,8 +113,20 @@ impl Host {
         self.allow_with(network, port, Source::Container, PathChoice::Auto)
     }
 
-    fn allow_with(mut self, network: &str, port: &str, source: Source, path: PathChoice) -> Self {
+    fn allow_with(self, network: &str, port: &str, source: Source, path: PathChoice) -> Self {
+        self.allow_for(network, port, source, path, &[])
+    }
+
+    fn allow_for(
+        mut self,
+        network: &str,
+        port: &str,
+        source: Source,
+        path: PathChoice,
+        from: &[&str],
+    ) -> Self {
         let rule = Rule {
+            from: from.iter().map(|name| (*name).to_owned()).collect(),
             source,
             path,
             process: network.starts_with("pid:").then(|| ProcessStart { ticks: 1, boot: String::new() }),

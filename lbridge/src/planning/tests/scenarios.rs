@@ -1,6 +1,6 @@
 use std::net::IpAddr;
 
-use lbridge_common::wire::{Address, Endpoint, TCP, TargetKey};
+use lbridge_common::wire::{Address, Endpoint, RuleValue, SourceKey, TCP, TargetKey};
 
 use super::{Host, br_app};
 use crate::planning::{
@@ -326,7 +326,7 @@ fn localhost_inside_a_namespace_is_relayed() {
 fn who_is_inside_is_never_127_0_0_1_to_the_service() {
     let told = |host: &Host| match host.policy().relays.into_values().next().unwrap().clients {
         Clients::Inside(ip) => ip,
-        Clients::Subnet(subnet) => panic!("{subnet:?}"),
+        other => panic!("{other:?}"),
     };
     let host = Host::new().listens("127.0.0.1:80").namespace("netns:/a", 0xf000_0123, &["127.0.0.1"]);
     let mut host = host.allow("netns:/a", "80");
@@ -404,11 +404,7 @@ fn names_that_may_have_meant_another() {
     let state = |network: &str| {
         let host = Host::new().network("app_net", "br-1").network("shop_backend", "br-2");
         let mut host = host.bridge("br-2", 2, &[]).allow(network, "80");
-        host.inventory.containers = [
-            ("db".to_owned(), vec!["app_net".to_owned(), "shop_backend".to_owned()]),
-            ("sealed".to_owned(), vec![]),
-        ]
-        .into();
+        host = host.container("db", &[("app_net", &[]), ("shop_backend", &[])]).container("sealed", &[]);
         host.states().remove(0)
     };
     for (name, hint) in [
@@ -456,4 +452,134 @@ fn a_network_goes_by_either_of_its_names() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("bridge", "80");
     host.inventory.docker_networks[0].other_name = Some("bridge".to_owned());
     assert_eq!(host.states(), ["172.18.0.1:80 steered"]);
+}
+
+fn from(host: Host, containers: &[&str], source: Source, path: PathChoice) -> Host {
+    host.allow_for("app", "80", source, path, containers)
+}
+
+/// Containers on two networks, and a service.
+fn crowd() -> Host {
+    let host = Host::new().network("db", "br-db").bridge("br-db", 8, &["172.19.0.1/16"]);
+    host.listens("127.0.0.1:80")
+        .container("web", &[("app", &["172.18.0.2"]), ("db", &["172.19.0.2"])])
+        .container("api", &[("app", &["172.18.0.3"])])
+        .container("far", &[("db", &["172.19.0.3"])])
+        .container("odd", &[("app", &["172.20.0.9"])])
+}
+
+#[test]
+fn a_rule_for_some_containers_lists_their_addresses() {
+    let host = from(crowd(), &["web", "api"], Source::Container, PathChoice::Auto);
+    assert_eq!(host.states(), ["172.18.0.1:80 steered (for api, web)"]);
+    let policy = host.policy();
+    let (key, entry) = policy.entries.first_key_value().unwrap();
+    assert_eq!(entry.flags, RuleValue::LISTED);
+    let source = |ip: &str| SourceKey { rule: *key, source: ip.parse::<IpAddr>().unwrap().into() };
+    assert_eq!(policy.sources, [source("172.18.0.2"), source("172.18.0.3")].into());
+
+    let relayed = from(crowd(), &["web"], Source::Container, PathChoice::Relay);
+    assert_eq!(relayed.states(), ["172.18.0.1:80 relayed (as the rule asks; for web)"]);
+    let policy = relayed.policy();
+    let clients = &policy.relays.first_key_value().unwrap().1.clients;
+    assert_eq!(*clients, Clients::Listed(["172.18.0.2".parse().unwrap()].into()));
+    assert!(policy.sources.is_empty() && policy.entries.is_empty());
+}
+
+#[test]
+fn a_rule_for_containers_that_are_not_there_is_for_nobody() {
+    for path in [PathChoice::Auto, PathChoice::Relay] {
+        let mut host = from(crowd(), &["far", "odd", "gone"], Source::Container, path);
+        host.inventory.container_names = vec!["shop-gone-1".to_owned(), "web".to_owned()];
+        let missing = "container far is not on app, but on db; no container gone; did you mean shop-gone-1?; \
+                       container odd has no IPv4 address beside 172.18.0.1";
+        assert_eq!(host.states(), [format!("172.18.0.1:80 waiting ({missing})")]);
+        let policy = host.policy();
+        assert!(policy.relays.is_empty() && policy.sources.is_empty());
+        // In the kernel the entry keeps everybody from whoever else listens there.
+        assert!(policy.entries.values().all(|entry| entry.flags == RuleValue::LISTED));
+        assert_eq!(policy.entries.len(), usize::from(path == PathChoice::Auto));
+    }
+}
+
+#[test]
+fn a_rule_serves_those_of_its_containers_that_are_there() {
+    let mut host = from(crowd(), &["web", "api"], Source::Container, PathChoice::Auto);
+    host.inventory.containers.get_mut("api").unwrap().as_mut().unwrap().running = false;
+    assert_eq!(host.states(), ["172.18.0.1:80 steered (for web; container api does not run)"]);
+    host.inventory.containers.insert("api".to_owned(), Err("Docker says: no".to_owned()));
+    assert_eq!(host.states(), ["172.18.0.1:80 steered (for web; container api: Docker says: no)"]);
+    host.inventory.listeners.clear();
+    assert_eq!(
+        host.states(),
+        ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:80; for web; container api: Docker says: no)"]
+    );
+    host.inventory.containers.clear();
+    host.inventory.docker = DockerPresence::Away;
+    let unknown = |name| format!("Docker is away, and container {name} was not seen before");
+    let why = format!("nothing listens on 127.0.0.1:80; {}; {}", unknown("api"), unknown("web"));
+    assert_eq!(host.states(), [format!("172.18.0.1:80 waiting ({why})")]);
+}
+
+#[test]
+fn networks_of_one_name_are_told_by_their_id() {
+    let mut host = from(crowd(), &["web"], Source::Container, PathChoice::Auto);
+    // Another network was called so when the container joined it.
+    let web = host.inventory.containers.get_mut("web").unwrap().as_mut().unwrap();
+    web.attachments[0].id = Some("ff".repeat(32));
+    assert_eq!(host.states(), ["172.18.0.1:80 waiting (container web is not on app, but on app and db)"]);
+}
+
+#[test]
+fn a_bridges_containers_are_those_of_its_docker_network() {
+    let on_bridge = |bridge: &str, docker| {
+        let mut host = crowd().bridge("br-own", 9, &["10.9.0.1/24"]);
+        host.inventory.docker = docker;
+        if docker == DockerPresence::Off {
+            host.inventory.docker_networks.clear();
+        }
+        let host = host.allow_for(bridge, "80", Source::Container, PathChoice::Auto, &["web"]);
+        host.states().remove(0)
+    };
+    let here = DockerPresence::Reachable;
+    assert_eq!(on_bridge("bridge:br-app", here), "172.18.0.1:80 steered (for web)");
+    assert_eq!(
+        on_bridge("bridge:br-own", here),
+        "bridge:br-own 80 blocked (br-own is no Docker network's bridge, so Docker knows no container's address there; \
+         leave --from out)"
+    );
+    assert_eq!(
+        on_bridge("bridge:br-app", DockerPresence::Off),
+        "bridge:br-app 80 blocked (the daemon runs with --no-docker, and knows no container's address; leave --from out)"
+    );
+}
+
+/// Whoever is let in is known before the entry, and who leaves is out before anything else is done.
+#[test]
+fn an_entry_is_never_open_to_those_that_it_is_not_for() {
+    let all = crowd().allow("app", "80");
+    let some = from(crowd(), &["web"], Source::Container, PathChoice::Auto);
+    let other = from(crowd(), &["api"], Source::Container, PathChoice::Auto);
+    let steps = |before: &Host, after: &Host| {
+        let policy = before.policy();
+        let reality = Reality {
+            entries: policy.entries,
+            sources: policy.sources,
+            targets: policy.targets,
+            ..Reality::default()
+        };
+        let steps = plan(&after.policy(), &reality).into_iter();
+        let told = steps.filter_map(|step| match step {
+            Step::PutEntry(..) => Some("put"),
+            Step::RemoveEntry(_) => Some("remove"),
+            Step::AddSource(_) => Some("add source"),
+            Step::RemoveSource(_) => Some("remove source"),
+            _ => None,
+        });
+        told.collect::<Vec<_>>()
+    };
+    assert_eq!(steps(&all, &some), ["add source", "put"]);
+    assert_eq!(steps(&some, &all), ["put", "remove source"]);
+    assert_eq!(steps(&some, &other), ["remove source", "add source"]);
+    assert_eq!(steps(&some, &Host::new()), ["remove", "remove source"]);
 }
