@@ -3,6 +3,7 @@
 mod containers;
 mod doctor;
 mod engine;
+mod from;
 mod names;
 mod networks;
 mod swarm;
@@ -36,6 +37,7 @@ fn main() {
         engine::tests(),
         containers::tests(),
         swarm::tests(),
+        from::tests(),
         doctor::tests(),
     ];
     let mut suite = Suite::new(NEEDS, tests.concat());

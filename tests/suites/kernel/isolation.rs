@@ -29,6 +29,7 @@ pub(crate) fn tests() -> Vec<Test> {
         listener_of_another_namespace_is_never_used,
         the_host_itself_is_not_served,
         the_host_itself_is_not_served_by_relay,
+        without_docker_a_rule_for_containers_is_for_nobody,
         firewall_sysctls_and_routes_are_untouched,
     ]
 }
@@ -138,6 +139,17 @@ fn the_host_itself_is_not_served_by_relay() -> Result<()> {
 
 /// A container of the right bridge with an address that is not of its network, and a host with a route back, so that
 /// a handshake could complete.
+fn without_docker_a_rule_for_containers_is_for_nobody() -> Result<()> {
+    let open = Open::new()?;
+    for path in ["steer", "relay"] {
+        open.scene.allow(&["6060=8080", "--from", "web", "--path", path])?;
+        open.scene.must_be(6060, "blocked")?;
+        client::refused(&open.scene.container, open.gateway(6060))?;
+        open.scene.deny(&["6060"])?;
+    }
+    Ok(())
+}
+
 fn with_foreign_address(open: &Open) -> Result<std::net::IpAddr> {
     let foreign = "198.51.100.7";
     open.scene.container.ip(&format!("addr add {foreign}/32 dev lo"))?;
