@@ -58,6 +58,8 @@ impl Podman {
     }
 
     fn start_as(rootless: bool) -> Result<Podman> {
+        // A cache of images' layers goes there, whatever the configuration says.
+        sandbox::shadow("/var/lib")?;
         let folder = PathBuf::from(FOLDER);
         fs::create_dir_all(&folder)?;
         let mut podman = Podman { folder, rootless, service: None, log: Log::new("podman") };
