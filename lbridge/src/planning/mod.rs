@@ -11,6 +11,7 @@ pub mod explain;
 pub mod firewall;
 mod hint;
 pub mod inventory;
+pub mod labels;
 pub mod plan;
 pub mod policy;
 pub mod reality;

@@ -564,6 +564,14 @@ pub enum Refused {
         /// Which.
         id: RuleId,
     },
+    /// The rule is a label's.
+    #[error(
+        "{id} comes from a label of a container or a network; make that anew without it, or take the port out of label_ports in lbridge.toml"
+    )]
+    FromLabel {
+        /// Which.
+        id: RuleId,
+    },
     /// A rule that could never serve.
     #[error(
         "{id} leads to a Unix socket, whose service would see root as its peer; allow it with --source loopback"
@@ -680,8 +688,8 @@ impl Rules {
         for id in removed {
             match self.0.get(&id) {
                 None => return Err(Refused::NoSuchRule { id }),
-                // What labels say is no part of the set that is changed.
-                Some((_, Origin::Config | Origin::Label)) => return Err(Refused::ReadOnly { id }),
+                Some((_, Origin::Config)) => return Err(Refused::ReadOnly { id }),
+                Some((_, Origin::Label)) => return Err(Refused::FromLabel { id }),
                 Some((_, Origin::Cli)) => rules.remove(&id),
             };
         }
@@ -721,7 +729,7 @@ impl Rule {
     }
 
     /// As the arguments of `allow`.
-    fn options(&self) -> String {
+    pub(super) fn options(&self) -> String {
         let mut options = self.spec.to_string();
         options += match self.source {
             Source::Container => "",

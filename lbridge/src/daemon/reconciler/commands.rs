@@ -207,9 +207,10 @@ fn with_process(mut rule: Rule) -> Result<Rule, ApiError> {
 
 fn refusal(refused: &Refused) -> ApiError {
     let code = match refused {
-        Refused::Conflict { .. } | Refused::ConflictWithin { .. } | Refused::ReadOnly { .. } => {
-            ErrorCode::Conflict
-        }
+        Refused::Conflict { .. }
+        | Refused::ConflictWithin { .. }
+        | Refused::ReadOnly { .. }
+        | Refused::FromLabel { .. } => ErrorCode::Conflict,
         Refused::NoSuchRule { .. } => ErrorCode::NoSuchRule,
         Refused::TooMany { .. }
         | Refused::NeedsLoopback { .. }

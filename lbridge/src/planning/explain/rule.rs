@@ -42,9 +42,13 @@ impl Explainer<'_> {
             return step(Stage::Rule, Answer::No, text);
         };
         let by = match meant.origin {
-            Origin::Cli => "made by lbridge allow",
-            Origin::Config => "from the configuration file",
-            Origin::Label => "from a label",
+            Origin::Cli => "made by lbridge allow".to_owned(),
+            Origin::Config => "from the configuration file".to_owned(),
+            Origin::Label if meant.rule.from.is_empty() => "from the network's label".to_owned(),
+            Origin::Label => {
+                let names = meant.rule.from.iter().take(MAX_NEAREST).map(String::as_str).collect::<Vec<_>>();
+                format!("from the label of {}", names.join(", "))
+            }
         };
         let shared =
             if meant.rule.network == self.question.network { "" } else { ", which means the same bridge" };

@@ -1,0 +1,492 @@
+//! Labels of containers and networks, where the administrator lets them ask for rules: what they ask for within the bounds
+//! that `lbridge.toml` sets, beside the rules of `allow` and of the file, which go first. A bad label is a [`Problem`] and
+//! stops nothing else. Whoever starts a container chooses what is in its labels: everything is bounded.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    inventory::{DockerNetwork, find_networks},
+    rule::{Network, Origin, PortSpec, Protocol, Rule, Rules, Source, Target, container_name},
+};
+
+/// The ports that are asked for; without it the others mean nothing.
+pub const ALLOW: &str = "lbridge.allow";
+const LOCALHOST: &str = "lbridge.localhost";
+const SOURCE: &str = "lbridge.source";
+/// Whatever begins so is lbridge's.
+const PREFIX: &str = "lbridge.";
+
+/// Longest value that is read, in bytes.
+const MAX_TEXT: usize = 4096;
+/// Ports that one label may ask for.
+const MAX_PORTS: usize = 256;
+/// Rules that all labels together may ask for.
+const MAX_RULES: usize = 8192;
+/// Problems of one object, and of all, that are told; the others are counted.
+const MAX_PROBLEMS_OF_ONE: usize = 8;
+const MAX_PROBLEMS: usize = 64;
+/// What is told of a label or of a name, in characters.
+const MAX_EXCERPT: usize = 80;
+const MAX_SENTENCE: usize = 300;
+/// Ports that a problem names.
+const MAX_NAMED_PORTS: usize = 5;
+
+/// What labels may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Whether they are read.
+    pub enabled: bool,
+    /// The host's ports that they may lead to.
+    pub ports: Vec<PortRange>,
+    /// What they may have services see.
+    pub sources: BTreeSet<Source>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { enabled: false, ports: vec![], sources: [Source::Container].into() }
+    }
+}
+
+impl Settings {
+    fn has(&self, port: u16, protocol: Protocol) -> bool {
+        self.ports
+            .iter()
+            .any(|range| range.protocol == protocol && (range.first..=range.last).contains(&port))
+    }
+}
+
+/// Ports of the host: `5432`, `8000-8010`, `53/udp`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortRange {
+    first: u16,
+    last: u16,
+    protocol: Protocol,
+}
+
+impl PortRange {
+    /// The range that a PORT argument means, unless it says where it leads.
+    pub fn of(specs: &[PortSpec]) -> Option<Self> {
+        let (first, last) = (specs.first()?, specs.last()?);
+        let plain = specs.iter().all(|spec| spec.target == Target::Port(spec.port));
+        plain.then_some(Self { first: first.port, last: last.port, protocol: first.protocol })
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.first)?;
+        if self.last != self.first {
+            write!(f, "-{}", self.last)?;
+        }
+        f.write_str(self.protocol.suffix())
+    }
+}
+
+/// What has labels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A network: its labels are for all of its containers.
+    Network,
+    /// A container: its labels are for it alone.
+    Container,
+}
+
+/// A network or a running container with [`ALLOW`].
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Labelled {
+    /// Which of the two.
+    pub kind: Kind,
+    /// Seconds since 1970: whoever asked first has a port.
+    created: i64,
+    name: String,
+    id: String,
+    /// Ids of its networks, or their names where the engine tells no id.
+    networks: Vec<String>,
+    allow: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    localhost: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    source: Option<String>,
+    /// The first label that begins as lbridge's do and is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    unknown: Option<String>,
+}
+
+impl Labelled {
+    /// What is of interest of an object's labels; `None` if it asks for nothing.
+    pub fn new(
+        kind: Kind,
+        (id, name): (String, String),
+        created: i64,
+        mut networks: Vec<String>,
+        labels: &HashMap<String, String>,
+    ) -> Option<Self> {
+        // One byte more than is read tells that there was more.
+        let value = |label| labels.get(label).map(|text: &String| cut(text, MAX_TEXT + 1).to_owned());
+        let known = [ALLOW, LOCALHOST, SOURCE];
+        let unknown =
+            labels.keys().filter(|label| label.starts_with(PREFIX) && !known.contains(&label.as_str())).min();
+        networks.sort();
+        Some(Self {
+            kind,
+            created,
+            name,
+            id,
+            networks,
+            allow: value(ALLOW)?,
+            localhost: value(LOCALHOST),
+            source: value(SOURCE),
+            unknown: unknown.map(|label| excerpt(label, MAX_EXCERPT)),
+        })
+    }
+
+    /// `container web`.
+    pub fn told(&self) -> String {
+        let name = excerpt(&self.name, MAX_EXCERPT);
+        match self.kind {
+            Kind::Network => format!("network {name}"),
+            Kind::Container => format!("container {name}"),
+        }
+    }
+
+    /// As a rule names it: by its id, where the name is none or may be another's id.
+    fn as_source(&self) -> String {
+        let reads_as_id = self.name.len() >= 12 && self.name.bytes().all(|b| b.is_ascii_hexdigit());
+        match container_name(&self.name) {
+            Ok(name) if !reads_as_id => name,
+            _ => self.id.clone(),
+        }
+    }
+
+    /// Whether `name` means this container.
+    fn is_meant(&self, name: &str) -> bool {
+        name == self.name || (name.len() >= 12 && self.id.starts_with(name))
+    }
+}
+
+/// What is wrong with a label.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Problem {
+    /// Whose: `container web`.
+    pub object: String,
+    /// The label; cut off if it is long.
+    pub label: String,
+    /// What is wrong.
+    pub wrong: String,
+    /// What to do about it.
+    pub remedy: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}: {}; {}", self.object, self.label, self.wrong, self.remedy)
+    }
+}
+
+/// What follows from labels.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Derived {
+    /// All rules: the others', and those of labels.
+    pub rules: Rules,
+    /// What is wrong, of the first objects.
+    pub problems: Vec<Problem>,
+    /// How many problems there are beside.
+    pub more: usize,
+}
+
+/// What labels ask for, beside the rules of others, `own`.
+pub fn derive(
+    labelled: &[Labelled],
+    settings: &Settings,
+    networks: &[DockerNetwork],
+    own: &Rules,
+) -> Derived {
+    let mut derivation = Derivation { settings, networks, own: BTreeMap::new(), wanted: BTreeMap::new() };
+    for (_, rule, origin) in own.iter() {
+        if let Some(bridge) = derivation.bridge(&rule.network) {
+            // Of several names of one bridge the first in order is served.
+            derivation
+                .own
+                .entry((bridge, rule.spec.port, rule.spec.protocol))
+                .or_insert_with(|| (rule.clone(), origin));
+        }
+    }
+    let mut derived = Derived::default();
+    let mut objects: Vec<_> = labelled.iter().collect();
+    // Networks first: what they open to all nobody has to ask for.
+    objects.sort();
+    for object in objects {
+        let problems = derivation.object(object);
+        let kept = problems.len().min(MAX_PROBLEMS_OF_ONE).min(MAX_PROBLEMS - derived.problems.len());
+        derived.more += problems.len() - kept;
+        derived.problems.extend(problems.into_iter().take(kept));
+    }
+    let wanted = derivation.wanted.into_values().map(|wanted| wanted.rule);
+    // Each was tried by itself; what cannot be is that there are too many, with those of others.
+    derived.rules = own.allow(wanted, Origin::Label).unwrap_or_else(|refused| {
+        derived.problems.push(Problem {
+            object: "all labels".to_owned(),
+            label: ALLOW.to_owned(),
+            wrong: refused.to_string(),
+            remedy: "none of them is in force; have fewer rules".to_owned(),
+        });
+        own.clone()
+    });
+    derived
+}
+
+/// A bridge, a port of its gateway, and what is spoken there.
+type Place = (String, u16, Protocol);
+
+struct Derivation<'a> {
+    settings: &'a Settings,
+    networks: &'a [DockerNetwork],
+    own: BTreeMap<Place, (Rule, Origin)>,
+    wanted: BTreeMap<Place, Wanted>,
+}
+
+struct Wanted {
+    rule: Rule,
+    /// Who asked first.
+    by: String,
+}
+
+/// What is wrong with a port of a label, and what to do.
+type Complaint = (String, String);
+
+impl<'a> Derivation<'a> {
+    fn bridge(&self, network: &Network) -> Option<String> {
+        match network {
+            Network::Bridge(name) => Some(name.clone()),
+            Network::Docker(name) => match find_networks(self.networks, name)[..] {
+                [network] => network.bridge.clone(),
+                _ => None,
+            },
+            Network::Container(_) | Network::Netns(_) | Network::Process(_) => None,
+        }
+    }
+
+    /// Takes what an object asks for; what is wrong with it.
+    fn object(&mut self, object: &Labelled) -> Vec<Problem> {
+        let problem = |label: &str, text: Option<&str>, wrong: &str, remedy: &str| Problem {
+            object: object.told(),
+            label: match text {
+                Some(text) => format!("{label}={}", excerpt(text, MAX_EXCERPT)),
+                None => label.to_owned(),
+            },
+            wrong: excerpt(wrong, MAX_SENTENCE),
+            remedy: excerpt(remedy, MAX_SENTENCE),
+        };
+        let mut problems = vec![];
+        if let Some(label) = &object.unknown {
+            let known = format!("there are {ALLOW}, {LOCALHOST} and {SOURCE}; rename or remove it");
+            problems.push(problem(label, None, "lbridge has no such label", &known));
+        }
+        let localhost = match object.localhost.as_deref().map(str::trim) {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(_) => {
+                let text = object.localhost.as_deref();
+                problems.push(problem(LOCALHOST, text, "it is neither true nor false", "write true"));
+                return problems;
+            }
+        };
+        let source = match object.source.as_deref().map(|text| text.trim().parse::<Source>()) {
+            None => Source::Container,
+            Some(Ok(source)) => source,
+            Some(Err(_)) => {
+                let text = object.source.as_deref();
+                problems.push(problem(SOURCE, text, "it is no source", "write container or loopback"));
+                return problems;
+            }
+        };
+        if !self.settings.sources.contains(&source) {
+            let remedy = "add it there and run `lbridge reload`, or change the label";
+            let name = if source == Source::Loopback { "loopback" } else { "container" };
+            let wrong = format!("source {name} is not in label_sources of lbridge.toml");
+            problems.push(problem(SOURCE, object.source.as_deref(), &wrong, remedy));
+            return problems;
+        }
+        let allow = Some(object.allow.as_str());
+        let places = self.places(object);
+        if places.is_empty() {
+            let (wrong, remedy) = match object.kind {
+                Kind::Network => ("it is no bridge of this host", "allow its containers one by one"),
+                Kind::Container => ("it is on no network with a bridge on this host", "join it to one"),
+            };
+            let remedy = format!("{remedy}, or type: lbridge allow container:NAME PORT");
+            problems.push(problem(ALLOW, allow, wrong, &remedy));
+            return problems;
+        }
+        let (specs, complaints) = self.ports(&object.allow);
+        problems.extend(complaints.iter().map(|(wrong, remedy)| problem(ALLOW, allow, wrong, remedy)));
+        for network in places {
+            for spec in &specs {
+                let from = match object.kind {
+                    Kind::Network => BTreeSet::new(),
+                    Kind::Container => [object.as_source()].into(),
+                };
+                let rule = Rule { from, localhost, source, ..Rule::new(self.named(network), spec.clone()) };
+                if let Err((wrong, remedy)) = self.want(object, network, rule) {
+                    problems.push(problem(ALLOW, allow, &wrong, &remedy));
+                }
+            }
+        }
+        problems
+    }
+
+    /// Its networks that are bridges of the host.
+    fn places(&self, object: &Labelled) -> Vec<&'a DockerNetwork> {
+        let find = |text: &String| {
+            let by_id = self.networks.iter().find(|network| network.id == *text);
+            by_id.or_else(|| self.networks.iter().find(|network| network.name == *text))
+        };
+        object.networks.iter().filter_map(find).filter(|network| network.bridge.is_some()).collect()
+    }
+
+    /// The network as a rule names it: by its name, where that means it and no other.
+    fn named(&self, network: &DockerNetwork) -> Network {
+        match network.name.parse() {
+            Ok(named @ Network::Docker(_)) if find_networks(self.networks, &network.name) == [network] => {
+                named
+            }
+            _ => Network::Docker(network.id.clone()),
+        }
+    }
+
+    /// The ports that a label asks for and may; and what is wrong with the others.
+    fn ports(&self, text: &str) -> (Vec<PortSpec>, Vec<Complaint>) {
+        let complaint = |wrong: String, remedy: &str| vec![(wrong, remedy.to_owned())];
+        if text.len() > MAX_TEXT {
+            let wrong = format!("it is longer than {MAX_TEXT} bytes");
+            return (vec![], complaint(wrong, "name fewer ports"));
+        }
+        let (mut specs, mut complaints) = (vec![], vec![]);
+        let mut forbidden = vec![];
+        let mut count = 0;
+        for item in text.split(',').map(str::trim).filter(|item| !item.is_empty()) {
+            let parsed = match PortSpec::parse_many(item) {
+                Ok(parsed) => parsed,
+                Err(error) => {
+                    complaints.push((error.to_string(), "mend the label".to_owned()));
+                    continue;
+                }
+            };
+            count += parsed.len();
+            if count > MAX_PORTS {
+                let wrong = format!("it names more than {MAX_PORTS} ports; none of them is allowed");
+                return (vec![], complaint(wrong, "name fewer ports"));
+            }
+            for spec in parsed {
+                match spec.target {
+                    Target::Port(port) if self.settings.has(port, spec.protocol) => specs.push(spec),
+                    Target::Port(port) => forbidden.push(format!("{port}{}", spec.protocol.suffix())),
+                    Target::Address(_) | Target::Unix(_) => complaints.push((
+                        format!("{spec}: a label leads to ports of 127.0.0.1 alone"),
+                        "write 5432 or 5432=15432, or allow it on the host with `lbridge allow`".to_owned(),
+                    )),
+                }
+            }
+        }
+        if count == 0 && complaints.is_empty() {
+            complaints.push(("it names no port".to_owned(), "write ports, as 5432,8080=3000".to_owned()));
+        }
+        forbidden.dedup();
+        if !forbidden.is_empty() {
+            let named = forbidden.iter().take(MAX_NAMED_PORTS).map(String::as_str).collect::<Vec<_>>();
+            let more = match forbidden.len() - named.len() {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            complaints.push((
+                format!("{}{more} not in label_ports of lbridge.toml", named.join(", ")),
+                "add to label_ports what labels may open and run `lbridge reload`, or change the label"
+                    .to_owned(),
+            ));
+        }
+        (specs, complaints)
+    }
+
+    /// Takes a rule for an object, if it does not contradict another.
+    fn want(&mut self, object: &Labelled, network: &DockerNetwork, rule: Rule) -> Result<(), Complaint> {
+        let id = rule.id();
+        let mend = |text: String| (text, "change the label".to_owned());
+        Rules::default().allow([rule.clone()], Origin::Label).map_err(|refused| {
+            // As labels have it; it is told as the command does.
+            mend(refused.to_string().replace("--source loopback", "lbridge.source=loopback"))
+        })?;
+        let bridge = network.bridge.clone().unwrap_or_default();
+        let place = (bridge, rule.spec.port, rule.spec.protocol);
+        if let Some((own, origin)) = self.own.get(&place) {
+            if covers(own, &rule, |name| object.is_meant(name)) {
+                return Ok(());
+            }
+            let (by, remedy) = match origin {
+                Origin::Config => ("lbridge.toml", "change one of them".to_owned()),
+                _ => ("lbridge allow", format!("type `lbridge deny {}`, or change the label", own.id())),
+            };
+            return Err((format!("{id} is allowed otherwise by {by}, as {}", own.options()), remedy));
+        }
+        let full = self.wanted.len() >= MAX_RULES;
+        match self.wanted.get_mut(&place) {
+            None if full => Err(mend(format!("labels ask for more than {MAX_RULES} rules"))),
+            None => {
+                self.wanted.insert(place, Wanted { rule, by: object.told() });
+                Ok(())
+            }
+            Some(wanted) if covers(&wanted.rule, &rule, |name| object.is_meant(name)) => Ok(()),
+            Some(Wanted { rule: other, .. })
+                if !other.from.is_empty()
+                    && (&other.spec, other.source, other.localhost)
+                        == (&rule.spec, rule.source, rule.localhost) =>
+            {
+                other.from.extend(rule.from);
+                Ok(())
+            }
+            Some(Wanted { rule: other, by }) => {
+                Err(mend(format!("{id} is asked for otherwise by {by}, as {}", other.options())))
+            }
+        }
+    }
+}
+
+/// Whether `rule` adds nothing to `other`: which way connections take, and how many, is up to whoever made that.
+fn covers(other: &Rule, rule: &Rule, is_meant: impl Fn(&str) -> bool) -> bool {
+    let for_all = other.from.is_empty();
+    let for_it = !rule.from.is_empty() && other.from.iter().any(|name| is_meant(name));
+    (other.spec == rule.spec && other.source == rule.source)
+        && (other.localhost || !rule.localhost)
+        && (for_all || for_it)
+}
+
+/// The beginning, as long as `max` bytes at most.
+fn cut(text: &str, max: usize) -> &str {
+    let end = (0..=max.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
+    text.get(..end).unwrap_or_default()
+}
+
+/// The beginning, in so many characters, without what a terminal or a log would act on.
+fn excerpt(text: &str, max: usize) -> String {
+    let acts = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let mut told = String::new();
+    for (count, c) in text.chars().enumerate() {
+        if count == max {
+            return told + "...";
+        }
+        if acts(c) { told.extend(c.escape_default()) } else { told.push(c) }
+    }
+    told
+}
+
+#[cfg(test)]
+mod tests;
