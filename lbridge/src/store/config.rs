@@ -25,6 +25,7 @@ use toml::{
 use super::place;
 use crate::planning::{
     firewall::FirewallMode,
+    labels::{self, PortRange},
     rule::{
         Network, Origin, PathChoice, PortSpec, ProxyProtocol, Refused, Rule, RuleId, Rules, Source,
         container_name,
@@ -35,7 +36,7 @@ use crate::planning::{
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the file may set, and each of its rules. Kept beside the types below: serde does not tell them.
-const SETTINGS: [&str; 3] = ["drain_timeout", "firewall", "rule"];
+const SETTINGS: [&str; 6] = ["drain_timeout", "firewall", "labels", "label_ports", "label_sources", "rule"];
 const RULE: [&str; 11] = [
     "network",
     "port",
@@ -57,6 +58,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// What may be done to the host's firewall.
     pub firewall: FirewallMode,
+    /// What labels of containers and networks may do.
+    pub labels: labels::Settings,
     /// Read-only to the CLI.
     rules: Vec<Entry>,
     /// As the user knows it.
@@ -88,6 +91,11 @@ struct File {
     drain_timeout: Option<Duration>,
     #[serde(default)]
     firewall: FirewallMode,
+    #[serde(default)]
+    labels: bool,
+    #[serde(default)]
+    label_ports: Vec<LabelPorts>,
+    label_sources: Option<BTreeSet<Source>>,
     #[serde(default, rename = "rule")]
     rules: Vec<Spanned<FileRule>>,
 }
@@ -120,6 +128,21 @@ struct Container(String);
 impl<'de> Deserialize<'de> for Container {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         container_name(&String::deserialize(deserializer)?).map(Self).map_err(de::Error::custom)
+    }
+}
+
+/// The host's ports: `5432`, `"8000-8010"`, `"53/udp"`.
+struct LabelPorts(PortRange);
+
+impl<'de> Deserialize<'de> for LabelPorts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Ports(specs) = Ports::deserialize(deserializer)?;
+        let range = PortRange::of(&specs);
+        let said = specs.first().map(ToString::to_string).unwrap_or_default();
+        let wrong = || {
+            de::Error::custom(format!("{said:?} says where it leads; write the host's port alone, as 5432"))
+        };
+        range.map(Self).ok_or_else(wrong)
     }
 }
 
@@ -178,7 +201,12 @@ impl Config {
             rules.extend(specs.into_iter().map(|spec| Entry { rule: rule.rule(spec), place: place.clone() }));
         }
         let drain_timeout = file.drain_timeout.unwrap_or(DRAIN_TIMEOUT);
-        Ok(Self { drain_timeout, firewall: file.firewall, rules, name })
+        let labels = labels::Settings {
+            enabled: file.labels,
+            ports: file.label_ports.into_iter().map(|LabelPorts(range)| range).collect(),
+            sources: file.label_sources.unwrap_or_else(|| labels::Settings::default().sources),
+        };
+        Ok(Self { drain_timeout, firewall: file.firewall, labels, rules, name })
     }
 
     /// How many rules it has.
@@ -194,7 +222,18 @@ impl Config {
     /// The settings that are no rules, as one would write them.
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let time = jiff::SignedDuration::try_from(self.drain_timeout).unwrap_or_default();
-        vec![("drain_timeout", format!("{time:#}")), ("firewall", self.firewall.to_string())]
+        let ports: Vec<_> = self.labels.ports.iter().map(|range| written(&range.to_string())).collect();
+        let sources = self.labels.sources.iter().map(|source| match source {
+            Source::Container => "\"container\"",
+            Source::Loopback => "\"loopback\"",
+        });
+        vec![
+            ("drain_timeout", format!("{time:#}")),
+            ("firewall", self.firewall.to_string()),
+            ("labels", self.labels.enabled.to_string()),
+            ("label_ports", format!("[{}]", ports.join(", "))),
+            ("label_sources", format!("[{}]", sources.collect::<Vec<_>>().join(", "))),
+        ]
     }
 
     /// Its rules, and those of `allow`, which are in the file `allowed_in`.
@@ -261,6 +300,11 @@ impl FileRule {
     }
 }
 
+/// A port as the file has it: a number goes without quotes.
+fn written(port: &str) -> String {
+    if port.bytes().all(|b| b.is_ascii_digit()) { port.to_owned() } else { format!("{port:?}") }
+}
+
 /// What serde and the parser say, in words for those who write the file.
 fn plain(message: &str) -> String {
     if message.contains("duration format") {
@@ -271,6 +315,7 @@ fn plain(message: &str) -> String {
         .replace("a nonzero u32", "a number, at least 1")
         .replace("expected a sequence", "expected a list, as [5432, \"8000-8010\"]")
         .replace("missing field `network`", "the rule has no network; add network = \"app_net\"")
+        .replace("expected a boolean", "expected true or false, without quotes")
         .replace("string values must be quoted, expected literal string", "text goes between quotes")
         .replace("unknown variant ", "there is no ")
 }
@@ -375,6 +420,19 @@ mod tests {
     }
 
     #[test]
+    fn labels_are_off_and_bounded_unless_the_file_says_otherwise() {
+        let off = read("").unwrap();
+        assert_eq!(off.labels, labels::Settings::default());
+        assert!(!off.labels.enabled && off.labels.ports.is_empty());
+        let text = "labels = true\nlabel_ports = [5432, \"8000-8010\", \"53/udp\"]\nlabel_sources = [\"loopback\"]\n";
+        let on = read(text).unwrap();
+        assert!(on.labels.enabled);
+        let settings: Vec<_> =
+            on.settings().into_iter().skip(2).map(|(name, now)| format!("{name} = {now}\n")).collect();
+        assert_eq!(settings.concat(), text, "as one would write them");
+    }
+
+    #[test]
     fn ports_are_written_as_one_likes() {
         let rule = |ports: &str| rules(&format!("[[rule]]\nnetwork = \"a\"\n{ports}\n"));
         assert_eq!(rule("port = 5432"), ["5432"]);
@@ -390,7 +448,17 @@ mod tests {
         let rule = "[[rule]]\nnetwork = \"a\"\n";
         for (text, place, words) in [
             ("drain_timeot = \"5s\"\n".to_owned(), "f:1:1: ", "write drain_timeout"),
-            ("\n  zzz = 1\n".to_owned(), "f:2:3: ", "there are drain_timeout, firewall, rule"),
+            (
+                "\n  zzz = 1\n".to_owned(),
+                "f:2:3: ",
+                "there are drain_timeout, firewall, labels, label_ports,",
+            ),
+            ("label = true\n".to_owned(), "f:1:1: ", "write labels"),
+            ("labels = \"true\"\n".to_owned(), "f:1:10: ", "true or false"),
+            ("label_ports = [1, \"2=3\"]\n".to_owned(), "f:1:15: ", "\"2=3\" says where"),
+            ("label_ports = [1, \"x\"]\n".to_owned(), "f:1:19: ", "no port"),
+            ("label_ports = 1\n".to_owned(), "f:1:15: ", "a list, as [5432"),
+            ("label_sources = [\"x\"]\n".to_owned(), "f:1:18: ", "container"),
             ("drain_timeout = \"5 parsecs\"\n".to_owned(), "f:1:17: ", "no time; write"),
             ("[rule]\nnetwork = \"a\"\nport = 1\n".to_owned(), "f:1:2: ", "[[rule]]"),
             ("[[rules]]\nnetwork = \"a\"\nport = 1\n".to_owned(), "f:1:3: ", "write rule"),

@@ -19,7 +19,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::planning::{inventory::DockerNetwork, rule::Rule};
+use crate::planning::{inventory::DockerNetwork, labels::Labelled, rule::Rule};
 
 /// Format of the files in the state directory.
 const VERSION: u32 = 1;
@@ -48,6 +48,14 @@ struct NetworksFile {
     boot: String,
     #[serde(default, rename = "network", skip_serializing_if = "Vec::is_empty")]
     networks: Vec<DockerNetwork>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LabelsFile {
+    version: u32,
+    #[serde(default, rename = "labelled", skip_serializing_if = "Vec::is_empty")]
+    labelled: Vec<Labelled>,
 }
 
 impl Store {
@@ -132,6 +140,23 @@ impl Store {
     pub fn save_networks(&self, networks: Vec<DockerNetwork>) -> anyhow::Result<()> {
         let file = NetworksFile { version: VERSION, boot: boot(), networks };
         self.write("networks.toml", &toml::to_string(&file)?)
+    }
+
+    /// What asked for something by labels as last seen; as [`Store::networks`].
+    pub fn labelled(&self) -> Vec<Labelled> {
+        match read_toml::<LabelsFile>(&self.path("labels.toml")) {
+            Ok(Some(file)) if file.version == VERSION => file.labelled,
+            Ok(_) => vec![],
+            Err(error) => {
+                tracing::warn!("the list of labels last seen is of no use: {error:#}");
+                vec![]
+            }
+        }
+    }
+
+    /// Replaces the labels last seen.
+    pub fn save_labelled(&self, labelled: Vec<Labelled>) -> anyhow::Result<()> {
+        self.write("labels.toml", &toml::to_string(&LabelsFile { version: VERSION, labelled })?)
     }
 
     fn path(&self, name: &str) -> PathBuf {
