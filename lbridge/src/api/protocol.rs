@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::planning::{
     firewall::FirewallMode,
     inventory::{DockerNetwork, Product},
+    labels,
     policy::State,
     rule::{Network, Origin, PathChoice, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
@@ -41,11 +42,25 @@ pub struct Status {
     /// The engine's networks; the last known while it is away.
     #[serde(default)]
     pub docker_networks: Vec<DockerNetwork>,
+    /// Labels of containers and networks.
+    #[serde(default)]
+    pub labels: LabelStatus,
     /// In order of network and port.
     pub rules: Vec<RuleStatus>,
     /// The configuration file is not what is in force.
     #[serde(default)]
     pub refused_reload: Option<RefusedReload>,
+}
+
+/// Labels of containers and networks, and what is wrong with them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LabelStatus {
+    /// Whether they are read.
+    pub enabled: bool,
+    /// What is wrong with labels, of the first that are.
+    pub problems: Vec<labels::Problem>,
+    /// How many problems there are beside.
+    pub more_problems: usize,
 }
 
 /// A configuration file that was read again and is of no use.
@@ -354,6 +369,20 @@ pub enum Happening {
         /// The user who removed it, where that is known.
         uid: Option<u32>,
     },
+    /// A label asks for a rule that nobody else has made, or none does any more.
+    Labelled {
+        /// The rule's network.
+        network: Network,
+        /// The rule's port.
+        port: u16,
+        /// What is spoken there.
+        #[serde(default)]
+        protocol: Protocol,
+        /// Whether one does.
+        asked: bool,
+    },
+    /// A label that cannot be followed.
+    BadLabel(labels::Problem),
     /// A rule is in another state than before.
     State {
         /// Its network.

@@ -11,6 +11,7 @@
 //! - [`executor`]: carries out steps, decides nothing;
 //! - [`explain`]: what `explain` needs beside one look;
 //! - [`handover`]: listening sockets, from one daemon to the next;
+//! - [`labels`]: the rules that labels ask for;
 //! - [`manager`]: what the service manager is told;
 //! - [`report`]: what `status` says.
 
@@ -18,6 +19,7 @@ mod configuration;
 mod executor;
 mod explain;
 mod handover;
+mod labels;
 mod manager;
 mod observe;
 mod reconciler;
@@ -97,7 +99,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (wake, wakes) = mpsc::channel(WAKE_QUEUE);
     let interfaces = Interfaces::connect(wake.clone())?;
     let docker = if options.docker {
-        let mut watcher = docker::watch::Watcher::start(store.networks(), containers(&rules));
+        let labelled = configuration.config().labels.enabled.then(|| store.labelled());
+        let mut watcher = docker::watch::Watcher::start(store.networks(), containers(&rules), labelled);
         watcher.first_answer(DOCKER_FIRST_ANSWER).await;
         Some(watcher)
     } else {

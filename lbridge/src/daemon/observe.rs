@@ -195,6 +195,7 @@ mod tests {
             networks: vec![],
             containers: [("c".to_owned(), Ok(Some(container(pid))))].into(),
             container_names: vec![],
+            labelled: vec![],
         };
         let host = NamespaceId { device: 0, inode: 0 };
         let mut processes = Processes::new();

@@ -19,6 +19,7 @@ use super::{
     configuration::Configuration,
     executor::{Executor, Failures},
     handover::{self, Inherited},
+    labels::Labels,
     manager::Manager,
     observe::{Processes, observe},
     report::{self, Report},
@@ -35,6 +36,7 @@ use crate::{
     kernel::{loader::Loaded, maps::Events},
     planning::{
         inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, Product, find_networks},
+        labels::Labelled,
         plan::{Step, plan},
         policy::{Policy, State},
         resolve::resolve,
@@ -60,7 +62,10 @@ const DOCKER_REFRESH: Duration = Duration::from_secs(2);
 /// Owner of all that changes.
 #[derive(Debug)]
 pub(super) struct Reconciler {
+    /// Those of `allow` and of the configuration.
     rules: Rules,
+    /// And those of labels.
+    labels: Labels,
     configuration: Configuration,
     store: Store,
     abilities: Abilities,
@@ -69,6 +74,7 @@ pub(super) struct Reconciler {
     interfaces: Interfaces,
     docker: Option<Watcher>,
     saved_networks: Vec<DockerNetwork>,
+    saved_labelled: Vec<Labelled>,
     /// Listeners, by inode, that the kernel cannot be given; for as long as they are there.
     refused: BTreeMap<u64, ListenerKind>,
     processes: Processes,
@@ -99,8 +105,10 @@ impl Reconciler {
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Ok(Self {
             rules,
+            labels: Labels::default(),
             configuration,
             saved_networks: store.networks(),
+            saved_labelled: store.labelled(),
             store,
             abilities,
             executor: Executor {
@@ -213,8 +221,9 @@ impl Reconciler {
     }
 
     fn pause(&self) -> Duration {
-        let blind = self.events.is_none() && !self.rules.is_empty();
-        let inside = self.rules.iter().any(|(_, rule, _)| rule.network.is_namespace());
+        let rules = self.labels.rules(&self.rules);
+        let blind = self.events.is_none() && !rules.is_empty();
+        let inside = rules.iter().any(|(_, rule, _)| rule.network.is_namespace());
         let unix = self.rules.iter().any(|(_, rule, _)| matches!(rule.spec.target, Target::Unix(_)));
         let relaying = !self.last.policy.relays.is_empty();
         // What the kernel does not tell of is to be told in time, too.
@@ -278,11 +287,16 @@ impl Reconciler {
         let (mut rounds, mut unseen, mut asked_anew) = (0, None, false);
         loop {
             let view = self.docker.as_ref().map(Watcher::view);
+            let settings = &self.configuration.config().labels;
+            for what in self.labels.update(settings, view.as_ref(), &self.rules) {
+                self.news.tell(what);
+            }
+            let rules = self.labels.rules(&self.rules);
             if let (Some(docker), Some(view)) = (&self.docker, &view) {
-                docker.want(names(&self.rules, view));
+                docker.want(names(rules, view));
             }
             let observed = observe(
-                &self.rules,
+                rules,
                 &self.interfaces,
                 view.as_ref(),
                 &self.refused,
@@ -310,7 +324,7 @@ impl Reconciler {
             self.refused.retain(|inode, _| inventory.listeners.iter().any(|l| l.inode == *inode));
             let policy = Policy {
                 firewall: self.configuration.config().firewall,
-                ..resolve(&self.rules, &inventory, &self.abilities)
+                ..resolve(self.labels.rules(&self.rules), &inventory, &self.abilities)
             };
             let reality = self.executor.reality(&policy).await?;
             let steps = self.possible(plan(&policy, &reality));
@@ -375,15 +389,23 @@ impl Reconciler {
         steps
     }
 
-    /// Keeps the networks on disk as they were last seen, for a start while the engine is away.
+    /// Keeps networks and labels on disk as they were last seen, for a start while the engine is away.
     fn remember_networks(&mut self) {
         let Some(view) = self.docker.as_ref().map(Watcher::view) else { return };
-        if !matches!(view.presence, Presence::Reachable { .. }) || view.networks == self.saved_networks {
+        if !matches!(view.presence, Presence::Reachable { .. }) {
             return;
         }
-        match self.store.save_networks(view.networks.clone()) {
-            Ok(()) => self.saved_networks = view.networks,
-            Err(error) => tracing::warn!("{error:#}"),
+        if view.networks != self.saved_networks {
+            match self.store.save_networks(view.networks.clone()) {
+                Ok(()) => self.saved_networks = view.networks,
+                Err(error) => tracing::warn!("{error:#}"),
+            }
+        }
+        if view.labelled != self.saved_labelled {
+            match self.store.save_labelled(view.labelled.clone()) {
+                Ok(()) => self.saved_labelled = view.labelled,
+                Err(error) => tracing::warn!("{error:#}"),
+            }
         }
     }
 }

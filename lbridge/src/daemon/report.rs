@@ -16,7 +16,7 @@ use crate::{
         inventory::{Entrance, NamespaceKey},
         policy::{Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, State},
         reality::Reality,
-        rule::{RuleId, Rules},
+        rule::{Origin, RuleId, Rules},
     },
     relay::set::Counts,
 };
@@ -52,7 +52,12 @@ impl Report {
         if changes.len() > MAX_CHANGES {
             return vec![format!("{} rules have changed", changes.len())];
         }
+        let was_labels = |id: &RuleId| {
+            let mut outcomes = before.policy.outcomes.iter();
+            outcomes.any(|outcome| outcome.origin == Origin::Label && outcome.rule.id() == *id)
+        };
         let told = |(id, now): (RuleId, Option<Described>)| match now {
+            None if was_labels(&id) => format!("{id}: no label asks for it any more"),
             None => format!("{id}: denied"),
             Some((state, None)) => format!("{id}: {}", format!("{state:?}").to_lowercase()),
             Some((state, Some(why))) => format!("{id}: {} ({why})", format!("{state:?}").to_lowercase()),

@@ -10,7 +10,10 @@ use bollard::{
 use tokio::time::timeout;
 
 use super::{engine, snapshot};
-use crate::planning::inventory::{DockerNetwork, Product};
+use crate::planning::{
+    inventory::{DockerNetwork, Product},
+    labels::Labelled,
+};
 
 /// An engine that takes longer is as good as away.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -59,6 +62,11 @@ pub async fn engine() -> anyhow::Result<Engine> {
         Ok(Engine { product, version, rootless, networks })
     })
     .await
+}
+
+/// The networks and the running containers whose labels ask for something.
+pub async fn labelled() -> anyhow::Result<Vec<Labelled>> {
+    within(async { snapshot::labelled(&connect()?).await }).await
 }
 
 /// The running containers that were started with `--add-host NAME:host-gateway`.

@@ -6,13 +6,16 @@ use anyhow::Context as _;
 use bollard::{
     Docker,
     errors::Error,
-    models::{ContainerInspectResponse, EndpointSettings, Network},
+    models::{ContainerInspectResponse, ContainerSummary, EndpointSettings, Network},
     query_parameters::{InspectContainerOptions, ListContainersOptions, ListNetworksOptions},
 };
 
 use nix::net::if_::if_nametoindex;
 
-use crate::planning::inventory::{Attachment, DockerNetwork, Product};
+use crate::planning::{
+    inventory::{Attachment, DockerNetwork, Product},
+    labels::{ALLOW, Kind, Labelled},
+};
 
 use super::{
     engine::Engine,
@@ -91,6 +94,40 @@ fn on_this_host(network: DockerNetwork, engine: &Engine) -> DockerNetwork {
     }
     let driver = format!("{} (rootless)", network.driver);
     DockerNetwork { driver, bridge: None, bridge_index: None, ..network }
+}
+
+/// The networks and the running containers whose labels ask for something, in order.
+pub(super) async fn labelled(docker: &Docker) -> anyhow::Result<Vec<Labelled>> {
+    let filters = || Some(HashMap::from([("label".to_owned(), vec![ALLOW.to_owned()])]));
+    let networks = docker.list_networks(Some(ListNetworksOptions { filters: filters() }));
+    let networks = networks.await.context("cannot list the networks with labels")?;
+    // Without `all` only those that run, one that is being restarted among them.
+    let options = ListContainersOptions { filters: filters(), ..ListContainersOptions::default() };
+    let containers = docker.list_containers(Some(options));
+    let containers = containers.await.context("cannot list the containers with labels")?;
+    let networks = networks.into_iter().filter_map(labelled_network);
+    let mut labelled: Vec<_> =
+        networks.chain(containers.into_iter().filter_map(labelled_container)).collect();
+    labelled.sort();
+    Ok(labelled)
+}
+
+fn labelled_network(network: Network) -> Option<Labelled> {
+    let (id, name) = (network.id?, network.name?);
+    Labelled::new(Kind::Network, (id.clone(), name), 0, vec![id], &network.labels?)
+}
+
+fn labelled_container(container: ContainerSummary) -> Option<Labelled> {
+    let id = container.id?;
+    let name = container.names.and_then(|names| names.into_iter().next()).unwrap_or_else(|| id.clone());
+    let name = name.trim_start_matches('/').to_owned();
+    let networks = container.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+    let id_of = |(name, endpoint): (String, EndpointSettings)| {
+        endpoint.network_id.filter(|id| !id.is_empty()).unwrap_or(name)
+    };
+    let networks = networks.into_iter().map(id_of).collect();
+    let created = container.created.unwrap_or_default();
+    Labelled::new(Kind::Container, (id, name), created, networks, &container.labels?)
 }
 
 /// The container of this name or id. What the engine has to say against one container is that one's state; an error

@@ -16,7 +16,10 @@ use tokio::{
 };
 
 use super::{engine::Engine, snapshot};
-use crate::planning::inventory::{Attachment, DockerNetwork, Product};
+use crate::planning::{
+    inventory::{Attachment, DockerNetwork, Product},
+    labels::Labelled,
+};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
@@ -24,6 +27,9 @@ const LAST_BACKOFF: Duration = Duration::from_secs(5);
 const RELIST: Duration = Duration::from_secs(60);
 /// Before 5.4 Podman does not tell of networks that come and go.
 const RELIST_PODMAN: Duration = Duration::from_secs(10);
+/// The engine tells that a container has ended before its list leaves it out, by as long as tidying up takes: the list is read
+/// again after that time, after twice that time, and so on.
+const LIST_LAGS: Duration = Duration::from_millis(250);
 /// The engine's events have whole seconds.
 const SINCE_BEFORE: Duration = Duration::from_secs(1);
 /// An engine that takes longer to answer is as good as away.
@@ -66,6 +72,8 @@ pub struct View {
     pub containers: BTreeMap<String, Sighting>,
     /// The names of all containers, where one that was asked for is nobody's.
     pub container_names: Vec<String>,
+    /// What asks for something by labels, where these are followed; the last known while it is away.
+    pub labelled: Vec<Labelled>,
 }
 
 /// What the engine says of a name: a container, none, or what is wrong with it.
@@ -96,24 +104,36 @@ impl Container {
 pub struct Watcher {
     view: watch::Receiver<View>,
     wanted: watch::Sender<BTreeSet<String>>,
+    labels: watch::Sender<bool>,
     refresh: mpsc::Sender<oneshot::Sender<()>>,
 }
 
 impl Watcher {
     /// Starts to follow the engine at `DOCKER_HOST`, or at the default socket, and the containers of these names.
-    /// `last_known` serves until it answers.
-    pub fn start(last_known: Vec<DockerNetwork>, containers: BTreeSet<String>) -> Self {
+    /// `last_known` serves until it answers; so does `labelled`, if there is any: then labels are followed.
+    pub fn start(
+        last_known: Vec<DockerNetwork>,
+        containers: BTreeSet<String>,
+        labelled: Option<Vec<Labelled>>,
+    ) -> Self {
+        let (labels, follow_labels) = watch::channel(labelled.is_some());
         let unknown = View {
             presence: Presence::Unknown,
             networks: last_known,
             containers: BTreeMap::new(),
             container_names: vec![],
+            labelled: labelled.unwrap_or_default(),
         };
         let (sender, view) = watch::channel(unknown);
         let (wanted, names) = watch::channel(containers);
         let (refresh, requests) = mpsc::channel(16);
-        tokio::spawn(follow(sender, names, requests));
-        Self { view, wanted, refresh }
+        tokio::spawn(follow(sender, names, follow_labels, requests));
+        Self { view, wanted, labels, refresh }
+    }
+
+    /// From now on labels are followed, or are not.
+    pub fn follow_labels(&self, whether: bool) {
+        self.labels.send_if_modified(|labels| std::mem::replace(labels, whether) != whether);
     }
 
     /// From now on the containers of these names are followed, too, and no others.
@@ -156,11 +176,13 @@ impl Watcher {
 async fn follow(
     view: watch::Sender<View>,
     mut wanted: watch::Receiver<BTreeSet<String>>,
+    mut labels: watch::Receiver<bool>,
     mut requests: mpsc::Receiver<oneshot::Sender<()>>,
 ) {
     let mut backoff = FIRST_BACKOFF;
     loop {
-        let Err(error) = session(&view, &mut wanted, &mut requests, &mut backoff).await else { return };
+        let ended = session(&view, &mut wanted, &mut labels, &mut requests, &mut backoff).await;
+        let Err(error) = ended else { return };
         let error = format!("{error:#}").replace('\n', " ");
         view.send_if_modified(|view| match &mut view.presence {
             Presence::Away { error: known, .. } => std::mem::replace(known, error.clone()) != error,
@@ -194,6 +216,7 @@ async fn follow(
 async fn session(
     view: &watch::Sender<View>,
     wanted: &mut watch::Receiver<BTreeSet<String>>,
+    labels: &mut watch::Receiver<bool>,
     requests: &mut mpsc::Receiver<oneshot::Sender<()>>,
     backoff: &mut Duration,
 ) -> anyhow::Result<()> {
@@ -213,6 +236,7 @@ async fn session(
     };
     let mut waiting: Option<oneshot::Sender<()>> = None;
     let mut ended = Ended::default();
+    let mut again = relist;
     loop {
         let looked = Timestamp::now();
         let networks = within(snapshot::networks(&docker, &engine)).await?;
@@ -227,13 +251,15 @@ async fn session(
         let container_names =
             if missing { within(snapshot::container_names(&docker)).await? } else { vec![] };
         ended.apply(&mut containers);
+        let follows_labels = *labels.borrow_and_update();
+        let labelled = if follows_labels { within(snapshot::labelled(&docker)).await? } else { vec![] };
         *backoff = FIRST_BACKOFF;
         view.send_if_modified(|view| {
             let presence = Presence::Reachable { engine: *product, version: version.clone() };
             if view.presence != presence {
                 tracing::info!("{product} {version} answers");
             }
-            let now = View { presence, networks, containers, container_names };
+            let now = View { presence, networks, containers, container_names, labelled };
             let changed = *view != now;
             *view = now;
             changed
@@ -265,6 +291,7 @@ async fn session(
                     }
                     next = events.next().now_or_never();
                 }
+                again = if follows_labels { LIST_LAGS } else { relist };
             }
             request = requests.recv() => match request {
                 Some(done) => waiting = Some(done),
@@ -273,7 +300,10 @@ async fn session(
             changed = wanted.changed() => if changed.is_err() {
                 return Ok(());
             },
-            () = sleep(relist) => {}
+            changed = labels.changed() => if changed.is_err() {
+                return Ok(());
+            },
+            () = sleep(again) => again = (again * 2).min(relist),
         }
     }
 }

@@ -121,6 +121,8 @@ fn answered(options: &Options, daemon: Option<&Daemon>, status: &Status) -> Vec<
         findings.push(Finding::new("steering", Level::Warning, format!("the daemon does not steer: {why}")));
     }
     findings.extend(status.rules.iter().filter_map(about_rule));
+    let bad = status.labels.problems.iter();
+    findings.extend(bad.map(|problem| Finding::new("labels", Level::Warning, format!("label of {problem}"))));
     let served =
         status.rules.iter().filter(|rule| matches!(rule.state, State::Steered | State::Relayed)).count();
     if served == status.rules.len() {

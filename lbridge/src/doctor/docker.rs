@@ -8,6 +8,7 @@ use crate::{
     docker::look::{self, Engine},
     planning::{
         inventory::{Product, find_networks},
+        labels::{ALLOW, Labelled},
         rule::Network,
     },
 };
@@ -73,6 +74,19 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
         Finding::ok(CHECK, what)
     };
     (Some(engine), vec![finding])
+}
+
+/// Labels that nobody reads.
+pub(super) async fn unread_labels(status: Option<&Status>) -> Option<Finding> {
+    let unread = status.is_some_and(|status| !status.labels.enabled);
+    let labelled = if unread { look::labelled().await.ok()? } else { vec![] };
+    if labelled.is_empty() {
+        return None;
+    }
+    let told: Vec<_> = labelled.iter().map(Labelled::told).collect();
+    let what = format!("labels are not read, and {ALLOW} is a label of {}", listed(&told));
+    let why = "The administrator decides, in lbridge.toml: labels = true, and label_ports = [...], what they may open.";
+    Some(Finding::new("labels", Level::Note, what).because(why).type_this(["lbridge reload"]))
 }
 
 /// Containers that were started with `--add-host host.docker.internal:host-gateway` dial docker0's address.

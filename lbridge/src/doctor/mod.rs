@@ -193,6 +193,7 @@ pub async fn examine(options: &Options, client: &Client) -> Report {
         if engine.product == Product::Docker {
             findings.extend(docker::guests(&host).await);
         }
+        findings.extend(docker::unread_labels(status.as_ref().ok()).await);
     }
     findings.extend(firewall::findings(&host, status.as_ref().ok()).await);
     findings.extend(services::findings(&host));

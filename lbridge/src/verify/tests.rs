@@ -1,8 +1,8 @@
 use super::{Expected, plan::*};
 use crate::{
     api::protocol::{
-        DockerStatus, FirewallStatus, GatewayStatus, KernelPath, KernelStatus, NamespaceStatus, RuleStatus,
-        Status,
+        DockerStatus, FirewallStatus, GatewayStatus, KernelPath, KernelStatus, LabelStatus, NamespaceStatus,
+        RuleStatus, Status,
     },
     planning::{
         inventory::{DockerNetwork, Interface},
@@ -50,6 +50,7 @@ fn status(rules: Vec<RuleStatus>) -> Status {
         docker_networks: vec![network("app", "br-app"), network("db", "br-db")],
         rules,
         refused_reload: None,
+        labels: LabelStatus::default(),
     }
 }
 

@@ -29,6 +29,13 @@ pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
         Happening::Denied { network, port, protocol, uid } => {
             format!("{}: denied{}", rule(network, port, protocol), by(uid))
         }
+        Happening::Labelled { network, port, protocol, asked: true } => {
+            format!("{}: a label asks for it", rule(network, port, protocol))
+        }
+        Happening::Labelled { network, port, protocol, asked: false } => {
+            format!("{}: no label asks for it any more", rule(network, port, protocol))
+        }
+        Happening::BadLabel(problem) => format!("label of {}", shown(&problem.to_string())),
         Happening::State { network, port, protocol, state, why } => {
             format!("{}: {}", rule(network, port, protocol), described(*state, why.as_deref()))
         }

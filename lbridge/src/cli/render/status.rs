@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::{NO_RULES, Table, described, print, rules::states_of, shown};
 use crate::{
-    api::protocol::{DockerStatus, FirewallStatus, KernelPath, RuleStatus, Status},
+    api::protocol::{DockerStatus, FirewallStatus, KernelPath, LabelStatus, RuleStatus, Status},
     cli::Failure,
     planning::firewall::FirewallMode,
 };
@@ -51,6 +51,7 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
             refused.since
         );
     }
+    text += &label_lines(&status.labels);
     text.push('\n');
     if status.rules.is_empty() {
         text += NO_RULES;
@@ -85,6 +86,20 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
     }
     text += &table.to_text();
     print(&text)
+}
+
+/// What is wrong with labels, the first few; nothing where all are well.
+fn label_lines(status: &LabelStatus) -> String {
+    const MAX: usize = 10;
+    let mut text = String::new();
+    for problem in status.problems.iter().take(MAX) {
+        let _ = writeln!(text, "label    {}", shown(&problem.to_string()));
+    }
+    let more = status.more_problems + status.problems.len().saturating_sub(MAX);
+    if more > 0 {
+        let _ = writeln!(text, "label    {more} more problems; `lbridge status --json` has the first");
+    }
+    text
 }
 
 /// What stands in front of the rules, in a line.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use lbridge_common::wire::Counter;
 
-use super::Reconciler;
+use super::{DOCKER_REFRESH, Reconciler};
 use crate::{
     api::{
         protocol::{
@@ -54,7 +54,10 @@ impl Reconciler {
             .concat()
             .into_iter()
             .collect();
-        let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| refusal(&refused))?;
+        let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| match refused {
+            Refused::NoSuchRule { id } if self.labels.has(&id) => refusal(&Refused::FromLabel { id }),
+            refused => refusal(&refused),
+        })?;
         let before = self.last.rules().into_iter().filter(|rule| ids.contains(&rule.id())).collect();
         self.change(rules, uid).await?;
         match self.last.failures.others.first() {
@@ -107,6 +110,7 @@ impl Reconciler {
             tracing::info!("{setting}");
         }
         self.rules = self.configuration.adopt(change);
+        self.follow_labels().await;
         let looked = self.pass().await;
         self.tell();
         looked.map_err(|error| failed(&error))?;
@@ -124,20 +128,31 @@ impl Reconciler {
         }
     }
 
+    /// Has Docker tell of labels, if it does not yet and is to.
+    async fn follow_labels(&mut self) {
+        let Some(docker) = &self.docker else { return };
+        let enabled = self.configuration.config().labels.enabled;
+        docker.follow_labels(enabled);
+        if enabled && !self.labels.status().enabled {
+            docker.refresh(DOCKER_REFRESH).await;
+            self.remember_networks();
+        }
+    }
+
     /// Looks, and changes nothing: what is told is what is in force, whoever put it there.
     async fn explain(&mut self, question: &Question) -> Result<Explanation, ApiError> {
         if question.port == 0 {
             let message = "port 0; ports are 1 to 65535".to_owned();
             return Err(ApiError { code: ErrorCode::Usage, message });
         }
-        let asked = explain::with_network(&self.rules, &question.network);
+        let asked = explain::with_network(self.labels.rules(&self.rules), &question.network);
         self.ask_docker(&asked, std::iter::once(&question.network)).await;
         let view = self.docker.as_ref().map(Watcher::view);
         let host = self.executor.host;
         let inventory =
             observe(&asked, &self.interfaces, view.as_ref(), &self.refused, host, &mut self.processes).await;
         let inventory = inventory.map_err(|error| failed(&error))?;
-        let mut policy = resolve(&self.rules, &inventory, &self.abilities);
+        let mut policy = resolve(self.labels.rules(&self.rules), &inventory, &self.abilities);
         let openings = planning::explain::openings(question, &inventory, &self.abilities);
         policy.openings.extend(openings.clone());
         self.executor.firewall.look(&policy.openings).await;
@@ -173,6 +188,7 @@ impl Reconciler {
             firewall: self.last.firewall(),
             docker_networks: self.inventory.iter().flat_map(|seen| seen.docker_networks.clone()).collect(),
             rules: self.last.rules(),
+            labels: self.labels.status(),
             refused_reload: self.configuration.refused().cloned(),
         })
     }

@@ -12,6 +12,7 @@ fn network(name: &str, bridge: Option<&str>) -> DockerNetwork {
         name: name.to_owned(),
         driver: driver.to_owned(),
         bridge: bridge.map(str::to_owned),
+        ..DockerNetwork::default()
     }
 }
 

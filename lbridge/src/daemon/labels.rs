@@ -1,0 +1,100 @@
+//! What labels ask for, as it was derived last: anew only where something is other than it was.
+
+use std::collections::BTreeSet;
+
+use crate::{
+    api::protocol::{Happening, LabelStatus},
+    docker::watch::View,
+    planning::{
+        inventory::DockerNetwork,
+        labels::{self, Derived, Labelled, Problem, Settings},
+        rule::{Origin, RuleId, Rules},
+    },
+};
+
+/// Problems that are remembered as told; of more the log tells again.
+const MAX_TOLD: usize = 1024;
+
+/// What labels ask for.
+#[derive(Debug, Default)]
+pub(super) struct Labels {
+    settings: Settings,
+    labelled: Vec<Labelled>,
+    networks: Vec<DockerNetwork>,
+    own: Rules,
+    derived: Derived,
+    told: BTreeSet<Problem>,
+}
+
+impl Labels {
+    /// Looks at them; what has happened. `own` are the rules of others, which go first.
+    pub(super) fn update(&mut self, settings: &Settings, view: Option<&View>, own: &Rules) -> Vec<Happening> {
+        let view = view.filter(|_| settings.enabled);
+        let (labelled, networks) =
+            view.map_or((&[][..], &[][..]), |view| (&view.labelled[..], &view.networks[..]));
+        if !settings.enabled && !self.settings.enabled {
+            return vec![];
+        }
+        if *settings == self.settings
+            && labelled == self.labelled
+            && networks == self.networks
+            && *own == self.own
+        {
+            return vec![];
+        }
+        let before = std::mem::replace(&mut self.derived, labels::derive(labelled, settings, networks, own));
+        self.settings = settings.clone();
+        self.labelled = labelled.to_vec();
+        self.networks = networks.to_vec();
+        self.own = own.clone();
+        self.changed_since(&before).into_iter().chain(self.new_problems()).collect()
+    }
+
+    /// All rules that are to be in force.
+    pub(super) fn rules<'a>(&'a self, own: &'a Rules) -> &'a Rules {
+        if self.settings.enabled { &self.derived.rules } else { own }
+    }
+
+    /// Whether a label asks for that one, and nobody else has made it.
+    pub(super) fn has(&self, id: &RuleId) -> bool {
+        let mut all = self.derived.rules.iter();
+        all.any(|(other, _, origin)| origin == Origin::Label && other == id)
+    }
+
+    pub(super) fn status(&self) -> LabelStatus {
+        LabelStatus {
+            enabled: self.settings.enabled,
+            problems: self.derived.problems.clone(),
+            more_problems: self.derived.more,
+        }
+    }
+
+    fn changed_since(&self, before: &Derived) -> Vec<Happening> {
+        let ids = |derived: &Derived| -> BTreeSet<RuleId> {
+            let of_labels = derived.rules.iter().filter(|(.., origin)| *origin == Origin::Label);
+            of_labels.map(|(id, ..)| id.clone()).collect()
+        };
+        let (before, now) = (ids(before), ids(&self.derived));
+        let happened = |id: &RuleId, asked| {
+            let RuleId { network, port, protocol } = id.clone();
+            Happening::Labelled { network, port, protocol, asked }
+        };
+        let gone = before.difference(&now).map(|id| happened(id, false));
+        gone.chain(now.difference(&before).map(|id| happened(id, true))).collect()
+    }
+
+    /// Each is told once, however often its container starts again.
+    fn new_problems(&mut self) -> Vec<Happening> {
+        let mut new = vec![];
+        for problem in &self.derived.problems {
+            if self.told.len() >= MAX_TOLD {
+                self.told.clear();
+            }
+            if self.told.insert(problem.clone()) {
+                tracing::warn!("label of {problem}");
+                new.push(Happening::BadLabel(problem.clone()));
+            }
+        }
+        new
+    }
+}
