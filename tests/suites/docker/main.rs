@@ -4,6 +4,7 @@ mod containers;
 mod doctor;
 mod engine;
 mod from;
+mod labels;
 mod names;
 mod networks;
 mod swarm;
@@ -39,6 +40,8 @@ fn main() {
         swarm::tests(),
         from::tests(),
         doctor::tests(),
+        doctor::tests(),
+        labels::tests(),
     ];
     let mut suite = Suite::new(NEEDS, tests.concat());
     suite.threads = 1;
