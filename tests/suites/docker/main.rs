@@ -1,5 +1,6 @@
 //! lbridge beside a real Docker Engine: networks and containers that come, go and change under its rules.
 
+mod compose;
 mod containers;
 mod doctor;
 mod engine;
@@ -7,6 +8,9 @@ mod from;
 mod labels;
 mod names;
 mod networks;
+#[path = "../clients/server.rs"]
+#[expect(dead_code, reason = "not all of what the other suite needs")]
+mod server;
 mod swarm;
 
 use std::net::SocketAddr;
@@ -33,6 +37,7 @@ fn main() {
         Need::Program("tar"),
     ];
     let tests = [
+        compose::tests(),
         networks::tests(),
         names::tests(),
         engine::tests(),
