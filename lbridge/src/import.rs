@@ -11,7 +11,7 @@ use crate::{
     host::interfaces,
     planning::{
         inventory::{DockerNetwork, Interface},
-        rule::{Network, PortSpec, Protocol, Rule, RuleId, Source, Target},
+        rule::{Network, Origin, PortSpec, Protocol, Rule, RuleId, Source, Target},
     },
     recipes::{
         socat::{self, Forward},
@@ -193,7 +193,9 @@ fn network(forward: &Forward, bridges: &Bridges) -> Result<(Network, IpAddr, Str
 
 fn standing(rule: &Rule, rules: &[RuleStatus]) -> Standing {
     let target = rule.spec.target.to_string();
-    match rules.iter().find(|other| other.network == rule.network && other.port == rule.spec.port) {
+    // What a label asks for goes with it, and after rules that are made.
+    let mut made = rules.iter().filter(|other| other.origin != Origin::Label);
+    match made.find(|other| other.network == rule.network && other.port == rule.spec.port) {
         None => Standing::New,
         Some(there) if there.target == target => Standing::There,
         Some(there) => Standing::Conflict(there.target.clone()),

@@ -17,7 +17,7 @@ use crate::planning::{
 pub const STATUS: &str = "/v1/status";
 /// `POST` an [`Allow`]: a list of [`RuleStatus`], as it then is.
 pub const ALLOW: &str = "/v1/allow";
-/// `POST` a [`Deny`]: a list of [`RuleStatus`], as it was.
+/// `POST` a [`Deny`]: a list of [`RuleStatus`], as it was; as it now is, where a label asks for it, too.
 pub const DENY: &str = "/v1/deny";
 /// `POST` a [`Question`](crate::planning::explain::Question): an [`Explanation`](crate::planning::explain::Explanation).
 pub const EXPLAIN: &str = "/v1/explain";

@@ -55,10 +55,9 @@ impl Labels {
         if self.settings.enabled { &self.derived.rules } else { own }
     }
 
-    /// Whether a label asks for that one, and nobody else has made it.
-    pub(super) fn has(&self, id: &RuleId) -> bool {
-        let mut all = self.derived.rules.iter();
-        all.any(|(other, _, origin)| origin == Origin::Label && other == id)
+    /// What labels ask for, and nobody else has made.
+    pub(super) fn ids(&self) -> BTreeSet<RuleId> {
+        ids(&self.derived)
     }
 
     pub(super) fn status(&self) -> LabelStatus {
@@ -70,10 +69,6 @@ impl Labels {
     }
 
     fn changed_since(&self, before: &Derived) -> Vec<Happening> {
-        let ids = |derived: &Derived| -> BTreeSet<RuleId> {
-            let of_labels = derived.rules.iter().filter(|(.., origin)| *origin == Origin::Label);
-            of_labels.map(|(id, ..)| id.clone()).collect()
-        };
         let (before, now) = (ids(before), ids(&self.derived));
         let happened = |id: &RuleId, asked| {
             let RuleId { network, port, protocol } = id.clone();
@@ -97,4 +92,9 @@ impl Labels {
         }
         new
     }
+}
+
+fn ids(derived: &Derived) -> BTreeSet<RuleId> {
+    let of_labels = derived.rules.iter().filter(|(.., origin)| *origin == Origin::Label);
+    of_labels.map(|(id, ..)| id.clone()).collect()
 }

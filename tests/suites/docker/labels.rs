@@ -294,7 +294,11 @@ fn an_allow_wins_over_a_label() -> Result<()> {
     ensure!(remedy.contains("lbridge deny app 8080"), "{problem}");
     ensure!(scene.daemon.rule("app", 8080)?.is_some_and(|rule| rule["origin"] == "cli"));
     // And the label's again.
-    scene.daemon.deny(&["app", "8080"])?;
+    let output = scene.daemon.deny(&["app", "8080"])?;
+    ensure!(
+        output.stdout == "app 8080: denied; a label asks for it, too: see `lbridge list`\n",
+        "{output:?}"
+    );
     wait_for(&scene, "app", 8080, "steered")?;
     scene.served(&web, at(&app, 8080), "one")?;
     no_problems(&scene)?;

@@ -34,7 +34,9 @@ pub(in crate::cli) fn config(
         (true, 1) => write!(text, ": 1 rule"),
         (true, count) => write!(text, ": {count} rules"),
     };
-    for (name, value) in config.settings() {
+    // What labels may is no matter where they are off.
+    let matters = |name: &str| config.labels.enabled || !name.starts_with("label");
+    for (name, value) in config.settings().into_iter().filter(|(name, _)| matters(name)) {
         let _ = write!(text, ", {name} {}", shown(&value));
     }
     if let Some(path) = unread {

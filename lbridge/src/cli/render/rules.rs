@@ -41,8 +41,11 @@ pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
 pub(in crate::cli) fn denied(rules: &[RuleStatus]) -> Result<(), Failure> {
     let mut text = String::new();
     for range in ranges(rules, |_| ()) {
-        let network = shown(&range.first.network.to_string());
-        let _ = writeln!(text, "{network} {}: denied; open connections go on", range.ports());
+        let what = format!("{} {}", shown(&range.first.network.to_string()), range.ports());
+        let _ = match range.first.origin {
+            Origin::Label => writeln!(text, "{what}: denied; a label asks for it, too: see `lbridge list`"),
+            Origin::Cli | Origin::Config => writeln!(text, "{what}: denied; open connections go on"),
+        };
     }
     print(&text)
 }

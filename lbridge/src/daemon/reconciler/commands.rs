@@ -55,15 +55,24 @@ impl Reconciler {
             .into_iter()
             .collect();
         let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| match refused {
-            Refused::NoSuchRule { id } if self.labels.has(&id) => refusal(&Refused::FromLabel { id }),
+            Refused::NoSuchRule { id } if self.labels.ids().contains(&id) => {
+                refusal(&Refused::FromLabel { id })
+            }
             refused => refusal(&refused),
         })?;
-        let before = self.last.rules().into_iter().filter(|rule| ids.contains(&rule.id())).collect();
+        let mut denied: Vec<_> =
+            self.last.rules().into_iter().filter(|rule| ids.contains(&rule.id())).collect();
         self.change(rules, uid).await?;
+        // What a label asks for, too, is in force on.
+        let labels = self.labels.ids();
+        let goes_on = |rule: &RuleStatus| ids.contains(&rule.id()) && labels.contains(&rule.id());
+        for rule in self.last.rules().into_iter().filter(goes_on) {
+            denied.iter_mut().filter(|old| old.id() == rule.id()).for_each(|old| *old = rule.clone());
+        }
         match self.last.failures.others.first() {
             // Something that should be gone may not be.
             Some(failure) => Err(ApiError { code: ErrorCode::Failed, message: failure.clone() }),
-            None => Ok(before),
+            None => Ok(denied),
         }
     }
 
