@@ -22,6 +22,8 @@ pub const RELAY_CONNECTS: &str = "RELAY_CONNECTS";
 pub const RELAY_PEERS: &str = "RELAY_PEERS";
 /// The container's [`crate::wire::Endpoint`], in the storage of the service's own socket.
 pub const PEER_NAMES: &str = "PEER_NAMES";
+/// What a container's socket dialled: [`crate::wire::Dial`], in the socket's storage.
+pub const DIALLED: &str = "DIALLED";
 /// Outcomes, per CPU, indexed by [`crate::wire::Counter`].
 pub const COUNTERS: &str = "COUNTERS";
 /// Ring buffer of [`crate::wire::ListenerEvent`].
@@ -46,3 +48,7 @@ pub const PEERNAME6: &str = "peername6";
 pub const SOCKNAME4: &str = "sockname4";
 /// `cgroup/getsockname6`.
 pub const SOCKNAME6: &str = "sockname6";
+/// `cgroup/connect4`.
+pub const CONNECT4: &str = "dial4";
+/// `cgroup/connect6`.
+pub const CONNECT6: &str = "dial6";

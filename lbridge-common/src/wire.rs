@@ -291,6 +291,8 @@ pub struct LoopbackView {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Guest {
+    /// The entry's own key: as [`RuleValue::key`].
+    pub netns: u64,
     /// Interface indices in the host's namespace, in the order in which they are asked; 0 for none.
     pub bridges: [u32; BRIDGES],
 }
@@ -377,7 +379,7 @@ const _: () = {
     assert!(size_of::<LoopbackView>() == 40);
     assert!(size_of::<SourceKey>() == 40);
     assert!(size_of::<TargetKey>() == 4);
-    assert!(size_of::<Guest>() == 16);
+    assert!(size_of::<Guest>() == 24 && align_of::<Guest>() == 8);
     assert!(size_of::<DialKey>() == 32 && align_of::<DialKey>() == 8);
     assert!(size_of::<Dial>() == 56);
     assert!(size_of::<ListenerEvent>() == 12);

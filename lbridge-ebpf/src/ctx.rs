@@ -3,9 +3,15 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock_addr, bpf_sock_ops},
+    bindings::{
+        BPF_F_CURRENT_NETNS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, bpf_sock_ops,
+        bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as TupleV4,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as TupleV6,
+    },
     btf_maps::SkStorage,
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_get},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_release, bpf_sk_storage_get, bpf_skc_lookup_tcp,
+    },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use lbridge_common::wire::{Address, Endpoint};
@@ -13,6 +19,8 @@ use lbridge_common::wire::{Address, Endpoint};
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 const IPPROTO_TCP: u32 = 6;
+/// More than a byte: kernels that keep the protocol in one say 6.
+const IPPROTO_MPTCP: u32 = 262;
 
 /// Reads a field of a kernel struct through a pointer that the kernel gave.
 macro_rules! read {
@@ -172,6 +180,72 @@ pub fn sock_ops_netns(ctx: &SockOpsContext) -> u64 {
 pub fn sock_addr_netns(ctx: &SockAddrContext) -> u64 {
     // SAFETY: the helper takes the program's own context.
     unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+/// Whether the socket of a connect hook speaks TCP, whatever it carries.
+#[inline(always)]
+pub fn connects_tcp(ctx: &SockAddrContext) -> bool {
+    matches!(read!(ctx.sock_addr, protocol), IPPROTO_TCP | IPPROTO_MPTCP)
+}
+
+/// Whether the socket of a connect hook has chosen its end already, so that it can lead nowhere else: a loopback address, or a
+/// device.
+#[inline(always)]
+pub fn is_bound_v4(ctx: &SockAddrContext) -> bool {
+    let sk = read!(ctx.sock_addr, __bindgen_anon_1.sk);
+    sk.is_null() || has_end(sk, Address::from_v4_word(read!(sk, src_ip4)))
+}
+
+/// As [`is_bound_v4`], of an IPv6 socket.
+#[inline(always)]
+pub fn is_bound_v6(ctx: &SockAddrContext) -> bool {
+    let sk = read!(ctx.sock_addr, __bindgen_anon_1.sk);
+    sk.is_null() || has_end(sk, read_words!(sk, src_ip6))
+}
+
+#[inline(always)]
+fn has_end(sk: *mut bpf_sock, source: Address) -> bool {
+    source.is_loopback() || read!(sk, bound_dev_if) != 0
+}
+
+/// Whether a socket of the caller's namespace listens where `at` leads: at the address, or at all.
+#[inline(always)]
+pub fn is_listened_on(ctx: &SockAddrContext, at: &Endpoint) -> bool {
+    let port = at.port.to_be();
+    // No connection has port 0 as its other end, so that listeners alone are found.
+    if at.address.is_v4() {
+        let ip = at.address.v4_word();
+        has_listener(ctx, &mut TupleV4 { saddr: ip, daddr: ip, sport: 0, dport: port })
+    } else {
+        let ip = at.address.0;
+        has_listener(ctx, &mut TupleV6 { saddr: ip, daddr: ip, sport: 0, dport: port })
+    }
+}
+
+#[inline(always)]
+fn has_listener<T>(ctx: &SockAddrContext, tuple: &mut T) -> bool {
+    let tuple: *mut bpf_sock_tuple = core::ptr::from_mut(tuple).cast();
+    // SAFETY: the helper takes the program's own context, and as many bytes as say which family it is. What it finds is given
+    // back.
+    unsafe {
+        let sk =
+            bpf_skc_lookup_tcp(ctx.as_ptr(), tuple, size_of::<T>() as u32, BPF_F_CURRENT_NETNS as u64, 0);
+        !sk.is_null() && {
+            bpf_sk_release(sk.cast());
+            true
+        }
+    }
+}
+
+/// Puts `value` into the storage of a hook's socket.
+#[inline(always)]
+pub fn keep<T>(ctx: &SockAddrContext, storage: &SkStorage<T>, value: &mut T) {
+    // SAFETY: the socket lives while the hook runs. One that is there already is not changed by this.
+    let place = unsafe { storage.get_or_insert_ptr_mut(ctx, Some(value)) };
+    if !place.is_null() {
+        // SAFETY: the storage's own memory, checked for null. Whoever reads it at the same time compares.
+        unsafe { core::ptr::copy_nonoverlapping(value, place, 1) };
+    }
 }
 
 /// Which end of a connection a name hook was asked for.

@@ -3,7 +3,8 @@
 //!
 //! - [`sk_lookup`]: picks the listener of a connection;
 //! - [`sock_ops`]: registers the listeners to pick from, and notes who is behind a relayed connection;
-//! - [`peername`]: what the service sees as its peer.
+//! - [`connect`]: where a container's localhost leads;
+//! - [`peername`]: what the service, and such a container, sees as its peer.
 //!
 //! The maps are in [`maps`], every read of a kernel context in [`ctx`].
 #![no_std]
@@ -11,6 +12,7 @@
 #![feature(core_intrinsics, stmt_expr_attributes)]
 #![expect(internal_features, reason = "an atomic add on a map value; stable atomics do not lower to BPF's")]
 
+mod connect;
 mod ctx;
 mod maps;
 mod peername;
@@ -78,8 +80,20 @@ pub fn announce(ctx: SockOpsContext) -> u32 {
     0
 }
 
-/// A name hook's only valid answer: it may change the address, never refuse the call.
+/// The only answer of hooks that may change an address, and never refuse the call.
 const PROCEED: i32 = 1;
+
+#[cgroup_sock_addr(connect4)]
+pub fn dial4(ctx: SockAddrContext) -> i32 {
+    connect::dial_v4(&ctx);
+    PROCEED
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn dial6(ctx: SockAddrContext) -> i32 {
+    connect::dial_v6(&ctx);
+    PROCEED
+}
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn peername4(ctx: SockAddrContext) -> i32 {

@@ -8,8 +8,9 @@ use aya_ebpf::{
     maps::{HashMap, LpmTrie, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
 };
 use lbridge_common::wire::{
-    Address, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, MAX_GUESTS, MAX_LISTENERS, MAX_RELAY_PEERS,
-    MAX_RULES, MAX_TARGETS, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
+    Address, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, MAX_GUESTS,
+    MAX_LISTENERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, RuleKey, RuleValue, SourceKey, TargetKey,
+    ViewKey,
 };
 
 // Not preallocated: an empty map costs nothing.
@@ -25,9 +26,9 @@ pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(MAX_LIS
 static LOOPBACK_VIEWS: LpmTrie<ViewKey, LoopbackView> =
     LpmTrie::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
-pub static GUESTS: HashMap<u64, Guest> = HashMap::with_max_entries(MAX_GUESTS, BPF_F_NO_PREALLOC);
+static GUESTS: HashMap<u64, Guest> = HashMap::with_max_entries(MAX_GUESTS, BPF_F_NO_PREALLOC);
 #[map]
-pub static DIALS: HashMap<DialKey, Dial> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+static DIALS: HashMap<DialKey, Dial> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 // No LRU: an entry that went while its connection lives would show the service a local peer. Where it is full a relay
 // gives up the connection instead.
 #[map]
@@ -39,6 +40,9 @@ pub static RELAY_CONNECTS: HashMap<u64, Endpoint> =
 /// Lives as long as the service's socket, whatever becomes of the relay and its end.
 #[btf_map]
 pub static PEER_NAMES: SkStorage<Endpoint> = SkStorage::new();
+/// Lives as long as the container's socket.
+#[btf_map]
+pub static DIALLED: SkStorage<Dial> = SkStorage::new();
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);
 #[map]
@@ -59,6 +63,23 @@ pub fn loopback_view(gateway: &Endpoint, peer: &Address) -> Option<LoopbackView>
     let key = ViewKey { gateway: *gateway, peer: *peer };
     let view = LOOPBACK_VIEWS.get(Key::new(ViewKey::BITS, key)).copied()?;
     (view.gateway == *gateway).then_some(view)
+}
+
+/// The bridges of a namespace whose localhost may lead to the host.
+#[inline(always)]
+pub fn guest(netns: u64) -> Option<Guest> {
+    // SAFETY: memory of the map stays readable while the program runs. It is copied, and the copy must be this key's: the kernel
+    // may reuse a removed element's at once.
+    let guest = unsafe { GUESTS.get(netns) }.copied()?;
+    (guest.netns == netns).then_some(guest)
+}
+
+/// Where what is dialled leads.
+#[inline(always)]
+pub fn dial(key: &DialKey) -> Option<Dial> {
+    // SAFETY: as above.
+    let dial = unsafe { DIALS.get(key) }.copied()?;
+    (dial.key == *key).then_some(dial)
 }
 
 #[inline(always)]

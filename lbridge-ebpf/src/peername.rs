@@ -1,20 +1,27 @@
 //! Names: what accept(), getpeername() and getsockname() tell the service.
 //!
 //! - a steered connection under a rule with `--source loopback` looks local at both ends;
-//! - a relayed connection under any other rule shows the container, not the relay.
+//! - a relayed connection under any other rule shows the container, not the relay;
+//! - a container that dialled localhost, where that leads to the host, is shown localhost.
 
 use aya_ebpf::programs::SockAddrContext;
 use lbridge_common::wire::Endpoint;
 
 use crate::{
+    connect::dialled,
     ctx::{self, Ends, Side},
-    maps::{PEER_NAMES, RELAY_PEERS, host_netns, loopback_view},
+    maps::{DIALLED, PEER_NAMES, RELAY_PEERS, host_netns, loopback_view},
 };
 
 #[inline(always)]
 pub fn rewrite_v4(ctx: &SockAddrContext, side: Side) {
-    if is_host(ctx)
-        && let Some(ends) = ctx::ends_v4(ctx)
+    if !is_host(ctx) {
+        if let Some(name) = dialled_instead(ctx, &ctx::name_v4(ctx), side)
+            && name.address.is_v4()
+        {
+            ctx::set_name_v4(ctx, &name);
+        }
+    } else if let Some(ends) = ctx::ends_v4(ctx)
         && let Some(name) = rewritten(ctx, &ends, &ctx::name_v4(ctx), side)
         // An IPv4 socket cannot be shown an IPv6 container; part of its address could read as anybody's, 127.0.0.1 too.
         && name.address.is_v4()
@@ -25,8 +32,11 @@ pub fn rewrite_v4(ctx: &SockAddrContext, side: Side) {
 
 #[inline(always)]
 pub fn rewrite_v6(ctx: &SockAddrContext, side: Side) {
-    if is_host(ctx)
-        && let Some(ends) = ctx::ends_v6(ctx)
+    if !is_host(ctx) {
+        if let Some(name) = dialled_instead(ctx, &ctx::name_v6(ctx), side) {
+            ctx::set_name_v6(ctx, &name);
+        }
+    } else if let Some(ends) = ctx::ends_v6(ctx)
         && let Some(name) = rewritten(ctx, &ends, &ctx::name_v6(ctx), side)
     {
         ctx::set_name_v6(ctx, &name);
@@ -39,6 +49,18 @@ pub fn rewrite_v6(ctx: &SockAddrContext, side: Side) {
 fn is_host(ctx: &SockAddrContext) -> bool {
     let host = host_netns();
     host == 0 || ctx::sock_addr_netns(ctx) == host
+}
+
+/// What a container's socket dialled that is connected to `name` instead. The socket may have been connected anew since, to
+/// something else.
+#[inline(always)]
+fn dialled_instead(ctx: &SockAddrContext, name: &Endpoint, side: Side) -> Option<Endpoint> {
+    match side {
+        Side::Local => None,
+        Side::Peer => {
+            ctx::stored(ctx, &DIALLED).filter(|dial| dial.gateway == *name).map(|dial| dialled(&dial))
+        }
+    }
 }
 
 #[inline(always)]
