@@ -3,6 +3,7 @@
 //! wake-ups. Imports planning's inventory.
 
 pub mod cgroup;
+pub mod guests;
 pub mod interfaces;
 pub mod listeners;
 pub mod netns;

@@ -56,13 +56,7 @@ impl HostNetns {
     /// Opens it.
     pub fn open() -> anyhow::Result<Self> {
         let file = File::open("/proc/self/ns/net").context("cannot open this process's network namespace")?;
-        // Any socket will do.
-        let socket = UnixDatagram::unbound()?;
-        let cookie = match getsockopt(&socket, option::NetnsCookie) {
-            Ok(cookie) => Some(cookie),
-            Err(Errno::ENOPROTOOPT) => None,
-            Err(error) => return Err(error).context("cannot read the network namespace's cookie"),
-        };
+        let cookie = own_cookie()?;
         let id = id_of(&file)?;
         Ok(Self { file, cookie, id })
     }
@@ -143,6 +137,23 @@ impl Namespace {
             (None, Entrance::Process { .. }) => {}
         }
     }
+}
+
+/// The cookie of this thread's network namespace; `None` before Linux 5.14.
+fn own_cookie() -> anyhow::Result<Option<u64>> {
+    // Any socket will do.
+    let socket = UnixDatagram::unbound()?;
+    match getsockopt(&socket, option::NetnsCookie) {
+        Ok(cookie) => Ok(Some(cookie)),
+        Err(Errno::ENOPROTOOPT) => Ok(None),
+        Err(error) => Err(error).context("cannot read the network namespace's cookie"),
+    }
+}
+
+/// The cookie of a network namespace.
+pub fn cookie_of(netns: impl AsFd + Send) -> anyhow::Result<u64> {
+    within(netns, own_cookie)??
+        .context("this kernel tells no cookies of network namespaces (5.14 and later do)")
 }
 
 /// Runs `work` in a network namespace, on a thread of its own.
@@ -252,7 +263,7 @@ fn has_ended(process: &OwnedFd) -> bool {
 }
 
 /// The namespace at a path. Whatever else is there is not opened: a FIFO would wait, a device might act.
-fn at_path(path: &Path) -> Result<OwnedFd, Absence> {
+pub(super) fn at_path(path: &Path) -> Result<OwnedFd, Absence> {
     let shown = path.display();
     let seen = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     let seen = seen.map_err(|error| match error.kind() {

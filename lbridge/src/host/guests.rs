@@ -1,0 +1,263 @@
+//! Who is on which bridge: the network namespaces behind its ports, by their cookies. From netlink alone, so that it does not
+//! matter who made them; told at once, since a container's first connection follows within a fraction of a second.
+//!
+//! The kernel numbers the namespaces that this one has a link to, and says of a veth port which number the other end's has.
+//! Whose number that is can only be asked the other way round: of a namespace that is at hand, as a file. Runtimes keep those
+//! in well-known folders; whoever does not has a process inside.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream::BoxStream};
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    nsid::{NsidAttribute, NsidMessage},
+};
+use rtnetlink::{Handle, MulticastGroup};
+
+use super::netns;
+use crate::planning::inventory::NamespaceId;
+
+/// Where Docker has its containers' namespaces; Podman, and `ip netns`, have theirs.
+const FOLDERS: [&str; 2] = ["/run/docker/netns", "/run/netns"];
+
+/// A veth end in this namespace.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Port {
+    /// The bridge that it is on.
+    bridge: Option<u32>,
+    /// The number of the namespace that the other end is in, if that is another one.
+    namespace: Option<i32>,
+}
+
+/// All veth ends, and the namespaces behind them.
+pub struct Ports {
+    handle: Handle,
+    changes: BoxStream<'static, NetlinkMessage<RouteNetlinkMessage>>,
+    ends: BTreeMap<u32, Port>,
+    /// By number, for as long as the number is the namespace's.
+    cookies: HashMap<i32, u64>,
+    /// Numbers of namespaces that were asked for, negative where there is none. An identity is given again, so it is forgotten
+    /// together with its number.
+    known: HashMap<NamespaceId, i32>,
+}
+
+/// What a look came to.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Guests {
+    /// By cookie, the bridges that a namespace is on, in ascending order.
+    pub bridges: BTreeMap<u64, BTreeSet<u32>>,
+    /// Numbers of namespaces that are on one and were not found.
+    pub unknown: BTreeSet<i32>,
+}
+
+impl Ports {
+    /// Begins to follow changes, and looks.
+    pub async fn follow() -> anyhow::Result<Self> {
+        let groups = [MulticastGroup::Link, MulticastGroup::Nsid];
+        let (task, handle, changes) =
+            rtnetlink::new_multicast_connection(&groups).context("cannot listen for changes of links")?;
+        tokio::spawn(task);
+        let changes = changes.map(|(message, _)| message).boxed();
+        let (ends, cookies, known) = (BTreeMap::new(), HashMap::new(), HashMap::new());
+        let mut ports = Self { handle, changes, ends, cookies, known };
+        ports.list().await?;
+        Ok(ports)
+    }
+
+    /// Looks at everything anew.
+    pub async fn list(&mut self) -> anyhow::Result<()> {
+        self.ends.clear();
+        self.cookies.clear();
+        self.known.clear();
+        let mut links = self.handle.link().get().execute();
+        while let Some(link) = links.try_next().await.context("cannot list links")? {
+            self.ends.extend(port(&link));
+        }
+        Ok(())
+    }
+
+    /// Waits until something has changed. Cancel-safe. An error where changes are told no more.
+    pub async fn changed(&mut self) -> anyhow::Result<()> {
+        let mut message = Some(self.changes.next().await.context("the kernel tells of links no more")?);
+        let mut is_lossy = false;
+        while let Some(next) = message {
+            is_lossy |= self.apply(next.payload);
+            message = self.changes.next().now_or_never().flatten();
+        }
+        if is_lossy { self.list().await } else { Ok(()) }
+    }
+
+    /// Whether messages were lost.
+    fn apply(&mut self, message: NetlinkPayload<RouteNetlinkMessage>) -> bool {
+        let message = match message {
+            NetlinkPayload::InnerMessage(message) => message,
+            NetlinkPayload::Overrun(_) => return true,
+            _ => return false,
+        };
+        match message {
+            // A bridge tells of its ports with messages of its own, which say less.
+            RouteNetlinkMessage::NewLink(link) if link.header.interface_family == AddressFamily::Unspec => {
+                match port(&link) {
+                    Some((index, port)) => drop(self.ends.insert(index, port)),
+                    None => drop(self.ends.remove(&link.header.index)),
+                }
+            }
+            RouteNetlinkMessage::DelLink(link) if link.header.interface_family == AddressFamily::Unspec => {
+                self.ends.remove(&link.header.index);
+                // An end that moves out of here is told of before it is up where it goes: the other end is known by that.
+                if let Some((other, namespace)) = moved(&link)
+                    && let Some(port) = self.ends.get_mut(&other)
+                {
+                    port.namespace = Some(namespace);
+                }
+            }
+            // Who was asked for and had none may have it now.
+            RouteNetlinkMessage::NewNsId(_) => self.known.retain(|_, number| *number >= 0),
+            RouteNetlinkMessage::DelNsId(message) => {
+                if let Some(gone) = number(&message) {
+                    self.known.retain(|_, number| *number != gone);
+                    self.cookies.remove(&gone);
+                }
+            }
+            _ => {}
+        }
+        false
+    }
+
+    /// Who is on these bridges. Whoever is not found in the folders is looked for among all processes, if `everywhere`.
+    pub async fn guests(&mut self, bridges: &BTreeSet<u32>, everywhere: bool) -> Guests {
+        let ports = self.ends.values().filter_map(|port| Some((port.bridge?, port.namespace?)));
+        let plugged: BTreeSet<_> = ports.filter(|(bridge, _)| bridges.contains(bridge)).collect();
+        let unknown = |cookies: &HashMap<i32, u64>| -> BTreeSet<i32> {
+            plugged.iter().map(|(_, number)| *number).filter(|number| !cookies.contains_key(number)).collect()
+        };
+        let mut missing = unknown(&self.cookies);
+        for folder in FOLDERS {
+            if !missing.is_empty() {
+                self.look_at(files(folder), &mut missing).await;
+            }
+        }
+        if everywhere && !missing.is_empty() {
+            self.look_at(processes(), &mut missing).await;
+        }
+        let mut guests = Guests { unknown: missing, ..Guests::default() };
+        for (bridge, number) in plugged {
+            if let Some(cookie) = self.cookies.get(&number) {
+                guests.bridges.entry(*cookie).or_default().insert(bridge);
+            }
+        }
+        guests
+    }
+
+    /// Finds the namespaces of `missing` numbers among these files.
+    async fn look_at(&mut self, files: impl Iterator<Item = PathBuf>, missing: &mut BTreeSet<i32>) {
+        for path in files {
+            if missing.is_empty() {
+                return;
+            }
+            let Ok(meta) = fs::metadata(&path) else { continue };
+            let id = NamespaceId { device: meta.dev(), inode: meta.ino() };
+            if self.known.get(&id).is_some_and(|number| !missing.contains(number)) {
+                continue;
+            }
+            if let Err(error) = self.learn(&path, missing).await {
+                tracing::debug!("{}: {error:#}", path.display());
+            }
+        }
+    }
+
+    async fn learn(&mut self, path: &Path, missing: &mut BTreeSet<i32>) -> anyhow::Result<()> {
+        // What is no namespace is not opened.
+        let Ok(file) = netns::at_path(path) else { return Ok(()) };
+        let id = netns::id_of(&file)?;
+        let number = self.number_of(file.as_raw_fd()).await?;
+        self.known.insert(id, number);
+        if missing.contains(&number) {
+            self.cookies.insert(number, netns::cookie_of(&file)?);
+            missing.remove(&number);
+        }
+        Ok(())
+    }
+
+    /// The number of a namespace that is open, -1 if it has none.
+    async fn number_of(&mut self, file: i32) -> anyhow::Result<i32> {
+        let mut message = NsidMessage::default();
+        message.attributes.push(NsidAttribute::Fd(file.cast_unsigned()));
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetNsId(message));
+        request.header.flags = NLM_F_REQUEST;
+        let mut answers = self.handle.request(request).context("cannot ask for a namespace's number")?;
+        while let Some(answer) = answers.next().await {
+            match answer.payload {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNsId(message)) => {
+                    return number(&message).context("an answer without a number");
+                }
+                NetlinkPayload::Error(error) => return Err(error.to_io().into()),
+                _ => {}
+            }
+        }
+        anyhow::bail!("no answer")
+    }
+}
+
+/// A veth end, by its index. Other kinds of ports have no other end, or one that says nothing of who sends there.
+fn port(link: &LinkMessage) -> Option<(u32, Port)> {
+    if !is_veth(link) {
+        return None;
+    }
+    let mut port = Port::default();
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::Controller(bridge) => port.bridge = Some(*bridge),
+            LinkAttribute::LinkNetNsId(number) => port.namespace = Some(*number),
+            _ => {}
+        }
+    }
+    Some((link.header.index, port))
+}
+
+fn is_veth(link: &LinkMessage) -> bool {
+    link.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos.contains(&LinkInfo::Kind(InfoKind::Veth)),
+        _ => false,
+    })
+}
+
+/// Of a veth end that leaves this namespace: the other end, and the number of where it goes.
+fn moved(link: &LinkMessage) -> Option<(u32, i32)> {
+    let (mut other, mut namespace) = (None, None);
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::Link(index) => other = Some(*index),
+            LinkAttribute::NewNetnsId(number) => namespace = Some(*number),
+            _ => {}
+        }
+    }
+    is_veth(link).then_some(())?;
+    Some((other?, namespace?))
+}
+
+fn number(message: &NsidMessage) -> Option<i32> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        NsidAttribute::Id(number) => Some(*number),
+        _ => None,
+    })
+}
+
+fn files(folder: &str) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()))
+}
+
+fn processes() -> impl Iterator<Item = PathBuf> {
+    let is_process = |path: &PathBuf| {
+        path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
+    };
+    files("/proc").filter(is_process).map(|path| path.join("ns/net"))
+}
