@@ -238,6 +238,9 @@ pub struct RuleStatus {
     pub to_client: u64,
     /// One for each address that a container can dial.
     pub gateways: Vec<GatewayStatus>,
+    /// One for each address of the containers' own localhost that leads to a gateway.
+    #[serde(default)]
+    pub dials: Vec<DialStatus>,
 }
 
 impl RuleStatus {
@@ -272,6 +275,7 @@ impl RuleStatus {
             to_service: 0,
             to_client: 0,
             gateways,
+            dials: vec![],
         }
     }
 }
@@ -295,6 +299,23 @@ pub struct GatewayStatus {
     pub why: Option<String>,
     /// Connections served since the entry was put or the relay opened.
     pub connections: u64,
+}
+
+/// What becomes of connections to the containers' own localhost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DialStatus {
+    /// What containers dial.
+    pub address: IpAddr,
+    /// The bridge that they are on.
+    pub interface: String,
+    /// The gateway that it leads to.
+    pub gateway: Option<IpAddr>,
+    /// Network namespaces whose localhost that is: containers, or what containers share.
+    pub containers: usize,
+    /// As observed; the gateway's, where it leads there.
+    pub state: State,
+    /// Why.
+    pub why: Option<String>,
 }
 
 /// A network namespace other than the host's.

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, anyhow, bail};
 use lbridge_common::wire::{RuleKey, SourceKey};
 
-use super::handover::Inherited;
+use super::{guests::Guests, handover::Inherited};
 use crate::{
     firewall::Firewall,
     host::{
@@ -44,6 +44,8 @@ pub(super) struct Executor {
     pub(super) firewall: Firewall,
     /// The host's network namespace.
     pub(super) host: NamespaceId,
+    /// Whose localhost leads to the host.
+    pub(super) guests: Option<Guests>,
     /// Listening sockets of the daemon before this one.
     pub(super) inherited: Inherited,
     /// Who holds sockets, by inode, that were in the way of a relay.
@@ -66,6 +68,8 @@ pub(super) struct Failures {
     pub(super) listeners: BTreeMap<u16, String>,
     /// Why the name hooks could not be attached.
     pub(super) name_hooks: Option<String>,
+    /// Why the connect hooks could not be attached.
+    pub(super) connect_hooks: Option<String>,
     /// What could not be let through the firewall.
     pub(super) openings: BTreeMap<Opening, String>,
     /// Everything else.
@@ -86,7 +90,7 @@ impl Failures {
 
     fn others(&self) -> impl Iterator<Item = &String> {
         let specific = self.entries.values().chain(self.listeners.values()).chain(self.openings.values());
-        specific.chain(&self.name_hooks).chain(&self.others)
+        specific.chain(&self.name_hooks).chain(&self.connect_hooks).chain(&self.others)
     }
 }
 
@@ -129,6 +133,8 @@ impl Executor {
             filtering,
             name_hooks: kernel.name_hooks_attached(),
             name_hooks_in_use: self.name_hooks_used,
+            connect_hooks: kernel.connect_hooks_attached(),
+            guests: self.guests.as_ref().map(Guests::counts).unwrap_or_default(),
             detached: !kernel.attached(),
         })
     }
@@ -156,6 +162,7 @@ impl Executor {
                     },
                     Step::Accept { opening, .. } => drop(failures.openings.insert(opening.clone(), text)),
                     Step::AttachNameHooks => failures.name_hooks = Some(text),
+                    Step::AttachConnectHooks => failures.connect_hooks = Some(text),
                     _ => failures.others.push(text),
                 }
                 failures.steps.push(step.clone());
@@ -175,6 +182,9 @@ impl Executor {
             // The next round decides anew, knowing that there are none; until then nothing that counts on them opens.
             Step::OpenRelay(..) | Step::PutEntry(..) if failures.name_hooks.is_some() => {
                 bail!("the name hooks could not be attached")
+            }
+            Step::PutDial(..) if failures.connect_hooks.is_some() => {
+                bail!("the connect hooks could not be attached")
             }
             Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {
@@ -197,6 +207,7 @@ impl Executor {
                 self.name_hooks_used = true;
                 kernel.attach_name_hooks()
             }
+            Step::AttachConnectHooks => kernel.attach_connect_hooks(),
             Step::PutView(key, view) => kernel.maps.put_view(*key, view),
             Step::Register { key, inode } => {
                 let socket = taker.take(*inode, wanted)?;
@@ -213,6 +224,7 @@ impl Executor {
             Step::RemoveEntry(key) => kernel.maps.remove_entry(key),
             Step::RemoveView(key) => kernel.maps.remove_view(*key),
             Step::DetachNameHooks => kernel.detach_name_hooks(),
+            Step::DetachConnectHooks => kernel.detach_connect_hooks(),
             Step::Unregister(key) => kernel.maps.unregister(key),
             Step::RemoveTarget(port) => kernel.maps.remove_target(port),
             Step::OpenRelay(..)

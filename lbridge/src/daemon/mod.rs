@@ -10,6 +10,7 @@
 //! - [`observe`]: one look at the host;
 //! - [`executor`]: carries out steps, decides nothing;
 //! - [`explain`]: what `explain` needs beside one look;
+//! - [`guests`]: whose localhost leads to the host;
 //! - [`handover`]: listening sockets, from one daemon to the next;
 //! - [`labels`]: the rules that labels ask for;
 //! - [`manager`]: what the service manager is told;
@@ -18,6 +19,7 @@
 mod configuration;
 mod executor;
 mod explain;
+mod guests;
 mod handover;
 mod labels;
 mod manager;
@@ -89,7 +91,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         Some(path) => path,
         None => cgroup::mount()?,
     };
-    let loaded = Kernel::load(&options.bpffs, &cgroup, netns.file, netns.cookie)?;
+    let loaded = Kernel::load(&options.bpffs, &cgroup, netns.file.try_clone()?, netns.cookie)?;
     if let Err(why) = &loaded.abilities.steer {
         tracing::warn!("nothing can be steered: {why}");
     }
@@ -109,7 +111,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 
     let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
     let mut reconciler =
-        Reconciler::new(rules, configuration, store, loaded, interfaces, docker, wake, netns.id)?;
+        Reconciler::new(rules, configuration, store, loaded, interfaces, docker, wake, &netns)?;
     reconciler.start().await?;
     let mut serving = tokio::spawn(socket.serve(commands.clone(), reconciler.news()));
 

@@ -18,6 +18,7 @@ use tokio::{
 use super::{
     configuration::Configuration,
     executor::{Executor, Failures},
+    guests::Guests,
     handover::{self, Inherited},
     labels::Labels,
     manager::Manager,
@@ -32,10 +33,10 @@ use crate::{
     },
     docker::watch::{Presence, View, Watcher},
     firewall::Firewall,
-    host::interfaces::Interfaces,
+    host::{interfaces::Interfaces, netns::HostNetns},
     kernel::{loader::Loaded, maps::Events},
     planning::{
-        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, Product, find_networks},
+        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, Product, find_networks},
         labels::Labelled,
         plan::{Step, plan},
         policy::{Policy, State},
@@ -98,9 +99,10 @@ impl Reconciler {
         interfaces: Interfaces,
         docker: Option<Watcher>,
         wake: mpsc::Sender<()>,
-        host: NamespaceId,
+        host: &HostNetns,
     ) -> anyhow::Result<Self> {
-        let Loaded { kernel, events, abilities } = loaded;
+        let Loaded { kernel, events, guests, abilities } = loaded;
+        let guests = guests.zip(host.cookie).map(|(map, cookie)| Guests::start(map, cookie));
         let names = kernel.as_ref().filter(|_| abilities.name_hooks.is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Ok(Self {
@@ -116,7 +118,8 @@ impl Reconciler {
                 relays: RelaySet::new(names, wake.clone())?,
                 firewall: Firewall::follow(wake.clone()),
                 name_hooks_used: false,
-                host,
+                host: host.id,
+                guests: guests.transpose()?,
                 inherited: Inherited::take(),
                 holders: HashMap::new(),
             },
@@ -326,6 +329,9 @@ impl Reconciler {
                 firewall: self.configuration.config().firewall,
                 ..resolve(self.labels.rules(&self.rules), &inventory, &self.abilities)
             };
+            if let Some(guests) = &mut self.executor.guests {
+                guests.want(policy.dials.keys().map(|key| key.ifindex).collect()).await;
+            }
             let reality = self.executor.reality(&policy).await?;
             let steps = self.possible(plan(&policy, &reality));
             // Steps that have failed will again.
@@ -357,6 +363,9 @@ impl Reconciler {
             self.refused.append(&mut failures.refused);
             if let Some(why) = failures.name_hooks.take() {
                 self.abilities.name_hooks = Err(why);
+            }
+            if let Some(why) = failures.connect_hooks.take() {
+                self.abilities.connect_hooks = Err(why);
             }
         }
     }

@@ -10,11 +10,14 @@ use lbridge_common::wire::{Address, ListenerEvent, RuleValue, SourceKey};
 
 use super::executor::Failures;
 use crate::{
-    api::protocol::{FirewallStatus, GatewayStatus, Happening, NamespaceStatus, RuleStatus},
+    api::protocol::{DialStatus, FirewallStatus, GatewayStatus, Happening, NamespaceStatus, RuleStatus},
     planning::{
         firewall::Passage,
         inventory::{Entrance, NamespaceKey},
-        policy::{Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, State},
+        policy::{
+            Clients, DialOutcome, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome,
+            State,
+        },
         reality::Reality,
         rule::{Origin, RuleId, Rules},
     },
@@ -124,11 +127,14 @@ impl Report {
 
     fn rule(&self, outcome: &RuleOutcome) -> RuleStatus {
         let gateways: Vec<_> = outcome.gateways.iter().map(|gateway| self.gateway(gateway)).collect();
+        let dials: Vec<_> = outcome.dials.iter().map(|dial| self.dial(dial, &gateways)).collect();
         let (state, why) = if let Some(without) = &outcome.without_gateway {
             (without.state, without.why.clone())
         } else {
-            let worst = gateways.iter().rev().max_by_key(|g| g.state);
-            worst.map_or((State::Waiting, None), |worst| (worst.state, worst.why.clone()))
+            let dials = dials.iter().map(|dial| (dial.state, &dial.why));
+            let states: Vec<_> = gateways.iter().map(|g| (g.state, &g.why)).chain(dials).collect();
+            let worst = states.into_iter().rev().max_by_key(|(state, _)| *state);
+            worst.map_or((State::Waiting, None), |(state, why)| (state, why.clone()))
         };
         let rule = &outcome.rule;
         let counts = self.counts(outcome);
@@ -153,6 +159,29 @@ impl Report {
             state,
             why,
             gateways,
+            dials,
+        }
+    }
+
+    /// What leads to a gateway is in the same state as that, if it is there.
+    fn dial(&self, meant: &DialOutcome, gateways: &[GatewayStatus]) -> DialStatus {
+        let there = self.reality.connect_hooks && self.reality.dials.contains_key(&meant.key);
+        let gateway = gateways.iter().find(|gateway| Some(gateway.address) == meant.gateway);
+        let (state, why) = match gateway {
+            _ if meant.outcome.state == State::Blocked => (State::Blocked, meant.outcome.why.clone()),
+            Some(gateway) if there => (gateway.state, gateway.why.clone()),
+            _ => {
+                let why = "the kernel has no entry for localhost; the daemon's log may say why";
+                (State::Blocked, Some(why.to_owned()))
+            }
+        };
+        DialStatus {
+            address: meant.key.address.into(),
+            interface: meant.interface.clone(),
+            gateway: meant.gateway,
+            containers: self.reality.guests.get(&meant.key.ifindex).copied().unwrap_or_default(),
+            state,
+            why,
         }
     }
 

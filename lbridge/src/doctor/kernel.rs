@@ -127,6 +127,11 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
             "Relayed connections show an address in 127.128.0.0/9 instead, and --source loopback is relayed.",
         ));
     }
+    if let Err(why) = &trial.abilities.connect_hooks {
+        let what = format!("containers' localhost cannot lead to the host: {why}");
+        let why = "Rules with --localhost serve the gateway alone.";
+        findings.push(Finding::new("localhost", Level::Note, what).because(why));
+    }
     if let Ok(netns) = &netns
         && let Err(error) = take_one(netns)
     {

@@ -9,7 +9,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::{
     links::Hooks,
-    maps::{Events, Maps},
+    maps::{Events, Guests, Maps},
     object, pins,
     pins::{PINNED_MAPS, Pins},
 };
@@ -18,6 +18,8 @@ use crate::planning::inventory::{Abilities, Steering};
 /// Name hooks with the programs behind them.
 const NAME_HOOKS: [&str; 4] =
     [symbols::PEERNAME4, symbols::PEERNAME6, symbols::SOCKNAME4, symbols::SOCKNAME6];
+/// As [`NAME_HOOKS`], of localhost.
+const CONNECT_HOOKS: [&str; 2] = [symbols::CONNECT4, symbols::CONNECT6];
 /// Pins of the two hooks that are always attached, whichever program serves them.
 pub(super) const STEER_LINK: &str = "steer";
 pub(super) const LISTENERS_LINK: &str = "listeners";
@@ -41,6 +43,8 @@ pub struct Loaded {
     pub kernel: Option<Kernel>,
     /// What wakes the daemon, where listeners are told of.
     pub events: Option<Events>,
+    /// Whose localhost leads to the host.
+    pub guests: Option<Guests>,
     /// What is possible.
     pub abilities: Abilities,
 }
@@ -77,7 +81,7 @@ impl Kernel {
         #[cfg(feature = "bpf-log")]
         follow_log(&mut object);
 
-        let Programs { steer, listeners, name_hooks } = Programs::load(&mut object, cookie);
+        let Programs { steer, listeners, name_hooks, connect_hooks } = Programs::load(&mut object, cookie);
         let mut programs = vec![];
         for (program, link) in [(&listeners, LISTENERS_LINK), (&steer, STEER_LINK)] {
             match program {
@@ -87,6 +91,7 @@ impl Kernel {
         }
         let steering = steering(&steer, &listeners);
         let (maps, events) = (Maps::take(&mut object)?, Events::take(&mut object)?);
+        let guests = Some(Guests::take(&mut object)?);
         maps.peers.clear()?;
         let mut kernel = Self { maps, object, pins, hooks, programs };
         kernel.attach()?;
@@ -97,8 +102,15 @@ impl Kernel {
                 Err(_) => kernel.detach_name_hooks()?,
             }
         }
+        if CONNECT_HOOKS.iter().any(|hook| kernel.pins.link(hook).exists()) {
+            match &connect_hooks {
+                Ok(()) => kernel.attach_connect_hooks()?,
+                Err(_) => kernel.detach_connect_hooks()?,
+            }
+        }
         let events = listeners.is_ok().then_some(events);
-        Ok(Loaded { kernel: Some(kernel), events, abilities: Abilities { steer: steering, name_hooks } })
+        let abilities = Abilities { steer: steering, name_hooks, connect_hooks };
+        Ok(Loaded { kernel: Some(kernel), events, guests, abilities })
     }
 
     /// Attaches what is always attached, or puts this version's programs under the links.
@@ -119,24 +131,51 @@ impl Kernel {
 
     /// Attaches the name hooks, all or none.
     pub fn attach_name_hooks(&mut self) -> anyhow::Result<()> {
-        for hook in NAME_HOOKS {
+        self.attach_all(&NAME_HOOKS)
+    }
+
+    /// Detaches the name hooks.
+    pub fn detach_name_hooks(&mut self) -> anyhow::Result<()> {
+        self.detach_all(&NAME_HOOKS)
+    }
+
+    /// Whether all name hooks are attached.
+    pub fn name_hooks_attached(&self) -> bool {
+        self.all_attached(&NAME_HOOKS)
+    }
+
+    /// Attaches the connect hooks, both or none.
+    pub fn attach_connect_hooks(&mut self) -> anyhow::Result<()> {
+        self.attach_all(&CONNECT_HOOKS)
+    }
+
+    /// Detaches the connect hooks.
+    pub fn detach_connect_hooks(&mut self) -> anyhow::Result<()> {
+        self.detach_all(&CONNECT_HOOKS)
+    }
+
+    /// Whether both connect hooks are attached.
+    pub fn connect_hooks_attached(&self) -> bool {
+        self.all_attached(&CONNECT_HOOKS)
+    }
+
+    fn attach_all(&mut self, hooks: &[&str]) -> anyhow::Result<()> {
+        for hook in hooks {
             let program = program_mut(&mut self.object, hook)?;
             if let Err(error) = self.hooks.attach(program, &self.pins.link(hook)) {
-                self.detach_name_hooks()?;
+                self.detach_all(hooks)?;
                 return Err(error.context(format!("cannot attach {hook}")));
             }
         }
         Ok(())
     }
 
-    /// Detaches the name hooks.
-    pub fn detach_name_hooks(&mut self) -> anyhow::Result<()> {
-        NAME_HOOKS.iter().try_for_each(|hook| pins::remove(&self.pins.link(hook)))
+    fn detach_all(&self, hooks: &[&str]) -> anyhow::Result<()> {
+        hooks.iter().try_for_each(|hook| pins::remove(&self.pins.link(hook)))
     }
 
-    /// Whether all name hooks are attached.
-    pub fn name_hooks_attached(&self) -> bool {
-        NAME_HOOKS.iter().all(|hook| self.pins.link(hook).exists())
+    fn all_attached(&self, hooks: &[&str]) -> bool {
+        hooks.iter().all(|hook| self.pins.link(hook).exists())
     }
 
     /// Removes what another version pinned: to be called once this one's rules are in force.
@@ -150,6 +189,7 @@ pub(super) struct Programs {
     pub(super) steer: Result<&'static str, String>,
     pub(super) listeners: Result<&'static str, String>,
     pub(super) name_hooks: Result<(), String>,
+    pub(super) connect_hooks: Result<(), String>,
 }
 
 impl Programs {
@@ -163,7 +203,11 @@ impl Programs {
         let hooks_loaded = NAME_HOOKS.iter().try_for_each(|hook| load(object, hook));
         let steer = listeners.clone().and(steer);
         let name_hooks = listeners.clone().and(hooks_loaded);
-        Self { steer, listeners, name_hooks }
+        let connect_hooks = match cookie {
+            Some(_) => CONNECT_HOOKS.iter().try_for_each(|hook| load(object, hook)),
+            None => Err("localhost needs Linux 5.14, which tells network namespaces apart".to_owned()),
+        };
+        Self { steer, listeners, name_hooks, connect_hooks }
     }
 }
 
@@ -180,7 +224,7 @@ pub(super) fn steering(
 
 /// Detaches what a daemon before has left: nobody could change it any more, and `deny` would have no effect.
 fn abandon(pins: &Pins, why: &str) -> anyhow::Result<Loaded> {
-    for link in [STEER_LINK, LISTENERS_LINK].iter().chain(&NAME_HOOKS) {
+    for link in [STEER_LINK, LISTENERS_LINK].iter().chain(&NAME_HOOKS).chain(&CONNECT_HOOKS) {
         pins::remove(&pins.link(link))?;
     }
     Ok(Loaded::nothing(why))
@@ -189,8 +233,12 @@ fn abandon(pins: &Pins, why: &str) -> anyhow::Result<Loaded> {
 impl Loaded {
     /// Where the kernel half cannot be.
     fn nothing(why: &str) -> Self {
-        let abilities = Abilities { steer: Err(why.to_owned()), name_hooks: Err(why.to_owned()) };
-        Self { kernel: None, events: None, abilities }
+        let abilities = Abilities {
+            steer: Err(why.to_owned()),
+            name_hooks: Err(why.to_owned()),
+            connect_hooks: Err(why.to_owned()),
+        };
+        Self { kernel: None, events: None, guests: None, abilities }
     }
 }
 

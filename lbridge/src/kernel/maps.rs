@@ -18,8 +18,8 @@ use aya::{
 use lbridge_common::{
     symbols,
     wire::{
-        Counter, Dial, DialKey, Endpoint, ListenerEvent, ListenerKey, LoopbackView, RuleKey, RuleValue,
-        SourceKey, TargetKey, ViewKey,
+        Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, RuleKey,
+        RuleValue, SourceKey, TargetKey, ViewKey,
     },
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -183,6 +183,37 @@ impl Maps {
     pub fn counter(&self, counter: Counter) -> anyhow::Result<u64> {
         let values = self.counters.get(&(counter as u32), 0).context("cannot read the counters")?;
         Ok(values.iter().sum())
+    }
+}
+
+/// Whose localhost leads to the host. Its owner is another than the other maps'.
+pub struct Guests(HashMap<MapData, u64, Guest>);
+
+// aya's maps do not implement it.
+impl fmt::Debug for Guests {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guests").finish_non_exhaustive()
+    }
+}
+
+impl Guests {
+    pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<Self> {
+        taken(object, symbols::GUESTS).map(Self)
+    }
+
+    /// By their namespaces' cookies.
+    pub fn all(&self) -> anyhow::Result<BTreeMap<u64, Guest>> {
+        collected(&self.0).context("cannot read whose localhost leads to the host")
+    }
+
+    /// Has a namespace's localhost lead there.
+    pub fn put(&mut self, guest: &Guest) -> anyhow::Result<()> {
+        self.0.insert(guest.netns, guest, 0).context("cannot lead a container's localhost to the host")
+    }
+
+    /// Leaves it alone.
+    pub fn remove(&mut self, netns: u64) -> anyhow::Result<()> {
+        or_absent(self.0.remove(&netns)).context("cannot leave a container's localhost alone")
     }
 }
 

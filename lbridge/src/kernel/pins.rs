@@ -11,8 +11,8 @@ use anyhow::{Context as _, bail};
 use aya::maps::{MapData, MapError};
 use lbridge_common::{
     symbols::{
-        COUNTERS, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS, RULES,
-        SOURCES, TARGETS,
+        COUNTERS, DIALLED, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS,
+        RULES, SOURCES, TARGETS,
     },
     wire::ABI_VERSION,
 };
@@ -28,11 +28,12 @@ use super::{
 };
 
 /// Maps that outlive the daemon. The event buffer does not: it is of use to one daemon only.
-pub(super) const PINNED_MAPS: [&str; 11] = [
+pub(super) const PINNED_MAPS: [&str; 12] = [
     RULES,
     SOURCES,
     GUESTS,
     DIALS,
+    DIALLED,
     TARGETS,
     LISTENERS,
     LOOPBACK_VIEWS,

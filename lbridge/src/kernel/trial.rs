@@ -19,12 +19,14 @@ use crate::planning::inventory::Abilities;
 /// Room in each map: a trial puts one entry.
 const ROOM: u32 = 8;
 /// Hooks of the cgroup that the daemon attaches to.
-const CGROUP_HOOKS: [bpf_attach_type; 5] = [
+const CGROUP_HOOKS: [bpf_attach_type; 7] = [
     bpf_attach_type::BPF_CGROUP_SOCK_OPS,
     bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
     bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
     bpf_attach_type::BPF_CGROUP_INET4_GETSOCKNAME,
     bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME,
+    bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+    bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
 ];
 
 /// The object, loaded.
@@ -49,13 +51,14 @@ impl Trial {
         // The daemon's own maps take dozens of megabytes.
         for map in [symbols::RULES, symbols::TARGETS, symbols::LISTENERS, symbols::LOOPBACK_VIEWS]
             .into_iter()
+            .chain([symbols::GUESTS, symbols::DIALS])
             .chain([symbols::RELAY_CONNECTS, symbols::RELAY_PEERS])
         {
             loader.map_max_entries(map, ROOM);
         }
         let mut object = loader.load(&bytes).map_err(|error| anyhow::anyhow!(error_chain(&error)))?;
-        let Programs { steer, listeners, name_hooks } = Programs::load(&mut object, cookie);
-        let abilities = Abilities { steer: steering(&steer, &listeners), name_hooks };
+        let Programs { steer, listeners, name_hooks, connect_hooks } = Programs::load(&mut object, cookie);
+        let abilities = Abilities { steer: steering(&steer, &listeners), name_hooks, connect_hooks };
         Ok(Self { abilities, maps: Maps::take(&mut object)?, steer: steer.ok(), object })
     }
 

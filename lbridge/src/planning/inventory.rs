@@ -254,6 +254,8 @@ pub struct Abilities {
     pub steer: Result<Steering, String>,
     /// Whether the name hooks can be attached, or why not.
     pub name_hooks: Result<(), String>,
+    /// Whether the connect hooks, by which localhost leads to gateways, can be attached, or why not.
+    pub connect_hooks: Result<(), String>,
 }
 
 /// How steering is done.

@@ -5,7 +5,7 @@
 //! - a relay listens before the kernel's entry goes, the entry is there before the relay stops;
 //! - an entry goes before its listener, and before the firewall is closed;
 //! - who may use an entry is entered before it, and forgotten after it; at once, if it stays for others;
-//! - what leads to a gateway is entered after what answers there, and goes before it;
+//! - what leads to a gateway is entered after what answers there, and goes before it; its hooks come before it, and go after it;
 //! - the firewall is tried last, when everything that answers is there.
 
 use std::collections::BTreeMap;
@@ -30,6 +30,8 @@ pub enum Step {
     AddTarget(TargetKey),
     /// Attach the name hooks.
     AttachNameHooks,
+    /// Attach the connect hooks.
+    AttachConnectHooks,
     /// Make a gateway's connections look local, or otherwise so.
     PutView((ViewKey, u32), LoopbackView),
     /// Register the socket of this inode.
@@ -64,6 +66,8 @@ pub enum Step {
     RemoveView((ViewKey, u32)),
     /// Detach the name hooks.
     DetachNameHooks,
+    /// Detach the connect hooks.
+    DetachConnectHooks,
     /// Forget a listener.
     Unregister(ListenerKey),
     /// Watch a port no more.
@@ -117,6 +121,9 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     if policy.name_hooks && !reality.name_hooks {
         steps.push(Step::AttachNameHooks);
     }
+    if policy.connect_hooks && !reality.connect_hooks {
+        steps.push(Step::AttachConnectHooks);
+    }
     for (endpoint, view) in &policy.views {
         if reality.views.get(endpoint) != Some(view) {
             steps.push(Step::PutView(*endpoint, *view));
@@ -138,6 +145,9 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     // Before anything else goes that they lead to; after the hooks, where they are new.
     let dials = reality.dials.keys().filter(|key| !policy.dials.contains_key(key));
     steps.extend(dials.map(|key| Step::RemoveDial(*key)));
+    if reality.connect_hooks && !policy.connect_hooks {
+        steps.push(Step::DetachConnectHooks);
+    }
     steps.extend(policy.sources.difference(&reality.sources).map(|key| Step::AddSource(*key)));
     for (key, value) in &policy.entries {
         // The count is the kernel's.

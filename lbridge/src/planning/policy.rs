@@ -74,6 +74,21 @@ pub struct RuleOutcome {
     pub gateways: Vec<GatewayOutcome>,
     /// Why there is no gateway.
     pub without_gateway: Option<Outcome>,
+    /// What else leads there: the containers' localhost.
+    pub dials: Vec<DialOutcome>,
+}
+
+/// What is meant for an address of the containers' own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DialOutcome {
+    /// Key of the kernel's entry, whether there is one or not.
+    pub key: DialKey,
+    /// The gateway that it leads to; none, where it cannot.
+    pub gateway: Option<IpAddr>,
+    /// Name of the bridge.
+    pub interface: String,
+    /// What is meant to happen; what becomes of the gateway's own connections is not in it.
+    pub outcome: Outcome,
 }
 
 /// Where a relay listens.
@@ -216,6 +231,8 @@ pub struct Policy {
     pub relays: BTreeMap<RelayKey, RelaySpec>,
     /// Whether the name hooks are needed.
     pub name_hooks: bool,
+    /// Whether the connect hooks are needed.
+    pub connect_hooks: bool,
     /// What the host's firewall must let through, and where that is tried from.
     pub openings: BTreeMap<Opening, Link>,
     /// What may be done to the firewall; a setting, nothing that is decided.

@@ -14,6 +14,10 @@ use super::{
 
 /// What is in force.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "what is seen of as many things, none of which tells of another"
+)]
 pub struct Reality {
     /// Ports whose listeners the kernel registers or tells of.
     pub targets: BTreeSet<TargetKey>,
@@ -37,6 +41,10 @@ pub struct Reality {
     pub name_hooks: bool,
     /// Whether sockets may live that still need them, whatever the policy says.
     pub name_hooks_in_use: bool,
+    /// Whether the connect hooks are attached.
+    pub connect_hooks: bool,
+    /// Network namespaces that are known to be on a bridge, by its index; of bridges that have dials alone.
+    pub guests: BTreeMap<u32, usize>,
     /// The host's firewall.
     pub filtering: Filtering,
 }

@@ -10,7 +10,8 @@ use std::{
 use lbridge_common::{
     verdict::listening_addresses,
     wire::{
-        Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TCP, TargetKey, ViewKey,
+        Address, Dial, DialKey, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TCP,
+        TargetKey, ViewKey,
     },
 };
 
@@ -22,8 +23,8 @@ use super::{
         ListenerKind, Namespace, NamespaceId, find_networks,
     },
     policy::{
-        Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service, State,
-        Subnet, stand_in_for,
+        Clients, DialOutcome, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome,
+        Service, State, Subnet, stand_in_for,
     },
     rule::{DEFAULT_CONNECTIONS, Network, Origin, PathChoice, Protocol, Rule, RuleId, Rules, Source, Target},
 };
@@ -133,7 +134,55 @@ impl Resolver<'_> {
         self.policy.targets.extend(rule.spec.target.port().map(|port| TargetKey { port, protocol }));
         let (gateways, without_gateway) =
             if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
-        RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway }
+        let dials = if rule.localhost { self.localhost(rule, &gateways) } else { vec![] };
+        RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway, dials }
+    }
+
+    /// Leads the port of the containers' localhost to the network's gateways: 127.0.0.1 to an IPv4 one, ::1 to whichever serves
+    /// best, since most sockets for IPv6 take IPv4 as well.
+    fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<DialOutcome> {
+        self.policy.connect_hooks |= self.abilities.connect_hooks.is_ok();
+        // Every gateway of a rule is on the same bridge.
+        let Some(Place::Bridge { interface, ifindex }) = gateways.first().map(|g| &g.relay_key.place) else {
+            return vec![];
+        };
+        let served = |gateway: &&GatewayOutcome| gateway.outcome.state != State::Blocked;
+        let is_v4 = |gateway: &GatewayOutcome| gateway.relay_key.address.is_ipv4();
+        let v4 = gateways.iter().filter(served).find(|gateway| is_v4(gateway));
+        let best = gateways.iter().filter(served).min_by_key(|g| (g.outcome.state, is_v4(g)));
+        let ways = [(IpAddr::from(Ipv4Addr::LOCALHOST), v4), (Ipv6Addr::LOCALHOST.into(), best)];
+        ways.into_iter()
+            .filter(|(ip, _)| ip.is_ipv6() || gateways.iter().any(is_v4))
+            .map(|(ip, gateway)| {
+                let gateway = gateway.map(|gateway| gateway.relay_key.address.ip());
+                let protocol = rule.spec.protocol.number().into();
+                let key = DialKey {
+                    address: ip.into(),
+                    ifindex: *ifindex,
+                    port: rule.spec.port,
+                    protocol,
+                    netns: 0,
+                };
+                let outcome = self.dial(key, gateway);
+                DialOutcome { key, gateway, interface: interface.clone(), outcome }
+            })
+            .collect()
+    }
+
+    fn dial(&mut self, key: DialKey, gateway: Option<IpAddr>) -> Outcome {
+        if let Err(why) = &self.abilities.connect_hooks {
+            return Outcome::because(State::Blocked, why);
+        }
+        if key.protocol != u16::from(TCP) {
+            return Outcome::because(State::Blocked, "of localhost TCP alone is led to the host");
+        }
+        let Some(gateway) = gateway else {
+            return Outcome::because(State::Blocked, "no gateway is served that it could lead to");
+        };
+        let gateway = Endpoint::new(gateway.into(), key.port);
+        self.policy.dials.insert(key, Dial { key, gateway, reserved: 0 });
+        self.policy.name_hooks |= self.abilities.name_hooks.is_ok();
+        Outcome::steered()
     }
 
     fn on_bridge(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {

@@ -21,6 +21,7 @@ pub(in crate::cli) fn explanation(explanation: &Explanation) -> Result<(), Failu
             let stage = match step.stage {
                 Stage::Network => "network",
                 Stage::Rule => "rule",
+                Stage::Localhost => "localhost",
                 Stage::Arrival => "arrival",
                 Stage::Firewall => "firewall",
                 Stage::Lookup => "lookup",

@@ -7,7 +7,7 @@ use std::{
 
 use super::{NO_RULES, Table, described, print, shown};
 use crate::{
-    api::protocol::{GatewayStatus, RuleStatus},
+    api::protocol::{DialStatus, GatewayStatus, RuleStatus},
     cli::Failure,
     planning::rule::{Origin, PathChoice, ProxyProtocol, Source},
 };
@@ -30,11 +30,25 @@ pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
             let state = told(gateway.state, &gateway.why);
             let _ = writeln!(text, "{what}: {} -> {target} {state}", range.dialled(gateway.address));
         }
+        for dial in &rule.dials {
+            let dialled = dialled(dial, range.ports());
+            let _ = writeln!(text, "{what}: {dialled} -> {target} {}", told(dial.state, &dial.why));
+        }
         if rule.gateways.is_empty() {
             let _ = writeln!(text, "{what}: {target} {}", told(rule.state, &rule.why));
         }
     }
     text
+}
+
+/// Localhost, and whose.
+pub(super) fn dialled(dial: &DialStatus, port: impl std::fmt::Display) -> String {
+    let address = match dial.address {
+        IpAddr::V4(ip) => ip.to_string(),
+        IpAddr::V6(ip) => format!("[{ip}]"),
+    };
+    let containers = if dial.containers == 1 { "container" } else { "containers" };
+    format!("{address}:{port} in {} {containers}", dial.containers)
 }
 
 /// What `deny` took back.
@@ -131,7 +145,8 @@ pub(super) fn states_of(rules: &[RuleStatus]) -> Vec<Range<'_>> {
             (gateway.address, gateway.interface.clone(), gateway.state, why(rule, &gateway.why))
         };
         let gateways: Vec<_> = rule.gateways.iter().map(gateway).collect();
-        (rule.state, why(rule, &rule.why), gateways)
+        let dials = rule.dials.iter().map(|dial| (dial.address, dial.state, why(rule, &dial.why)));
+        (rule.state, why(rule, &rule.why), gateways, dials.collect::<Vec<_>>())
     };
     ranges(rules, state)
 }

@@ -2,7 +2,11 @@
 
 use std::fmt::Write as _;
 
-use super::{NO_RULES, Table, described, print, rules::states_of, shown};
+use super::{
+    NO_RULES, Table, described, print,
+    rules::{dialled, states_of},
+    shown,
+};
 use crate::{
     api::protocol::{DockerStatus, FirewallStatus, KernelPath, LabelStatus, RuleStatus, Status},
     cli::Failure,
@@ -81,6 +85,17 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
                 target.clone(),
                 range.all.iter().map(of_gateway).sum::<u64>().to_string(),
                 state,
+            ]);
+        }
+        for dial in &rule.dials {
+            let why = dial.why.as_ref().map(|why| range.said(why));
+            table.row([
+                network.clone(),
+                dialled(dial, range.ports()),
+                target.clone(),
+                // Its gateway counts.
+                "-".to_owned(),
+                described(dial.state, why.as_deref()),
             ]);
         }
     }

@@ -115,6 +115,8 @@ pub enum Stage {
     Network,
     /// Which rule matches.
     Rule,
+    /// What localhost of the containers leads to.
+    Localhost,
     /// The packet comes in.
     Arrival,
     /// The host's firewall lets it through.
@@ -205,6 +207,7 @@ pub fn explain(question: &Question, known: &Known<'_>) -> Explanation {
         }
     };
     steps.push(explainer.rule_step());
+    steps.extend(explainer.localhost_step());
     Explanation {
         network: question.network.clone(),
         port: question.port,

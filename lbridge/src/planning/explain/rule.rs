@@ -1,5 +1,7 @@
 //! The rule that a question is about, and the nearest ones if there is none.
 
+use std::net::{IpAddr, SocketAddr};
+
 use super::{Answer, Explainer, Stage, Step, Way, words::step};
 use crate::planning::{
     policy::{Outcome, Place, RuleOutcome},
@@ -54,6 +56,28 @@ impl Explainer<'_> {
             if meant.rule.network == self.question.network { "" } else { ", which means the same bridge" };
         let text = format!("{} -> {}, {by}{shared}", meant.rule.id(), meant.rule.spec.target);
         step(Stage::Rule, Answer::Yes, text)
+    }
+
+    /// What becomes of the containers' own localhost, where the rule says something of it.
+    pub(super) fn localhost_step(&self) -> Option<Step> {
+        let meant = self.rule().filter(|meant| !meant.dials.is_empty())?;
+        let reality = self.known.reality;
+        let told = meant.dials.iter().map(|dial| {
+            let address = SocketAddr::new(dial.key.address.into(), dial.key.port);
+            match (reality.dials.get(&dial.key).filter(|_| reality.connect_hooks), &dial.outcome.why) {
+                (Some(there), _) => {
+                    let containers = reality.guests.get(&dial.key.ifindex).copied().unwrap_or_default();
+                    let gateway = IpAddr::from(there.gateway.address);
+                    let whose = if containers == 1 { "container" } else { "containers" };
+                    (true, format!("{address} in {containers} {whose} leads to {gateway}, unless it is listened on there"))
+                }
+                (None, Some(why)) => (false, format!("{address} leads nowhere: {why}")),
+                (None, None) => (false, format!("{address} leads nowhere: the kernel has no entry for it")),
+            }
+        });
+        let (there, told): (Vec<bool>, Vec<String>) = told.unzip();
+        let answer = if there.contains(&false) { Answer::No } else { Answer::Yes };
+        Some(step(Stage::Localhost, answer, told.join("; ")))
     }
 
     /// Other ports of this network, and other networks that have this port or one beside it.

@@ -54,7 +54,15 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
                 assert!(reality.sources.insert(*key));
             }
             Step::RemoveSource(key) => assert!(reality.sources.remove(key)),
-            Step::PutDial(key, dial) => drop(reality.dials.insert(*key, *dial)),
+            Step::AttachConnectHooks => reality.connect_hooks = true,
+            Step::DetachConnectHooks => {
+                assert!(reality.dials.is_empty(), "what leads to a gateway without hooks");
+                reality.connect_hooks = false;
+            }
+            Step::PutDial(key, dial) => {
+                assert!(reality.connect_hooks, "hooks come first");
+                reality.dials.insert(*key, *dial);
+            }
             Step::RemoveDial(key) => assert!(reality.dials.remove(key).is_some()),
             Step::OpenRelay(key, spec) => {
                 reality.lingering.remove(key);
@@ -89,7 +97,7 @@ fn listener() -> impl Strategy<Value = (&'static str, u16, ListenerKind)> {
 const NETWORKS: [&str; 8] =
     ["app", "dual", "bridge:br-app", "bridge:br-dual", "gone", "container:c", "netns:/c", "pid:9"];
 
-fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, PathChoice, Vec<&'static str>)> {
+fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, PathChoice, Vec<&'static str>, bool)> {
     (
         prop::sample::select(NETWORKS.to_vec()),
         80..84_u16,
@@ -97,6 +105,7 @@ fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, PathChoice, 
         prop::sample::select(vec![Source::Container, Source::Loopback]),
         prop::sample::select(vec![PathChoice::Auto, PathChoice::Steer, PathChoice::Relay]),
         prop::sample::subsequence(vec!["c", "d"], 0..=2),
+        any::<bool>(),
     )
 }
 
@@ -108,6 +117,7 @@ prop_compose! {
         steers in prop::bool::weighted(0.9),
         names in prop::bool::weighted(0.9),
         containers in prop::collection::btree_map(prop::sample::select(vec!["c", "d"]), 2..5_u8, 0..3),
+        connects in prop::bool::weighted(0.9),
         inside in prop::collection::vec((prop::sample::select(NETWORKS[5..].to_vec()), 1..3_u64, any::<bool>()), 0..3),
     ) -> Host {
         let mut host = Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
@@ -118,11 +128,15 @@ prop_compose! {
             host = host.namespace(network, inode, if v6 { &["127.0.0.1", "::1"] } else { &["127.0.0.1"] });
         }
         let mut seen = std::collections::BTreeSet::new();
-        for (network, port, target, source, path, from) in rules.into_values() {
+        for (network, port, target, source, path, from, localhost) in rules.into_values() {
             let refused = path == PathChoice::Steer && NETWORKS[5..].contains(&network);
             if !refused && seen.insert((network, port)) {
-                let from = if NETWORKS[5..].contains(&network) { vec![] } else { from };
+                let inside = NETWORKS[5..].contains(&network);
+                let from = if inside { vec![] } else { from };
                 host = host.allow_for(network, &format!("{port}={target}"), source, path, &from);
+                if localhost && !inside {
+                    host = host.with_localhost(network, port);
+                }
             }
         }
         for (container, last) in containers {
@@ -131,6 +145,7 @@ prop_compose! {
         }
         host.abilities.steer =
             if steers { Ok(Steering { interface_check, kernel_registers: true }) } else { Err("none".to_owned()) };
+        host.abilities.connect_hooks = if connects { Ok(()) } else { Err("none".to_owned()) };
         host.abilities.name_hooks = if names && steers { Ok(()) } else { Err("none".to_owned()) };
         host
     }
@@ -151,6 +166,7 @@ proptest! {
             prop_assert_eq!(&reality.entries, &policy.entries);
             prop_assert_eq!(&reality.sources, &policy.sources);
             prop_assert_eq!(&reality.relays, &policy.relays);
+            prop_assert_eq!(&reality.dials, &policy.dials);
             for entry in policy.entries.keys() {
                 let relayed = policy.relays.keys().any(|k| {
                     matches!(k.place, Place::Bridge { .. })

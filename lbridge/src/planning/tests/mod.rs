@@ -12,9 +12,9 @@ use super::{
         Abilities, Absence, Attachment, Container, DockerNetwork, DockerPresence, Entrance, Interface,
         Inventory, Listener, ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering, find_networks,
     },
-    policy::{Place, Policy, State},
+    policy::{DialOutcome, Place, Policy, State},
     resolve::resolve,
-    rule::{Origin, PathChoice, ProcessStart, Rule, Rules, Source},
+    rule::{Network, Origin, PathChoice, ProcessStart, Rule, Rules, Source},
 };
 
 /// A host to be described step by step.
@@ -33,6 +33,7 @@ impl Host {
             abilities: Abilities {
                 steer: Ok(Steering { interface_check: true, kernel_registers: true }),
                 name_hooks: Ok(()),
+                connect_hooks: Ok(()),
             },
             rules: Rules::default(),
         };
@@ -134,6 +135,30 @@ impl Host {
         };
         self.rules = self.rules.allow([rule], Origin::Cli).unwrap();
         self
+    }
+
+    /// Gives a rule that there is `--localhost`.
+    fn with_localhost(mut self, network: &str, port: u16) -> Self {
+        let network: Network = network.parse().unwrap();
+        let rule = self.rules.iter().find(|(id, ..)| id.network == network && id.port == port);
+        let rule = Rule { localhost: true, ..rule.unwrap().1.clone() };
+        let id = rule.id();
+        self.rules = self.rules.deny([id]).unwrap().allow([rule], Origin::Cli).unwrap();
+        self
+    }
+
+    /// One line for each address of the containers' own: `127.0.0.1:80 to 172.18.0.1 steered`.
+    fn dials(&self) -> Vec<String> {
+        let outcomes = self.policy().outcomes;
+        let told = |dial: &DialOutcome| {
+            let address = SocketAddr::new(dial.key.address.into(), dial.key.port);
+            let what = match dial.gateway {
+                Some(gateway) => format!("{address} to {gateway}"),
+                None => address.to_string(),
+            };
+            line(&what, dial.outcome.state, dial.outcome.why.clone())
+        };
+        outcomes.iter().flat_map(|outcome| &outcome.dials).map(told).collect()
     }
 
     fn policy(&self) -> Policy {

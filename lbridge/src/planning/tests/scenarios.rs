@@ -583,3 +583,55 @@ fn an_entry_is_never_open_to_those_that_it_is_not_for() {
     assert_eq!(steps(&some, &other), ["remove source", "add source"]);
     assert_eq!(steps(&some, &Host::new()), ["remove", "remove source"]);
 }
+
+#[test]
+fn localhost_leads_to_the_gateway_that_serves_best() {
+    let dual =
+        || Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
+    let one = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
+    assert_eq!(one.dials(), ["127.0.0.1:80 to 172.18.0.1 steered", "[::1]:80 to 172.18.0.1 steered"]);
+    let both =
+        dual().listens("127.0.0.1:80").listens("[::1]:80").allow("dual", "80").with_localhost("dual", 80);
+    assert_eq!(both.dials(), ["127.0.0.1:80 to 172.20.0.1 steered", "[::1]:80 to fd00::1 steered"]);
+    // IPv6 would be relayed.
+    let four = dual().listens("127.0.0.1:80").allow("dual", "80").with_localhost("dual", 80);
+    assert_eq!(four.dials(), ["127.0.0.1:80 to 172.20.0.1 steered", "[::1]:80 to 172.20.0.1 steered"]);
+    let waits = dual().allow("dual", "80").with_localhost("dual", 80);
+    assert_eq!(waits.dials(), ["127.0.0.1:80 to 172.20.0.1 steered", "[::1]:80 to fd00::1 steered"]);
+    let six = Host::new().network("six", "br-six").bridge("br-six", 9, &["fd00::1/64"]);
+    let six = six.listens("[::1]:80").allow("six", "80").with_localhost("six", 80);
+    assert_eq!(six.dials(), ["[::1]:80 to fd00::1 steered"], "an IPv4 socket gets to no IPv6 gateway");
+}
+
+#[test]
+fn localhost_leads_nowhere_where_nothing_is_served() {
+    let second = Host::new().listens("127.0.0.1:80").allow("bridge:br-app", "80").allow("app", "80=81");
+    let second = second.with_localhost("bridge:br-app", 80);
+    let nowhere = "blocked (no gateway is served that it could lead to)";
+    // Of two names of one bridge the first has the port.
+    assert_eq!(second.dials(), [format!("127.0.0.1:80 {nowhere}"), format!("[::1]:80 {nowhere}")]);
+    assert!(second.policy().dials.is_empty());
+    let gone = Host::new().allow("gone", "80").with_localhost("gone", 80);
+    assert!(gone.dials().is_empty() && gone.policy().connect_hooks);
+    let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
+    old.abilities.connect_hooks = Err("needs Linux 5.14".to_owned());
+    assert_eq!(old.states(), ["172.18.0.1:80 steered"], "the gateway is served all the same");
+    assert_eq!(
+        old.dials(),
+        [
+            "127.0.0.1:80 to 172.18.0.1 blocked (needs Linux 5.14)",
+            "[::1]:80 to 172.18.0.1 blocked (needs Linux 5.14)"
+        ]
+    );
+    assert!(old.policy().dials.is_empty() && !old.policy().connect_hooks);
+    let udp = Host::new().allow("app", "80/udp").with_localhost("app", 80);
+    assert!(udp.policy().dials.is_empty());
+}
+
+#[test]
+fn what_is_dialled_is_named_where_that_can_be() {
+    let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
+    assert!(host.policy().name_hooks);
+    host.abilities.name_hooks = Err("none".to_owned());
+    assert!(!host.policy().name_hooks && host.policy().dials.len() == 2, "it is served all the same");
+}

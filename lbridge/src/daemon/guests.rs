@@ -1,0 +1,236 @@
+//! Whose localhost leads to the host: the only owner of that map. On a thread of its own, beside the loop: a container's process
+//! runs a fraction of a second after its link is there, and the loop may be in the middle of a pass.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use lbridge_common::wire::{BRIDGES, Guest};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until, timeout},
+};
+
+use crate::{
+    host::guests::{self, Ports},
+    kernel::maps,
+};
+
+/// Pause before a broken socket is replaced.
+const REOPEN: Duration = Duration::from_secs(1);
+/// With events of everything a look without a reason only corrects what was missed.
+const IDLE_LOOK: Duration = Duration::from_secs(60);
+/// When a namespace is first looked for among all processes, which takes milliseconds; then ever more seldom.
+const FIRST_SEARCH: Duration = Duration::from_millis(10);
+const LAST_SEARCH: Duration = Duration::from_secs(5);
+/// How long `allow` waits for those that are there already.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Interface indices of bridges.
+type Bridges = BTreeSet<u32>;
+
+/// The owner, as the loop knows it.
+#[derive(Debug)]
+pub(super) struct Guests {
+    wanted: watch::Sender<Option<Bridges>>,
+    served: watch::Receiver<Served>,
+}
+
+/// What is in force.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Served {
+    bridges: Bridges,
+    /// How many are on each.
+    counts: BTreeMap<u32, usize>,
+}
+
+impl Guests {
+    /// Starts the owner. Until it is told of bridges it leaves alone what another daemon has entered.
+    pub(super) fn start(map: maps::Guests, host: u64) -> anyhow::Result<Self> {
+        let (wanted, tasks) = watch::channel(None);
+        let (told, served) = watch::channel(Served::default());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let owner = Owner { map, host, entered: BTreeMap::new(), crowded: false, told };
+        let thread = thread::Builder::new().name("guests".to_owned());
+        thread.spawn(move || runtime.block_on(owner.run(tasks))).context("cannot start a thread")?;
+        Ok(Self { wanted, served })
+    }
+
+    /// Has the localhost of everybody on these bridges lead to the host, and nobody else's. Returns when it does.
+    pub(super) async fn want(&mut self, bridges: Bridges) {
+        let is_news = self.wanted.send_if_modified(|wanted| {
+            let is_news = wanted.as_ref() != Some(&bridges);
+            *wanted = Some(bridges.clone());
+            is_news
+        });
+        if is_news {
+            let served = self.served.wait_for(|served| served.bridges == bridges);
+            if timeout(PATIENCE, served).await.is_err() {
+                tracing::warn!(
+                    "who is on which bridge is not known yet; localhost leads to the host when it is"
+                );
+            }
+        }
+    }
+
+    /// How many network namespaces are on each of the bridges.
+    pub(super) fn counts(&self) -> BTreeMap<u32, usize> {
+        self.served.borrow().counts.clone()
+    }
+}
+
+struct Owner {
+    map: maps::Guests,
+    /// Cookie of the host's namespace.
+    host: u64,
+    /// As the map holds it.
+    entered: BTreeMap<u64, Guest>,
+    /// Whether it was told that somebody is on too many bridges.
+    crowded: bool,
+    told: watch::Sender<Served>,
+}
+
+impl Owner {
+    /// Ends with the loop.
+    async fn run(mut self, mut wanted: watch::Receiver<Option<Bridges>>) {
+        while let Some(bridges) = next(&mut wanted).await {
+            let done = if bridges.is_empty() {
+                self.nobody(&mut wanted).await
+            } else {
+                self.serve(&mut wanted).await
+            };
+            match done {
+                Ok(()) => {}
+                Err(error) => {
+                    tracing::warn!("who is on which bridge is looked for anew: {error:#}");
+                    tokio::time::sleep(REOPEN).await;
+                }
+            }
+        }
+    }
+
+    /// Waits until there is somebody, with nothing open.
+    async fn nobody(&mut self, wanted: &mut watch::Receiver<Option<Bridges>>) -> anyhow::Result<()> {
+        self.entered = self.map.all()?;
+        self.enter(&BTreeMap::new(), true)?;
+        self.told.send_replace(Served::default());
+        // Whoever wanted something has ended.
+        let _ = wanted.changed().await;
+        Ok(())
+    }
+
+    /// Follows those bridges until there are none.
+    async fn serve(&mut self, wanted: &mut watch::Receiver<Option<Bridges>>) -> anyhow::Result<()> {
+        self.entered = self.map.all()?;
+        let mut ports = Ports::follow().await?;
+        let mut search = Search::default();
+        loop {
+            let bridges = wanted.borrow_and_update().clone().unwrap_or_default();
+            if bridges.is_empty() {
+                return Ok(());
+            }
+            let everywhere = search.is_due();
+            let found = ports.guests(&bridges, everywhere).await;
+            search.done(&found, everywhere);
+            // Whoever was entered and is not found yet stays, as long as there is hope.
+            let is_all = found.unknown.is_empty() || everywhere;
+            self.enter(&found.bridges, is_all)?;
+            if is_all || self.told.borrow().bridges == bridges {
+                self.told.send_replace(Served { counts: counts(&found), bridges });
+            }
+            tokio::select! {
+                changed = wanted.changed() => if changed.is_err() { return Ok(()) },
+                changed = ports.changed() => changed?,
+                () = sleep_until(search.next) => if search.for_nobody() { ports.list().await? },
+            }
+        }
+    }
+
+    /// Makes the map hold these; whoever else it holds goes, if `alone`.
+    fn enter(&mut self, found: &BTreeMap<u64, Bridges>, alone: bool) -> anyhow::Result<()> {
+        for (netns, bridges) in found.iter().filter(|(netns, _)| **netns != self.host) {
+            if bridges.len() > BRIDGES && !self.crowded {
+                self.crowded = true;
+                tracing::warn!(
+                    "a container is on more than {BRIDGES} networks with --localhost rules; of the others' localhost nothing leads to the host"
+                );
+            }
+            let mut guest = Guest { netns: *netns, bridges: [0; BRIDGES] };
+            guest.bridges.iter_mut().zip(bridges).for_each(|(place, bridge)| *place = *bridge);
+            if self.entered.get(netns) != Some(&guest) {
+                self.map.put(&guest)?;
+                self.entered.insert(*netns, guest);
+                tracing::debug!(netns, ?bridges, "localhost leads to the host");
+            }
+        }
+        if alone {
+            let gone: Vec<u64> =
+                self.entered.keys().filter(|netns| !found.contains_key(netns)).copied().collect();
+            for netns in gone {
+                self.map.remove(netns)?;
+                self.entered.remove(&netns);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn counts(found: &guests::Guests) -> BTreeMap<u32, usize> {
+    let mut counts = BTreeMap::new();
+    for bridge in found.bridges.values().flatten() {
+        *counts.entry(*bridge).or_default() += 1;
+    }
+    counts
+}
+
+/// What is wanted, as soon as anything was told; none, when nobody will tell any more.
+async fn next(wanted: &mut watch::Receiver<Option<Bridges>>) -> Option<Bridges> {
+    wanted.wait_for(Option::is_some).await.ok()?.clone()
+}
+
+/// When to look among all processes.
+#[derive(Debug)]
+struct Search {
+    /// For whom.
+    missing: BTreeSet<i32>,
+    next: Instant,
+    pause: Duration,
+}
+
+impl Default for Search {
+    fn default() -> Self {
+        Self { missing: BTreeSet::new(), next: Instant::now() + IDLE_LOOK, pause: FIRST_SEARCH }
+    }
+}
+
+impl Search {
+    fn for_nobody(&self) -> bool {
+        self.missing.is_empty()
+    }
+
+    fn is_due(&self) -> bool {
+        !self.for_nobody() && self.next <= Instant::now()
+    }
+
+    /// After a look. A storm of them does not put off the search, nor does it bring it on.
+    fn done(&mut self, found: &guests::Guests, searched: bool) {
+        let now = Instant::now();
+        if found.unknown.is_empty() {
+            if !self.for_nobody() || self.next <= now {
+                *self = Self::default();
+            }
+            return;
+        }
+        if !found.unknown.is_subset(&self.missing) {
+            self.pause = FIRST_SEARCH;
+            self.next = now + self.pause;
+        } else if searched {
+            self.pause = (self.pause * 2).min(LAST_SEARCH);
+            self.next = now + self.pause;
+        }
+        self.missing.clone_from(&found.unknown);
+    }
+}
