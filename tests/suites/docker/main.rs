@@ -6,6 +6,7 @@ mod doctor;
 mod engine;
 mod from;
 mod labels;
+mod localhost;
 mod names;
 mod networks;
 #[path = "../clients/server.rs"]
@@ -44,9 +45,9 @@ fn main() {
         containers::tests(),
         swarm::tests(),
         from::tests(),
-        doctor::tests(),
-        doctor::tests(),
         labels::tests(),
+        localhost::tests(),
+        doctor::tests(),
     ];
     let mut suite = Suite::new(NEEDS, tests.concat());
     suite.threads = 1;

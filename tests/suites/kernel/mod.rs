@@ -8,6 +8,7 @@ mod isolation;
 mod lifecycle;
 mod limits;
 mod listeners;
+mod localhost;
 mod names;
 mod relay;
 mod steer;
@@ -30,6 +31,7 @@ pub(crate) fn suite() -> Suite {
         doctor::tests(),
         explain::tests(),
         families::tests(),
+        localhost::tests(),
     ];
     Suite::new(needs, tests.concat())
 }
