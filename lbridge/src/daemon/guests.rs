@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs::File,
     thread,
     time::Duration,
 };
@@ -15,7 +16,10 @@ use tokio::{
 };
 
 use crate::{
-    host::guests::{self, Ports},
+    host::{
+        guests::{self, Ports},
+        netns::HostNetns,
+    },
     kernel::maps,
 };
 
@@ -49,11 +53,12 @@ struct Served {
 
 impl Guests {
     /// Starts the owner. Until it is told of bridges it leaves alone what another daemon has entered.
-    pub(super) fn start(map: maps::Guests, host: u64) -> anyhow::Result<Self> {
+    pub(super) fn start(map: maps::Guests, host: &HostNetns) -> anyhow::Result<Self> {
         let (wanted, tasks) = watch::channel(None);
         let (told, served) = watch::channel(Served::default());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let owner = Owner { map, host, entered: BTreeMap::new(), crowded: false, told };
+        let (home, host) = (host.file.try_clone()?, host.cookie);
+        let owner = Owner { map, home, host, entered: BTreeMap::new(), crowded: false, told };
         let thread = thread::Builder::new().name("guests".to_owned());
         thread.spawn(move || runtime.block_on(owner.run(tasks))).context("cannot start a thread")?;
         Ok(Self { wanted, served })
@@ -84,8 +89,10 @@ impl Guests {
 
 struct Owner {
     map: maps::Guests,
-    /// Cookie of the host's namespace.
-    host: u64,
+    /// The host's namespace.
+    home: File,
+    /// Its cookie.
+    host: Option<u64>,
     /// As the map holds it.
     entered: BTreeMap<u64, Guest>,
     /// Whether it was told that somebody is on too many bridges.
@@ -125,7 +132,7 @@ impl Owner {
     /// Follows those bridges until there are none.
     async fn serve(&mut self, wanted: &mut watch::Receiver<Option<Bridges>>) -> anyhow::Result<()> {
         self.entered = self.map.all()?;
-        let mut ports = Ports::follow().await?;
+        let mut ports = Ports::follow(&self.home).await?;
         let mut search = Search::default();
         loop {
             let bridges = wanted.borrow_and_update().clone().unwrap_or_default();
@@ -133,7 +140,7 @@ impl Owner {
                 return Ok(());
             }
             let everywhere = search.is_due();
-            let found = ports.guests(&bridges, everywhere).await;
+            let found = ports.guests(&bridges, everywhere);
             search.done(&found, everywhere);
             // Whoever was entered and is not found yet stays, as long as there is hope.
             let is_all = found.unknown.is_empty() || everywhere;
@@ -151,7 +158,7 @@ impl Owner {
 
     /// Makes the map hold these; whoever else it holds goes, if `alone`.
     fn enter(&mut self, found: &BTreeMap<u64, Bridges>, alone: bool) -> anyhow::Result<()> {
-        for (netns, bridges) in found.iter().filter(|(netns, _)| **netns != self.host) {
+        for (netns, bridges) in found.iter().filter(|(netns, _)| self.host != Some(**netns)) {
             if bridges.len() > BRIDGES && !self.crowded {
                 self.crowded = true;
                 tracing::warn!(

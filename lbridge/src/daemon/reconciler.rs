@@ -102,7 +102,7 @@ impl Reconciler {
         host: &HostNetns,
     ) -> anyhow::Result<Self> {
         let Loaded { kernel, events, guests, abilities } = loaded;
-        let guests = guests.zip(host.cookie).map(|(map, cookie)| Guests::start(map, cookie));
+        let guests = guests.filter(|_| abilities.connect_hooks.is_ok()).map(|map| Guests::start(map, host));
         let names = kernel.as_ref().filter(|_| abilities.name_hooks.is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Ok(Self {

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    fs,
+    fs::{self, File},
     os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
@@ -20,6 +20,7 @@ use netlink_packet_route::{
     link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
     nsid::{NsidAttribute, NsidMessage},
 };
+use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_ROUTE};
 use rtnetlink::{Handle, MulticastGroup};
 
 use super::netns;
@@ -37,9 +38,12 @@ struct Port {
     namespace: Option<i32>,
 }
 
-/// All veth ends, and the namespaces behind them.
+/// All veth ends, and the namespaces behind them. For a thread of its own, which goes into namespaces for a moment. Nothing but
+/// changes is waited for: each question is answered before the call returns, so that nobody else gets to run meanwhile.
 pub struct Ports {
+    home: File,
     handle: Handle,
+    questions: Socket,
     changes: BoxStream<'static, NetlinkMessage<RouteNetlinkMessage>>,
     ends: BTreeMap<u32, Port>,
     /// By number, for as long as the number is the namespace's.
@@ -59,15 +63,20 @@ pub struct Guests {
 }
 
 impl Ports {
-    /// Begins to follow changes, and looks.
-    pub async fn follow() -> anyhow::Result<Self> {
+    /// Begins to follow changes in `home`, the host's namespace, and looks.
+    pub async fn follow(home: &File) -> anyhow::Result<Self> {
+        let home = home.try_clone()?;
+        netns::go_home(&home)?;
+        let mut questions = Socket::new(NETLINK_ROUTE).context("cannot open a netlink socket")?;
+        questions.bind_auto()?;
+        questions.connect(&NetlinkAddr::new(0, 0))?;
         let groups = [MulticastGroup::Link, MulticastGroup::Nsid];
         let (task, handle, changes) =
             rtnetlink::new_multicast_connection(&groups).context("cannot listen for changes of links")?;
         tokio::spawn(task);
         let changes = changes.map(|(message, _)| message).boxed();
         let (ends, cookies, known) = (BTreeMap::new(), HashMap::new(), HashMap::new());
-        let mut ports = Self { handle, changes, ends, cookies, known };
+        let mut ports = Self { home, handle, questions, changes, ends, cookies, known };
         ports.list().await?;
         Ok(ports)
     }
@@ -133,7 +142,7 @@ impl Ports {
     }
 
     /// Who is on these bridges. Whoever is not found in the folders is looked for among all processes, if `everywhere`.
-    pub async fn guests(&mut self, bridges: &BTreeSet<u32>, everywhere: bool) -> Guests {
+    pub fn guests(&mut self, bridges: &BTreeSet<u32>, everywhere: bool) -> Guests {
         let ports = self.ends.values().filter_map(|port| Some((port.bridge?, port.namespace?)));
         let plugged: BTreeSet<_> = ports.filter(|(bridge, _)| bridges.contains(bridge)).collect();
         let unknown = |cookies: &HashMap<i32, u64>| -> BTreeSet<i32> {
@@ -142,11 +151,11 @@ impl Ports {
         let mut missing = unknown(&self.cookies);
         for folder in FOLDERS {
             if !missing.is_empty() {
-                self.look_at(files(folder), &mut missing).await;
+                self.look_at(files(folder), &mut missing);
             }
         }
         if everywhere && !missing.is_empty() {
-            self.look_at(processes(), &mut missing).await;
+            self.look_at(processes(), &mut missing);
         }
         let mut guests = Guests { unknown: missing, ..Guests::default() };
         for (bridge, number) in plugged {
@@ -158,7 +167,7 @@ impl Ports {
     }
 
     /// Finds the namespaces of `missing` numbers among these files.
-    async fn look_at(&mut self, files: impl Iterator<Item = PathBuf>, missing: &mut BTreeSet<i32>) {
+    fn look_at(&mut self, files: impl Iterator<Item = PathBuf>, missing: &mut BTreeSet<i32>) {
         for path in files {
             if missing.is_empty() {
                 return;
@@ -168,42 +177,43 @@ impl Ports {
             if self.known.get(&id).is_some_and(|number| !missing.contains(number)) {
                 continue;
             }
-            if let Err(error) = self.learn(&path, missing).await {
+            if let Err(error) = self.learn(&path, missing) {
                 tracing::debug!("{}: {error:#}", path.display());
             }
         }
     }
 
-    async fn learn(&mut self, path: &Path, missing: &mut BTreeSet<i32>) -> anyhow::Result<()> {
+    fn learn(&mut self, path: &Path, missing: &mut BTreeSet<i32>) -> anyhow::Result<()> {
         // What is no namespace is not opened.
         let Ok(file) = netns::at_path(path) else { return Ok(()) };
         let id = netns::id_of(&file)?;
-        let number = self.number_of(file.as_raw_fd()).await?;
+        let number = self.number_of(file.as_raw_fd())?;
         self.known.insert(id, number);
         if missing.contains(&number) {
-            self.cookies.insert(number, netns::cookie_of(&file)?);
+            self.cookies.insert(number, netns::cookie_of(&file, &self.home)?);
             missing.remove(&number);
         }
         Ok(())
     }
 
     /// The number of a namespace that is open, -1 if it has none.
-    async fn number_of(&mut self, file: i32) -> anyhow::Result<i32> {
-        let mut message = NsidMessage::default();
-        message.attributes.push(NsidAttribute::Fd(file.cast_unsigned()));
-        let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetNsId(message));
-        request.header.flags = NLM_F_REQUEST;
-        let mut answers = self.handle.request(request).context("cannot ask for a namespace's number")?;
-        while let Some(answer) = answers.next().await {
-            match answer.payload {
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNsId(message)) => {
-                    return number(&message).context("an answer without a number");
-                }
-                NetlinkPayload::Error(error) => return Err(error.to_io().into()),
-                _ => {}
+    fn number_of(&self, file: i32) -> anyhow::Result<i32> {
+        let mut question = NsidMessage::default();
+        question.attributes.push(NsidAttribute::Fd(file.cast_unsigned()));
+        let mut message = NetlinkMessage::from(RouteNetlinkMessage::GetNsId(question));
+        message.header.flags = NLM_F_REQUEST;
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.questions.send(&bytes, 0).context("cannot ask for a namespace's number")?;
+        let (answer, _) = self.questions.recv_from_full().context("cannot read a namespace's number")?;
+        match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)?.payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNsId(message)) => {
+                number(&message).context("an answer without a number")
             }
+            NetlinkPayload::Error(error) => Err(error.to_io().into()),
+            _ => anyhow::bail!("an answer of another kind"),
         }
-        anyhow::bail!("no answer")
     }
 }
 

@@ -150,10 +150,18 @@ fn own_cookie() -> anyhow::Result<Option<u64>> {
     }
 }
 
-/// The cookie of a network namespace.
-pub fn cookie_of(netns: impl AsFd + Send) -> anyhow::Result<u64> {
-    within(netns, own_cookie)??
-        .context("this kernel tells no cookies of network namespaces (5.14 and later do)")
+/// The cookie of a network namespace. This thread goes inside for a moment, so it is to be one that has nothing else to do:
+/// on a busy machine a thread for it would wait to run for longer than there is time.
+pub(super) fn cookie_of(netns: impl AsFd, home: impl AsFd) -> anyhow::Result<u64> {
+    setns(netns, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
+    let cookie = own_cookie();
+    go_home(home)?;
+    cookie?.context("this kernel tells no cookies of network namespaces (5.14 and later do)")
+}
+
+/// Has this thread be in the host's namespace.
+pub(super) fn go_home(home: impl AsFd) -> anyhow::Result<()> {
+    setns(home, CloneFlags::CLONE_NEWNET).context("cannot go back into the host's network namespace")
 }
 
 /// Runs `work` in a network namespace, on a thread of its own.
