@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::Context as _;
 use lbridge_common::wire::{BRIDGES, Guest};
+use rustix::process::setpriority_process;
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until, timeout},
@@ -19,6 +20,7 @@ use crate::{
     host::{
         guests::{self, Ports},
         netns::HostNetns,
+        privileges,
     },
     kernel::maps,
 };
@@ -30,6 +32,8 @@ const IDLE_LOOK: Duration = Duration::from_secs(60);
 /// When a namespace is first looked for among all processes, which takes milliseconds; then ever more seldom.
 const FIRST_SEARCH: Duration = Duration::from_millis(10);
 const LAST_SEARCH: Duration = Duration::from_secs(5);
+/// Of the thread; as far as the unit allows (LimitNICE=).
+const NICE: i32 = -15;
 /// How long `allow` waits for those that are there already.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -60,7 +64,15 @@ impl Guests {
         let (home, host) = (host.file.try_clone()?, host.cookie);
         let owner = Owner { map, home, host, entered: BTreeMap::new(), crowded: false, told };
         let thread = thread::Builder::new().name("guests".to_owned());
-        thread.spawn(move || runtime.block_on(owner.run(tasks))).context("cannot start a thread")?;
+        let work = move || {
+            hurry();
+            // As every other thread of the daemon's.
+            match privileges::give_up() {
+                Ok(()) => runtime.block_on(owner.run(tasks)),
+                Err(error) => tracing::error!("cannot give up privileges; localhost is left alone: {error}"),
+            }
+        };
+        thread.spawn(work).context("cannot start a thread")?;
         Ok(Self { wanted, served })
     }
 
@@ -84,6 +96,14 @@ impl Guests {
     /// How many network namespaces are on each of the bridges.
     pub(super) fn counts(&self) -> BTreeMap<u32, usize> {
         self.served.borrow().counts.clone()
+    }
+}
+
+/// Has this thread run before others that want to: each of its turns is short, and a container's first connection comes some dozens
+/// of milliseconds after its link.
+fn hurry() {
+    if let Err(error) = setpriority_process(None, NICE) {
+        tracing::debug!("whose localhost leads to the host is followed as fast as others run: {error}");
     }
 }
 

@@ -44,6 +44,7 @@ use crate::{
     store::Store,
 };
 use configuration::Configuration;
+use guests::Guests;
 use reconciler::{Reconciler, containers};
 
 /// How long a start waits for Docker's first answer: long enough for a living engine, too short to matter.
@@ -91,10 +92,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         Some(path) => path,
         None => cgroup::mount()?,
     };
-    let loaded = Kernel::load(&options.bpffs, &cgroup, netns.file.try_clone()?, netns.cookie)?;
+    let mut loaded = Kernel::load(&options.bpffs, &cgroup, netns.file.try_clone()?, netns.cookie)?;
     if let Err(why) = &loaded.abilities.steer {
         tracing::warn!("nothing can be steered: {why}");
     }
+    let guests = loaded.guests.take().filter(|_| loaded.abilities.connect_hooks.is_ok());
+    let guests = guests.map(|map| Guests::start(map, &netns)).transpose()?;
     // Every other thread of this process has given them up, or will be started by this one.
     privileges::give_up().context("cannot give up privileges")?;
 
@@ -111,7 +114,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 
     let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
     let mut reconciler =
-        Reconciler::new(rules, configuration, store, loaded, interfaces, docker, wake, &netns)?;
+        Reconciler::new(rules, configuration, store, loaded, interfaces, docker, wake, guests, netns.id)?;
     reconciler.start().await?;
     let mut serving = tokio::spawn(socket.serve(commands.clone(), reconciler.news()));
 

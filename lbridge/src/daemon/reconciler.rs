@@ -33,10 +33,10 @@ use crate::{
     },
     docker::watch::{Presence, View, Watcher},
     firewall::Firewall,
-    host::{interfaces::Interfaces, netns::HostNetns},
+    host::interfaces::Interfaces,
     kernel::{loader::Loaded, maps::Events},
     planning::{
-        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, Product, find_networks},
+        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, Product, find_networks},
         labels::Labelled,
         plan::{Step, plan},
         policy::{Policy, State},
@@ -99,10 +99,10 @@ impl Reconciler {
         interfaces: Interfaces,
         docker: Option<Watcher>,
         wake: mpsc::Sender<()>,
-        host: &HostNetns,
+        guests: Option<Guests>,
+        host: NamespaceId,
     ) -> anyhow::Result<Self> {
-        let Loaded { kernel, events, guests, abilities } = loaded;
-        let guests = guests.filter(|_| abilities.connect_hooks.is_ok()).map(|map| Guests::start(map, host));
+        let Loaded { kernel, events, guests: _, abilities } = loaded;
         let names = kernel.as_ref().filter(|_| abilities.name_hooks.is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Ok(Self {
@@ -118,8 +118,8 @@ impl Reconciler {
                 relays: RelaySet::new(names, wake.clone())?,
                 firewall: Firewall::follow(wake.clone()),
                 name_hooks_used: false,
-                host: host.id,
-                guests: guests.transpose()?,
+                host,
+                guests,
                 inherited: Inherited::take(),
                 holders: HashMap::new(),
             },
