@@ -444,7 +444,6 @@ fn a_namespace_that_is_found_late_is_served() -> Result<()> {
     let (scene, _occupant, _service) = scene()?;
     let late = scene.lab.container(&scene.bridge, "10.7.0.3/24")?;
     let named = scene.lab.container(&scene.bridge, "10.7.0.4/24")?;
-    client::refused(&late, v4(8080))?;
     let _late = Occupant::of(&late)?;
     soon(&late, v4(8080), "host's")?;
     let visitor = Occupant::of(&named)?;
