@@ -9,7 +9,7 @@ use crate::planning::{
     firewall::FirewallMode,
     inventory::{DockerNetwork, Product},
     labels,
-    policy::State,
+    policy::{Alias, State},
     rule::{Network, Origin, PathChoice, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
 
@@ -290,6 +290,9 @@ pub struct GatewayStatus {
     /// Which namespace that is, if it is not the host's.
     #[serde(default)]
     pub namespace: Option<NamespaceStatus>,
+    /// What it is, if it is no address of the network's own bridge. Says nothing of the rule's state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias: Option<Alias>,
     /// The addresses that are served there now, of a rule for some containers; absent if it is for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sources: Option<BTreeSet<IpAddr>>,

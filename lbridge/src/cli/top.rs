@@ -149,6 +149,7 @@ mod tests {
             address: "172.18.0.1".parse().unwrap(),
             namespace: None,
             sources: None,
+            alias: None,
             interface: "br-app".to_owned(),
             state: State::Steered,
             why: None,

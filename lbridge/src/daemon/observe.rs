@@ -53,6 +53,8 @@ pub(super) async fn observe(
             Some(Presence::Away { .. } | Presence::Unknown) => DockerPresence::Away,
         },
         containers: docker.map(|view| containers(view, processes)).unwrap_or_default(),
+        host_gateways: docker.map(|view| view.host_gateways.clone()).unwrap_or_default(),
+        aliases: BTreeSet::new(),
         container_names: docker.map(|view| view.container_names.clone()).unwrap_or_default(),
         interfaces: interfaces.list().await?,
         listeners,
@@ -196,6 +198,7 @@ mod tests {
             containers: [("c".to_owned(), Ok(Some(container(pid))))].into(),
             container_names: vec![],
             labelled: vec![],
+            host_gateways: vec![],
         };
         let host = NamespaceId { device: 0, inode: 0 };
         let mut processes = Processes::new();

@@ -5,6 +5,7 @@ mod commands;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
@@ -237,6 +238,11 @@ impl Reconciler {
         if blind || unix || inside || relaying || followed || unsure { POLL } else { IDLE_LOOK }
     }
 
+    /// Other addresses of the host that containers dial, as the configuration has them.
+    fn aliases(&self) -> BTreeSet<IpAddr> {
+        self.configuration.config().aliases.clone()
+    }
+
     /// Whether some rule is for some containers of its network only.
     fn names_sources(&self) -> bool {
         self.rules.iter().any(|(_, rule, _)| !rule.from.is_empty())
@@ -308,7 +314,7 @@ impl Reconciler {
             )
             .await;
             let inventory = match (observed, &self.inventory) {
-                (Ok(inventory), _) => inventory,
+                (Ok(inventory), _) => Inventory { aliases: self.aliases(), ..inventory },
                 // A rule that was denied must not stay in force for want of a look.
                 (Err(error), Some(last)) => {
                     unseen = Some(error);

@@ -131,8 +131,10 @@ impl Report {
         let (state, why) = if let Some(without) = &outcome.without_gateway {
             (without.state, without.why.clone())
         } else {
+            // Whoever dials an alias can dial the gateway.
+            let gateways = gateways.iter().filter(|g| g.alias.is_none()).map(|g| (g.state, &g.why));
             let dials = dials.iter().map(|dial| (dial.state, &dial.why));
-            let states: Vec<_> = gateways.iter().map(|g| (g.state, &g.why)).chain(dials).collect();
+            let states: Vec<_> = gateways.chain(dials).collect();
             let worst = states.into_iter().rev().max_by_key(|(state, _)| *state);
             worst.map_or((State::Waiting, None), |(state, why)| (state, why.clone()))
         };
@@ -251,6 +253,7 @@ impl Report {
                 Place::Bridge { .. } => None,
                 Place::Namespace(key) => Some(namespace(key)),
             },
+            alias: meant.alias,
             sources: match (self.reality.relays.get(&meant.relay_key), entry) {
                 (Some(RelaySpec { clients: Clients::Listed(listed), .. }), _) => Some(listed.clone()),
                 (None, Some(entry)) if entry.flags & RuleValue::LISTED != 0 => {

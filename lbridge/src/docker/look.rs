@@ -42,6 +42,8 @@ pub struct Guest {
     pub networks: Vec<String>,
     /// The names that stand for the host: `host.docker.internal`.
     pub host_names: Vec<String>,
+    /// Whether it has a default route: on internal networks alone it has none.
+    pub has_way_out: bool,
 }
 
 /// Where the engine is looked for.
@@ -87,10 +89,13 @@ pub async fn guests() -> anyhow::Result<Vec<Guest>> {
             }
             let networks =
                 container.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+            let told = |gateway: &Option<String>| gateway.as_ref().is_some_and(|ip| !ip.is_empty());
+            let has_way_out =
+                networks.values().any(|there| told(&there.gateway) || told(&there.ipv6_gateway));
             let mut networks: Vec<_> = networks.into_keys().collect();
             networks.sort();
             let name = container.name.unwrap_or(id).trim_start_matches('/').to_owned();
-            guests.push(Guest { name, networks, host_names });
+            guests.push(Guest { name, networks, host_names, has_way_out });
         }
         guests.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(guests)

@@ -4,6 +4,7 @@
 //! Level-triggered: an event only wakes, the list is read afresh.
 
 mod engine;
+mod host_gateway;
 mod libpod;
 pub mod look;
 mod snapshot;

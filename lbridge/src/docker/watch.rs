@@ -15,7 +15,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{engine::Engine, snapshot};
+use super::{engine::Engine, host_gateway, snapshot};
 use crate::planning::{
     inventory::{Attachment, DockerNetwork, Product},
     labels::Labelled,
@@ -74,6 +74,8 @@ pub struct View {
     pub container_names: Vec<String>,
     /// What asks for something by labels, where these are followed; the last known while it is away.
     pub labelled: Vec<Labelled>,
+    /// What the engine gives containers for the host's address, where it was told to.
+    pub host_gateways: Vec<IpAddr>,
 }
 
 /// What the engine says of a name: a container, none, or what is wrong with it.
@@ -123,6 +125,7 @@ impl Watcher {
             containers: BTreeMap::new(),
             container_names: vec![],
             labelled: labelled.unwrap_or_default(),
+            host_gateways: host_gateway::told(),
         };
         let (sender, view) = watch::channel(unknown);
         let (wanted, names) = watch::channel(containers);
@@ -234,6 +237,8 @@ async fn session(
         Product::Docker => RELIST,
         Product::Podman => RELIST_PODMAN,
     };
+    // Of the engine that has just begun to answer; it reads them when it starts.
+    let host_gateways = host_gateway::told();
     let mut waiting: Option<oneshot::Sender<()>> = None;
     let mut ended = Ended::default();
     let mut again = relist;
@@ -259,7 +264,8 @@ async fn session(
             if view.presence != presence {
                 tracing::info!("{product} {version} answers");
             }
-            let now = View { presence, networks, containers, container_names, labelled };
+            let host_gateways = host_gateways.clone();
+            let now = View { presence, networks, containers, container_names, labelled, host_gateways };
             let changed = *view != now;
             *view = now;
             changed

@@ -7,14 +7,12 @@ use crate::{
     api::protocol::{DockerStatus, Status},
     docker::look::{self, Engine},
     planning::{
-        inventory::{Product, find_networks},
+        inventory::{DEFAULT_NETWORK, Product, find_networks},
         labels::{ALLOW, Labelled},
+        policy::State,
         rule::Network,
     },
 };
-
-/// The network whose gateway `host-gateway` stands for.
-const DEFAULT_NETWORK: &str = "bridge";
 
 /// Asks the engine.
 pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engine>, Vec<Finding>) {
@@ -89,8 +87,17 @@ pub(super) async fn unread_labels(status: Option<&Status>) -> Option<Finding> {
     Some(Finding::new("labels", Level::Note, what).because(why).type_this(["lbridge reload"]))
 }
 
-/// Containers that were started with `--add-host host.docker.internal:host-gateway` dial docker0's address.
-pub(super) async fn guests(host: &Host) -> Vec<Finding> {
+/// Whether a rule serves docker0's address, too.
+fn serves_docker0(status: Option<&Status>, network: &Network, port: u16) -> bool {
+    // Without a daemon nothing is served at all.
+    let Some(status) = status else { return true };
+    let mut rules = status.rules.iter().filter(|rule| rule.network == *network && rule.port == port);
+    rules.any(|rule| rule.gateways.iter().any(|g| g.alias.is_some() && g.state != State::Blocked))
+}
+
+/// Containers that were started with `--add-host host.docker.internal:host-gateway` dial docker0's address. That is served as
+/// the gateway is, but from an internal network there is no way to it.
+pub(super) async fn guests(host: &Host, status: Option<&Status>) -> Vec<Finding> {
     let Ok(guests) = look::guests().await else { return vec![] };
     let docker0 = host.bridge(&Network::Docker(DEFAULT_NETWORK.to_owned()));
     let docker0 = docker0.and_then(|bridge| bridge.addresses.first()).map(|(address, _)| address.to_string());
@@ -103,7 +110,10 @@ pub(super) async fn guests(host: &Host) -> Vec<Finding> {
         if network.name == DEFAULT_NETWORK {
             continue;
         }
-        for guest in guests.iter().filter(|guest| guest.networks.contains(&network.name)) {
+        let served = serves_docker0(status, &rule.network, rule.spec.port);
+        let misled_there =
+            |guest: &&look::Guest| guest.networks.contains(&network.name) && !(guest.has_way_out && served);
+        for guest in guests.iter().filter(misled_there) {
             let Some(host_name) = guest.host_names.first() else { continue };
             let (ports, names, _) =
                 misled.entry(network.name.as_str()).or_insert_with(|| (vec![], vec![], host_name.as_str()));

@@ -191,7 +191,7 @@ pub async fn examine(options: &Options, client: &Client) -> Report {
         host.networks = engine.networks;
         // To Podman the host is the gateway of the container's own network.
         if engine.product == Product::Docker {
-            findings.extend(docker::guests(&host).await);
+            findings.extend(docker::guests(&host, status.as_ref().ok()).await);
         }
         findings.extend(docker::unread_labels(status.as_ref().ok()).await);
     }

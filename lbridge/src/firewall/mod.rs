@@ -188,9 +188,9 @@ impl Firewall {
     }
 
     async fn try_all(&mut self, openings: &BTreeMap<Opening, Link>) {
-        let mut bridges: BTreeMap<u32, Vec<(&Opening, u8)>> = BTreeMap::new();
+        let mut bridges: BTreeMap<u32, Vec<(&Opening, &Link)>> = BTreeMap::new();
         for (opening, link) in openings {
-            bridges.entry(link.ifindex).or_default().push((opening, link.prefix));
+            bridges.entry(link.ifindex).or_default().push((opening, link));
         }
         // All at a time: what is dropped takes a while, and each has a namespace of its own.
         let tries = bridges.into_iter().map(|(ifindex, openings)| probe::bridge(ifindex, openings));

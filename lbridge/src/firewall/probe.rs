@@ -16,7 +16,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     host::scratch::{Scratch, free_address},
-    planning::firewall::{Opening, Passage},
+    planning::firewall::{Link, Opening, Passage},
 };
 
 /// When a SYN is sent again: one may get lost.
@@ -36,20 +36,24 @@ const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
-/// Tries the openings of one bridge; each has the length of its gateway's prefix with it.
-pub(super) async fn bridge(ifindex: u32, openings: Vec<(&Opening, u8)>) -> Vec<(Opening, Passage)> {
+/// What answers: addresses, with their ports.
+type Dialled = BTreeSet<(IpAddr, u16)>;
+
+/// Tries the openings of one bridge.
+pub(super) async fn bridge(ifindex: u32, openings: Vec<(&Opening, &Link)>) -> Vec<(Opening, Passage)> {
     let mut gateways: BTreeMap<(IpAddr, u8), Vec<&Opening>> = BTreeMap::new();
-    for (opening, prefix) in openings {
-        gateways.entry((opening.gateway, prefix)).or_default().push(opening);
+    for (opening, link) in openings {
+        let own = link.via.unwrap_or(opening.gateway);
+        gateways.entry((own, link.prefix)).or_default().push(opening);
     }
     let mut passages = vec![];
     for ((gateway, prefix), openings) in gateways {
-        let ports: BTreeSet<u16> = openings.iter().map(|opening| opening.port).collect();
-        let answered = from_bridge(ifindex, gateway, prefix, &ports).await;
+        let dialled: Dialled = openings.iter().map(|opening| (opening.gateway, opening.port)).collect();
+        let answered = from_bridge(ifindex, gateway, prefix, dialled).await;
         let answered = answered.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
         passages.extend(openings.into_iter().map(|opening| {
             let passage = match &answered {
-                Ok(answered) if answered.contains(&opening.port) => Passage::Open,
+                Ok(answered) if answered.contains(&(opening.gateway, opening.port)) => Passage::Open,
                 Ok(_) => Passage::Dropped,
                 Err(error) => Passage::Unknown(format!("{error:#}")),
             };
@@ -59,22 +63,28 @@ pub(super) async fn bridge(ifindex: u32, openings: Vec<(&Opening, u8)>) -> Vec<(
     passages
 }
 
-/// Which ports of a gateway answer somebody on its bridge.
-async fn from_bridge(
-    ifindex: u32,
-    gateway: IpAddr,
-    prefix: u8,
-    ports: &BTreeSet<u16>,
-) -> anyhow::Result<BTreeSet<u16>> {
+/// What answers somebody on the bridge with this gateway: the gateway itself, or what is behind it.
+async fn from_bridge(ifindex: u32, gateway: IpAddr, prefix: u8, dialled: Dialled) -> anyhow::Result<Dialled> {
     let source = free_address(ifindex, gateway, prefix, &[]).await?;
     let source = source.with_context(|| format!("every address of {gateway}/{prefix} is taken"))?;
     let scratch = Scratch::on_bridge(ifindex, &[(source, prefix)]).await?;
-    let ports = ports.clone();
+    if dialled.iter().any(|(ip, _)| *ip != gateway) {
+        scratch.route_via(gateway).await?;
+    }
+    let mut ports: BTreeMap<IpAddr, BTreeSet<u16>> = BTreeMap::new();
+    for (ip, port) in dialled {
+        ports.entry(ip).or_default().insert(port);
+    }
+    let all = move || {
+        let mut answered = Dialled::new();
+        for (ip, ports) in &ports {
+            let answering = answering(source, *ip, ports).with_context(|| format!("cannot send to {ip}"))?;
+            answered.extend(answering.into_iter().map(|port| (*ip, port)));
+        }
+        Ok(answered)
+    };
     // Waiting is a thread's, not the loop's.
-    tokio::task::spawn_blocking(move || scratch.within(|| answering(source, gateway, &ports))?)
-        .await
-        .context("the probe panicked")?
-        .with_context(|| format!("cannot send to {gateway}"))
+    tokio::task::spawn_blocking(move || scratch.within(all)?).await.context("the probe panicked")?
 }
 
 /// Sends SYNs from within, and collects the ports that answer.

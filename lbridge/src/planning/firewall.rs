@@ -37,7 +37,7 @@ impl fmt::Display for FirewallMode {
     }
 }
 
-/// What must be let through: TCP from one bridge to one of its own addresses at one port.
+/// What must be let through: TCP from one bridge to an address of the host's at one port.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Opening {
     /// The bridge's name.
@@ -73,13 +73,15 @@ pub struct Link {
     pub ifindex: u32,
     /// Length of the gateway's prefix, in bits.
     pub prefix: u8,
+    /// The bridge's own address, if what is dialled is elsewhere on the host; the prefix is that one's.
+    pub via: Option<IpAddr>,
 }
 
 /// What must be let through for a port to be dialled on a bridge, at each of its addresses.
 pub fn openings(bridge: &Interface, port: u16) -> impl Iterator<Item = (Opening, Link)> {
     bridge.addresses.iter().map(move |(gateway, prefix)| {
         let opening = Opening { interface: bridge.name.clone(), gateway: *gateway, port };
-        (opening, Link { ifindex: bridge.index, prefix: *prefix })
+        (opening, Link { ifindex: bridge.index, prefix: *prefix, via: None })
     })
 }
 

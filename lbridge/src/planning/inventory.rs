@@ -22,6 +22,10 @@ pub struct Inventory {
     pub containers: BTreeMap<String, Result<Container, String>>,
     /// The names of all of the engine's containers, where a name that rules use is nobody's.
     pub container_names: Vec<String>,
+    /// What the engine gives containers for the host's address, where it was told to; else it is its default bridge's.
+    pub host_gateways: Vec<IpAddr>,
+    /// Other addresses that containers know the host by, as the configuration says.
+    pub aliases: BTreeSet<IpAddr>,
     /// Every interface of the host's namespace.
     pub interfaces: Vec<Interface>,
     /// Every listening TCP socket of the host's namespace.
@@ -49,6 +53,9 @@ impl Inventory {
         })
     }
 }
+
+/// The engine's own network, which its bridge `docker0` is of.
+pub const DEFAULT_NETWORK: &str = "bridge";
 
 /// The networks that `name` may mean, as Docker reads it: the one with that id; else those of that name, of which the
 /// engine's API allows several; else those whose id starts so.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
@@ -59,8 +60,32 @@ pub struct GatewayOutcome {
     pub relay_key: RelayKey,
     /// Key of the kernel's entry, whether there is one or not. There never is one for a namespace.
     pub rule_key: Option<RuleKey>,
+    /// What it is, if it is no address of the network's own bridge.
+    pub alias: Option<Alias>,
     /// What is meant to happen.
     pub outcome: Outcome,
+}
+
+/// Another address of the host that a network's containers dial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Alias {
+    /// What the engine writes for `host-gateway`; containers call it `host.docker.internal`.
+    HostGateway,
+    /// One of `aliases` in the configuration.
+    Setting,
+    /// Something that this version does not know of.
+    #[serde(other)]
+    Unknown,
+}
+
+impl fmt::Display for Alias {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::HostGateway => "host.docker.internal",
+            Self::Setting | Self::Unknown => "an alias",
+        })
+    }
 }
 
 /// What is meant for a rule.

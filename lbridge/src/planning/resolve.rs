@@ -19,12 +19,12 @@ use super::{
     firewall::{Link, Opening},
     hint,
     inventory::{
-        Abilities, Absence, Attachment, DockerNetwork, DockerPresence, Interface, Inventory, Listener,
-        ListenerKind, Namespace, NamespaceId, find_networks,
+        Abilities, Absence, Attachment, DEFAULT_NETWORK, DockerNetwork, DockerPresence, Interface, Inventory,
+        Listener, ListenerKind, Namespace, NamespaceId, find_networks,
     },
     policy::{
-        Clients, DialOutcome, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome,
-        Service, State, Subnet, stand_in_for,
+        Alias, Clients, DialOutcome, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec,
+        RuleOutcome, Service, State, Subnet, stand_in_for,
     },
     rule::{DEFAULT_CONNECTIONS, Network, Origin, PathChoice, Protocol, Rule, RuleId, Rules, Source, Target},
 };
@@ -45,6 +45,12 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
         let outcome = resolver.rule(rule, origin);
         resolver.policy.outcomes.push(outcome);
     }
+    // What is some network's gateway is that first.
+    let mut outcomes = std::mem::take(&mut resolver.policy.outcomes);
+    for outcome in &mut outcomes {
+        resolver.add_aliases(outcome);
+    }
+    resolver.policy.outcomes = outcomes;
     resolver.listeners_to_register();
     resolver.policy
 }
@@ -196,15 +202,52 @@ impl Resolver<'_> {
                 if let Err(outcome) = self.networks_of(&rule.network, &rule.from) {
                     return (vec![], Some(outcome));
                 }
-                let addresses = bridge.addresses.clone();
-                let (name, index) = (bridge.name.clone(), bridge.index);
-                let gateways = addresses
-                    .into_iter()
-                    .map(|(ip, prefix)| self.gateway(rule, &name, index, ip, prefix))
-                    .collect();
+                let bridge = bridge.clone();
+                let own = bridge.addresses.iter();
+                let gateways = own.map(|own| self.gateway(rule, &bridge, *own, None)).collect();
                 (gateways, None)
             }
         }
+    }
+
+    /// Other addresses of the host that the containers may take for it. What they cannot have leaves the rule as it is.
+    fn add_aliases(&mut self, of: &mut RuleOutcome) {
+        if of.gateways.is_empty() || of.rule.network.is_namespace() {
+            return;
+        }
+        let Ok(bridge) = self.bridge(&of.rule.network).cloned() else { return };
+        for (ip, alias) in self.aliases(&bridge) {
+            // The first of its own that could be dialled as well: an entry has one subnet.
+            let serves = |own: &&(IpAddr, u8)| {
+                let is_it = |gateway: &&GatewayOutcome| gateway.relay_key.address.ip() == own.0;
+                own.0.is_ipv4() == ip.is_ipv4()
+                    && of.gateways.iter().find(is_it).is_some_and(|g| g.outcome.state != State::Blocked)
+            };
+            if let Some(own) = bridge.addresses.iter().find(serves) {
+                of.gateways.push(self.gateway(&of.rule, &bridge, *own, Some((ip, alias))));
+            }
+        }
+    }
+
+    /// The addresses of other interfaces that this bridge's containers know the host by.
+    fn aliases(&self, bridge: &Interface) -> BTreeMap<IpAddr, Alias> {
+        let inventory = self.inventory;
+        let mut networks = inventory.docker_networks.iter();
+        let mut aliases: BTreeMap<_, _> = inventory.aliases.iter().map(|ip| (*ip, Alias::Setting)).collect();
+        if networks.clone().any(|network| network.bridge.as_ref() == Some(&bridge.name)) {
+            let default = networks.find(|network| network.name == DEFAULT_NETWORK);
+            let default = default.and_then(|network| inventory.interface(network.bridge.as_ref()?));
+            let its = default.iter().flat_map(|docker0| docker0.addresses.iter().map(|(ip, _)| *ip));
+            let told = inventory.host_gateways.iter().copied();
+            aliases.extend(its.chain(told).map(|ip| (ip, Alias::HostGateway)));
+        }
+        let others =
+            inventory.interfaces.iter().filter(|other| other.name != "lo" && other.name != bridge.name);
+        let theirs: BTreeSet<_> =
+            others.flat_map(|other| other.addresses.iter().map(|(ip, _)| *ip)).collect();
+        let own = |ip: &IpAddr| bridge.addresses.iter().any(|(own, _)| own == ip);
+        aliases.retain(|ip, _| theirs.contains(ip) && !own(ip));
+        aliases
     }
 
     fn in_namespace(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {
@@ -233,7 +276,7 @@ impl Resolver<'_> {
         let way = self.way(rule, relay_key.address, claim, " in that namespace");
         let told = namespace.address.unwrap_or_else(|| stand_in_for(namespace.key.id).into());
         let outcome = self.outcome(rule, way, &relay_key, None, Clients::Inside(told));
-        GatewayOutcome { relay_key, rule_key: None, outcome }
+        GatewayOutcome { relay_key, rule_key: None, alias: None, outcome }
     }
 
     fn bridge(&self, network: &Network) -> Result<&Interface, Outcome> {
@@ -291,37 +334,46 @@ impl Resolver<'_> {
         }
     }
 
+    /// At one of a bridge's own addresses, or at another one of the host's that its containers dial as well.
     fn gateway(
         &mut self,
         rule: &Rule,
-        interface: &str,
-        index: u32,
-        ip: IpAddr,
-        prefix: u8,
+        bridge: &Interface,
+        (own, prefix): (IpAddr, u8),
+        alias: Option<(IpAddr, Alias)>,
     ) -> GatewayOutcome {
+        let (interface, index) = (bridge.name.as_str(), bridge.index);
+        let ip = alias.map_or(own, |(ip, _)| ip);
         let gateway = SocketAddr::new(ip, rule.spec.port);
-        let subnet = Subnet::of(ip, prefix);
+        let subnet = Subnet::of(own, prefix);
         let checked = self.abilities.steer.as_ref().is_ok_and(|s| s.interface_check);
         let ifindex = if checked { index } else { 0 };
         let protocol = rule.spec.protocol.number().into();
         let rule_key = RuleKey { gateway: ip.into(), ifindex, port: rule.spec.port, protocol };
         let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
         let relay_key = RelayKey { address: gateway, place };
-        let way = self.way(rule, gateway, Claim::Bridge(index), "");
+        let mut way = self.way(rule, gateway, Claim::Bridge(index), "");
+        if matches!(way, Way::Kernel(..)) && alias.is_some() && self.policy.entries.contains_key(&rule_key) {
+            let why = format!(
+                "another network's rule has {gateway}, and this kernel does not tell by which bridge it is dialled; dial {own}"
+            );
+            way = Way::None(Outcome::because(State::Blocked, why));
+        }
         let kernel = (rule_key, subnet);
         let outcome = if rule.from.is_empty() {
             self.outcome(rule, way, &relay_key, Some(kernel), Clients::Subnet(subnet))
         } else {
-            let sources = self.sources(rule, ip, subnet);
+            let sources = self.sources(rule, own, subnet);
             let clients = Clients::Listed(sources.addresses.clone());
             sources.told(self.outcome(rule, way, &relay_key, Some(kernel), clients))
         };
         // While a service is down its clients are to be refused at once, so that the way has to be open then, too.
         if outcome.state != State::Blocked {
             let opening = Opening { interface: interface.to_owned(), gateway: ip, port: rule.spec.port };
-            self.policy.openings.insert(opening, Link { ifindex: index, prefix });
+            let via = alias.map(|_| own);
+            self.policy.openings.insert(opening, Link { ifindex: index, prefix, via });
         }
-        GatewayOutcome { relay_key, rule_key: Some(rule_key), outcome }
+        GatewayOutcome { relay_key, rule_key: Some(rule_key), alias: alias.map(|(_, alias)| alias), outcome }
     }
 
     /// The engine's networks that a rule for some containers can mean; none where it is for all.

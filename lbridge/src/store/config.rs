@@ -5,6 +5,7 @@ use std::{
     fmt,
     fs::OpenOptions,
     io::{self, ErrorKind},
+    net::IpAddr,
     num::NonZeroU32,
     os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
     path::Path,
@@ -36,7 +37,8 @@ use crate::planning::{
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the file may set, and each of its rules. Kept beside the types below: serde does not tell them.
-const SETTINGS: [&str; 6] = ["drain_timeout", "firewall", "labels", "label_ports", "label_sources", "rule"];
+const SETTINGS: [&str; 7] =
+    ["drain_timeout", "firewall", "aliases", "labels", "label_ports", "label_sources", "rule"];
 const RULE: [&str; 11] = [
     "network",
     "port",
@@ -58,6 +60,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// What may be done to the host's firewall.
     pub firewall: FirewallMode,
+    /// Other addresses of the host that containers dial.
+    pub aliases: BTreeSet<IpAddr>,
     /// What labels of containers and networks may do.
     pub labels: labels::Settings,
     /// Read-only to the CLI.
@@ -92,6 +96,8 @@ struct File {
     #[serde(default)]
     firewall: FirewallMode,
     #[serde(default)]
+    aliases: BTreeSet<Alias>,
+    #[serde(default)]
     labels: bool,
     #[serde(default)]
     label_ports: Vec<LabelPorts>,
@@ -119,6 +125,24 @@ struct FileRule {
     #[serde(default)]
     localhost: bool,
     comment: Option<String>,
+}
+
+/// An address that containers may dial.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Alias(IpAddr);
+
+impl<'de> Deserialize<'de> for Alias {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let address: Option<IpAddr> = text.parse().ok();
+        let dialled = |ip: &IpAddr| !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast());
+        let wrong = || {
+            de::Error::custom(format!(
+                "{text:?} is no address that a container could dial; write one of the host's, as \"10.0.0.5\""
+            ))
+        };
+        address.filter(dialled).map(Self).ok_or_else(wrong)
+    }
 }
 
 /// The name of a container.
@@ -206,7 +230,8 @@ impl Config {
             ports: file.label_ports.into_iter().map(|LabelPorts(range)| range).collect(),
             sources: file.label_sources.unwrap_or_else(|| labels::Settings::default().sources),
         };
-        Ok(Self { drain_timeout, firewall: file.firewall, labels, rules, name })
+        let aliases = file.aliases.into_iter().map(|Alias(ip)| ip).collect();
+        Ok(Self { drain_timeout, firewall: file.firewall, aliases, labels, rules, name })
     }
 
     /// How many rules it has.
@@ -222,6 +247,8 @@ impl Config {
     /// The settings that are no rules, as one would write them.
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let time = jiff::SignedDuration::try_from(self.drain_timeout).unwrap_or_default();
+        let aliases: Vec<_> = self.aliases.iter().map(ToString::to_string).collect();
+        let aliases = if aliases.is_empty() { "none".to_owned() } else { aliases.join(" ") };
         let ports: Vec<_> = self.labels.ports.iter().map(|range| written(&range.to_string())).collect();
         let sources = self.labels.sources.iter().map(|source| match source {
             Source::Container => "\"container\"",
@@ -230,6 +257,7 @@ impl Config {
         vec![
             ("drain_timeout", format!("{time:#}")),
             ("firewall", self.firewall.to_string()),
+            ("aliases", aliases),
             ("labels", self.labels.enabled.to_string()),
             ("label_ports", format!("[{}]", ports.join(", "))),
             ("label_sources", format!("[{}]", sources.collect::<Vec<_>>().join(", "))),
@@ -451,7 +479,7 @@ mod tests {
             (
                 "\n  zzz = 1\n".to_owned(),
                 "f:2:3: ",
-                "there are drain_timeout, firewall, labels, label_ports,",
+                "there are drain_timeout, firewall, aliases, labels, label_ports,",
             ),
             ("label = true\n".to_owned(), "f:1:1: ", "write labels"),
             ("labels = \"true\"\n".to_owned(), "f:1:10: ", "true or false"),
@@ -483,6 +511,7 @@ mod tests {
             ("[[rule]]\nnetwork = a\n".to_owned(), "f:2:11: ", "between quotes"),
             ("drain_timeout = 30\n".to_owned(), "f:1:17: ", "a time, as \"30s\""),
             ("firewall = \"on\"\n".to_owned(), "f:1:12: ", "`manage` or `off`"),
+            ("aliases = [\"127.0.0.2\"]\n".to_owned(), "f:1:11: ", "one of the host's"),
             ("a = \n".to_owned(), "f:1:", ""),
             (format!("{rule}port = 1\nport = 2\n"), "f:4:1: ", "duplicate"),
         ] {

@@ -208,6 +208,8 @@ impl Planner<'_> {
                 State::Steered => (target(rule, gateway).map(By::Service), Expected::Open),
                 State::Relayed => (Some(By::Relay), Expected::Open),
                 State::Waiting => (None, Expected::Refused),
+                // Said by `status`; it is not promised.
+                State::Blocked if gateway.alias.is_some() => continue,
                 State::Blocked => {
                     let why = format!("blocked: {}", gateway.why.as_deref().unwrap_or_default());
                     let what = to.to_string();

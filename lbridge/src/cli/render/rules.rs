@@ -28,7 +28,8 @@ pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
         };
         for gateway in &rule.gateways {
             let state = told(gateway.state, &gateway.why);
-            let _ = writeln!(text, "{what}: {} -> {target} {state}", range.dialled(gateway.address));
+            let alias = gateway.alias.map_or_else(String::new, |alias| format!(" as {alias}"));
+            let _ = writeln!(text, "{what}: {}{alias} -> {target} {state}", range.dialled(gateway.address));
         }
         for dial in &rule.dials {
             let dialled = dialled(dial, range.ports());

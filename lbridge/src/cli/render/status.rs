@@ -79,9 +79,10 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
             }
             let of_gateway =
                 |rule: &RuleStatus| rule.gateways.get(index).map_or(0, |gateway| gateway.connections);
+            let alias = gateway.alias.map_or_else(String::new, |alias| format!(" as {alias}"));
             table.row([
                 network.clone(),
-                range.dialled(gateway.address),
+                range.dialled(gateway.address) + &alias,
                 target.clone(),
                 range.all.iter().map(of_gateway).sum::<u64>().to_string(),
                 state,

@@ -19,6 +19,7 @@ use crate::{
     planning::{
         self,
         explain::{Explanation, Known, Question},
+        inventory::Inventory,
         resolve::resolve,
         rule::{Network, Origin, Protocol, Refused, Rule, RuleId, Rules},
     },
@@ -160,7 +161,7 @@ impl Reconciler {
         let host = self.executor.host;
         let inventory =
             observe(&asked, &self.interfaces, view.as_ref(), &self.refused, host, &mut self.processes).await;
-        let inventory = inventory.map_err(|error| failed(&error))?;
+        let inventory = Inventory { aliases: self.aliases(), ..inventory.map_err(|error| failed(&error))? };
         let mut policy = resolve(self.labels.rules(&self.rules), &inventory, &self.abilities);
         let openings = planning::explain::openings(question, &inventory, &self.abilities);
         policy.openings.extend(openings.clone());

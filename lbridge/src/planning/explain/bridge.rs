@@ -68,7 +68,12 @@ impl Explainer<'_> {
         let text = format!("{what} (interface {}), the gateway {}{away}", bridge.index, addresses.join(", "));
         let fits = |ip: &IpAddr| self.question.source.is_none_or(|source| source.is_ipv4() == ip.is_ipv4());
         let gateways = bridge.addresses.iter().filter(|(ip, _)| fits(ip));
-        let ways: Vec<_> = gateways.map(|(ip, prefix)| self.to_gateway(&bridge, *ip, *prefix)).collect();
+        let mut ways: Vec<_> = gateways.map(|own| self.to_gateway(&bridge, own.0, *own)).collect();
+        for ip in self.aliases(&bridge).filter(fits) {
+            // From the subnet of that family; the rule's alias has one.
+            let own = bridge.addresses.iter().find(|(own, _)| own.is_ipv4() == ip.is_ipv4());
+            ways.extend(own.map(|own| self.to_gateway(&bridge, ip, *own)));
+        }
         let ways = if ways.is_empty() {
             Err(End {
                 sentence: format!("{network} has no gateway of the source's family"),
@@ -103,11 +108,21 @@ impl Explainer<'_> {
         }
     }
 
-    /// The whole way of a SYN to a gateway.
-    fn to_gateway(&self, bridge: &Interface, gateway: IpAddr, prefix: u8) -> (Way, End) {
+    /// What else the rule's containers may dial.
+    fn aliases(&self, bridge: &Interface) -> impl Iterator<Item = IpAddr> {
+        let index = bridge.index;
+        let gateways = self.rule().into_iter().flat_map(|meant| &meant.gateways);
+        let here = move |place: &Place| matches!(place, Place::Bridge { ifindex, .. } if *ifindex == index);
+        let aliases =
+            gateways.filter(move |gateway| gateway.alias.is_some() && here(&gateway.relay_key.place));
+        aliases.map(|gateway| gateway.relay_key.address.ip())
+    }
+
+    /// The whole way of a SYN to a gateway, or to another address of the host's; `own` is the bridge's, with its prefix.
+    fn to_gateway(&self, bridge: &Interface, gateway: IpAddr, own: (IpAddr, u8)) -> (Way, End) {
         let dialled = SocketAddr::new(gateway, self.question.port);
         let source = self.question.source.or_else(|| self.listed(bridge, dialled).into_iter().next());
-        let source = source.unwrap_or_else(|| neighbour(gateway, prefix));
+        let source = source.unwrap_or_else(|| neighbour(own.0, own.1));
         let mut way = Way {
             dialled,
             interface: bridge.name.clone(),

@@ -105,8 +105,10 @@ impl World {
 
     /// As the daemon's pass does.
     fn settle(&mut self, openings: &[Opening], mode: FirewallMode) {
-        let openings: BTreeMap<_, _> =
-            openings.iter().map(|opening| (opening.clone(), Link { ifindex: 7, prefix: 16 })).collect();
+        let openings: BTreeMap<_, _> = openings
+            .iter()
+            .map(|opening| (opening.clone(), Link { ifindex: 7, prefix: 16, via: None }))
+            .collect();
         for _ in 0..ROUNDS {
             let steps = plan(&openings, mode, &self.seen());
             if steps.is_empty() {
@@ -135,7 +137,10 @@ fn what_a_rule_opens_is_an_opening() {
     let v6 = Opening { interface: "br-6".to_owned(), gateway: "fd00::1".parse().unwrap(), port: 81 };
     assert_eq!(
         openings,
-        [(v6, Link { ifindex: 9, prefix: 64 }), (opening("172.18.0.1", 80), Link { ifindex: 7, prefix: 16 })]
+        [
+            (v6, Link { ifindex: 9, prefix: 64, via: None }),
+            (opening("172.18.0.1", 80), Link { ifindex: 7, prefix: 16, via: None })
+        ]
     );
     // Two rules for one address; and a namespace has no bridge.
     let host =
@@ -172,7 +177,7 @@ fn a_rule_that_somebody_removes_comes_back() {
     world.settle(std::slice::from_ref(&one), FirewallMode::Manage);
     // Without a probe that would have to time out first.
     world.changed(|world| drop(world.rules.insert(filter.clone(), vec![None])));
-    let openings = [(one.clone(), Link { ifindex: 7, prefix: 16 })].into();
+    let openings = [(one.clone(), Link { ifindex: 7, prefix: 16, via: None })].into();
     let steps = plan(&openings, FirewallMode::Manage, &world.seen());
     assert!(matches!(&steps[..], [Step::Accept { .. }]), "{steps:?}");
     world.settle(std::slice::from_ref(&one), FirewallMode::Manage);

@@ -635,3 +635,97 @@ fn what_is_dialled_is_named_where_that_can_be() {
     host.abilities.name_hooks = Err("none".to_owned());
     assert!(!host.policy().name_hooks && host.policy().dials.len() == 2, "it is served all the same");
 }
+
+/// Docker's own bridge, another network, and services.
+fn beside_docker0() -> Host {
+    let host = Host::new().network("bridge", "docker0").bridge("docker0", 3, &["172.17.0.1/16"]);
+    let host = host.network("db", "br-db").bridge("br-db", 8, &["172.19.0.1/16"]);
+    host.listens("127.0.0.1:80").listens("127.0.0.1:81")
+}
+
+#[test]
+fn what_docker_calls_the_host_is_served_as_the_gateway() {
+    let host = beside_docker0().allow("app", "80").allow("db", "80=81").allow("bridge", "80");
+    assert_eq!(
+        host.states(),
+        [
+            "172.18.0.1:80 steered",
+            "172.17.0.1:80 steered",
+            // Its own.
+            "172.17.0.1:80 steered",
+            "172.19.0.1:80 steered",
+            "172.17.0.1:80 steered",
+        ]
+    );
+    let policy = host.policy();
+    let at_alias =
+        policy.entries.values().filter(|e| IpAddr::from(e.key.gateway).to_string() == "172.17.0.1");
+    let told: Vec<_> = at_alias
+        .map(|entry| (entry.key.ifindex, IpAddr::from(entry.subnet).to_string(), entry.target_port))
+        .collect();
+    let subnet = |ip: &str| ip.to_owned();
+    assert_eq!(
+        told,
+        [(3, subnet("172.17.0.0"), 80), (7, subnet("172.18.0.0"), 80), (8, subnet("172.19.0.0"), 81)]
+    );
+    let via: Vec<_> = policy.openings.values().filter_map(|link| link.via).collect();
+    assert_eq!(via, ["172.18.0.1", "172.19.0.1"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    let relays = beside_docker0().allow_with("app", "80", Source::Container, PathChoice::Relay);
+    let relays = relays.allow_with("db", "80", Source::Container, PathChoice::Relay).policy().relays;
+    assert_eq!(relays.keys().filter(|key| key.address.ip().to_string() == "172.17.0.1").count(), 2);
+}
+
+#[test]
+fn only_addresses_of_the_host_are_aliases() {
+    let with = |host_gateways: &[&str], aliases: &[&str]| {
+        let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").allow("bridge:br-own", "80");
+        host = host.bridge("br-own", 9, &["10.9.0.1/24"]).bridge("eth0", 2, &["10.0.0.5/24", "fd00::5/64"]);
+        host = host.bridge("lo", 1, &["10.1.1.1/32"]);
+        host.inventory.host_gateways = host_gateways.iter().map(|ip| ip.parse().unwrap()).collect();
+        host.inventory.aliases = aliases.iter().map(|ip| ip.parse().unwrap()).collect();
+        host.states()
+    };
+    let (app, own) = ("172.18.0.1:80 steered", "10.9.0.1:80 steered");
+    // Of another family, nobody's, and loopback's.
+    assert_eq!(with(&["fd00::5", "192.0.2.1"], &["10.1.1.1"]), [app, own]);
+    let alias = "10.0.0.5:80 steered";
+    assert_eq!(with(&["10.0.0.5"], &[]), [app, alias, own], "which is no network of Docker's");
+    assert_eq!(with(&[], &["10.0.0.5"]), [app, alias, own, alias]);
+    assert_eq!(with(&[], &["172.18.0.1"]), [app, own, "172.18.0.1:80 steered"]);
+}
+
+/// By the subnet alone an entry at one address can be one network's.
+#[test]
+fn an_alias_goes_to_the_first_where_the_interface_is_not_told() {
+    let mut host =
+        beside_docker0().allow("app", "80").allow("db", "80").allow("db", "81").allow("bridge", "81");
+    host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: true });
+    let taken = |port, dial| {
+        format!(
+            "172.17.0.1:{port} blocked (another network's rule has 172.17.0.1:{port}, and this kernel does not tell by which \
+             bridge it is dialled; dial {dial})"
+        )
+    };
+    assert_eq!(
+        host.states(),
+        [
+            "172.18.0.1:80 steered".to_owned(),
+            "172.17.0.1:80 steered".to_owned(),
+            "172.17.0.1:81 steered".to_owned(),
+            "172.19.0.1:80 steered".to_owned(),
+            taken(80, "172.19.0.1"),
+            "172.19.0.1:81 steered".to_owned(),
+            taken(81, "172.19.0.1"),
+        ]
+    );
+}
+
+#[test]
+fn an_alias_is_for_the_named_containers_alone() {
+    let host = beside_docker0().container("web", &[("app", &["172.18.0.2"])]);
+    let host = host.allow_for("app", "80", Source::Loopback, PathChoice::Auto, &["web"]);
+    assert_eq!(host.states(), ["172.18.0.1:80 steered (for web)", "172.17.0.1:80 steered (for web)"]);
+    let policy = host.policy();
+    assert_eq!((policy.sources.len(), policy.views.len()), (2, 2));
+    assert!(policy.entries.values().all(|entry| entry.flags == RuleValue::LISTED));
+}
