@@ -247,8 +247,7 @@ impl Config {
     /// The settings that are no rules, as one would write them.
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let time = jiff::SignedDuration::try_from(self.drain_timeout).unwrap_or_default();
-        let aliases: Vec<_> = self.aliases.iter().map(ToString::to_string).collect();
-        let aliases = if aliases.is_empty() { "none".to_owned() } else { aliases.join(" ") };
+        let aliases: Vec<_> = self.aliases.iter().map(|ip| format!("\"{ip}\"")).collect();
         let ports: Vec<_> = self.labels.ports.iter().map(|range| written(&range.to_string())).collect();
         let sources = self.labels.sources.iter().map(|source| match source {
             Source::Container => "\"container\"",
@@ -257,7 +256,7 @@ impl Config {
         vec![
             ("drain_timeout", format!("{time:#}")),
             ("firewall", self.firewall.to_string()),
-            ("aliases", aliases),
+            ("aliases", format!("[{}]", aliases.join(", "))),
             ("labels", self.labels.enabled.to_string()),
             ("label_ports", format!("[{}]", ports.join(", "))),
             ("label_sources", format!("[{}]", sources.collect::<Vec<_>>().join(", "))),
@@ -456,7 +455,7 @@ mod tests {
         let on = read(text).unwrap();
         assert!(on.labels.enabled);
         let settings: Vec<_> =
-            on.settings().into_iter().skip(2).map(|(name, now)| format!("{name} = {now}\n")).collect();
+            on.settings().into_iter().skip(3).map(|(name, now)| format!("{name} = {now}\n")).collect();
         assert_eq!(settings.concat(), text, "as one would write them");
     }
 

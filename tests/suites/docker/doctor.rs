@@ -1,7 +1,7 @@
 //! The doctor and the importer beside a real engine.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::daemon::{Daemon, Options};
@@ -37,6 +37,7 @@ fn a_healthy_host_is_told_so() -> Result<()> {
     Ok(())
 }
 
+/// What Docker calls the host is served, unless something is in the way there.
 fn containers_that_dial_docker0_are_told() -> Result<()> {
     let scene = Scene::new()?;
     let network = scene.engine.create_network("app", &[])?;
@@ -47,16 +48,22 @@ fn containers_that_dial_docker0_are_told() -> Result<()> {
     scene.engine.run("bridge", &host)?;
     let right = format!("host.docker.internal:{}", network.gateway);
     scene.engine.run("app", &["--add-host", &right, "--name", "told"])?;
-    scene.daemon.allow(&["app", "8080"])?;
     scene.daemon.allow(&["bridge", "8080"])?;
+    scene.daemon.allow(&["app", "8080"])?;
     let rule = scene.daemon.rule("bridge", 8080)?.context("the rule")?;
-    let docker0 = rule["gateways"][0]["address"].as_str().context("an address")?;
-
+    let docker0: IpAddr = rule["gateways"][0]["address"].as_str().context("an address")?.parse()?;
     let hosts = scene.engine.exec(&misled, &["cat", "/etc/hosts"])?.stdout;
-    ensure!(hosts.contains(docker0), "that is what Docker does: {hosts}");
-    scene.refused(&misled, SocketAddr::new(docker0.parse()?, 8080))?;
+    ensure!(hosts.contains(&docker0.to_string()), "that is what Docker does: {hosts}");
+    let report = Report::of(&scene.daemon)?;
+    ensure!(report.must("host-gateway", "warning").is_err(), "{report:?}");
+
+    // A relay needs the port for itself.
+    scene.daemon.deny(&["bridge", "8080"])?;
+    scene.daemon.deny(&["app", "8080"])?;
+    let _own = scene.service("docker0's", &SocketAddr::new(docker0, 8080).to_string())?;
+    scene.daemon.allow(&["app", "8080", "--path", "relay"])?;
     let finding = Report::of(&scene.daemon)?.must("host-gateway", "warning")?;
-    for says in ["misled", "8080", "host.docker.internal", docker0] {
+    for says in ["misled", "8080", "host.docker.internal", &docker0.to_string()] {
         ensure!(finding.text.contains(says), "{says}: {finding:?}");
     }
     ensure!(!finding.text.contains("told"), "{finding:?}");

@@ -1,5 +1,6 @@
 //! lbridge beside a real Docker Engine: networks and containers that come, go and change under its rules.
 
+mod aliases;
 mod compose;
 mod containers;
 mod doctor;
@@ -48,6 +49,7 @@ fn main() {
         labels::tests(),
         localhost::tests(),
         doctor::tests(),
+        aliases::tests(),
     ];
     let mut suite = Suite::new(NEEDS, tests.concat());
     suite.threads = 1;

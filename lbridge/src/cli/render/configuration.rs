@@ -35,7 +35,10 @@ pub(in crate::cli) fn config(
         (true, count) => write!(text, ": {count} rules"),
     };
     // What labels may is no matter where they are off.
-    let matters = |name: &str| config.labels.enabled || !name.starts_with("label");
+    let matters = |name: &str| match name {
+        "aliases" => !config.aliases.is_empty(),
+        _ => config.labels.enabled || !name.starts_with("label"),
+    };
     for (name, value) in config.settings().into_iter().filter(|(name, _)| matters(name)) {
         let _ = write!(text, ", {name} {}", shown(&value));
     }
