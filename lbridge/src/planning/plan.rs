@@ -11,13 +11,12 @@
 use std::collections::BTreeMap;
 
 use lbridge_common::wire::{
-    Address, Dial, DialKey, ListenerKey, LoopbackView, RuleKey, RuleValue, SLOTS, SourceKey, TCP, TargetKey,
-    ViewKey,
+    Dial, DialKey, ListenerKey, LoopbackView, RuleKey, RuleValue, SLOTS, SourceKey, TCP, TargetKey, ViewKey,
 };
 
 use super::{
     firewall::{self, Chain, Link, Opening},
-    policy::{Place, Policy, RelayKey, RelaySpec},
+    policy::{GatewayOutcome, Policy, RelayKey, RelaySpec, State},
     reality::Reality,
 };
 
@@ -165,16 +164,16 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
             steps.push(Step::PutDial(*key, *dial));
         }
     }
+    // By the entry of its own rule: where entries do not name the interface another network's may have that address, too.
     let handed_over = |key: &RelayKey| {
-        let Place::Bridge { ifindex, .. } = key.place else { return false };
-        let (gateway, port) = (Address::from(key.address.ip()), key.address.port());
-        let taken_over = |entry: &RuleKey| {
-            entry.protocol == u16::from(TCP)
-                && entry.gateway == gateway
-                && entry.port == port
-                && (entry.ifindex == 0 || entry.ifindex == ifindex)
+        let is_entered =
+            |entry: &RuleKey| entry.protocol == u16::from(TCP) && policy.entries.contains_key(entry);
+        let taken_over = |gateway: &GatewayOutcome| {
+            gateway.relay_key == *key
+                && gateway.outcome.state != State::Blocked
+                && gateway.rule_key.as_ref().is_some_and(is_entered)
         };
-        policy.entries.keys().any(taken_over)
+        policy.outcomes.iter().flat_map(|outcome| &outcome.gateways).any(taken_over)
     };
     for key in reality.relays.keys().filter(stale).filter(|key| !moved(key)) {
         steps.push(Step::CloseRelay { key: key.clone(), handed_over: handed_over(key) });

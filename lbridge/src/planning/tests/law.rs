@@ -1,4 +1,4 @@
-use lbridge_common::wire::{ListenerKey, SLOTS, TargetKey};
+use lbridge_common::wire::{Address, ListenerKey, SLOTS, TargetKey};
 use proptest::prelude::*;
 
 use super::Host;
@@ -6,7 +6,7 @@ use crate::planning::{
     firewall::Passage,
     inventory::{ListenerKind, Steering},
     plan::{Step, plan},
-    policy::{Place, Policy},
+    policy::{Clients, Place, Policy},
     reality::Reality,
     resolve::resolve,
     rule::{PathChoice, Source},
@@ -94,8 +94,8 @@ fn listener() -> impl Strategy<Value = (&'static str, u16, ListenerKind)> {
     )
 }
 
-const NETWORKS: [&str; 8] =
-    ["app", "dual", "bridge:br-app", "bridge:br-dual", "gone", "container:c", "netns:/c", "pid:9"];
+const NETWORKS: [&str; 9] =
+    ["app", "dual", "bridge:br-app", "bridge:br-dual", "bridge", "gone", "container:c", "netns:/c", "pid:9"];
 
 fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, PathChoice, Vec<&'static str>, bool)> {
     (
@@ -114,13 +114,17 @@ prop_compose! {
         listeners in prop::collection::vec(listener(), 0..8),
         rules in prop::collection::btree_map((0..5_u8, 80..84_u16), rule(), 0..8),
         interface_check in any::<bool>(),
+        docker0 in any::<bool>(),
         steers in prop::bool::weighted(0.9),
         names in prop::bool::weighted(0.9),
         containers in prop::collection::btree_map(prop::sample::select(vec!["c", "d"]), 2..5_u8, 0..3),
         connects in prop::bool::weighted(0.9),
-        inside in prop::collection::vec((prop::sample::select(NETWORKS[5..].to_vec()), 1..3_u64, any::<bool>()), 0..3),
+        inside in prop::collection::vec((prop::sample::select(NETWORKS[6..].to_vec()), 1..3_u64, any::<bool>()), 0..3),
     ) -> Host {
         let mut host = Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
+        if docker0 {
+            host = host.network("bridge", "docker0").bridge("docker0", 3, &["172.17.0.1/16"]);
+        }
         for (address, port, kind) in listeners {
             host = host.listens_as(&format!("{address}:{port}"), kind);
         }
@@ -129,9 +133,9 @@ prop_compose! {
         }
         let mut seen = std::collections::BTreeSet::new();
         for (network, port, target, source, path, from, localhost) in rules.into_values() {
-            let refused = path == PathChoice::Steer && NETWORKS[5..].contains(&network);
+            let refused = path == PathChoice::Steer && NETWORKS[6..].contains(&network);
             if !refused && seen.insert((network, port)) {
-                let inside = NETWORKS[5..].contains(&network);
+                let inside = NETWORKS[6..].contains(&network);
                 let from = if inside { vec![] } else { from };
                 host = host.allow_for(network, &format!("{port}={target}"), source, path, &from);
                 if localhost && !inside {
@@ -167,11 +171,22 @@ proptest! {
             prop_assert_eq!(&reality.sources, &policy.sources);
             prop_assert_eq!(&reality.relays, &policy.relays);
             prop_assert_eq!(&reality.dials, &policy.dials);
-            for entry in policy.entries.keys() {
-                let relayed = policy.relays.keys().any(|k| {
-                    matches!(k.place, Place::Bridge { .. })
-                        && lbridge_common::wire::Address::from(k.address.ip()) == entry.gateway
+            for (entry, value) in &policy.entries {
+                // Without an interface another network's entry may be there, which leaves these alone.
+                let takes = |ip: std::net::IpAddr| {
+                    let own = entry.ifindex != 0 || Address::from(ip).masked(&value.mask) == value.subnet;
+                    own && Address::from(ip).is_v4() == value.subnet.is_v4()
+                };
+                let relayed = policy.relays.iter().any(|(k, spec)| {
+                    let of_network = match &spec.clients {
+                        Clients::Subnet(subnet) => takes(subnet.base.into()),
+                        Clients::Listed(listed) => listed.iter().any(|ip| takes(*ip)),
+                        Clients::Inside(_) => false,
+                    };
+                    matches!(k.place, Place::Bridge { ifindex, .. } if [0, ifindex].contains(&entry.ifindex))
+                        && Address::from(k.address.ip()) == entry.gateway
                         && k.address.port() == entry.port
+                        && of_network
                 });
                 prop_assert!(!relayed, "an entry would take the relay's connections");
             }
