@@ -160,6 +160,8 @@ fn a_label_of_a_network_is_for_all_of_it() -> Result<()> {
     let container = scene.engine.run("app", &[])?;
     scene.daemon.wait_for_state("app", 8080, "steered")?;
     scene.served(&container, at(&app, 8080), "host's")?;
+    let verified = scene.daemon.cli(&["verify", "app", "8080"])?;
+    ensure!(verified.status == 0 && verified.stdout.contains("all as they should be"), "{verified:?}");
     // A container's label adds nothing to it, and takes nothing away.
     labelled(&scene, "app", "web", &["allow=8080"])?;
     let other = labelled(&scene, "app", "other", &["allow=8080=8081"])?;
