@@ -29,6 +29,7 @@ pub(super) struct Labels {
 impl Labels {
     /// Looks at them; what has happened. `own` are the rules of others, which go first.
     pub(super) fn update(&mut self, settings: &Settings, view: Option<&View>, own: &Rules) -> Vec<Happening> {
+        let without_docker = view.is_none();
         let view = view.filter(|_| settings.enabled);
         let (labelled, networks) =
             view.map_or((&[][..], &[][..]), |view| (&view.labelled[..], &view.networks[..]));
@@ -43,6 +44,14 @@ impl Labels {
             return vec![];
         }
         let before = std::mem::replace(&mut self.derived, labels::derive(labelled, settings, networks, own));
+        if settings.enabled && without_docker {
+            self.derived.problems.push(Problem {
+                object: "all of them".to_owned(),
+                label: labels::ALLOW.to_owned(),
+                wrong: "the daemon runs with --no-docker, and sees no label".to_owned(),
+                remedy: "start it without that, or remove labels = true from lbridge.toml".to_owned(),
+            });
+        }
         self.settings = settings.clone();
         self.labelled = labelled.to_vec();
         self.networks = networks.to_vec();
@@ -97,4 +106,24 @@ impl Labels {
 fn ids(derived: &Derived) -> BTreeSet<RuleId> {
     let of_labels = derived.rules.iter().filter(|(.., origin)| *origin == Origin::Label);
     of_labels.map(|(id, ..)| id.clone()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_that_nobody_sees_are_told_of_once() {
+        let on = Settings { enabled: true, ..Settings::default() };
+        let (mut labels, own) = (Labels::default(), Rules::default());
+        let happened = labels.update(&on, None, &own);
+        assert!(
+            matches!(&happened[..], [Happening::BadLabel(problem)] if problem.wrong.contains("--no-docker"))
+        );
+        assert_eq!((labels.update(&on, None, &own), labels.status().problems.len()), (vec![], 1));
+        labels.update(&Settings::default(), None, &own);
+        assert_eq!(labels.status(), LabelStatus::default());
+        labels.update(&on, None, &own);
+        assert_eq!(labels.status().problems.len(), 1);
+    }
 }
