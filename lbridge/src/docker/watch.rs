@@ -365,3 +365,80 @@ fn change(view: &watch::Sender<View>, id: &str, mut change: impl FnMut(&mut Cont
 async fn within<T>(answer: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     timeout(ANSWER_TIMEOUT, answer).await.context("the engine does not answer")?
 }
+
+#[cfg(test)]
+mod tests {
+    use bollard::models::EventActor;
+
+    use super::*;
+
+    fn container(pid: u32) -> Container {
+        let attachment = |network: &str, ip: &str| Attachment {
+            network: network.to_owned(),
+            id: Some(format!("id of {network}")),
+            addresses: vec![ip.parse().unwrap()],
+        };
+        let attachments = vec![attachment("app", "172.18.0.2"), attachment("db", "172.19.0.2")];
+        Container { id: "c".to_owned(), pid: Some(pid), running: true, attachments }
+    }
+
+    fn seen(pid: u32) -> BTreeMap<String, Sighting> {
+        [("web".to_owned(), Ok(Some(container(pid)))), ("gone".to_owned(), Ok(None))].into()
+    }
+
+    fn event(action: &str, id: &str, seconds: i64) -> EventMessage {
+        let attributes = [("container".to_owned(), "c".to_owned())].into();
+        EventMessage {
+            action: Some(action.to_owned()),
+            actor: Some(EventActor { id: Some(id.to_owned()), attributes: Some(attributes) }),
+            time_nano: Some(seconds * 1_000_000_000),
+            ..EventMessage::default()
+        }
+    }
+
+    /// What is known once `event` has been heard, at second 10, and whether that is news.
+    fn heard(ended: &mut Ended, event: &EventMessage) -> (Container, bool) {
+        let view = View {
+            presence: Presence::Unknown,
+            networks: vec![],
+            containers: seen(5),
+            container_names: vec![],
+            host_gateways: vec![],
+        };
+        let (sender, receiver) = watch::channel(view);
+        ended.hear(event, Timestamp::from_second(10).unwrap(), &sender);
+        let now = receiver.borrow().containers["web"].clone().unwrap().unwrap();
+        (now, receiver.has_changed().unwrap())
+    }
+
+    #[test]
+    fn who_has_ended_has_no_address_whatever_the_engine_says_of_the_container() {
+        let mut ended = Ended::default();
+        let (now, news) = heard(&mut ended, &event("die", "c", 11));
+        assert!(news && !now.running);
+        let mut looked = seen(5);
+        ended.apply(&mut looked);
+        assert!(!looked["web"].as_ref().unwrap().as_ref().unwrap().running, "not yet");
+        let mut looked = seen(6);
+        ended.apply(&mut looked);
+        assert_eq!(looked, seen(6), "it was started again");
+        assert!(ended.0.is_empty());
+    }
+
+    #[test]
+    fn who_leaves_a_network_has_no_address_there() {
+        let (now, news) = heard(&mut Ended::default(), &event("disconnect", "id of app", 11));
+        let addresses: Vec<_> = now.attachments.iter().map(|there| there.addresses.len()).collect();
+        assert!(news && now.running && addresses == [0, 1], "{now:?}");
+    }
+
+    #[test]
+    fn what_was_seen_since_is_newer_than_an_event() {
+        for (action, id, seconds) in
+            [("die", "c", 9), ("die", "another", 11), ("disconnect", "id of lan", 11), ("start", "c", 11)]
+        {
+            let (now, news) = heard(&mut Ended::default(), &event(action, id, seconds));
+            assert!(!news && now == container(5), "{action} {id}");
+        }
+    }
+}
