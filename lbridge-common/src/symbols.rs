@@ -16,6 +16,10 @@ pub const LOOPBACK_VIEWS: &str = "LOOPBACK_VIEWS";
 pub const GUESTS: &str = "GUESTS";
 /// Where it leads, [`crate::wire::DialKey`] to [`crate::wire::Dial`].
 pub const DIALS: &str = "DIALS";
+/// Sources of UDP services' datagrams: [`crate::wire::ReplyKey`] to [`crate::wire::Reply`].
+pub const REPLIES: &str = "REPLIES";
+/// UDP rules that the daemon is trying the firewall for: [`crate::wire::RuleKey`] to the datagrams that arrived (`u64`).
+pub const PROBES: &str = "PROBES";
 /// Relays' sockets that are about to connect: socket cookie (`u64`) to the container's [`crate::wire::Endpoint`].
 pub const RELAY_CONNECTS: &str = "RELAY_CONNECTS";
 /// Relayed connections, the relay's own [`crate::wire::Endpoint`] to the container's.
@@ -52,3 +56,7 @@ pub const SOCKNAME6: &str = "sockname6";
 pub const CONNECT4: &str = "dial4";
 /// `cgroup/connect6`.
 pub const CONNECT6: &str = "dial6";
+/// `cgroup/sendmsg4`.
+pub const REPLY4: &str = "reply4";
+/// `cgroup/sendmsg6`.
+pub const REPLY6: &str = "reply6";

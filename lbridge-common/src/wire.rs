@@ -30,7 +30,8 @@ pub const MAX_LISTENERS: u32 = 65_536;
 pub const SLOTS: u8 = 4;
 
 /// Source port of the daemon's own SYNs, with which it tries whether a firewall lets packets through: they are steered as
-/// any other, but not counted as connections. No kernel gives it to a client unasked.
+/// any other, but not counted as connections. Of its datagrams the arrival is counted, and no service gets them. No kernel
+/// gives it to a client unasked.
 pub const PROBE_PORT: u16 = 1023;
 
 /// `IPPROTO_TCP`, as keys hold it (include/uapi/linux/in.h).
@@ -286,6 +287,38 @@ pub struct LoopbackView {
     pub target: Endpoint,
 }
 
+/// Which of a UDP service's datagrams leave with a gateway as their source: those to a subnet. The key of a longest-prefix
+/// match: the subnet is its end.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ReplyKey {
+    /// Loopback address and port that the service is bound to.
+    pub service: Endpoint,
+    /// The network's subnet; in a lookup the container.
+    pub peer: Address,
+}
+
+impl ReplyKey {
+    /// All bits, as a lookup has them.
+    pub const BITS: u32 = ViewKey::BITS;
+
+    /// Bits that must be the same, where the subnet's mask is this.
+    #[must_use]
+    pub fn prefix_len(mask: &Address) -> u32 {
+        ViewKey::prefix_len(mask)
+    }
+}
+
+/// The source that they leave with.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Reply {
+    /// The key's: as [`RuleValue::key`].
+    pub service: Endpoint,
+    /// What the containers dial; unspecified for addresses of the host itself, to which nothing is changed.
+    pub gateway: Address,
+}
+
 /// The bridges of the host that a network namespace is on, whose localhost may lead to the host. Its key is the
 /// namespace's cookie.
 #[repr(C)]
@@ -377,6 +410,8 @@ const _: () = {
     assert!(size_of::<ViewKey>() == 36 && align_of::<ViewKey>() == 4);
     assert!(8 * size_of::<ViewKey>() == ViewKey::BITS as usize);
     assert!(size_of::<LoopbackView>() == 40);
+    assert!(size_of::<ReplyKey>() == 36 && align_of::<ReplyKey>() == 4);
+    assert!(size_of::<Reply>() == 36);
     assert!(size_of::<SourceKey>() == 40);
     assert!(size_of::<TargetKey>() == 4);
     assert!(size_of::<Guest>() == 24 && align_of::<Guest>() == 8);

@@ -14,11 +14,12 @@ use aya_ebpf::{
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
-use lbridge_common::wire::{Address, Endpoint};
+use lbridge_common::wire::{Address, Endpoint, TCP, UDP};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
-const IPPROTO_TCP: u32 = 6;
+const IPPROTO_TCP: u32 = TCP as u32;
+const IPPROTO_UDP: u32 = UDP as u32;
 /// More than a byte: kernels that keep the protocol in one say 6.
 const IPPROTO_MPTCP: u32 = 262;
 
@@ -52,6 +53,16 @@ macro_rules! read_words {
 #[inline(always)]
 pub fn is_tcp(ctx: &SkLookupContext) -> bool {
     read!(ctx.lookup, protocol) == IPPROTO_TCP
+}
+
+/// [`TCP`] or [`UDP`].
+#[inline(always)]
+pub fn protocol(ctx: &SkLookupContext) -> Option<u8> {
+    match read!(ctx.lookup, protocol) {
+        IPPROTO_TCP => Some(TCP),
+        IPPROTO_UDP => Some(UDP),
+        _ => None,
+    }
 }
 
 #[inline(always)]
@@ -312,4 +323,39 @@ pub fn set_name_v6(ctx: &SockAddrContext, name: &Endpoint) {
     write!(sock_addr, words[2], user_ip6[2]);
     write!(sock_addr, words[3], user_ip6[3]);
     write!(sock_addr, u32::from(name.port.to_be()), user_port);
+}
+
+/// The source that a datagram is about to leave with: what the service is bound to, or what it asks for (`IP_PKTINFO`);
+/// unspecified where the route is to decide.
+#[inline(always)]
+pub fn source_v4(ctx: &SockAddrContext) -> Address {
+    Address::from_v4_word(read!(ctx.sock_addr, msg_src_ip4))
+}
+
+#[inline(always)]
+pub fn source_v6(ctx: &SockAddrContext) -> Address {
+    read_words!(ctx.sock_addr, msg_src_ip6)
+}
+
+#[inline(always)]
+pub fn set_source_v4(ctx: &SockAddrContext, source: &Address) {
+    let sock_addr: *mut bpf_sock_addr = ctx.sock_addr;
+    write!(sock_addr, source.v4_word(), msg_src_ip4);
+}
+
+#[inline(always)]
+pub fn set_source_v6(ctx: &SockAddrContext, source: &Address) {
+    let sock_addr: *mut bpf_sock_addr = ctx.sock_addr;
+    let words = source.0;
+    write!(sock_addr, words[0], msg_src_ip6[0]);
+    write!(sock_addr, words[1], msg_src_ip6[1]);
+    write!(sock_addr, words[2], msg_src_ip6[2]);
+    write!(sock_addr, words[3], msg_src_ip6[3]);
+}
+
+/// The port that the socket of a `sock_addr` hook is bound to.
+#[inline(always)]
+pub fn bound_port(ctx: &SockAddrContext) -> Option<u16> {
+    let sk = read!(ctx.sock_addr, __bindgen_anon_1.sk);
+    (!sk.is_null()).then(|| read!(sk, src_port) as u16)
 }

@@ -4,7 +4,8 @@
 //! - [`sk_lookup`]: picks the listener of a connection;
 //! - [`sock_ops`]: registers the listeners to pick from, and notes who is behind a relayed connection;
 //! - [`connect`]: where a container's localhost leads;
-//! - [`peername`]: what the service, and such a container, sees as its peer.
+//! - [`peername`]: what the service, and such a container, sees as its peer;
+//! - [`replies`]: what a container sees as the source of a UDP service's datagrams.
 //!
 //! The maps are in [`maps`], every read of a kernel context in [`ctx`].
 #![no_std]
@@ -16,6 +17,7 @@ mod connect;
 mod ctx;
 mod maps;
 mod peername;
+mod replies;
 mod sk_lookup;
 mod sock_ops;
 
@@ -23,6 +25,8 @@ use aya_ebpf::{
     macros::{cgroup_sock_addr, sk_lookup, sock_ops},
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
+
+use lbridge_common::wire::TCP;
 
 use crate::{ctx::Side, sk_lookup::Outcome, sock_ops::Variant};
 
@@ -37,32 +41,31 @@ macro_rules! log {
     };
 }
 
-fn verdict(ctx: &SkLookupContext, ifindex: u32) -> u32 {
-    let outcome = sk_lookup::try_steer(ctx, ifindex);
+fn verdict(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> u32 {
+    let outcome = sk_lookup::try_steer(ctx, ifindex, protocol);
     log!(ctx, "sk_lookup interface={} {}", ifindex, outcome.name());
     match outcome {
         Outcome::Untouched | Outcome::Assigned => SK_PASS,
-        // No socket: the kernel answers a SYN with RST, the container gets ECONNREFUSED.
+        // No socket: the kernel answers a SYN with RST, a datagram with ICMP's "port unreachable"; the container gets
+        // ECONNREFUSED.
         Outcome::Refused => SK_DROP,
     }
 }
 
 #[sk_lookup]
 pub fn steer(ctx: SkLookupContext) -> u32 {
-    // Protocol first, in each entry: nothing else is read of a datagram's context.
-    if !ctx::is_tcp(&ctx) {
-        return SK_PASS;
-    }
-    verdict(&ctx, ctx::ingress_ifindex(&ctx))
+    let Some(protocol) = ctx::protocol(&ctx) else { return SK_PASS };
+    verdict(&ctx, ctx::ingress_ifindex(&ctx), protocol)
 }
 
-/// For kernels before 5.17, whose verifier refuses a read of `ingress_ifindex`.
+/// For kernels before 5.17, whose verifier refuses a read of `ingress_ifindex`. Without it a datagram with a false source
+/// would reach the service from anywhere: UDP is left alone.
 #[sk_lookup]
 pub fn steer_any_interface(ctx: SkLookupContext) -> u32 {
     if !ctx::is_tcp(&ctx) {
         return SK_PASS;
     }
-    verdict(&ctx, 0)
+    verdict(&ctx, 0, TCP)
 }
 
 #[sock_ops]
@@ -80,7 +83,7 @@ pub fn announce(ctx: SockOpsContext) -> u32 {
     0
 }
 
-/// The only answer of hooks that may change an address, and never refuse the call.
+/// The only valid answer of a hook for addresses: it may change the address, never refuse the call.
 const PROCEED: i32 = 1;
 
 #[cgroup_sock_addr(connect4)]
@@ -116,6 +119,18 @@ pub fn sockname4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getsockname6)]
 pub fn sockname6(ctx: SockAddrContext) -> i32 {
     peername::rewrite_v6(&ctx, Side::Local);
+    PROCEED
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn reply4(ctx: SockAddrContext) -> i32 {
+    replies::rewrite_v4(&ctx);
+    PROCEED
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn reply6(ctx: SockAddrContext) -> i32 {
+    replies::rewrite_v6(&ctx);
     PROCEED
 }
 

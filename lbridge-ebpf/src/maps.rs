@@ -9,8 +9,8 @@ use aya_ebpf::{
 };
 use lbridge_common::wire::{
     Address, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, MAX_GUESTS,
-    MAX_LISTENERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, RuleKey, RuleValue, SourceKey, TargetKey,
-    ViewKey,
+    MAX_LISTENERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, Reply, ReplyKey, RuleKey, RuleValue, SourceKey,
+    TargetKey, ViewKey,
 };
 
 // Not preallocated: an empty map costs nothing.
@@ -29,6 +29,10 @@ static LOOPBACK_VIEWS: LpmTrie<ViewKey, LoopbackView> =
 static GUESTS: HashMap<u64, Guest> = HashMap::with_max_entries(MAX_GUESTS, BPF_F_NO_PREALLOC);
 #[map]
 static DIALS: HashMap<DialKey, Dial> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+#[map]
+static REPLIES: LpmTrie<ReplyKey, Reply> = LpmTrie::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+#[map]
+pub static PROBES: HashMap<RuleKey, u64> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 // No LRU: an entry that went while its connection lives would show the service a local peer. Where it is full a relay
 // gives up the connection instead.
 #[map]
@@ -80,6 +84,14 @@ pub fn dial(key: &DialKey) -> Option<Dial> {
     // SAFETY: as above.
     let dial = unsafe { DIALS.get(key) }.copied()?;
     (dial.key == *key).then_some(dial)
+}
+
+/// The source that datagrams from `service` to `peer` are to leave with, if another than the service's.
+#[inline(always)]
+pub fn reply_source(service: &Endpoint, peer: &Address) -> Option<Address> {
+    let key = ReplyKey { service: *service, peer: *peer };
+    let reply = REPLIES.get(Key::new(ReplyKey::BITS, key)).copied()?;
+    (reply.service == *service && !reply.gateway.is_unspecified()).then_some(reply.gateway)
 }
 
 #[inline(always)]

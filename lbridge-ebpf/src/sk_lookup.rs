@@ -1,17 +1,18 @@
 //! Steering: the packet's (ingress interface, gateway, port) in the rules, its source in the rule's subnet -> the
-//! connection is given to the registered listener. Runs for every TCP packet that no connection claims: SYNs, mostly.
+//! connection is given to the registered listener. Runs for every TCP packet that no connection claims: SYNs, mostly; and for
+//! every datagram that no connected socket claims.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::programs::SkLookupContext;
 use lbridge_common::{
     verdict::{Verdict, decide, first_candidate},
-    wire::{Counter, PROBE_PORT, RuleKey, SourceKey, TCP},
+    wire::{Counter, PROBE_PORT, RuleKey, SourceKey, UDP},
 };
 
 use crate::{
     ctx,
-    maps::{LISTENERS, RULES, SOURCES, count},
+    maps::{LISTENERS, PROBES, RULES, SOURCES, count},
 };
 
 const ENOENT: i32 = 2;
@@ -39,11 +40,12 @@ impl Outcome {
 }
 
 #[inline(always)]
-pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
+pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
     let Some((source, dialled)) = ctx::packet(ctx) else {
         return Outcome::Untouched;
     };
-    let key = RuleKey { gateway: dialled.address, ifindex, port: dialled.port, protocol: u16::from(TCP) };
+    let key =
+        RuleKey { gateway: dialled.address, ifindex, port: dialled.port, protocol: u16::from(protocol) };
     let Some(pointer) = RULES.get_ptr_mut(key) else {
         return Outcome::Untouched;
     };
@@ -53,6 +55,15 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
     let rule = unsafe { core::ptr::read_volatile(pointer) };
     if rule.key != key {
         return Outcome::Untouched;
+    }
+    // No answer tells a firewall's refusal from ours, so that arrival is counted. For as long as the daemon tries, that is.
+    if protocol == UDP
+        && ctx::source_port(ctx) == PROBE_PORT
+        && let Some(arrived) = PROBES.get_ptr_mut(key)
+    {
+        // SAFETY: 8 aligned bytes of the map's memory; at worst another entry's count gains one.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(arrived, 1) };
+        return Outcome::Refused;
     }
     let listed = || SOURCES.get_ptr(SourceKey { rule: key, source }).is_some();
     match decide(Some(&rule), &source, listed) {
@@ -69,7 +80,7 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32) -> Outcome {
     let assigned = first_candidate(
         &rule.target,
         rule.target_port,
-        TCP,
+        protocol,
         #[inline(always)]
         |key| {
             let done = LISTENERS.redirect_sk_lookup(ctx, key, 0);
