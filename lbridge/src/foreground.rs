@@ -258,8 +258,12 @@ impl Session {
             ..Inventory::default()
         };
         let without = || "lbridge relay loads no programs into the kernel".to_owned();
-        let abilities =
-            Abilities { steer: Err(without()), name_hooks: Err(without()), connect_hooks: Err(without()) };
+        let abilities = Abilities {
+            steer: Err(without()),
+            name_hooks: Err(without()),
+            connect_hooks: Err(without()),
+            replies: Err(without()),
+        };
         let policy = resolve(&self.rules, &inventory, &abilities);
         let reality =
             Reality { relays: self.relays.specs(), lingering: self.relays.lingering(), ..Reality::default() };

@@ -21,7 +21,7 @@ pub(super) struct ExplainArgs {
     network: Network,
     /// The port that is dialled
     #[arg(value_parser = parse_port)]
-    port: u16,
+    port: (u16, Protocol),
     /// The container's address [default: some address of the network]
     #[arg(long, value_name = "ADDRESS")]
     source: Option<IpAddr>,
@@ -31,18 +31,17 @@ pub(super) struct ExplainArgs {
 }
 
 /// A port that is dialled, one alone.
-pub(super) fn parse_port(text: &str) -> Result<u16, String> {
+pub(super) fn parse_port(text: &str) -> Result<(u16, Protocol), String> {
     match PortSpec::parse_many(text).as_deref() {
-        Ok([PortSpec { port, protocol: Protocol::Tcp, target }]) if *target == Target::Port(*port) => {
-            Ok(*port)
-        }
+        Ok([PortSpec { port, protocol, target }]) if *target == Target::Port(*port) => Ok((*port, *protocol)),
         Ok(_) => Err("a connection dials one port, e.g. 5432".to_owned()),
         Err(error) => Err(error.to_string()),
     }
 }
 
 pub(super) async fn handle(args: ExplainArgs, client: &Client) -> Result<(), Failure> {
-    let question = Question { network: args.network, port: args.port, source: args.source };
+    let (port, protocol) = args.port;
+    let question = Question { network: args.network, port, protocol, source: args.source };
     let explanation = client.explain(&question).await?;
     if args.json { render::json(&explanation) } else { render::explanation(&explanation) }
 }

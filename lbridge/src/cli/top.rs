@@ -17,7 +17,10 @@ use tokio::{
 use super::{Failure, parse_time, render};
 use crate::{
     api::{client::Client, protocol::RuleStatus},
-    planning::{policy::State, rule::Network},
+    planning::{
+        policy::State,
+        rule::{Network, Protocol, RuleId},
+    },
 };
 
 /// Arguments of `lbridge top`.
@@ -50,6 +53,8 @@ pub(super) struct Load {
     pub(super) network: Network,
     /// Its port.
     pub(super) port: u16,
+    /// What is spoken there.
+    pub(super) protocol: Protocol,
     /// What becomes of it.
     pub(super) state: State,
     /// New connections per second, since the look before.
@@ -72,29 +77,30 @@ pub(super) struct Relayed {
 }
 
 /// Connections of each rule, at a look.
-type Counts = BTreeMap<(Network, u16), u64>;
+type Counts = BTreeMap<RuleId, u64>;
 
 fn connections(rule: &RuleStatus) -> u64 {
     rule.gateways.iter().map(|gateway| gateway.connections).sum()
 }
 
 fn counts(rules: &[RuleStatus]) -> Counts {
-    rules.iter().map(|rule| ((rule.network.clone(), rule.port), connections(rule))).collect()
+    rules.iter().map(|rule| (rule.id(), connections(rule))).collect()
 }
 
 /// What has come since `before`, in `time`. A rule that was not there then has just been made.
 fn look(rules: Vec<RuleStatus>, before: &Counts, time: Duration, at: Timestamp) -> Look {
     let load = |rule: RuleStatus| {
         let connections = connections(&rule);
-        let id = (rule.network, rule.port);
+        let id = rule.id();
         // The count starts anew with a new entry.
         let since = before.get(&id).filter(|then| **then <= connections).copied().unwrap_or(0);
         let new = u32::try_from(connections - since).unwrap_or(u32::MAX);
         let has_relayed =
             rule.state == State::Relayed || rule.open > 0 || rule.to_service > 0 || rule.to_client > 0;
         Load {
-            network: id.0,
-            port: id.1,
+            network: id.network,
+            port: id.port,
+            protocol: id.protocol,
             state: rule.state,
             per_second: f64::from(new) / time.as_secs_f64(),
             connections,

@@ -18,7 +18,7 @@ pub(super) struct VerifyArgs {
     network: Option<Network>,
     /// The dialled port
     #[arg(value_parser = parse_port)]
-    port: Option<u16>,
+    port: Option<(u16, Protocol)>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -31,10 +31,10 @@ pub(super) async fn handle(args: VerifyArgs, client: &Client) -> Result<bool, Fa
         return Err(Failure { exit: Exit::Failed, message });
     }
     let wanted =
-        args.network.zip(args.port).map(|(network, port)| RuleId { network, port, protocol: Protocol::Tcp });
+        args.network.zip(args.port).map(|(network, (port, protocol))| RuleId { network, port, protocol });
     let status = client.status().await?;
     if let Some(wanted) = &wanted
-        && !status.rules.iter().any(|rule| rule.network == wanted.network && rule.port == wanted.port)
+        && !status.rules.iter().any(|rule| rule.id() == *wanted)
     {
         let message = Refused::NoSuchRule { id: wanted.clone() }.to_string();
         return Err(Failure { exit: Exit::Rule, message });

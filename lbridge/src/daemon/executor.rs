@@ -10,18 +10,21 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use lbridge_common::wire::{RuleKey, SourceKey};
+use lbridge_common::wire::{RuleKey, SourceKey, UDP};
 
 use super::{guests::Guests, handover::Inherited};
 use crate::{
-    firewall::Firewall,
+    firewall::{self, Firewall},
     host::{
         listeners::{self, Taker},
         netns::{LOOPBACK, Namespace},
     },
-    kernel::{loader::Kernel, maps::PeerNames},
+    kernel::{
+        loader::Kernel,
+        maps::{Maps, PeerNames},
+    },
     planning::{
-        firewall::Opening,
+        firewall::{Link, Opening},
         inventory::{Absence, ListenerKind, NamespaceId},
         plan::Step,
         policy::{Place, Policy, RelayKey, RelaySpec},
@@ -70,6 +73,8 @@ pub(super) struct Failures {
     pub(super) name_hooks: Option<String>,
     /// Why the connect hooks could not be attached.
     pub(super) connect_hooks: Option<String>,
+    /// Why the hooks of UDP services' replies could not be attached.
+    pub(super) reply_hooks: Option<String>,
     /// What could not be let through the firewall.
     pub(super) openings: BTreeMap<Opening, String>,
     /// Everything else.
@@ -90,7 +95,11 @@ impl Failures {
 
     fn others(&self) -> impl Iterator<Item = &String> {
         let specific = self.entries.values().chain(self.listeners.values()).chain(self.openings.values());
-        specific.chain(&self.name_hooks).chain(&self.connect_hooks).chain(&self.others)
+        specific
+            .chain(&self.name_hooks)
+            .chain(&self.connect_hooks)
+            .chain(&self.reply_hooks)
+            .chain(&self.others)
     }
 }
 
@@ -131,6 +140,8 @@ impl Executor {
             relays,
             lingering,
             filtering,
+            replies: kernel.maps.replies()?,
+            reply_hooks: kernel.reply_hooks_attached(),
             name_hooks: kernel.name_hooks_attached(),
             name_hooks_in_use: self.name_hooks_used,
             connect_hooks: kernel.connect_hooks_attached(),
@@ -163,6 +174,7 @@ impl Executor {
                     Step::Accept { opening, .. } => drop(failures.openings.insert(opening.clone(), text)),
                     Step::AttachNameHooks => failures.name_hooks = Some(text),
                     Step::AttachConnectHooks => failures.connect_hooks = Some(text),
+                    Step::AttachReplyHooks => failures.reply_hooks = Some(text),
                     _ => failures.others.push(text),
                 }
                 failures.steps.push(step.clone());
@@ -186,6 +198,9 @@ impl Executor {
             Step::PutDial(..) if failures.connect_hooks.is_some() => {
                 bail!("the connect hooks could not be attached")
             }
+            Step::PutEntry(key, _) if key.protocol == u16::from(UDP) && failures.reply_hooks.is_some() => {
+                bail!("the hooks of replies could not be attached")
+            }
             Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {
                 self.relays.close(key, *handed_over).await;
@@ -194,7 +209,7 @@ impl Executor {
             Step::Accept { chain, opening } => return self.firewall.accept(chain, opening).await,
             Step::Unaccept { chain, opening } => return self.firewall.unaccept(chain, opening).await,
             Step::Probe(openings) => {
-                self.firewall.probe(openings).await;
+                self.probe(openings).await;
                 return Ok(());
             }
             _ => {}
@@ -225,6 +240,10 @@ impl Executor {
             Step::RemoveView(key) => kernel.maps.remove_view(*key),
             Step::DetachNameHooks => kernel.detach_name_hooks(),
             Step::DetachConnectHooks => kernel.detach_connect_hooks(),
+            Step::AttachReplyHooks => kernel.attach_reply_hooks(),
+            Step::DetachReplyHooks => kernel.detach_reply_hooks(),
+            Step::PutReply(key, reply) => kernel.maps.put_reply(*key, reply),
+            Step::RemoveReply(key) => kernel.maps.remove_reply(*key),
             Step::Unregister(key) => kernel.maps.unregister(key),
             Step::RemoveTarget(port) => kernel.maps.remove_target(port),
             Step::OpenRelay(..)
@@ -238,6 +257,13 @@ impl Executor {
 }
 
 impl Executor {
+    /// Tries whether the firewall lets these through.
+    pub(super) async fn probe(&mut self, openings: &BTreeMap<Opening, Link>) {
+        let mut arrivals = self.kernel.as_mut().map(|kernel| Arrivals(&mut kernel.maps));
+        let arrivals = arrivals.as_mut().map(|arrivals| arrivals as &mut dyn firewall::Arrivals);
+        self.firewall.probe(openings, arrivals).await;
+    }
+
     fn open_relay(&mut self, key: &RelayKey, spec: &RelaySpec) -> anyhow::Result<()> {
         if self.relays.change(key, spec) {
             return Ok(());
@@ -285,7 +311,35 @@ impl Executor {
     }
 }
 
-/// A SOCKHASH takes TCP sockets only.
+/// The kernel program's counts of the daemon's own datagrams.
+struct Arrivals<'a>(&'a mut Maps);
+
+impl Arrivals<'_> {
+    fn key(opening: &Opening, link: Link) -> RuleKey {
+        let gateway = opening.gateway.into();
+        RuleKey { gateway, ifindex: link.ifindex, port: opening.port, protocol: UDP.into() }
+    }
+}
+
+impl firewall::Arrivals for Arrivals<'_> {
+    fn watch(&mut self, opening: &Opening, link: Link) -> anyhow::Result<()> {
+        let key = Self::key(opening, link);
+        anyhow::ensure!(self.0.has_entry(&key), "nothing would take a datagram there");
+        self.0.begin_probe(&key)
+    }
+
+    fn any(&self, opening: &Opening, link: Link) -> bool {
+        self.0.probed(&Self::key(opening, link)).is_ok_and(|count| count > 0)
+    }
+
+    fn forget(&mut self, opening: &Opening, link: Link) {
+        if let Err(error) = self.0.end_probe(&Self::key(opening, link)) {
+            tracing::warn!("{error:#}");
+        }
+    }
+}
+
+/// A SOCKHASH takes plain TCP and UDP sockets only.
 #[derive(Debug, thiserror::Error)]
 #[error("the listener is MPTCP")]
 struct Mptcp;

@@ -13,7 +13,7 @@ use crate::{
         inventory::{
             Absence, Container, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId,
         },
-        rule::{Network, ProcessStart, Rules, Target},
+        rule::{Network, ProcessStart, Protocol, Rules, Target},
     },
     relay::trusted,
 };
@@ -32,7 +32,8 @@ pub(super) async fn observe(
     processes: &mut Processes,
 ) -> anyhow::Result<Inventory> {
     let mut listeners = listeners::tcp()?;
-    for listener in &mut listeners {
+    let mut udp_sockets = if wants_udp(rules) { listeners::udp()? } else { vec![] };
+    for listener in listeners.iter_mut().chain(&mut udp_sockets) {
         if let Some(kind) = refused.get(&listener.inode) {
             listener.kind = *kind;
         }
@@ -58,6 +59,7 @@ pub(super) async fn observe(
         container_names: docker.map(|view| view.container_names.clone()).unwrap_or_default(),
         interfaces: interfaces.list().await?,
         listeners,
+        udp_sockets,
         untrusted_paths: trusted::untrusted(&unix),
         unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
         namespaces,
@@ -82,6 +84,11 @@ fn containers(docker: &View, processes: &Processes) -> BTreeMap<String, Result<C
         }
     };
     docker.containers.iter().filter_map(|(name, sighting)| Some((name.clone(), seen(sighting)?))).collect()
+}
+
+/// Whether UDP sockets matter.
+pub(super) fn wants_udp(rules: &Rules) -> bool {
+    rules.iter().any(|(id, ..)| id.protocol == Protocol::Udp)
 }
 
 /// The namespaces that the rules name.

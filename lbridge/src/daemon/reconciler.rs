@@ -23,7 +23,7 @@ use super::{
     handover::{self, Inherited},
     labels::Labels,
     manager::Manager,
-    observe::{Processes, observe},
+    observe::{Processes, observe, wants_udp},
     report::{self, Report},
 };
 use crate::{
@@ -53,7 +53,7 @@ const ROUNDS: usize = 12;
 /// With events from everywhere a look without a reason only corrects what others changed behind our back.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
 /// Where nothing tells of a listener that comes or goes, looking is the only way to know: without a kernel half, of a
-/// Unix socket, of a namespace, and of the end of a relay's service that ran before its port was watched.
+/// Unix or UDP socket, of a namespace, and of the end of a relay's service that ran before its port was watched.
 const POLL: Duration = Duration::from_millis(500);
 /// Least distance between two looks that events ask for: long enough that a storm of them costs little, short enough to
 /// go unnoticed.
@@ -235,7 +235,9 @@ impl Reconciler {
         // Nobody tells whether the containers that rules are for still run.
         let unsure = self.names_sources()
             && !matches!(self.docker_status(), DockerStatus::Reachable { .. } | DockerStatus::Off);
-        if blind || unix || inside || relaying || followed || unsure { POLL } else { IDLE_LOOK }
+        let udp = wants_udp(self.labels.rules(&self.rules));
+        let moving = blind || unix || inside || relaying || udp || followed || unsure;
+        if moving { POLL } else { IDLE_LOOK }
     }
 
     /// Other addresses of the host that containers dial, as the configuration has them.
@@ -330,7 +332,8 @@ impl Reconciler {
                 continue;
             }
             self.inventory = Some(inventory.clone());
-            self.refused.retain(|inode, _| inventory.listeners.iter().any(|l| l.inode == *inode));
+            let sockets = || inventory.listeners.iter().chain(&inventory.udp_sockets);
+            self.refused.retain(|inode, _| sockets().any(|socket| socket.inode == *inode));
             let policy = Policy {
                 firewall: self.configuration.config().firewall,
                 ..resolve(self.labels.rules(&self.rules), &inventory, &self.abilities)
@@ -372,6 +375,9 @@ impl Reconciler {
             }
             if let Some(why) = failures.connect_hooks.take() {
                 self.abilities.connect_hooks = Err(why);
+            }
+            if let Some(why) = failures.reply_hooks.take() {
+                self.abilities.replies = Err(why);
             }
         }
     }

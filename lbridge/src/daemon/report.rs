@@ -189,7 +189,7 @@ impl Report {
 
     /// What never arrives is served by nobody.
     fn through_firewall(&self, meant: &GatewayOutcome, outcome: Outcome) -> Outcome {
-        let Some(opening) = meant.relay_key.opening().filter(|_| outcome.state != State::Blocked) else {
+        let Some(opening) = meant.opening().filter(|_| outcome.state != State::Blocked) else {
             return outcome;
         };
         let filtering = &self.reality.filtering;

@@ -403,6 +403,7 @@ mod tests {
             networks: vec![],
             containers: seen(5),
             container_names: vec![],
+            labelled: vec![],
             host_gateways: vec![],
         };
         let (sender, receiver) = watch::channel(view);

@@ -47,7 +47,7 @@ pub(super) fn wanted(rule: &RuleStatus) -> Option<Wanted> {
     Some(Wanted {
         network: rule.network.clone(),
         // The target alone is `127.0.0.1:80` for a port of either family; whose addresses are no matter here.
-        spec: format!("{}={}", rule.port, rule.target).parse().ok()?,
+        spec: format!("{}={}{}", rule.port, rule.target, rule.protocol.suffix()).parse().ok()?,
         steerable: rule.path != PathChoice::Relay && !limited && !rule.network.is_namespace(),
     })
 }
@@ -143,7 +143,7 @@ fn about_rule(rule: &RuleStatus) -> Option<Finding> {
         State::Blocked => (Level::Problem, "is blocked"),
     };
     let why = rule.why.as_deref().unwrap_or("no reason was told");
-    Some(Finding::new("rules", level, format!("rule {} {} {state}: {why}", rule.network, rule.port)))
+    Some(Finding::new("rules", level, format!("rule {} {state}: {why}", rule.id())))
 }
 
 /// What starts a daemon on this host.

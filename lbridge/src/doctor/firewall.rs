@@ -9,6 +9,7 @@ use crate::{
     planning::{
         self,
         firewall::{Filtering, FirewallMode, Link, Opening, Passage},
+        rule::Protocol,
     },
 };
 
@@ -76,11 +77,14 @@ fn dropped(opening: &Opening, seen: &Filtering, status: Option<&Status>) -> Find
 
 fn openings(host: &Host) -> BTreeMap<Opening, Link> {
     let of_rule = |rule: &super::Wanted| {
-        let (bridge, port) = (host.bridge(&rule.network), rule.spec.port);
+        let bridge = host.bridge(&rule.network);
+        let (protocol, port) = (rule.spec.protocol, rule.spec.port);
         bridge
             .into_iter()
-            .flat_map(move |bridge| planning::firewall::openings(bridge, port))
+            .flat_map(move |bridge| planning::firewall::openings(bridge, protocol, port))
             .collect::<Vec<_>>()
     };
-    host.rules.iter().flat_map(of_rule).collect()
+    // Whether datagrams arrive only the daemon can tell, and it does: `status` has it.
+    let tcp = host.rules.iter().filter(|rule| rule.spec.protocol == Protocol::Tcp);
+    tcp.flat_map(of_rule).collect()
 }

@@ -25,7 +25,7 @@ use crate::{
     host::interfaces,
     planning::{
         inventory::{DockerNetwork, Interface, Product, find_networks},
-        rule::{Network, PathChoice, PortSpec, Rule, Target},
+        rule::{Network, PathChoice, PortSpec, Protocol, Rule, Target},
     },
     store::{Store, config::Config},
 };
@@ -131,9 +131,10 @@ impl Wanted {
         Self { network: rule.network.clone(), spec: rule.spec.clone(), steerable }
     }
 
-    /// Whether a listener at this address is the rule's service.
+    /// Whether a TCP listener at this address is the rule's service.
     fn leads_to(&self, address: IpAddr, port: u16) -> bool {
         match &self.spec.target {
+            _ if self.spec.protocol == Protocol::Udp => false,
             Target::Port(target) => *target == port && (address.is_loopback() || address.is_unspecified()),
             Target::Address(target) => {
                 target.port() == port && (target.ip() == address || address.is_unspecified())

@@ -10,7 +10,10 @@ use std::{
 use lbridge_common::wire::Address;
 
 use super::{ruleset::Problem, run};
-use crate::planning::firewall::{Accepted, Chain, Link, Opening};
+use crate::planning::{
+    firewall::{Accepted, Chain, Link, Opening},
+    rule::Protocol,
+};
 
 const PROGRAM: &str = "firewall-cmd";
 /// Marks lbridge's rules; below zero, they come before what a zone denies.
@@ -22,6 +25,7 @@ struct Rule {
     zone: String,
     text: String,
     gateway: IpAddr,
+    protocol: Protocol,
     port: u16,
 }
 
@@ -38,6 +42,7 @@ pub(super) async fn list(
         let opening = wanted.unwrap_or_else(|| Opening {
             interface: String::new(),
             gateway: rule.gateway,
+            protocol: rule.protocol,
             port: rule.port,
         });
         if is_known && !zones.contains_key(&opening.interface) {
@@ -97,10 +102,11 @@ fn read(listed: &str) -> Vec<Rule> {
         let own = text.starts_with(&format!("rule priority=\"{PRIORITY}\" ")) && text.ends_with(" accept");
         let value = |name: &str| text.split_once(&format!(" {name}=\""))?.1.split('"').next();
         let ends = || Some((value("destination address")?.parse().ok()?, value("port port")?.parse().ok()?));
+        let protocol = if value("protocol") == Some("udp") { Protocol::Udp } else { Protocol::Tcp };
         if let Some((gateway, port)) = ends().filter(|_| own)
             && seen.insert((zone, text))
         {
-            rules.push(Rule { zone: zone.to_owned(), text: text.to_owned(), gateway, port });
+            rules.push(Rule { zone: zone.to_owned(), text: text.to_owned(), gateway, protocol, port });
         }
     }
     rules
@@ -108,19 +114,20 @@ fn read(listed: &str) -> Vec<Rule> {
 
 /// A rich rule, in the order in which firewalld prints it.
 fn text(opening: &Opening, prefix: u8) -> String {
-    let Opening { gateway, port, .. } = opening;
+    let Opening { gateway, protocol, port, .. } = opening;
+    let protocol = protocol.name();
     let family = if gateway.is_ipv4() { "ipv4" } else { "ipv6" };
     let own = Address::from(*gateway);
     let subnet = IpAddr::from(own.masked(&own.mask(prefix)));
     format!(
         "rule priority=\"{PRIORITY}\" family=\"{family}\" source address=\"{subnet}/{prefix}\" destination \
-         address=\"{gateway}\" port port=\"{port}\" protocol=\"tcp\" accept"
+         address=\"{gateway}\" port port=\"{port}\" protocol=\"{protocol}\" accept"
     )
 }
 
 impl Rule {
     fn is_for(&self, opening: &Opening) -> bool {
-        (self.gateway, self.port) == (opening.gateway, opening.port)
+        (self.gateway, self.protocol, self.port) == (opening.gateway, opening.protocol, opening.port)
     }
 
     async fn remove(&self) -> Result<(), Problem> {
@@ -135,8 +142,12 @@ mod tests {
 
     #[test]
     fn own_rules_are_told_from_others_by_their_priority() {
-        let opening =
-            Opening { interface: "br0".to_owned(), gateway: "10.7.0.1".parse().unwrap(), port: 5432 };
+        let opening = Opening {
+            interface: "br0".to_owned(),
+            gateway: "10.7.0.1".parse().unwrap(),
+            protocol: Protocol::Tcp,
+            port: 5432,
+        };
         let own = text(&opening, 24);
         assert_eq!(
             own,

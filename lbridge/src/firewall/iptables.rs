@@ -4,8 +4,9 @@
 use std::{collections::BTreeMap, fs, net::IpAddr};
 
 use super::{ruleset::Problem, run, run_with};
-use crate::planning::firewall::{
-    Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Opening, Through,
+use crate::planning::{
+    firewall::{Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Opening, Through},
+    rule::Protocol,
 };
 
 /// The only chain that is looked at.
@@ -148,10 +149,11 @@ async fn copies(variant: Variant, opening: &Opening) -> anyhow::Result<usize> {
 
 /// A rule in iptables' words, in the order in which it prints them.
 fn rule(opening: &Opening) -> Vec<String> {
-    let Opening { interface, gateway, port } = opening;
+    let Opening { interface, gateway, protocol, port } = opening;
+    let protocol = protocol.name();
     let bits = if gateway.is_ipv4() { 32 } else { 128 };
     format!(
-        "-d {gateway}/{bits} -i {interface} -p tcp -m tcp --dport {port} -m comment --comment {COMMENT} -j ACCEPT"
+        "-d {gateway}/{bits} -i {interface} -p {protocol} -m {protocol} --dport {port} -m comment --comment {COMMENT} -j ACCEPT"
     )
     .split(' ')
     .map(str::to_owned)
@@ -165,6 +167,7 @@ fn own(text: &str) -> Option<Opening> {
     let opening = Opening {
         interface: after("-i")?.to_owned(),
         gateway: after("-d")?.split('/').next()?.parse::<IpAddr>().ok()?,
+        protocol: if after("-p")? == "udp" { Protocol::Udp } else { Protocol::Tcp },
         port: after("--dport")?.parse().ok()?,
     };
     (rule(&opening) == words).then_some(opening)
@@ -178,8 +181,12 @@ mod tests {
 
     #[test]
     fn own_rules_are_told_from_others() {
-        let opening =
-            Opening { interface: "br-1".to_owned(), gateway: "10.7.0.1".parse().unwrap(), port: 5432 };
+        let opening = Opening {
+            interface: "br-1".to_owned(),
+            gateway: "10.7.0.1".parse().unwrap(),
+            protocol: Protocol::Tcp,
+            port: 5432,
+        };
         let text = rule(&opening).join(" ");
         assert_eq!(own(&text), Some(opening));
         for other in [
@@ -190,13 +197,23 @@ mod tests {
         ] {
             assert_eq!(own(&other), None, "{other}");
         }
-        let v6 = Opening { interface: "br-1".to_owned(), gateway: "fd00::1".parse().unwrap(), port: 1 };
+        let v6 = Opening {
+            interface: "br-1".to_owned(),
+            gateway: "fd00::1".parse().unwrap(),
+            protocol: Protocol::Udp,
+            port: 1,
+        };
         assert_eq!(own(&rule(&v6).join(" ")), Some(v6));
     }
 
     #[test]
     fn what_may_deny_is_seen() {
-        let opening = Opening { interface: "br0".to_owned(), gateway: "10.7.0.1".parse().unwrap(), port: 80 };
+        let opening = Opening {
+            interface: "br0".to_owned(),
+            gateway: "10.7.0.1".parse().unwrap(),
+            protocol: Protocol::Tcp,
+            port: 80,
+        };
         let ours = format!("-A INPUT {}", rule(&opening).join(" "));
         let denial = |text: &str| V4.read(text).chain.map(|chain| (chain.denial, chain.firewall));
         assert_eq!(denial(&format!("-P INPUT ACCEPT\n{ours}\n")), None);

@@ -1,7 +1,7 @@
 //! The host's firewall: tries whether packets arrive, reads who is in the way, keeps accept rules. Decides nothing:
 //! `planning/firewall.rs` does.
 //!
-//! - [`probe`]: a SYN from a namespace on the bridge;
+//! - [`probe`]: a SYN or a datagram from a namespace on the bridge;
 //! - [`ruleset`]: nftables' rules, in the types of the `nftables` crate;
 //! - [`iptables`]: the tables of `iptables-nft` and `iptables-legacy`, through those programs;
 //! - [`firewalld`]: firewalld whose table takes rules from nobody else;
@@ -23,7 +23,10 @@ use std::{
 use anyhow::Context as _;
 use tokio::{io::AsyncWriteExt as _, sync::mpsc};
 
-use crate::planning::firewall::{Chain, Filtering, Link, Opening, Passage, Through};
+use crate::planning::{
+    firewall::{Chain, Filtering, Link, Opening, Passage, Through},
+    rule::Protocol,
+};
 use changes::Changes;
 use ruleset::{PATIENCE, Problem, Ruleset};
 
@@ -37,6 +40,16 @@ const SOON: Duration = Duration::from_secs(3);
 const SHARE: u32 = 4;
 /// but what has changed is looked at after that long.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// Where datagrams of lbridge's own are counted as they arrive: what answers one could be a firewall that refuses it.
+pub trait Arrivals: Send {
+    /// Counts from now on.
+    fn watch(&mut self, opening: &Opening, link: Link) -> anyhow::Result<()>;
+    /// Whether there was one.
+    fn any(&self, opening: &Opening, link: Link) -> bool;
+    /// Counts no more.
+    fn forget(&mut self, opening: &Opening, link: Link);
+}
 
 /// The host's firewall, as seen from this process's network namespace.
 #[derive(Debug)]
@@ -160,9 +173,13 @@ impl Firewall {
         self.seen.passages.retain(|_, passage| *passage == Passage::Open);
     }
 
-    /// Tries openings; what comes of it is known at the next [`Self::look`].
-    pub async fn probe(&mut self, openings: &BTreeMap<Opening, Link>) {
-        self.try_all(openings).await;
+    /// Tries openings; what comes of it is known at the next [`Self::look`]. Those of UDP need somebody who counts.
+    pub async fn probe(
+        &mut self,
+        openings: &BTreeMap<Opening, Link>,
+        mut arrivals: Option<&mut dyn Arrivals>,
+    ) {
+        self.try_all(openings, arrivals.as_deref_mut()).await;
         let dropped = |opening| self.seen.passages.get(opening) == Some(&Passage::Dropped);
         if !openings.keys().any(dropped) {
             return;
@@ -183,18 +200,25 @@ impl Firewall {
             .map(|(opening, link)| (opening.clone(), *link))
             .collect();
         if !doubtful.is_empty() {
-            self.try_all(&doubtful).await;
+            self.try_all(&doubtful, arrivals).await;
         }
     }
 
-    async fn try_all(&mut self, openings: &BTreeMap<Opening, Link>) {
+    async fn try_all(
+        &mut self,
+        openings: &BTreeMap<Opening, Link>,
+        arrivals: Option<&mut (dyn Arrivals + '_)>,
+    ) {
+        let is_udp = |(opening, _): &(&Opening, &Link)| opening.protocol == Protocol::Udp;
+        let (udp, tcp): (Vec<_>, Vec<_>) = openings.iter().partition(is_udp);
         let mut bridges: BTreeMap<u32, Vec<(&Opening, &Link)>> = BTreeMap::new();
-        for (opening, link) in openings {
+        for (opening, link) in tcp {
             bridges.entry(link.ifindex).or_default().push((opening, link));
         }
         // All at a time: what is dropped takes a while, and each has a namespace of its own.
         let tries = bridges.into_iter().map(|(ifindex, openings)| probe::bridge(ifindex, openings));
-        for (opening, passage) in futures_util::future::join_all(tries).await.into_iter().flatten() {
+        let passages = futures_util::future::join_all(tries).await.into_iter().flatten();
+        for (opening, passage) in passages.chain(probe::datagrams(&udp, arrivals).await) {
             let accepted = self.seen.accepts.keys().any(|(_, accepted)| *accepted == opening);
             match passage {
                 Passage::Dropped => drop(self.seen.needed.insert(opening.clone())),
@@ -264,7 +288,7 @@ pub async fn remove_all() -> anyhow::Result<usize> {
 pub async fn examine(openings: &BTreeMap<Opening, Link>) -> Filtering {
     let mut firewall = Firewall::new(None);
     firewall.look(openings).await;
-    firewall.probe(openings).await;
+    firewall.probe(openings, None).await;
     firewall.look(openings).await.clone()
 }
 

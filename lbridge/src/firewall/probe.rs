@@ -1,12 +1,13 @@
 //! Tries whether a SYN from a bridge arrives: sends one from a scratch namespace there, and waits for the answer. The
-//! handshake is not completed, so that no service notices.
+//! handshake is not completed, so that no service notices. Of a datagram nothing comes back that a firewall could not have
+//! said, too; so the kernel program counts it, and keeps it from the service.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     hash::{BuildHasher as _, RandomState},
     io,
     mem::MaybeUninit,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, UdpSocket},
     time::{Duration, Instant},
 };
 
@@ -19,9 +20,19 @@ use crate::{
     planning::firewall::{Link, Opening, Passage},
 };
 
+use super::Arrivals;
+
 /// When a SYN is sent again: one may get lost.
 const AGAIN: [Duration; 3] =
     [Duration::from_millis(200), Duration::from_millis(500), Duration::from_millis(1100)];
+/// How long datagrams may take to arrive, at each try. A host counts them in microseconds, but may have to ask for its
+/// neighbour's address first.
+const DATAGRAMS: [Duration; 4] = [
+    Duration::from_millis(10),
+    Duration::from_millis(100),
+    Duration::from_millis(400),
+    Duration::from_secs(1),
+];
 /// How long an answer may take. The host answers in microseconds; but if a question for a neighbour's address gets lost, it
 /// is a second until the next.
 const PATIENCE: Duration = Duration::from_millis(1500);
@@ -63,11 +74,76 @@ pub(super) async fn bridge(ifindex: u32, openings: Vec<(&Opening, &Link)>) -> Ve
     passages
 }
 
-/// What answers somebody on the bridge with this gateway: the gateway itself, or what is behind it.
-async fn from_bridge(ifindex: u32, gateway: IpAddr, prefix: u8, dialled: Dialled) -> anyhow::Result<Dialled> {
+/// Tries openings of UDP.
+pub(super) async fn datagrams(
+    openings: &[(&Opening, &Link)],
+    arrivals: Option<&mut (dyn Arrivals + '_)>,
+) -> Vec<(Opening, Passage)> {
+    let Some(arrivals) = arrivals else {
+        let unknown = || Passage::Unknown("datagrams are tried by the daemon".to_owned());
+        return openings.iter().map(|(opening, _)| ((*opening).clone(), unknown())).collect();
+    };
+    let mut passages = vec![];
+    let mut gateways: BTreeMap<(u32, IpAddr, u8), Vec<&Opening>> = BTreeMap::new();
+    for (opening, link) in openings {
+        match arrivals.watch(opening, **link) {
+            Ok(()) => {
+                gateways.entry((link.ifindex, opening.gateway, link.prefix)).or_default().push(opening);
+            }
+            Err(error) => passages.push(((*opening).clone(), Passage::Unknown(format!("{error:#}")))),
+        }
+    }
+    for ((ifindex, gateway, prefix), openings) in gateways {
+        let link = Link { ifindex, prefix, via: None };
+        let missing = |arrivals: &dyn Arrivals| -> Vec<u16> {
+            openings.iter().filter(|o| !arrivals.any(o, link)).map(|opening| opening.port).collect()
+        };
+        let sent = async {
+            let (scratch, source) = scratch_on(ifindex, gateway, prefix).await?;
+            for pause in DATAGRAMS {
+                let ports = missing(arrivals);
+                if ports.is_empty() {
+                    break;
+                }
+                scratch.within(|| send(source, gateway, &ports))??;
+                tokio::time::sleep(pause).await;
+            }
+            anyhow::Ok(())
+        };
+        let sent = sent.await.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
+        for opening in openings {
+            let passage = match &sent {
+                _ if arrivals.any(opening, link) => Passage::Open,
+                Ok(()) => Passage::Dropped,
+                Err(error) => Passage::Unknown(format!("{error:#}")),
+            };
+            arrivals.forget(opening, link);
+            passages.push((opening.clone(), passage));
+        }
+    }
+    passages
+}
+
+/// Sends an empty datagram to each port.
+fn send(source: IpAddr, gateway: IpAddr, ports: &[u16]) -> anyhow::Result<()> {
+    for port in ports {
+        // One each: an answer of ICMP's would be an error of the next.
+        let socket = UdpSocket::bind(SocketAddr::new(source, PROBE_PORT)).context("cannot bind")?;
+        socket.send_to(&[], SocketAddr::new(gateway, *port)).context("cannot send")?;
+    }
+    Ok(())
+}
+
+/// A namespace on a bridge, with a free address of the gateway's subnet.
+async fn scratch_on(ifindex: u32, gateway: IpAddr, prefix: u8) -> anyhow::Result<(Scratch, IpAddr)> {
     let source = free_address(ifindex, gateway, prefix, &[]).await?;
     let source = source.with_context(|| format!("every address of {gateway}/{prefix} is taken"))?;
-    let scratch = Scratch::on_bridge(ifindex, &[(source, prefix)]).await?;
+    Ok((Scratch::on_bridge(ifindex, &[(source, prefix)]).await?, source))
+}
+
+/// What answers somebody on the bridge with this gateway: the gateway itself, or what is behind it.
+async fn from_bridge(ifindex: u32, gateway: IpAddr, prefix: u8, dialled: Dialled) -> anyhow::Result<Dialled> {
+    let (scratch, source) = scratch_on(ifindex, gateway, prefix).await?;
     if dialled.iter().any(|(ip, _)| *ip != gateway) {
         scratch.route_via(gateway).await?;
     }

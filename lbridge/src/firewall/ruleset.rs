@@ -23,8 +23,9 @@ use super::{
     iptables::{Listed, Variant},
     run, run_with,
 };
-use crate::planning::firewall::{
-    Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Link, Opening, Through,
+use crate::planning::{
+    firewall::{Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Link, Opening, Through},
+    rule::Protocol,
 };
 
 /// A firewall's tool that takes longer is not waited for.
@@ -360,7 +361,7 @@ fn rule_in(chain: &Chain) -> Rule<'static> {
     Rule { family, table: chain.table.clone().into(), chain: chain.name.clone().into(), ..Rule::default() }
 }
 
-/// `iifname … ip daddr … tcp dport … accept`
+/// `iifname … ip daddr … tcp dport … accept`, or `udp`
 fn statements(opening: &Opening) -> Vec<Statement<'static>> {
     let equals = |left: NamedExpression<'static>, right: Expression<'static>| {
         Statement::Match(Match { left: Expression::Named(left), right, op: Operator::EQ })
@@ -378,7 +379,7 @@ fn statements(opening: &Opening) -> Vec<Statement<'static>> {
             Expression::String(opening.interface.clone().into()),
         ),
         equals(field(ip, "daddr"), Expression::String(opening.gateway.to_string().into())),
-        equals(field("tcp", "dport"), Expression::Number(opening.port.into())),
+        equals(field(opening.protocol.name(), "dport"), Expression::Number(opening.port.into())),
         Statement::Accept(None),
     ]
 }
@@ -398,10 +399,7 @@ fn opening(object: &NfListObject<'_>) -> Option<Opening> {
     else {
         return None;
     };
-    let opening = Opening {
-        interface: interface.clone().into_owned(),
-        gateway: gateway.parse().ok()?,
-        port: u16::try_from(*port).ok()?,
-    };
-    (statements(&opening) == shape).then_some(opening)
+    let (gateway, port) = (gateway.parse().ok()?, u16::try_from(*port).ok()?);
+    let of = |protocol| Opening { interface: interface.clone().into_owned(), gateway, protocol, port };
+    [Protocol::Tcp, Protocol::Udp].into_iter().map(of).find(|opening| statements(opening) == shape)
 }

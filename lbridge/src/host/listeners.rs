@@ -16,7 +16,7 @@ use anyhow::{Context as _, bail};
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::{
     SockDiagMessage,
-    constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_LISTEN},
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP, TCP_LISTEN},
     inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
@@ -26,7 +26,10 @@ use rustix::{
     process::{self, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_open},
 };
 
-use crate::planning::inventory::{Listener, ListenerKind};
+use crate::planning::{
+    inventory::{Listener, ListenerKind},
+    rule::Protocol,
+};
 
 /// Enough for any datagram of a dump: the kernel makes them at most 32 KiB.
 const DUMP_BUFFER: usize = 64 * 1024;
@@ -35,39 +38,56 @@ const DUMP_BUFFER: usize = 64 * 1024;
 pub fn tcp() -> anyhow::Result<Vec<Listener>> {
     let mut listeners = vec![];
     for family in [AF_INET, AF_INET6] {
-        dump(family, &mut listeners).context("cannot list listening sockets")?;
+        dump(family, ListenerKind::Tcp, &mut listeners).context("cannot list listening sockets")?;
     }
     listeners.sort_by_key(|l| l.inode);
     Ok(listeners)
 }
 
-/// The listening socket of this thread's network namespace that the kernel would give a connection from `source` to
-/// `destination` that comes in on an interface, by its index. It is asked, not worked out: to find a socket by its ends the
+/// Every UDP socket of this thread's network namespace that is bound and not connected, in order of inode.
+pub fn udp() -> anyhow::Result<Vec<Listener>> {
+    let mut sockets = vec![];
+    for family in [AF_INET, AF_INET6] {
+        dump(family, ListenerKind::Udp, &mut sockets).context("cannot list UDP sockets")?;
+    }
+    sockets.sort_by_key(|l| l.inode);
+    Ok(sockets)
+}
+
+/// The listening socket of this thread's network namespace that the kernel would give a connection, or the UDP socket that it
+/// would give a datagram, from `source` to `destination` that comes in on an interface, by its index. It is asked, not worked out: to find a socket by its ends the
 /// kernel does what it does for a SYN, steering programs included (`inet_lookup`, which `inet_diag_find_one_icsk` calls). No
 /// packet is sent, so no firewall has a say, and no route.
 pub fn lookup(
+    protocol: Protocol,
     source: SocketAddr,
     destination: SocketAddr,
     interface: u32,
 ) -> anyhow::Result<Option<Listener>> {
     let family = if destination.is_ipv4() { AF_INET } else { AF_INET6 };
-    // As of the socket that is looked for: its own end is the source.
+    // As of the socket that is looked for: its own end is the source. Of a UDP socket it is the destination
+    // (udp_dump_one() in net/ipv4/udp_diag.c: "src and dst are swapped for historical reasons").
+    let (kind, own, other) = match protocol {
+        Protocol::Tcp => (ListenerKind::Tcp, destination, source),
+        Protocol::Udp => (ListenerKind::Udp, source, destination),
+    };
     let socket_id = SocketId {
-        source_port: destination.port(),
-        destination_port: source.port(),
-        source_address: destination.ip(),
-        destination_address: source.ip(),
+        source_port: own.port(),
+        destination_port: other.port(),
+        source_address: own.ip(),
+        destination_address: other.ip(),
         interface_id: interface,
         // INET_DIAG_NOCOOKIE: any.
         cookie: [0xff; 8],
     };
     let mut buffer = vec![];
-    let socket = ask(family, socket_id, StateFlags::all(), 0, &mut buffer)?;
+    let socket = ask(family, protocol.number(), socket_id, StateFlags::all(), 0, &mut buffer)?;
     buffer.clear();
     socket.recv(&mut buffer, 0)?;
     match NetlinkMessage::<SockDiagMessage>::deserialize(&buffer)?.payload {
         NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
-            Ok((response.header.state == TCP_LISTEN).then(|| listener(&response)))
+            let takes = kind == ListenerKind::Udp || response.header.state == TCP_LISTEN;
+            Ok(takes.then(|| listener(&response, kind)))
         }
         NetlinkPayload::Error(error) if error.raw_code() == -libc::ENOENT => Ok(None),
         NetlinkPayload::Error(error) => {
@@ -77,10 +97,15 @@ pub fn lookup(
     }
 }
 
-fn dump(family: u8, listeners: &mut Vec<Listener>) -> anyhow::Result<()> {
+fn dump(family: u8, kind: ListenerKind, listeners: &mut Vec<Listener>) -> anyhow::Result<()> {
+    // A UDP socket that is not connected is "closed".
+    let (protocol, states) = match kind {
+        ListenerKind::Udp => (IPPROTO_UDP, StateFlags::CLOSE),
+        _ => (IPPROTO_TCP, StateFlags::LISTEN),
+    };
     let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
     let mut buffer = vec![];
-    let socket = ask(family, socket_id, StateFlags::LISTEN, NLM_F_DUMP, &mut buffer)?;
+    let socket = ask(family, protocol, socket_id, states, NLM_F_DUMP, &mut buffer)?;
     loop {
         // netlink-sys takes a `BufMut` and fills what is free of it.
         buffer.clear();
@@ -91,7 +116,7 @@ fn dump(family: u8, listeners: &mut Vec<Listener>) -> anyhow::Result<()> {
             let length = (message.header.length as usize).next_multiple_of(4);
             match message.payload {
                 NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
-                    listeners.push(listener(&response));
+                    listeners.push(listener(&response, kind));
                 }
                 NetlinkPayload::Done(_) => return Ok(()),
                 NetlinkPayload::Error(error) => return Err(error.to_io().into()),
@@ -105,6 +130,7 @@ fn dump(family: u8, listeners: &mut Vec<Listener>) -> anyhow::Result<()> {
 /// Sends a request; its answer is to be received into `buffer`.
 fn ask(
     family: u8,
+    protocol: u8,
     socket_id: SocketId,
     states: StateFlags,
     flags: u16,
@@ -115,8 +141,7 @@ fn ask(
     socket.connect(&NetlinkAddr::new(0, 0))?;
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | flags;
-    let request =
-        InetRequest { family, protocol: IPPROTO_TCP, extensions: ExtensionFlags::empty(), states, socket_id };
+    let request = InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states, socket_id };
     let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
     message.finalize();
     buffer.resize(DUMP_BUFFER, 0);
@@ -125,7 +150,7 @@ fn ask(
     Ok(socket)
 }
 
-fn listener(response: &InetResponse) -> Listener {
+fn listener(response: &InetResponse, kind: ListenerKind) -> Listener {
     let id = &response.header.socket_id;
     let v6_only = response.nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true)));
     Listener {
@@ -135,7 +160,7 @@ fn listener(response: &InetResponse) -> Listener {
         bound_interface: id.interface_id,
         // sock_diag tells of MPTCP only beside tcp_info, whose length differs between kernels; the socket itself does too,
         // once it is taken hold of.
-        kind: ListenerKind::Tcp,
+        kind,
     }
 }
 
@@ -335,7 +360,7 @@ fn socket_inode(fd: &OwnedFd) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use std::{
-        net::TcpListener,
+        net::{TcpListener, UdpSocket},
         os::{fd::AsFd as _, linux::net::SocketAddrExt as _},
         thread,
         time::Duration,
@@ -363,10 +388,26 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let inode = nix::sys::stat::fstat(listener.as_fd()).unwrap().st_ino;
         let (from, to) = ("127.0.0.7:1".parse().unwrap(), listener.local_addr().unwrap());
-        assert_eq!(lookup(from, to, 1).unwrap().map(|found| found.inode), Some(inode));
+        assert_eq!(lookup(Protocol::Tcp, from, to, 1).unwrap().map(|found| found.inode), Some(inode));
         assert!(is_held_by(inode, std::process::id()) && !is_held_by(inode, 1));
         drop(listener);
-        assert_eq!(lookup(from, to, 1).unwrap(), None);
+        assert_eq!(lookup(Protocol::Tcp, from, to, 1).unwrap(), None);
+    }
+
+    #[test]
+    fn udp_sockets_are_found_taken_and_asked_for() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let connected = UdpSocket::bind("127.0.0.1:0").unwrap();
+        connected.connect(socket.local_addr().unwrap()).unwrap();
+        let inode_of = |socket: &UdpSocket| nix::sys::stat::fstat(socket.as_fd()).unwrap().st_ino;
+        let (inode, found) = (inode_of(&socket), udp().unwrap());
+        let seen = found.iter().find(|l| l.inode == inode).unwrap();
+        assert_eq!((seen.address, seen.kind), (socket.local_addr().unwrap(), ListenerKind::Udp));
+        assert!(!found.iter().any(|l| l.inode == inode_of(&connected)), "it takes from one peer alone");
+        let taken = Taker::default().take(inode, &HashSet::from([inode])).unwrap();
+        assert_eq!(UdpSocket::from(taken).local_addr().unwrap(), seen.address);
+        let asked = lookup(Protocol::Udp, "127.0.0.7:1".parse().unwrap(), seen.address, 1).unwrap();
+        assert_eq!(asked.map(|found| found.inode), Some(inode));
     }
 
     #[test]

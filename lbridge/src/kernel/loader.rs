@@ -20,6 +20,8 @@ const NAME_HOOKS: [&str; 4] =
     [symbols::PEERNAME4, symbols::PEERNAME6, symbols::SOCKNAME4, symbols::SOCKNAME6];
 /// As [`NAME_HOOKS`], of localhost.
 const CONNECT_HOOKS: [&str; 2] = [symbols::CONNECT4, symbols::CONNECT6];
+/// Hooks that give UDP services' replies their source, with the programs behind them.
+const REPLY_HOOKS: [&str; 2] = [symbols::REPLY4, symbols::REPLY6];
 /// Pins of the two hooks that are always attached, whichever program serves them.
 pub(super) const STEER_LINK: &str = "steer";
 pub(super) const LISTENERS_LINK: &str = "listeners";
@@ -81,7 +83,8 @@ impl Kernel {
         #[cfg(feature = "bpf-log")]
         follow_log(&mut object);
 
-        let Programs { steer, listeners, name_hooks, connect_hooks } = Programs::load(&mut object, cookie);
+        let Programs { steer, listeners, name_hooks, connect_hooks, replies } =
+            Programs::load(&mut object, cookie);
         let mut programs = vec![];
         for (program, link) in [(&listeners, LISTENERS_LINK), (&steer, STEER_LINK)] {
             match program {
@@ -108,8 +111,14 @@ impl Kernel {
                 Err(_) => kernel.detach_connect_hooks()?,
             }
         }
+        if REPLY_HOOKS.iter().any(|hook| kernel.pins.link(hook).exists()) {
+            match &replies {
+                Ok(()) => kernel.attach_reply_hooks()?,
+                Err(_) => kernel.detach_reply_hooks()?,
+            }
+        }
         let events = listeners.is_ok().then_some(events);
-        let abilities = Abilities { steer: steering, name_hooks, connect_hooks };
+        let abilities = Abilities { steer: steering, name_hooks, connect_hooks, replies };
         Ok(Loaded { kernel: Some(kernel), events, guests, abilities })
     }
 
@@ -159,6 +168,21 @@ impl Kernel {
         self.all_attached(&CONNECT_HOOKS)
     }
 
+    /// Attaches the hooks of UDP services' replies, all or none.
+    pub fn attach_reply_hooks(&mut self) -> anyhow::Result<()> {
+        self.attach_all(&REPLY_HOOKS)
+    }
+
+    /// Detaches them.
+    pub fn detach_reply_hooks(&mut self) -> anyhow::Result<()> {
+        self.detach_all(&REPLY_HOOKS)
+    }
+
+    /// Whether all of them are attached.
+    pub fn reply_hooks_attached(&self) -> bool {
+        self.all_attached(&REPLY_HOOKS)
+    }
+
     fn attach_all(&mut self, hooks: &[&str]) -> anyhow::Result<()> {
         for hook in hooks {
             let program = program_mut(&mut self.object, hook)?;
@@ -190,6 +214,7 @@ pub(super) struct Programs {
     pub(super) listeners: Result<&'static str, String>,
     pub(super) name_hooks: Result<(), String>,
     pub(super) connect_hooks: Result<(), String>,
+    pub(super) replies: Result<(), String>,
 }
 
 impl Programs {
@@ -207,7 +232,12 @@ impl Programs {
             Some(_) => CONNECT_HOOKS.iter().try_for_each(|hook| load(object, hook)),
             None => Err("localhost needs Linux 5.14, which tells network namespaces apart".to_owned()),
         };
-        Self { steer, listeners, name_hooks, connect_hooks }
+        // Which namespace is the host's is told from 5.14 on.
+        let replies = match cookie {
+            Some(_) => REPLY_HOOKS.iter().try_for_each(|hook| load(object, hook)),
+            None => Err("the kernel does not tell the cookie of a network namespace".to_owned()),
+        };
+        Self { steer, listeners, name_hooks, connect_hooks, replies }
     }
 }
 
@@ -224,7 +254,8 @@ pub(super) fn steering(
 
 /// Detaches what a daemon before has left: nobody could change it any more, and `deny` would have no effect.
 fn abandon(pins: &Pins, why: &str) -> anyhow::Result<Loaded> {
-    for link in [STEER_LINK, LISTENERS_LINK].iter().chain(&NAME_HOOKS).chain(&CONNECT_HOOKS) {
+    let hooks = NAME_HOOKS.iter().chain(&CONNECT_HOOKS).chain(&REPLY_HOOKS);
+    for link in [STEER_LINK, LISTENERS_LINK].iter().chain(hooks) {
         pins::remove(&pins.link(link))?;
     }
     Ok(Loaded::nothing(why))
@@ -233,11 +264,9 @@ fn abandon(pins: &Pins, why: &str) -> anyhow::Result<Loaded> {
 impl Loaded {
     /// Where the kernel half cannot be.
     fn nothing(why: &str) -> Self {
-        let abilities = Abilities {
-            steer: Err(why.to_owned()),
-            name_hooks: Err(why.to_owned()),
-            connect_hooks: Err(why.to_owned()),
-        };
+        let no = || Err(why.to_owned());
+        let abilities =
+            Abilities { steer: Err(why.to_owned()), name_hooks: no(), connect_hooks: no(), replies: no() };
         Self { kernel: None, events: None, guests: None, abilities }
     }
 }

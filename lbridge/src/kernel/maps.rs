@@ -18,8 +18,8 @@ use aya::{
 use lbridge_common::{
     symbols,
     wire::{
-        Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, RuleKey,
-        RuleValue, SourceKey, TargetKey, ViewKey,
+        Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, Reply, ReplyKey,
+        RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
     },
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -35,6 +35,8 @@ pub struct Maps {
     listeners: SockHash<MapData, ListenerKey>,
     dials: HashMap<MapData, DialKey, Dial>,
     views: LpmTrie<MapData, ViewKey, LoopbackView>,
+    replies: LpmTrie<MapData, ReplyKey, Reply>,
+    probes: HashMap<MapData, RuleKey, u64>,
     counters: PerCpuArray<MapData, u64>,
     /// Who is behind a relayed connection. Shared with the relays, which enter and remove their own.
     pub peers: PeerNames,
@@ -65,6 +67,8 @@ impl Maps {
             listeners: taken(object, symbols::LISTENERS)?,
             dials: taken(object, symbols::DIALS)?,
             views: taken(object, symbols::LOOPBACK_VIEWS)?,
+            replies: taken(object, symbols::REPLIES)?,
+            probes: taken(object, symbols::PROBES)?,
             counters: taken(object, symbols::COUNTERS)?,
             peers: PeerNames(Arc::new(Mutex::new(NameMaps {
                 connects: taken(object, symbols::RELAY_CONNECTS)?,
@@ -76,6 +80,11 @@ impl Maps {
     /// Every entry with its count.
     pub fn entries(&self) -> anyhow::Result<BTreeMap<RuleKey, RuleValue>> {
         collected(&self.rules).context("cannot read the rules in force")
+    }
+
+    /// Whether there is an entry.
+    pub fn has_entry(&self, key: &RuleKey) -> bool {
+        self.rules.get(key, 0).is_ok()
     }
 
     /// Puts or replaces an entry; a lookup meets the old one or the new one, never none. The count starts anew.
@@ -150,6 +159,40 @@ impl Maps {
     /// Makes a gateway's connections look as they are.
     pub fn remove_view(&mut self, (key, bits): (ViewKey, u32)) -> anyhow::Result<()> {
         or_absent(self.views.remove(&Key::new(bits, key))).context("cannot make the gateway look as it is")
+    }
+
+    /// Sources of UDP services' datagrams, with the bits of the key that count.
+    pub fn replies(&self) -> anyhow::Result<BTreeMap<(ReplyKey, u32), Reply>> {
+        let replies = self
+            .replies
+            .iter()
+            .map(|entry| entry.map(|(key, reply)| ((key.data(), key.prefix_len()), reply)));
+        replies.collect::<Result<_, MapError>>().context("cannot read the sources of replies")
+    }
+
+    /// Has a service's datagrams leave with a gateway as their source.
+    pub fn put_reply(&mut self, (key, bits): (ReplyKey, u32), reply: &Reply) -> anyhow::Result<()> {
+        self.replies.insert(&Key::new(bits, key), reply, 0).context("cannot give replies their source")
+    }
+
+    /// Has them leave as they are.
+    pub fn remove_reply(&mut self, (key, bits): (ReplyKey, u32)) -> anyhow::Result<()> {
+        or_absent(self.replies.remove(&Key::new(bits, key))).context("cannot leave replies as they are")
+    }
+
+    /// Counts the daemon's own datagrams that meet an entry, and keeps them from the service.
+    pub fn begin_probe(&mut self, key: &RuleKey) -> anyhow::Result<()> {
+        self.probes.insert(key, 0, 0).context("cannot count the daemon's own datagrams")
+    }
+
+    /// How many have arrived.
+    pub fn probed(&self, key: &RuleKey) -> anyhow::Result<u64> {
+        self.probes.get(key, 0).context("cannot read how many of the daemon's own datagrams arrived")
+    }
+
+    /// Counts them no more.
+    pub fn end_probe(&mut self, key: &RuleKey) -> anyhow::Result<()> {
+        or_absent(self.probes.remove(key)).context("cannot stop to count the daemon's own datagrams")
     }
 
     /// Keys under which a listener is registered now. The kernel removes them as sockets close.

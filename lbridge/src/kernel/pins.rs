@@ -12,7 +12,7 @@ use aya::maps::{MapData, MapError};
 use lbridge_common::{
     symbols::{
         COUNTERS, DIALLED, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS,
-        RULES, SOURCES, TARGETS,
+        REPLIES, RULES, SOURCES, TARGETS,
     },
     wire::ABI_VERSION,
 };
@@ -27,8 +27,8 @@ use super::{
     object::Shape,
 };
 
-/// Maps that outlive the daemon. The event buffer does not: it is of use to one daemon only.
-pub(super) const PINNED_MAPS: [&str; 12] = [
+/// Maps that outlive the daemon. The event buffer and the counts of probes do not: they are of use to one daemon only.
+pub(super) const PINNED_MAPS: [&str; 13] = [
     RULES,
     SOURCES,
     GUESTS,
@@ -37,6 +37,7 @@ pub(super) const PINNED_MAPS: [&str; 12] = [
     TARGETS,
     LISTENERS,
     LOOPBACK_VIEWS,
+    REPLIES,
     RELAY_CONNECTS,
     RELAY_PEERS,
     PEER_NAMES,

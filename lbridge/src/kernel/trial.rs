@@ -19,7 +19,7 @@ use crate::planning::inventory::Abilities;
 /// Room in each map: a trial puts one entry.
 const ROOM: u32 = 8;
 /// Hooks of the cgroup that the daemon attaches to.
-const CGROUP_HOOKS: [bpf_attach_type; 7] = [
+const CGROUP_HOOKS: [bpf_attach_type; 9] = [
     bpf_attach_type::BPF_CGROUP_SOCK_OPS,
     bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
     bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
@@ -27,6 +27,8 @@ const CGROUP_HOOKS: [bpf_attach_type; 7] = [
     bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME,
     bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
     bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+    bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+    bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
 ];
 
 /// The object, loaded.
@@ -52,13 +54,14 @@ impl Trial {
         for map in [symbols::RULES, symbols::TARGETS, symbols::LISTENERS, symbols::LOOPBACK_VIEWS]
             .into_iter()
             .chain([symbols::GUESTS, symbols::DIALS])
-            .chain([symbols::RELAY_CONNECTS, symbols::RELAY_PEERS])
+            .chain([symbols::RELAY_CONNECTS, symbols::RELAY_PEERS, symbols::REPLIES, symbols::PROBES])
         {
             loader.map_max_entries(map, ROOM);
         }
         let mut object = loader.load(&bytes).map_err(|error| anyhow::anyhow!(error_chain(&error)))?;
-        let Programs { steer, listeners, name_hooks, connect_hooks } = Programs::load(&mut object, cookie);
-        let abilities = Abilities { steer: steering(&steer, &listeners), name_hooks, connect_hooks };
+        let Programs { steer, listeners, name_hooks, connect_hooks, replies } =
+            Programs::load(&mut object, cookie);
+        let abilities = Abilities { steer: steering(&steer, &listeners), name_hooks, connect_hooks, replies };
         Ok(Self { abilities, maps: Maps::take(&mut object)?, steer: steer.ok(), object })
     }
 

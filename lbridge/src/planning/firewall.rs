@@ -12,7 +12,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{inventory::Interface, plan::Step};
+use super::{inventory::Interface, plan::Step, rule::Protocol};
 
 /// Marks lbridge's own rules in every ruleset.
 pub const COMMENT: &str = "lbridge";
@@ -37,20 +37,23 @@ impl fmt::Display for FirewallMode {
     }
 }
 
-/// What must be let through: TCP from one bridge to an address of the host's at one port.
+/// What must be let through: from one bridge to an address of the host's at one port.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Opening {
     /// The bridge's name.
     pub interface: String,
     /// What is dialled.
     pub gateway: IpAddr,
+    /// What is spoken there.
+    pub protocol: Protocol,
     /// Port that is dialled.
     pub port: u16,
 }
 
 impl fmt::Display for Opening {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} port {} from {}", self.gateway, self.port, self.interface)
+        let Self { interface, gateway, protocol, port } = self;
+        write!(f, "{gateway} port {port}{} from {interface}", protocol.suffix())
     }
 }
 
@@ -78,19 +81,19 @@ pub struct Link {
 }
 
 /// What must be let through for a port to be dialled on a bridge, at each of its addresses.
-pub fn openings(bridge: &Interface, port: u16) -> impl Iterator<Item = (Opening, Link)> {
+pub fn openings(bridge: &Interface, protocol: Protocol, port: u16) -> impl Iterator<Item = (Opening, Link)> {
     bridge.addresses.iter().map(move |(gateway, prefix)| {
-        let opening = Opening { interface: bridge.name.clone(), gateway: *gateway, port };
+        let opening = Opening { interface: bridge.name.clone(), gateway: *gateway, protocol, port };
         (opening, Link { ifindex: bridge.index, prefix: *prefix, via: None })
     })
 }
 
-/// What became of a SYN from the bridge.
+/// What became of a packet from the bridge.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Passage {
-    /// It was answered, by a service or by a reset.
+    /// A SYN was answered, by a service or by a reset; a datagram was counted.
     Open,
-    /// Nothing came back.
+    /// Nothing came back, nothing was counted.
     Dropped,
     /// It could not be tried.
     Unknown(String),
@@ -292,25 +295,26 @@ impl InputChain {
         if !(opening.has_plain_name() && is_plain(&self.chain.table) && is_plain(&self.chain.name)) {
             return None;
         }
-        let Opening { interface, gateway, port } = opening;
+        let Opening { interface, gateway, protocol, port } = opening;
+        let protocol = protocol.name();
         let (ip, family, suffix) = if gateway.is_ipv4() { ("ip", "ipv4", "") } else { ("ip6", "ipv6", "6") };
         Some(match self.firewall {
-            Keeper::Ufw => format!("ufw allow in on {interface} to {gateway} port {port} proto tcp"),
+            Keeper::Ufw => format!("ufw allow in on {interface} to {gateway} port {port} proto {protocol}"),
             Keeper::Firewalld => format!(
                 "firewall-cmd --zone=\"$(firewall-cmd --get-zone-of-interface={interface} || firewall-cmd --get-default-zone)\" \
                  --add-rich-rule='rule family=\"{family}\" destination address=\"{gateway}\" port port=\"{port}\" \
-                 protocol=\"tcp\" accept'"
+                 protocol=\"{protocol}\" accept'"
             ),
             Keeper::Iptables => {
                 let legacy = if self.chain.through == Through::IptablesLegacy { "-legacy" } else { "" };
                 format!(
-                    "ip{suffix}tables{legacy} -I INPUT -i {interface} -d {gateway} -p tcp --dport {port} -j ACCEPT"
+                    "ip{suffix}tables{legacy} -I INPUT -i {interface} -d {gateway} -p {protocol} --dport {port} -j ACCEPT"
                 )
             }
             Keeper::Nftables => {
                 let Chain { family, table, name, .. } = &self.chain;
                 format!(
-                    "nft insert rule {family} {table} {name} iifname {interface} {ip} daddr {gateway} tcp dport {port} accept"
+                    "nft insert rule {family} {table} {name} iifname {interface} {ip} daddr {gateway} {protocol} dport {port} accept"
                 )
             }
         })

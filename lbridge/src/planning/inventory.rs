@@ -9,7 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::rule::{Network, ProcessStart};
+use super::rule::{Network, ProcessStart, Protocol};
 
 /// One look at the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub struct Inventory {
     pub interfaces: Vec<Interface>,
     /// Every listening TCP socket of the host's namespace.
     pub listeners: Vec<Listener>,
+    /// The UDP sockets of the host's namespace that take datagrams from everybody, where a rule asks for UDP.
+    pub udp_sockets: Vec<Listener>,
     /// Paths of listening Unix stream sockets.
     pub unix_listeners: BTreeSet<PathBuf>,
     /// Paths of rules that are not followed, and why: over a link of somebody else.
@@ -39,6 +41,14 @@ pub struct Inventory {
 }
 
 impl Inventory {
+    /// What takes connections, or datagrams.
+    pub fn sockets(&self, protocol: Protocol) -> &[Listener] {
+        match protocol {
+            Protocol::Tcp => &self.listeners,
+            Protocol::Udp => &self.udp_sockets,
+        }
+    }
+
     /// The interface of that name.
     pub fn interface(&self, name: &str) -> Option<&Interface> {
         self.interfaces.iter().find(|i| i.name == name)
@@ -235,11 +245,13 @@ pub enum ListenerKind {
     Tcp,
     /// MPTCP, which a SOCKHASH does not take.
     Mptcp,
-    /// Plain TCP that the kernel refused to register, with this errno.
+    /// UDP, and not connected.
+    Udp,
+    /// Plain TCP or UDP that the kernel refused to register, with this errno.
     Refused(i32),
 }
 
-/// A listening TCP socket of the host's namespace.
+/// A listening TCP socket of the host's namespace, or a UDP socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
     /// Where it is bound.
@@ -263,6 +275,8 @@ pub struct Abilities {
     pub name_hooks: Result<(), String>,
     /// Whether the connect hooks, by which localhost leads to gateways, can be attached, or why not.
     pub connect_hooks: Result<(), String>,
+    /// Whether the hooks can be attached that give UDP services' replies their source, or why not.
+    pub replies: Result<(), String>,
 }
 
 /// How steering is done.

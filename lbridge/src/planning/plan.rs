@@ -3,6 +3,7 @@
 //! - a port is watched before its listeners are looked for, a listener is ready before the entry that names it;
 //! - the name hooks are attached before the connections that need them can come, and detached after the last one;
 //! - a relay listens before the kernel's entry goes, the entry is there before the relay stops;
+//! - a UDP service's replies get their source before the entry that leads to it, and leave as they are after it;
 //! - an entry goes before its listener, and before the firewall is closed;
 //! - who may use an entry is entered before it, and forgotten after it; at once, if it stays for others;
 //! - what leads to a gateway is entered after what answers there, and goes before it; its hooks come before it, and go after it;
@@ -11,7 +12,8 @@
 use std::collections::BTreeMap;
 
 use lbridge_common::wire::{
-    Dial, DialKey, ListenerKey, LoopbackView, RuleKey, RuleValue, SLOTS, SourceKey, TCP, TargetKey, ViewKey,
+    Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SLOTS, SourceKey, TCP,
+    TargetKey, ViewKey,
 };
 
 use super::{
@@ -33,6 +35,10 @@ pub enum Step {
     AttachConnectHooks,
     /// Make a gateway's connections look local, or otherwise so.
     PutView((ViewKey, u32), LoopbackView),
+    /// Attach the hooks that give UDP services' replies their source.
+    AttachReplyHooks,
+    /// Give replies their source, or another one.
+    PutReply((ReplyKey, u32), Reply),
     /// Register the socket of this inode.
     Register {
         /// Under which key.
@@ -67,6 +73,10 @@ pub enum Step {
     DetachNameHooks,
     /// Detach the connect hooks.
     DetachConnectHooks,
+    /// Leave replies as they are.
+    RemoveReply((ReplyKey, u32)),
+    /// Detach the hooks of replies.
+    DetachReplyHooks,
     /// Forget a listener.
     Unregister(ListenerKey),
     /// Watch a port no more.
@@ -128,6 +138,14 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
             steps.push(Step::PutView(*endpoint, *view));
         }
     }
+    if !policy.replies.is_empty() && !reality.reply_hooks {
+        steps.push(Step::AttachReplyHooks);
+    }
+    for (key, reply) in &policy.replies {
+        if reality.replies.get(key) != Some(reply) {
+            steps.push(Step::PutReply(*key, *reply));
+        }
+    }
     steps.extend(registrations(policy, reality));
     let stale = |key: &&RelayKey| !policy.relays.contains_key(*key);
     // Of one namespace that is found by another way now: its port has to be free first.
@@ -186,6 +204,12 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         .extend(reality.views.keys().filter(|k| !policy.views.contains_key(k)).map(|k| Step::RemoveView(*k)));
     if reality.name_hooks && !policy.name_hooks && !reality.name_hooks_in_use {
         steps.push(Step::DetachNameHooks);
+    }
+    steps.extend(
+        reality.replies.keys().filter(|k| !policy.replies.contains_key(k)).map(|k| Step::RemoveReply(*k)),
+    );
+    if reality.reply_hooks && policy.replies.is_empty() {
+        steps.push(Step::DetachReplyHooks);
     }
     let watched = |key: &ListenerKey| {
         policy.targets.contains(&TargetKey { port: key.port, protocol: key.protocol.into() })

@@ -9,14 +9,15 @@ use std::{
 };
 
 use lbridge_common::wire::{
-    Address, Dial, DialKey, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
+    Address, Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SourceKey,
+    TargetKey, ViewKey,
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
     firewall::{FirewallMode, Link, Opening},
     inventory::{NamespaceId, NamespaceKey},
-    rule::{Origin, ProxyProtocol, Rule, RuleId, Source},
+    rule::{Origin, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
 
 /// What becomes of a rule's connections.
@@ -88,6 +89,15 @@ impl fmt::Display for Alias {
     }
 }
 
+impl GatewayOutcome {
+    /// What a firewall must let through for it, where it is on a bridge.
+    pub fn opening(&self) -> Option<Opening> {
+        let is_udp = self.rule_key.is_some_and(|key| key.protocol == u16::from(Protocol::Udp.number()));
+        let protocol = if is_udp { Protocol::Udp } else { Protocol::Tcp };
+        Some(Opening { protocol, ..self.relay_key.opening()? })
+    }
+}
+
 /// What is meant for a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleOutcome {
@@ -142,6 +152,7 @@ impl RelayKey {
             Place::Bridge { interface, .. } => Some(Opening {
                 interface: interface.clone(),
                 gateway: self.address.ip(),
+                protocol: Protocol::Tcp,
                 port: self.address.port(),
             }),
             Place::Namespace(_) => None,
@@ -248,6 +259,8 @@ pub struct Policy {
     pub sources: BTreeSet<SourceKey>,
     /// Gateways that look local to the service, with the bits of the key that count.
     pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
+    /// Sources of UDP services' replies, with the bits of the key that count.
+    pub replies: BTreeMap<(ReplyKey, u32), Reply>,
     /// What containers dial that leads to their gateway.
     pub dials: BTreeMap<DialKey, Dial>,
     /// Listeners that the kernel map should hold: the first slot of each bound address, to the sockets there.

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lbridge_common::{
     verdict::first_candidate,
-    wire::{Dial, DialKey, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey},
+    wire::{
+        Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey,
+        ViewKey,
+    },
 };
 
 use super::{
@@ -27,6 +30,8 @@ pub struct Reality {
     pub sources: BTreeSet<SourceKey>,
     /// Gateways that look local.
     pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
+    /// Sources of UDP services' replies.
+    pub replies: BTreeMap<(ReplyKey, u32), Reply>,
     /// What containers dial that leads to their gateway.
     pub dials: BTreeMap<DialKey, Dial>,
     /// Registered listeners.
@@ -45,6 +50,8 @@ pub struct Reality {
     pub connect_hooks: bool,
     /// Network namespaces that are known to be on a bridge, by its index; of bridges that have dials alone.
     pub guests: BTreeMap<u32, usize>,
+    /// Whether the hooks of UDP services' replies are attached.
+    pub reply_hooks: bool,
     /// The host's firewall.
     pub filtering: Filtering,
 }

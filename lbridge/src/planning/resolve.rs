@@ -10,8 +10,8 @@ use std::{
 use lbridge_common::{
     verdict::listening_addresses,
     wire::{
-        Address, Dial, DialKey, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TCP,
-        TargetKey, ViewKey,
+        Address, Dial, DialKey, Endpoint, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue,
+        SourceKey, TCP, TargetKey, ViewKey,
     },
 };
 
@@ -38,8 +38,10 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
         by_port: BTreeMap::new(),
         claimed: BTreeMap::new(),
     };
-    for listener in &inventory.listeners {
-        resolver.by_port.entry(listener.address.port()).or_default().push(listener);
+    for (protocol, sockets) in sockets(inventory) {
+        for socket in sockets {
+            resolver.by_port.entry((protocol, socket.address.port())).or_default().push(socket);
+        }
     }
     for (_, rule, origin) in rules.iter() {
         let outcome = resolver.rule(rule, origin);
@@ -69,6 +71,11 @@ pub(super) fn bridge_of(
         claimed: BTreeMap::new(),
     };
     resolver.bridge(network).cloned()
+}
+
+/// What takes connections or datagrams on the host.
+fn sockets(inventory: &Inventory) -> [(Protocol, &[Listener]); 2] {
+    [Protocol::Tcp, Protocol::Udp].map(|protocol| (protocol, inventory.sockets(protocol)))
 }
 
 /// How a connection to one gateway can be served.
@@ -121,7 +128,7 @@ struct Resolver<'a> {
     inventory: &'a Inventory,
     abilities: &'a Abilities,
     policy: Policy,
-    by_port: BTreeMap<u16, Vec<&'a Listener>>,
+    by_port: BTreeMap<(Protocol, u16), Vec<&'a Listener>>,
     /// Addresses that a rule has, whatever becomes of it: the first in order, not the first whose service is up. A
     /// namespace is one, whichever way leads there.
     claimed: BTreeMap<(SocketAddr, Protocol, Claim), RuleId>,
@@ -212,7 +219,9 @@ impl Resolver<'_> {
 
     /// Other addresses of the host that the containers may take for it. What they cannot have leaves the rule as it is.
     fn add_aliases(&mut self, of: &mut RuleOutcome) {
-        if of.gateways.is_empty() || of.rule.network.is_namespace() {
+        // A UDP service answers a network from one address, the gateway.
+        let is_udp = of.rule.spec.protocol == Protocol::Udp;
+        if of.gateways.is_empty() || of.rule.network.is_namespace() || is_udp {
             return;
         }
         let Ok(bridge) = self.bridge(&of.rule.network).cloned() else { return };
@@ -369,7 +378,8 @@ impl Resolver<'_> {
         };
         // While a service is down its clients are to be refused at once, so that the way has to be open then, too.
         if outcome.state != State::Blocked {
-            let opening = Opening { interface: interface.to_owned(), gateway: ip, port: rule.spec.port };
+            let (protocol, port) = (rule.spec.protocol, rule.spec.port);
+            let opening = Opening { interface: interface.to_owned(), gateway: ip, protocol, port };
             let via = alias.map(|_| own);
             self.policy.openings.insert(opening, Link { ifindex: index, prefix, via });
         }
@@ -476,6 +486,11 @@ impl Resolver<'_> {
             (Way::None(outcome), _) => outcome,
             (Way::Kernel(..), None) => Outcome::because(State::Blocked, "no bridge leads there"),
             (Way::Kernel(target, outcome), Some((rule_key, subnet))) => {
+                if rule.spec.protocol == Protocol::Udp
+                    && let Err(blocked) = self.replies(target, rule_key.gateway, subnet)
+                {
+                    return blocked;
+                }
                 let mut flags = 0;
                 if let Clients::Listed(listed) = clients {
                     flags |= RuleValue::LISTED;
@@ -525,6 +540,26 @@ impl Resolver<'_> {
         }
     }
 
+    /// What a UDP service sends to the subnet is to leave with the gateway as its source. Not what it sends to the host itself.
+    fn replies(&mut self, service: Endpoint, gateway: Address, subnet: Subnet) -> Result<(), Outcome> {
+        let key = |peer, mask: &Address| (ReplyKey { service, peer }, ReplyKey::prefix_len(mask));
+        let to_subnet = key(subnet.base, &subnet.mask);
+        // The hook that chooses the source does not know what its receiver has dialled.
+        if let Some(first) = self.policy.replies.get(&to_subnet).filter(|first| first.gateway != gateway) {
+            let first = IpAddr::from(first.gateway);
+            let why =
+                format!("a UDP service answers one subnet from one address, which is {first}; dial that");
+            return Err(Outcome::because(State::Blocked, why));
+        }
+        self.policy.replies.insert(to_subnet, Reply { service, gateway });
+        let own = self.inventory.interfaces.iter().flat_map(|interface| &interface.addresses);
+        for (ip, _) in own.filter(|(ip, _)| subnet.contains(*ip)) {
+            let to_host = key((*ip).into(), &Address([u32::MAX; 4]));
+            self.policy.replies.insert(to_host, Reply { service, gateway: Address::ANY_V6 });
+        }
+        Ok(())
+    }
+
     /// How connections to an address can be served, if no rule before this one has it.
     fn way(&mut self, rule: &Rule, dialled: SocketAddr, claim: Claim, place: &str) -> Way {
         match self.claimed.entry((dialled, rule.spec.protocol, claim)) {
@@ -555,7 +590,7 @@ impl Resolver<'_> {
             (Some(_), None) => Way::Kernel(entry, Outcome::steered()),
             // The entry is put all the same: the kernel registers a service that starts, daemon or no daemon.
             (None, None) if same_family => Way::Kernel(entry, waiting()),
-            (_, Some(why)) if rule.path == PathChoice::Steer => {
+            (_, Some(why)) if rule.path == PathChoice::Steer || rule.spec.protocol == Protocol::Udp => {
                 Way::None(Outcome::because(State::Blocked, why))
             }
             (None, _) => Way::None(waiting()),
@@ -577,18 +612,33 @@ impl Resolver<'_> {
         if let Err(why) = &self.abilities.steer {
             return Some(why.clone());
         }
+        if rule.spec.protocol == Protocol::Udp {
+            return self.obstacle_of_udp();
+        }
         let missing = self.abilities.name_hooks.as_ref().err().filter(|_| rule.source == Source::Loopback)?;
         Some(format!("--source loopback without name hooks: {missing}"))
+    }
+
+    fn obstacle_of_udp(&self) -> Option<String> {
+        // There is no handshake that a false source would fail.
+        if !self.abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check) {
+            return Some(
+                "UDP needs Linux 5.17: this kernel does not tell on which bridge a datagram comes in"
+                    .to_owned(),
+            );
+        }
+        let why = self.abilities.replies.as_ref().err()?;
+        Some(format!("UDP services could not answer: {why}"))
     }
 
     /// What serves connections to `target` that come in at `gateway`. One that is found across the families always has
     /// an obstacle.
     fn find(&self, rule: &Rule, target: SocketAddr, gateway: IpAddr) -> Option<Found> {
         let same_family = target.is_ipv4() == gateway.is_ipv4();
-        let there = self.serving(target);
+        let there = self.serving(rule.spec.protocol, target);
         if let Some(first) = there.first() {
             // A SO_REUSEPORT group may be mixed; one that the kernel takes is enough.
-            let suitable = there.iter().any(|listener| listener.kind == ListenerKind::Tcp);
+            let suitable = there.iter().any(|listener| is_suitable(listener.kind));
             let obstacle = match first.kind {
                 _ if suitable && same_family => None,
                 ListenerKind::Mptcp => Some(MPTCP.to_owned()),
@@ -596,7 +646,7 @@ impl Resolver<'_> {
                     let why = io::Error::from_raw_os_error(errno);
                     Some(format!("the kernel refused to register the listener: {why}"))
                 }
-                ListenerKind::Tcp => Some(family_mismatch(gateway, first.address)),
+                ListenerKind::Tcp | ListenerKind::Udp => Some(family_mismatch(gateway, first.address)),
             };
             return Some(Found { at: target, obstacle });
         }
@@ -637,8 +687,8 @@ impl Resolver<'_> {
     }
 
     /// The listeners that a client on the host would reach at `target`: those at the best bound address that has any.
-    fn serving(&self, target: SocketAddr) -> Vec<&Listener> {
-        let Some(there) = self.by_port.get(&target.port()) else { return vec![] };
+    fn serving(&self, protocol: Protocol, target: SocketAddr) -> Vec<&Listener> {
+        let Some(there) = self.by_port.get(&(protocol, target.port())) else { return vec![] };
         let v4 = target.is_ipv4();
         let bound_at = |address: Address| -> Vec<&Listener> {
             let fits = |listener: &&&Listener| {
@@ -657,7 +707,7 @@ impl Resolver<'_> {
     fn other_family(&self, rule: &Rule, target: SocketAddr) -> Option<SocketAddr> {
         let Target::Port(port) = rule.spec.target else { return None };
         let other = SocketAddr::new(loopback(!target.is_ipv4()), port);
-        (!self.serving(other).is_empty()).then_some(other)
+        (!self.serving(rule.spec.protocol, other).is_empty()).then_some(other)
     }
 
     /// Every listener that some entry may name.
@@ -668,12 +718,13 @@ impl Resolver<'_> {
             addresses.map(move |address| ListenerKey { address, port, slot: 0, protocol }).collect::<Vec<_>>()
         };
         let wanted: BTreeSet<ListenerKey> = self.policy.entries.values().flat_map(keys).collect();
-        for listener in &self.inventory.listeners {
-            let (address, port) = (listener.address.ip().into(), listener.address.port());
-            let bound = ListenerKey { address, port, slot: 0, protocol: TCP };
-            if listener.kind == ListenerKind::Tcp && listener.bound_interface == 0 && wanted.contains(&bound)
-            {
-                self.policy.listeners.entry(bound).or_default().push(listener.inode);
+        for (protocol, sockets) in sockets(self.inventory) {
+            for listener in sockets {
+                let (address, port) = (listener.address.ip().into(), listener.address.port());
+                let bound = ListenerKey { address, port, slot: 0, protocol: protocol.number() };
+                if is_suitable(listener.kind) && listener.bound_interface == 0 && wanted.contains(&bound) {
+                    self.policy.listeners.entry(bound).or_default().push(listener.inode);
+                }
             }
         }
     }
@@ -689,6 +740,11 @@ fn without_bridge(network: &DockerNetwork) -> Outcome {
         }
     };
     Outcome::because(State::Blocked, why)
+}
+
+/// Whether the kernel can be given such a socket.
+fn is_suitable(kind: ListenerKind) -> bool {
+    matches!(kind, ListenerKind::Tcp | ListenerKind::Udp)
 }
 
 fn loopback(v4: bool) -> IpAddr {

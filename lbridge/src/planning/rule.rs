@@ -237,6 +237,22 @@ impl Protocol {
         }
     }
 
+    /// What a service gets by it.
+    pub fn what(self) -> &'static str {
+        match self {
+            Self::Tcp => "the connection",
+            Self::Udp => "the datagram",
+        }
+    }
+
+    /// As firewalls call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+
     /// What follows a port's number, as Docker writes it.
     pub fn suffix(self) -> &'static str {
         match self {
@@ -716,6 +732,11 @@ impl Rule {
         }
         if matches!(self.spec.target, Target::Unix(_)) {
             return Some("UDP does not lead to a Unix socket");
+        }
+        if self.spec.target.port() != Some(self.spec.port) {
+            return Some(
+                "a UDP rule leads to the same port number, which the answers come from; have the service use it, or dial its",
+            );
         }
         if self.source == Source::Loopback {
             return Some("a UDP service answers the address that it sees; leave --source loopback out");

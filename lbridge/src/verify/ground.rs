@@ -10,7 +10,7 @@ use std::{
 use anyhow::{anyhow, bail};
 use futures_util::future::join_all;
 use nix::net::if_::if_nameindex;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Socket, Type};
 use tokio::{net::TcpSocket, time::timeout};
 
 use super::plan::{Attempt, Place, Plan, subnet};
@@ -21,7 +21,10 @@ use crate::{
         netns::{HostNetns, LOOPBACK, Namespace},
         scratch::{Scratch, free_address},
     },
-    planning::inventory::{Absence, Entrance, Interface, Listener},
+    planning::{
+        inventory::{Absence, Entrance, Interface, Listener},
+        rule::Protocol,
+    },
 };
 
 /// How long somebody who should not answer may take to. On one machine an answer takes a millisecond.
@@ -82,7 +85,7 @@ impl Grounds {
         let host = HostNetns::open()?;
         let needed = |place: &Place| {
             plan.trials.iter().any(|trial| match &trial.attempt {
-                Attempt::Connect { from, .. } => from == place,
+                Attempt::Connect { from, .. } | Attempt::Ask { from, .. } => from == place,
                 Attempt::Borrow { of, at, .. } => at == place || *place == Place::Bridge(of.clone()),
                 Attempt::Listed { at: only, .. }
                 | Attempt::Foreign { at: only, .. }
@@ -142,45 +145,65 @@ impl Grounds {
         // Another port: this one's connection is found first.
         let local = stream.local_addr()?;
         let other = SocketAddr::new(local.ip(), local.port() ^ 1);
-        Ok(Dialled::Open(ground.lookup(other, to)?))
+        Ok(Dialled::Open(ground.lookup(Protocol::Tcp, other, to)?))
     }
 
     /// Who would get a connection, if it came through.
     pub(super) fn taker(&self, from: &Place, to: SocketAddr) -> Option<Listener> {
-        let ground = self.get(from).ok()?;
-        let source = ground.source(to).ok()?.unwrap_or(documentation(to)[0]);
-        ground.lookup(SocketAddr::new(source, 1), to).ok()?
+        self.asked(Protocol::Tcp, from, to).ok()?
+    }
+
+    /// Who would get a connection or a datagram, if it came through.
+    pub(super) fn asked(
+        &self,
+        protocol: Protocol,
+        from: &Place,
+        to: SocketAddr,
+    ) -> Result<Option<Listener>, String> {
+        let ground = self.get(from)?;
+        let ask = || {
+            let source = ground.source(to)?.unwrap_or(documentation(to)[0]);
+            ground.lookup(protocol, SocketAddr::new(source, 1), to)
+        };
+        ask().map_err(|error| format!("{error:#}"))
     }
 
     /// Who would get a connection that comes in from `at`, with the address that the namespace on `of` has.
     pub(super) fn borrowed(
         &self,
+        protocol: Protocol,
         of: &Place,
         at: &Place,
         to: SocketAddr,
     ) -> Result<(IpAddr, Option<Listener>), String> {
         let source = self.get(of)?.source(to).map_err(|error| format!("{error:#}"))?;
         let source = source.ok_or("no address to borrow")?;
-        self.taker_of(source, at, to).map(|found| (source, found))
+        self.taker_of(protocol, source, at, to).map(|found| (source, found))
     }
 
     /// Who would get a connection that comes in from `at`, with that address.
     pub(super) fn taker_of(
         &self,
+        protocol: Protocol,
         source: IpAddr,
         at: &Place,
         to: SocketAddr,
     ) -> Result<Option<Listener>, String> {
         let from = SocketAddr::new(source, 1);
         let found = match at {
-            Place::Interface { index, .. } => listeners::lookup(from, to, *index),
-            at => self.get(at)?.lookup(from, to),
+            Place::Interface { index, .. } => listeners::lookup(protocol, from, to, *index),
+            at => self.get(at)?.lookup(protocol, from, to),
         };
         found.map_err(|error| format!("{error:#}"))
     }
 
     /// Who would get a connection that comes in from `at`, with an address that is none of that network's; and the address.
-    pub(super) fn foreign(&self, at: &Place, to: SocketAddr) -> Result<(IpAddr, Option<Listener>), String> {
+    pub(super) fn foreign(
+        &self,
+        protocol: Protocol,
+        at: &Place,
+        to: SocketAddr,
+    ) -> Result<(IpAddr, Option<Listener>), String> {
         let ground = self.get(at)?;
         let own = |ip: &IpAddr| match ground {
             Ground::Scratch { bridge: Some(bridge), .. } => subnet(bridge, *ip).is_some(),
@@ -188,7 +211,7 @@ impl Grounds {
         };
         let source = documentation(to).into_iter().find(|ip| !own(ip));
         let source = source.ok_or("every address is one of this network's")?;
-        let found = ground.lookup(SocketAddr::new(source, 1), to);
+        let found = ground.lookup(protocol, SocketAddr::new(source, 1), to);
         found.map(|found| (source, found)).map_err(|error| format!("{error:#}"))
     }
 
@@ -199,7 +222,8 @@ impl Grounds {
         let look = || -> anyhow::Result<_> {
             for interface in &if_nameindex()? {
                 if interface.index() != LOOPBACK.get()
-                    && let Some(found) = listeners::lookup(SocketAddr::new(source, 1), to, interface.index())?
+                    && let Some(found) =
+                        listeners::lookup(Protocol::Tcp, SocketAddr::new(source, 1), to, interface.index())?
                 {
                     return Ok(Some(found));
                 }
@@ -240,12 +264,17 @@ impl Ground {
         }
     }
 
-    /// Who would get a connection from there.
-    fn lookup(&self, source: SocketAddr, to: SocketAddr) -> anyhow::Result<Option<Listener>> {
+    /// Who would get a connection or a datagram from there.
+    fn lookup(
+        &self,
+        protocol: Protocol,
+        source: SocketAddr,
+        to: SocketAddr,
+    ) -> anyhow::Result<Option<Listener>> {
         match self {
-            Self::Scratch { ingress, .. } => listeners::lookup(source, to, *ingress),
+            Self::Scratch { ingress, .. } => listeners::lookup(protocol, source, to, *ingress),
             Self::Namespace(namespace) => {
-                namespace.within(|| listeners::lookup(source, to, LOOPBACK.get()))?
+                namespace.within(|| listeners::lookup(protocol, source, to, LOOPBACK.get()))?
             }
         }
     }
@@ -302,8 +331,11 @@ fn open(namespace: &NamespaceStatus, host: &HostNetns) -> anyhow::Result<Namespa
 
 /// Closed by a reset, so that nothing is left of the connection at either end when the namespace goes.
 fn socket(source: Option<IpAddr>, to: SocketAddr) -> io::Result<Socket> {
-    let socket =
-        Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    let socket = Socket::new(
+        Domain::for_address(to),
+        Type::STREAM.nonblocking().cloexec(),
+        Some(socket2::Protocol::TCP),
+    )?;
     socket.set_linger(Some(Duration::ZERO))?;
     if let Some(source) = source {
         socket.bind(&SocketAddr::new(source, 0).into())?;

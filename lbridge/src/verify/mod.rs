@@ -11,6 +11,9 @@
 //! - that a source address of the network does not help those elsewhere: the kernel is asked as above, since whoever lies
 //!   about the source never sees an answer.
 //!
+//! Nothing of UDP is sent: only the service could answer, to whom a datagram of ours may mean anything. The kernel is asked who
+//! would get one.
+//!
 //! What cannot be tried is not verified, and counts as a failure does.
 
 mod ground;
@@ -33,8 +36,8 @@ use crate::{
     api::protocol::Status,
     host::{interfaces::Interfaces, listeners, netns},
     planning::{
-        inventory::Listener,
-        rule::{Network, RuleId},
+        inventory::{Listener, ListenerKind},
+        rule::{Network, Protocol, RuleId},
     },
 };
 
@@ -97,6 +100,8 @@ pub struct Check {
     pub network: Network,
     /// The rule's dialled port.
     pub port: u16,
+    /// What is spoken there.
+    pub protocol: Protocol,
     /// From where.
     pub from: String,
     /// What was dialled.
@@ -128,7 +133,14 @@ pub async fn verify(status: &Status, daemon: Option<u32>, wanted: Option<&RuleId
     let plan = plan(status, &interfaces, wanted);
     let grounds = Grounds::make(&plan).await?;
     let dialled = dial_all(&plan, &grounds).await;
-    let judge = Judge { status, daemon, grounds: &grounds, dialled, listeners: listeners::tcp()? };
+    let judge = Judge {
+        status,
+        daemon,
+        grounds: &grounds,
+        dialled,
+        listeners: listeners::tcp()?,
+        sockets: listeners::udp()?,
+    };
     let checks: Vec<_> = plan.trials.iter().map(|trial| judge.check(trial)).collect();
     let verified = checks.iter().all(|check| check.verdict == Verdict::Ok);
     Ok(Report { verified, checks })
@@ -177,24 +189,29 @@ struct Judge<'a> {
     dialled: BTreeMap<(Place, SocketAddr), Dialled>,
     /// Of the host.
     listeners: Vec<Listener>,
+    /// The host's, of UDP.
+    sockets: Vec<Listener>,
 }
 
 impl Judge<'_> {
     fn check(&self, trial: &Trial) -> Check {
         let (from, to) = match &trial.attempt {
-            Attempt::Connect { from, to, .. } => (self.name(from), to.to_string()),
+            Attempt::Connect { from, to, .. } | Attempt::Ask { from, to, .. } => {
+                (self.name(from), to.to_string())
+            }
             Attempt::Borrow { of, at, to } => {
-                let source = match self.grounds.borrowed(&Place::Bridge(of.clone()), at, *to) {
-                    Ok((source, _)) => source.to_string(),
-                    Err(_) => self.name(&Place::Bridge(of.clone())),
-                };
+                let source =
+                    match self.grounds.borrowed(trial.rule.protocol, &Place::Bridge(of.clone()), at, *to) {
+                        Ok((source, _)) => source.to_string(),
+                        Err(_) => self.name(&Place::Bridge(of.clone())),
+                    };
                 (format!("{}, as {source}", self.name(at)), to.to_string())
             }
             Attempt::Listed { source, at, to, .. } => {
                 (format!("{}, as {source}", self.name(at)), to.to_string())
             }
             Attempt::Foreign { at, to } => {
-                let source = match self.grounds.foreign(at, *to) {
+                let source = match self.grounds.foreign(trial.rule.protocol, at, *to) {
                     Ok((source, _)) => source.to_string(),
                     Err(_) => "a stranger".to_owned(),
                 };
@@ -207,6 +224,7 @@ impl Judge<'_> {
         Check {
             network: trial.rule.network.clone(),
             port: trial.rule.port,
+            protocol: trial.rule.protocol,
             from,
             to,
             expected: trial.expected,
@@ -266,14 +284,26 @@ impl Judge<'_> {
                     ),
                 },
             },
+            Attempt::Ask { from, to, by } => match (trial.expected, self.grounds.asked(trial.rule.protocol, from, *to)) {
+                (_, Err(why)) => unverified(&why),
+                (Expected::Open, Ok(taker)) => match self.is_right(by.as_ref(), taker.as_ref(), *to) {
+                    Ok(()) => (Found::Open, Verdict::Ok, None),
+                    Err(_) if taker.is_none() => {
+                        failed(Found::Nobody, "nobody takes it; the daemon's log may say why".to_owned())
+                    }
+                    Err(why) => failed(Found::Open, why),
+                },
+                (_, Ok(None)) => (Found::Nobody, Verdict::Ok, None),
+                (_, Ok(taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
+            },
             Attempt::Borrow { of, at, to } => {
-                match self.grounds.borrowed(&Place::Bridge(of.clone()), at, *to) {
+                match self.grounds.borrowed(trial.rule.protocol, &Place::Bridge(of.clone()), at, *to) {
                     Err(why) => unverified(&why),
                     Ok((_, None)) => (Found::Nobody, Verdict::Ok, None),
                     Ok((_, taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
                 }
             }
-            Attempt::Listed { source, at, to, by } => match (self.grounds.taker_of(*source, at, *to), by) {
+            Attempt::Listed { source, at, to, by } => match (self.grounds.taker_of(trial.rule.protocol, *source, at, *to), by) {
                 (Err(why), _) => unverified(&why),
                 (Ok(taker), Some(by)) => match self.is_right(Some(by), taker.as_ref(), *to) {
                     Ok(()) => (Found::Open, Verdict::Ok, None),
@@ -285,7 +315,7 @@ impl Judge<'_> {
                 (Ok(None), None) => (Found::Nobody, Verdict::Ok, None),
                 (Ok(taker), None) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
             },
-            Attempt::Foreign { at, to } => match self.grounds.foreign(at, *to) {
+            Attempt::Foreign { at, to } => match self.grounds.foreign(trial.rule.protocol, at, *to) {
                 Err(why) => unverified(&why),
                 Ok((_, None)) => (Found::Nobody, Verdict::Ok, None),
                 Ok((_, taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
@@ -337,7 +367,9 @@ impl Judge<'_> {
                     && listener.bound_interface == 0
                     && (listener.address.is_ipv4() == target.is_ipv4() || !listener.single_family)
             };
-            self.listeners.iter().filter(fits).collect()
+            let udp = taker.kind == ListenerKind::Udp;
+            let sockets = if udp { &self.sockets } else { &self.listeners };
+            sockets.iter().filter(fits).collect()
         };
         let address = target.ip().into();
         let mut found = listening_addresses(&address).map(|ip| at(ip.into()));
@@ -371,10 +403,10 @@ fn who_answers(taker: Option<&Listener>, to: SocketAddr) -> String {
             format!("given to {}, though no rule says so; restart the daemon", shown(taker))
         }
         Some(taker) if taker.address.ip().is_unspecified() => format!(
-            "the service itself, or something else, listens on all addresses: {}; have it listen on 127.0.0.1 (ss -ltnp sport = :{port})",
+            "the service itself, or something else, listens on all addresses: {}; have it listen on 127.0.0.1 (ss -lntup sport = :{port})",
             shown(taker)
         ),
-        Some(taker) => format!("somebody listens there: {} (ss -ltnp sport = :{port})", shown(taker)),
+        Some(taker) => format!("somebody listens there: {} (ss -lntup sport = :{port})", shown(taker)),
     }
 }
 

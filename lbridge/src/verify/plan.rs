@@ -10,7 +10,7 @@ use crate::{
     planning::{
         inventory::Interface,
         policy::{State, Subnet},
-        rule::RuleId,
+        rule::{Protocol, RuleId},
     },
 };
 
@@ -50,6 +50,15 @@ pub(super) struct Trial {
 pub(super) enum Attempt {
     /// A connection. If it should be open the kernel is asked as well who gets it.
     Connect {
+        /// From there.
+        from: Place,
+        /// To there.
+        to: SocketAddr,
+        /// Who is to get it; `None` where nobody is.
+        by: Option<By>,
+    },
+    /// Nothing is sent: the kernel is asked who would get a datagram.
+    Ask {
         /// From there.
         from: Place,
         /// To there.
@@ -125,14 +134,14 @@ pub(super) fn plan(status: &Status, interfaces: &[Interface], wanted: Option<&Ru
     let on_bridges = status.rules.iter().filter(|rule| !rule.network.is_namespace());
     let dialled: BTreeSet<_> = on_bridges
         .flat_map(|rule| {
-            rule.gateways
-                .iter()
-                .map(|gateway| (gateway.interface.as_str(), SocketAddr::new(gateway.address, rule.port)))
+            rule.gateways.iter().map(|gateway| {
+                dialled_at(&gateway.interface, SocketAddr::new(gateway.address, rule.port), rule)
+            })
         })
         .collect();
     let names: BTreeSet<_> = dialled
         .iter()
-        .map(|(name, _)| *name)
+        .map(|(name, ..)| *name)
         .chain(status.docker_networks.iter().filter_map(|network| network.bridge.as_deref()))
         .collect();
     let bridges = interfaces.iter().filter(|i| i.is_bridge && names.contains(i.name.as_str()));
@@ -153,9 +162,13 @@ pub(super) fn plan(status: &Status, interfaces: &[Interface], wanted: Option<&Ru
     planner.all(status.rules.iter().filter(|rule| wanted.is_none_or(|wanted| *wanted == rule.id())))
 }
 
+fn dialled_at<'a>(bridge: &'a str, to: SocketAddr, rule: &RuleStatus) -> (&'a str, SocketAddr, Protocol) {
+    (bridge, to, rule.protocol)
+}
+
 struct Planner<'a> {
     /// What some rule has containers of a bridge dial.
-    dialled: BTreeSet<(&'a str, SocketAddr)>,
+    dialled: BTreeSet<(&'a str, SocketAddr, Protocol)>,
     /// Interfaces with addresses, and bridges that neither a rule nor Docker knows: nothing is plugged into those, behind which
     /// the LAN may be.
     uplinks: Vec<Place>,
@@ -185,7 +198,7 @@ impl Planner<'_> {
     }
 
     fn closed(&mut self, rule: &RuleStatus, from: &Place, to: SocketAddr) {
-        self.add(rule, Attempt::Connect { from: from.clone(), to, by: None }, Expected::Closed);
+        self.add(rule, attempt(rule, from.clone(), to, None), Expected::Closed);
     }
 
     /// What the rule is for.
@@ -218,7 +231,7 @@ impl Planner<'_> {
                 }
             };
             let Some(sources) = gateway.sources.as_ref().filter(|_| expected == Expected::Open) else {
-                self.add(rule, Attempt::Connect { from, to, by }, expected);
+                self.add(rule, attempt(rule, from, to, by), expected);
                 continue;
             };
             for source in sources {
@@ -227,7 +240,7 @@ impl Planner<'_> {
             }
             // What is tried has another address; a relay accepts it, and resets it.
             let by = by.filter(|by| *by == By::Relay);
-            self.add(rule, Attempt::Connect { from, to, by }, Expected::Refused);
+            self.add(rule, attempt(rule, from, to, by), Expected::Refused);
         }
     }
 
@@ -261,7 +274,7 @@ impl Planner<'_> {
                 for to in targets.iter().map(|ip| SocketAddr::new(*ip, port)) {
                     // Without an address of that family there is no way there, and none back.
                     let has_family = bridge.addresses.iter().any(|(ip, _)| ip.is_ipv4() == to.is_ipv4());
-                    if has_family && !self.dialled.contains(&(bridge.name.as_str(), to)) {
+                    if has_family && !self.dialled.contains(&dialled_at(&bridge.name, to, rule)) {
                         self.closed(rule, &Place::Bridge(bridge.name.clone()), to);
                     }
                 }
@@ -306,6 +319,14 @@ impl Planner<'_> {
             let to = SocketAddr::new(gateway.address, rule.port);
             self.add(rule, Attempt::Wire { within: Place::Inside(rule.id()), to }, Expected::Closed);
         }
+    }
+}
+
+/// How it is tried who gets what comes from there.
+fn attempt(rule: &RuleStatus, from: Place, to: SocketAddr, by: Option<By>) -> Attempt {
+    match rule.protocol {
+        Protocol::Tcp => Attempt::Connect { from, to, by },
+        Protocol::Udp => Attempt::Ask { from, to, by },
     }
 }
 

@@ -12,6 +12,7 @@ mod localhost;
 mod names;
 mod relay;
 mod steer;
+mod udp;
 mod verified;
 
 use lbridge_tests::harness::suite::{Need, Suite};
@@ -32,6 +33,7 @@ pub(crate) fn suite() -> Suite {
         explain::tests(),
         families::tests(),
         localhost::tests(),
+        udp::tests(),
     ];
     Suite::new(needs, tests.concat())
 }

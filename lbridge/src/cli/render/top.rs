@@ -28,7 +28,7 @@ fn load_text(look: &Look) -> String {
             |cell: fn(&Relayed) -> String| rule.relayed.as_ref().map_or_else(|| "-".to_owned(), cell);
         table.row([
             shown(&rule.network.to_string()),
-            rule.port.to_string(),
+            format!("{}{}", rule.port, rule.protocol.suffix()),
             described(rule.state, None),
             format!("{:.1}", rule.per_second),
             rule.connections.to_string(),

@@ -14,7 +14,7 @@ pub(in crate::cli) fn verification(report: &Report) -> Result<(), Failure> {
         return print(NO_RULES);
     }
     let kind = |check: &Check| {
-        let rule = (check.network.clone(), check.port);
+        let rule = (check.network.clone(), check.port, check.protocol);
         (rule, check.from.clone(), check.expected, check.verdict, check.why.clone())
     };
     let mut lines: Vec<Vec<&Check>> = vec![];
@@ -34,7 +34,7 @@ pub(in crate::cli) fn verification(report: &Report) -> Result<(), Failure> {
             let _ = write!(to, " and {more} more");
         }
         table.row([
-            format!("{} {}", shown(&first.network.to_string()), first.port),
+            format!("{} {}{}", shown(&first.network.to_string()), first.port, first.protocol.suffix()),
             shown(&first.from),
             to,
             expected(first.expected).to_owned(),

@@ -166,7 +166,7 @@ impl Reconciler {
         let openings = planning::explain::openings(question, &inventory, &self.abilities);
         policy.openings.extend(openings.clone());
         self.executor.firewall.look(&policy.openings).await;
-        self.executor.firewall.probe(&openings).await;
+        self.executor.probe(&openings).await;
         let reality = self.executor.reality(&policy).await.map_err(|error| failed(&error))?;
         let known = Known {
             policy: &policy,

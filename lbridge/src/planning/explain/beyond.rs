@@ -9,6 +9,7 @@ use super::{
 use crate::planning::{
     inventory::{Interface, Listener},
     policy::{Clients, Place, RelayKey, RelaySpec, RuleOutcome, Service, State},
+    rule::Protocol,
 };
 
 impl Explainer<'_> {
@@ -16,11 +17,14 @@ impl Explainer<'_> {
     pub(super) fn beyond(&self, way: &mut Way, bridge: &Interface) -> End {
         let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         let key = RelayKey { address: way.dialled, place };
-        if let Some(spec) = self.known.reality.relays.get(&key) {
-            return self.relay(way, spec);
+        // A relay of that port is TCP's.
+        if self.question.protocol == Protocol::Tcp {
+            if let Some(spec) = self.known.reality.relays.get(&key) {
+                return self.relay(way, spec);
+            }
+            self.no_relay(way, &key);
         }
-        self.no_relay(way, &key);
-        let who = answering(&self.known.inventory.listeners, way.dialled, bridge.index);
+        let who = answering(self.known.inventory.sockets(self.question.protocol), way.dialled, bridge.index);
         self.host(way, who)
     }
 

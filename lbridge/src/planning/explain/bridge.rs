@@ -1,4 +1,4 @@
-//! From a bridge: the network, and the way of a SYN to each gateway, up to the kernel program.
+//! From a bridge: the network, and the way of a SYN or a datagram to each gateway, up to the kernel program.
 
 use std::{
     collections::BTreeSet,
@@ -19,7 +19,7 @@ use crate::planning::{
     inventory::{DockerPresence, Interface, find_networks},
     policy::{Clients, Place, RelayKey, RelaySpec, State},
     resolve::bridge_of,
-    rule::Network,
+    rule::{Network, Protocol},
 };
 
 impl Explainer<'_> {
@@ -118,7 +118,7 @@ impl Explainer<'_> {
         aliases.map(|gateway| gateway.relay_key.address.ip())
     }
 
-    /// The whole way of a SYN to a gateway, or to another address of the host's; `own` is the bridge's, with its prefix.
+    /// The whole way of a SYN, or a datagram, to a gateway, or to another address of the host's; `own` is the bridge's, with its prefix.
     fn to_gateway(&self, bridge: &Interface, gateway: IpAddr, own: (IpAddr, u8)) -> (Way, End) {
         let dialled = SocketAddr::new(gateway, self.question.port);
         let source = self.question.source.or_else(|| self.listed(bridge, dialled).into_iter().next());
@@ -127,7 +127,7 @@ impl Explainer<'_> {
             dialled,
             interface: bridge.name.clone(),
             source,
-            steps: vec![arrival(bridge, source, dialled)],
+            steps: vec![self.arrival(bridge, source, dialled)],
             fate: Fate::Refused,
         };
         if let Some(end) = self.firewall(&mut way) {
@@ -186,24 +186,52 @@ impl Explainer<'_> {
         listed.map(|key| key.source.into()).collect()
     }
 
+    /// Before anything of the host has seen it.
+    fn arrival(&self, bridge: &Interface, source: IpAddr, dialled: SocketAddr) -> Step {
+        let text = format!("{} from {source} to {dialled} comes in on {}", self.packet(), bridge.name);
+        step(Stage::Arrival, Answer::Note, text)
+    }
+
+    fn packet(&self) -> &'static str {
+        match self.question.protocol {
+            Protocol::Tcp => "a SYN",
+            Protocol::Udp => "a datagram",
+        }
+    }
+
+    /// How it is known that one arrives.
+    fn arrived(&self) -> &'static str {
+        match self.question.protocol {
+            Protocol::Tcp => "answered",
+            Protocol::Udp => "counted",
+        }
+    }
+
     /// What was tried; an end, if nothing comes through.
     fn firewall(&self, way: &mut Way) -> Option<End> {
-        let opening =
-            Opening { interface: way.interface.clone(), gateway: way.dialled.ip(), port: way.dialled.port() };
+        let opening = Opening {
+            interface: way.interface.clone(),
+            gateway: way.dialled.ip(),
+            protocol: self.question.protocol,
+            port: way.dialled.port(),
+        };
         let filtering = &self.known.reality.filtering;
         let (verdict, text) = match filtering.passages.get(&opening) {
             Some(Passage::Open) => {
                 let accepts = filtering.accepts.keys().find(|(_, accepted)| *accepted == opening);
                 let by =
                     accepts.map_or_else(String::new, |(chain, _)| format!(", by lbridge's rule in {chain}"));
-                (Answer::Yes, format!("the firewall lets it in{by}: a SYN was sent and answered"))
+                (
+                    Answer::Yes,
+                    format!("the firewall lets it in{by}: {} was sent and {}", self.packet(), self.arrived()),
+                )
             }
             Some(Passage::Dropped) => {
                 let why = filtering.why_dropped(&opening);
                 way.steps.push(step(
                     Stage::Firewall,
                     Answer::No,
-                    format!("a SYN was sent and not answered: {why}"),
+                    format!("{} was sent and not {}: {why}", self.packet(), self.arrived()),
                 ));
                 let remedy = match self.rule() {
                     Some(_) => why,
@@ -223,12 +251,6 @@ impl Explainer<'_> {
 
 fn is_listed(entry: &RuleValue) -> bool {
     entry.flags & RuleValue::LISTED != 0
-}
-
-/// Before anything of the host has seen the SYN.
-fn arrival(bridge: &Interface, source: IpAddr, dialled: SocketAddr) -> Step {
-    let text = format!("a SYN from {source} to {dialled} comes in on {}", bridge.name);
-    step(Stage::Arrival, Answer::Note, text)
 }
 
 /// Some other address of the gateway's subnet.

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use lbridge_common::{
     verdict::{first_candidate, listening_addresses},
-    wire::{Address, ListenerKey, RuleKey, RuleValue, TCP},
+    wire::{Address, ListenerKey, RuleKey, RuleValue},
 };
 
 use super::{
@@ -34,10 +34,11 @@ impl Explainer<'_> {
             gateway: way.dialled.ip().into(),
             ifindex,
             port: way.dialled.port(),
-            protocol: TCP.into(),
+            protocol: self.question.protocol.number().into(),
         };
         let interface = if steering.interface_check { &bridge.name } else { "any interface" };
-        let asked = format!("({interface}, {}, {})", way.dialled.ip(), way.dialled.port());
+        let (port, suffix) = (way.dialled.port(), self.question.protocol.suffix());
+        let asked = format!("({interface}, {}, {port}{suffix})", way.dialled.ip());
         let Some(entry) = reality.entries.get(&key) else {
             let missing = if policy.entries.contains_key(&key) {
                 let why =
@@ -101,7 +102,11 @@ impl Explainer<'_> {
             .at(bound)
             .find_map(|listener| self.holder(listener))
             .unwrap_or_else(|| "a service".to_owned());
-        let text = format!("{bound}, registered under slot {}: {who} gets the connection", key.slot);
+        let text = format!(
+            "{bound}, registered under slot {}: {who} gets {}",
+            key.slot,
+            self.question.protocol.what()
+        );
         way.steps.push(Step { stage: Stage::Listener, verdict: Answer::Yes, text, details });
         way.steps.push(self.steered_peer(way));
         let remedy = match self.rule() {
@@ -123,7 +128,9 @@ impl Explainer<'_> {
 
     fn candidate(&self, address: Address, entry: &RuleValue) -> String {
         let bound = key_address(address, entry.target_port);
-        let of_address = |key: &&ListenerKey| key.address == address && key.port == entry.target_port;
+        let of_address = |key: &&ListenerKey| {
+            (key.address, key.port, key.protocol) == (address, entry.target_port, entry.protocol())
+        };
         let registered = self.known.reality.registered.iter().filter(of_address).count();
         let there: Vec<_> = self.at(bound).map(|listener| self.named(listener)).collect();
         match (registered, there.is_empty()) {
@@ -136,6 +143,10 @@ impl Explainer<'_> {
 
     /// The host's listeners that are bound there, and to no interface.
     fn at(&self, bound: SocketAddr) -> impl Iterator<Item = &Listener> {
-        self.known.inventory.listeners.iter().filter(move |l| l.address == bound && l.bound_interface == 0)
+        self.known
+            .inventory
+            .sockets(self.question.protocol)
+            .iter()
+            .filter(move |l| l.address == bound && l.bound_interface == 0)
     }
 }

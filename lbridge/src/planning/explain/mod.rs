@@ -25,7 +25,7 @@ use super::{
     policy::{Policy, RelayKey},
     reality::Reality,
     resolve::bridge_of,
-    rule::Network,
+    rule::{Network, Protocol},
 };
 
 /// Which connection.
@@ -35,6 +35,9 @@ pub struct Question {
     pub network: Network,
     /// Dialled port.
     pub port: u16,
+    /// What is spoken there.
+    #[serde(default)]
+    pub protocol: Protocol,
     /// From which address; some address of the subnet if not said.
     #[serde(default)]
     pub source: Option<IpAddr>,
@@ -172,7 +175,7 @@ pub fn listeners_of_interest(question: &Question, known: &Known<'_>) -> BTreeSet
     let meant = known.policy.outcomes.iter().filter(|meant| meant.rule.spec.port == question.port);
     ports.extend(meant.filter_map(|meant| meant.rule.spec.target.port()));
     let of_port = |listener: &&Listener| ports.contains(&listener.address.port());
-    let listeners = known.inventory.listeners.iter().chain(known.inside);
+    let listeners = known.inventory.sockets(question.protocol).iter().chain(known.inside);
     listeners.filter(of_port).map(|listener| listener.inode).collect()
 }
 
@@ -183,7 +186,7 @@ pub fn openings(
     abilities: &Abilities,
 ) -> BTreeMap<Opening, Link> {
     let bridge = bridge_of(&question.network, inventory, abilities).ok();
-    bridge.iter().flat_map(|bridge| firewall::openings(bridge, question.port)).collect()
+    bridge.iter().flat_map(|bridge| firewall::openings(bridge, question.protocol, question.port)).collect()
 }
 
 /// Explains.

@@ -6,7 +6,7 @@ use super::{Answer, Explainer, Stage, Step, Way, words::step};
 use crate::planning::{
     policy::{Outcome, Place, RuleOutcome},
     resolve::bridge_of,
-    rule::{Origin, Protocol, RuleId},
+    rule::{Origin, RuleId},
 };
 
 /// Rules that are told of where none matches.
@@ -16,7 +16,11 @@ const NEAR: u16 = 2;
 
 impl Explainer<'_> {
     pub(super) fn id(&self) -> RuleId {
-        RuleId { network: self.question.network.clone(), port: self.question.port, protocol: Protocol::Tcp }
+        RuleId {
+            network: self.question.network.clone(),
+            port: self.question.port,
+            protocol: self.question.protocol,
+        }
     }
 
     /// The question's rule, or whichever has one of the addresses that it is about: two names may mean one bridge.
@@ -28,6 +32,7 @@ impl Explainer<'_> {
             outcomes.iter().find(|meant| {
                 let here = |place: &Place| matches!(place, Place::Bridge { ifindex, .. } if *ifindex == bridge.index);
                 meant.rule.spec.port == self.question.port
+                    && meant.rule.spec.protocol == self.question.protocol
                     && meant.gateways.iter().any(|gateway| here(&gateway.relay_key.place))
             })
         })

@@ -8,7 +8,7 @@ use super::{Answer, End, Explainer, Fate, Stage, Step, Way};
 use crate::planning::{
     inventory::{DockerNetwork, Listener, ListenerKind},
     policy::{RelaySpec, RuleOutcome, Service, stand_in_for_container},
-    rule::{Origin, Source},
+    rule::{Origin, Protocol, Source},
 };
 
 /// Digits of an id that Docker prints.
@@ -17,7 +17,11 @@ const SHORT_ID: usize = 12;
 impl Explainer<'_> {
     pub(super) fn end(&self, way: &mut Way, fate: Fate, what: &str, remedy: String) -> End {
         way.fate = fate;
-        let whose = format!("connections from {} to {}", self.question.network, way.dialled);
+        let these = match self.question.protocol {
+            Protocol::Tcp => "connections",
+            Protocol::Udp => "datagrams",
+        };
+        let whose = format!("{these} from {} to {}", self.question.network, way.dialled);
         let sentence = match fate {
             Fate::Steered => format!("{whose} are steered to {what}"),
             Fate::Relayed => format!("{whose} are relayed to {what}"),
@@ -37,7 +41,7 @@ impl Explainer<'_> {
         let v6_only = listener.single_family && listener.address.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED);
         match listener.kind {
             ListenerKind::Tcp if v6_only => format!("{who} (IPv6 only)"),
-            ListenerKind::Tcp => who,
+            ListenerKind::Tcp | ListenerKind::Udp => who,
             ListenerKind::Mptcp => format!("{who} (MPTCP)"),
             ListenerKind::Refused(errno) => format!("{who} (refused by the kernel, error {errno})"),
         }

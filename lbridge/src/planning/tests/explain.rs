@@ -12,7 +12,7 @@ use crate::planning::{
     inventory::{Absence, DockerPresence, Listener, ListenerKind},
     policy::RelayKey,
     reality::Reality,
-    rule::{PathChoice, Source},
+    rule::{PathChoice, Protocol, Source},
 };
 
 impl Host {
@@ -50,7 +50,8 @@ impl Host {
         inside: &[Listener],
     ) -> Explanation {
         let source = source.map(|source| source.parse().unwrap());
-        let question = Question { network: network.parse().unwrap(), port, source };
+        let question =
+            Question { network: network.parse().unwrap(), port, protocol: Protocol::default(), source };
         let known = Known {
             inventory: &self.inventory,
             abilities: &self.abilities,

@@ -9,13 +9,19 @@ use crate::planning::{
         Through, plan,
     },
     plan::Step,
+    rule::Protocol,
 };
 
 /// More rounds than the daemon makes.
 const ROUNDS: usize = 12;
 
 fn opening(gateway: &str, port: u16) -> Opening {
-    Opening { interface: "br-app".to_owned(), gateway: gateway.parse().unwrap(), port }
+    Opening {
+        interface: "br-app".to_owned(),
+        gateway: gateway.parse().unwrap(),
+        protocol: Protocol::Tcp,
+        port,
+    }
 }
 
 fn chain(family: Family, table: &str) -> Chain {
@@ -134,7 +140,12 @@ impl World {
 fn what_a_rule_opens_is_an_opening() {
     let host = Host::new().bridge("br-6", 9, &["fd00::1/64"]).allow("app", "80").allow("bridge:br-6", "81");
     let openings: Vec<_> = host.policy().openings.into_iter().collect();
-    let v6 = Opening { interface: "br-6".to_owned(), gateway: "fd00::1".parse().unwrap(), port: 81 };
+    let v6 = Opening {
+        interface: "br-6".to_owned(),
+        gateway: "fd00::1".parse().unwrap(),
+        protocol: Protocol::Tcp,
+        port: 81,
+    };
     assert_eq!(
         openings,
         [

@@ -1,4 +1,4 @@
-use lbridge_common::wire::{Address, ListenerKey, SLOTS, TargetKey};
+use lbridge_common::wire::{Address, ListenerKey, RuleValue, SLOTS, TCP, TargetKey};
 use proptest::prelude::*;
 
 use super::Host;
@@ -33,6 +33,16 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
                 reality.views.insert(*endpoint, *view);
             }
             Step::RemoveView(endpoint) => assert!(reality.views.remove(endpoint).is_some()),
+            Step::AttachReplyHooks => reality.reply_hooks = true,
+            Step::DetachReplyHooks => {
+                assert!(reality.replies.is_empty(), "a reply's source without hooks");
+                reality.reply_hooks = false;
+            }
+            Step::PutReply(key, reply) => {
+                assert!(reality.reply_hooks, "hooks come first");
+                reality.replies.insert(*key, *reply);
+            }
+            Step::RemoveReply(key) => assert!(reality.replies.remove(key).is_some()),
             Step::Register { key, .. } => {
                 let target = TargetKey { port: key.port, protocol: key.protocol.into() };
                 assert!(reality.targets.contains(&target), "watched first");
@@ -40,7 +50,8 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
                 assert!(reality.registered.insert(*key), "a slot that is taken");
             }
             Step::Unregister(key) => {
-                let named = reality.entries.values().any(|e| e.target_port == key.port);
+                let named = |e: &RuleValue| (e.target_port, e.protocol()) == (key.port, key.protocol);
+                let named = reality.entries.values().any(named);
                 assert!(!named, "an entry goes before its listener");
                 assert!(reality.registered.remove(key));
             }
@@ -119,6 +130,7 @@ prop_compose! {
         names in prop::bool::weighted(0.9),
         containers in prop::collection::btree_map(prop::sample::select(vec!["c", "d"]), 2..5_u8, 0..3),
         connects in prop::bool::weighted(0.9),
+        udp in prop::collection::vec((prop::sample::select(NETWORKS[..6].to_vec()), 80..84_u16, any::<bool>()), 0..3),
         inside in prop::collection::vec((prop::sample::select(NETWORKS[6..].to_vec()), 1..3_u64, any::<bool>()), 0..3),
     ) -> Host {
         let mut host = Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
@@ -146,6 +158,10 @@ prop_compose! {
         for (container, last) in containers {
             let (app, dual) = (format!("172.18.0.{last}"), format!("172.20.0.{last}"));
             host = host.container(container, &[("app", &[&app]), ("dual", &[&dual, &format!("fd00::{last}")])]);
+        }
+        for (network, port, takes) in udp {
+            host = host.allow(network, &format!("{port}/udp"));
+            host = if takes { host.takes_datagrams(&format!("127.0.0.1:{port}")) } else { host };
         }
         host.abilities.steer =
             if steers { Ok(Steering { interface_check, kernel_registers: true }) } else { Err("none".to_owned()) };
@@ -187,6 +203,7 @@ proptest! {
                         && Address::from(k.address.ip()) == entry.gateway
                         && k.address.port() == entry.port
                         && of_network
+                        && entry.protocol == u16::from(TCP)
                 });
                 prop_assert!(!relayed, "an entry would take the relay's connections");
             }

@@ -34,6 +34,7 @@ impl Host {
                 steer: Ok(Steering { interface_check: true, kernel_registers: true }),
                 name_hooks: Ok(()),
                 connect_hooks: Ok(()),
+                replies: Ok(()),
             },
             rules: Rules::default(),
         };
@@ -107,6 +108,16 @@ impl Host {
         let inode = 1000 + self.inventory.listeners.len() as u64;
         let single_family = address.is_ipv4() || address.ip().is_loopback();
         self.inventory.listeners.push(Listener { address, inode, single_family, bound_interface: 0, kind });
+        self
+    }
+
+    /// A UDP socket.
+    fn takes_datagrams(mut self, address: &str) -> Self {
+        let address: SocketAddr = address.parse().unwrap();
+        let inode = 2000 + self.inventory.udp_sockets.len() as u64;
+        let single_family = address.is_ipv4() || address.ip().is_loopback();
+        let kind = ListenerKind::Udp;
+        self.inventory.udp_sockets.push(Listener { address, inode, single_family, bound_interface: 0, kind });
         self
     }
 

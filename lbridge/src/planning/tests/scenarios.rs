@@ -1,6 +1,6 @@
 use std::net::IpAddr;
 
-use lbridge_common::wire::{Address, Endpoint, RuleValue, SourceKey, TCP, TargetKey};
+use lbridge_common::wire::{Address, Endpoint, RuleValue, SourceKey, TCP, TargetKey, UDP};
 
 use super::{Host, br_app};
 use crate::planning::{
@@ -728,4 +728,66 @@ fn an_alias_is_for_the_named_containers_alone() {
     let policy = host.policy();
     assert_eq!((policy.sources.len(), policy.views.len()), (2, 2));
     assert!(policy.entries.values().all(|entry| entry.flags == RuleValue::LISTED));
+}
+
+#[test]
+fn udp_is_steered_to_udp_sockets_alone() {
+    let host = || Host::new().allow("app", "53/udp");
+    let waiting = ["172.18.0.1:53 waiting (nothing listens on 127.0.0.1:53)"];
+    assert_eq!(host().listens("127.0.0.1:53").states(), waiting);
+    let host = host().takes_datagrams("127.0.0.1:53");
+    assert_eq!(host.states(), ["172.18.0.1:53 steered"]);
+    let policy = host.policy();
+    assert!(policy.listeners.keys().all(|key| key.protocol == UDP));
+    let opening = policy.openings.keys().next().unwrap();
+    assert_eq!(opening.to_string(), "172.18.0.1 port 53/udp from br-app");
+    // Both of one port.
+    let both = host.allow("app", "53").listens("127.0.0.1:53");
+    assert_eq!(both.states(), ["172.18.0.1:53 steered", "172.18.0.1:53 steered"]);
+    assert_eq!((both.policy().entries.len(), both.policy().openings.len()), (2, 2));
+}
+
+/// Replies to the subnet leave from the gateway, what the host's own addresses get leaves as it is.
+#[test]
+fn udp_replies_leave_from_the_gateway() {
+    let host = Host::new().takes_datagrams("127.0.0.1:53").allow("app", "53/udp");
+    let policy = host.policy();
+    let told: Vec<_> = policy
+        .replies
+        .iter()
+        .map(|((key, bits), reply)| {
+            (IpAddr::from(key.peer).to_string(), bits - 160, IpAddr::from(reply.gateway))
+        })
+        .collect();
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    assert_eq!(
+        told,
+        [("172.18.0.0".to_owned(), 112, ip("172.18.0.1")), ("172.18.0.1".to_owned(), 128, ip("::"))]
+    );
+    // Nothing tells which of two addresses was dialled.
+    let two = Host::new().takes_datagrams("127.0.0.1:53").bridge("br-2", 8, &["10.1.0.1/24", "10.1.0.9/24"]);
+    assert_eq!(
+        two.allow("bridge:br-2", "53/udp").states(),
+        [
+            "10.1.0.1:53 steered",
+            "10.1.0.9:53 blocked (a UDP service answers one subnet from one address, which is 10.1.0.1; dial that)"
+        ]
+    );
+}
+
+#[test]
+fn udp_is_never_relayed() {
+    let mut host = Host::new().takes_datagrams("[::1]:53").allow("app", "53/udp");
+    let blocked = "172.18.0.1:53 blocked (IPv4 was dialled, the service listens on [::1]:53)";
+    assert_eq!(host.states(), [blocked]);
+    host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
+    assert_eq!(
+        host.states(),
+        [
+            "172.18.0.1:53 blocked (UDP needs Linux 5.17: this kernel does not tell on which bridge a datagram comes in)"
+        ]
+    );
+    host.abilities.steer = Err("none".to_owned());
+    assert_eq!(host.states(), ["172.18.0.1:53 blocked (none)"]);
+    assert!(host.policy().relays.is_empty() && host.policy().replies.is_empty());
 }
