@@ -34,7 +34,7 @@ use crate::{
         policy::{RelayKey, RelaySpec, State},
         reality::Reality,
         resolve::resolve,
-        rule::{Network, Origin, PortSpec, ProxyProtocol, Rule, Rules, Source, Target},
+        rule::{Network, Origin, PortSpec, Protocol, ProxyProtocol, Rule, Rules, Source, Target},
     },
     relay::{self, listener::Listening, set::RelaySet},
     sandbox::{
@@ -181,6 +181,11 @@ impl Options {
         for spec in &self.ports {
             if !ports.insert(spec.port) {
                 return Err(format!("port {} is given twice", spec.port));
+            }
+            if spec.protocol == Protocol::Udp {
+                return Err(format!(
+                    "{spec}: UDP is not relayed, and a sandbox has no bridge to be steered from"
+                ));
             }
             if matches!(spec.target, Target::Unix(_)) && self.source == Source::Container {
                 return Err(format!(

@@ -213,7 +213,7 @@ fn all_is_well() -> Result<()> {
     for check in &checks {
         let fields: Vec<_> = check.as_object().context("an object")?.keys().map(String::as_str).collect();
         ensure!(
-            fields == ["expected", "found", "from", "network", "port", "to", "verdict", "why"],
+            fields == ["expected", "found", "from", "network", "port", "protocol", "to", "verdict", "why"],
             "{check}"
         );
     }

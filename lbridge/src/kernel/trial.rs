@@ -18,8 +18,8 @@ use crate::planning::inventory::Abilities;
 
 /// Room in each map: a trial puts one entry.
 const ROOM: u32 = 8;
-/// Hooks of the cgroup that the daemon attaches to.
-const CGROUP_HOOKS: [bpf_attach_type; 9] = [
+/// Hooks of the cgroup that the daemon attaches to, but those that only UDP needs.
+const CGROUP_HOOKS: [bpf_attach_type; 7] = [
     bpf_attach_type::BPF_CGROUP_SOCK_OPS,
     bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
     bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
@@ -27,8 +27,6 @@ const CGROUP_HOOKS: [bpf_attach_type; 9] = [
     bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME,
     bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
     bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
-    bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
-    bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
 ];
 
 /// The object, loaded.

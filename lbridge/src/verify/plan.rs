@@ -250,8 +250,10 @@ impl Planner<'_> {
         let ports =
             if rule.network.is_namespace() { service_port(rule).into_iter().collect() } else { ports(rule) };
         let localhost = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        // The kernel, asked, does not say that it drops such packets before it looks for anybody.
+        let localhost = if rule.protocol == Protocol::Udp { &[][..] } else { &localhost[..] };
         for port in ports {
-            for ip in self.host.clone().into_iter().chain(localhost) {
+            for ip in self.host.clone().into_iter().chain(localhost.iter().copied()) {
                 self.closed(rule, &Place::Lan, SocketAddr::new(ip, port));
             }
         }

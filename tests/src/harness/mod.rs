@@ -23,5 +23,6 @@ pub mod service;
 pub mod suite;
 pub mod systemd;
 pub mod traffic;
+pub mod udp;
 pub mod usage;
 pub mod vm;

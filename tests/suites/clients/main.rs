@@ -5,6 +5,7 @@
 
 mod bytes;
 mod crowd;
+mod dns;
 mod exhaustion;
 mod http;
 mod node;
@@ -25,6 +26,7 @@ fn main() {
     let tests = [
         postgres::tests(),
         redis::tests(),
+        dns::tests(),
         http::tests(),
         node::tests(),
         streams::tests(),

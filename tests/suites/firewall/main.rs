@@ -3,6 +3,7 @@
 
 mod chains;
 mod firewalld;
+mod udp;
 mod ufw;
 mod upkeep;
 
@@ -30,7 +31,7 @@ fn main() {
         Need::Program("dockerd"),
         Need::Program("systemctl"),
     ];
-    let tests = [chains::tests(), firewalld::tests(), ufw::tests(), upkeep::tests()].concat();
+    let tests = [chains::tests(), firewalld::tests(), ufw::tests(), udp::tests(), upkeep::tests()].concat();
     let mut suite = Suite::new(NEEDS, tests);
     // firewalld and its command are Python, and started a dozen times: a test of theirs takes 15 s of a processor, of which there
     // may be a quarter.
@@ -108,6 +109,11 @@ impl Walled {
         }
         Ok(())
     }
+}
+
+/// Whatever comes back, nobody serves.
+fn dropped_or_rejected(from: &NetNs, to: SocketAddr) -> Result<()> {
+    client::not_served(from, None, to)
 }
 
 /// Nothing comes back, not even a refusal.

@@ -19,7 +19,7 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 /// UFW with its defaults: what comes in is dropped. Its files are private to the test.
-fn enable(host: &NetNs) -> Result<()> {
+pub(crate) fn enable(host: &NetNs) -> Result<()> {
     sandbox::shadow("/etc")?;
     host.shell("ufw --force enable && ufw status verbose | grep 'deny (incoming)'").map(drop)
 }

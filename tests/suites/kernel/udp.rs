@@ -1,13 +1,8 @@
 //! UDP: a container's datagrams reach a service on the host's loopback, and what it answers comes from the gateway.
 
-use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::net::{SocketAddr, UdpSocket};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::daemon::Options;
 use lbridge_tests::harness::kernel;
 use lbridge_tests::harness::netns::NetNs;
@@ -15,9 +10,8 @@ use lbridge_tests::harness::patience;
 use lbridge_tests::harness::pins;
 use lbridge_tests::harness::scene::{self, Scene};
 use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::udp::{Echo, ask_from, refused, served_by, silent};
 use lbridge_tests::tests;
-use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, sockopt};
-use std::os::fd::AsRawFd;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -38,94 +32,11 @@ pub(crate) fn tests() -> Vec<Test> {
         hooks_are_there_while_they_are_needed,
         probes_do_not_reach_the_service,
         other_ports_cannot_be_led_to,
+        udp_rules_are_verified,
+        udp_is_explained,
+        udp_is_nothing_for_a_sandbox,
         older_kernels_block_it,
     ]
-}
-
-/// A service that answers each datagram with its name and whom it saw.
-struct Echo {
-    received: Arc<AtomicUsize>,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Echo {
-    fn start(netns: &NetNs, name: &'static str, address: &str) -> Result<Echo> {
-        let address: SocketAddr = address.parse()?;
-        let socket = netns.run(|| bind(address))?;
-        socket.set_read_timeout(Some(Duration::from_millis(20)))?;
-        let received = Arc::new(AtomicUsize::new(0));
-        let stop = Arc::new(AtomicBool::new(false));
-        let (counter, stopped) = (Arc::clone(&received), Arc::clone(&stop));
-        let thread = thread::spawn(move || {
-            let mut buffer = [0; 2048];
-            while !stopped.load(Ordering::SeqCst) {
-                let Ok((length, peer)) = socket.recv_from(&mut buffer) else { continue };
-                counter.fetch_add(1, Ordering::SeqCst);
-                let text = String::from_utf8_lossy(&buffer[..length]);
-                // What cannot be answered is missed by whoever asked.
-                let _ = socket.send_to(format!("{name} {} {text}", peer.ip()).as_bytes(), peer);
-            }
-        });
-        Ok(Echo { received, stop, thread: Some(thread) })
-    }
-
-    fn received(&self) -> usize {
-        self.received.load(Ordering::SeqCst)
-    }
-}
-
-impl Drop for Echo {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.thread.take() {
-            drop(thread.join());
-        }
-    }
-}
-
-fn bind(address: SocketAddr) -> Result<UdpSocket> {
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let fd = socket::socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    socket::setsockopt(&fd, sockopt::ReusePort, &true)?;
-    socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))
-        .with_context(|| format!("bind {address}"))?;
-    Ok(UdpSocket::from(fd))
-}
-
-/// Asks, with an unconnected or a connected socket; what is answered, by whom.
-fn ask_from(
-    netns: &NetNs,
-    source: Option<IpAddr>,
-    to: SocketAddr,
-    connected: bool,
-    limit: Duration,
-) -> Result<io::Result<(String, SocketAddr)>> {
-    let any: IpAddr = if to.is_ipv4() { "0.0.0.0".parse()? } else { "::".parse()? };
-    let socket = netns.run(|| Ok(UdpSocket::bind(SocketAddr::new(source.unwrap_or(any), 0))?))?;
-    socket.set_read_timeout(Some(limit))?;
-    let exchange = || {
-        if connected {
-            socket.connect(to)?;
-            socket.send(b"ping")?;
-        } else {
-            socket.send_to(b"ping", to)?;
-        }
-        let mut buffer = [0; 2048];
-        let (length, from) = socket.recv_from(&mut buffer)?;
-        Ok((String::from_utf8_lossy(&buffer[..length]).into_owned(), from))
-    };
-    Ok(exchange())
-}
-
-fn served_by(netns: &NetNs, ip: IpAddr, to: SocketAddr, service: &str) -> Result<()> {
-    for connected in [false, true] {
-        let (text, from) = ask_from(netns, None, to, connected, patience::seconds(2))?
-            .with_context(|| format!("{to}, connected: {connected}"))?;
-        ensure!(text == format!("{service} {ip} ping"), "{text:?}, connected: {connected}");
-        ensure!(from == to, "answered from {from}, not {to}");
-    }
-    Ok(())
 }
 
 fn served(scene: &Scene, port: u16, service: &str) -> Result<()> {
@@ -134,25 +45,6 @@ fn served(scene: &Scene, port: u16, service: &str) -> Result<()> {
 
 fn soon_served(scene: &Scene, port: u16, service: &str) -> Result<()> {
     patience::until(&format!("{service} serves"), || Ok(served(scene, port, service).ok()))
-}
-
-/// A connected client is told at once.
-fn refused(netns: &NetNs, to: SocketAddr) -> Result<()> {
-    let begun = Instant::now();
-    match ask_from(netns, None, to, true, patience::seconds(2))? {
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            ensure!(begun.elapsed() < patience::seconds(1), "only after {:?}", begun.elapsed());
-            Ok(())
-        }
-        other => bail!("{to} should have refused: {other:?}"),
-    }
-}
-
-fn silent(netns: &NetNs, source: Option<IpAddr>, to: SocketAddr) -> Result<()> {
-    match ask_from(netns, source, to, false, Duration::from_millis(700))? {
-        Err(_) => Ok(()),
-        Ok(answer) => bail!("{to} should not have answered: {answer:?}"),
-    }
 }
 
 fn unconnected_and_connected_clients_are_answered() -> Result<()> {
@@ -421,4 +313,51 @@ fn older_kernels_block_it() -> Result<()> {
     let state = scene.must_be(53, "blocked")?;
     ensure!(state.why.as_deref().is_some_and(|why| why.contains("5.17")), "{state:?}");
     refused(&scene.container, scene.gateway(53))
+}
+
+fn udp_rules_are_verified() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.lab.add_bridge("lab1", "10.8.0.1/24")?;
+    let service = Echo::start(scene.lab.host(), "dns", "127.0.0.1:53")?;
+    scene.allow(&["53/udp"])?;
+    scene.allow(&["54/udp"])?;
+    let output = scene.daemon.cli(&["verify"])?;
+    ensure!(output.status == 0, "{}", output.stdout);
+    ensure!(output.stdout.contains("bridge:lab0 53/udp  bridge:lab0"), "{}", output.stdout);
+    ensure!(service.received() == 0, "nothing is sent");
+    ensure!(scene.daemon.cli(&["verify", "bridge:lab0", "53/udp"])?.status == 0);
+    ensure!(scene.daemon.cli(&["verify", "bridge:lab0", "53"])?.status == 4, "TCP's rule is another");
+
+    let _open = Echo::start(scene.lab.host(), "open", "0.0.0.0:54")?;
+    let output = scene.daemon.cli(&["verify", "bridge:lab0", "54/udp"])?;
+    ensure!(output.status == 1 && output.stdout.contains("listens on all addresses: "), "{}", output.stdout);
+    Ok(())
+}
+
+fn udp_is_explained() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = Echo::start(scene.lab.host(), "dns", "127.0.0.1:53")?;
+    scene.allow(&["53/udp"])?;
+    let said = scene.daemon.cli(&["explain", "bridge:lab0", "53/udp"])?.stdout;
+    for part in [
+        "a datagram was sent and counted",
+        "RULES has (lab0, 10.7.0.1, 53/udp)",
+        "datagrams from bridge:lab0 to 10.7.0.1:53 are steered to ",
+    ] {
+        ensure!(said.contains(part), "{part}: {said}");
+    }
+    let said = scene.daemon.cli(&["explain", "bridge:lab0", "53"])?.stdout;
+    ensure!(said.contains("no rule for bridge:lab0 53; nearest: bridge:lab0 53/udp"), "{said}");
+    for command in ["status", "list"] {
+        let said = scene.daemon.cli(&[command])?.stdout;
+        ensure!(said.contains("53/udp"), "{said}");
+    }
+    Ok(())
+}
+
+fn udp_is_nothing_for_a_sandbox() -> Result<()> {
+    let scene = Scene::new()?;
+    let refused = scene.daemon.cli(&["relay", "53/udp", "--", "true"])?;
+    ensure!(refused.status == 2 && refused.stderr.contains("UDP"), "{refused:?}");
+    Ok(())
 }
