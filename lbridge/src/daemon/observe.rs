@@ -32,7 +32,12 @@ pub(super) async fn observe(
     processes: &mut Processes,
 ) -> anyhow::Result<Inventory> {
     let mut listeners = listeners::tcp()?;
-    let mut udp_sockets = if wants_udp(rules) { listeners::udp()? } else { vec![] };
+    // A kernel may have no udp_diag; what is TCP's is none the worse for it.
+    let (mut udp_sockets, udp_unseen) = match wants_udp(rules).then(listeners::udp) {
+        None => (vec![], None),
+        Some(Ok(sockets)) => (sockets, None),
+        Some(Err(error)) => (vec![], Some(format!("{error:#}"))),
+    };
     for listener in listeners.iter_mut().chain(&mut udp_sockets) {
         if let Some(kind) = refused.get(&listener.inode) {
             listener.kind = *kind;
@@ -60,6 +65,7 @@ pub(super) async fn observe(
         interfaces: interfaces.list().await?,
         listeners,
         udp_sockets,
+        udp_unseen,
         untrusted_paths: trusted::untrusted(&unix),
         unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
         namespaces,

@@ -32,6 +32,8 @@ pub struct Inventory {
     pub listeners: Vec<Listener>,
     /// The UDP sockets of the host's namespace that take datagrams from everybody, where a rule asks for UDP.
     pub udp_sockets: Vec<Listener>,
+    /// Why those could not be listed, if a rule asks for UDP.
+    pub udp_unseen: Option<String>,
     /// Paths of listening Unix stream sockets.
     pub unix_listeners: BTreeSet<PathBuf>,
     /// Paths of rules that are not followed, and why: over a link of somebody else.

@@ -627,6 +627,9 @@ impl Resolver<'_> {
                     .to_owned(),
             );
         }
+        if let Some(why) = &self.inventory.udp_unseen {
+            return Some(why.clone());
+        }
         let why = self.abilities.replies.as_ref().err()?;
         Some(format!("UDP services could not answer: {why}"))
     }

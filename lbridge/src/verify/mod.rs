@@ -133,14 +133,9 @@ pub async fn verify(status: &Status, daemon: Option<u32>, wanted: Option<&RuleId
     let plan = plan(status, &interfaces, wanted);
     let grounds = Grounds::make(&plan).await?;
     let dialled = dial_all(&plan, &grounds).await;
-    let judge = Judge {
-        status,
-        daemon,
-        grounds: &grounds,
-        dialled,
-        listeners: listeners::tcp()?,
-        sockets: listeners::udp()?,
-    };
+    let udp = plan.trials.iter().any(|trial| trial.rule.protocol == Protocol::Udp);
+    let sockets = if udp { listeners::udp()? } else { vec![] };
+    let judge = Judge { status, daemon, grounds: &grounds, dialled, listeners: listeners::tcp()?, sockets };
     let checks: Vec<_> = plan.trials.iter().map(|trial| judge.check(trial)).collect();
     let verified = checks.iter().all(|check| check.verdict == Verdict::Ok);
     Ok(Report { verified, checks })

@@ -789,5 +789,8 @@ fn udp_is_never_relayed() {
     );
     host.abilities.steer = Err("none".to_owned());
     assert_eq!(host.states(), ["172.18.0.1:53 blocked (none)"]);
+    host.abilities.steer = Ok(Steering { interface_check: true, kernel_registers: true });
+    host.inventory.udp_unseen = Some("cannot list UDP sockets".to_owned());
+    assert_eq!(host.states(), ["172.18.0.1:53 blocked (cannot list UDP sockets)"]);
     assert!(host.policy().relays.is_empty() && host.policy().replies.is_empty());
 }
