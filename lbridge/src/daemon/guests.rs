@@ -32,7 +32,7 @@ const IDLE_LOOK: Duration = Duration::from_secs(60);
 /// When a namespace is first looked for among all processes, which takes milliseconds; then ever more seldom.
 const FIRST_SEARCH: Duration = Duration::from_millis(10);
 const LAST_SEARCH: Duration = Duration::from_secs(5);
-/// Of the thread; as far as the unit allows (LimitNICE=).
+/// Of the thread. In the unit it has what the daemon has (`Nice=`).
 const NICE: i32 = -15;
 /// How long `allow` waits for those that are there already.
 const PATIENCE: Duration = Duration::from_secs(2);

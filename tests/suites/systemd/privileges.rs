@@ -9,8 +9,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
 use lbridge_tests::harness::netns::NetNs;
-use lbridge_tests::harness::patience;
 use lbridge_tests::harness::suite::{Need, Test};
+use lbridge_tests::harness::{kernel, patience};
 use lbridge_tests::tests;
 
 use crate::{PACKAGED, Scene, UNIT, Unit};
@@ -23,6 +23,7 @@ pub(crate) fn tests() -> Vec<Test> {
         relays_splice,
         firewall_commands_work: [Need::Program("iptables-nft"), Need::Program("iptables-legacy"), Need::Program("nft")],
         every_thread_has_given_up_what_it_does_not_need,
+        localhost_leads_to_the_host: [Need::Program("socat")],
         the_group_may_use_the_socket: [Need::Program("setpriv")],
         sockets_in_homes_and_tmp_are_reached_but_nothing_is_written: [Need::Program("socat")],
     ]
@@ -127,6 +128,29 @@ fn everything(scene: &Scene) -> Result<()> {
     becomes(scene, &["bridge:lab0", "81=unix:/tmp/other.sock", "--source", "loopback"], "relayed")?;
     says(&scene.container, scene.gateway(81), "unix")?;
     scene.systemd.must(&["start", "firewall.service"]).map(drop)
+}
+
+/// The unit lets the daemon into the namespaces that runtimes keep as files, made after it was started, and lets it hurry.
+fn localhost_leads_to_the_host() -> Result<()> {
+    if kernel::version() < (5, 14) {
+        return Ok(());
+    }
+    let scene = Scene::prepare(Unit::default(), "")?;
+    serve(&scene, "tcp", "TCP-LISTEN:8080,bind=127.0.0.1,reuseaddr")?;
+    scene.systemd.must(&["start", UNIT])?;
+    becomes(&scene, &["bridge:lab0", "8080", "--localhost"], "127.0.0.1:8080 in ")?;
+    scene.systemd.shell(
+        "ip netns add guest && ip link add guest0 type veth peer name eth0 netns guest \
+         && ip link set guest0 up master lab0 && ip -n guest addr add 10.7.0.9/24 dev eth0 \
+         && ip -n guest link set lo up && ip -n guest link set eth0 up",
+    )?;
+    let ask = "ip netns exec guest socat -u TCP:127.0.0.1:8080 - 2>&1 || true";
+    patience::until("the guest is served", || Ok((scene.systemd.shell(ask)?.trim() == "tcp").then_some(())))?;
+    let nice = "for task in /proc/$(systemctl show -P MainPID lbridge)/task/*; do \
+                [ $(cat $task/comm) = guests ] && cut -d ' ' -f 19 $task/stat; done; true";
+    let nice = scene.systemd.shell(nice)?;
+    ensure!(nice.trim() == "-10", "the thread's nice value is {nice:?}");
+    Ok(())
 }
 
 /// By the daemon itself: it reads what the tools print, and tries what arrives.
