@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    docker::watch::{Presence, Sighting, View},
+    docker::watch::{self, Presence, Sighting, View},
     host::{interfaces::Interfaces, listeners, netns},
     planning::{
         inventory::{
@@ -58,7 +58,7 @@ pub(super) async fn observe(
             Some(Presence::Reachable { .. }) => DockerPresence::Reachable,
             Some(Presence::Away { .. } | Presence::Unknown) => DockerPresence::Away,
         },
-        containers: docker.map(|view| containers(view, processes)).unwrap_or_default(),
+        containers: docker.map(|view| containers(view, rules, processes, host)).unwrap_or_default(),
         host_gateways: docker.map(|view| view.host_gateways.clone()).unwrap_or_default(),
         aliases: BTreeSet::new(),
         container_names: docker.map(|view| view.container_names.clone()).unwrap_or_default(),
@@ -74,22 +74,41 @@ pub(super) async fn observe(
 
 /// Every container that Docker has told of. While it is away nobody tells when one ends, and whose the address is then: it
 /// is the container's for as long as its process is there.
-fn containers(docker: &View, processes: &Processes) -> BTreeMap<String, Result<Container, String>> {
+fn containers(
+    docker: &View,
+    rules: &Rules,
+    processes: &Processes,
+    host: NamespaceId,
+) -> BTreeMap<String, Result<Container, String>> {
+    let of_localhost = rules.iter().filter(|(_, rule, _)| rule.localhost).flat_map(|(_, rule, _)| &rule.from);
+    let of_localhost: BTreeSet<&String> = of_localhost.collect();
     let reachable = matches!(docker.presence, Presence::Reachable { .. });
     let lives = |id: &str, pid| {
         let known = processes.get(&(String::from(id), pid)).cloned().flatten();
         known.is_some() && netns::process_start(pid).ok() == known
     };
-    let seen = |sighting: &Sighting| match sighting {
+    let cookie = |container: &watch::Container| {
+        let pid = container.pid?;
+        let start = processes.get(&(container.id.clone(), pid)).cloned().flatten()?;
+        let entrance = Entrance::Process { pid, start: Some(start), container: Some(container.id.clone()) };
+        // One that cannot be entered has ended, or is in the host's: its localhost is left alone.
+        netns::Namespace::open(&entrance, host).ok()?.cookie().ok()?
+    };
+    let seen = |name: &String, sighting: &Sighting| match sighting {
         Ok(None) => None,
         Err(why) => Some(Err(why.clone())),
         Ok(Some(container)) => {
             let lives = || container.pid.is_some_and(|pid| lives(&container.id, pid));
             let running = container.running && (reachable || lives());
-            Some(Ok(Container { running, attachments: container.attachments.clone() }))
+            let netns = of_localhost.contains(name).then(|| cookie(container)).flatten();
+            Some(Ok(Container { running, attachments: container.attachments.clone(), netns }))
         }
     };
-    docker.containers.iter().filter_map(|(name, sighting)| Some((name.clone(), seen(sighting)?))).collect()
+    docker
+        .containers
+        .iter()
+        .filter_map(|(name, sighting)| Some((name.clone(), seen(name, sighting)?)))
+        .collect()
 }
 
 /// Whether UDP sockets matter.

@@ -167,10 +167,11 @@ impl Report {
 
     /// What leads to a gateway is in the same state as that, if it is there.
     fn dial(&self, meant: &DialOutcome, gateways: &[GatewayStatus]) -> DialStatus {
-        let there = self.reality.connect_hooks && self.reality.dials.contains_key(&meant.key);
+        let entries = meant.keys.iter().all(|key| self.reality.dials.contains_key(key));
+        let there = self.reality.connect_hooks && entries;
         let gateway = gateways.iter().find(|gateway| Some(gateway.address) == meant.gateway);
         let (state, why) = match gateway {
-            _ if meant.outcome.state == State::Blocked => (State::Blocked, meant.outcome.why.clone()),
+            _ if meant.outcome.state != State::Steered => (meant.outcome.state, meant.outcome.why.clone()),
             Some(gateway) if there => (gateway.state, gateway.why.clone()),
             _ => {
                 let why = "the kernel has no entry for localhost; the daemon's log may say why";
@@ -178,10 +179,10 @@ impl Report {
             }
         };
         DialStatus {
-            address: meant.key.address.into(),
+            address: meant.address.ip(),
             interface: meant.interface.clone(),
             gateway: meant.gateway,
-            containers: self.reality.guests.get(&meant.key.ifindex).copied().unwrap_or_default(),
+            containers: self.reality.whose_localhost(meant),
             state,
             why,
         }

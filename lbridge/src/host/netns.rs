@@ -97,6 +97,11 @@ impl Namespace {
         Ok(Self { file, process: Some(process), key })
     }
 
+    /// Its cookie, never used again; `None` before Linux 5.14.
+    pub fn cookie(&self) -> anyhow::Result<Option<u64>> {
+        self.within(own_cookie)?
+    }
+
     /// Its handle.
     pub fn file(&self) -> impl AsFd {
         &self.file

@@ -151,6 +151,8 @@ pub struct Container {
     pub running: bool,
     /// Its networks, in order of name.
     pub attachments: Vec<Attachment>,
+    /// The cookie of its network namespace, where its localhost is to be told from its neighbours'.
+    pub netns: Option<u64>,
 }
 
 /// A container's place on a network.

@@ -333,6 +333,8 @@ impl<'a> Derivation<'a> {
                     Kind::Network => BTreeSet::new(),
                     Kind::Container => [object.as_source()].into(),
                 };
+                // Of localhost TCP alone can be led to the host.
+                let localhost = localhost && spec.protocol == Protocol::Tcp;
                 let rule = Rule { from, localhost, source, ..Rule::new(self.named(network), spec.clone()) };
                 if let Err((wrong, remedy)) = self.want(object, network, rule) {
                     problems.push(problem(ALLOW, allow, &wrong, &remedy));

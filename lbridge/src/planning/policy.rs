@@ -116,12 +116,17 @@ pub struct RuleOutcome {
 /// What is meant for an address of the containers' own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DialOutcome {
-    /// Key of the kernel's entry, whether there is one or not.
-    pub key: DialKey,
+    /// What is dialled.
+    pub address: SocketAddr,
+    /// Keys of the kernel's entries, whether there are any or not: one for all of the bridge, or one for each container that the
+    /// rule is for.
+    pub keys: Vec<DialKey>,
     /// The gateway that it leads to; none, where it cannot.
     pub gateway: Option<IpAddr>,
     /// Name of the bridge.
     pub interface: String,
+    /// Index of the bridge.
+    pub ifindex: u32,
     /// What is meant to happen; what becomes of the gateway's own connections is not in it.
     pub outcome: Outcome,
 }

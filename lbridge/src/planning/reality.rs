@@ -12,7 +12,7 @@ use lbridge_common::{
 
 use super::{
     firewall::Filtering,
-    policy::{RelayKey, RelaySpec},
+    policy::{DialOutcome, RelayKey, RelaySpec},
 };
 
 /// What is in force.
@@ -57,6 +57,14 @@ pub struct Reality {
 }
 
 impl Reality {
+    /// How many network namespaces have that localhost.
+    pub fn whose_localhost(&self, dial: &DialOutcome) -> usize {
+        match &dial.keys[..] {
+            [all] if all.netns == 0 => self.guests.get(&dial.ifindex).copied().unwrap_or_default(),
+            each => each.len(),
+        }
+    }
+
     /// Whether a connection that meets this entry finds a listener.
     pub fn serves(&self, entry: &RuleValue) -> bool {
         let registered = |key| self.registered.contains(&key).then_some(());

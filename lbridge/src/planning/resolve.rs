@@ -168,32 +168,48 @@ impl Resolver<'_> {
             .filter(|(ip, _)| ip.is_ipv6() || gateways.iter().any(is_v4))
             .map(|(ip, gateway)| {
                 let gateway = gateway.map(|gateway| gateway.relay_key.address.ip());
-                let protocol = rule.spec.protocol.number().into();
-                let key = DialKey {
-                    address: ip.into(),
+                let (protocol, port) = (u16::from(TCP), rule.spec.port);
+                let key = |netns| DialKey { address: ip.into(), ifindex: *ifindex, port, protocol, netns };
+                let keys: Vec<_> = self.namespaces_of(rule).into_iter().map(key).collect();
+                let outcome = self.dial(&keys, gateway);
+                let address = SocketAddr::new(ip, port);
+                DialOutcome {
+                    address,
+                    keys,
+                    gateway,
+                    interface: interface.clone(),
                     ifindex: *ifindex,
-                    port: rule.spec.port,
-                    protocol,
-                    netns: 0,
-                };
-                let outcome = self.dial(key, gateway);
-                DialOutcome { key, gateway, interface: interface.clone(), outcome }
+                    outcome,
+                }
             })
             .collect()
     }
 
-    fn dial(&mut self, key: DialKey, gateway: Option<IpAddr>) -> Outcome {
+    /// Whose localhost a rule is about, by cookie; 0 is everybody's on the bridge.
+    fn namespaces_of(&self, rule: &Rule) -> BTreeSet<u64> {
+        if rule.from.is_empty() {
+            return [0].into();
+        }
+        let networks = self.networks_of(&rule.network, &rule.from).unwrap_or_default();
+        let is_there = |name: &&String| self.addresses(name, &rule.network, &networks).is_ok();
+        let container = |name| self.inventory.containers.get(name)?.as_ref().ok()?.netns;
+        rule.from.iter().filter(is_there).filter_map(container).collect()
+    }
+
+    fn dial(&mut self, keys: &[DialKey], gateway: Option<IpAddr>) -> Outcome {
         if let Err(why) = &self.abilities.connect_hooks {
             return Outcome::because(State::Blocked, why);
-        }
-        if key.protocol != u16::from(TCP) {
-            return Outcome::because(State::Blocked, "of localhost TCP alone is led to the host");
         }
         let Some(gateway) = gateway else {
             return Outcome::because(State::Blocked, "no gateway is served that it could lead to");
         };
-        let gateway = Endpoint::new(gateway.into(), key.port);
-        self.policy.dials.insert(key, Dial { key, gateway, reserved: 0 });
+        if keys.is_empty() {
+            return Outcome::because(State::Waiting, "none of its containers runs there");
+        }
+        for key in keys {
+            let gateway = Endpoint::new(gateway.into(), key.port);
+            self.policy.dials.insert(*key, Dial { key: *key, gateway, reserved: 0 });
+        }
         self.policy.name_hooks |= self.abilities.name_hooks.is_ok();
         Outcome::steered()
     }

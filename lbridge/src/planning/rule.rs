@@ -738,6 +738,9 @@ impl Rule {
                 "a UDP rule leads to the same port number, which the answers come from; have the service use it, or dial its",
             );
         }
+        if self.localhost {
+            return Some("of localhost TCP alone is led to the host; leave --localhost out");
+        }
         if self.source == Source::Loopback {
             return Some("a UDP service answers the address that it sees; leave --source loopback out");
         }

@@ -23,6 +23,7 @@ pub(crate) fn tests() -> Vec<Test> {
         a_container_that_joins_and_leaves_is_followed,
         an_internal_network_is_served,
         other_networks_are_left_alone,
+        localhost_of_a_named_container_is_its_alone,
         curl_is_served: [Need::Program("curl")],
         python_is_served: [Need::Program("python3")],
         node_is_served: [Need::Program("node")],
@@ -172,6 +173,33 @@ fn other_networks_are_left_alone() -> Result<()> {
     scene.served(&own, LOCALHOST, "host's")?;
     scene.daemon.deny(&["app", "8080"])?;
     scene.refused(&own, LOCALHOST)
+}
+
+/// A service on every address would answer the neighbours, too, were their localhost led to the gateway.
+fn localhost_of_a_named_container_is_its_alone() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.engine.create_network("app", &[])?;
+    let _service = scene.service("host's", "0.0.0.0:8080")?;
+    let dials = |container: &str, outcome: &str| {
+        patience::until(&format!("{container} is {outcome}"), || {
+            let dial = ["exec", container, "sh", "-c", "echo | timeout 5 nc 127.0.0.1 8080 2>&1 || true"];
+            Ok(scene.engine.docker(&dial)?.contains(outcome).then_some(()))
+        })
+    };
+    scene.engine.run("app", &["--name", "web"])?;
+    scene.engine.run("app", &["--name", "neighbour"])?;
+    scene.daemon.allow(&["app", "8080", "--localhost", "--from", "web"])?;
+    ensure!(count(&scene)? == 1, "{:#}", scene.daemon.status()?);
+    dials("web", "host's")?;
+    dials("neighbour", "refused")?;
+    // Another process, another namespace.
+    scene.engine.docker(&["restart", "--time", "0", "web"])?;
+    dials("web", "host's")?;
+    dials("neighbour", "refused")?;
+    scene.engine.docker(&["rename", "web", "gone"])?;
+    dials("gone", "refused")?;
+    scene.engine.docker(&["rename", "neighbour", "web"])?;
+    dials("web", "host's")
 }
 
 /// Runs one of the machine's programs in a container of the network, with the machine's libraries.

@@ -82,7 +82,7 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
             let alias = gateway.alias.map_or_else(String::new, |alias| format!(" as {alias}"));
             table.row([
                 network.clone(),
-                range.dialled(gateway.address) + &alias,
+                range.dialled(gateway.address) + rule.protocol.suffix() + &alias,
                 target.clone(),
                 range.all.iter().map(of_gateway).sum::<u64>().to_string(),
                 state,

@@ -1,6 +1,6 @@
 //! The rule that a question is about, and the nearest ones if there is none.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use super::{Answer, Explainer, Stage, Step, Way, words::step};
 use crate::planning::{
@@ -68,10 +68,11 @@ impl Explainer<'_> {
         let meant = self.rule().filter(|meant| !meant.dials.is_empty())?;
         let reality = self.known.reality;
         let told = meant.dials.iter().map(|dial| {
-            let address = SocketAddr::new(dial.key.address.into(), dial.key.port);
-            match (reality.dials.get(&dial.key).filter(|_| reality.connect_hooks), &dial.outcome.why) {
+            let address = dial.address;
+            let there = dial.keys.first().and_then(|key| reality.dials.get(key));
+            match (there.filter(|_| reality.connect_hooks), &dial.outcome.why) {
                 (Some(there), _) => {
-                    let containers = reality.guests.get(&dial.key.ifindex).copied().unwrap_or_default();
+                    let containers = reality.whose_localhost(dial);
                     let gateway = IpAddr::from(there.gateway.address);
                     let whose = if containers == 1 { "container" } else { "containers" };
                     (true, format!("{address} in {containers} {whose} leads to {gateway}, unless it is listened on there"))

@@ -209,6 +209,7 @@ fn options_that_do_not_go_together_are_refused() {
     refused(Rule { from: ["a".to_owned()].into(), ..rule("container:c", "80") }, "leave --from out");
     refused(rule("container:c", "53/udp"), "on a network");
     refused(Rule { source: Source::Loopback, ..rule("a", "53/udp") }, "leave --source loopback out");
+    refused(Rule { localhost: true, ..rule("a", "53/udp") }, "leave --localhost out");
     refused(Rule { path: PathChoice::Relay, ..rule("a", "53/udp") }, "never relayed");
     refused(Rule { proxy_protocol: Some(ProxyProtocol::V2), ..rule("a", "53/udp") }, "never relayed");
 }

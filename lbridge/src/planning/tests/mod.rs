@@ -60,7 +60,7 @@ impl Host {
             addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
         };
         let attachments = networks.iter().map(attachment).collect();
-        let container = Container { running: true, attachments };
+        let container = Container { running: true, attachments, netns: None };
         self.inventory.containers.insert(name.to_owned(), Ok(container));
         self
     }
@@ -162,10 +162,9 @@ impl Host {
     fn dials(&self) -> Vec<String> {
         let outcomes = self.policy().outcomes;
         let told = |dial: &DialOutcome| {
-            let address = SocketAddr::new(dial.key.address.into(), dial.key.port);
             let what = match dial.gateway {
-                Some(gateway) => format!("{address} to {gateway}"),
-                None => address.to_string(),
+                Some(gateway) => format!("{} to {gateway}", dial.address),
+                None => dial.address.to_string(),
             };
             line(&what, dial.outcome.state, dial.outcome.why.clone())
         };

@@ -1,4 +1,4 @@
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use lbridge_common::wire::{Address, Endpoint, RuleValue, SourceKey, TCP, TargetKey, UDP};
 
@@ -624,8 +624,25 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
         ]
     );
     assert!(old.policy().dials.is_empty() && !old.policy().connect_hooks);
-    let udp = Host::new().allow("app", "80/udp").with_localhost("app", 80);
-    assert!(udp.policy().dials.is_empty());
+}
+
+/// Their neighbours' localhost is their neighbours'.
+#[test]
+fn localhost_of_some_containers_is_theirs_alone() {
+    let mut host =
+        crowd().allow_for("app", "80", Source::Container, PathChoice::Auto, &["web", "api", "far"]);
+    host = host.with_localhost("app", 80);
+    let waiting = "waiting (none of its containers runs there)";
+    assert_eq!(host.dials()[0], format!("127.0.0.1:80 to 172.18.0.1 {waiting}"), "not seen yet");
+    for (name, netns) in [("web", 41), ("api", 42), ("far", 43)] {
+        host.inventory.containers.get_mut(name).unwrap().as_mut().unwrap().netns = Some(netns);
+    }
+    let whose = |host: &Host| host.policy().dials.keys().map(|key| key.netns).collect::<BTreeSet<_>>();
+    assert_eq!(whose(&host), [41, 42].into(), "far is on another network");
+    host.inventory.containers.get_mut("api").unwrap().as_mut().unwrap().running = false;
+    assert_eq!(whose(&host), [41].into());
+    let all = crowd().allow("app", "80").with_localhost("app", 80);
+    assert_eq!(whose(&all), [0].into());
 }
 
 #[test]
