@@ -105,7 +105,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let interfaces = Interfaces::connect(wake.clone())?;
     let docker = if options.docker {
         let labelled = configuration.config().labels.enabled.then(|| store.labelled());
-        let mut watcher = docker::watch::Watcher::start(store.networks(), containers(&rules), labelled);
+        let (networks, seen) = (store.networks(), store.containers());
+        let mut watcher = docker::watch::Watcher::start(networks, containers(&rules), seen, labelled);
         watcher.first_answer(DOCKER_FIRST_ANSWER).await;
         Some(watcher)
     } else {

@@ -32,12 +32,15 @@ use crate::{
         protocol::{DockerStatus, Happening},
         server::Command,
     },
-    docker::watch::{Presence, View, Watcher},
+    docker::watch::{Presence, Sighting, View, Watcher},
     firewall::Firewall,
     host::interfaces::Interfaces,
     kernel::{loader::Loaded, maps::Events},
     planning::{
-        inventory::{Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, Product, find_networks},
+        inventory::{
+            Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, Product, SeenContainer,
+            find_networks,
+        },
         labels::Labelled,
         plan::{Step, plan},
         policy::{Policy, State},
@@ -76,6 +79,7 @@ pub(super) struct Reconciler {
     interfaces: Interfaces,
     docker: Option<Watcher>,
     saved_networks: Vec<DockerNetwork>,
+    saved_containers: Vec<SeenContainer>,
     saved_labelled: Vec<Labelled>,
     /// Listeners, by inode, that the kernel cannot be given; for as long as they are there.
     refused: BTreeMap<u64, ListenerKind>,
@@ -104,6 +108,7 @@ impl Reconciler {
         host: NamespaceId,
     ) -> anyhow::Result<Self> {
         let Loaded { kernel, events, guests: _, abilities } = loaded;
+        let saved_containers = store.containers();
         let names = kernel.as_ref().filter(|_| abilities.name_hooks.is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Ok(Self {
@@ -111,6 +116,8 @@ impl Reconciler {
             labels: Labels::default(),
             configuration,
             saved_networks: store.networks(),
+            processes: processes(&saved_containers),
+            saved_containers,
             saved_labelled: store.labelled(),
             store,
             abilities,
@@ -128,7 +135,6 @@ impl Reconciler {
             interfaces,
             docker,
             refused: BTreeMap::new(),
-            processes: Processes::new(),
             last: Report::default(),
             inventory: None,
             manager: Manager::new(),
@@ -348,6 +354,7 @@ impl Reconciler {
                 let relays = policy.relays.keys();
                 let relayed = relays.map(|key| (key.clone(), self.executor.relays.counts(key))).collect();
                 let report = Report { policy, reality, failures, relayed };
+                self.remember_containers();
                 for change in report.changes_since(&self.last) {
                     tracing::info!("{change}");
                 }
@@ -410,6 +417,33 @@ impl Reconciler {
         steps
     }
 
+    /// As [`Reconciler::remember_networks`], for the containers that rules name, and their processes.
+    fn remember_containers(&mut self) {
+        let Some(view) = self.docker.as_ref().map(Watcher::view) else { return };
+        if !matches!(view.presence, Presence::Reachable { .. }) {
+            return;
+        }
+        let seen = |(name, sighting): (&String, &Sighting)| {
+            let container = sighting.as_ref().ok()?.as_ref().filter(|container| container.running)?;
+            let (id, pid) = (container.id.clone(), container.pid?);
+            let start = self.processes.get(&(id.clone(), pid)).cloned().flatten()?;
+            Some(SeenContainer {
+                name: name.clone(),
+                id,
+                pid,
+                start,
+                attachments: container.attachments.clone(),
+            })
+        };
+        let containers: Vec<_> = view.containers.iter().filter_map(seen).collect();
+        if containers != self.saved_containers {
+            match self.store.save_containers(containers.clone()) {
+                Ok(()) => self.saved_containers = containers,
+                Err(error) => tracing::warn!("{error:#}"),
+            }
+        }
+    }
+
     /// Keeps networks and labels on disk as they were last seen, for a start while the engine is away.
     fn remember_networks(&mut self) {
         let Some(view) = self.docker.as_ref().map(Watcher::view) else { return };
@@ -429,6 +463,11 @@ impl Reconciler {
             }
         }
     }
+}
+
+/// The processes of containers that were seen, as they were.
+fn processes(seen: &[SeenContainer]) -> Processes {
+    seen.iter().map(|seen| ((seen.id.clone(), seen.pid), Some(seen.start.clone()))).collect()
 }
 
 /// The containers that rules name.

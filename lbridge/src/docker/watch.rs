@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{engine::Engine, host_gateway, snapshot};
 use crate::planning::{
-    inventory::{Attachment, DockerNetwork, Product},
+    inventory::{Attachment, DockerNetwork, Product, SeenContainer},
     labels::Labelled,
 };
 
@@ -112,17 +112,22 @@ pub struct Watcher {
 
 impl Watcher {
     /// Starts to follow the engine at `DOCKER_HOST`, or at the default socket, and the containers of these names.
-    /// `last_known` serves until it answers; so does `labelled`, if there is any: then labels are followed.
+    /// `last_known` serves until it answers, and `last_seen`; so does `labelled`, if there is any: then labels are followed.
     pub fn start(
         last_known: Vec<DockerNetwork>,
         containers: BTreeSet<String>,
+        last_seen: Vec<SeenContainer>,
         labelled: Option<Vec<Labelled>>,
     ) -> Self {
+        let last_seen = last_seen.into_iter().map(|seen| {
+            let SeenContainer { name, id, pid, attachments, .. } = seen;
+            (name, Ok(Some(Container { id, pid: Some(pid), running: true, attachments })))
+        });
         let (labels, follow_labels) = watch::channel(labelled.is_some());
         let unknown = View {
             presence: Presence::Unknown,
             networks: last_known,
-            containers: BTreeMap::new(),
+            containers: last_seen.collect(),
             container_names: vec![],
             labelled: labelled.unwrap_or_default(),
             host_gateways: host_gateway::told(),

@@ -155,12 +155,29 @@ pub struct Container {
     pub netns: Option<u64>,
 }
 
+/// A container that ran when it was last seen, for a start while the engine is away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenContainer {
+    /// The name that it was asked for by.
+    pub name: String,
+    /// 64 hexadecimal digits.
+    pub id: String,
+    /// Its first process.
+    pub pid: u32,
+    /// Which process the number meant.
+    pub start: ProcessStart,
+    /// Its networks, in order of name.
+    #[serde(default, rename = "attachment", skip_serializing_if = "Vec::is_empty")]
+    pub attachments: Vec<Attachment>,
+}
+
 /// A container's place on a network.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
     /// The network's name.
     pub network: String,
     /// Its id, where the engine tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// The addresses that the engine gave the container there, while it runs.
     pub addresses: Vec<IpAddr>,

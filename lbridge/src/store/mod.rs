@@ -1,4 +1,4 @@
-//! Files: the rules that `allow` made, the networks last seen, the configuration ([`config`]). Owns their format; imports
+//! Files: the rules that `allow` made, the networks, containers and labels last seen, the configuration ([`config`]). Owns their format; imports
 //! planning.
 //!
 //! Writes are atomic and durable: a new file beside the old one, synced, renamed over it, the directory synced.
@@ -19,7 +19,11 @@ use nix::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::planning::{inventory::DockerNetwork, labels::Labelled, rule::Rule};
+use crate::planning::{
+    inventory::{DockerNetwork, SeenContainer},
+    labels::Labelled,
+    rule::Rule,
+};
 
 /// Format of the files in the state directory.
 const VERSION: u32 = 1;
@@ -56,6 +60,14 @@ struct LabelsFile {
     version: u32,
     #[serde(default, rename = "labelled", skip_serializing_if = "Vec::is_empty")]
     labelled: Vec<Labelled>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ContainersFile {
+    version: u32,
+    #[serde(default, rename = "container", skip_serializing_if = "Vec::is_empty")]
+    containers: Vec<SeenContainer>,
 }
 
 impl Store {
@@ -140,6 +152,24 @@ impl Store {
     pub fn save_networks(&self, networks: Vec<DockerNetwork>) -> anyhow::Result<()> {
         let file = NetworksFile { version: VERSION, boot: boot(), networks };
         self.write("networks.toml", &toml::to_string(&file)?)
+    }
+
+    /// The containers that rules name, as last seen; as [`Store::networks`]. They are what they were for as long as their
+    /// processes are there.
+    pub fn containers(&self) -> Vec<SeenContainer> {
+        match read_toml::<ContainersFile>(&self.path("containers.toml")) {
+            Ok(Some(file)) if file.version == VERSION => file.containers,
+            Ok(_) => vec![],
+            Err(error) => {
+                tracing::warn!("the list of containers last seen is of no use: {error:#}");
+                vec![]
+            }
+        }
+    }
+
+    /// Replaces the containers last seen.
+    pub fn save_containers(&self, containers: Vec<SeenContainer>) -> anyhow::Result<()> {
+        self.write("containers.toml", &toml::to_string(&ContainersFile { version: VERSION, containers })?)
     }
 
     /// What asked for something by labels as last seen; as [`Store::networks`].

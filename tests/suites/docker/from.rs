@@ -360,13 +360,28 @@ fn the_engine_is_away() -> Result<()> {
     crowd.scene.engine.docker(&["start", "web"])?;
     crowd.wait_for("steered", "for web")?;
     crowd.served(&crowd.web)?;
-    // A daemon that never saw the containers lets nobody in.
+    // A daemon that starts meanwhile knows whom it saw, and whether that is still there.
+    let pid = crowd.scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "web"])?;
+    let web = crowd.scene.engine.netns(&crowd.web)?;
     crowd.scene.engine.down()?;
     crowd.scene.wait_for_docker("away")?;
     crowd.scene.daemon.restart()?;
-    crowd.wait_for("waiting", "Docker is away, and container web was not seen before")?;
+    crowd.wait_for("steered", "for web")?;
+    client::served_by(&web, crowd.to(), "service")?;
     client::refused(&other, crowd.to())?;
+    crowd.scene.daemon.terminate()?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.parse()?), nix::sys::signal::Signal::SIGKILL)?;
+    crowd.scene.daemon.restart()?;
+    crowd.wait_for("waiting", "container web does not run")?;
+    client::refused(&web, crowd.to())?;
+    // One that never saw it lets nobody in.
+    crowd.scene.daemon.terminate()?;
+    fs::remove_file(crowd.scene.daemon.state_dir().join("containers.toml"))?;
+    crowd.scene.daemon.restart()?;
+    crowd.wait_for("waiting", "Docker is away, and container web was not seen before")?;
     crowd.scene.engine.up()?;
+    crowd.scene.wait_for_docker("reachable")?;
+    crowd.scene.engine.docker(&["start", "web"])?;
     crowd.wait_for("steered", "for web")
 }
 

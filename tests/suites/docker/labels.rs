@@ -135,8 +135,10 @@ fn containers_of_one_label_share_a_rule() -> Result<()> {
     let all = all.into_iter().collect::<Result<Vec<_>>>()?;
     let shared_by = |names: &[&str]| {
         patience::until(&format!("the rule is for {names:?}"), || {
-            let rule = scene.daemon.rule("app", 8080)?;
-            Ok(rule.is_some_and(|rule| from(&rule) == names).then_some(()))
+            let Some(rule) = scene.daemon.rule("app", 8080)? else { return Ok(None) };
+            // As soon as Docker has told of each.
+            let served = rule["why"] == format!("for {}", names.join(", "));
+            Ok((from(&rule) == names && served).then_some(()))
         })
     };
     shared_by(&["web_1", "web_2", "web_3"])?;
