@@ -23,6 +23,7 @@ use nix::{
 };
 
 use super::{
+    links,
     loader::{LISTENERS_LINK, STEER_LINK},
     object::Shape,
 };
@@ -43,6 +44,9 @@ pub(super) const PINNED_MAPS: [&str; 13] = [
     PEER_NAMES,
     COUNTERS,
 ];
+
+/// What the pins of links begin with.
+const LINK: &str = "link_";
 
 /// The pin directory, locked for as long as this lives.
 #[derive(Debug)]
@@ -72,7 +76,7 @@ impl Pins {
 
     /// Where the link of a hook is pinned.
     pub(super) fn link(&self, hook: &str) -> PathBuf {
-        self.current.join(format!("link_{hook}"))
+        self.current.join(format!("{LINK}{hook}"))
     }
 
     /// Removes what is pinned if any of its maps is not of the shape that the object's is: aya would take it as it is.
@@ -121,7 +125,7 @@ impl Pins {
         for (version, path) in versions(&self.root)? {
             if version != ABI_VERSION {
                 tracing::info!("removing {}, pinned by another version", path.display());
-                fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+                remove_version(&path)?;
             }
         }
         Ok(())
@@ -132,7 +136,7 @@ impl Pins {
 pub fn in_place(root: &Path) -> std::io::Result<bool> {
     let current = root.join(format!("v{ABI_VERSION}"));
     for link in [STEER_LINK, LISTENERS_LINK] {
-        match fs::symlink_metadata(current.join(format!("link_{link}"))) {
+        match fs::symlink_metadata(current.join(format!("{LINK}{link}"))) {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),
@@ -149,7 +153,7 @@ pub fn remove_all(root: &Path) -> anyhow::Result<bool> {
     check(root)?;
     let _lock = lock(root)?;
     for (_, path) in versions(root)? {
-        fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        remove_version(&path)?;
     }
     match fs::remove_dir(root) {
         // What else is there is somebody else's.
@@ -212,8 +216,25 @@ fn versions(root: &Path) -> anyhow::Result<Vec<(u32, PathBuf)>> {
     Ok(versions)
 }
 
-/// Removes a pin; none is as good. A link that is pinned nowhere else is detached by that.
+/// Removes the directory of a version, with all that is pinned in it.
+fn remove_version(path: &Path) -> anyhow::Result<()> {
+    let pins = fs::read_dir(path).with_context(|| format!("cannot read {}", path.display()))?;
+    pins.filter_map(Result::ok).for_each(|pin| detach_link(&pin.path()));
+    fs::remove_dir_all(path).with_context(|| format!("cannot remove {}", path.display()))
+}
+
+/// Detaches the link that is pinned there, if it is one.
+fn detach_link(path: &Path) {
+    if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(LINK.as_bytes())) {
+        links::detach(path);
+    }
+}
+
+/// Removes a pin; none is as good. A link is detached by that.
 pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
+    if fs::symlink_metadata(path).is_ok() {
+        detach_link(path);
+    }
     match fs::remove_file(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         done => done.with_context(|| format!("cannot remove {}", path.display())),
