@@ -72,6 +72,8 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
 enum Way {
     Direct,
     Steer,
+    /// The container dials its own localhost.
+    Localhost,
     Relay,
     /// As the other proxies do: without telling the service who connects.
     RelayLoopback,
@@ -81,9 +83,10 @@ enum Way {
 }
 
 impl Way {
-    const ALL: [Way; 7] = [
+    const ALL: [Way; 8] = [
         Way::Direct,
         Way::Steer,
+        Way::Localhost,
         Way::Relay,
         Way::RelayLoopback,
         Way::Socat,
@@ -93,7 +96,7 @@ impl Way {
 
     fn is_possible(self) -> bool {
         match self {
-            Way::Direct | Way::Steer | Way::Relay | Way::RelayLoopback => true,
+            Way::Direct | Way::Steer | Way::Localhost | Way::Relay | Way::RelayLoopback => true,
             Way::Socat => has_program("socat"),
             Way::Haproxy => haproxy().is_some(),
             Way::SocketProxyd => has_program(ACTIVATE) && Path::new(SOCKET_PROXYD).is_file(),
@@ -104,6 +107,7 @@ impl Way {
         match self {
             Way::Direct => "direct: service bound on the gateway",
             Way::Steer => "lbridge, steered",
+            Way::Localhost => "lbridge, steered, localhost dialled",
             Way::Relay => "lbridge, relayed",
             Way::RelayLoopback => "lbridge, relayed, --source loopback",
             Way::Socat => "socat, fork",
@@ -118,7 +122,8 @@ impl Way {
 
     /// What the container dials.
     fn address(self) -> SocketAddr {
-        SocketAddr::from((GATEWAY, self.port()))
+        let dialled = if self == Way::Localhost { Ipv4Addr::LOCALHOST } else { GATEWAY };
+        SocketAddr::from((dialled, self.port()))
     }
 
     /// Where the service listens.
@@ -207,6 +212,7 @@ fn paths(rounds: usize, time: Duration) -> Result<()> {
     let daemon = place.daemon("lbridge")?;
     let network = place.bridge.network();
     daemon.allow(&[&network, &Way::Steer.port().to_string(), "--path", "steer"])?;
+    daemon.allow(&[&network, &Way::Localhost.port().to_string(), "--path", "steer", "--localhost"])?;
     daemon.allow(&[&network, &Way::Relay.port().to_string(), "--path", "relay"])?;
     let unnamed = Way::RelayLoopback.port().to_string();
     daemon.allow(&[&network, &unnamed, "--path", "relay", "--source", "loopback"])?;
@@ -255,7 +261,7 @@ fn paths(rounds: usize, time: Duration) -> Result<()> {
 fn start_other(way: Way, place: &Place) -> Result<Option<Process>> {
     let (address, service) = (way.address(), way.service());
     let mut command = match way {
-        Way::Direct | Way::Steer | Way::Relay | Way::RelayLoopback => return Ok(None),
+        Way::Direct | Way::Steer | Way::Localhost | Way::Relay | Way::RelayLoopback => return Ok(None),
         Way::Socat => {
             let mut command = place.lab.host().command("socat");
             command.arg(format!("TCP-LISTEN:{},bind={},fork,reuseaddr", address.port(), address.ip()));
