@@ -1,0 +1,72 @@
+//! Where the containers' own localhost leads, under rules that say so.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use lbridge_common::wire::{Dial, DialKey, Endpoint, TCP};
+
+use super::Resolver;
+use crate::planning::{
+    policy::{DialOutcome, GatewayOutcome, Outcome, Place, State},
+    rule::Rule,
+};
+
+impl Resolver<'_> {
+    /// Leads the port of the containers' localhost to the network's gateways: 127.0.0.1 to an IPv4 one, ::1 to whichever serves
+    /// best, since most sockets for IPv6 take IPv4 as well.
+    pub(super) fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<DialOutcome> {
+        self.policy.connect_hooks |= self.abilities.connect_hooks.is_ok();
+        // Every gateway of a rule is on the same bridge.
+        let Some(Place::Bridge { interface, ifindex }) = gateways.first().map(|g| &g.relay_key.place) else {
+            return vec![];
+        };
+        let served = |gateway: &&GatewayOutcome| gateway.outcome.state != State::Blocked;
+        let is_v4 = |gateway: &GatewayOutcome| gateway.relay_key.address.is_ipv4();
+        let v4 = gateways.iter().filter(served).find(|gateway| is_v4(gateway));
+        let best = gateways.iter().filter(served).min_by_key(|g| (g.outcome.state, is_v4(g)));
+        let ways = [(IpAddr::from(Ipv4Addr::LOCALHOST), v4), (Ipv6Addr::LOCALHOST.into(), best)];
+        ways.into_iter()
+            .filter(|(ip, _)| ip.is_ipv6() || gateways.iter().any(is_v4))
+            .map(|(ip, gateway)| {
+                let gateway = gateway.map(|gateway| gateway.relay_key.address.ip());
+                let (protocol, port) = (u16::from(TCP), rule.spec.port);
+                let key = |netns| DialKey { address: ip.into(), ifindex: *ifindex, port, protocol, netns };
+                let keys: Vec<_> = self.namespaces_of(rule).into_iter().map(key).collect();
+                let outcome = self.dial(&keys, gateway);
+                let (address, interface) = (SocketAddr::new(ip, port), interface.clone());
+                DialOutcome { address, keys, gateway, interface, ifindex: *ifindex, outcome }
+            })
+            .collect()
+    }
+
+    /// Whose localhost a rule is about, by cookie; 0 is everybody's on the bridge.
+    fn namespaces_of(&self, rule: &Rule) -> BTreeSet<u64> {
+        if rule.from.is_empty() {
+            return [0].into();
+        }
+        let networks = self.networks_of(&rule.network, &rule.from).unwrap_or_default();
+        let is_there = |name: &&String| self.addresses(name, &rule.network, &networks).is_ok();
+        let container = |name| self.inventory.containers.get(name)?.as_ref().ok()?.netns;
+        rule.from.iter().filter(is_there).filter_map(container).collect()
+    }
+
+    fn dial(&mut self, keys: &[DialKey], gateway: Option<IpAddr>) -> Outcome {
+        if let Err(why) = &self.abilities.connect_hooks {
+            return Outcome::because(State::Blocked, why);
+        }
+        let Some(gateway) = gateway else {
+            return Outcome::because(State::Blocked, "no gateway is served that it could lead to");
+        };
+        if keys.is_empty() {
+            return Outcome::because(State::Waiting, "none of its containers runs there");
+        }
+        for key in keys {
+            let gateway = Endpoint::new(gateway.into(), key.port);
+            self.policy.dials.insert(*key, Dial { key: *key, gateway, reserved: 0 });
+        }
+        self.policy.name_hooks |= self.abilities.name_hooks.is_ok();
+        Outcome::steered()
+    }
+}

@@ -1,0 +1,310 @@
+//! Resolve: decides for each rule and each address that can be dialled, given what was observed.
+//!
+//! - `bridge`: which bridge a network is;
+//! - `sources`: whom of it a rule is for;
+//! - `way`: how what is dialled can be served, given who listens;
+//! - `localhost`, `aliases`: what else leads to a gateway.
+
+mod aliases;
+mod bridge;
+mod localhost;
+mod sources;
+mod way;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use lbridge_common::{
+    verdict::listening_addresses,
+    wire::{
+        Address, Endpoint, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SourceKey,
+        TargetKey, ViewKey,
+    },
+};
+
+use self::way::{Way, is_suitable};
+use super::{
+    firewall::{Link, Opening},
+    inventory::{Abilities, Absence, Interface, Inventory, Listener, Namespace, NamespaceId},
+    policy::{
+        Alias, Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service,
+        State, Subnet, stand_in_for,
+    },
+    rule::{DEFAULT_CONNECTIONS, Network, Origin, Protocol, Rule, RuleId, Rules, Source},
+};
+
+/// Decides for each rule and gateway.
+pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> Policy {
+    let mut resolver = Resolver {
+        inventory,
+        abilities,
+        policy: Policy::default(),
+        by_port: BTreeMap::new(),
+        claimed: BTreeMap::new(),
+    };
+    for (protocol, sockets) in sockets(inventory) {
+        for socket in sockets {
+            resolver.by_port.entry((protocol, socket.address.port())).or_default().push(socket);
+        }
+    }
+    for (_, rule, origin) in rules.iter() {
+        let outcome = resolver.rule(rule, origin);
+        resolver.policy.outcomes.push(outcome);
+    }
+    // What is some network's gateway is that first.
+    let mut outcomes = std::mem::take(&mut resolver.policy.outcomes);
+    for outcome in &mut outcomes {
+        resolver.add_aliases(outcome);
+    }
+    resolver.policy.outcomes = outcomes;
+    resolver.listeners_to_register();
+    resolver.policy
+}
+
+/// The bridge that a network is, or what keeps its rules from being served.
+pub(super) fn bridge_of(
+    network: &Network,
+    inventory: &Inventory,
+    abilities: &Abilities,
+) -> Result<Interface, Outcome> {
+    let resolver = Resolver {
+        inventory,
+        abilities,
+        policy: Policy::default(),
+        by_port: BTreeMap::new(),
+        claimed: BTreeMap::new(),
+    };
+    resolver.bridge(network).cloned()
+}
+
+/// What takes connections or datagrams on the host.
+fn sockets(inventory: &Inventory) -> [(Protocol, &[Listener]); 2] {
+    [Protocol::Tcp, Protocol::Udp].map(|protocol| (protocol, inventory.sockets(protocol)))
+}
+
+struct Resolver<'a> {
+    inventory: &'a Inventory,
+    abilities: &'a Abilities,
+    policy: Policy,
+    by_port: BTreeMap<(Protocol, u16), Vec<&'a Listener>>,
+    /// Addresses that a rule has, whatever becomes of it: the first in order, not the first whose service is up. A
+    /// namespace is one, whichever way leads there.
+    claimed: BTreeMap<(SocketAddr, Protocol, Claim), RuleId>,
+}
+
+/// Whose an address is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Claim {
+    Bridge(u32),
+    Namespace(NamespaceId),
+}
+
+impl Resolver<'_> {
+    fn rule(&mut self, rule: &Rule, origin: Origin) -> RuleOutcome {
+        let protocol = rule.spec.protocol.number().into();
+        self.policy.targets.extend(rule.spec.target.port().map(|port| TargetKey { port, protocol }));
+        let (gateways, without_gateway) =
+            if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
+        let dials = if rule.localhost { self.localhost(rule, &gateways) } else { vec![] };
+        RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway, dials }
+    }
+
+    fn on_bridge(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {
+        match self.bridge(&rule.network) {
+            Err(outcome) => (vec![], Some(outcome)),
+            Ok(bridge) if bridge.addresses.is_empty() => {
+                let why = format!("{} has no address that a container could dial", bridge.name);
+                (vec![], Some(Outcome::because(State::Waiting, why)))
+            }
+            Ok(bridge) => {
+                if let Err(outcome) = self.networks_of(&rule.network, &rule.from) {
+                    return (vec![], Some(outcome));
+                }
+                let bridge = bridge.clone();
+                let own = bridge.addresses.iter();
+                let gateways = own.map(|own| self.gateway(rule, &bridge, *own, None)).collect();
+                (gateways, None)
+            }
+        }
+    }
+
+    fn in_namespace(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {
+        let inventory = self.inventory;
+        let without = |state, why: &str| (vec![], Some(Outcome::because(state, why)));
+        match inventory.namespaces.get(&rule.network) {
+            None => without(State::Waiting, "not looked at yet"),
+            Some(Err(Absence::NotThere(why))) => without(State::Waiting, why),
+            Some(Err(Absence::Unsuitable(why))) => without(State::Blocked, why),
+            Some(Ok(namespace)) if namespace.loopback.is_empty() => {
+                without(State::Waiting, "its loopback interface is down; run `ip link set lo up` inside")
+            }
+            Some(Ok(namespace)) => {
+                let inside = namespace.loopback.iter();
+                (inside.map(|ip| self.inside(rule, namespace, *ip)).collect(), None)
+            }
+        }
+    }
+
+    fn inside(&mut self, rule: &Rule, namespace: &Namespace, ip: IpAddr) -> GatewayOutcome {
+        let relay_key = RelayKey {
+            address: SocketAddr::new(ip, rule.spec.port),
+            place: Place::Namespace(namespace.key.clone()),
+        };
+        let claim = Claim::Namespace(namespace.key.id);
+        let way = self.way(rule, relay_key.address, claim, " in that namespace");
+        let told = namespace.address.unwrap_or_else(|| stand_in_for(namespace.key.id).into());
+        let outcome = self.outcome(rule, way, &relay_key, None, Clients::Inside(told));
+        GatewayOutcome { relay_key, rule_key: None, alias: None, outcome }
+    }
+
+    /// At one of a bridge's own addresses, or at another one of the host's that its containers dial as well.
+    fn gateway(
+        &mut self,
+        rule: &Rule,
+        bridge: &Interface,
+        (own, prefix): (IpAddr, u8),
+        alias: Option<(IpAddr, Alias)>,
+    ) -> GatewayOutcome {
+        let (interface, index) = (bridge.name.as_str(), bridge.index);
+        let ip = alias.map_or(own, |(ip, _)| ip);
+        let gateway = SocketAddr::new(ip, rule.spec.port);
+        let subnet = Subnet::of(own, prefix);
+        let checked = self.abilities.steer.as_ref().is_ok_and(|s| s.interface_check);
+        let ifindex = if checked { index } else { 0 };
+        let protocol = rule.spec.protocol.number().into();
+        let rule_key = RuleKey { gateway: ip.into(), ifindex, port: rule.spec.port, protocol };
+        let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
+        let relay_key = RelayKey { address: gateway, place };
+        let mut way = self.way(rule, gateway, Claim::Bridge(index), "");
+        if matches!(way, Way::Kernel(..)) && alias.is_some() && self.policy.entries.contains_key(&rule_key) {
+            let why = format!(
+                "another network's rule has {gateway}, and this kernel does not tell by which bridge it is dialled; dial {own}"
+            );
+            way = Way::None(Outcome::because(State::Blocked, why));
+        }
+        let kernel = (rule_key, subnet);
+        let outcome = if rule.from.is_empty() {
+            self.outcome(rule, way, &relay_key, Some(kernel), Clients::Subnet(subnet))
+        } else {
+            let sources = self.sources(rule, own, subnet);
+            let clients = Clients::Listed(sources.addresses.clone());
+            sources.told(self.outcome(rule, way, &relay_key, Some(kernel), clients))
+        };
+        // While a service is down its clients are to be refused at once, so that the way has to be open then, too.
+        if outcome.state != State::Blocked {
+            let (protocol, port) = (rule.spec.protocol, rule.spec.port);
+            let opening = Opening { interface: interface.to_owned(), gateway: ip, protocol, port };
+            let via = alias.map(|_| own);
+            self.policy.openings.insert(opening, Link { ifindex: index, prefix, via });
+        }
+        GatewayOutcome { relay_key, rule_key: Some(rule_key), alias: alias.map(|(_, alias)| alias), outcome }
+    }
+
+    /// Notes what a way needs to be in force.
+    fn outcome(
+        &mut self,
+        rule: &Rule,
+        way: Way,
+        relay_key: &RelayKey,
+        kernel: Option<(RuleKey, Subnet)>,
+        clients: Clients,
+    ) -> Outcome {
+        match (way, kernel) {
+            (Way::None(outcome), _) => outcome,
+            (Way::Kernel(..), None) => Outcome::because(State::Blocked, "no bridge leads there"),
+            (Way::Kernel(target, outcome), Some((rule_key, subnet))) => {
+                if rule.spec.protocol == Protocol::Udp
+                    && let Err(blocked) = self.replies(target, rule_key.gateway, subnet)
+                {
+                    return blocked;
+                }
+                let mut flags = 0;
+                if let Clients::Listed(listed) = clients {
+                    flags |= RuleValue::LISTED;
+                    let key = |ip: IpAddr| SourceKey { rule: rule_key, source: ip.into() };
+                    self.policy.sources.extend(listed.into_iter().map(key));
+                }
+                let value = RuleValue {
+                    key: rule_key,
+                    subnet: subnet.base,
+                    mask: subnet.mask,
+                    target: target.address,
+                    target_port: target.port,
+                    flags,
+                    reserved: [0; 2],
+                    steered: 0,
+                };
+                self.policy.entries.insert(rule_key, value);
+                if rule.source == Source::Loopback {
+                    let gateway = Endpoint::new(rule_key.gateway, rule_key.port);
+                    let key = (ViewKey { gateway, peer: subnet.base }, ViewKey::prefix_len(&subnet.mask));
+                    self.policy.views.insert(key, LoopbackView { gateway, target });
+                    self.policy.name_hooks = true;
+                }
+                outcome
+            }
+            // Nobody to listen for.
+            (Way::Relay(_, why), _) if clients == Clients::Listed(BTreeSet::new()) => {
+                Outcome::because(State::Relayed, why)
+            }
+            (Way::Relay(service, why), _) => {
+                // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
+                self.policy.name_hooks |= rule.source == Source::Container
+                    && matches!(service, Service::Tcp(_))
+                    && self.abilities.name_hooks.is_ok();
+                let spec = RelaySpec {
+                    rule: rule.id(),
+                    service,
+                    source: rule.source,
+                    clients,
+                    proxy_protocol: rule.proxy_protocol,
+                    max_connections: rule.max_connections.map_or(DEFAULT_CONNECTIONS, Into::into),
+                    idle_timeout: rule.idle_timeout,
+                };
+                self.policy.relays.insert(relay_key.clone(), spec);
+                Outcome::because(State::Relayed, why)
+            }
+        }
+    }
+
+    /// What a UDP service sends to the subnet is to leave with the gateway as its source. Not what it sends to the host itself.
+    fn replies(&mut self, service: Endpoint, gateway: Address, subnet: Subnet) -> Result<(), Outcome> {
+        let key = |peer, mask: &Address| (ReplyKey { service, peer }, ReplyKey::prefix_len(mask));
+        let to_subnet = key(subnet.base, &subnet.mask);
+        // The hook that chooses the source does not know what its receiver has dialled.
+        if let Some(first) = self.policy.replies.get(&to_subnet).filter(|first| first.gateway != gateway) {
+            let first = IpAddr::from(first.gateway);
+            let why =
+                format!("a UDP service answers one subnet from one address, which is {first}; dial that");
+            return Err(Outcome::because(State::Blocked, why));
+        }
+        self.policy.replies.insert(to_subnet, Reply { service, gateway });
+        let own = self.inventory.interfaces.iter().flat_map(|interface| &interface.addresses);
+        for (ip, _) in own.filter(|(ip, _)| subnet.contains(*ip)) {
+            let to_host = key((*ip).into(), &Address([u32::MAX; 4]));
+            self.policy.replies.insert(to_host, Reply { service, gateway: Address::ANY_V6 });
+        }
+        Ok(())
+    }
+
+    /// Every listener that some entry may name.
+    fn listeners_to_register(&mut self) {
+        let keys = |entry: &RuleValue| {
+            let (port, protocol) = (entry.target_port, entry.protocol());
+            let addresses = listening_addresses(&entry.target);
+            addresses.map(move |address| ListenerKey { address, port, slot: 0, protocol }).collect::<Vec<_>>()
+        };
+        let wanted: BTreeSet<ListenerKey> = self.policy.entries.values().flat_map(keys).collect();
+        for (protocol, sockets) in sockets(self.inventory) {
+            for listener in sockets {
+                let (address, port) = (listener.address.ip().into(), listener.address.port());
+                let bound = ListenerKey { address, port, slot: 0, protocol: protocol.number() };
+                if is_suitable(listener.kind) && listener.bound_interface == 0 && wanted.contains(&bound) {
+                    self.policy.listeners.entry(bound).or_default().push(listener.inode);
+                }
+            }
+        }
+    }
+}
