@@ -96,7 +96,7 @@ impl Resolver<'_> {
     }
 
     /// The addresses of a container on one of these networks, or why it has none.
-    fn addresses(
+    pub(super) fn addresses(
         &self,
         name: &str,
         meant: &Network,
