@@ -1,4 +1,8 @@
-use super::*;
+use super::{derive::MAX_PROBLEMS, *};
+use crate::planning::{
+    inventory::{DockerNetwork, find_networks},
+    rule::{Network, Origin, Rule, Rules},
+};
 
 fn hex(name: &str) -> String {
     let digits: Vec<_> = name.bytes().map(|b| format!("{b:x}")).collect();

@@ -1,194 +1,24 @@
-//! Labels of containers and networks, where the administrator lets them ask for rules: what they ask for within the bounds
-//! that `lbridge.toml` sets, beside the rules of `allow` and of the file, which go first. A bad label is a [`Problem`] and
-//! stops nothing else. Whoever starts a container chooses what is in its labels: everything is bounded.
+//! What labels ask for, within the bounds that are set, beside the rules of others.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    fmt,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use serde::{Deserialize, Serialize};
-
-use super::{
+use super::{ALLOW, Kind, LOCALHOST, Labelled, MAX_EXCERPT, MAX_TEXT, Problem, SOURCE, Settings, excerpt};
+use crate::planning::{
     inventory::{DockerNetwork, find_networks},
-    rule::{Network, Origin, PortSpec, Protocol, Rule, Rules, Source, Target, container_name},
+    rule::{Network, Origin, PortSpec, Protocol, Rule, Rules, Source, Target},
 };
 
-/// The ports that are asked for; without it the others mean nothing.
-pub const ALLOW: &str = "lbridge.allow";
-const LOCALHOST: &str = "lbridge.localhost";
-const SOURCE: &str = "lbridge.source";
-/// Whatever begins so is lbridge's.
-const PREFIX: &str = "lbridge.";
-
-/// Longest value that is read, in bytes.
-const MAX_TEXT: usize = 4096;
 /// Ports that one label may ask for.
 const MAX_PORTS: usize = 256;
 /// Rules that all labels together may ask for.
 const MAX_RULES: usize = 8192;
 /// Problems of one object, and of all, that are told; the others are counted.
 const MAX_PROBLEMS_OF_ONE: usize = 8;
-const MAX_PROBLEMS: usize = 64;
-/// What is told of a label or of a name, in characters.
-const MAX_EXCERPT: usize = 80;
+pub(super) const MAX_PROBLEMS: usize = 64;
+/// What is told of what is wrong, in characters.
 const MAX_SENTENCE: usize = 300;
 /// Ports that a problem names.
 const MAX_NAMED_PORTS: usize = 5;
-
-/// What labels may do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settings {
-    /// Whether they are read.
-    pub enabled: bool,
-    /// The host's ports that they may lead to.
-    pub ports: Vec<PortRange>,
-    /// What they may have services see.
-    pub sources: BTreeSet<Source>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self { enabled: false, ports: vec![], sources: [Source::Container].into() }
-    }
-}
-
-impl Settings {
-    fn has(&self, port: u16, protocol: Protocol) -> bool {
-        self.ports
-            .iter()
-            .any(|range| range.protocol == protocol && (range.first..=range.last).contains(&port))
-    }
-}
-
-/// Ports of the host: `5432`, `8000-8010`, `53/udp`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PortRange {
-    first: u16,
-    last: u16,
-    protocol: Protocol,
-}
-
-impl PortRange {
-    /// The range that a PORT argument means, unless it says where it leads.
-    pub fn of(specs: &[PortSpec]) -> Option<Self> {
-        let (first, last) = (specs.first()?, specs.last()?);
-        let plain = specs.iter().all(|spec| spec.target == Target::Port(spec.port));
-        plain.then_some(Self { first: first.port, last: last.port, protocol: first.protocol })
-    }
-}
-
-impl fmt::Display for PortRange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.first)?;
-        if self.last != self.first {
-            write!(f, "-{}", self.last)?;
-        }
-        f.write_str(self.protocol.suffix())
-    }
-}
-
-/// What has labels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// A network: its labels are for all of its containers.
-    Network,
-    /// A container: its labels are for it alone.
-    Container,
-}
-
-/// A network or a running container with [`ALLOW`].
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Labelled {
-    /// Which of the two.
-    pub kind: Kind,
-    /// Seconds since 1970: whoever asked first has a port.
-    created: i64,
-    name: String,
-    id: String,
-    /// Ids of its networks, or their names where the engine tells no id.
-    networks: Vec<String>,
-    allow: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    localhost: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    source: Option<String>,
-    /// The first label that begins as lbridge's do and is none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    unknown: Option<String>,
-}
-
-impl Labelled {
-    /// What is of interest of an object's labels; `None` if it asks for nothing.
-    pub fn new(
-        kind: Kind,
-        (id, name): (String, String),
-        created: i64,
-        mut networks: Vec<String>,
-        labels: &HashMap<String, String>,
-    ) -> Option<Self> {
-        // One byte more than is read tells that there was more.
-        let value = |label| labels.get(label).map(|text: &String| cut(text, MAX_TEXT + 1).to_owned());
-        let known = [ALLOW, LOCALHOST, SOURCE];
-        let unknown =
-            labels.keys().filter(|label| label.starts_with(PREFIX) && !known.contains(&label.as_str())).min();
-        networks.sort();
-        Some(Self {
-            kind,
-            created,
-            name,
-            id,
-            networks,
-            allow: value(ALLOW)?,
-            localhost: value(LOCALHOST),
-            source: value(SOURCE),
-            unknown: unknown.map(|label| excerpt(label, MAX_EXCERPT)),
-        })
-    }
-
-    /// `container web`.
-    pub fn told(&self) -> String {
-        let name = excerpt(&self.name, MAX_EXCERPT);
-        match self.kind {
-            Kind::Network => format!("network {name}"),
-            Kind::Container => format!("container {name}"),
-        }
-    }
-
-    /// As a rule names it: by its id, where the name is none or may be another's id.
-    fn as_source(&self) -> String {
-        let reads_as_id = self.name.len() >= 12 && self.name.bytes().all(|b| b.is_ascii_hexdigit());
-        match container_name(&self.name) {
-            Ok(name) if !reads_as_id => name,
-            _ => self.id.clone(),
-        }
-    }
-
-    /// Whether `name` means this container.
-    fn is_meant(&self, name: &str) -> bool {
-        name == self.name || (name.len() >= 12 && self.id.starts_with(name))
-    }
-}
-
-/// What is wrong with a label.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Problem {
-    /// Whose: `container web`.
-    pub object: String,
-    /// The label; cut off if it is long.
-    pub label: String,
-    /// What is wrong.
-    pub wrong: String,
-    /// What to do about it.
-    pub remedy: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, {}: {}; {}", self.object, self.label, self.wrong, self.remedy)
-    }
-}
 
 /// What follows from labels.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -467,28 +297,3 @@ fn covers(other: &Rule, rule: &Rule, is_meant: impl Fn(&str) -> bool) -> bool {
         && (other.localhost || !rule.localhost)
         && (for_all || for_it)
 }
-
-/// The beginning, as long as `max` bytes at most.
-fn cut(text: &str, max: usize) -> &str {
-    let end = (0..=max.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
-    text.get(..end).unwrap_or_default()
-}
-
-/// The beginning, in so many characters, without what a terminal or a log would act on.
-fn excerpt(text: &str, max: usize) -> String {
-    let acts = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    let mut told = String::new();
-    for (count, c) in text.chars().enumerate() {
-        if count == max {
-            return told + "...";
-        }
-        if acts(c) { told.extend(c.escape_default()) } else { told.push(c) }
-    }
-    told
-}
-
-#[cfg(test)]
-mod tests;
