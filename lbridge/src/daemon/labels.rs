@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::{
     api::protocol::{Happening, LabelStatus},
-    docker::watch::View,
+    docker::view::View,
     planning::{
         inventory::DockerNetwork,
         labels::{self, Derived, Labelled, Problem, Settings},

@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    docker::watch::{self, Presence, Sighting, View},
+    docker::view::{self, Presence, Sighting, View},
     host::{interfaces::Interfaces, listeners, netns},
     planning::{
         inventory::{
@@ -87,7 +87,7 @@ fn containers(
         let known = processes.get(&(String::from(id), pid)).cloned().flatten();
         known.is_some() && netns::process_start(pid).ok() == known
     };
-    let cookie = |container: &watch::Container| {
+    let cookie = |container: &view::Container| {
         let pid = container.pid?;
         let start = processes.get(&(container.id.clone(), pid)).cloned().flatten()?;
         let entrance = Entrance::Process { pid, start: Some(start), container: Some(container.id.clone()) };
@@ -213,7 +213,7 @@ fn namespace(
 mod tests {
     use super::*;
     use crate::{
-        docker::watch::Container,
+        docker::view::Container,
         planning::rule::{Origin, PortSpec, Rule},
     };
 

@@ -32,7 +32,10 @@ use crate::{
         protocol::{DockerStatus, Happening},
         server::Command,
     },
-    docker::watch::{Presence, Sighting, View, Watcher},
+    docker::{
+        view::{Presence, Sighting, View},
+        watch::Watcher,
+    },
     firewall::Firewall,
     host::interfaces::Interfaces,
     kernel::{loader::Loaded, maps::Events},

@@ -1,13 +1,21 @@
 //! Docker, or Podman in its place: networks and containers, and the wake-ups when they change. The only room that knows bollard.
-//! Imports planning's inventory.
+//! Imports planning.
+//!
+//! - [`watch`]: the task that follows the engine, and [`view`], what it knows;
+//! - `snapshot`: what the engine says of networks, containers and labels; `engine` and `libpod`: which engine it is, and what
+//!   only Podman's own words tell;
+//! - `ended`: what is gone before the engine's lists say so;
+//! - [`look`]: one look, for commands.
 //!
 //! Level-triggered: an event only wakes, the list is read afresh.
 
+mod ended;
 mod engine;
 mod host_gateway;
 mod libpod;
 pub mod look;
 mod snapshot;
+pub mod view;
 pub mod watch;
 
 /// The cause alone: what is around it tells of libraries' insides.

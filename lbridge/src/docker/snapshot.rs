@@ -9,7 +9,6 @@ use bollard::{
     models::{ContainerInspectResponse, ContainerSummary, EndpointSettings, Network},
     query_parameters::{InspectContainerOptions, ListContainersOptions, ListNetworksOptions},
 };
-
 use nix::net::if_::if_nametoindex;
 
 use crate::planning::{
@@ -20,7 +19,7 @@ use crate::planning::{
 use super::{
     engine::Engine,
     libpod,
-    watch::{Container, Sighting},
+    view::{Container, Sighting},
 };
 
 const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
