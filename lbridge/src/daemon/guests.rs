@@ -18,7 +18,7 @@ use tokio::{
 
 use crate::{
     host::{
-        guests::{self, Ports},
+        guests::{BridgePorts, Found},
         netns::HostNetns,
         privileges,
     },
@@ -152,7 +152,7 @@ impl Owner {
     /// Follows those bridges until there are none.
     async fn serve(&mut self, wanted: &mut watch::Receiver<Option<Bridges>>) -> anyhow::Result<()> {
         self.entered = self.map.all()?;
-        let mut ports = Ports::follow(&self.home).await?;
+        let mut ports = BridgePorts::follow(&self.home).await?;
         let mut search = Search::default();
         loop {
             let bridges = wanted.borrow_and_update().clone().unwrap_or_default();
@@ -205,7 +205,7 @@ impl Owner {
     }
 }
 
-fn counts(found: &guests::Guests) -> BTreeMap<u32, usize> {
+fn counts(found: &Found) -> BTreeMap<u32, usize> {
     let mut counts = BTreeMap::new();
     for bridge in found.bridges.values().flatten() {
         *counts.entry(*bridge).or_default() += 1;
@@ -243,7 +243,7 @@ impl Search {
     }
 
     /// After a look. A storm of them does not put off the search, nor does it bring it on.
-    fn done(&mut self, found: &guests::Guests, searched: bool) {
+    fn done(&mut self, found: &Found, searched: bool) {
         let now = Instant::now();
         if found.unknown.is_empty() {
             if !self.for_nobody() || self.next <= now {

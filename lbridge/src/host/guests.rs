@@ -31,7 +31,7 @@ const FOLDERS: [&str; 2] = ["/run/docker/netns", "/run/netns"];
 
 /// A veth end in this namespace.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Port {
+struct BridgePort {
     /// The bridge that it is on.
     bridge: Option<u32>,
     /// The number of the namespace that the other end is in, if that is another one.
@@ -40,12 +40,12 @@ struct Port {
 
 /// All veth ends, and the namespaces behind them. For a thread of its own, which goes into namespaces for a moment. Nothing but
 /// changes is waited for: each question is answered before the call returns, so that nobody else gets to run meanwhile.
-pub struct Ports {
+pub struct BridgePorts {
     home: File,
     handle: Handle,
     questions: Socket,
     changes: BoxStream<'static, NetlinkMessage<RouteNetlinkMessage>>,
-    ends: BTreeMap<u32, Port>,
+    ends: BTreeMap<u32, BridgePort>,
     /// By number, for as long as the number is the namespace's.
     cookies: HashMap<i32, u64>,
     /// Numbers of namespaces that were asked for, negative where there is none. An identity is given again, so it is forgotten
@@ -55,14 +55,14 @@ pub struct Ports {
 
 /// What a look came to.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Guests {
+pub struct Found {
     /// By cookie, the bridges that a namespace is on, in ascending order.
     pub bridges: BTreeMap<u64, BTreeSet<u32>>,
     /// Numbers of namespaces that are on one and were not found.
     pub unknown: BTreeSet<i32>,
 }
 
-impl Ports {
+impl BridgePorts {
     /// Begins to follow changes in `home`, the host's namespace, and looks.
     pub async fn follow(home: &File) -> anyhow::Result<Self> {
         let home = home.try_clone()?;
@@ -142,7 +142,7 @@ impl Ports {
     }
 
     /// Who is on these bridges. Whoever is not found in the folders is looked for among all processes, if `everywhere`.
-    pub fn guests(&mut self, bridges: &BTreeSet<u32>, everywhere: bool) -> Guests {
+    pub fn guests(&mut self, bridges: &BTreeSet<u32>, everywhere: bool) -> Found {
         let ports = self.ends.values().filter_map(|port| Some((port.bridge?, port.namespace?)));
         let plugged: BTreeSet<_> = ports.filter(|(bridge, _)| bridges.contains(bridge)).collect();
         let unknown = |cookies: &HashMap<i32, u64>| -> BTreeSet<i32> {
@@ -157,7 +157,7 @@ impl Ports {
         if everywhere && !missing.is_empty() {
             self.look_at(processes(), &mut missing);
         }
-        let mut guests = Guests { unknown: missing, ..Guests::default() };
+        let mut guests = Found { unknown: missing, ..Found::default() };
         for (bridge, number) in plugged {
             if let Some(cookie) = self.cookies.get(&number) {
                 guests.bridges.entry(*cookie).or_default().insert(bridge);
@@ -218,11 +218,11 @@ impl Ports {
 }
 
 /// A veth end, by its index. Other kinds of ports have no other end, or one that says nothing of who sends there.
-fn port(link: &LinkMessage) -> Option<(u32, Port)> {
+fn port(link: &LinkMessage) -> Option<(u32, BridgePort)> {
     if !is_veth(link) {
         return None;
     }
-    let mut port = Port::default();
+    let mut port = BridgePort::default();
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::Controller(bridge) => port.bridge = Some(*bridge),
