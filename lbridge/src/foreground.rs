@@ -267,7 +267,7 @@ impl Session {
             steer: Err(without()),
             name_hooks: Err(without()),
             connect_hooks: Err(without()),
-            replies: Err(without()),
+            reply_hooks: Err(without()),
         };
         let policy = resolve(&self.rules, &inventory, &abilities);
         let reality =

@@ -20,7 +20,7 @@ use crate::{
         netns::{LOOPBACK, Namespace},
     },
     kernel::{
-        loader::Kernel,
+        loader::{HookSet, Kernel},
         maps::{Maps, PeerNames},
     },
     planning::{
@@ -141,10 +141,10 @@ impl Executor {
             lingering,
             filtering,
             replies: kernel.maps.replies()?,
-            reply_hooks: kernel.reply_hooks_attached(),
-            name_hooks: kernel.name_hooks_attached(),
+            reply_hooks: kernel.hooks_attached(HookSet::Replies),
+            name_hooks: kernel.hooks_attached(HookSet::Names),
             name_hooks_in_use: self.name_hooks_used,
-            connect_hooks: kernel.connect_hooks_attached(),
+            connect_hooks: kernel.hooks_attached(HookSet::Connect),
             guests: self.guests.as_ref().map(Guests::counts).unwrap_or_default(),
             detached: !kernel.attached(),
         })
@@ -220,9 +220,9 @@ impl Executor {
             Step::AddTarget(port) => kernel.maps.add_target(port),
             Step::AttachNameHooks => {
                 self.name_hooks_used = true;
-                kernel.attach_name_hooks()
+                kernel.attach_hooks(HookSet::Names)
             }
-            Step::AttachConnectHooks => kernel.attach_connect_hooks(),
+            Step::AttachConnectHooks => kernel.attach_hooks(HookSet::Connect),
             Step::PutView(key, view) => kernel.maps.put_view(*key, view),
             Step::Register { key, inode } => {
                 let socket = taker.take(*inode, wanted)?;
@@ -238,10 +238,10 @@ impl Executor {
             Step::RemoveDial(key) => kernel.maps.remove_dial(key),
             Step::RemoveEntry(key) => kernel.maps.remove_entry(key),
             Step::RemoveView(key) => kernel.maps.remove_view(*key),
-            Step::DetachNameHooks => kernel.detach_name_hooks(),
-            Step::DetachConnectHooks => kernel.detach_connect_hooks(),
-            Step::AttachReplyHooks => kernel.attach_reply_hooks(),
-            Step::DetachReplyHooks => kernel.detach_reply_hooks(),
+            Step::DetachNameHooks => kernel.detach_hooks(HookSet::Names),
+            Step::DetachConnectHooks => kernel.detach_hooks(HookSet::Connect),
+            Step::AttachReplyHooks => kernel.attach_hooks(HookSet::Replies),
+            Step::DetachReplyHooks => kernel.detach_hooks(HookSet::Replies),
             Step::PutReply(key, reply) => kernel.maps.put_reply(*key, reply),
             Step::RemoveReply(key) => kernel.maps.remove_reply(*key),
             Step::Unregister(key) => kernel.maps.unregister(key),

@@ -387,7 +387,7 @@ impl Reconciler {
                 self.abilities.connect_hooks = Err(why);
             }
             if let Some(why) = failures.reply_hooks.take() {
-                self.abilities.replies = Err(why);
+                self.abilities.reply_hooks = Err(why);
             }
         }
     }

@@ -15,13 +15,34 @@ use super::{
 };
 use crate::planning::inventory::{Abilities, Steering};
 
-/// Name hooks with the programs behind them.
-const NAME_HOOKS: [&str; 4] =
-    [symbols::PEERNAME4, symbols::PEERNAME6, symbols::SOCKNAME4, symbols::SOCKNAME6];
-/// As [`NAME_HOOKS`], of localhost.
-const CONNECT_HOOKS: [&str; 2] = [symbols::CONNECT4, symbols::CONNECT6];
-/// Hooks that give UDP services' replies their source, with the programs behind them.
-const REPLY_HOOKS: [&str; 2] = [symbols::REPLY4, symbols::REPLY6];
+/// Hooks that are attached for as long as rules need them, all of a set or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HookSet {
+    /// What services, and containers that dialled localhost, see as their peer.
+    Names,
+    /// Where a container's localhost leads.
+    Connect,
+    /// Which source a UDP service's replies have.
+    Replies,
+}
+
+impl HookSet {
+    const ALL: [Self; 3] = [Self::Names, Self::Connect, Self::Replies];
+
+    /// The programs; a pin is called as its program.
+    const fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Names => &[symbols::PEERNAME4, symbols::PEERNAME6, symbols::SOCKNAME4, symbols::SOCKNAME6],
+            Self::Connect => &[symbols::CONNECT4, symbols::CONNECT6],
+            Self::Replies => &[symbols::REPLY4, symbols::REPLY6],
+        }
+    }
+
+    fn load(self, object: &mut Ebpf) -> Result<(), String> {
+        self.programs().iter().try_for_each(|program| load(object, program))
+    }
+}
+
 /// Pins of the two hooks that are always attached, whichever program serves them.
 pub(super) const STEER_LINK: &str = "steer";
 pub(super) const LISTENERS_LINK: &str = "listeners";
@@ -83,7 +104,7 @@ impl Kernel {
         #[cfg(feature = "bpf-log")]
         follow_log(&mut object);
 
-        let Programs { steer, listeners, name_hooks, connect_hooks, replies } =
+        let Programs { steer, listeners, name_hooks, connect_hooks, reply_hooks } =
             Programs::load(&mut object, cookie);
         let mut programs = vec![];
         for (program, link) in [(&listeners, LISTENERS_LINK), (&steer, STEER_LINK)] {
@@ -98,27 +119,22 @@ impl Kernel {
         maps.peers.clear()?;
         let mut kernel = Self { maps, object, pins, hooks, programs };
         kernel.attach()?;
-        if NAME_HOOKS.iter().any(|hook| kernel.pins.link(hook).exists()) {
+        let sets = [
+            (HookSet::Names, &name_hooks),
+            (HookSet::Connect, &connect_hooks),
+            (HookSet::Replies, &reply_hooks),
+        ];
+        for (set, loaded) in sets {
             // Pinned by a daemon before: the programs under the links are to be this version's.
-            match &name_hooks {
-                Ok(()) => kernel.attach_name_hooks()?,
-                Err(_) => kernel.detach_name_hooks()?,
-            }
-        }
-        if CONNECT_HOOKS.iter().any(|hook| kernel.pins.link(hook).exists()) {
-            match &connect_hooks {
-                Ok(()) => kernel.attach_connect_hooks()?,
-                Err(_) => kernel.detach_connect_hooks()?,
-            }
-        }
-        if REPLY_HOOKS.iter().any(|hook| kernel.pins.link(hook).exists()) {
-            match &replies {
-                Ok(()) => kernel.attach_reply_hooks()?,
-                Err(_) => kernel.detach_reply_hooks()?,
+            if set.programs().iter().any(|hook| kernel.pins.link(hook).exists()) {
+                match loaded {
+                    Ok(()) => kernel.attach_hooks(set)?,
+                    Err(_) => kernel.detach_hooks(set)?,
+                }
             }
         }
         let events = listeners.is_ok().then_some(events);
-        let abilities = Abilities { steer: steering, name_hooks, connect_hooks, replies };
+        let abilities = Abilities { steer: steering, name_hooks, connect_hooks, reply_hooks };
         Ok(Loaded { kernel: Some(kernel), events, guests, abilities })
     }
 
@@ -138,68 +154,26 @@ impl Kernel {
         self.programs.iter().all(|(_, link)| self.pins.link(link).exists())
     }
 
-    /// Attaches the name hooks, all or none.
-    pub fn attach_name_hooks(&mut self) -> anyhow::Result<()> {
-        self.attach_all(&NAME_HOOKS)
-    }
-
-    /// Detaches the name hooks.
-    pub fn detach_name_hooks(&mut self) -> anyhow::Result<()> {
-        self.detach_all(&NAME_HOOKS)
-    }
-
-    /// Whether all name hooks are attached.
-    pub fn name_hooks_attached(&self) -> bool {
-        self.all_attached(&NAME_HOOKS)
-    }
-
-    /// Attaches the connect hooks, both or none.
-    pub fn attach_connect_hooks(&mut self) -> anyhow::Result<()> {
-        self.attach_all(&CONNECT_HOOKS)
-    }
-
-    /// Detaches the connect hooks.
-    pub fn detach_connect_hooks(&mut self) -> anyhow::Result<()> {
-        self.detach_all(&CONNECT_HOOKS)
-    }
-
-    /// Whether both connect hooks are attached.
-    pub fn connect_hooks_attached(&self) -> bool {
-        self.all_attached(&CONNECT_HOOKS)
-    }
-
-    /// Attaches the hooks of UDP services' replies, all or none.
-    pub fn attach_reply_hooks(&mut self) -> anyhow::Result<()> {
-        self.attach_all(&REPLY_HOOKS)
-    }
-
-    /// Detaches them.
-    pub fn detach_reply_hooks(&mut self) -> anyhow::Result<()> {
-        self.detach_all(&REPLY_HOOKS)
-    }
-
-    /// Whether all of them are attached.
-    pub fn reply_hooks_attached(&self) -> bool {
-        self.all_attached(&REPLY_HOOKS)
-    }
-
-    fn attach_all(&mut self, hooks: &[&str]) -> anyhow::Result<()> {
-        for hook in hooks {
+    /// Attaches these hooks, all or none.
+    pub fn attach_hooks(&mut self, set: HookSet) -> anyhow::Result<()> {
+        for hook in set.programs() {
             let program = program_mut(&mut self.object, hook)?;
             if let Err(error) = self.hooks.attach(program, &self.pins.link(hook)) {
-                self.detach_all(hooks)?;
+                self.detach_hooks(set)?;
                 return Err(error.context(format!("cannot attach {hook}")));
             }
         }
         Ok(())
     }
 
-    fn detach_all(&self, hooks: &[&str]) -> anyhow::Result<()> {
-        hooks.iter().try_for_each(|hook| pins::remove(&self.pins.link(hook)))
+    /// Detaches them.
+    pub fn detach_hooks(&self, set: HookSet) -> anyhow::Result<()> {
+        set.programs().iter().try_for_each(|hook| pins::remove(&self.pins.link(hook)))
     }
 
-    fn all_attached(&self, hooks: &[&str]) -> bool {
-        hooks.iter().all(|hook| self.pins.link(hook).exists())
+    /// Whether all of them are attached.
+    pub fn hooks_attached(&self, set: HookSet) -> bool {
+        set.programs().iter().all(|hook| self.pins.link(hook).exists())
     }
 
     /// Removes what another version pinned: to be called once this one's rules are in force.
@@ -214,7 +188,7 @@ pub(super) struct Programs {
     pub(super) listeners: Result<&'static str, String>,
     pub(super) name_hooks: Result<(), String>,
     pub(super) connect_hooks: Result<(), String>,
-    pub(super) replies: Result<(), String>,
+    pub(super) reply_hooks: Result<(), String>,
 }
 
 impl Programs {
@@ -225,19 +199,19 @@ impl Programs {
         let registering: &[&'static str] =
             if cookie.is_some() { &[symbols::REGISTER, symbols::ANNOUNCE] } else { &[symbols::ANNOUNCE] };
         let listeners = load_first(object, registering);
-        let hooks_loaded = NAME_HOOKS.iter().try_for_each(|hook| load(object, hook));
         let steer = listeners.clone().and(steer);
-        let name_hooks = listeners.clone().and(hooks_loaded);
+        let names_loaded = HookSet::Names.load(object);
+        let name_hooks = listeners.clone().and(names_loaded);
         let connect_hooks = match cookie {
-            Some(_) => CONNECT_HOOKS.iter().try_for_each(|hook| load(object, hook)),
+            Some(_) => HookSet::Connect.load(object),
             None => Err("localhost needs Linux 5.14, which tells network namespaces apart".to_owned()),
         };
         // Which namespace is the host's is told from 5.14 on.
-        let replies = match cookie {
-            Some(_) => REPLY_HOOKS.iter().try_for_each(|hook| load(object, hook)),
+        let reply_hooks = match cookie {
+            Some(_) => HookSet::Replies.load(object),
             None => Err("the kernel does not tell the cookie of a network namespace".to_owned()),
         };
-        Self { steer, listeners, name_hooks, connect_hooks, replies }
+        Self { steer, listeners, name_hooks, connect_hooks, reply_hooks }
     }
 }
 
@@ -254,7 +228,7 @@ pub(super) fn steering(
 
 /// Detaches what a daemon before has left: nobody could change it any more, and `deny` would have no effect.
 fn abandon(pins: &Pins, why: &str) -> anyhow::Result<Loaded> {
-    let hooks = NAME_HOOKS.iter().chain(&CONNECT_HOOKS).chain(&REPLY_HOOKS);
+    let hooks = HookSet::ALL.into_iter().flat_map(HookSet::programs);
     for link in [STEER_LINK, LISTENERS_LINK].iter().chain(hooks) {
         pins::remove(&pins.link(link))?;
     }
@@ -265,8 +239,12 @@ impl Loaded {
     /// Where the kernel half cannot be.
     fn nothing(why: &str) -> Self {
         let no = || Err(why.to_owned());
-        let abilities =
-            Abilities { steer: Err(why.to_owned()), name_hooks: no(), connect_hooks: no(), replies: no() };
+        let abilities = Abilities {
+            steer: Err(why.to_owned()),
+            name_hooks: no(),
+            connect_hooks: no(),
+            reply_hooks: no(),
+        };
         Self { kernel: None, events: None, guests: None, abilities }
     }
 }

@@ -1,16 +1,16 @@
 //! The kernel half: loads the object, pins and adopts it, reads and writes its maps. The only room that knows aya.
 //! Imports planning and the common types.
 //!
-//! - [`object`]: the committed object and what is in it;
+//! - `object`: the committed object and what is in it;
 //! - [`pins`]: where things are pinned, and whether what is there may be adopted;
-//! - [`links`]: attaching, and replacing a program under a link that stays;
+//! - `links`: attaching, and replacing a program under a link that stays;
 //! - [`maps`]: typed access;
 //! - [`loader`]: all of it in order, and what turned out to be possible;
 //! - [`trial`]: the same without a trace, for those who only want to know.
 
-pub mod links;
+mod links;
 pub mod loader;
 pub mod maps;
-pub mod object;
+mod object;
 pub mod pins;
 pub mod trial;

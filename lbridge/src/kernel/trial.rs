@@ -49,17 +49,26 @@ impl Trial {
         let mut loader = EbpfLoader::new();
         loader.override_global(symbols::HOST_NETNS, &host_netns, true);
         // The daemon's own maps take dozens of megabytes.
-        for map in [symbols::RULES, symbols::TARGETS, symbols::LISTENERS, symbols::LOOPBACK_VIEWS]
-            .into_iter()
-            .chain([symbols::GUESTS, symbols::DIALS])
-            .chain([symbols::RELAY_CONNECTS, symbols::RELAY_PEERS, symbols::REPLIES, symbols::PROBES])
-        {
+        for map in [
+            symbols::RULES,
+            symbols::SOURCES,
+            symbols::TARGETS,
+            symbols::LISTENERS,
+            symbols::LOOPBACK_VIEWS,
+            symbols::GUESTS,
+            symbols::DIALS,
+            symbols::REPLIES,
+            symbols::PROBES,
+            symbols::RELAY_CONNECTS,
+            symbols::RELAY_PEERS,
+        ] {
             loader.map_max_entries(map, ROOM);
         }
         let mut object = loader.load(&bytes).map_err(|error| anyhow::anyhow!(error_chain(&error)))?;
-        let Programs { steer, listeners, name_hooks, connect_hooks, replies } =
+        let Programs { steer, listeners, name_hooks, connect_hooks, reply_hooks } =
             Programs::load(&mut object, cookie);
-        let abilities = Abilities { steer: steering(&steer, &listeners), name_hooks, connect_hooks, replies };
+        let abilities =
+            Abilities { steer: steering(&steer, &listeners), name_hooks, connect_hooks, reply_hooks };
         Ok(Self { abilities, maps: Maps::take(&mut object)?, steer: steer.ok(), object })
     }
 

@@ -297,7 +297,7 @@ pub struct Abilities {
     /// Whether the connect hooks, by which localhost leads to gateways, can be attached, or why not.
     pub connect_hooks: Result<(), String>,
     /// Whether the hooks can be attached that give UDP services' replies their source, or why not.
-    pub replies: Result<(), String>,
+    pub reply_hooks: Result<(), String>,
 }
 
 /// How steering is done.

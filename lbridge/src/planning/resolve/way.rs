@@ -111,7 +111,7 @@ impl Resolver<'_> {
         if let Some(why) = &self.inventory.udp_unseen {
             return Some(why.clone());
         }
-        let why = self.abilities.replies.as_ref().err()?;
+        let why = self.abilities.reply_hooks.as_ref().err()?;
         Some(format!("UDP services could not answer: {why}"))
     }
 

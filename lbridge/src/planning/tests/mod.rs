@@ -34,7 +34,7 @@ impl Host {
                 steer: Ok(Steering { interface_check: true, kernel_registers: true }),
                 name_hooks: Ok(()),
                 connect_hooks: Ok(()),
-                replies: Ok(()),
+                reply_hooks: Ok(()),
             },
             rules: Rules::default(),
         };
