@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The shells in the first braces do not import each other, but that `firewall` tries things with `host`.
-//! `docs/architecture.md` has the map, `docs/data-path.md` follows one connection.
+//! `docs/architecture.md` has the map, `docs/data-path.md` follows a connection, a datagram and a connect() to localhost.
 
 pub mod api;
 pub mod cli;

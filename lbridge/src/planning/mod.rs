@@ -1,11 +1,12 @@
 //! The decisions. PURE: no I/O, no clock, no async, deterministic.
 //!
 //! ```text
+//! Labels --derive--> Rules
 //! Rules + Inventory + Abilities --resolve--> Policy --plan(policy, reality)--> Steps
 //! ```
 //!
-//! May import `lbridge_common`, serde (the types are what files and the API say), strsim and nothing of lbridge's; every shell
-//! may import this room.
+//! May import `lbridge_common` and nothing else of lbridge's; of other crates those that do no I/O: serde, with jiff's words for
+//! durations (the types are what files and the API say), strsim, thiserror. Every shell may import this room.
 
 pub mod explain;
 pub mod firewall;

@@ -1,5 +1,5 @@
-//! Files: the rules that `allow` made, the networks, containers and labels last seen, the configuration ([`config`]). Owns their format; imports
-//! planning.
+//! Files: the rules that `allow` made, the networks, containers and labels last seen, the configuration ([`config`]). Owns
+//! their format; imports planning.
 //!
 //! Writes are atomic and durable: a new file beside the old one, synced, renamed over it, the directory synced.
 
