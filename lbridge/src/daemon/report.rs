@@ -105,7 +105,7 @@ impl Report {
 
     /// What the rule's relays have done: they count together.
     fn counts(&self, outcome: &RuleOutcome) -> Counts {
-        let mut counts = outcome.gateways.iter().filter_map(|gateway| self.relayed.get(&gateway.relay_key));
+        let mut counts = outcome.gateways.iter().filter_map(|gateway| self.relayed.get(gateway.relay()?));
         counts.next().copied().unwrap_or_default()
     }
 
@@ -246,7 +246,7 @@ impl Report {
             }
         };
         let observed = self.through_firewall(meant, observed);
-        let by_relay = self.relayed.get(&meant.relay_key).copied().unwrap_or_default();
+        let by_relay = meant.relay().and_then(|key| self.relayed.get(key)).copied().unwrap_or_default();
         GatewayStatus {
             address: meant.relay_key.address.ip(),
             interface: meant.relay_key.place.interface().to_owned(),
@@ -255,7 +255,7 @@ impl Report {
                 Place::Namespace(key) => Some(namespace(key)),
             },
             alias: meant.alias,
-            sources: match (self.reality.relays.get(&meant.relay_key), entry) {
+            sources: match (meant.relay().and_then(|key| self.reality.relays.get(key)), entry) {
                 (Some(RelaySpec { clients: Clients::Listed(listed), .. }), _) => Some(listed.clone()),
                 (None, Some(entry)) if entry.flags & RuleValue::LISTED != 0 => {
                     Some(sources(&self.reality.sources, entry))

@@ -92,9 +92,17 @@ impl fmt::Display for Alias {
 impl GatewayOutcome {
     /// What a firewall must let through for it, where it is on a bridge.
     pub fn opening(&self) -> Option<Opening> {
+        Some(Opening { protocol: self.protocol(), ..self.relay_key.opening()? })
+    }
+
+    /// Its relay, whether it has one or not. UDP never has: what is at that address is another rule's, for TCP.
+    pub fn relay(&self) -> Option<&RelayKey> {
+        (self.protocol() == Protocol::Tcp).then_some(&self.relay_key)
+    }
+
+    fn protocol(&self) -> Protocol {
         let is_udp = self.rule_key.is_some_and(|key| key.protocol == u16::from(Protocol::Udp.number()));
-        let protocol = if is_udp { Protocol::Udp } else { Protocol::Tcp };
-        Some(Opening { protocol, ..self.relay_key.opening()? })
+        if is_udp { Protocol::Udp } else { Protocol::Tcp }
     }
 }
 
