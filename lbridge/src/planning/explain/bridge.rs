@@ -173,13 +173,15 @@ impl Explainer<'_> {
     fn listed(&self, bridge: &Interface, dialled: SocketAddr) -> BTreeSet<IpAddr> {
         let reality = self.known.reality;
         let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
-        if let Some(RelaySpec { clients: Clients::Listed(listed), .. }) =
-            reality.relays.get(&RelayKey { address: dialled, place })
+        if self.question.protocol == Protocol::Tcp
+            && let Some(RelaySpec { clients: Clients::Listed(listed), .. }) =
+                reality.relays.get(&RelayKey { address: dialled, place })
         {
             return listed.clone();
         }
         let here = |key: &RuleKey| {
-            (key.gateway, key.port) == (dialled.ip().into(), dialled.port())
+            let protocol = self.question.protocol.number().into();
+            (key.gateway, key.port, key.protocol) == (dialled.ip().into(), dialled.port(), protocol)
                 && [0, bridge.index].contains(&key.ifindex)
         };
         let listed = reality.sources.iter().filter(|key| here(&key.rule));
