@@ -7,7 +7,8 @@
 //! - `ended`: what is gone before the engine's lists say so;
 //! - [`look`]: one look, for commands.
 //!
-//! Level-triggered: an event only wakes, the list is read afresh.
+//! Level-triggered: an event only wakes, the list is read afresh. But that a container has ended or left a network is believed at
+//! once: the list says so later, when its address may be another's.
 
 mod ended;
 mod engine;
