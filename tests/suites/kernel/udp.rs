@@ -102,6 +102,27 @@ fn tcp_and_udp_of_one_port_are_two_rules() -> Result<()> {
     served(&scene, 53, "udp")?;
     scene.allow(&["53"])?;
     scene.served(53, "tcp")?;
+    scene.deny(&["53/udp", "53"])?;
+    scene.refused(53)?;
+    refused(&scene.container, scene.gateway(53))?;
+
+    // What a relay has carried is TCP's.
+    scene.allow(&["53", "--path", "relay"])?;
+    scene.allow(&["53/udp"])?;
+    for _ in 0..3 {
+        scene.served(53, "tcp")?;
+    }
+    served(&scene, 53, "udp")?;
+    let status = scene.daemon.status()?;
+    let rules = status["rules"].as_array().context("rules")?;
+    let told = |protocol: &str| {
+        let rule = rules.iter().find(|rule| rule["protocol"] == protocol).context("the rule")?;
+        let connections = rule["gateways"][0]["connections"].as_u64().context("a number")?;
+        anyhow::Ok((rule["state"].as_str().unwrap_or_default().to_owned(), connections))
+    };
+    ensure!(told("udp")? == ("steered".to_owned(), 2), "{status:#}");
+    let (state, connections) = told("tcp")?;
+    ensure!(state == "relayed" && connections >= 3, "{status:#}");
     scene.deny(&["53/udp"])?;
     scene.served(53, "tcp")?;
     refused(&scene.container, scene.gateway(53))
