@@ -26,6 +26,7 @@ pub(crate) fn tests() -> Vec<Test> {
         an_address_that_is_given_again_lets_nobody_in,
         a_relay_serves_the_named_container_alone,
         the_service_may_see_a_local_peer,
+        whoever_is_not_named_is_no_local_peer,
         an_ipv6_container_is_named,
         a_bridge_has_the_containers_of_its_network,
         the_daemon_restarts,
@@ -272,6 +273,23 @@ fn the_service_may_see_a_local_peer() -> Result<()> {
     let greeting = crowd.scene.served(&crowd.web, crowd.to(), "service")?;
     ensure!(greeting.peer.ip().is_loopback(), "{greeting:?}");
     crowd.refused(&crowd.other)
+}
+
+/// A container that the rule is not for gets to whoever listens on all addresses, as without lbridge, and is what it is there.
+fn whoever_is_not_named_is_no_local_peer() -> Result<()> {
+    let crowd = Crowd::new()?;
+    let _wide = crowd.scene.service("wide", "0.0.0.0:8081")?;
+    let allow = ["app", "8081=8080", "--from", "web", "--source", "loopback"];
+    crowd.scene.daemon.allow(&allow)?;
+    let to = at(&crowd.app, 8081);
+    let greeting = crowd.scene.served(&crowd.web, to, "service")?;
+    ensure!(greeting.peer.ip().is_loopback(), "{greeting:?}");
+    let its = address(&crowd.scene, &crowd.other, &crowd.app)?;
+    let greeting = crowd.scene.served(&crowd.other, to, "wide")?;
+    let seen = [greeting.accept.ip(), greeting.peer.ip()].map(|ip| ip.to_string());
+    ensure!(seen == [its.clone(), its], "{greeting:?}");
+    ensure!(greeting.local == to, "{greeting:?}");
+    Ok(())
 }
 
 fn an_ipv6_container_is_named() -> Result<()> {

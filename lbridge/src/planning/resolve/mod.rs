@@ -221,10 +221,14 @@ impl Resolver<'_> {
                     return blocked;
                 }
                 let mut flags = 0;
+                let mut shown_as_local = vec![(subnet.base, subnet.mask)];
                 if let Clients::Listed(listed) = clients {
                     flags |= RuleValue::LISTED;
-                    let key = |ip: IpAddr| SourceKey { rule: rule_key, source: ip.into() };
-                    self.policy.sources.extend(listed.into_iter().map(key));
+                    let listed: Vec<Address> = listed.into_iter().map(Address::from).collect();
+                    let key = |source: &Address| SourceKey { rule: rule_key, source: *source };
+                    self.policy.sources.extend(listed.iter().map(key));
+                    // Others are left alone: whoever takes their connections is not to take them for local ones.
+                    shown_as_local = listed.into_iter().map(|ip| (ip, Address([u32::MAX; 4]))).collect();
                 }
                 let value = RuleValue {
                     key: rule_key,
@@ -239,8 +243,9 @@ impl Resolver<'_> {
                 self.policy.entries.insert(rule_key, value);
                 if rule.source == Source::Loopback {
                     let gateway = Endpoint::new(rule_key.gateway, rule_key.port);
-                    let key = (ViewKey { gateway, peer: subnet.base }, ViewKey::prefix_len(&subnet.mask));
-                    self.policy.views.insert(key, LoopbackView { gateway, target });
+                    let view = LoopbackView { gateway, target };
+                    let key = |(peer, mask)| (ViewKey { gateway, peer }, ViewKey::prefix_len(&mask));
+                    self.policy.views.extend(shown_as_local.into_iter().map(|peer| (key(peer), view)));
                     self.policy.name_hooks = true;
                 }
                 outcome
