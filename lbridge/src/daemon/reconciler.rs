@@ -254,9 +254,9 @@ impl Reconciler {
         self.configuration.config().aliases.clone()
     }
 
-    /// Whether some rule is for some containers of its network only.
+    /// Whether some rule is for some containers of its network only, as those of their labels are.
     fn names_sources(&self) -> bool {
-        self.rules.iter().any(|(_, rule, _)| !rule.from.is_empty())
+        self.labels.rules(&self.rules).iter().any(|(_, rule, _)| !rule.from.is_empty())
     }
 
     /// Has Docker tell of the containers that `rules` name, and of what `networks` mean, where that is not known yet.

@@ -1,6 +1,8 @@
 //! Containers and networks that ask for rules by their labels.
 
 use std::fs;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
@@ -26,6 +28,7 @@ pub(crate) fn tests() -> Vec<Test> {
         an_allow_wins_over_a_label,
         labels_are_read_from_a_reload_to_another,
         labels_stay_in_force_while_the_engine_is_away,
+        whoever_ends_while_the_engine_is_away_is_out,
         a_container_that_restarts_in_a_loop_costs_little,
         what_is_told_of_labels,
     ]
@@ -379,6 +382,25 @@ fn labels_stay_in_force_while_the_engine_is_away() -> Result<()> {
     wait_for(&scene, "app", 8081, "steered").map(drop)
 }
 
+fn whoever_ends_while_the_engine_is_away_is_out() -> Result<()> {
+    let mut scene = scene_with(Engine::start_with(true)?, ON)?;
+    let app = scene.engine.create_network("app", &[])?;
+    let _service = scene.service("host's", SERVICE)?;
+    let web = labelled(&scene, "app", "web", &["allow=8080"])?;
+    wait_for(&scene, "app", 8080, "steered")?;
+    let netns = scene.engine.netns(&web)?;
+    let pid = scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "web"])?;
+    scene.engine.down()?;
+    scene.wait_for_docker("away")?;
+    client::served_by(&netns, at(&app, 8080), "host's")?;
+    // Nobody tells that it ends, and whose its address is then. That the engine is away is seen by now.
+    thread::sleep(Duration::from_secs(1));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.parse()?), nix::sys::signal::Signal::SIGKILL)?;
+    // Not by way of status, for which the daemon looks.
+    patience::until("it is out", || Ok(client::refused(&netns, at(&app, 8080)).ok()))?;
+    wait_for(&scene, "app", 8080, "waiting").map(drop)
+}
+
 fn a_container_that_restarts_in_a_loop_costs_little() -> Result<()> {
     let scene = scene()?;
     let app = scene.engine.create_network("app", &[])?;
@@ -407,7 +429,7 @@ fn a_container_that_restarts_in_a_loop_costs_little() -> Result<()> {
     let started = std::time::Instant::now();
     while started.elapsed() < patience::seconds(5) {
         scene.served(&web, at(&app, 8080), "host's")?;
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(100));
     }
     let used = usage::Process(pid).ticks()? - before;
     // A quarter of the time, in hundredths of a second.
