@@ -2,42 +2,61 @@
 //! tells nobody who asks its API.
 
 use std::{
-    fs,
+    fs::{self, OpenOptions},
+    io::Read as _,
     net::IpAddr,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
 const CONFIGURATION: &str = "/etc/docker/daemon.json";
 const FLAG: &str = "host-gateway-ip";
 const CONFIGURATION_FLAG: &str = "config-file";
+/// A configuration that is longer is none, in bytes.
+const LONGEST: u64 = 1 << 20;
 
-/// Of root's dockerd that shares this network namespace; while there is none, of its configuration's usual place.
+/// Of root's dockerd that shares this network namespace and sees this process; while there is none, of its configuration's usual place.
 pub(super) fn told() -> Vec<IpAddr> {
     let arguments = command_line().unwrap_or_default();
     let file = values(&arguments, CONFIGURATION_FLAG).pop().map(PathBuf::from);
     let mut told = addresses(values(&arguments, FLAG).iter().map(String::as_str));
-    let file = fs::read_to_string(file.as_deref().unwrap_or(Path::new(CONFIGURATION)));
+    let file = read(file.as_deref().unwrap_or(Path::new(CONFIGURATION)));
     told.extend(file.map(|text| configured(&text)).unwrap_or_default());
     told.sort();
     told.dedup();
     told
 }
 
+/// The text of a file. Whichever file a command line names: a device has no end, or acts; a FIFO waits for somebody.
+fn read(path: &Path) -> Option<String> {
+    fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
+    file.metadata().ok().filter(fs::Metadata::is_file)?;
+    let mut text = String::new();
+    file.take(LONGEST).read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
 fn command_line() -> Option<Vec<String>> {
-    let own = fs::metadata("/proc/self/ns/net").ok()?;
+    let own = ["net", "pid"].map(|kind| namespace(Path::new("/proc/self"), kind));
     fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
         let process = entry.path();
-        // Anybody may call a program so, and a container may have an engine of its own.
+        // Anybody may call a program so, and a container may have an engine of its own, or the host's network.
         let is_roots = fs::metadata(&process).ok()?.uid() == 0;
         let is_dockerd = fs::read_to_string(process.join("comm")).ok()? == "dockerd\n";
-        let namespace = fs::metadata(process.join("ns/net")).ok().filter(|_| is_roots && is_dockerd)?;
-        if (namespace.dev(), namespace.ino()) != (own.dev(), own.ino()) {
+        let is_here = || ["net", "pid"].map(|kind| namespace(&process, kind)) == own;
+        if !is_roots || !is_dockerd || own.contains(&None) || !is_here() {
             return None;
         }
         let line = fs::read(process.join("cmdline")).ok()?;
         Some(line.split(|b| *b == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect())
     })
+}
+
+/// Which namespace of a kind a process is in.
+fn namespace(process: &Path, kind: &str) -> Option<(u64, u64)> {
+    let namespace = fs::metadata(process.join("ns").join(kind)).ok()?;
+    Some((namespace.dev(), namespace.ino()))
 }
 
 /// `--flag VALUE` and `--flag=VALUE`, as often as it is given.
@@ -82,6 +101,24 @@ mod tests {
         let values = values(&line, FLAG);
         assert_eq!(addresses(values.iter().map(String::as_str)), ips(&["10.0.0.5", "10.0.0.6", "fd00::6"]));
         assert!(super::values(&line, CONFIGURATION_FLAG).is_empty());
+    }
+
+    #[test]
+    fn what_has_no_end_is_no_configuration() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::write(path("plain"), "{}").unwrap();
+        for (file, text) in [
+            (path("plain"), Some("{}")),
+            (path("fifo"), None),
+            ("/dev/zero".into(), None),
+            (path("none"), None),
+        ] {
+            assert_eq!(read(&file).as_deref(), text, "{}", file.display());
+        }
+        fs::File::create(path("huge")).unwrap().set_len(1 << 40).unwrap();
+        assert!(read(&path("huge")).is_none_or(|text| text.len() as u64 == LONGEST));
     }
 
     #[test]
