@@ -18,6 +18,10 @@ impl Ended {
     pub(super) fn hear(&mut self, event: &EventMessage, looked: Timestamp, view: &watch::Sender<View>) {
         let after = |time: i64| i128::from(time) > looked.as_nanosecond();
         let Some(id) = event.actor.as_ref().and_then(|actor| actor.id.as_ref()) else { return };
+        // The process that was seen may be that of the start which came after the end, if a look took longer than both.
+        if event.action.as_deref() == Some("start") {
+            self.0.remove(id);
+        }
         if !event.time_nano.is_some_and(after) {
             return;
         }
@@ -115,6 +119,17 @@ mod tests {
         ended.apply(&mut looked);
         assert_eq!(looked, seen(6), "it was started again");
         assert!(ended.0.is_empty());
+    }
+
+    #[test]
+    fn who_has_started_again_while_somebody_looked_runs() {
+        let mut ended = Ended::default();
+        // It has its new process already.
+        heard(&mut ended, &event("die", "c", 11));
+        heard(&mut ended, &event("start", "c", 12));
+        let mut looked = seen(5);
+        ended.apply(&mut looked);
+        assert_eq!(looked, seen(5));
     }
 
     #[test]
