@@ -232,6 +232,8 @@ fn abandon(pins: &Pins, why: &str) -> anyhow::Result<Loaded> {
     for link in [STEER_LINK, LISTENERS_LINK].iter().chain(hooks) {
         pins::remove(&pins.link(link))?;
     }
+    // Another version's is not to go on without it.
+    pins.remove_other_versions()?;
     Ok(Loaded::nothing(why))
 }
 
