@@ -247,6 +247,8 @@ fn moved(link: &LinkMessage) -> Option<(u32, i32)> {
         match attribute {
             LinkAttribute::Link(index) => other = Some(*index),
             LinkAttribute::NewNetnsId(number) => namespace = Some(*number),
+            // The other end's index is that of another namespace.
+            LinkAttribute::LinkNetNsId(_) => return None,
             _ => {}
         }
     }

@@ -4,6 +4,8 @@
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Child;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client::{self, Connection};
@@ -41,6 +43,7 @@ pub(crate) fn tests() -> Vec<Test> {
         a_daemon_forgets_who_left_while_it_was_away,
         a_namespace_is_followed_from_bridge_to_bridge,
         a_namespace_that_is_found_late_is_served,
+        a_link_that_leaves_the_host_is_no_other_port,
         the_rule_of_the_gateway_decides,
         a_bridge_of_a_nested_namespace_is_none_of_the_hosts,
     ]
@@ -98,6 +101,25 @@ fn soon_refused(netns: &NetNs, to: SocketAddr) -> Result<()> {
 fn entries(scene: &Scene, map: &str) -> Result<usize> {
     let maps = pins::entries(scene.daemon.bpffs())?;
     maps.iter().find(|(name, _)| name.ends_with(map)).map(|(_, count)| *count).context("no such map")
+}
+
+/// A veth end of the host moves elsewhere, whose other end has, where that is, the number of a port on the bridge.
+fn a_link_that_leaves_the_host_is_no_other_port() -> Result<()> {
+    let (scene, _occupant, _service) = scene()?;
+    soon(&scene.container, v4(8080), "host's")?;
+    let host = scene.lab.host();
+    let ports = host.ip_output("-o link show master lab0")?;
+    let port = ports.split(':').next().context("a port")?.to_owned();
+    let (there, elsewhere) = (NetNs::new()?, NetNs::new()?);
+    let (here, other) = (Occupant::of(host)?, Occupant::of(&elsewhere)?);
+    there.ip(&format!("link add stays index {port} type veth peer name leaves netns {}", here.0.id()))?;
+    host.ip(&format!("link set leaves netns {}", other.0.id()))?;
+    // The last that is told of the links.
+    thread::sleep(Duration::from_secs(1));
+    client::served_by(&scene.container, v4(8080), "host's")?;
+    client::refused(&elsewhere, v4(8080))?;
+    ensure!(entries(&scene, "GUESTS")? == 1, "the container alone");
+    Ok(())
 }
 
 fn an_older_kernel_serves_the_gateway_alone() -> Result<()> {
@@ -375,7 +397,7 @@ fn a_dead_daemon_goes_on_serving() -> Result<()> {
     // Never a gap.
     for _ in 0..3 {
         let stop = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| -> Result<()> {
+        thread::scope(|scope| -> Result<()> {
             let dialling = scope.spawn(|| -> Result<u32> {
                 let mut served = 0;
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
