@@ -108,7 +108,12 @@ impl Explainer<'_> {
     /// What to do where a rule does not serve.
     fn unserved(&self, way: &Way) -> String {
         let Some(meant) = self.rule() else { return String::new() };
-        match self.meant(way).map(|outcome| outcome.state) {
+        let outcome = self.meant(way);
+        // Of a list without anybody it is not the service that is missing.
+        let services =
+            || outcome.and_then(|it| it.why.as_deref()).is_none_or(|why| why.starts_with("nothing listens"));
+        match outcome.map(|outcome| outcome.state) {
+            Some(State::Waiting) if !meant.rule.from.is_empty() && !services() => self.whom(),
             Some(State::Waiting) => format!("start the service on {}", meant.rule.spec.target),
             Some(State::Blocked) => {
                 "`lbridge status` says the same; the reason says what to change".to_owned()

@@ -139,7 +139,9 @@ impl FromStr for PortSpec {
         let (ports, protocol) = split_protocol(text);
         let Some((dialled, target)) = ports.split_once('=') else {
             if ports == "all" {
-                return invalid("\"all\" would open every service of the host; name the ports".to_owned());
+                return invalid(
+                    "\"all\" is no port, it would be every service of the host; name the ports".to_owned(),
+                );
             }
             let port = parse_port(ports, text)?;
             return Ok(Self { port, protocol, target: Target::Port(port) });
@@ -185,9 +187,9 @@ fn parse_port(text: &str, whole: &str) -> Result<u16, Invalid> {
     match number.map(u16::try_from) {
         Some(Ok(port)) if port != 0 => Ok(port),
         Some(_) => invalid(format!("port {text} in {whole:?}; ports are 1 to 65535")),
-        None => {
-            invalid(format!("{whole:?} is no port; write 5432, 5432=15432, 80=127.0.0.1:3000 or 8000-8010"))
-        }
+        None => invalid(format!(
+            "{whole:?} is no port; write 5432, 5432=15432, 80=127.0.0.1:3000, 8000-8010 or 53/udp"
+        )),
     }
 }
 
