@@ -7,12 +7,12 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use aya_ebpf::programs::SkLookupContext;
 use lbridge_common::{
     verdict::{Verdict, decide, first_candidate},
-    wire::{Counter, PROBE_PORT, RuleKey, SourceKey, UDP},
+    wire::{Counter, PROBE_PORT, RuleKey, SourceKey, TCP, UDP},
 };
 
 use crate::{
     ctx,
-    maps::{LISTENERS, PROBES, RULES, SOURCES, count},
+    maps::{LISTENERS, PROBES, RULES, SOURCES, count, loopback_view},
 };
 
 const ENOENT: i32 = 2;
@@ -47,7 +47,11 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
     let key =
         RuleKey { gateway: dialled.address, ifindex, port: dialled.port, protocol: u16::from(protocol) };
     let Some(pointer) = RULES.get_ptr_mut(key) else {
-        return Outcome::Untouched;
+        // The name hooks know of no interface. Who comes by another bridge, with an address of a network that looks local at this
+        // gateway, would look local to whoever listens on every address.
+        let looks_local =
+            protocol == TCP && source != dialled.address && loopback_view(&dialled, &source).is_some();
+        return if looks_local { Outcome::Refused } else { Outcome::Untouched };
     };
     // SAFETY: memory of the map stays readable while the program runs. It may be written to meanwhile, for a new value
     // or, once the entry is removed, for another key (htab elements are reused at once from Linux 6.1 on). So it is

@@ -260,7 +260,7 @@ impl Reconciler {
     }
 
     /// Has Docker tell of the containers that `rules` name, and of what `networks` mean, where that is not known yet.
-    async fn ask_docker(&mut self, rules: &Rules, mut networks: impl Iterator<Item = &Network> + Clone) {
+    async fn ask_docker(&mut self, rules: &Rules, networks: impl Iterator<Item = &Network>) {
         let Some(docker) = &self.docker else { return };
         let known = docker.view();
         docker.want(names(rules, &known));
@@ -269,12 +269,13 @@ impl Reconciler {
             Network::Container(name) => !matches!(known.containers.get(name), Some(Ok(Some(_)))),
             Network::Bridge(_) | Network::Netns(_) | Network::Process(_) => false,
         };
-        let mut named = networks.clone().flat_map(|network| {
-            rules.iter().filter(move |(id, ..)| id.network == *network).flat_map(|(_, rule, _)| &rule.from)
-        });
+        // A range of ports names its network for each of them.
+        let networks: BTreeSet<&Network> = networks.collect();
+        let asked = rules.iter().filter(|(id, ..)| networks.contains(&id.network));
+        let mut named = asked.flat_map(|(_, rule, _)| &rule.from);
         let is_unknown = |name: &String| !matches!(known.containers.get(name), Some(Ok(Some(_))));
         // The network may be so new that its event is still under way.
-        if named.any(is_unknown) || networks.any(unknown) {
+        if named.any(is_unknown) || networks.into_iter().any(unknown) {
             docker.refresh(DOCKER_REFRESH).await;
             self.remember_networks();
         }

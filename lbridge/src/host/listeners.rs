@@ -118,6 +118,10 @@ fn dump(family: u8, kind: ListenerKind, listeners: &mut Vec<Listener>) -> anyhow
                 NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
                     listeners.push(listener(&response, kind));
                 }
+                // A protocol without a module has its error at the end of an empty list.
+                NetlinkPayload::Done(done) if done.code < 0 => {
+                    return Err(io::Error::from_raw_os_error(-done.code).into());
+                }
                 NetlinkPayload::Done(_) => return Ok(()),
                 NetlinkPayload::Error(error) => return Err(error.to_io().into()),
                 _ => {}

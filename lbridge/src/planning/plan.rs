@@ -176,6 +176,9 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps.extend(
         reality.entries.keys().filter(|k| !policy.entries.contains_key(k)).map(|k| Step::RemoveEntry(*k)),
     );
+    // With its entry: without one, whoever would look local is refused.
+    steps
+        .extend(reality.views.keys().filter(|k| !policy.views.contains_key(k)).map(|k| Step::RemoveView(*k)));
     steps.extend(later.into_iter().map(Step::RemoveSource));
     for (key, dial) in &policy.dials {
         if reality.dials.get(key) != Some(dial) {
@@ -200,8 +203,6 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     for key in reality.lingering.iter().filter(|key| !policy.relays.contains_key(key) && !handed_over(key)) {
         steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
     }
-    steps
-        .extend(reality.views.keys().filter(|k| !policy.views.contains_key(k)).map(|k| Step::RemoveView(*k)));
     if reality.name_hooks && !policy.name_hooks && !reality.name_hooks_in_use {
         steps.push(Step::DetachNameHooks);
     }

@@ -41,6 +41,10 @@ pub enum Need {
     DebianRoot(&'static str),
     /// A kernel where socket programs can tell namespaces apart (5.15).
     RegistersAlone,
+    /// A kernel that tells a network namespace's cookie to programs outside of it (5.14).
+    NamesNamespaces,
+    /// A kernel that tells by which interface a packet came in (5.17).
+    TellsInterfaces,
 }
 
 impl Need {
@@ -67,6 +71,12 @@ impl Need {
             Need::DebianRoot(name) => packages::root(name).err().map(|error| format!("{error:#}")),
             Need::RegistersAlone if !kernel::registers_listeners_alone() => {
                 Some("the kernel is older than 5.15".to_owned())
+            }
+            Need::NamesNamespaces if kernel::version() < (5, 14) => {
+                Some("the kernel is older than 5.14".to_owned())
+            }
+            Need::TellsInterfaces if !kernel::has_ingress_ifindex() => {
+                Some("the kernel is older than 5.17".to_owned())
             }
             _ => None,
         }

@@ -24,7 +24,7 @@ use super::{daemon, sandbox};
 /// Set inside.
 const INSIDE: &str = "LBRIDGE_TEST_GUEST";
 /// What the lab and the daemon need; what is built in is not found, and what they depend on is added.
-const MODULES: [&str; 6] = ["veth", "bridge", "tcp_diag", "mptcp_diag", "unix_diag", "inet_diag"];
+const MODULES: [&str; 7] = ["veth", "bridge", "tcp_diag", "udp_diag", "mptcp_diag", "unix_diag", "inet_diag"];
 /// Emulated machines are slow.
 const PATIENCE: u32 = 6;
 /// For the whole suite in an emulated machine.

@@ -21,6 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
         default_bridge_is_served,
         bridge_with_a_name_of_its_own_is_served,
         port_published_on_loopback_is_served,
+        thousands_of_ports_take_seconds,
         ipv6_network_is_served,
         mptcp_listener_is_relayed: [Need::Mptcp],
         rule_waits_for_its_network,
@@ -172,6 +173,14 @@ fn bridge_with_a_name_of_its_own_is_served() -> Result<()> {
     let rule = scene.daemon.rule("named", 8080)?.context("the rule")?;
     ensure!(rule["gateways"][0]["interface"] == "ownbridge", "{rule}");
     Ok(())
+}
+
+/// Not as many minutes: the command itself gives up after half of one.
+fn thousands_of_ports_take_seconds() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.engine.create_network("app", &[])?;
+    scene.daemon.allow(&["app", "20000-39999"])?;
+    scene.daemon.deny(&["app", "20000-39999"]).map(drop)
 }
 
 /// What another container publishes on the host's localhost is a service like any other: for the allowed network, and for no

@@ -3,9 +3,10 @@
 
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::Child;
-use std::thread;
 use std::time::Duration;
+use std::{fs, thread};
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client::{self, Connection};
@@ -14,38 +15,37 @@ use lbridge_tests::harness::lab::Lab;
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::service::{self, Service};
-use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::{kernel, patience, pins};
 use lbridge_tests::tests;
+use nix::mount::{MsFlags, mount, umount};
 use nix::sys::socket::{self, SockaddrStorage, sockopt};
 
 pub(crate) fn tests() -> Vec<Test> {
-    if kernel::version() < (5, 14) {
-        return tests![an_older_kernel_serves_the_gateway_alone];
-    }
     tests![
-        both_addresses_lead_to_the_service,
-        the_client_sees_what_it_dialled,
-        a_socket_that_is_connected_anew_is_not_misnamed,
-        an_mptcp_client_is_served,
-        an_ipv6_network_is_led_to_its_own_gateway,
-        a_relayed_rule_serves_localhost_too,
-        what_the_container_listens_on_is_its_own,
-        a_container_that_was_a_client_is_no_listener,
-        a_socket_that_is_bound_to_localhost_is_left_alone,
-        other_ports_and_addresses_are_left_alone,
-        datagrams_are_left_alone,
-        nobody_elses_localhost_is_touched,
-        a_container_on_two_networks_is_served_by_both,
-        deny_takes_effect_at_once,
-        without_localhost_nothing_is_attached,
-        a_dead_daemon_goes_on_serving,
-        a_daemon_forgets_who_left_while_it_was_away,
-        a_namespace_is_followed_from_bridge_to_bridge,
-        a_namespace_that_is_found_late_is_served,
-        a_link_that_leaves_the_host_is_no_other_port,
-        the_rule_of_the_gateway_decides,
-        a_bridge_of_a_nested_namespace_is_none_of_the_hosts,
+        a_kernel_that_names_no_namespaces_serves_the_gateway_alone,
+        both_addresses_lead_to_the_service: [Need::NamesNamespaces],
+        the_client_sees_what_it_dialled: [Need::NamesNamespaces],
+        a_socket_that_is_connected_anew_is_not_misnamed: [Need::NamesNamespaces],
+        an_mptcp_client_is_served: [Need::NamesNamespaces, Need::Mptcp],
+        an_ipv6_network_is_led_to_its_own_gateway: [Need::NamesNamespaces],
+        a_relayed_rule_serves_localhost_too: [Need::NamesNamespaces],
+        what_the_container_listens_on_is_its_own: [Need::NamesNamespaces],
+        a_container_that_was_a_client_is_no_listener: [Need::NamesNamespaces],
+        a_socket_that_is_bound_to_localhost_is_left_alone: [Need::NamesNamespaces],
+        other_ports_and_addresses_are_left_alone: [Need::NamesNamespaces],
+        datagrams_are_left_alone: [Need::NamesNamespaces],
+        nobody_elses_localhost_is_touched: [Need::NamesNamespaces],
+        a_container_on_two_networks_is_served_by_both: [Need::NamesNamespaces],
+        deny_takes_effect_at_once: [Need::NamesNamespaces],
+        without_localhost_nothing_is_attached: [Need::NamesNamespaces],
+        a_dead_daemon_goes_on_serving: [Need::NamesNamespaces],
+        a_daemon_forgets_who_left_while_it_was_away: [Need::NamesNamespaces],
+        a_namespace_is_followed_from_bridge_to_bridge: [Need::NamesNamespaces],
+        a_namespace_that_is_found_late_is_served: [Need::NamesNamespaces],
+        a_link_that_leaves_the_host_is_no_other_port: [Need::NamesNamespaces],
+        the_rule_of_the_gateway_decides: [Need::NamesNamespaces],
+        a_bridge_of_a_nested_namespace_is_none_of_the_hosts: [Need::NamesNamespaces],
     ]
 }
 
@@ -122,8 +122,11 @@ fn a_link_that_leaves_the_host_is_no_other_port() -> Result<()> {
     Ok(())
 }
 
-fn an_older_kernel_serves_the_gateway_alone() -> Result<()> {
+fn a_kernel_that_names_no_namespaces_serves_the_gateway_alone() -> Result<()> {
     let (scene, _occupant, _service) = scene()?;
+    if kernel::version() >= (5, 14) {
+        return scene.must_be(8080, "steered").map(drop);
+    }
     let state = scene.must_be(8080, "blocked")?;
     ensure!(state.why.unwrap_or_default().contains("5.14"), "says what it takes");
     scene.served(8080, "host's")?;
@@ -469,10 +472,16 @@ fn a_namespace_that_is_found_late_is_served() -> Result<()> {
     let _late = Occupant::of(&late)?;
     soon(&late, v4(8080), "host's")?;
     let visitor = Occupant::of(&named)?;
-    scene.lab.host().shell(&format!("ip netns attach lbridge-named {}", visitor.0.id()))?;
+    // As `ip netns attach` does it.
+    let name = Path::new("/run/netns/lbridge-named");
+    fs::create_dir_all("/run/netns")?;
+    fs::write(name, "")?;
+    let namespace = format!("/proc/{}/ns/net", visitor.0.id());
+    mount(Some(namespace.as_str()), name, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     drop(visitor);
     let done = soon(&named, v4(8080), "host's");
-    scene.lab.host().shell("ip netns del lbridge-named")?;
+    umount(name)?;
+    fs::remove_file(name)?;
     done
 }
 

@@ -21,6 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
         relayed_name_outlives_the_rule,
         ipv6_container_is_not_shown_as_some_ipv4_address,
         relays_leave_the_ports_of_the_host_alone,
+        whoever_comes_by_another_bridge_is_no_local_peer,
         relay_that_lingers_is_closed_by_deny,
         names_of_connections_that_fail_do_not_stay,
     ]
@@ -143,4 +144,27 @@ fn names_of_connections_that_fail_do_not_stay() -> Result<()> {
     patience::until("the others' names are gone", || Ok((names()? == 1).then_some(())))?;
     drop((waiting, listener));
     Ok(())
+}
+
+/// A container that is on two bridges dials the gateway of one by the other, with its address on the first: there is no rule for
+/// that, and the name hooks know no interface.
+fn whoever_comes_by_another_bridge_is_no_local_peer() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    let wild = scene.service("for everybody", "0.0.0.0:8081")?;
+    scene.allow(&["8081=8080", "--source", "loopback"])?;
+    ensure!(scene.served(8081, "service")?.peer.ip().to_string() == "127.0.0.1");
+    let lab1 = scene.lab.add_bridge("lab1", "10.8.0.1/24")?;
+    let both = scene.lab.container(&lab1, "10.8.0.2/24 10.7.0.9/32")?;
+    both.ip("route add 10.7.0.1 via 10.8.0.1 src 10.7.0.9")?;
+    // So that what is answered finds the way back.
+    scene.lab.host().ip("route add 10.7.0.9 via 10.8.0.2")?;
+    let to = scene.gateway(8081);
+    client::not_served(&both, None, to)?;
+    ensure!(wild.accepted() == 0, "whoever it takes its peer for");
+    // Others are none of this.
+    both.ip("route del 10.7.0.1")?;
+    client::served_by(&both, to, "for everybody")?;
+    scene.deny(&["8081"])?;
+    scene.served(8081, "for everybody").map(drop)
 }
