@@ -2,10 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::{Answer, End, Explainer, Fate, Stage, Step, Way, Ways, beyond::answering, words::step};
+use super::{Answer, End, Explainer, Fate, Known, Stage, Step, Way, Ways, beyond::answering, words::step};
 use crate::planning::{
-    inventory::{Absence, Namespace},
-    policy::{Place, RelayKey},
+    inventory::{Absence, Attachment, Namespace, find_networks},
+    policy::{Place, RelayKey, RuleOutcome, State},
+    rule::{Network, Protocol},
 };
 
 impl Explainer<'_> {
@@ -61,10 +62,51 @@ impl Explainer<'_> {
         };
         let end = if let Some((_, spec)) = self.known.reality.relays.iter().find(|(open, _)| is_there(open)) {
             self.relay(&mut way, spec)
+        } else if let Some(end) = self.led_to_gateway(&mut way) {
+            end
         } else {
             self.no_relay(&mut way, &key);
             self.host(&mut way, answering(self.known.inside, dialled, 1))
         };
         (way, end)
+    }
+
+    /// Where a container's localhost leads by a rule of one of its networks, unless somebody inside listens there.
+    fn led_to_gateway(&self, way: &mut Way) -> Option<End> {
+        let Known { policy, reality, inventory, inside, .. } = self.known;
+        let Network::Container(name) = &self.question.network else { return None };
+        let container = inventory.containers.get(name)?.as_ref().ok()?;
+        let dialled = way.dialled;
+        if self.question.protocol != Protocol::Tcp || answering(inside, dialled, 1).is_some() {
+            return None;
+        }
+        let is_on = |meant: &&RuleOutcome| {
+            let Network::Docker(network) = &meant.rule.network else { return false };
+            let networks = find_networks(&inventory.docker_networks, network);
+            let is_for_it = meant.rule.from.is_empty() || meant.rule.from.contains(name);
+            let is_on = |there: &Attachment| networks.iter().any(|network| there.is_on(network));
+            is_for_it && container.attachments.iter().any(is_on)
+        };
+        let leads = |meant: &RuleOutcome| {
+            let dial = meant.dials.iter().find(|dial| dial.address == dialled)?;
+            let gateway = dial.gateway.filter(|_| reality.connect_hooks)?;
+            let there = dial.keys.iter().any(|key| reality.dials.contains_key(key));
+            let outcome = meant.gateways.iter().find(|it| it.relay_key.address.ip() == gateway)?;
+            there.then_some((gateway, outcome.outcome.state))
+        };
+        let (meant, (gateway, state)) =
+            policy.outcomes.iter().filter(is_on).find_map(|meant| Some((meant, leads(meant)?)))?;
+        let (rule, to) = (meant.rule.id(), SocketAddr::new(gateway, dialled.port()));
+        let text = format!("connect() leads to {to}, by the rule {rule} --localhost: nobody listens inside");
+        way.steps.push(step(Stage::Localhost, Answer::Yes, text));
+        way.fate = match state {
+            State::Steered => Fate::Steered,
+            State::Relayed => Fate::Relayed,
+            State::Waiting | State::Blocked => Fate::Refused,
+        };
+        Some(End {
+            sentence: format!("connections from inside to {dialled} are led to {to}"),
+            remedy: format!("`lbridge explain {rule}` says what becomes of them there"),
+        })
     }
 }

@@ -33,6 +33,7 @@ impl Host {
             registered: keys.copied().collect(),
             relays: policy.relays.clone(),
             name_hooks: policy.name_hooks,
+            connect_hooks: policy.connect_hooks,
             ..Reality::default()
         }
     }
@@ -344,4 +345,21 @@ fn a_firewall_comes_first() {
 
     let told = host.explain_with("app", 81, None, &host.in_force(), &[]);
     assert_eq!(text(&told, Stage::Firewall), "whether a firewall drops it was not tried");
+}
+
+/// A rule of the container's network leads its localhost to the gateway.
+#[test]
+fn localhost_inside_may_lead_to_a_gateway() {
+    let host = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
+    let host =
+        host.container("web", &[("app", &["172.18.0.2"])]).container("far", &[("db", &["172.19.0.2"])]);
+    let host = ["web", "far"].into_iter().zip(7..).fold(host, |host, (name, inode)| {
+        host.namespace(&format!("container:{name}"), inode, &["127.0.0.1"])
+    });
+    let led = host.explain("container:web", 80);
+    assert_eq!(led.ways[0].fate, Fate::Steered);
+    assert_eq!(led.outcome, "connections from inside to 127.0.0.1:80 are led to 172.18.0.1:80");
+    assert_eq!(led.remedy, "`lbridge explain app 80` says what becomes of them there");
+    assert_eq!(host.explain("container:web", 81).ways[0].fate, Fate::Refused);
+    assert_eq!(host.explain("container:far", 80).ways[0].fate, Fate::Refused);
 }
