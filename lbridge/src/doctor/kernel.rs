@@ -132,6 +132,10 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
         let why = "Rules with --localhost serve the gateway alone.";
         findings.push(Finding::new("localhost", Level::Note, what).because(why));
     }
+    if let Err(why) = &trial.abilities.reply_hooks {
+        let what = format!("what UDP services answer cannot be given its source: {why}");
+        findings.push(Finding::new("udp", Level::Note, what).because("Rules for UDP are blocked."));
+    }
     if let Ok(netns) = &netns
         && let Err(error) = take_one(netns)
     {
