@@ -20,9 +20,13 @@ fn the_doctor_knows_what_the_kernel_does() -> Result<()> {
     ensure!(report.complaints().is_empty(), "{report:?}");
     let steering = report.must("steering", "ok")?;
     ensure!(steering.text.contains("tried with a connection"), "{steering:?}");
-    for (check, can) in
-        [("ingress", kernel::has_ingress_ifindex()), ("registering", kernel::registers_listeners_alone())]
-    {
+    let names_namespaces = kernel::version() >= (5, 14);
+    for (check, can) in [
+        ("ingress", kernel::has_ingress_ifindex()),
+        ("registering", kernel::registers_listeners_alone()),
+        ("localhost", names_namespaces),
+        ("udp", names_namespaces),
+    ] {
         if can {
             report.must_not(check)?;
         } else {
