@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
 use lbridge_tests::harness::daemon::Options;
 use lbridge_tests::harness::scene::Scene;
-use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::{patience, pins};
 use lbridge_tests::tests;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -21,7 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
         relayed_name_outlives_the_rule,
         ipv6_container_is_not_shown_as_some_ipv4_address,
         relays_leave_the_ports_of_the_host_alone,
-        whoever_comes_by_another_bridge_is_no_local_peer,
+        whoever_comes_by_another_bridge_is_no_local_peer: [Need::TellsInterfaces],
         relay_that_lingers_is_closed_by_deny,
         names_of_connections_that_fail_do_not_stay,
     ]
