@@ -211,6 +211,8 @@ fn paths(rounds: usize, time: Duration) -> Result<()> {
     let _service = place.serve(ways.iter().map(|way| way.service()))?;
     let daemon = place.daemon("lbridge")?;
     let network = place.bridge.network();
+    // By a process inside a namespace without a name is found; where localhost leads depends on that.
+    let _occupant = Process::start(place.container.command("sleep").arg("infinity"))?;
     daemon.allow(&[&network, &Way::Steer.port().to_string(), "--path", "steer"])?;
     daemon.allow(&[&network, &Way::Localhost.port().to_string(), "--path", "steer", "--localhost"])?;
     daemon.allow(&[&network, &Way::Relay.port().to_string(), "--path", "relay"])?;
