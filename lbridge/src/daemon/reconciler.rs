@@ -83,6 +83,8 @@ pub(super) struct Reconciler {
     docker: Option<Watcher>,
     saved_networks: Vec<DockerNetwork>,
     saved_containers: Vec<SeenContainer>,
+    /// What could not be saved, as was told.
+    unsaved: BTreeSet<&'static str>,
     saved_labelled: Vec<Labelled>,
     /// Listeners, by inode, that the kernel cannot be given; for as long as they are there.
     refused: BTreeMap<u64, ListenerKind>,
@@ -121,6 +123,7 @@ impl Reconciler {
             saved_networks: store.networks(),
             processes: processes(&saved_containers),
             saved_containers,
+            unsaved: BTreeSet::new(),
             saved_labelled: store.labelled(),
             store,
             abilities,
@@ -440,10 +443,23 @@ impl Reconciler {
             })
         };
         let containers: Vec<_> = view.containers.iter().filter_map(seen).collect();
-        if containers != self.saved_containers {
-            match self.store.save_containers(containers.clone()) {
-                Ok(()) => self.saved_containers = containers,
-                Err(error) => tracing::warn!("{error:#}"),
+        let store = &self.store;
+        let saved = keep(containers, &mut self.saved_containers, |now| store.save_containers(now));
+        self.tell_unsaved("containers", saved);
+    }
+
+    /// What cannot be kept is tried again at every look; that it cannot is told when it begins, and when it ends.
+    fn tell_unsaved(&mut self, what: &'static str, saved: anyhow::Result<()>) {
+        match saved {
+            Ok(()) => {
+                if self.unsaved.remove(what) {
+                    tracing::info!("the {what} last seen are kept again");
+                }
+            }
+            Err(error) => {
+                if self.unsaved.insert(what) {
+                    tracing::warn!("the {what} last seen are not kept for the next start: {error:#}");
+                }
             }
         }
     }
@@ -454,19 +470,25 @@ impl Reconciler {
         if !matches!(view.presence, Presence::Reachable { .. }) {
             return;
         }
-        if view.networks != self.saved_networks {
-            match self.store.save_networks(view.networks.clone()) {
-                Ok(()) => self.saved_networks = view.networks,
-                Err(error) => tracing::warn!("{error:#}"),
-            }
-        }
-        if view.labelled != self.saved_labelled {
-            match self.store.save_labelled(view.labelled.clone()) {
-                Ok(()) => self.saved_labelled = view.labelled,
-                Err(error) => tracing::warn!("{error:#}"),
-            }
-        }
+        let store = &self.store;
+        let networks = keep(view.networks, &mut self.saved_networks, |now| store.save_networks(now));
+        let labelled = keep(view.labelled, &mut self.saved_labelled, |now| store.save_labelled(now));
+        self.tell_unsaved("networks", networks);
+        self.tell_unsaved("labels", labelled);
     }
+}
+
+/// Saves what is another than was saved last.
+fn keep<T: PartialEq + Clone>(
+    now: T,
+    saved: &mut T,
+    save: impl FnOnce(T) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    if now != *saved {
+        save(now.clone())?;
+        *saved = now;
+    }
+    Ok(())
 }
 
 /// The processes of containers that were seen, as they were.

@@ -3,6 +3,7 @@
 mod explain;
 mod firewall;
 mod law;
+mod reach;
 mod scenarios;
 
 use std::net::{IpAddr, SocketAddr};

@@ -1,0 +1,373 @@
+//! that reach further than a network's gateway by or less far: some containers of it, their localhost, what they call
+//! the host, UDP.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use lbridge_common::wire::{RuleValue, SourceKey, UDP};
+
+use super::Host;
+use crate::planning::{
+    inventory::{DockerPresence, Steering},
+    plan::{Step, plan},
+    policy::Clients,
+    reality::Reality,
+    rule::{PathChoice, Source},
+};
+
+fn from(host: Host, containers: &[&str], source: Source, path: PathChoice) -> Host {
+    host.allow_for("app", "80", source, path, containers)
+}
+
+/// Containers on two networks, and a service.
+fn crowd() -> Host {
+    let host = Host::new().network("db", "br-db").bridge("br-db", 8, &["172.19.0.1/16"]);
+    host.listens("127.0.0.1:80")
+        .container("web", &[("app", &["172.18.0.2"]), ("db", &["172.19.0.2"])])
+        .container("api", &[("app", &["172.18.0.3"])])
+        .container("far", &[("db", &["172.19.0.3"])])
+        .container("odd", &[("app", &["172.20.0.9"])])
+}
+
+#[test]
+fn a_rule_for_some_containers_lists_their_addresses() {
+    let host = from(crowd(), &["web", "api"], Source::Container, PathChoice::Auto);
+    assert_eq!(host.states(), ["172.18.0.1:80 steered (for api, web)"]);
+    let policy = host.policy();
+    let (key, entry) = policy.entries.first_key_value().unwrap();
+    assert_eq!(entry.flags, RuleValue::LISTED);
+    let source = |ip: &str| SourceKey { rule: *key, source: ip.parse::<IpAddr>().unwrap().into() };
+    assert_eq!(policy.sources, [source("172.18.0.2"), source("172.18.0.3")].into());
+
+    let relayed = from(crowd(), &["web"], Source::Container, PathChoice::Relay);
+    assert_eq!(relayed.states(), ["172.18.0.1:80 relayed (as the rule asks; for web)"]);
+    let policy = relayed.policy();
+    let clients = &policy.relays.first_key_value().unwrap().1.clients;
+    assert_eq!(*clients, Clients::Listed(["172.18.0.2".parse().unwrap()].into()));
+    assert!(policy.sources.is_empty() && policy.entries.is_empty());
+}
+
+#[test]
+fn a_rule_for_containers_that_are_not_there_is_for_nobody() {
+    for path in [PathChoice::Auto, PathChoice::Relay] {
+        let mut host = from(crowd(), &["far", "odd", "gone"], Source::Container, path);
+        host.inventory.container_names = vec!["shop-gone-1".to_owned(), "web".to_owned()];
+        let missing = "container far is not on app, but on db; no container gone; did you mean shop-gone-1?; \
+                       container odd has no IPv4 address beside 172.18.0.1";
+        assert_eq!(host.states(), [format!("172.18.0.1:80 waiting ({missing})")]);
+        let policy = host.policy();
+        assert!(policy.relays.is_empty() && policy.sources.is_empty());
+        // In the kernel the entry keeps everybody from whoever else listens there.
+        assert!(policy.entries.values().all(|entry| entry.flags == RuleValue::LISTED));
+        assert_eq!(policy.entries.len(), usize::from(path == PathChoice::Auto));
+    }
+}
+
+#[test]
+fn a_rule_serves_those_of_its_containers_that_are_there() {
+    let mut host = from(crowd(), &["web", "api"], Source::Container, PathChoice::Auto);
+    host.inventory.containers.get_mut("api").unwrap().as_mut().unwrap().running = false;
+    assert_eq!(host.states(), ["172.18.0.1:80 steered (for web; container api does not run)"]);
+    host.inventory.containers.insert("api".to_owned(), Err("Docker says: no".to_owned()));
+    assert_eq!(host.states(), ["172.18.0.1:80 steered (for web; container api: Docker says: no)"]);
+    host.inventory.listeners.clear();
+    assert_eq!(
+        host.states(),
+        ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:80; for web; container api: Docker says: no)"]
+    );
+    host.inventory.containers.clear();
+    host.inventory.docker = DockerPresence::Away;
+    let unknown = |name| format!("Docker is away, and container {name} was not seen before");
+    let why = format!("nothing listens on 127.0.0.1:80; {}; {}", unknown("api"), unknown("web"));
+    assert_eq!(host.states(), [format!("172.18.0.1:80 waiting ({why})")]);
+}
+
+#[test]
+fn networks_of_one_name_are_told_by_their_id() {
+    let mut host = from(crowd(), &["web"], Source::Container, PathChoice::Auto);
+    // Another network was called so when the container joined it.
+    let web = host.inventory.containers.get_mut("web").unwrap().as_mut().unwrap();
+    web.attachments[0].id = Some("ff".repeat(32));
+    assert_eq!(host.states(), ["172.18.0.1:80 waiting (container web is not on app, but on app and db)"]);
+}
+
+#[test]
+fn a_bridges_containers_are_those_of_its_docker_network() {
+    let on_bridge = |bridge: &str, docker| {
+        let mut host = crowd().bridge("br-own", 9, &["10.9.0.1/24"]);
+        host.inventory.docker = docker;
+        if docker == DockerPresence::Off {
+            host.inventory.docker_networks.clear();
+        }
+        let host = host.allow_for(bridge, "80", Source::Container, PathChoice::Auto, &["web"]);
+        host.states().remove(0)
+    };
+    let here = DockerPresence::Reachable;
+    assert_eq!(on_bridge("bridge:br-app", here), "172.18.0.1:80 steered (for web)");
+    assert_eq!(
+        on_bridge("bridge:br-own", here),
+        "bridge:br-own 80 blocked (br-own is no Docker network's bridge, so Docker knows no container's address there; \
+         leave --from out)"
+    );
+    assert_eq!(
+        on_bridge("bridge:br-app", DockerPresence::Off),
+        "bridge:br-app 80 blocked (the daemon runs with --no-docker, and knows no container's address; leave --from out)"
+    );
+}
+
+/// Whoever is let in is known before the entry, and who leaves is out before anything else is done.
+#[test]
+fn an_entry_is_never_open_to_those_that_it_is_not_for() {
+    let all = crowd().allow("app", "80");
+    let some = from(crowd(), &["web"], Source::Container, PathChoice::Auto);
+    let other = from(crowd(), &["api"], Source::Container, PathChoice::Auto);
+    let steps = |before: &Host, after: &Host| {
+        let policy = before.policy();
+        let reality = Reality {
+            entries: policy.entries,
+            sources: policy.sources,
+            targets: policy.targets,
+            ..Reality::default()
+        };
+        let steps = plan(&after.policy(), &reality).into_iter();
+        let told = steps.filter_map(|step| match step {
+            Step::PutEntry(..) => Some("put"),
+            Step::RemoveEntry(_) => Some("remove"),
+            Step::AddSource(_) => Some("add source"),
+            Step::RemoveSource(_) => Some("remove source"),
+            _ => None,
+        });
+        told.collect::<Vec<_>>()
+    };
+    assert_eq!(steps(&all, &some), ["add source", "put"]);
+    assert_eq!(steps(&some, &all), ["put", "remove source"]);
+    assert_eq!(steps(&some, &other), ["remove source", "add source"]);
+    assert_eq!(steps(&some, &Host::new()), ["remove", "remove source"]);
+}
+
+#[test]
+fn localhost_leads_to_the_gateway_that_serves_best() {
+    let dual =
+        || Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
+    let one = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
+    assert_eq!(one.dials(), ["127.0.0.1:80 to 172.18.0.1 steered", "[::1]:80 to 172.18.0.1 steered"]);
+    let both =
+        dual().listens("127.0.0.1:80").listens("[::1]:80").allow("dual", "80").with_localhost("dual", 80);
+    assert_eq!(both.dials(), ["127.0.0.1:80 to 172.20.0.1 steered", "[::1]:80 to fd00::1 steered"]);
+    // IPv6 would be relayed.
+    let four = dual().listens("127.0.0.1:80").allow("dual", "80").with_localhost("dual", 80);
+    assert_eq!(four.dials(), ["127.0.0.1:80 to 172.20.0.1 steered", "[::1]:80 to 172.20.0.1 steered"]);
+    let waits = dual().allow("dual", "80").with_localhost("dual", 80);
+    assert_eq!(waits.dials(), ["127.0.0.1:80 to 172.20.0.1 steered", "[::1]:80 to fd00::1 steered"]);
+    let six = Host::new().network("six", "br-six").bridge("br-six", 9, &["fd00::1/64"]);
+    let six = six.listens("[::1]:80").allow("six", "80").with_localhost("six", 80);
+    assert_eq!(six.dials(), ["[::1]:80 to fd00::1 steered"], "an IPv4 socket gets to no IPv6 gateway");
+}
+
+#[test]
+fn localhost_leads_nowhere_where_nothing_is_served() {
+    let second = Host::new().listens("127.0.0.1:80").allow("bridge:br-app", "80").allow("app", "80=81");
+    let second = second.with_localhost("bridge:br-app", 80);
+    let nowhere = "blocked (no gateway is served that it could lead to)";
+    // Of two names of one bridge the first has the port.
+    assert_eq!(second.dials(), [format!("127.0.0.1:80 {nowhere}"), format!("[::1]:80 {nowhere}")]);
+    assert!(second.policy().dials.is_empty());
+    let gone = Host::new().allow("gone", "80").with_localhost("gone", 80);
+    assert!(gone.dials().is_empty() && gone.policy().connect_hooks);
+    let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
+    old.abilities.connect_hooks = Err("needs Linux 5.14".to_owned());
+    assert_eq!(old.states(), ["172.18.0.1:80 steered"], "the gateway is served all the same");
+    assert_eq!(
+        old.dials(),
+        [
+            "127.0.0.1:80 to 172.18.0.1 blocked (needs Linux 5.14)",
+            "[::1]:80 to 172.18.0.1 blocked (needs Linux 5.14)"
+        ]
+    );
+    assert!(old.policy().dials.is_empty() && !old.policy().connect_hooks);
+}
+
+/// Their neighbours' localhost is their neighbours'.
+#[test]
+fn localhost_of_some_containers_is_theirs_alone() {
+    let mut host =
+        crowd().allow_for("app", "80", Source::Container, PathChoice::Auto, &["web", "api", "far"]);
+    host = host.with_localhost("app", 80);
+    let waiting = "waiting (none of its containers runs there)";
+    assert_eq!(host.dials()[0], format!("127.0.0.1:80 to 172.18.0.1 {waiting}"), "not seen yet");
+    for (name, netns) in [("web", 41), ("api", 42), ("far", 43)] {
+        host.inventory.containers.get_mut(name).unwrap().as_mut().unwrap().netns = Some(netns);
+    }
+    let whose = |host: &Host| host.policy().dials.keys().map(|key| key.netns).collect::<BTreeSet<_>>();
+    assert_eq!(whose(&host), [41, 42].into(), "far is on another network");
+    host.inventory.containers.get_mut("api").unwrap().as_mut().unwrap().running = false;
+    assert_eq!(whose(&host), [41].into());
+    let all = crowd().allow("app", "80").with_localhost("app", 80);
+    assert_eq!(whose(&all), [0].into());
+}
+
+#[test]
+fn what_is_dialled_is_named_where_that_can_be() {
+    let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
+    assert!(host.policy().name_hooks);
+    host.abilities.name_hooks = Err("none".to_owned());
+    assert!(!host.policy().name_hooks && host.policy().dials.len() == 2, "it is served all the same");
+}
+
+/// Docker's own bridge, another network, and services.
+fn beside_docker0() -> Host {
+    let host = Host::new().network("bridge", "docker0").bridge("docker0", 3, &["172.17.0.1/16"]);
+    let host = host.network("db", "br-db").bridge("br-db", 8, &["172.19.0.1/16"]);
+    host.listens("127.0.0.1:80").listens("127.0.0.1:81")
+}
+
+#[test]
+fn what_docker_calls_the_host_is_served_as_the_gateway() {
+    let host = beside_docker0().allow("app", "80").allow("db", "80=81").allow("bridge", "80");
+    assert_eq!(
+        host.states(),
+        [
+            "172.18.0.1:80 steered",
+            "172.17.0.1:80 steered",
+            // Its own.
+            "172.17.0.1:80 steered",
+            "172.19.0.1:80 steered",
+            "172.17.0.1:80 steered",
+        ]
+    );
+    let policy = host.policy();
+    let at_alias =
+        policy.entries.values().filter(|e| IpAddr::from(e.key.gateway).to_string() == "172.17.0.1");
+    let told: Vec<_> = at_alias
+        .map(|entry| (entry.key.ifindex, IpAddr::from(entry.subnet).to_string(), entry.target_port))
+        .collect();
+    let subnet = |ip: &str| ip.to_owned();
+    assert_eq!(
+        told,
+        [(3, subnet("172.17.0.0"), 80), (7, subnet("172.18.0.0"), 80), (8, subnet("172.19.0.0"), 81)]
+    );
+    let via: Vec<_> = policy.openings.values().filter_map(|link| link.via).collect();
+    assert_eq!(via, ["172.18.0.1", "172.19.0.1"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    let relays = beside_docker0().allow_with("app", "80", Source::Container, PathChoice::Relay);
+    let relays = relays.allow_with("db", "80", Source::Container, PathChoice::Relay).policy().relays;
+    assert_eq!(relays.keys().filter(|key| key.address.ip().to_string() == "172.17.0.1").count(), 2);
+}
+
+#[test]
+fn only_addresses_of_the_host_are_aliases() {
+    let with = |host_gateways: &[&str], aliases: &[&str]| {
+        let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").allow("bridge:br-own", "80");
+        host = host.bridge("br-own", 9, &["10.9.0.1/24"]).bridge("eth0", 2, &["10.0.0.5/24", "fd00::5/64"]);
+        host = host.bridge("lo", 1, &["10.1.1.1/32"]);
+        host.inventory.host_gateways = host_gateways.iter().map(|ip| ip.parse().unwrap()).collect();
+        host.inventory.aliases = aliases.iter().map(|ip| ip.parse().unwrap()).collect();
+        host.states()
+    };
+    let (app, own) = ("172.18.0.1:80 steered", "10.9.0.1:80 steered");
+    // Of another family, nobody's, and loopback's.
+    assert_eq!(with(&["fd00::5", "192.0.2.1"], &["10.1.1.1"]), [app, own]);
+    let alias = "10.0.0.5:80 steered";
+    assert_eq!(with(&["10.0.0.5"], &[]), [app, alias, own], "which is no network of Docker's");
+    assert_eq!(with(&[], &["10.0.0.5"]), [app, alias, own, alias]);
+    assert_eq!(with(&[], &["172.18.0.1"]), [app, own, "172.18.0.1:80 steered"]);
+}
+
+/// By the subnet alone an entry at one address can be one network's.
+#[test]
+fn an_alias_goes_to_the_first_where_the_interface_is_not_told() {
+    let mut host =
+        beside_docker0().allow("app", "80").allow("db", "80").allow("db", "81").allow("bridge", "81");
+    host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: true });
+    let taken = |port, dial| {
+        format!(
+            "172.17.0.1:{port} blocked (another network's rule has 172.17.0.1:{port}, and this kernel does not tell by which \
+             bridge it is dialled; dial {dial})"
+        )
+    };
+    assert_eq!(
+        host.states(),
+        [
+            "172.18.0.1:80 steered".to_owned(),
+            "172.17.0.1:80 steered".to_owned(),
+            "172.17.0.1:81 steered".to_owned(),
+            "172.19.0.1:80 steered".to_owned(),
+            taken(80, "172.19.0.1"),
+            "172.19.0.1:81 steered".to_owned(),
+            taken(81, "172.19.0.1"),
+        ]
+    );
+}
+
+#[test]
+fn an_alias_is_for_the_named_containers_alone() {
+    let host = beside_docker0().container("web", &[("app", &["172.18.0.2"])]);
+    let host = host.allow_for("app", "80", Source::Loopback, PathChoice::Auto, &["web"]);
+    assert_eq!(host.states(), ["172.18.0.1:80 steered (for web)", "172.17.0.1:80 steered (for web)"]);
+    let policy = host.policy();
+    assert_eq!((policy.sources.len(), policy.views.len()), (2, 2));
+    assert!(policy.entries.values().all(|entry| entry.flags == RuleValue::LISTED));
+}
+
+#[test]
+fn udp_is_steered_to_udp_sockets_alone() {
+    let host = || Host::new().allow("app", "53/udp");
+    let waiting = ["172.18.0.1:53 waiting (nothing listens on 127.0.0.1:53)"];
+    assert_eq!(host().listens("127.0.0.1:53").states(), waiting);
+    let host = host().takes_datagrams("127.0.0.1:53");
+    assert_eq!(host.states(), ["172.18.0.1:53 steered"]);
+    let policy = host.policy();
+    assert!(policy.listeners.keys().all(|key| key.protocol == UDP));
+    let opening = policy.openings.keys().next().unwrap();
+    assert_eq!(opening.to_string(), "172.18.0.1 port 53/udp from br-app");
+    // Both of one port.
+    let both = host.allow("app", "53").listens("127.0.0.1:53");
+    assert_eq!(both.states(), ["172.18.0.1:53 steered", "172.18.0.1:53 steered"]);
+    assert_eq!((both.policy().entries.len(), both.policy().openings.len()), (2, 2));
+}
+
+/// Replies to the subnet leave from the gateway, what the host's own addresses get leaves as it is.
+#[test]
+fn udp_replies_leave_from_the_gateway() {
+    let host = Host::new().takes_datagrams("127.0.0.1:53").allow("app", "53/udp");
+    let policy = host.policy();
+    let told: Vec<_> = policy
+        .replies
+        .iter()
+        .map(|((key, bits), reply)| {
+            (IpAddr::from(key.peer).to_string(), bits - 160, IpAddr::from(reply.gateway))
+        })
+        .collect();
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    assert_eq!(
+        told,
+        [("172.18.0.0".to_owned(), 112, ip("172.18.0.1")), ("172.18.0.1".to_owned(), 128, ip("::"))]
+    );
+    // Nothing tells which of two addresses was dialled.
+    let two = Host::new().takes_datagrams("127.0.0.1:53").bridge("br-2", 8, &["10.1.0.1/24", "10.1.0.9/24"]);
+    assert_eq!(
+        two.allow("bridge:br-2", "53/udp").states(),
+        [
+            "10.1.0.1:53 steered",
+            "10.1.0.9:53 blocked (a UDP service answers one subnet from one address, which is 10.1.0.1; dial that)"
+        ]
+    );
+}
+
+#[test]
+fn udp_is_never_relayed() {
+    let mut host = Host::new().takes_datagrams("[::1]:53").allow("app", "53/udp");
+    let blocked = "172.18.0.1:53 blocked (IPv4 was dialled, the service listens on [::1]:53)";
+    assert_eq!(host.states(), [blocked]);
+    host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
+    assert_eq!(
+        host.states(),
+        [
+            "172.18.0.1:53 blocked (UDP needs Linux 5.17: this kernel does not tell on which bridge a datagram comes in)"
+        ]
+    );
+    host.abilities.steer = Err("none".to_owned());
+    assert_eq!(host.states(), ["172.18.0.1:53 blocked (none)"]);
+    host.abilities.steer = Ok(Steering { interface_check: true, kernel_registers: true });
+    host.inventory.udp_unseen = Some("cannot list UDP sockets".to_owned());
+    assert_eq!(host.states(), ["172.18.0.1:53 blocked (cannot list UDP sockets)"]);
+    assert!(host.policy().relays.is_empty() && host.policy().replies.is_empty());
+}
