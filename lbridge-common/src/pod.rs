@@ -1,8 +1,8 @@
 //! The one place where map types are declared plain data for aya.
 
 use crate::wire::{
-    Address, Dial, DialKey, Endpoint, Guest, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue,
-    SourceKey, TargetKey, ViewKey,
+    Address, Dial, DialKey, Endpoint, Guest, ListenerKey, LoopbackView, ProberKey, RelayPeer, RelayPeerKey,
+    Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
 };
 
 macro_rules! pod {
@@ -22,6 +22,9 @@ pod!(
     Guest,
     ListenerKey,
     LoopbackView,
+    ProberKey,
+    RelayPeer,
+    RelayPeerKey,
     Reply,
     ReplyKey,
     RuleKey,

@@ -6,10 +6,12 @@
 pub const RULES: &str = "RULES";
 /// Who may use rules that are not for all: [`crate::wire::SourceKey`] to 1 (`u8`).
 pub const SOURCES: &str = "SOURCES";
-/// Ports whose listeners are registered: [`crate::wire::TargetKey`] to 1 (`u8`).
+/// Bound addresses and ports whose listeners are registered: [`crate::wire::TargetKey`] to 1 (`u8`).
 pub const TARGETS: &str = "TARGETS";
 /// Registered listeners, [`crate::wire::ListenerKey`] to socket.
 pub const LISTENERS: &str = "LISTENERS";
+/// Listening sockets of relays, [`crate::wire::RuleKey`] to socket.
+pub const RELAYS: &str = "RELAYS";
 /// Gateways whose connections look local, [`crate::wire::ViewKey`] to [`crate::wire::LoopbackView`].
 pub const LOOPBACK_VIEWS: &str = "LOOPBACK_VIEWS";
 /// Namespaces whose localhost may lead to the host: cookie (`u64`) to [`crate::wire::Guest`].
@@ -18,11 +20,13 @@ pub const GUESTS: &str = "GUESTS";
 pub const DIALS: &str = "DIALS";
 /// Sources of UDP services' datagrams: [`crate::wire::ReplyKey`] to [`crate::wire::Reply`].
 pub const REPLIES: &str = "REPLIES";
-/// UDP rules that the daemon is trying the firewall for: [`crate::wire::RuleKey`] to the datagrams that arrived (`u64`).
+/// Sources of the daemon's own probes: [`crate::wire::ProberKey`] to 1 (`u8`).
+pub const PROBERS: &str = "PROBERS";
+/// UDP rules that the daemon probes the firewall for: [`crate::wire::RuleKey`] to the datagrams that arrived (`u64`).
 pub const PROBES: &str = "PROBES";
 /// Relays' sockets that are about to connect: socket cookie (`u64`) to the container's [`crate::wire::Endpoint`].
 pub const RELAY_CONNECTS: &str = "RELAY_CONNECTS";
-/// Relayed connections, the relay's own [`crate::wire::Endpoint`] to the container's.
+/// Relayed connections, [`crate::wire::RelayPeerKey`] to [`crate::wire::RelayPeer`].
 pub const RELAY_PEERS: &str = "RELAY_PEERS";
 /// The container's [`crate::wire::Endpoint`], in the storage of the service's own socket.
 pub const PEER_NAMES: &str = "PEER_NAMES";

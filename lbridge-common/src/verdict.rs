@@ -1,33 +1,74 @@
 //! The decision: which connection is steered, and to which registered listener. Pure. The kernel program runs all of
-//! it; the planner asks for the same addresses and keys, so that it agrees on what would be found.
+//! it, and `lbridge explain` runs the same code over the maps as they were read.
 
-use crate::wire::{Address, ListenerKey, RuleValue, SLOTS};
+use crate::wire::{Address, Endpoint, ListenerKey, RuleValue, SLOTS, TCP};
 
-/// What becomes of a SYN.
+/// The verdict on a packet that no socket has claimed yet: a SYN, or a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// No rule: the kernel goes on as if lbridge were not there.
+    /// No entry, or the host itself: the kernel goes on as if lbridge were not there.
     NotOurs,
-    /// A rule, but the source is outside of the rule's subnet, or none of those that it is for: as [`Verdict::NotOurs`], and
-    /// counted.
+    /// An entry, but the source is outside of its subnet: passes as [`Verdict::NotOurs`] does, and is counted.
     ForeignSource,
-    /// To be given to the first of [`first_candidate`]'s keys that is registered and that the kernel takes. None: refused, since
+    /// An entry that does not admit this source of its subnet: passes, and is counted.
+    NotListed,
+    /// As [`Verdict::NotListed`], but the packet got through the firewall by lbridge's accept rule: refused.
+    Denied,
+    /// The packet would pass, and whoever takes the connection would see a local peer (`--source loopback`): refused.
+    LooksLocal,
+    /// One of the daemon's own datagrams: counted for the daemon, and dropped.
+    Probe,
+    /// To be given to the relay whose listening socket has the entry's key; without one, refused.
+    Relay,
+    /// To be given to the first of [`first_candidate`]'s keys that is registered and that the kernel takes. Without one, refused:
     /// letting it pass could hand it to another service that listens on every address.
     Steer,
 }
 
-/// Decides on a connection from `source` for which the lookup of (ingress interface, gateway, port) gave `rule`. Whether the
-/// rule lists the source is asked only where it matters.
+/// What the decision asks of the maps, at most once each, and only where the answer matters.
+pub trait Lookups {
+    /// Returns true if the daemon sent the packet itself, to probe the firewall.
+    fn is_probe(&self) -> bool;
+    /// Returns true if the entry lists the packet's source.
+    fn is_listed(&self) -> bool;
+    /// Returns true if the name hooks would show a connection with these ends as a local one.
+    fn looks_local(&self) -> bool;
+}
+
+/// Decides on a packet from `source` to `dialled`, for which the lookup of (ingress interface, address, port, protocol) gave `entry`.
 #[inline(always)]
-pub fn decide(rule: Option<&RuleValue>, source: &Address, listed: impl FnOnce() -> bool) -> Verdict {
-    match rule {
-        None => Verdict::NotOurs,
-        // The host itself: for a local destination the kernel names the interface that has the address, not `lo`.
-        Some(rule) if *source == rule.key.gateway => Verdict::NotOurs,
-        Some(rule) if source.masked(&rule.mask) != rule.subnet => Verdict::ForeignSource,
-        Some(rule) if rule.flags & RuleValue::LISTED != 0 && !listed() => Verdict::ForeignSource,
-        Some(_) => Verdict::Steer,
+pub fn decide(
+    entry: Option<&RuleValue>,
+    source: &Address,
+    dialled: &Endpoint,
+    protocol: u8,
+    lookups: &impl Lookups,
+) -> Verdict {
+    // The host itself: for a local destination the kernel names the interface that has the address, not `lo`.
+    if *source == dialled.address {
+        return Verdict::NotOurs;
     }
+    let passes = match entry {
+        None => Verdict::NotOurs,
+        Some(_) if protocol != TCP && lookups.is_probe() => return Verdict::Probe,
+        Some(entry) if source.masked(&entry.mask) != entry.subnet => Verdict::ForeignSource,
+        Some(entry) if admits(entry, source, lookups) => {
+            return if entry.has(RuleValue::RELAYED) { Verdict::Relay } else { Verdict::Steer };
+        }
+        Some(entry) if entry.has(RuleValue::EXCLUSIVE) => return Verdict::Denied,
+        Some(_) => Verdict::NotListed,
+    };
+    // The name hooks know of no interface: a container that comes by another bridge, with an address of the network that looks
+    // local at this gateway, would look local to whoever listens on every address.
+    if protocol == TCP && lookups.looks_local() { Verdict::LooksLocal } else { passes }
+}
+
+/// Returns true if a source of the entry's subnet may use it.
+#[inline(always)]
+fn admits(entry: &RuleValue, source: &Address, lookups: &impl Lookups) -> bool {
+    !entry.has(RuleValue::CLOSED)
+        && !source.is_broadcast(&entry.mask)
+        && (!entry.has(RuleValue::LISTED) || lookups.is_listed())
 }
 
 /// Bound addresses of the listeners that serve `target`, best first: the loopback address itself, then the wildcards.
@@ -72,7 +113,7 @@ mod tests {
     use core::net::IpAddr;
 
     use super::*;
-    use crate::wire::{RuleKey, TCP};
+    use crate::wire::{RuleKey, UDP};
 
     fn address(text: &str) -> Address {
         text.parse::<IpAddr>().unwrap().into()
@@ -93,33 +134,106 @@ mod tests {
         }
     }
 
+    /// Answers of the maps; `None` where the decision must not ask.
+    #[derive(Clone, Copy, Default)]
+    struct Answers {
+        probe: Option<bool>,
+        listed: Option<bool>,
+        local: Option<bool>,
+    }
+
+    impl Lookups for Answers {
+        fn is_probe(&self) -> bool {
+            self.probe.expect("asked whether it is a probe")
+        }
+
+        fn is_listed(&self) -> bool {
+            self.listed.expect("asked whether it is listed")
+        }
+
+        fn looks_local(&self) -> bool {
+            self.local.expect("asked whether it looks local")
+        }
+    }
+
+    /// A SYN to the entry's gateway, or to 172.18.0.1 where there is none.
+    fn syn(entry: Option<&RuleValue>, source: &str, answers: Answers) -> Verdict {
+        let gateway = entry.map_or(address("172.18.0.1"), |entry| entry.key.gateway);
+        decide(entry, &address(source), &Endpoint::new(gateway, 80), TCP, &answers)
+    }
+
+    const NOBODY: Answers = Answers { probe: None, listed: None, local: Some(false) };
+    const UNASKED: Answers = Answers { probe: None, listed: None, local: None };
+
     #[test]
     fn the_subnet_decides() {
-        let decide = |rule: Option<&RuleValue>, source: &Address| decide(rule, source, || unreachable!());
         let v4 = rule("172.18.0.1", 16);
-        assert_eq!(decide(None, &address("172.18.0.2")), Verdict::NotOurs);
-        assert_eq!(decide(Some(&v4), &address("172.18.255.255")), Verdict::Steer);
-        assert_eq!(decide(Some(&v4), &address("172.18.0.1")), Verdict::NotOurs, "the host itself");
+        assert_eq!(syn(None, "172.18.0.2", NOBODY), Verdict::NotOurs);
+        assert_eq!(syn(Some(&v4), "172.18.255.254", UNASKED), Verdict::Steer);
+        assert_eq!(syn(Some(&v4), "172.18.0.1", UNASKED), Verdict::NotOurs, "the host itself");
         for foreign in ["172.19.0.2", "127.0.0.1", "fd00::2", "::"] {
-            assert_eq!(decide(Some(&v4), &address(foreign)), Verdict::ForeignSource, "{foreign}");
+            assert_eq!(syn(Some(&v4), foreign, NOBODY), Verdict::ForeignSource, "{foreign}");
         }
         let v6 = rule("fd00::1", 64);
-        assert_eq!(decide(Some(&v6), &address("fd00::2")), Verdict::Steer);
-        assert_eq!(decide(Some(&v6), &address("fd01::2")), Verdict::ForeignSource);
-        assert_eq!(decide(Some(&v6), &address("172.18.0.2")), Verdict::ForeignSource);
+        assert_eq!(syn(Some(&v6), "fd00::2", UNASKED), Verdict::Steer);
+        assert_eq!(syn(Some(&v6), "fd01::2", NOBODY), Verdict::ForeignSource);
+        assert_eq!(syn(Some(&v6), "172.18.0.2", NOBODY), Verdict::ForeignSource);
     }
 
     #[test]
     fn a_list_decides_within_the_subnet() {
+        let (web, other) =
+            (Answers { listed: Some(true), ..UNASKED }, Answers { listed: Some(false), ..NOBODY });
+        for (flags, admitted, others) in [
+            (0, Verdict::Steer, Verdict::NotListed),
+            (RuleValue::RELAYED, Verdict::Relay, Verdict::NotListed),
+            (RuleValue::EXCLUSIVE, Verdict::Steer, Verdict::Denied),
+            (RuleValue::EXCLUSIVE | RuleValue::RELAYED, Verdict::Relay, Verdict::Denied),
+        ] {
+            let entry = RuleValue { flags: flags | RuleValue::LISTED, ..rule("172.18.0.1", 16) };
+            assert_eq!(syn(Some(&entry), "172.18.0.2", web), admitted, "{flags:#b}");
+            assert_eq!(syn(Some(&entry), "172.18.0.3", other), others, "{flags:#b}");
+            assert_eq!(syn(Some(&entry), "172.19.0.2", NOBODY), Verdict::ForeignSource, "{flags:#b}");
+            assert_eq!(syn(Some(&entry), "172.18.0.1", UNASKED), Verdict::NotOurs, "the host itself");
+        }
+    }
+
+    #[test]
+    fn a_closed_entry_admits_nobody_of_its_subnet() {
+        let closed = RuleValue { flags: RuleValue::EXCLUSIVE | RuleValue::CLOSED, ..rule("172.18.0.1", 16) };
+        assert_eq!(syn(Some(&closed), "172.18.0.2", UNASKED), Verdict::Denied);
+        assert_eq!(syn(Some(&closed), "172.19.0.2", NOBODY), Verdict::ForeignSource);
+        assert_eq!(syn(Some(&closed), "172.18.0.1", UNASKED), Verdict::NotOurs, "the host itself");
+    }
+
+    #[test]
+    fn a_broadcast_address_is_no_source() {
+        let open = rule("172.18.0.1", 16);
+        assert_eq!(syn(Some(&open), "172.18.255.255", NOBODY), Verdict::NotListed);
+        let exclusive = RuleValue { flags: RuleValue::EXCLUSIVE, ..open };
+        assert_eq!(syn(Some(&exclusive), "172.18.255.255", UNASKED), Verdict::Denied);
+    }
+
+    #[test]
+    fn what_passes_must_not_look_local() {
+        let local = Answers { local: Some(true), listed: Some(false), probe: None };
         let listed = RuleValue { flags: RuleValue::LISTED, ..rule("172.18.0.1", 16) };
-        assert_eq!(decide(Some(&listed), &address("172.18.0.2"), || true), Verdict::Steer);
-        assert_eq!(decide(Some(&listed), &address("172.18.0.3"), || false), Verdict::ForeignSource);
-        assert_eq!(decide(Some(&listed), &address("172.19.0.2"), || true), Verdict::ForeignSource);
-        assert_eq!(
-            decide(Some(&listed), &address("172.18.0.1"), || true),
-            Verdict::NotOurs,
-            "the host itself"
-        );
+        assert_eq!(syn(None, "172.18.0.2", local), Verdict::LooksLocal);
+        assert_eq!(syn(Some(&listed), "172.18.0.2", local), Verdict::LooksLocal);
+        assert_eq!(syn(Some(&listed), "172.19.0.2", local), Verdict::LooksLocal);
+        assert_eq!(syn(None, "172.18.0.1", UNASKED), Verdict::NotOurs, "the host itself");
+    }
+
+    #[test]
+    fn only_datagrams_are_probes_that_no_service_gets() {
+        let entry = rule("172.18.0.1", 16);
+        let gateway = Endpoint::new(entry.key.gateway, 80);
+        let probe = Answers { probe: Some(true), ..UNASKED };
+        let other = Answers { probe: Some(false), ..UNASKED };
+        let source = address("172.18.0.2");
+        assert_eq!(decide(Some(&entry), &source, &gateway, UDP, &probe), Verdict::Probe);
+        assert_eq!(decide(Some(&entry), &source, &gateway, UDP, &other), Verdict::Steer);
+        assert_eq!(decide(None, &source, &gateway, UDP, &UNASKED), Verdict::NotOurs);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use core::{
 
 /// Changes with every change of a layout below or of a map's meaning. Part of the pin directory's name, so that a
 /// daemon never adopts maps that it would misread.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Most rules (network, gateway, port) in force at a time.
 pub const MAX_RULES: u32 = 131_072;
@@ -21,17 +21,22 @@ pub const MAX_GUESTS: u32 = 65_536;
 pub const BRIDGES: usize = 4;
 /// Most relayed connections that are named at a time.
 pub const MAX_RELAY_PEERS: u32 = 65_536;
-/// Ports there are.
-pub const MAX_TARGETS: u32 = 65_536;
+/// Most addresses and ports whose listeners are registered: four for each port that a rule can lead to.
+pub const MAX_TARGETS: u32 = 4 * 65_536;
 /// Most registered listening sockets.
 pub const MAX_LISTENERS: u32 = 65_536;
 /// Sockets of one `SO_REUSEPORT` group that are registered, so that another takes over when one closes. Steering onto
 /// any member spreads connections over the whole group: the kernel selects among all of its members.
 pub const SLOTS: u8 = 4;
 
-/// Source port of the daemon's own SYNs, with which it tries whether a firewall lets packets through: they are steered as
-/// any other, but not counted as connections. Of its datagrams the arrival is counted, and no service gets them. No kernel
-/// gives it to a client unasked.
+/// Most interfaces that the daemon probes from at a time.
+pub const MAX_PROBERS: u32 = 4096;
+
+/// Source port of the daemon's own SYNs and datagrams, with which it probes whether a firewall lets packets through. A packet
+/// is a probe only if its source is in the map of probers, too: a container can choose any port.
+///
+/// SYNs are steered like any other, but not counted as connections. The arrival of a datagram is counted, and no service
+/// gets it.
 pub const PROBE_PORT: u16 = 1023;
 
 /// `IPPROTO_TCP`, as keys hold it (include/uapi/linux/in.h).
@@ -92,6 +97,12 @@ impl Address {
         let bits = u32::from(prefix) + if self.is_v4() { 96 } else { 0 };
         let ones = u128::MAX.checked_shl(128 - bits.min(128)).unwrap_or(0);
         Self::from(Ipv6Addr::from(ones))
+    }
+
+    /// Returns true if this is the broadcast address of an IPv4 subnet with that netmask. A /31 and a /32 have none (RFC 3021).
+    #[inline(always)]
+    pub const fn is_broadcast(&self, mask: &Self) -> bool {
+        self.is_v4() && u32::from_be(!mask.0[3]) > 1 && self.0[3] | mask.0[3] == u32::MAX
     }
 
     /// The bits of `self` that are set in `mask`.
@@ -171,7 +182,7 @@ pub struct RuleValue {
     pub target: Address,
     /// The service's port, host byte order.
     pub target_port: u16,
-    /// Bits: [`RuleValue::LISTED`].
+    /// Bits: [`RuleValue::LISTED`], [`RuleValue::EXCLUSIVE`], [`RuleValue::RELAYED`], [`RuleValue::CLOSED`].
     pub flags: u16,
     /// Always 0.
     pub reserved: [u16; 2],
@@ -180,8 +191,27 @@ pub struct RuleValue {
 }
 
 impl RuleValue {
-    /// Served are not all of the subnet's addresses, but those that have a [`SourceKey`].
+    /// Only sources that have a [`SourceKey`] may use the entry, not the whole subnet.
     pub const LISTED: u16 = 1;
+    /// Packets of the subnet that the entry does not admit are refused. They arrive only because lbridge put an accept rule
+    /// into the host's firewall, so no other service of the host may get them.
+    pub const EXCLUSIVE: u16 = 1 << 1;
+    /// Connections go to the daemon's relay, whose listening socket has the entry's key in the map of relays.
+    pub const RELAYED: u16 = 1 << 2;
+    /// Admits nobody: the rule is not served now, or is gone, while lbridge's accept rule is still in the firewall.
+    pub const CLOSED: u16 = 1 << 3;
+
+    /// Returns true if both lead the same sources to the same place, whatever becomes of others.
+    pub fn leads_as(&self, other: &Self) -> bool {
+        let comparable = |it: &Self| Self { flags: it.flags & !Self::EXCLUSIVE, steered: 0, ..*it };
+        comparable(self) == comparable(other)
+    }
+
+    /// Returns true if all of `flags` are set.
+    #[inline(always)]
+    pub const fn has(&self, flags: u16) -> bool {
+        self.flags & flags == flags
+    }
 
     /// [`TCP`] or [`UDP`].
     #[inline(always)]
@@ -201,10 +231,13 @@ pub struct SourceKey {
     pub source: Address,
 }
 
-/// A port of the host's that rules lead to.
+/// Where a listener has to be bound for a rule to lead to it. Listeners at other addresses of the port are not registered:
+/// any user of the host may listen on all of 127.0.0.0/8.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TargetKey {
+    /// Bound address: a loopback address, `0.0.0.0` or `::`.
+    pub address: Address,
     /// Port, host byte order.
     pub port: u16,
     /// [`TCP`] or [`UDP`].
@@ -243,6 +276,40 @@ impl Endpoint {
     pub const fn new(address: Address, port: u16) -> Self {
         Self { address, port, reserved: 0 }
     }
+}
+
+/// A relay's connection to a service, by both of its ends.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RelayPeerKey {
+    /// The relay's end. Another socket of the host may have the same address and port, connected to another service.
+    pub relay: Endpoint,
+    /// The service's end.
+    pub service: Endpoint,
+}
+
+/// The client behind a relayed connection.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RelayPeer {
+    /// The entry's own key: as [`RuleValue::key`].
+    pub key: RelayPeerKey,
+    /// Cookie of the relay's socket. The entry goes when that socket closes.
+    pub cookie: u64,
+    /// The container's end.
+    pub container: Endpoint,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+/// A source that the daemon sends probes from.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProberKey {
+    /// Source address.
+    pub source: Address,
+    /// Ingress interface, 0 where the kernel program cannot check it.
+    pub ifindex: u32,
 }
 
 /// `--source loopback`: connections to `gateway` from a subnet look as if they came from and to loopback. The key of a
@@ -385,21 +452,29 @@ impl ListenerEvent {
 pub enum Counter {
     /// A connection was given to its listener.
     Steered = 0,
-    /// A rule matched, the source address is outside of its network's subnet: left alone.
+    /// An entry matched, the source is outside of its network's subnet: left alone.
     ForeignSource = 1,
-    /// A rule matched, no listener is registered for it: refused.
+    /// An entry matched, no listener is registered for it: refused.
     NoListener = 2,
-    /// A rule matched, the kernel refused every listener: refused.
+    /// An entry matched, the kernel refused every listener: refused.
     AssignFailed = 3,
     /// A listener was registered.
     Registered = 4,
     /// The kernel refused to register a listener.
     RegisterRefused = 5,
+    /// An entry matched, which does not admit the source: left alone.
+    NotListed = 6,
+    /// An entry matched, which does not admit the source, and the packet arrived by lbridge's accept rule: refused.
+    Denied = 7,
+    /// A connection that nobody steers would look local to the service: refused.
+    LooksLocal = 8,
+    /// A connection was given to a relay.
+    Relayed = 9,
 }
 
 impl Counter {
-    /// How many there are.
-    pub const COUNT: u32 = 6;
+    /// Number of counters.
+    pub const COUNT: u32 = 10;
 }
 
 const _: () = {
@@ -413,7 +488,10 @@ const _: () = {
     assert!(size_of::<ReplyKey>() == 36 && align_of::<ReplyKey>() == 4);
     assert!(size_of::<Reply>() == 36);
     assert!(size_of::<SourceKey>() == 40);
-    assert!(size_of::<TargetKey>() == 4);
+    assert!(size_of::<TargetKey>() == 20);
+    assert!(size_of::<RelayPeerKey>() == 40 && align_of::<RelayPeerKey>() == 4);
+    assert!(size_of::<RelayPeer>() == 72 && align_of::<RelayPeer>() == 8);
+    assert!(size_of::<ProberKey>() == 20);
     assert!(size_of::<Guest>() == 24 && align_of::<Guest>() == 8);
     assert!(size_of::<DialKey>() == 32 && align_of::<DialKey>() == 8);
     assert!(size_of::<Dial>() == 56);
@@ -447,6 +525,22 @@ mod tests {
         assert!(Address::ANY_V4.is_unspecified() && Address::ANY_V6.is_unspecified());
         assert!(!Address::from(ip("::1")).is_unspecified());
         assert!(!Address::from(ip("::ffff:0:0:0")).is_unspecified());
+    }
+
+    #[test]
+    fn broadcast_addresses() {
+        for (address, prefix, is_broadcast) in [
+            ("172.18.255.255", 16, true),
+            ("172.18.0.255", 24, true),
+            ("172.18.0.255", 16, false),
+            ("172.18.0.0", 16, false),
+            ("172.18.0.1", 31, false),
+            ("172.18.0.1", 32, false),
+            ("fd00::ffff:ffff:ffff:ffff", 64, false),
+        ] {
+            let address = Address::from(ip(address));
+            assert_eq!(address.is_broadcast(&address.mask(prefix)), is_broadcast, "{address:?}/{prefix}");
+        }
     }
 
     #[test]

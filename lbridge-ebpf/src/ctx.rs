@@ -181,6 +181,12 @@ pub fn first_argument(ctx: &SockOpsContext) -> u32 {
     read!(ctx.ops, __bindgen_anon_1.args[0])
 }
 
+/// Second argument of a callback: of a state change the new state.
+#[inline(always)]
+pub fn second_argument(ctx: &SockOpsContext) -> u32 {
+    read!(ctx.ops, __bindgen_anon_1.args[1])
+}
+
 #[inline(always)]
 pub fn sock_ops_netns(ctx: &SockOpsContext) -> u64 {
     // SAFETY: the helper takes the program's own context.

@@ -68,11 +68,15 @@ pub fn steer_any_interface(ctx: SkLookupContext) -> u32 {
     verdict(&ctx, 0, TCP)
 }
 
+/// The only answer that leaves the answers of other `sock_ops` programs in force: after a 0 of any of them the kernel reports
+/// -EPERM for all (`__cgroup_bpf_run_filter_sock_ops()`), and time-outs, windows and options that others set are void.
+const SUCCESS: u32 = 1;
+
 #[sock_ops]
 pub fn register(ctx: SockOpsContext) -> u32 {
     let variant = Variant { is_host: sock_ops::is_host, listening: sock_ops::register_listener };
     sock_ops::on_callback(&ctx, variant);
-    0
+    SUCCESS
 }
 
 /// For kernels before 5.15, where `sock_ops` cannot tell the network namespace: the daemon registers.
@@ -80,7 +84,7 @@ pub fn register(ctx: SockOpsContext) -> u32 {
 pub fn announce(ctx: SockOpsContext) -> u32 {
     let variant = Variant { is_host: |_| true, listening: sock_ops::announce_listener };
     sock_ops::on_callback(&ctx, variant);
-    0
+    SUCCESS
 }
 
 /// The only valid answer of a hook for addresses: it may change the address, never refuse the call.

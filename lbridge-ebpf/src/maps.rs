@@ -9,8 +9,8 @@ use aya_ebpf::{
 };
 use lbridge_common::wire::{
     Address, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, MAX_GUESTS,
-    MAX_LISTENERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, Reply, ReplyKey, RuleKey, RuleValue, SourceKey,
-    TargetKey, ViewKey,
+    MAX_LISTENERS, MAX_PROBERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, ProberKey, RelayPeer, RelayPeerKey,
+    Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
 };
 
 // Not preallocated: an empty map costs nothing.
@@ -23,6 +23,8 @@ pub static TARGETS: HashMap<TargetKey, u8> = HashMap::with_max_entries(MAX_TARGE
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
 #[map]
+pub static RELAYS: SockHash<RuleKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
+#[map]
 static LOOPBACK_VIEWS: LpmTrie<ViewKey, LoopbackView> =
     LpmTrie::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
@@ -32,11 +34,13 @@ static DIALS: HashMap<DialKey, Dial> = HashMap::with_max_entries(MAX_RULES, BPF_
 #[map]
 static REPLIES: LpmTrie<ReplyKey, Reply> = LpmTrie::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
+pub static PROBERS: HashMap<ProberKey, u8> = HashMap::with_max_entries(MAX_PROBERS, BPF_F_NO_PREALLOC);
+#[map]
 pub static PROBES: HashMap<RuleKey, u64> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 // No LRU: an entry that went while its connection lives would show the service a local peer. Where it is full a relay
 // gives up the connection instead.
 #[map]
-pub static RELAY_PEERS: HashMap<Endpoint, Endpoint> =
+pub static RELAY_PEERS: HashMap<RelayPeerKey, RelayPeer> =
     HashMap::with_max_entries(MAX_RELAY_PEERS, BPF_F_NO_PREALLOC);
 #[map]
 pub static RELAY_CONNECTS: HashMap<u64, Endpoint> =
@@ -92,6 +96,13 @@ pub fn reply_source(service: &Endpoint, peer: &Address) -> Option<Address> {
     let key = ReplyKey { service: *service, peer: *peer };
     let reply = REPLIES.get(Key::new(ReplyKey::BITS, key)).copied()?;
     (reply.service == *service && !reply.gateway.is_unspecified()).then_some(reply.gateway)
+}
+
+/// The client behind a relayed connection, by the relay's end and the service's.
+#[inline(always)]
+pub fn relay_peer(key: &RelayPeerKey) -> Option<RelayPeer> {
+    // SAFETY: memory of the map stays readable while the program runs. It is copied, and the copy must be this key's.
+    unsafe { RELAY_PEERS.get(key) }.copied().filter(|peer| peer.key == *key)
 }
 
 #[inline(always)]

@@ -5,12 +5,12 @@
 //! - a container that dialled localhost, where that leads to the host, is shown localhost.
 
 use aya_ebpf::programs::SockAddrContext;
-use lbridge_common::wire::Endpoint;
+use lbridge_common::wire::{Endpoint, RelayPeerKey};
 
 use crate::{
     connect::dialled,
     ctx::{self, Ends, Side},
-    maps::{DIALLED, PEER_NAMES, RELAY_PEERS, host_netns, loopback_view},
+    maps::{DIALLED, PEER_NAMES, host_netns, loopback_view, relay_peer},
 };
 
 #[inline(always)]
@@ -73,8 +73,13 @@ fn rewritten(ctx: &SockAddrContext, ends: &Ends, name: &Endpoint, side: Side) ->
     }
     match side {
         Side::Local => None,
-        // An MPTCP service's socket is not the one that was connected to, so it has no storage; the relay's end tells.
-        // SAFETY: memory of the map stays readable while the program runs, and is copied.
-        Side::Peer => ctx::stored(ctx, &PEER_NAMES).or_else(|| unsafe { RELAY_PEERS.get(name) }.copied()),
+        // An MPTCP service's socket is not the one that was connected to, so it has no storage; its ends tell.
+        Side::Peer => ctx::stored(ctx, &PEER_NAMES).or_else(
+            #[inline(always)]
+            || {
+                let key = RelayPeerKey { relay: *name, service: ends.local };
+                relay_peer(&key).map(|peer| peer.container)
+            },
+        ),
     }
 }

@@ -4,18 +4,21 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use aya_ebpf::programs::SkLookupContext;
+use aya_ebpf::{bindings::BPF_SK_LOOKUP_F_REPLACE, programs::SkLookupContext};
 use lbridge_common::{
-    verdict::{Verdict, decide, first_candidate},
-    wire::{Counter, PROBE_PORT, RuleKey, SourceKey, TCP, UDP},
+    verdict::{Lookups, Verdict, decide, first_candidate},
+    wire::{Address, Counter, Endpoint, PROBE_PORT, ProberKey, RuleKey, RuleValue, SourceKey},
 };
 
 use crate::{
     ctx,
-    maps::{LISTENERS, PROBES, RULES, SOURCES, count, loopback_view},
+    maps::{LISTENERS, PROBERS, PROBES, RELAYS, RULES, SOURCES, count, loopback_view},
 };
 
 const ENOENT: i32 = 2;
+/// Another program may have chosen a socket for the packet. A rule says where its port leads, so it has the last word, as it
+/// has over a listener on every address.
+const REPLACE: u64 = BPF_SK_LOOKUP_F_REPLACE as u64;
 
 /// What became of a packet.
 pub enum Outcome {
@@ -23,7 +26,7 @@ pub enum Outcome {
     Untouched,
     /// A listener has it.
     Assigned,
-    /// A rule, and nobody to serve it.
+    /// Nobody gets it.
     Refused,
 }
 
@@ -39,6 +42,31 @@ impl Outcome {
     }
 }
 
+/// The maps' answers about one packet.
+struct Maps<'a> {
+    ctx: &'a SkLookupContext,
+    key: RuleKey,
+    source: Address,
+}
+
+impl Lookups for Maps<'_> {
+    #[inline(always)]
+    fn is_probe(&self) -> bool {
+        ctx::source_port(self.ctx) == PROBE_PORT
+            && PROBERS.get_ptr(ProberKey { source: self.source, ifindex: self.key.ifindex }).is_some()
+    }
+
+    #[inline(always)]
+    fn is_listed(&self) -> bool {
+        SOURCES.get_ptr(SourceKey { rule: self.key, source: self.source }).is_some()
+    }
+
+    #[inline(always)]
+    fn looks_local(&self) -> bool {
+        loopback_view(&Endpoint::new(self.key.gateway, self.key.port), &self.source).is_some()
+    }
+}
+
 #[inline(always)]
 pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
     let Some((source, dialled)) = ctx::packet(ctx) else {
@@ -46,61 +74,78 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
     };
     let key =
         RuleKey { gateway: dialled.address, ifindex, port: dialled.port, protocol: u16::from(protocol) };
-    let Some(pointer) = RULES.get_ptr_mut(key) else {
-        // The name hooks know of no interface. Who comes by another bridge, with an address of a network that looks local at this
-        // gateway, would look local to whoever listens on every address.
-        let looks_local =
-            protocol == TCP && source != dialled.address && loopback_view(&dialled, &source).is_some();
-        return if looks_local { Outcome::Refused } else { Outcome::Untouched };
-    };
+    let pointer = RULES.get_ptr_mut(key);
     // SAFETY: memory of the map stays readable while the program runs. It may be written to meanwhile, for a new value
     // or, once the entry is removed, for another key (htab elements are reused at once from Linux 6.1 on). So it is
     // copied, and the copy must be this key's.
-    let rule = unsafe { core::ptr::read_volatile(pointer) };
-    if rule.key != key {
-        return Outcome::Untouched;
-    }
-    // No answer tells a firewall's refusal from ours, so that arrival is counted. For as long as the daemon tries, that is.
-    if protocol == UDP
-        && ctx::source_port(ctx) == PROBE_PORT
-        && let Some(arrived) = PROBES.get_ptr_mut(key)
-    {
-        // SAFETY: 8 aligned bytes of the map's memory; at worst another entry's count gains one.
-        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(arrived, 1) };
-        return Outcome::Refused;
-    }
-    let listed = || SOURCES.get_ptr(SourceKey { rule: key, source }).is_some();
-    match decide(Some(&rule), &source, listed) {
-        Verdict::NotOurs => return Outcome::Untouched,
-        Verdict::ForeignSource => {
-            count(Counter::ForeignSource);
-            return Outcome::Untouched;
+    let entry =
+        pointer.map(|pointer| unsafe { core::ptr::read_volatile(pointer) }).filter(|entry| entry.key == key);
+    let maps = Maps { ctx, key, source };
+    let verdict = decide(entry.as_ref(), &source, &dialled, protocol, &maps);
+    match (verdict, entry, pointer) {
+        (Verdict::Steer, Some(entry), Some(pointer)) => steer(ctx, &entry, pointer, &maps),
+        (Verdict::Relay, ..) => relay(ctx, key),
+        (Verdict::Probe, ..) => {
+            // No answer tells a firewall's refusal from ours, so that arrival is counted.
+            if let Some(arrived) = PROBES.get_ptr_mut(key) {
+                add_one(arrived);
+            }
+            Outcome::Refused
         }
-        Verdict::Steer => {}
+        (Verdict::Denied, ..) => counted(Counter::Denied, Outcome::Refused),
+        (Verdict::LooksLocal, ..) => counted(Counter::LooksLocal, Outcome::Refused),
+        (Verdict::ForeignSource, ..) => counted(Counter::ForeignSource, Outcome::Untouched),
+        (Verdict::NotListed, ..) => counted(Counter::NotListed, Outcome::Untouched),
+        // The decision steers by an entry alone.
+        (Verdict::NotOurs | Verdict::Steer, ..) => Outcome::Untouched,
     }
+}
 
+#[inline(always)]
+fn steer(ctx: &SkLookupContext, entry: &RuleValue, pointer: *mut RuleValue, maps: &Maps<'_>) -> Outcome {
     let mut found = false;
     // Inlined at each of its calls: a function of its own would get the context by way of the stack.
     let assigned = first_candidate(
-        &rule.target,
-        rule.target_port,
-        protocol,
+        &entry.target,
+        entry.target_port,
+        entry.protocol(),
         #[inline(always)]
         |key| {
-            let done = LISTENERS.redirect_sk_lookup(ctx, key, 0);
+            let done = LISTENERS.redirect_sk_lookup(ctx, key, REPLACE);
             found |= matches!(done, Err(error) if error != -ENOENT);
             done.ok()
         },
     );
     if assigned.is_none() {
-        count(if found { Counter::AssignFailed } else { Counter::NoListener });
-        return Outcome::Refused;
+        let counter = if found { Counter::AssignFailed } else { Counter::NoListener };
+        return counted(counter, Outcome::Refused);
     }
-    if ctx::source_port(ctx) == PROBE_PORT {
+    if maps.is_probe() {
         return Outcome::Assigned;
     }
-    // SAFETY: `steered` is 8 aligned bytes of the map's memory; at worst another entry's count gains one.
-    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*pointer).steered, 1) };
-    count(Counter::Steered);
-    Outcome::Assigned
+    // SAFETY: the field's place in the map's memory; nothing is read.
+    add_one(unsafe { &raw mut (*pointer).steered });
+    counted(Counter::Steered, Outcome::Assigned)
+}
+
+/// The relay itself counts its connections.
+#[inline(always)]
+fn relay(ctx: &SkLookupContext, key: RuleKey) -> Outcome {
+    match RELAYS.redirect_sk_lookup(ctx, key, REPLACE) {
+        Ok(()) => counted(Counter::Relayed, Outcome::Assigned),
+        Err(error) if error == -ENOENT => counted(Counter::NoListener, Outcome::Refused),
+        Err(_) => counted(Counter::AssignFailed, Outcome::Refused),
+    }
+}
+
+#[inline(always)]
+fn counted(counter: Counter, outcome: Outcome) -> Outcome {
+    count(counter);
+    outcome
+}
+
+#[inline(always)]
+fn add_one(count: *mut u64) {
+    // SAFETY: 8 aligned bytes of a map's memory; at worst another entry's count gains one.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, 1) };
 }

@@ -7,16 +7,20 @@
 use aya_ebpf::{
     bindings::{
         BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_LISTEN,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_LISTEN,
     },
     helpers::generated::bpf_get_prandom_u32,
     programs::SockOpsContext,
 };
-use lbridge_common::wire::{Counter, Endpoint, ListenerEvent, ListenerKey, SLOTS, TCP, TargetKey};
+use lbridge_common::wire::{
+    Counter, Endpoint, ListenerEvent, ListenerKey, RelayPeer, RelayPeerKey, SLOTS, TCP, TargetKey,
+};
 
 use crate::{
     ctx::{self, Ends},
-    maps::{LISTENERS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS, TARGETS, count, emit, host_netns},
+    maps::{
+        LISTENERS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS, TARGETS, count, emit, host_netns, relay_peer,
+    },
 };
 
 const EEXIST: i32 = 17;
@@ -40,14 +44,14 @@ pub fn on_callback(ctx: &SockOpsContext, variant: Variant) {
             // not compare namespaces.
             if (variant.is_host)(ctx) {
                 (variant.listening)(ctx, &ends.local);
-                // Beside what other programs have set. The accepted connections inherit the flag; their callbacks end
-                // at the comparison below.
-                let _ = ctx.set_cb_flags((ctx::callback_flags(ctx) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+                follow_state(ctx);
             }
         }
         BPF_SOCK_OPS_STATE_CB if ctx::first_argument(ctx) == BPF_TCP_LISTEN => {
             emit(ListenerEvent { kind: ListenerEvent::CLOSED, port: u32::from(ends.local.port), error: 0 });
         }
+        // Connections that a registered listener accepted come here as well: they inherit the flag.
+        BPF_SOCK_OPS_STATE_CB if ctx::second_argument(ctx) == BPF_TCP_CLOSE => relay_closes(ctx, &ends),
         BPF_SOCK_OPS_TCP_CONNECT_CB => relay_connects(ctx, &ends),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
             if ends.remote.address.is_loopback() && (variant.is_host)(ctx) =>
@@ -58,23 +62,43 @@ pub fn on_callback(ctx: &SockOpsContext, variant: Variant) {
     }
 }
 
+/// Asks for the callbacks of the socket's state changes, beside what other programs have asked for.
+#[inline(always)]
+fn follow_state(ctx: &SockOpsContext) {
+    let _ = ctx.set_cb_flags((ctx::callback_flags(ctx) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+}
+
 /// A relay's socket has got its port and has sent nothing yet.
 #[inline(always)]
 fn relay_connects(ctx: &SockOpsContext, ends: &Ends) {
+    let cookie = ctx::cookie(ctx);
     // SAFETY: memory of the map stays readable while the program runs, and is copied. An entry is removed by the relay
     // only, after its connect() has returned.
-    if let Some(container) = unsafe { RELAY_CONNECTS.get(ctx::cookie(ctx)) }.copied() {
+    if let Some(container) = unsafe { RELAY_CONNECTS.get(cookie) }.copied() {
+        let key = RelayPeerKey { relay: ends.local, service: ends.remote };
         // Should the map be full, the relay finds no name and gives the connection up.
-        let _ = RELAY_PEERS.insert(ends.local, container, 0);
+        let _ = RELAY_PEERS.insert(key, RelayPeer { key, cookie, container, reserved: 0 }, 0);
+        follow_state(ctx);
+    }
+}
+
+/// A socket closes, and its ends become free for another one (tcp_set_state() calls this before it unhashes the socket). If
+/// it is a relay's, its name goes with it: whoever gets the same ends next is somebody else.
+#[inline(always)]
+fn relay_closes(ctx: &SockOpsContext, ends: &Ends) {
+    if ends.local.address.is_loopback() {
+        let key = RelayPeerKey { relay: ends.local, service: ends.remote };
+        if relay_peer(&key).is_some_and(|peer| peer.cookie == ctx::cookie(ctx)) {
+            let _ = RELAY_PEERS.remove(key);
+        }
     }
 }
 
 /// The service's end of a relayed connection: what it is told of its peer has to live as long as its socket.
 #[inline(always)]
 fn relay_connected(ctx: &SockOpsContext, ends: &Ends) {
-    // SAFETY: as above.
-    if let Some(mut container) = unsafe { RELAY_PEERS.get(ends.remote) }.copied() {
-        ctx::store(ctx, &PEER_NAMES, &mut container);
+    if let Some(mut peer) = relay_peer(&RelayPeerKey { relay: ends.remote, service: ends.local }) {
+        ctx::store(ctx, &PEER_NAMES, &mut peer.container);
     }
 }
 
@@ -84,11 +108,11 @@ pub fn is_host(ctx: &SockOpsContext) -> bool {
     ctx::sock_ops_netns(ctx) == host_netns()
 }
 
-/// Only loopback and wildcard sockets can be what a rule means, and only on a port that some rule targets.
+/// Only what some rule can lead to is registered: any user may listen on the rest of 127.0.0.0/8.
 #[inline(always)]
 fn is_targeted(bound: &Endpoint) -> bool {
-    (bound.address.is_loopback() || bound.address.is_unspecified())
-        && TARGETS.get_ptr(TargetKey { port: bound.port, protocol: u16::from(TCP) }).is_some()
+    let key = TargetKey { address: bound.address, port: bound.port, protocol: u16::from(TCP) };
+    (bound.address.is_loopback() || bound.address.is_unspecified()) && TARGETS.get_ptr(key).is_some()
 }
 
 #[inline(always)]

@@ -18,8 +18,8 @@ use aya::{
 use lbridge_common::{
     symbols,
     wire::{
-        Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, Reply, ReplyKey,
-        RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
+        Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, ProberKey,
+        RelayPeer, RelayPeerKey, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
     },
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -33,11 +33,13 @@ pub struct Maps {
     sources: HashMap<MapData, SourceKey, u8>,
     targets: HashMap<MapData, TargetKey, u8>,
     listeners: SockHash<MapData, ListenerKey>,
+    relays: SockHash<MapData, RuleKey>,
     dials: HashMap<MapData, DialKey, Dial>,
     views: LpmTrie<MapData, ViewKey, LoopbackView>,
     replies: LpmTrie<MapData, ReplyKey, Reply>,
-    probes: HashMap<MapData, RuleKey, u64>,
     counters: PerCpuArray<MapData, u64>,
+    /// The daemon's own probes of the firewall.
+    pub probes: Probes,
     /// Who is behind a relayed connection. Shared with the relays, which enter and remove their own.
     pub peers: PeerNames,
 }
@@ -65,11 +67,15 @@ impl Maps {
             sources: taken(object, symbols::SOURCES)?,
             targets: taken(object, symbols::TARGETS)?,
             listeners: taken(object, symbols::LISTENERS)?,
+            relays: taken(object, symbols::RELAYS)?,
             dials: taken(object, symbols::DIALS)?,
             views: taken(object, symbols::LOOPBACK_VIEWS)?,
             replies: taken(object, symbols::REPLIES)?,
-            probes: taken(object, symbols::PROBES)?,
             counters: taken(object, symbols::COUNTERS)?,
+            probes: Probes(Arc::new(Mutex::new(ProbeMaps {
+                sources: taken(object, symbols::PROBERS)?,
+                arrived: taken(object, symbols::PROBES)?,
+            }))),
             peers: PeerNames(Arc::new(Mutex::new(NameMaps {
                 connects: taken(object, symbols::RELAY_CONNECTS)?,
                 peers: taken(object, symbols::RELAY_PEERS)?,
@@ -80,11 +86,6 @@ impl Maps {
     /// Every entry with its count.
     pub fn entries(&self) -> anyhow::Result<BTreeMap<RuleKey, RuleValue>> {
         collected(&self.rules).context("cannot read the rules in force")
-    }
-
-    /// Whether there is an entry.
-    pub fn has_entry(&self, key: &RuleKey) -> bool {
-        self.rules.get(key, 0).is_ok()
     }
 
     /// Puts or replaces an entry; a lookup meets the old one or the new one, never none. The count starts anew.
@@ -180,21 +181,6 @@ impl Maps {
         or_absent(self.replies.remove(&Key::new(bits, key))).context("cannot leave replies as they are")
     }
 
-    /// Counts the daemon's own datagrams that meet an entry, and keeps them from the service.
-    pub fn begin_probe(&mut self, key: &RuleKey) -> anyhow::Result<()> {
-        self.probes.insert(key, 0, 0).context("cannot count the daemon's own datagrams")
-    }
-
-    /// How many have arrived.
-    pub fn probed(&self, key: &RuleKey) -> anyhow::Result<u64> {
-        self.probes.get(key, 0).context("cannot read how many of the daemon's own datagrams arrived")
-    }
-
-    /// Counts them no more.
-    pub fn end_probe(&mut self, key: &RuleKey) -> anyhow::Result<()> {
-        or_absent(self.probes.remove(key)).context("cannot stop to count the daemon's own datagrams")
-    }
-
     /// Keys under which a listener is registered now. The kernel removes them as sockets close.
     pub fn registered(&self) -> anyhow::Result<BTreeSet<ListenerKey>> {
         let keys: Result<_, MapError> = self.listeners.keys().collect();
@@ -222,10 +208,62 @@ impl Maps {
         }
     }
 
+    /// Keys of the entries whose relay can be reached now. The kernel removes them as sockets close.
+    pub fn relays(&self) -> anyhow::Result<BTreeSet<RuleKey>> {
+        let keys: Result<_, MapError> = self.relays.keys().collect();
+        keys.context("failed to read map RELAYS")
+    }
+
+    /// Leads an entry's connections to the listening socket of its relay.
+    pub fn put_relay(&mut self, key: RuleKey, socket: &impl AsFd) -> anyhow::Result<()> {
+        self.relays.insert(key, socket.as_fd().as_raw_fd(), 0).context("failed to write map RELAYS")
+    }
+
     /// How often an outcome came about.
     pub fn counter(&self, counter: Counter) -> anyhow::Result<u64> {
         let values = self.counters.get(&(counter as u32), 0).context("cannot read the counters")?;
         Ok(values.iter().sum())
+    }
+}
+
+/// The daemon's own probes of the firewall, as the kernel program knows them. Shared with whoever sends them.
+#[derive(Debug, Clone)]
+pub struct Probes(Arc<Mutex<ProbeMaps>>);
+
+#[derive(Debug)]
+struct ProbeMaps {
+    sources: HashMap<MapData, ProberKey, u8>,
+    arrived: HashMap<MapData, RuleKey, u64>,
+}
+
+impl Probes {
+    fn maps(&self) -> MutexGuard<'_, ProbeMaps> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on, takes what comes from there as probes.
+    pub fn add_source(&self, key: &ProberKey) -> anyhow::Result<()> {
+        self.maps().sources.insert(key, 1, 0).context("failed to write map PROBERS")
+    }
+
+    /// Takes it as anybody's again.
+    pub fn remove_source(&self, key: &ProberKey) -> anyhow::Result<()> {
+        or_absent(self.maps().sources.remove(key)).context("failed to delete from map PROBERS")
+    }
+
+    /// Counts the datagrams that meet an entry.
+    pub fn count(&self, key: &RuleKey) -> anyhow::Result<()> {
+        self.maps().arrived.insert(key, 0, 0).context("failed to write map PROBES")
+    }
+
+    /// Returns the number of datagrams that have met it.
+    pub fn counted(&self, key: &RuleKey) -> anyhow::Result<u64> {
+        self.maps().arrived.get(key, 0).context("failed to read map PROBES")
+    }
+
+    /// Stops counting.
+    pub fn forget(&self, key: &RuleKey) -> anyhow::Result<()> {
+        or_absent(self.maps().arrived.remove(key)).context("failed to delete from map PROBES")
     }
 }
 
@@ -268,17 +306,17 @@ fn or_absent(done: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-/// Names of relayed connections. Three steps, since the service may ask for its peer as soon as it is connected:
+/// Names of relayed connections. Two steps, since the service may ask for its peer as soon as it is connected:
 /// [`PeerNames::announce`] before connect(), which lets the kernel enter the name as soon as the socket has its port;
-/// [`PeerNames::confirm`] after it; [`PeerNames::forget`] at the end. What the service was told stays true for as long as
-/// its socket lives.
+/// [`PeerNames::confirm`] after it. The kernel removes the name when the relay's socket closes. What the service was told
+/// stays true for as long as its own socket lives.
 #[derive(Debug, Clone)]
 pub struct PeerNames(Arc<Mutex<NameMaps>>);
 
 #[derive(Debug)]
 struct NameMaps {
     connects: HashMap<MapData, u64, Endpoint>,
-    peers: HashMap<MapData, Endpoint, Endpoint>,
+    peers: HashMap<MapData, RelayPeerKey, RelayPeer>,
 }
 
 impl PeerNames {
@@ -288,35 +326,33 @@ impl PeerNames {
 
     /// The socket of this cookie is about to connect on behalf of `container`.
     pub fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()> {
-        self.maps().connects.insert(cookie, endpoint(container), 0).context("cannot name the container")
+        self.maps()
+            .connects
+            .insert(cookie, endpoint(container), 0)
+            .context("failed to write map RELAY_CONNECTS")
     }
 
     /// Its connect() has returned. An error where the service may see another peer than `container`.
-    pub fn confirm(&self, cookie: u64, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()> {
+    pub fn confirm(
+        &self,
+        cookie: u64,
+        relay: SocketAddr,
+        service: SocketAddr,
+        container: SocketAddr,
+    ) -> anyhow::Result<()> {
         let mut maps = self.maps();
-        or_absent(maps.connects.remove(&cookie)).context("cannot take back the announcement")?;
-        match maps.peers.get(&endpoint(relay_end), 0) {
-            Ok(name) if name == endpoint(container) => Ok(()),
+        or_absent(maps.connects.remove(&cookie)).context("failed to delete from map RELAY_CONNECTS")?;
+        let key = RelayPeerKey { relay: endpoint(relay), service: endpoint(service) };
+        match maps.peers.get(&key, 0) {
+            Ok(peer) if (peer.cookie, peer.container) == (cookie, endpoint(container)) => Ok(()),
             _ => bail!("the kernel has not named {container} to the service"),
         }
     }
 
-    /// It will not connect, or not be confirmed, which takes the announcement back, too.
+    /// It will not connect, or not be confirmed.
     pub fn withdraw(&self, cookie: u64) {
         if let Err(error) = or_absent(self.maps().connects.remove(&cookie)) {
-            tracing::warn!("an announcement stays: {error}");
-        }
-    }
-
-    /// It is over, or has failed. The port of `relay_end`, where it had connected from, may be another connection's by now,
-    /// whose name stays.
-    pub fn forget(&self, relay_end: SocketAddr, container: SocketAddr) {
-        let mut maps = self.maps();
-        let end = endpoint(relay_end);
-        if maps.peers.get(&end, 0).is_ok_and(|name| name == endpoint(container))
-            && let Err(error) = or_absent(maps.peers.remove(&end))
-        {
-            tracing::warn!("a name of {container} stays: {error}");
+            tracing::warn!("failed to delete from map RELAY_CONNECTS: {error}");
         }
     }
 
@@ -327,9 +363,11 @@ impl PeerNames {
         cookies
             .iter()
             .try_for_each(|key| or_absent(maps.connects.remove(key)))
-            .context("cannot clear the names")?;
+            .context("failed to clear map RELAY_CONNECTS")?;
         let ends: Vec<_> = maps.peers.keys().collect::<Result<_, _>>()?;
-        ends.iter().try_for_each(|key| or_absent(maps.peers.remove(key))).context("cannot clear the names")
+        ends.iter()
+            .try_for_each(|key| or_absent(maps.peers.remove(key)))
+            .context("failed to clear map RELAY_PEERS")
     }
 }
 

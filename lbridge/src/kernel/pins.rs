@@ -12,7 +12,7 @@ use aya::maps::{MapData, MapError};
 use lbridge_common::{
     symbols::{
         COUNTERS, DIALLED, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS,
-        REPLIES, RULES, SOURCES, TARGETS,
+        RELAYS, REPLIES, RULES, SOURCES, TARGETS,
     },
     wire::ABI_VERSION,
 };
@@ -29,7 +29,7 @@ use super::{
 };
 
 /// Maps that outlive the daemon. The event buffer and the counts of probes do not: they are of use to one daemon only.
-pub(super) const PINNED_MAPS: [&str; 13] = [
+pub(super) const PINNED_MAPS: [&str; 14] = [
     RULES,
     SOURCES,
     GUESTS,
@@ -37,6 +37,7 @@ pub(super) const PINNED_MAPS: [&str; 13] = [
     DIALLED,
     TARGETS,
     LISTENERS,
+    RELAYS,
     LOOPBACK_VIEWS,
     REPLIES,
     RELAY_CONNECTS,
