@@ -211,6 +211,7 @@ mod tests {
             index: 1,
             name: name.to_owned(),
             is_bridge,
+            is_port: false,
             addresses: vec![(address.parse().unwrap(), 16)],
         }
     }

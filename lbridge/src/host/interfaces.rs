@@ -45,11 +45,13 @@ impl Interfaces {
                 index: link.header.index,
                 name: String::new(),
                 is_bridge: false,
+                is_port: false,
                 addresses: vec![],
             };
             for attribute in link.attributes {
                 match attribute {
                     LinkAttribute::IfName(name) => interface.name = name,
+                    LinkAttribute::Controller(index) => interface.is_port = index != 0,
                     LinkAttribute::LinkInfo(infos) => {
                         interface.is_bridge =
                             infos.iter().any(|i| matches!(i, LinkInfo::Kind(InfoKind::Bridge)));

@@ -10,6 +10,8 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
+use lbridge_common::wire::RuleKey;
 use serde::{Deserialize, Serialize};
 
 use super::{inventory::Interface, plan::Step, rule::Protocol};
@@ -37,13 +39,15 @@ impl fmt::Display for FirewallMode {
     }
 }
 
-/// What must be let through: from one bridge to an address of the host's at one port.
+/// What must be let through: from one network on one bridge to an address of the host's at one port.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Opening {
     /// The bridge's name.
     pub interface: String,
     /// What is dialled.
     pub gateway: IpAddr,
+    /// The network's subnet, without host bits.
+    pub sources: IpNet,
     /// What is spoken there.
     pub protocol: Protocol,
     /// Port that is dialled.
@@ -52,12 +56,43 @@ pub struct Opening {
 
 impl fmt::Display for Opening {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { interface, gateway, protocol, port } = self;
+        let Self { interface, gateway, protocol, port, .. } = self;
         write!(f, "{gateway} port {port}{} from {interface}", protocol.suffix())
     }
 }
 
 impl Opening {
+    /// What must be let through from the network in which the bridge has the address `own`, with the length of its prefix.
+    pub fn new(
+        interface: &str,
+        (own, prefix): (IpAddr, u8),
+        gateway: IpAddr,
+        protocol: Protocol,
+        port: u16,
+    ) -> Self {
+        let sources = IpNet::new(own, prefix).unwrap_or_else(|_| own.into()).trunc();
+        Self { interface: interface.to_owned(), gateway, sources, protocol, port }
+    }
+
+    /// Returns true if a container could send a datagram there in the host's own name, which is not in the subnet for this purpose.
+    /// The kernel drops IPv4 packets that come in with one of the host's own sources (`fib_validate_source()`), IPv6 packets it does not.
+    /// A forged SYN does no harm: its answer stays on the host.
+    pub fn can_be_forged(&self) -> bool {
+        self.protocol == Protocol::Udp && self.gateway.is_ipv6()
+    }
+
+    /// Returns true if both let the same port through at the same address, from whichever network.
+    pub fn is_at(&self, other: &Self) -> bool {
+        let place = |it: &Self| (it.gateway, it.protocol, it.port);
+        self.interface == other.interface && place(self) == place(other)
+    }
+
+    /// Key of the kernel's entry for what comes in on that interface.
+    pub fn entry(&self, ifindex: u32) -> RuleKey {
+        let protocol = self.protocol.number().into();
+        RuleKey { gateway: self.gateway.into(), ifindex, port: self.port, protocol }
+    }
+
     /// Whether the interface can be named in a rule and mean only itself: firewalls read `*`, `+`, `@` and `!` otherwise.
     pub fn has_plain_name(&self) -> bool {
         is_plain(&self.interface)
@@ -74,17 +109,15 @@ fn is_plain(name: &str) -> bool {
 pub struct Link {
     /// The bridge's index.
     pub ifindex: u32,
-    /// Length of the gateway's prefix, in bits.
-    pub prefix: u8,
-    /// The bridge's own address, if what is dialled is elsewhere on the host; the prefix is that one's.
+    /// The bridge's own address, if what is dialled is elsewhere on the host.
     pub via: Option<IpAddr>,
 }
 
 /// What must be let through for a port to be dialled on a bridge, at each of its addresses.
 pub fn openings(bridge: &Interface, protocol: Protocol, port: u16) -> impl Iterator<Item = (Opening, Link)> {
-    bridge.addresses.iter().map(move |(gateway, prefix)| {
-        let opening = Opening { interface: bridge.name.clone(), gateway: *gateway, protocol, port };
-        (opening, Link { ifindex: bridge.index, prefix: *prefix, via: None })
+    bridge.addresses.iter().map(move |own| {
+        let opening = Opening::new(&bridge.name, *own, own.0, protocol, port);
+        (opening, Link { ifindex: bridge.index, via: None })
     })
 }
 
@@ -295,26 +328,28 @@ impl InputChain {
         if !(opening.has_plain_name() && is_plain(&self.chain.table) && is_plain(&self.chain.name)) {
             return None;
         }
-        let Opening { interface, gateway, protocol, port } = opening;
+        let Opening { interface, gateway, sources, protocol, port } = opening;
         let protocol = protocol.name();
         let (ip, family, suffix) = if gateway.is_ipv4() { ("ip", "ipv4", "") } else { ("ip6", "ipv6", "6") };
         Some(match self.firewall {
-            Keeper::Ufw => format!("ufw allow in on {interface} to {gateway} port {port} proto {protocol}"),
+            Keeper::Ufw => format!(
+                "ufw allow in on {interface} from {sources} to {gateway} port {port} proto {protocol}"
+            ),
             Keeper::Firewalld => format!(
                 "firewall-cmd --zone=\"$(firewall-cmd --get-zone-of-interface={interface} || firewall-cmd --get-default-zone)\" \
-                 --add-rich-rule='rule family=\"{family}\" destination address=\"{gateway}\" port port=\"{port}\" \
+                 --add-rich-rule='rule family=\"{family}\" source address=\"{sources}\" destination address=\"{gateway}\" port port=\"{port}\" \
                  protocol=\"{protocol}\" accept'"
             ),
             Keeper::Iptables => {
                 let legacy = if self.chain.through == Through::IptablesLegacy { "-legacy" } else { "" };
                 format!(
-                    "ip{suffix}tables{legacy} -I INPUT -i {interface} -d {gateway} -p {protocol} --dport {port} -j ACCEPT"
+                    "ip{suffix}tables{legacy} -I INPUT -i {interface} -s {sources} -d {gateway} -p {protocol} --dport {port} -j ACCEPT"
                 )
             }
             Keeper::Nftables => {
                 let Chain { family, table, name, .. } = &self.chain;
                 format!(
-                    "nft insert rule {family} {table} {name} iifname {interface} {ip} daddr {gateway} {protocol} dport {port} accept"
+                    "nft insert rule {family} {table} {name} iifname {interface} {ip} saddr {sources} {ip} daddr {gateway} {protocol} dport {port} accept"
                 )
             }
         })
@@ -322,15 +357,11 @@ impl InputChain {
 }
 
 /// The steps that let through what is needed and take back what is not. `openings` are all that rules want. What was
-/// accepted is not known to pass any more, and so is tried in the next round.
+/// accepted is not known to pass any more, and so is tried in the next round. An accept rule that is not wanted any more goes after the one
+/// that takes its place.
 pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen: &Filtering) -> Vec<Step> {
     let wanted = |opening: &Opening| mode == FirewallMode::Manage && openings.contains_key(opening);
-    let mut steps: Vec<_> = seen
-        .accepts
-        .keys()
-        .filter(|(_, opening)| !wanted(opening))
-        .map(|(chain, opening)| Step::Unaccept { chain: chain.clone(), opening: opening.clone() })
-        .collect();
+    let mut steps = vec![];
     let mut unknown = BTreeMap::new();
     for (opening, link) in openings {
         let passage = seen.passages.get(opening);
@@ -340,6 +371,10 @@ pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen:
             None => {}
         }
     }
+    let unwanted = seen.accepts.keys().filter(|(_, opening)| !wanted(opening));
+    steps.extend(
+        unwanted.map(|(chain, opening)| Step::Unaccept { chain: chain.clone(), opening: opening.clone() }),
+    );
     if !unknown.is_empty() {
         steps.push(Step::Probe(unknown));
     }
@@ -350,6 +385,9 @@ pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen:
 fn next_accept(opening: &Opening, passage: Option<&Passage>, seen: &Filtering) -> Option<Chain> {
     let of = |chain: &Chain| seen.accepts.get(&(chain.clone(), opening.clone()));
     let chains = || seen.in_the_way_of(opening).map(|chain| &chain.chain);
+    // An accept rule for another subnet of the same bridge, as older versions put it, says that one is needed.
+    let is_needed =
+        || seen.needed.contains(opening) || seen.accepts.keys().any(|(_, accepted)| accepted.is_at(opening));
     // Somebody restored a ruleset that was saved with ours in it.
     let doubled = chains().find(|chain| of(chain).is_some_and(|accepted| accepted.copies > 1));
     let none = || !chains().any(|chain| of(chain).is_some());
@@ -357,7 +395,7 @@ fn next_accept(opening: &Opening, passage: Option<&Passage>, seen: &Filtering) -
     let next = match passage {
         _ if doubled.is_some() => doubled,
         Some(Passage::Dropped) => lacking(),
-        _ if seen.needed.contains(opening) && none() => lacking(),
+        _ if is_needed() && none() => lacking(),
         _ => None,
     };
     next.cloned()

@@ -255,6 +255,8 @@ pub struct Interface {
     pub name: String,
     /// Whether it is a Linux bridge.
     pub is_bridge: bool,
+    /// It is a port of a bridge, or part of another interface: the host's stack sees its packets come in by that one.
+    pub is_port: bool,
     /// Its addresses but link-local ones, with the length of their prefix in bits.
     pub addresses: Vec<(IpAddr, u8)>,
 }
@@ -270,6 +272,8 @@ pub enum ListenerKind {
     Udp,
     /// Plain TCP or UDP that the kernel refused to register, with this errno.
     Refused(i32),
+    /// Plain TCP or UDP, for which the kernel's map of listeners has no room.
+    NoRoom,
 }
 
 /// A listening TCP socket of the host's namespace, or a UDP socket.

@@ -7,18 +7,19 @@
 //! - an entry goes before its listener, and before the firewall is closed;
 //! - who may use an entry is entered before it, and forgotten after it; at once, if it stays for others;
 //! - what leads to a gateway is entered after what answers there, and goes before it; its hooks come before it, and go after it;
-//! - the firewall is tried last, when everything that answers is there.
+//! - the firewall is tried last, when everything that answers is there;
+//! - before an accept rule is put, and for as long as it is there, an entry refuses whom the rule does not admit.
 
 use std::collections::BTreeMap;
 
 use lbridge_common::wire::{
-    Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SLOTS, SourceKey, TCP,
-    TargetKey, ViewKey,
+    Address, Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SLOTS, SourceKey,
+    TCP, TargetKey, ViewKey,
 };
 
 use super::{
-    firewall::{self, Chain, Link, Opening},
-    policy::{GatewayOutcome, Policy, RelayKey, RelaySpec, State},
+    firewall::{self, Chain, Link, Opening, Through},
+    policy::{GatewayOutcome, Policy, RelayKey, RelaySpec, State, Subnet},
     reality::Reality,
 };
 
@@ -116,10 +117,11 @@ impl Step {
 /// The steps from `reality` to `policy`. None, where they agree.
 pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = vec![];
+    let firewall = firewall::plan(&policy.openings, policy.firewall, &reality.filtering);
+    let entries = entries(policy, reality, &firewall);
     // Where the entry goes on to be for some, nothing needs them any more, and the address may be another's by now.
-    let listed = |key: &SourceKey| {
-        policy.entries.get(&key.rule).is_some_and(|entry| entry.flags & RuleValue::LISTED != 0)
-    };
+    let listed =
+        |key: &SourceKey| policy.entries.get(&key.rule).is_some_and(|entry| entry.has(RuleValue::LISTED));
     let (gone, later): (Vec<_>, Vec<_>) =
         reality.sources.difference(&policy.sources).copied().partition(listed);
     steps.extend(gone.into_iter().map(Step::RemoveSource));
@@ -155,7 +157,9 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
     }
     for (key, spec) in &policy.relays {
-        if reality.relays.get(key) != Some(spec) {
+        let reached =
+            || key.entry().is_some_and(|entry| reality.relay_sockets.contains(&entry)) || !spec.by_entry;
+        if reality.relays.get(key) != Some(spec) || !reached() {
             steps.push(Step::OpenRelay(key.clone(), spec.clone()));
         }
     }
@@ -166,16 +170,12 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         steps.push(Step::DetachConnectHooks);
     }
     steps.extend(policy.sources.difference(&reality.sources).map(|key| Step::AddSource(*key)));
-    for (key, value) in &policy.entries {
-        // The count is the kernel's.
-        let same = reality.entries.get(key).is_some_and(|there| RuleValue { steered: 0, ..*there } == *value);
-        if !same {
+    for (key, value) in &entries {
+        if reality.entries.get(key) != Some(value) {
             steps.push(Step::PutEntry(*key, *value));
         }
     }
-    steps.extend(
-        reality.entries.keys().filter(|k| !policy.entries.contains_key(k)).map(|k| Step::RemoveEntry(*k)),
-    );
+    steps.extend(reality.entries.keys().filter(|k| !entries.contains_key(k)).map(|k| Step::RemoveEntry(*k)));
     // With its entry: without one, whoever would look local is refused.
     steps
         .extend(reality.views.keys().filter(|k| !policy.views.contains_key(k)).map(|k| Step::RemoveView(*k)));
@@ -187,8 +187,10 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     }
     // By the entry of its own rule: where entries do not name the interface another network's may have that address, too.
     let handed_over = |key: &RelayKey| {
-        let is_entered =
-            |entry: &RuleKey| entry.protocol == u16::from(TCP) && policy.entries.contains_key(entry);
+        let is_entered = |key: &RuleKey| {
+            let entry = policy.entries.get(key).filter(|_| key.protocol == u16::from(TCP));
+            entry.is_some_and(|entry| !entry.has(RuleValue::RELAYED))
+        };
         let taken_over = |gateway: &GatewayOutcome| {
             gateway.relay_key == *key
                 && gateway.outcome.state != State::Blocked
@@ -213,13 +215,66 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         steps.push(Step::DetachReplyHooks);
     }
     let watched = |key: &ListenerKey| {
-        policy.targets.contains(&TargetKey { port: key.port, protocol: key.protocol.into() })
+        let (address, port, protocol) = (key.address, key.port, key.protocol.into());
+        policy.targets.contains(&TargetKey { address, port, protocol })
     };
     let stale = reality.registered.iter().filter(|key| !watched(key));
     steps.extend(stale.map(|k| Step::Unregister(*k)));
     steps.extend(reality.targets.difference(&policy.targets).map(|port| Step::RemoveTarget(*port)));
-    steps.extend(firewall::plan(&policy.openings, policy.firewall, &reality.filtering));
+    steps.extend(firewall);
     steps
+}
+
+/// The entries that should be in force, with the counts of those that are: the policy's, and one that admits nobody for what
+/// else an accept rule of lbridge's lets in. Where there is one, or is to be one, entries are exclusive.
+fn entries(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeMap<RuleKey, RuleValue> {
+    let mut entries = policy.entries.clone();
+    let planned = firewall.iter().filter_map(|step| match step {
+        Step::Accept { chain, opening } => Some((chain, opening)),
+        _ => None,
+    });
+    let accepts = reality.filtering.accepts.keys().map(|(chain, opening)| (chain, opening));
+    for (chain, opening) in accepts.chain(planned) {
+        for ifindex in ingress(policy, chain, opening) {
+            let key = opening.entry(ifindex);
+            entries.entry(key).or_insert_with(|| closed(key, opening)).flags |= RuleValue::EXCLUSIVE;
+        }
+    }
+    for (key, entry) in &mut entries {
+        // The count is the kernel's.
+        if let Some(there) = reality.entries.get(key).filter(|there| there.leads_as(entry)) {
+            entry.steered = there.steered;
+        }
+    }
+    entries
+}
+
+/// Indices of the interfaces by which an accept rule lets packets in, as keys of entries have them.
+fn ingress(policy: &Policy, chain: &Chain, opening: &Opening) -> Vec<u32> {
+    let interfaces = &policy.ingress.interfaces;
+    if !policy.ingress.checked {
+        return vec![0];
+    }
+    // A rich rule names no interface: whatever is in the zone can send packets with a source of the subnet.
+    if chain.through == Through::Firewalld {
+        return interfaces.values().copied().collect();
+    }
+    interfaces.get(&opening.interface).copied().into_iter().collect()
+}
+
+fn closed(key: RuleKey, opening: &Opening) -> RuleValue {
+    let Subnet { base: subnet, mask } = Subnet::of(opening.sources.addr(), opening.sources.prefix_len());
+    let (target, target_port) = (Address::ANY_V6, 0);
+    RuleValue {
+        key,
+        subnet,
+        mask,
+        target,
+        target_port,
+        flags: RuleValue::CLOSED,
+        reserved: [0; 2],
+        steered: 0,
+    }
 }
 
 /// Fills the free slots of each bound address from its sockets, newest last: an inode's number grows. A socket may come

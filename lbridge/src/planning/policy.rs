@@ -9,7 +9,7 @@ use std::{
 };
 
 use lbridge_common::wire::{
-    Address, Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SourceKey,
+    Address, Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TCP,
     TargetKey, ViewKey,
 };
 use serde::{Deserialize, Serialize};
@@ -61,6 +61,8 @@ pub struct GatewayOutcome {
     pub relay_key: RelayKey,
     /// Key of the kernel's entry, whether there is one or not. There never is one for a namespace.
     pub rule_key: Option<RuleKey>,
+    /// What a firewall must let through for it, where it is on a bridge.
+    pub opening: Option<Opening>,
     /// What it is, if it is no address of the network's own bridge.
     pub alias: Option<Alias>,
     /// What is meant to happen.
@@ -90,11 +92,6 @@ impl fmt::Display for Alias {
 }
 
 impl GatewayOutcome {
-    /// What a firewall must let through for it, where it is on a bridge.
-    pub fn opening(&self) -> Option<Opening> {
-        Some(Opening { protocol: self.protocol(), ..self.relay_key.opening()? })
-    }
-
     /// Its relay, whether it has one or not. UDP never has: what is at that address is another rule's, for TCP.
     pub fn relay(&self) -> Option<&RelayKey> {
         (self.protocol() == Protocol::Tcp).then_some(&self.relay_key)
@@ -159,17 +156,11 @@ impl RelayKey {
         }
     }
 
-    /// What a firewall must let through for it, where it is on a bridge.
-    pub fn opening(&self) -> Option<Opening> {
-        match &self.place {
-            Place::Bridge { interface, .. } => Some(Opening {
-                interface: interface.clone(),
-                gateway: self.address.ip(),
-                protocol: Protocol::Tcp,
-                port: self.address.port(),
-            }),
-            Place::Namespace(_) => None,
-        }
+    /// Key of the kernel's entry that leads to it, where it is on a bridge whose index the kernel checks.
+    pub fn entry(&self) -> Option<RuleKey> {
+        let Place::Bridge { ifindex, .. } = self.place else { return None };
+        let (gateway, port) = (self.address.ip().into(), self.address.port());
+        Some(RuleKey { gateway, ifindex, port, protocol: TCP.into() })
     }
 }
 
@@ -217,6 +208,9 @@ pub struct RelaySpec {
     pub source: Source,
     /// Whom it serves.
     pub clients: Clients,
+    /// The kernel's entry leads to its socket, which nothing else reaches and which takes no port from a service of the host.
+    /// Otherwise the socket is bound to the dialled address and port itself.
+    pub by_entry: bool,
     /// Whether the service is told in a header who connects.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// Connections at a time, at most.
@@ -288,6 +282,17 @@ pub struct Policy {
     pub openings: BTreeMap<Opening, Link>,
     /// What may be done to the firewall; a setting, nothing that is decided.
     pub firewall: FirewallMode,
+    /// Where a packet that an accept rule lets in can come from.
+    pub ingress: Ingress,
+}
+
+/// The host's interfaces, as the kernel program can tell them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ingress {
+    /// The kernel program checks the ingress interface; otherwise entries have interface 0.
+    pub checked: bool,
+    /// Index of every interface, by name, but of `lo` and of bridges' ports.
+    pub interfaces: BTreeMap<String, u32>,
 }
 
 /// The loopback address that stands for whoever is in a namespace, by the namespace's number.

@@ -36,6 +36,8 @@ pub struct Reality {
     pub dials: BTreeMap<DialKey, Dial>,
     /// Registered listeners.
     pub registered: BTreeSet<ListenerKey>,
+    /// Keys of the entries whose relay the kernel can reach.
+    pub relay_sockets: BTreeSet<RuleKey>,
     /// Open relay listeners.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
     /// Relay listeners that only complete what had begun when the kernel took over.
@@ -67,6 +69,12 @@ impl Reality {
 
     /// Whether a connection that meets this entry finds a listener.
     pub fn serves(&self, entry: &RuleValue) -> bool {
+        if entry.has(RuleValue::CLOSED) {
+            return false;
+        }
+        if entry.has(RuleValue::RELAYED) {
+            return self.relay_sockets.contains(&entry.key);
+        }
         let registered = |key| self.registered.contains(&key).then_some(());
         first_candidate(&entry.target, entry.target_port, entry.protocol(), registered).is_some()
     }

@@ -60,6 +60,7 @@ fn host() -> Vec<Interface> {
         index,
         name: name.to_owned(),
         is_bridge,
+        is_port: false,
         addresses: addresses.iter().map(|(ip, prefix)| (ip.parse().unwrap(), *prefix)).collect(),
     };
     vec![

@@ -19,13 +19,41 @@ impl Explainer<'_> {
         let key = RelayKey { address: way.dialled, place };
         // A relay of that port is TCP's.
         if self.question.protocol == Protocol::Tcp {
-            if let Some(spec) = self.known.reality.relays.get(&key) {
-                return self.relay(way, spec);
+            match self.known.reality.relays.get(&key) {
+                Some(spec) if !spec.by_entry => return self.relay(way, spec),
+                // The entry alone leads to it.
+                Some(_) => {}
+                None => self.no_relay(way, &key),
             }
-            self.no_relay(way, &key);
         }
         let who = answering(self.known.inventory.sockets(self.question.protocol), way.dialled, bridge.index);
         self.host(way, who)
+    }
+
+    /// The kernel's entry leads to a relay.
+    pub(super) fn by_relay(&self, way: &mut Way, bridge: &Interface) -> End {
+        let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
+        let key = RelayKey { address: way.dialled, place };
+        let reality = self.known.reality;
+        let reached = key.entry().is_some_and(|entry| reality.relay_sockets.contains(&entry));
+        if let Some(spec) = reality.relays.get(&key).filter(|_| reached) {
+            return self.relay(way, spec);
+        }
+        self.no_relay(way, &key);
+        let remedy = "`lbridge status` makes the daemon look again".to_owned();
+        self.end(way, Fate::Refused, "the relay's socket is not registered", remedy)
+    }
+
+    /// Refused by the kernel program, since nobody but whom the rule admits may get through.
+    pub(super) fn unadmitted(&self, way: &mut Way) -> End {
+        let outcome = self.meant(way).filter(|it| matches!(it.state, State::Waiting | State::Blocked));
+        let why = outcome.and_then(|outcome| outcome.why.clone());
+        let why = why.unwrap_or_else(|| match self.rule() {
+            Some(meant) if !meant.rule.from.is_empty() => "the rule is for other containers".to_owned(),
+            _ => "the rule does not admit them".to_owned(),
+        });
+        let remedy = if self.rule().is_some() { self.unserved(way) } else { self.whom() };
+        self.end(way, Fate::Refused, &why, remedy)
     }
 
     /// A relay that a rule asks for and that is not there, or that is about to go.

@@ -6,8 +6,8 @@ use std::{
 };
 
 use lbridge_common::{
-    verdict::{Verdict, decide},
-    wire::{Address, RuleKey, RuleValue, SourceKey},
+    verdict::{Lookups, Verdict, decide},
+    wire::{Address, Endpoint, RuleKey, RuleValue, SourceKey},
 };
 
 use super::{
@@ -18,6 +18,7 @@ use crate::planning::{
     firewall::{Opening, Passage},
     inventory::{DockerPresence, Interface, find_networks},
     policy::{Clients, Place, RelayKey, RelaySpec, State},
+    reality::Reality,
     resolve::bridge_of,
     rule::{Network, Protocol},
 };
@@ -130,43 +131,77 @@ impl Explainer<'_> {
             steps: vec![self.arrival(bridge, source, dialled)],
             fate: Fate::Refused,
         };
-        if let Some(end) = self.firewall(&mut way) {
+        if let Some(end) = self.firewall(&mut way, own) {
             return (way, end);
         }
         let entry = self.lookup(&mut way, bridge);
-        let listed = || {
-            entry.is_some_and(|entry| {
-                let key = SourceKey { rule: entry.key, source: source.into() };
-                self.known.reality.sources.contains(&key)
-            })
-        };
-        let verdict = decide(entry, &source.into(), listed);
-        let end = match (verdict, entry) {
-            (Verdict::Steer, Some(entry)) => {
-                let listed = if is_listed(entry) { ", and one of those that the rule is for" } else { "" };
-                let text = format!("{source} is in {}{listed}", subnet(entry));
-                way.steps.push(step(Stage::Source, Answer::Yes, text));
-                self.listener(&mut way, entry)
+        let end = self.verdict(&mut way, bridge, entry);
+        (way, end)
+    }
+
+    /// What the kernel program makes of it, given its entry.
+    fn verdict(&self, way: &mut Way, bridge: &Interface, entry: Option<&RuleValue>) -> End {
+        let source = way.source;
+        let dialled = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
+        let maps = Maps { reality: self.known.reality, entry, source: source.into(), dialled };
+        let verdict = decide(entry, &source.into(), &dialled, self.question.protocol.number(), &maps);
+        let mut by_source = |answer, text| way.steps.push(step(Stage::Source, answer, text));
+        match (verdict, entry) {
+            (Verdict::Steer | Verdict::Relay, Some(entry)) => {
+                let listed =
+                    if entry.has(RuleValue::LISTED) { ", and one of those that the rule is for" } else { "" };
+                by_source(Answer::Yes, format!("{source} is in {}{listed}", subnet(entry)));
+                if verdict == Verdict::Relay { self.by_relay(way, bridge) } else { self.listener(way, entry) }
+            }
+            (Verdict::NotListed, Some(entry)) => {
+                by_source(
+                    Answer::No,
+                    format!("{}: left alone, and counted", self.not_admitted(source, bridge, entry)),
+                );
+                self.beyond(way, bridge)
+            }
+            (Verdict::Denied, Some(entry)) => {
+                let why = self.not_admitted(source, bridge, entry);
+                by_source(
+                    Answer::No,
+                    format!("{why}: refused, since lbridge's accept rule lets it through the firewall"),
+                );
+                self.unadmitted(way)
             }
             (Verdict::ForeignSource, Some(entry)) => {
-                let of_network = Address::from(source).masked(&entry.mask) == entry.subnet;
-                let text = if is_listed(entry) && of_network {
-                    let listed = addresses(&self.listed(bridge, dialled));
-                    format!("the rule is for {listed}, not for {source}: left alone, and counted")
-                } else {
-                    format!("{source} is not in {}: left alone, and counted", subnet(entry))
-                };
-                way.steps.push(step(Stage::Source, Answer::No, text));
-                self.beyond(&mut way, bridge)
+                by_source(
+                    Answer::No,
+                    format!("{source} is not in {}: left alone, and counted", subnet(entry)),
+                );
+                self.beyond(way, bridge)
             }
-            (_, Some(_)) => {
+            (Verdict::LooksLocal, _) => {
+                let text = format!(
+                    "{source} is not served here, and would look local to whoever takes its connections (--source loopback): refused"
+                );
+                by_source(Answer::No, text);
+                self.unadmitted(way)
+            }
+            (Verdict::NotOurs, Some(_)) => {
                 let text = format!("{source} is the gateway's own address, so the host itself: left alone");
-                way.steps.push(step(Stage::Source, Answer::No, text));
-                self.beyond(&mut way, bridge)
+                by_source(Answer::No, text);
+                self.beyond(way, bridge)
             }
-            (_, None) => self.beyond(&mut way, bridge),
-        };
-        (way, end)
+            // Nobody asks about the daemon's own probes; and the decision goes no other way without an entry.
+            (Verdict::Probe, _) | (_, None) => self.beyond(way, bridge),
+        }
+    }
+
+    /// Why an entry does not admit a source of its subnet.
+    fn not_admitted(&self, source: IpAddr, bridge: &Interface, entry: &RuleValue) -> String {
+        if entry.has(RuleValue::CLOSED) {
+            return "the entry admits nobody".to_owned();
+        }
+        if Address::from(source).is_broadcast(&entry.mask) {
+            return format!("{source} is the broadcast address of {}", subnet(entry));
+        }
+        let dialled = SocketAddr::new(entry.key.gateway.into(), entry.key.port);
+        format!("the rule is for {}, not for {source}", addresses(&self.listed(bridge, dialled)))
     }
 
     /// The addresses that what is in force there is for, where it is not for all.
@@ -210,13 +245,9 @@ impl Explainer<'_> {
     }
 
     /// What was tried; an end, if nothing comes through.
-    fn firewall(&self, way: &mut Way) -> Option<End> {
-        let opening = Opening {
-            interface: way.interface.clone(),
-            gateway: way.dialled.ip(),
-            protocol: self.question.protocol,
-            port: way.dialled.port(),
-        };
+    fn firewall(&self, way: &mut Way, own: (IpAddr, u8)) -> Option<End> {
+        let (protocol, dialled) = (self.question.protocol, way.dialled);
+        let opening = Opening::new(&way.interface, own, dialled.ip(), protocol, dialled.port());
         let filtering = &self.known.reality.filtering;
         let (verdict, text) = match filtering.passages.get(&opening) {
             Some(Passage::Open) => {
@@ -251,8 +282,28 @@ impl Explainer<'_> {
     }
 }
 
-fn is_listed(entry: &RuleValue) -> bool {
-    entry.flags & RuleValue::LISTED != 0
+/// The maps, as they were read, with their answers about one packet.
+struct Maps<'a> {
+    reality: &'a Reality,
+    entry: Option<&'a RuleValue>,
+    source: Address,
+    dialled: Endpoint,
+}
+
+impl Lookups for Maps<'_> {
+    fn is_probe(&self) -> bool {
+        false
+    }
+
+    fn is_listed(&self) -> bool {
+        let key = |entry: &RuleValue| SourceKey { rule: entry.key, source: self.source };
+        self.entry.is_some_and(|entry| self.reality.sources.contains(&key(entry)))
+    }
+
+    fn looks_local(&self) -> bool {
+        let mut views = self.reality.views.keys();
+        views.any(|(key, bits)| key.matches(*bits, &self.dialled, &self.source))
+    }
 }
 
 /// Some other address of the gateway's subnet.

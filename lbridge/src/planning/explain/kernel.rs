@@ -55,18 +55,20 @@ impl Explainer<'_> {
             return None;
         }
         let wanted = match policy.entries.get(&key) {
-            Some(wanted) if *wanted == (RuleValue { steered: 0, ..*entry }) => String::new(),
-            Some(wanted) => format!("; the rule asks for {}: the next look puts that", target(wanted)),
+            Some(wanted) if wanted.leads_as(entry) => String::new(),
+            Some(wanted) => format!("; the rule asks for {}: the next look puts that", leads_to(wanted)),
+            None if entry.has(RuleValue::CLOSED) => String::new(),
             None => {
                 "; no rule asks for it, somebody else has put it there: the next look removes it".to_owned()
             }
         };
-        let text = format!(
-            "RULES has {asked}: from {} to {}, {} so far{wanted}",
-            subnet(entry),
-            target(entry),
-            entry.steered
-        );
+        let so_far = if entry.has(RuleValue::RELAYED) || entry.has(RuleValue::CLOSED) {
+            String::new()
+        } else {
+            format!(", {} so far", entry.steered)
+        };
+        let text =
+            format!("RULES has {asked}: from {} to {}{so_far}{wanted}", subnet(entry), leads_to(entry));
         way.steps.push(step(Stage::Lookup, Answer::Yes, text));
         Some(entry)
     }
@@ -148,5 +150,16 @@ impl Explainer<'_> {
             .sockets(self.question.protocol)
             .iter()
             .filter(move |l| l.address == bound && l.bound_interface == 0)
+    }
+}
+
+/// Where an entry leads.
+fn leads_to(entry: &RuleValue) -> String {
+    if entry.has(RuleValue::CLOSED) {
+        "nobody".to_owned()
+    } else if entry.has(RuleValue::RELAYED) {
+        "the relay".to_owned()
+    } else {
+        target(entry).to_string()
     }
 }

@@ -43,6 +43,7 @@ impl Explainer<'_> {
             ListenerKind::Tcp if v6_only => format!("{who} (IPv6 only)"),
             ListenerKind::Tcp | ListenerKind::Udp => who,
             ListenerKind::Mptcp => format!("{who} (MPTCP)"),
+            ListenerKind::NoRoom => format!("{who} (no room in the kernel's map)"),
             ListenerKind::Refused(errno) => format!("{who} (refused by the kernel, error {errno})"),
         }
     }

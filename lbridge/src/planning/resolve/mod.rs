@@ -13,7 +13,7 @@ mod way;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use lbridge_common::{
@@ -29,10 +29,10 @@ use super::{
     firewall::{Link, Opening},
     inventory::{Abilities, Absence, Interface, Inventory, Listener, Namespace, NamespaceId},
     policy::{
-        Alias, Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service,
-        State, Subnet, stand_in_for,
+        Alias, Clients, GatewayOutcome, Ingress, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome,
+        Service, State, Subnet, stand_in_for,
     },
-    rule::{DEFAULT_CONNECTIONS, Network, Origin, Protocol, Rule, RuleId, Rules, Source},
+    rule::{DEFAULT_CONNECTIONS, Network, Origin, Protocol, Rule, RuleId, Rules, Source, Target},
 };
 
 /// Decides for each rule and gateway.
@@ -60,6 +60,11 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
     }
     resolver.policy.outcomes = outcomes;
     resolver.listeners_to_register();
+    let others = inventory.interfaces.iter().filter(|it| it.name != "lo" && !it.is_port);
+    resolver.policy.ingress = Ingress {
+        checked: resolver.checks_interface(),
+        interfaces: others.map(|interface| (interface.name.clone(), interface.index)).collect(),
+    };
     resolver.policy
 }
 
@@ -77,6 +82,18 @@ pub(super) fn bridge_of(
         claimed: BTreeMap::new(),
     };
     resolver.bridge(network).cloned()
+}
+
+/// Where a service has to listen for a rule to lead to it.
+fn targets(rule: &Rule) -> impl Iterator<Item = TargetKey> {
+    let protocol = rule.spec.protocol.number().into();
+    let (addresses, port) = match &rule.spec.target {
+        Target::Port(port) => (vec![IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()], *port),
+        Target::Address(address) => (vec![address.ip()], address.port()),
+        Target::Unix(_) => (vec![], 0),
+    };
+    let bound = addresses.into_iter().flat_map(|ip| listening_addresses(&ip.into()).collect::<Vec<_>>());
+    bound.map(move |address| TargetKey { address, port, protocol })
 }
 
 /// What takes connections or datagrams on the host.
@@ -103,8 +120,7 @@ enum Claim {
 
 impl Resolver<'_> {
     fn rule(&mut self, rule: &Rule, origin: Origin) -> RuleOutcome {
-        let protocol = rule.spec.protocol.number().into();
-        self.policy.targets.extend(rule.spec.target.port().map(|port| TargetKey { port, protocol }));
+        self.policy.targets.extend(targets(rule));
         let (gateways, without_gateway) =
             if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
         let dials = if rule.localhost { self.localhost(rule, &gateways) } else { vec![] };
@@ -156,7 +172,7 @@ impl Resolver<'_> {
         let way = self.way(rule, relay_key.address, claim, " in that namespace");
         let told = namespace.address.unwrap_or_else(|| stand_in_for(namespace.key.id).into());
         let outcome = self.outcome(rule, way, &relay_key, None, Clients::Inside(told));
-        GatewayOutcome { relay_key, rule_key: None, alias: None, outcome }
+        GatewayOutcome { relay_key, rule_key: None, opening: None, alias: None, outcome }
     }
 
     /// At one of a bridge's own addresses, or at another one of the host's that its containers dial as well.
@@ -171,10 +187,8 @@ impl Resolver<'_> {
         let ip = alias.map_or(own, |(ip, _)| ip);
         let gateway = SocketAddr::new(ip, rule.spec.port);
         let subnet = Subnet::of(own, prefix);
-        let checked = self.abilities.steer.as_ref().is_ok_and(|s| s.interface_check);
-        let ifindex = if checked { index } else { 0 };
-        let protocol = rule.spec.protocol.number().into();
-        let rule_key = RuleKey { gateway: ip.into(), ifindex, port: rule.spec.port, protocol };
+        let opening = Opening::new(interface, (own, prefix), ip, rule.spec.protocol, rule.spec.port);
+        let rule_key = opening.entry(if self.checks_interface() { index } else { 0 });
         let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
         let relay_key = RelayKey { address: gateway, place };
         let mut way = self.way(rule, gateway, Claim::Bridge(index), "");
@@ -192,14 +206,45 @@ impl Resolver<'_> {
             let clients = Clients::Listed(sources.addresses.clone());
             sources.told(self.outcome(rule, way, &relay_key, Some(kernel), clients))
         };
-        // While a service is down its clients are to be refused at once, so that the way has to be open then, too.
-        if outcome.state != State::Blocked {
-            let (protocol, port) = (rule.spec.protocol, rule.spec.port);
-            let opening = Opening { interface: interface.to_owned(), gateway: ip, protocol, port };
+        // While a service is down its clients are to be refused at once, so that the way has to be open then, too. But only where
+        // an entry, or a relay that listens, keeps what comes through from the host's other services.
+        let is_guarded = self.checks_interface()
+            || self.policy.entries.contains_key(&rule_key)
+            || self.policy.relays.contains_key(&relay_key);
+        if outcome.state != State::Blocked && is_guarded {
             let via = alias.map(|_| own);
-            self.policy.openings.insert(opening, Link { ifindex: index, prefix, via });
+            self.policy.openings.insert(opening.clone(), Link { ifindex: index, via });
         }
-        GatewayOutcome { relay_key, rule_key: Some(rule_key), alias: alias.map(|(_, alias)| alias), outcome }
+        let alias = alias.map(|(_, alias)| alias);
+        GatewayOutcome { relay_key, rule_key: Some(rule_key), opening: Some(opening), alias, outcome }
+    }
+
+    /// Returns true if the kernel steers, and tells by which interface a packet came in.
+    fn checks_interface(&self) -> bool {
+        self.abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check)
+    }
+
+    /// Notes a kernel entry for these clients; the addresses and netmasks that it serves.
+    fn put_entry(
+        &mut self,
+        key: RuleKey,
+        subnet: Subnet,
+        clients: &Clients,
+        target: Endpoint,
+        mut flags: u16,
+    ) -> Vec<(Address, Address)> {
+        let mut served = vec![(subnet.base, subnet.mask)];
+        if let Clients::Listed(listed) = clients {
+            flags |= RuleValue::LISTED;
+            let listed: Vec<Address> = listed.iter().copied().map(Address::from).collect();
+            self.policy.sources.extend(listed.iter().map(|source| SourceKey { rule: key, source: *source }));
+            served = listed.into_iter().map(|ip| (ip, Address([u32::MAX; 4]))).collect();
+        }
+        let (Subnet { base: subnet, mask }, Endpoint { address: target, port: target_port, .. }) =
+            (subnet, target);
+        let entry = RuleValue { key, subnet, mask, target, target_port, flags, reserved: [0; 2], steered: 0 };
+        self.policy.entries.insert(key, entry);
+        served
     }
 
     /// Notes what a way needs to be in force.
@@ -220,32 +265,13 @@ impl Resolver<'_> {
                 {
                     return blocked;
                 }
-                let mut flags = 0;
-                let mut shown_as_local = vec![(subnet.base, subnet.mask)];
-                if let Clients::Listed(listed) = clients {
-                    flags |= RuleValue::LISTED;
-                    let listed: Vec<Address> = listed.into_iter().map(Address::from).collect();
-                    let key = |source: &Address| SourceKey { rule: rule_key, source: *source };
-                    self.policy.sources.extend(listed.iter().map(key));
-                    // Others are left alone: whoever takes their connections is not to take them for local ones.
-                    shown_as_local = listed.into_iter().map(|ip| (ip, Address([u32::MAX; 4]))).collect();
-                }
-                let value = RuleValue {
-                    key: rule_key,
-                    subnet: subnet.base,
-                    mask: subnet.mask,
-                    target: target.address,
-                    target_port: target.port,
-                    flags,
-                    reserved: [0; 2],
-                    steered: 0,
-                };
-                self.policy.entries.insert(rule_key, value);
+                let served = self.put_entry(rule_key, subnet, &clients, target, 0);
                 if rule.source == Source::Loopback {
+                    // Those that are served alone: whoever takes the connections of others is not to take them for local ones.
                     let gateway = Endpoint::new(rule_key.gateway, rule_key.port);
                     let view = LoopbackView { gateway, target };
                     let key = |(peer, mask)| (ViewKey { gateway, peer }, ViewKey::prefix_len(&mask));
-                    self.policy.views.extend(shown_as_local.into_iter().map(|peer| (key(peer), view)));
+                    self.policy.views.extend(served.into_iter().map(|peer| (key(peer), view)));
                     self.policy.name_hooks = true;
                 }
                 outcome
@@ -254,7 +280,12 @@ impl Resolver<'_> {
             (Way::Relay(_, why), _) if clients == Clients::Listed(BTreeSet::new()) => {
                 Outcome::because(State::Relayed, why)
             }
-            (Way::Relay(service, why), _) => {
+            (Way::Relay(service, why), kernel) => {
+                let kernel = kernel.filter(|_| self.checks_interface());
+                if let Some((rule_key, subnet)) = kernel {
+                    let nowhere = Endpoint::new(Address::ANY_V6, 0);
+                    self.put_entry(rule_key, subnet, &clients, nowhere, RuleValue::RELAYED);
+                }
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
                 self.policy.name_hooks |= rule.source == Source::Container
                     && matches!(service, Service::Tcp(_))
@@ -264,6 +295,7 @@ impl Resolver<'_> {
                     service,
                     source: rule.source,
                     clients,
+                    by_entry: kernel.is_some(),
                     proxy_protocol: rule.proxy_protocol,
                     max_connections: rule.max_connections.map_or(DEFAULT_CONNECTIONS, Into::into),
                     idle_timeout: rule.idle_timeout,
@@ -301,7 +333,8 @@ impl Resolver<'_> {
             let addresses = listening_addresses(&entry.target);
             addresses.map(move |address| ListenerKey { address, port, slot: 0, protocol }).collect::<Vec<_>>()
         };
-        let wanted: BTreeSet<ListenerKey> = self.policy.entries.values().flat_map(keys).collect();
+        let steered = self.policy.entries.values().filter(|entry| !entry.has(RuleValue::RELAYED));
+        let wanted: BTreeSet<ListenerKey> = steered.flat_map(keys).collect();
         for (protocol, sockets) in sockets(self.inventory) {
             for listener in sockets {
                 let (address, port) = (listener.address.ip().into(), listener.address.port());

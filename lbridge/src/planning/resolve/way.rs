@@ -130,6 +130,7 @@ impl Resolver<'_> {
                     let why = io::Error::from_raw_os_error(errno);
                     Some(format!("the kernel refused to register the listener: {why}"))
                 }
+                ListenerKind::NoRoom => Some("the kernel's map of listeners is full".to_owned()),
                 ListenerKind::Tcp | ListenerKind::Udp => Some(family_mismatch(gateway, first.address)),
             };
             return Some(Found { at: target, obstacle });

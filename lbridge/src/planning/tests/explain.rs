@@ -2,14 +2,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lbridge_common::wire::RuleValue;
 
-use super::{Host, br_app};
+use super::{Host, br_app, relay_sockets};
 use crate::planning::{
     explain::{
         Answer::{No, Note, Yes},
         Explanation, Fate, Known, Question, Stage, explain, listeners_of_interest,
     },
     firewall::{Filtering, Passage},
-    inventory::{Absence, DockerPresence, Listener, ListenerKind},
+    inventory::{Absence, DockerPresence, Listener, ListenerKind, Steering},
     policy::RelayKey,
     reality::Reality,
     rule::{PathChoice, Protocol, Source},
@@ -31,6 +31,7 @@ impl Host {
             sources: policy.sources.clone(),
             dials: policy.dials.clone(),
             registered: keys.copied().collect(),
+            relay_sockets: relay_sockets(&policy),
             relays: policy.relays.clone(),
             name_hooks: policy.name_hooks,
             connect_hooks: policy.connect_hooks,
@@ -178,6 +179,12 @@ fn sources_that_are_left_alone() {
     let relayed = Host::new().listens("127.0.0.1:80");
     let relayed = relayed.allow_with("app", "80", Source::Container, PathChoice::Relay);
     let told = relayed.explain_with("app", 80, Some("172.19.0.2"), &relayed.in_force(), &[]);
+    assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
+    assert!(text(&told, Stage::Source).starts_with("172.19.0.2 is not in 172.18.0.0/16"));
+    // Before Linux 5.17 the relay's socket is bound to the gateway, and it checks who comes.
+    let mut direct = relayed;
+    direct.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
+    let told = direct.explain_with("app", 80, Some("172.19.0.2"), &direct.in_force(), &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
     assert!(text(&told, Stage::Relay).ends_with("is none of its network's containers: reset"));
 }

@@ -1,4 +1,7 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use proptest::prelude::*;
 
@@ -16,12 +19,9 @@ use crate::planning::{
 const ROUNDS: usize = 12;
 
 fn opening(gateway: &str, port: u16) -> Opening {
-    Opening {
-        interface: "br-app".to_owned(),
-        gateway: gateway.parse().unwrap(),
-        protocol: Protocol::Tcp,
-        port,
-    }
+    let gateway: IpAddr = gateway.parse().unwrap();
+    let prefix = if gateway.is_ipv4() { 16 } else { 64 };
+    Opening::new("br-app", (gateway, prefix), gateway, Protocol::Tcp, port)
 }
 
 fn chain(family: Family, table: &str) -> Chain {
@@ -111,10 +111,8 @@ impl World {
 
     /// As the daemon's pass does.
     fn settle(&mut self, openings: &[Opening], mode: FirewallMode) {
-        let openings: BTreeMap<_, _> = openings
-            .iter()
-            .map(|opening| (opening.clone(), Link { ifindex: 7, prefix: 16, via: None }))
-            .collect();
+        let openings: BTreeMap<_, _> =
+            openings.iter().map(|opening| (opening.clone(), Link { ifindex: 7, via: None })).collect();
         for _ in 0..ROUNDS {
             let steps = plan(&openings, mode, &self.seen());
             if steps.is_empty() {
@@ -140,18 +138,10 @@ impl World {
 fn what_a_rule_opens_is_an_opening() {
     let host = Host::new().bridge("br-6", 9, &["fd00::1/64"]).allow("app", "80").allow("bridge:br-6", "81");
     let openings: Vec<_> = host.policy().openings.into_iter().collect();
-    let v6 = Opening {
-        interface: "br-6".to_owned(),
-        gateway: "fd00::1".parse().unwrap(),
-        protocol: Protocol::Tcp,
-        port: 81,
-    };
+    let v6 = Opening { interface: "br-6".to_owned(), ..opening("fd00::1", 81) };
     assert_eq!(
         openings,
-        [
-            (v6, Link { ifindex: 9, prefix: 64, via: None }),
-            (opening("172.18.0.1", 80), Link { ifindex: 7, prefix: 16, via: None })
-        ]
+        [(v6, Link { ifindex: 9, via: None }), (opening("172.18.0.1", 80), Link { ifindex: 7, via: None })]
     );
     // Two rules for one address; and a namespace has no bridge.
     let host =
@@ -188,7 +178,7 @@ fn a_rule_that_somebody_removes_comes_back() {
     world.settle(std::slice::from_ref(&one), FirewallMode::Manage);
     // Without a probe that would have to time out first.
     world.changed(|world| drop(world.rules.insert(filter.clone(), vec![None])));
-    let openings = [(one.clone(), Link { ifindex: 7, prefix: 16, via: None })].into();
+    let openings = [(one.clone(), Link { ifindex: 7, via: None })].into();
     let steps = plan(&openings, FirewallMode::Manage, &world.seen());
     assert!(matches!(&steps[..], [Step::Accept { .. }]), "{steps:?}");
     world.settle(std::slice::from_ref(&one), FirewallMode::Manage);
@@ -239,21 +229,25 @@ fn the_remedy_can_be_typed() {
         ..Filtering::default()
     };
     for (through, firewall, remedy) in [
-        (Through::IptablesNft, Keeper::Ufw, "ufw allow in on br-app to 172.18.0.1 port 80 proto tcp"),
+        (
+            Through::IptablesNft,
+            Keeper::Ufw,
+            "ufw allow in on br-app from 172.18.0.0/16 to 172.18.0.1 port 80 proto tcp",
+        ),
         (
             Through::IptablesLegacy,
             Keeper::Iptables,
-            "iptables-legacy -I INPUT -i br-app -d 172.18.0.1 -p tcp --dport 80 -j ACCEPT",
+            "iptables-legacy -I INPUT -i br-app -s 172.18.0.0/16 -d 172.18.0.1 -p tcp --dport 80 -j ACCEPT",
         ),
         (
             Through::Nft,
             Keeper::Nftables,
-            "nft insert rule ip t input iifname br-app ip daddr 172.18.0.1 tcp dport 80 accept",
+            "nft insert rule ip t input iifname br-app ip saddr 172.18.0.0/16 ip daddr 172.18.0.1 tcp dport 80 accept",
         ),
         (
             Through::Nft,
             Keeper::Firewalld,
-            "--add-rich-rule='rule family=\"ipv4\" destination address=\"172.18.0.1\"",
+            "--add-rich-rule='rule family=\"ipv4\" source address=\"172.18.0.0/16\" destination address=\"172.18.0.1\"",
         ),
     ] {
         let why = seen(through, firewall).why_dropped(&one);

@@ -1,4 +1,7 @@
-use lbridge_common::wire::{Address, ListenerKey, RuleValue, SLOTS, TCP, TargetKey};
+use lbridge_common::{
+    verdict::{first_candidate, listening_addresses},
+    wire::{Address, ListenerKey, RuleKey, RuleValue, SLOTS, TCP, TargetKey},
+};
 use proptest::prelude::*;
 
 use super::Host;
@@ -18,8 +21,7 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
         match step {
             Step::AddTarget(target) => assert!(reality.targets.insert(*target)),
             Step::RemoveTarget(target) => {
-                let is_of =
-                    |key: &ListenerKey| (key.port, key.protocol.into()) == (target.port, target.protocol);
+                let is_of = |key: &ListenerKey| target_of(key) == *target;
                 assert!(!reality.registered.iter().any(is_of), "a forgotten listener");
                 assert!(reality.targets.remove(target));
             }
@@ -44,20 +46,27 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             }
             Step::RemoveReply(key) => assert!(reality.replies.remove(key).is_some()),
             Step::Register { key, .. } => {
-                let target = TargetKey { port: key.port, protocol: key.protocol.into() };
-                assert!(reality.targets.contains(&target), "watched first");
+                assert!(reality.targets.contains(&target_of(key)), "watched first");
                 assert!(key.slot < SLOTS);
                 assert!(reality.registered.insert(*key), "a slot that is taken");
             }
             Step::Unregister(key) => {
-                let named = |e: &RuleValue| (e.target_port, e.protocol()) == (key.port, key.protocol);
+                let is_it = |candidate: ListenerKey| (candidate == *key).then_some(());
+                let named =
+                    |e: &RuleValue| first_candidate(&e.target, e.target_port, e.protocol(), is_it).is_some();
                 let named = reality.entries.values().any(named);
                 assert!(!named, "an entry goes before its listener");
                 assert!(reality.registered.remove(key));
             }
             Step::PutEntry(key, value) => {
-                let target = TargetKey { port: value.target_port, protocol: key.protocol };
-                assert!(reality.targets.contains(&target));
+                if value.has(RuleValue::RELAYED) {
+                    assert!(reality.relay_sockets.contains(key), "a relay listens before its entry");
+                } else if !value.has(RuleValue::CLOSED) {
+                    for address in listening_addresses(&value.target) {
+                        let (port, protocol) = (value.target_port, key.protocol);
+                        assert!(reality.targets.contains(&TargetKey { address, port, protocol }));
+                    }
+                }
                 reality.entries.insert(*key, *value);
             }
             Step::RemoveEntry(key) => assert!(reality.entries.remove(key).is_some()),
@@ -77,13 +86,21 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             Step::RemoveDial(key) => assert!(reality.dials.remove(key).is_some()),
             Step::OpenRelay(key, spec) => {
                 reality.lingering.remove(key);
+                reality.relay_sockets.extend(key.entry().filter(|_| spec.by_entry));
                 reality.relays.insert(key.clone(), spec.clone());
             }
             Step::CloseRelay { key, handed_over } => {
                 assert!(reality.relays.remove(key).is_some() || reality.lingering.remove(key));
+                let is_led_to = |entry: &RuleKey| {
+                    reality.entries.get(entry).is_some_and(|entry| entry.has(RuleValue::RELAYED))
+                };
+                let entry = key.entry();
+                assert!(!entry.as_ref().is_some_and(is_led_to), "an entry goes before its relay");
                 if *handed_over {
                     reality.lingering.insert(key.clone());
                 }
+                // The kernel removes a socket that closes.
+                entry.map(|entry| reality.relay_sockets.remove(&entry));
             }
             Step::Attach => reality.detached = false,
             // This host has no firewall; `super::firewall` has some.
@@ -94,6 +111,10 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             Step::Accept { .. } | Step::Unaccept { .. } => panic!("nothing denies"),
         }
     }
+}
+
+fn target_of(key: &ListenerKey) -> TargetKey {
+    TargetKey { address: key.address, port: key.port, protocol: key.protocol.into() }
 }
 
 fn listener() -> impl Strategy<Value = (&'static str, u16, ListenerKind)> {
@@ -187,7 +208,7 @@ proptest! {
             prop_assert_eq!(&reality.sources, &policy.sources);
             prop_assert_eq!(&reality.relays, &policy.relays);
             prop_assert_eq!(&reality.dials, &policy.dials);
-            for (entry, value) in &policy.entries {
+            for (entry, value) in policy.entries.iter().filter(|(_, value)| !value.has(RuleValue::RELAYED)) {
                 // Without an interface another network's entry may be there, which leaves these alone.
                 let takes = |ip: std::net::IpAddr| {
                     let own = entry.ifindex != 0 || Address::from(ip).masked(&value.mask) == value.subnet;

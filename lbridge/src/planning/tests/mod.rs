@@ -6,7 +6,12 @@ mod law;
 mod reach;
 mod scenarios;
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
+
+use lbridge_common::wire::RuleKey;
 
 use super::{
     inventory::{
@@ -76,6 +81,7 @@ impl Host {
             index,
             name: name.to_owned(),
             is_bridge: true,
+            is_port: false,
             addresses,
         });
         self
@@ -193,6 +199,12 @@ impl Host {
         }
         lines
     }
+}
+
+/// The keys under which the relays that a policy wants can be reached once they are open.
+fn relay_sockets(policy: &Policy) -> BTreeSet<RuleKey> {
+    let by_entry = policy.relays.iter().filter(|(_, spec)| spec.by_entry);
+    by_entry.filter_map(|(key, _)| key.entry()).collect()
 }
 
 fn br_app() -> Place {

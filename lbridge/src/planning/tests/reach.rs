@@ -43,7 +43,9 @@ fn a_rule_for_some_containers_lists_their_addresses() {
     let policy = relayed.policy();
     let clients = &policy.relays.first_key_value().unwrap().1.clients;
     assert_eq!(*clients, Clients::Listed(["172.18.0.2".parse().unwrap()].into()));
-    assert!(policy.sources.is_empty() && policy.entries.is_empty());
+    let (key, entry) = policy.entries.first_key_value().unwrap();
+    assert_eq!(entry.flags, RuleValue::LISTED | RuleValue::RELAYED);
+    assert_eq!(policy.sources, [SourceKey { rule: *key, ..source("172.18.0.2") }].into());
 }
 
 #[test]

@@ -1,8 +1,8 @@
 use std::net::IpAddr;
 
-use lbridge_common::wire::{Address, Endpoint, TCP, TargetKey};
+use lbridge_common::wire::{Address, Endpoint, RuleValue, TCP, TargetKey};
 
-use super::{Host, br_app};
+use super::{Host, br_app, relay_sockets};
 use crate::planning::{
     firewall::{Filtering, Passage},
     inventory::{Absence, DockerPresence, ListenerKind, Steering},
@@ -31,7 +31,12 @@ fn a_service_that_is_down_has_its_entry_ready() {
     let host = Host::new().allow("app", "80=3000");
     assert_eq!(host.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:3000)"]);
     assert_eq!(host.policy().entries.len(), 1);
-    assert_eq!(host.policy().targets, [TargetKey { port: 3000, protocol: TCP.into() }].into());
+    let target = |address: &str| TargetKey {
+        address: address.parse::<IpAddr>().unwrap().into(),
+        port: 3000,
+        protocol: TCP.into(),
+    };
+    assert_eq!(host.policy().targets, ["127.0.0.1", "::1", "0.0.0.0", "::"].map(target).into());
 }
 
 #[test]
@@ -50,7 +55,16 @@ fn wildcards_serve_and_loopback_comes_first() {
 fn what_the_kernel_cannot_take_is_relayed_with_the_reason() {
     let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
     assert_eq!(mptcp.states(), [format!("172.18.0.1:80 relayed ({MPTCP})")]);
-    assert!(mptcp.policy().entries.is_empty(), "an entry would refuse what the relay is to serve");
+    let policy = mptcp.policy();
+    assert!(
+        policy.entries.values().all(|entry| entry.flags == RuleValue::RELAYED),
+        "the entry leads to the relay"
+    );
+    assert!(policy.relays.values().all(|relay| relay.by_entry) && policy.listeners.is_empty());
+    let mut old = mptcp;
+    old.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
+    assert!(old.policy().entries.is_empty(), "an entry would refuse what the relay is to serve");
+    assert!(old.policy().relays.values().all(|relay| !relay.by_entry));
 
     let v6 = Host::new().listens("[::1]:80").allow("app", "80");
     assert_eq!(v6.states(), ["172.18.0.1:80 relayed (IPv4 was dialled, the service listens on [::1]:80)"]);
@@ -269,7 +283,11 @@ fn the_order_of_steps_leaves_no_gap() {
         steps.iter().map(|s| format!("{s:?}").split(['(', ' ']).next().unwrap().to_owned()).collect()
     };
     let steps = plan(&host.policy(), &Reality::default());
-    assert_eq!(names(&steps), ["AddTarget", "AttachNameHooks", "PutView", "Register", "PutEntry", "Probe"]);
+    assert_eq!(steps.iter().filter(|step| matches!(step, Step::AddTarget(_))).count(), 4);
+    assert_eq!(
+        names(&steps)[3..],
+        ["AddTarget", "AttachNameHooks", "PutView", "Register", "PutEntry", "Probe"]
+    );
 
     // The service comes back with MPTCP, and back again.
     let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
@@ -281,12 +299,13 @@ fn the_order_of_steps_leaves_no_gap() {
         },
         targets: host.policy().targets,
         entries: host.policy().entries,
+        relay_sockets: relay_sockets(&host.policy()),
         relays: host.policy().relays,
         name_hooks: host.policy().name_hooks,
         ..Reality::default()
     };
     let to_relay = plan(&mptcp.policy(), &in_force(&steered));
-    assert_eq!(names(&to_relay), ["AttachNameHooks", "OpenRelay", "RemoveEntry"]);
+    assert_eq!(names(&to_relay), ["AttachNameHooks", "OpenRelay", "PutEntry"]);
     let to_steer = plan(&steered.policy(), &in_force(&mptcp));
     assert_eq!(names(&to_steer), ["Register", "PutEntry", "CloseRelay", "DetachNameHooks"]);
     assert!(to_steer.iter().any(|s| matches!(s, Step::CloseRelay { handed_over: true, .. })));
@@ -299,7 +318,8 @@ fn the_order_of_steps_leaves_no_gap() {
     // Denied: at once.
     let denied = plan(&Host::new().policy(), &in_force(&mptcp));
     let key = RelayKey { address: "172.18.0.1:80".parse().unwrap(), place: br_app() };
-    assert_eq!(denied[0], Step::CloseRelay { key, handed_over: false });
+    assert!(matches!(denied[0], Step::RemoveEntry(_)));
+    assert_eq!(denied[1], Step::CloseRelay { key, handed_over: false });
 }
 
 #[test]
