@@ -7,7 +7,7 @@ use std::{
     net::IpAddr,
 };
 
-use lbridge_common::wire::Address;
+use ipnet::IpNet;
 
 use super::{ruleset::Problem, run};
 use crate::planning::{
@@ -25,6 +25,7 @@ struct Rule {
     zone: String,
     text: String,
     gateway: IpAddr,
+    sources: IpNet,
     protocol: Protocol,
     port: u16,
 }
@@ -42,6 +43,7 @@ pub(super) async fn list(
         let opening = wanted.unwrap_or_else(|| Opening {
             interface: String::new(),
             gateway: rule.gateway,
+            sources: rule.sources,
             protocol: rule.protocol,
             port: rule.port,
         });
@@ -57,9 +59,9 @@ pub(super) async fn list(
 }
 
 /// Puts a rule into the bridge's zone, and removes it from others.
-pub(super) async fn accept(opening: &Opening, prefix: u8) -> anyhow::Result<()> {
+pub(super) async fn accept(opening: &Opening) -> anyhow::Result<()> {
     let zone = zone_of(&opening.interface).await?;
-    let text = text(opening, prefix);
+    let text = text(opening);
     run(PROGRAM, &[&format!("--zone={zone}"), &format!("--add-rich-rule={text}")]).await?;
     for rule in rules().await?.into_iter().filter(|rule| rule.is_for(opening) && rule.zone != zone) {
         rule.remove().await?;
@@ -101,33 +103,42 @@ fn read(listed: &str) -> Vec<Rule> {
         let text = line.trim();
         let own = text.starts_with(&format!("rule priority=\"{PRIORITY}\" ")) && text.ends_with(" accept");
         let value = |name: &str| text.split_once(&format!(" {name}=\""))?.1.split('"').next();
-        let ends = || Some((value("destination address")?.parse().ok()?, value("port port")?.parse().ok()?));
+        let ends = || {
+            let sources = value("source address")?.parse().ok()?;
+            Some((value("destination address")?.parse().ok()?, sources, value("port port")?.parse().ok()?))
+        };
         let protocol = if value("protocol") == Some("udp") { Protocol::Udp } else { Protocol::Tcp };
-        if let Some((gateway, port)) = ends().filter(|_| own)
+        if let Some((gateway, sources, port)) = ends().filter(|_| own)
             && seen.insert((zone, text))
         {
-            rules.push(Rule { zone: zone.to_owned(), text: text.to_owned(), gateway, protocol, port });
+            rules.push(Rule {
+                zone: zone.to_owned(),
+                text: text.to_owned(),
+                gateway,
+                sources,
+                protocol,
+                port,
+            });
         }
     }
     rules
 }
 
 /// A rich rule, in the order in which firewalld prints it.
-fn text(opening: &Opening, prefix: u8) -> String {
-    let Opening { gateway, protocol, port, .. } = opening;
+fn text(opening: &Opening) -> String {
+    let Opening { gateway, sources, protocol, port, .. } = opening;
     let protocol = protocol.name();
     let family = if gateway.is_ipv4() { "ipv4" } else { "ipv6" };
-    let own = Address::from(*gateway);
-    let subnet = IpAddr::from(own.masked(&own.mask(prefix)));
     format!(
-        "rule priority=\"{PRIORITY}\" family=\"{family}\" source address=\"{subnet}/{prefix}\" destination \
+        "rule priority=\"{PRIORITY}\" family=\"{family}\" source address=\"{sources}\" destination \
          address=\"{gateway}\" port port=\"{port}\" protocol=\"{protocol}\" accept"
     )
 }
 
 impl Rule {
     fn is_for(&self, opening: &Opening) -> bool {
-        (self.gateway, self.protocol, self.port) == (opening.gateway, opening.protocol, opening.port)
+        let of_rule = (self.gateway, self.sources, self.protocol, self.port);
+        of_rule == (opening.gateway, opening.sources, opening.protocol, opening.port)
     }
 
     async fn remove(&self) -> Result<(), Problem> {
@@ -142,13 +153,8 @@ mod tests {
 
     #[test]
     fn own_rules_are_told_from_others_by_their_priority() {
-        let opening = Opening {
-            interface: "br0".to_owned(),
-            gateway: "10.7.0.1".parse().unwrap(),
-            protocol: Protocol::Tcp,
-            port: 5432,
-        };
-        let own = text(&opening, 24);
+        let gateway = "10.7.0.1".parse().unwrap();
+        let own = text(&Opening::new("br0", (gateway, 24), gateway, Protocol::Tcp, 5432));
         assert_eq!(
             own,
             "rule priority=\"-21093\" family=\"ipv4\" source address=\"10.7.0.0/24\" destination address=\"10.7.0.1\" \

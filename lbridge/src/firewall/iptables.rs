@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fs, net::IpAddr};
 
-use super::{ruleset::Problem, run, run_with};
+use super::{everybody, ruleset::Problem, run, run_with};
 use crate::planning::{
     firewall::{Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Opening, Through},
     rule::Protocol,
@@ -149,11 +149,16 @@ async fn copies(variant: Variant, opening: &Opening) -> anyhow::Result<usize> {
 
 /// A rule in iptables' words, in the order in which it prints them.
 fn rule(opening: &Opening) -> Vec<String> {
-    let Opening { interface, gateway, protocol, port } = opening;
+    let Opening { interface, gateway, sources, protocol, port } = opening;
     let protocol = protocol.name();
     let bits = if gateway.is_ipv4() { 32 } else { 128 };
+    let (sources, own_name) = match sources.prefix_len() {
+        0 => (String::new(), ""),
+        _ if opening.can_be_forged() => (format!("-s {sources} "), " -m addrtype ! --src-type LOCAL"),
+        _ => (format!("-s {sources} "), ""),
+    };
     format!(
-        "-d {gateway}/{bits} -i {interface} -p {protocol} -m {protocol} --dport {port} -m comment --comment {COMMENT} -j ACCEPT"
+        "{sources}-d {gateway}/{bits} -i {interface} -p {protocol} -m {protocol} --dport {port}{own_name} -m comment --comment {COMMENT} -j ACCEPT"
     )
     .split(' ')
     .map(str::to_owned)
@@ -164,9 +169,14 @@ fn rule(opening: &Opening) -> Vec<String> {
 fn own(text: &str) -> Option<Opening> {
     let words: Vec<_> = text.split_whitespace().collect();
     let after = |option: &str| words.iter().skip_while(|word| **word != option).nth(1).copied();
+    let gateway = after("-d")?.split('/').next()?.parse::<IpAddr>().ok()?;
     let opening = Opening {
         interface: after("-i")?.to_owned(),
-        gateway: after("-d")?.split('/').next()?.parse::<IpAddr>().ok()?,
+        gateway,
+        sources: match after("-s") {
+            Some(sources) => sources.parse().ok()?,
+            None => everybody(gateway),
+        },
         protocol: if after("-p")? == "udp" { Protocol::Udp } else { Protocol::Tcp },
         port: after("--dport")?.parse().ok()?,
     };
@@ -181,39 +191,34 @@ mod tests {
 
     #[test]
     fn own_rules_are_told_from_others() {
-        let opening = Opening {
-            interface: "br-1".to_owned(),
-            gateway: "10.7.0.1".parse().unwrap(),
-            protocol: Protocol::Tcp,
-            port: 5432,
-        };
+        let own_of =
+            |net: &str| net.parse::<ipnet::IpNet>().map(|net| (net.addr(), net.prefix_len())).unwrap();
+        let v4 = own_of("10.7.0.1/24");
+        let opening = Opening::new("br-1", v4, v4.0, Protocol::Tcp, 5432);
         let text = rule(&opening).join(" ");
-        assert_eq!(own(&text), Some(opening));
+        assert_eq!(own(&text), Some(opening.clone()));
+        assert!(text.starts_with("-s 10.7.0.0/24 -d 10.7.0.1/32 -i br-1 "), "{text}");
+        // As older versions put it.
+        let for_all = text.replace("-s 10.7.0.0/24 ", "");
+        assert_eq!(own(&for_all), Some(Opening { sources: everybody(v4.0), ..opening }));
         for other in [
             text.replace("lbridge", "lbridges"),
             text.replace("-j ACCEPT", "-j DROP"),
             text.replace("-i br-1", "! -i br-1"),
+            text.replace("-s", "! -s"),
             format!("-s 10.7.0.2/32 {text}"),
         ] {
             assert_eq!(own(&other), None, "{other}");
         }
-        let v6 = Opening {
-            interface: "br-1".to_owned(),
-            gateway: "fd00::1".parse().unwrap(),
-            protocol: Protocol::Udp,
-            port: 1,
-        };
+        let v6 = own_of("fd00::1/64");
+        let v6 = Opening::new("br-1", v6, v6.0, Protocol::Udp, 1);
         assert_eq!(own(&rule(&v6).join(" ")), Some(v6));
     }
 
     #[test]
     fn what_may_deny_is_seen() {
-        let opening = Opening {
-            interface: "br0".to_owned(),
-            gateway: "10.7.0.1".parse().unwrap(),
-            protocol: Protocol::Tcp,
-            port: 80,
-        };
+        let gateway = "10.7.0.1".parse().unwrap();
+        let opening = Opening::new("br0", (gateway, 24), gateway, Protocol::Tcp, 80);
         let ours = format!("-A INPUT {}", rule(&opening).join(" "));
         let denial = |text: &str| V4.read(text).chain.map(|chain| (chain.denial, chain.firewall));
         assert_eq!(denial(&format!("-P INPUT ACCEPT\n{ours}\n")), None);

@@ -16,11 +16,13 @@ mod ruleset;
 use std::{
     collections::BTreeMap,
     io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     process::Stdio,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use tokio::{io::AsyncWriteExt as _, sync::mpsc};
 
 use crate::planning::{
@@ -41,14 +43,19 @@ const SHARE: u32 = 4;
 /// but what has changed is looked at after that long.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Where datagrams of lbridge's own are counted as they arrive: what answers one could be a firewall that refuses it.
-pub trait Arrivals: Send {
-    /// Counts from now on.
-    fn watch(&mut self, opening: &Opening, link: Link) -> anyhow::Result<()>;
-    /// Whether there was one.
+/// Where lbridge's own packets are known as such. Datagrams are counted there as they arrive: what answers one could be a
+/// firewall that refuses it.
+pub trait Arrivals: Send + Sync {
+    /// From now on, what comes from that address by that interface is a probe: no connection is counted for it.
+    fn begin(&self, source: IpAddr, ifindex: u32) -> anyhow::Result<()>;
+    /// It is anybody's again.
+    fn end(&self, source: IpAddr, ifindex: u32);
+    /// Counts datagrams.
+    fn count(&self, opening: &Opening, link: Link) -> anyhow::Result<()>;
+    /// Returns true if at least one was counted.
     fn any(&self, opening: &Opening, link: Link) -> bool;
-    /// Counts no more.
-    fn forget(&mut self, opening: &Opening, link: Link);
+    /// Stops counting.
+    fn forget(&self, opening: &Opening, link: Link);
 }
 
 /// The host's firewall, as seen from this process's network namespace.
@@ -174,12 +181,8 @@ impl Firewall {
     }
 
     /// Tries openings; what comes of it is known at the next [`Self::look`]. Those of UDP need somebody who counts.
-    pub async fn probe(
-        &mut self,
-        openings: &BTreeMap<Opening, Link>,
-        mut arrivals: Option<&mut dyn Arrivals>,
-    ) {
-        self.try_all(openings, arrivals.as_deref_mut()).await;
+    pub async fn probe(&mut self, openings: &BTreeMap<Opening, Link>, arrivals: Option<&dyn Arrivals>) {
+        self.try_all(openings, arrivals).await;
         let dropped = |opening| self.seen.passages.get(opening) == Some(&Passage::Dropped);
         if !openings.keys().any(dropped) {
             return;
@@ -204,11 +207,7 @@ impl Firewall {
         }
     }
 
-    async fn try_all(
-        &mut self,
-        openings: &BTreeMap<Opening, Link>,
-        arrivals: Option<&mut (dyn Arrivals + '_)>,
-    ) {
+    async fn try_all(&mut self, openings: &BTreeMap<Opening, Link>, arrivals: Option<&dyn Arrivals>) {
         let is_udp = |(opening, _): &(&Opening, &Link)| opening.protocol == Protocol::Udp;
         let (udp, tcp): (Vec<_>, Vec<_>) = openings.iter().partition(is_udp);
         let mut bridges: BTreeMap<u32, Vec<(&Opening, &Link)>> = BTreeMap::new();
@@ -216,7 +215,7 @@ impl Firewall {
             bridges.entry(link.ifindex).or_default().push((opening, link));
         }
         // All at a time: what is dropped takes a while, and each has a namespace of its own.
-        let tries = bridges.into_iter().map(|(ifindex, openings)| probe::bridge(ifindex, openings));
+        let tries = bridges.into_iter().map(|(ifindex, openings)| probe::bridge(ifindex, openings, arrivals));
         let passages = futures_util::future::join_all(tries).await.into_iter().flatten();
         for (opening, passage) in passages.chain(probe::datagrams(&udp, arrivals).await) {
             let accepted = self.seen.accepts.keys().any(|(_, accepted)| *accepted == opening);
@@ -239,10 +238,7 @@ impl Firewall {
         let put = match chain.through {
             Through::Nft => ruleset::accept(chain, opening).await,
             Through::IptablesNft | Through::IptablesLegacy => iptables::accept(chain, opening).await,
-            Through::Firewalld => match self.openings.get(opening) {
-                Some(link) => firewalld::accept(opening, link.prefix).await,
-                None => Err(anyhow::anyhow!("its subnet is not known")),
-            },
+            Through::Firewalld => firewalld::accept(opening).await,
         };
         put.with_context(|| format!("cannot let {opening} through"))?;
         self.seen.passages.remove(opening);
@@ -290,6 +286,13 @@ pub async fn examine(openings: &BTreeMap<Opening, Link>) -> Filtering {
     firewall.look(openings).await;
     firewall.probe(openings, None).await;
     firewall.look(openings).await.clone()
+}
+
+/// The sources of an accept rule that names none, as older versions of lbridge put them.
+fn everybody(gateway: IpAddr) -> IpNet {
+    let any: IpAddr =
+        if gateway.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    IpNet::new_assert(any, 0)
 }
 
 fn listed(problems: &[Problem]) -> String {

@@ -8,6 +8,7 @@ use std::{
     io,
     mem::MaybeUninit,
     net::{IpAddr, SocketAddr, UdpSocket},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -51,16 +52,20 @@ const ACK: u8 = 0x10;
 type Dialled = BTreeSet<(IpAddr, u16)>;
 
 /// Tries the openings of one bridge.
-pub(super) async fn bridge(ifindex: u32, openings: Vec<(&Opening, &Link)>) -> Vec<(Opening, Passage)> {
+pub(super) async fn bridge(
+    ifindex: u32,
+    openings: Vec<(&Opening, &Link)>,
+    arrivals: Option<&dyn Arrivals>,
+) -> Vec<(Opening, Passage)> {
     let mut gateways: BTreeMap<(IpAddr, u8), Vec<&Opening>> = BTreeMap::new();
     for (opening, link) in openings {
         let own = link.via.unwrap_or(opening.gateway);
-        gateways.entry((own, link.prefix)).or_default().push(opening);
+        gateways.entry((own, opening.sources.prefix_len())).or_default().push(opening);
     }
     let mut passages = vec![];
     for ((gateway, prefix), openings) in gateways {
         let dialled: Dialled = openings.iter().map(|opening| (opening.gateway, opening.port)).collect();
-        let answered = from_bridge(ifindex, gateway, prefix, dialled).await;
+        let answered = from_bridge(ifindex, gateway, prefix, dialled, arrivals).await;
         let answered = answered.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
         passages.extend(openings.into_iter().map(|opening| {
             let passage = match &answered {
@@ -77,7 +82,7 @@ pub(super) async fn bridge(ifindex: u32, openings: Vec<(&Opening, &Link)>) -> Ve
 /// Tries openings of UDP.
 pub(super) async fn datagrams(
     openings: &[(&Opening, &Link)],
-    arrivals: Option<&mut (dyn Arrivals + '_)>,
+    arrivals: Option<&dyn Arrivals>,
 ) -> Vec<(Opening, Passage)> {
     let Some(arrivals) = arrivals else {
         let unknown = || Passage::Unknown("datagrams are tried by the daemon".to_owned());
@@ -86,26 +91,27 @@ pub(super) async fn datagrams(
     let mut passages = vec![];
     let mut gateways: BTreeMap<(u32, IpAddr, u8), Vec<&Opening>> = BTreeMap::new();
     for (opening, link) in openings {
-        match arrivals.watch(opening, **link) {
+        match arrivals.count(opening, **link) {
             Ok(()) => {
-                gateways.entry((link.ifindex, opening.gateway, link.prefix)).or_default().push(opening);
+                let network = (link.ifindex, opening.gateway, opening.sources.prefix_len());
+                gateways.entry(network).or_default().push(opening);
             }
             Err(error) => passages.push(((*opening).clone(), Passage::Unknown(format!("{error:#}")))),
         }
     }
     for ((ifindex, gateway, prefix), openings) in gateways {
-        let link = Link { ifindex, prefix, via: None };
-        let missing = |arrivals: &dyn Arrivals| -> Vec<u16> {
+        let link = Link { ifindex, via: None };
+        let missing = || -> Vec<u16> {
             openings.iter().filter(|o| !arrivals.any(o, link)).map(|opening| opening.port).collect()
         };
         let sent = async {
-            let (scratch, source) = scratch_on(ifindex, gateway, prefix).await?;
+            let prober = Prober::new(ifindex, gateway, prefix, Some(arrivals)).await?;
             for pause in DATAGRAMS {
-                let ports = missing(arrivals);
+                let ports = missing();
                 if ports.is_empty() {
                     break;
                 }
-                scratch.within(|| send(source, gateway, &ports))??;
+                prober.scratch.within(|| send(prober.source, gateway, &ports))??;
                 tokio::time::sleep(pause).await;
             }
             anyhow::Ok(())
@@ -134,23 +140,56 @@ fn send(source: IpAddr, gateway: IpAddr, ports: &[u16]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A namespace on a bridge, with a free address of the gateway's subnet.
-async fn scratch_on(ifindex: u32, gateway: IpAddr, prefix: u8) -> anyhow::Result<(Scratch, IpAddr)> {
-    let source = free_address(ifindex, gateway, prefix, &[]).await?;
-    let source = source.with_context(|| format!("every address of {gateway}/{prefix} is taken"))?;
-    Ok((Scratch::on_bridge(ifindex, &[(source, prefix)]).await?, source))
+/// A namespace on a bridge with a free address of the gateway's subnet, whose packets are known to be probes.
+struct Prober<'a> {
+    scratch: Arc<Scratch>,
+    source: IpAddr,
+    ifindex: u32,
+    arrivals: Option<&'a dyn Arrivals>,
+}
+
+impl<'a> Prober<'a> {
+    async fn new(
+        ifindex: u32,
+        gateway: IpAddr,
+        prefix: u8,
+        arrivals: Option<&'a dyn Arrivals>,
+    ) -> anyhow::Result<Self> {
+        let source = free_address(ifindex, gateway, prefix, &[]).await?;
+        let source = source.with_context(|| format!("every address of {gateway}/{prefix} is taken"))?;
+        let scratch = Arc::new(Scratch::on_bridge(ifindex, &[(source, prefix)]).await?);
+        if let Some(arrivals) = arrivals {
+            arrivals.begin(source, ifindex)?;
+        }
+        Ok(Self { scratch, source, ifindex, arrivals })
+    }
+}
+
+impl Drop for Prober<'_> {
+    fn drop(&mut self) {
+        if let Some(arrivals) = self.arrivals {
+            arrivals.end(self.source, self.ifindex);
+        }
+    }
 }
 
 /// What answers somebody on the bridge with this gateway: the gateway itself, or what is behind it.
-async fn from_bridge(ifindex: u32, gateway: IpAddr, prefix: u8, dialled: Dialled) -> anyhow::Result<Dialled> {
-    let (scratch, source) = scratch_on(ifindex, gateway, prefix).await?;
+async fn from_bridge(
+    ifindex: u32,
+    gateway: IpAddr,
+    prefix: u8,
+    dialled: Dialled,
+    arrivals: Option<&dyn Arrivals>,
+) -> anyhow::Result<Dialled> {
+    let prober = Prober::new(ifindex, gateway, prefix, arrivals).await?;
     if dialled.iter().any(|(ip, _)| *ip != gateway) {
-        scratch.route_via(gateway).await?;
+        prober.scratch.route_via(gateway).await?;
     }
     let mut ports: BTreeMap<IpAddr, BTreeSet<u16>> = BTreeMap::new();
     for (ip, port) in dialled {
         ports.entry(ip).or_default().insert(port);
     }
+    let (source, scratch) = (prober.source, prober.scratch.clone());
     let all = move || {
         let mut answered = Dialled::new();
         for (ip, ports) in &ports {

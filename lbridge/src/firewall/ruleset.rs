@@ -4,13 +4,15 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     hash::{DefaultHasher, Hash as _, Hasher as _},
+    net::IpAddr,
     time::Duration,
 };
 
 use anyhow::anyhow;
+use ipnet::IpNet;
 use nftables::{
     batch::Batch,
-    expr::{Expression, Meta, MetaKey, NamedExpression, Payload, PayloadField},
+    expr::{Expression, Meta, MetaKey, NamedExpression, Payload, PayloadField, Prefix},
     schema::{NfCmd, NfListObject, Rule},
     stmt::{Match, Operator, Statement},
     types::{NfChainPolicy, NfChainType, NfFamily, NfHook},
@@ -19,7 +21,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    firewalld,
+    everybody, firewalld,
     iptables::{Listed, Variant},
     run, run_with,
 };
@@ -329,7 +331,11 @@ fn family_of(family: NfFamily) -> Option<Family> {
 /// Puts a rule first, and removes its older copies, at once.
 pub(super) async fn accept(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
     let mut batch = Batch::new();
-    let rule = Rule { expr: statements(opening).into(), comment: Some(COMMENT.into()), ..rule_in(chain) };
+    let rule = Rule {
+        expr: statements(opening, OwnName::of(opening)).into(),
+        comment: Some(COMMENT.into()),
+        ..rule_in(chain)
+    };
     batch.add_cmd(NfCmd::Insert(NfListObject::Rule(rule)));
     apply(chain, opening, batch).await
 }
@@ -361,8 +367,23 @@ fn rule_in(chain: &Chain) -> Rule<'static> {
     Rule { family, table: chain.table.clone().into(), chain: chain.name.clone().into(), ..Rule::default() }
 }
 
-/// `iifname … ip daddr … tcp dport … accept`, or `udp`
-fn statements(opening: &Opening) -> Vec<Statement<'static>> {
+/// How a rule treats datagrams with the gateway itself as their source, where these [can be forged](Opening::can_be_forged).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OwnName {
+    /// Does not let them in.
+    Refused,
+    /// Says nothing of them; or says it in iptables' own way, which nft does not tell.
+    Unsaid,
+}
+
+impl OwnName {
+    fn of(opening: &Opening) -> Self {
+        if opening.can_be_forged() { Self::Refused } else { Self::Unsaid }
+    }
+}
+
+/// `iifname … ip saddr … ip daddr … tcp dport … accept`, or `udp`
+fn statements(opening: &Opening, own_name: OwnName) -> Vec<Statement<'static>> {
     let equals = |left: NamedExpression<'static>, right: Expression<'static>| {
         Statement::Match(Match { left: Expression::Named(left), right, op: Operator::EQ })
     };
@@ -373,15 +394,35 @@ fn statements(opening: &Opening) -> Vec<Statement<'static>> {
         }))
     };
     let ip = if opening.gateway.is_ipv4() { "ip" } else { "ip6" };
-    vec![
-        equals(
-            NamedExpression::Meta(Meta { key: MetaKey::Iifname }),
-            Expression::String(opening.interface.clone().into()),
-        ),
+    let mut statements = vec![equals(
+        NamedExpression::Meta(Meta { key: MetaKey::Iifname }),
+        Expression::String(opening.interface.clone().into()),
+    )];
+    if opening.sources.prefix_len() > 0 {
+        statements.push(equals(field(ip, "saddr"), sources(opening.sources)));
+        if own_name == OwnName::Refused {
+            statements.push(Statement::Match(Match {
+                left: Expression::Named(field(ip, "saddr")),
+                right: Expression::String(opening.gateway.to_string().into()),
+                op: Operator::NEQ,
+            }));
+        }
+    }
+    statements.extend([
         equals(field(ip, "daddr"), Expression::String(opening.gateway.to_string().into())),
         equals(field(opening.protocol.name(), "dport"), Expression::Number(opening.port.into())),
         Statement::Accept(None),
-    ]
+    ]);
+    statements
+}
+
+/// As nft prints it: a single address without its length.
+fn sources(net: IpNet) -> Expression<'static> {
+    let addr = Expression::String(net.addr().to_string().into());
+    if net.prefix_len() == net.max_prefix_len() {
+        return addr;
+    }
+    Expression::Named(NamedExpression::Prefix(Prefix { addr: Box::new(addr), len: net.prefix_len().into() }))
 }
 
 /// What a rule lets through, if it is one of lbridge's: by its shape. iptables adds a counter, and its comment.
@@ -395,11 +436,30 @@ fn opening(object: &NfListObject<'_>) -> Option<Opening> {
             |statement| if let Statement::Match(found) = statement { Some(&found.right) } else { None },
         )
         .collect();
-    let [Expression::String(interface), Expression::String(gateway), Expression::Number(port)] = rights[..]
-    else {
-        return None;
+    let (interface, from, gateway, port) = match rights[..] {
+        [Expression::String(interface), Expression::String(gateway), Expression::Number(port)] => {
+            (interface, None, gateway, port)
+        }
+        [Expression::String(interface), from, Expression::String(gateway), Expression::Number(port)]
+        | [Expression::String(interface), from, _, Expression::String(gateway), Expression::Number(port)] => {
+            (interface, Some(from), gateway, port)
+        }
+        _ => return None,
     };
     let (gateway, port) = (gateway.parse().ok()?, u16::try_from(*port).ok()?);
-    let of = |protocol| Opening { interface: interface.clone().into_owned(), gateway, protocol, port };
-    [Protocol::Tcp, Protocol::Udp].into_iter().map(of).find(|opening| statements(opening) == shape)
+    let sources = match from {
+        None => everybody(gateway),
+        Some(Expression::String(ip)) => ip.parse::<IpAddr>().ok()?.into(),
+        Some(Expression::Named(NamedExpression::Prefix(Prefix { addr, len }))) => {
+            let Expression::String(ip) = &**addr else { return None };
+            IpNet::new(ip.parse().ok()?, u8::try_from(*len).ok()?).ok()?
+        }
+        Some(_) => return None,
+    };
+    let is_shape = |opening: &Opening| {
+        [OwnName::of(opening), OwnName::Unsaid].iter().any(|own_name| statements(opening, *own_name) == shape)
+    };
+    let of =
+        |protocol| Opening { interface: interface.clone().into_owned(), gateway, sources, protocol, port };
+    [Protocol::Tcp, Protocol::Udp].into_iter().map(of).find(is_shape)
 }
