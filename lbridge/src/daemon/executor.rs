@@ -5,12 +5,12 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     future::Pending,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     num::NonZeroU32,
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use lbridge_common::wire::{RuleKey, SourceKey, UDP};
+use lbridge_common::wire::{ProberKey, RuleKey, SourceKey, UDP};
 
 use super::{guests::Guests, handover::Inherited};
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     },
     kernel::{
         loader::{HookSet, Kernel},
-        maps::{Maps, PeerNames},
+        maps::{PeerNames, Probes},
     },
     planning::{
         firewall::{Link, Opening},
@@ -45,6 +45,8 @@ pub(super) struct Executor {
     pub(super) relays: RelaySet,
     /// The host's firewall.
     pub(super) firewall: Firewall,
+    /// The kernel program checks the ingress interface.
+    pub(super) interface_check: bool,
     /// The host's network namespace.
     pub(super) host: NamespaceId,
     /// Whose localhost leads to the host.
@@ -108,16 +110,18 @@ impl relay::PeerNames for PeerNames {
         Self::announce(self, cookie, container)
     }
 
-    fn confirm(&self, cookie: u64, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()> {
-        Self::confirm(self, cookie, relay_end, container)
+    fn confirm(
+        &self,
+        cookie: u64,
+        relay: SocketAddr,
+        service: SocketAddr,
+        container: SocketAddr,
+    ) -> anyhow::Result<()> {
+        Self::confirm(self, cookie, relay, service, container)
     }
 
     fn withdraw(&self, cookie: u64) {
         Self::withdraw(self, cookie);
-    }
-
-    fn forget(&self, relay_end: SocketAddr, container: SocketAddr) {
-        Self::forget(self, relay_end, container);
     }
 }
 
@@ -137,6 +141,7 @@ impl Executor {
             dials: kernel.maps.dials()?,
             views: kernel.maps.views()?,
             registered: kernel.maps.registered()?,
+            relay_sockets: kernel.maps.relays()?,
             relays,
             lingering,
             filtering,
@@ -201,6 +206,12 @@ impl Executor {
             Step::PutEntry(key, _) if key.protocol == u16::from(UDP) && failures.reply_hooks.is_some() => {
                 bail!("the hooks of replies could not be attached")
             }
+            // What it lets in would reach whoever listens on every address.
+            Step::Accept { opening, .. }
+                if failures.entries.keys().any(|key| opening.entry(key.ifindex) == *key) =>
+            {
+                bail!("the kernel's entry for it could not be put")
+            }
             Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {
                 self.relays.close(key, *handed_over).await;
@@ -259,20 +270,33 @@ impl Executor {
 impl Executor {
     /// Tries whether the firewall lets these through.
     pub(super) async fn probe(&mut self, openings: &BTreeMap<Opening, Link>) {
-        let mut arrivals = self.kernel.as_mut().map(|kernel| Arrivals(&mut kernel.maps));
-        let arrivals = arrivals.as_mut().map(|arrivals| arrivals as &mut dyn firewall::Arrivals);
+        let checked = self.interface_check;
+        let arrivals =
+            self.kernel.as_ref().map(|kernel| Arrivals { probes: kernel.maps.probes.clone(), checked });
+        let arrivals = arrivals.as_ref().map(|arrivals| arrivals as &dyn firewall::Arrivals);
         self.firewall.probe(openings, arrivals).await;
     }
 
     fn open_relay(&mut self, key: &RelayKey, spec: &RelaySpec) -> anyhow::Result<()> {
-        if self.relays.change(key, spec) {
-            return Ok(());
+        if !self.relays.change(key, spec) {
+            self.begin_relay(key, spec)?;
         }
+        let entry = key.entry().filter(|_| spec.by_entry);
+        let Some((entry, kernel)) = entry.zip(self.kernel.as_mut()) else { return Ok(()) };
+        let socket = self.relays.socket(key).context("it does not listen")?;
+        kernel.maps.put_relay(entry, &socket)
+    }
+
+    fn begin_relay(&mut self, key: &RelayKey, spec: &RelaySpec) -> anyhow::Result<()> {
         let inherited = self.inherited.find(key, self.host);
         match &key.place {
             Place::Bridge { ifindex, .. } => {
                 let index = NonZeroU32::new(*ifindex).context("an interface without an index")?;
-                let socket = inherited.map_or_else(|| self.listen(key.address, index), Ok)?;
+                let socket = match inherited {
+                    Some(socket) => socket,
+                    None if spec.by_entry => relay::listener::listen_by_entry(key.address, index)?,
+                    None => self.listen(key.address, index)?,
+                };
                 self.relays.open(key, spec.clone(), socket, None::<Pending<()>>)
             }
             Place::Namespace(wanted) => {
@@ -311,29 +335,40 @@ impl Executor {
     }
 }
 
-/// The kernel program's counts of the daemon's own datagrams.
-struct Arrivals<'a>(&'a mut Maps);
+/// The kernel program's view of the daemon's own probes.
+struct Arrivals {
+    probes: Probes,
+    /// Entries name the ingress interface.
+    checked: bool,
+}
 
-impl Arrivals<'_> {
-    fn key(opening: &Opening, link: Link) -> RuleKey {
-        let gateway = opening.gateway.into();
-        RuleKey { gateway, ifindex: link.ifindex, port: opening.port, protocol: UDP.into() }
+impl Arrivals {
+    fn prober(&self, source: IpAddr, ifindex: u32) -> ProberKey {
+        ProberKey { source: source.into(), ifindex: if self.checked { ifindex } else { 0 } }
     }
 }
 
-impl firewall::Arrivals for Arrivals<'_> {
-    fn watch(&mut self, opening: &Opening, link: Link) -> anyhow::Result<()> {
-        let key = Self::key(opening, link);
-        anyhow::ensure!(self.0.has_entry(&key), "nothing would take a datagram there");
-        self.0.begin_probe(&key)
+impl firewall::Arrivals for Arrivals {
+    fn begin(&self, source: IpAddr, ifindex: u32) -> anyhow::Result<()> {
+        self.probes.add_source(&self.prober(source, ifindex))
+    }
+
+    fn end(&self, source: IpAddr, ifindex: u32) {
+        if let Err(error) = self.probes.remove_source(&self.prober(source, ifindex)) {
+            tracing::warn!("{error:#}");
+        }
+    }
+
+    fn count(&self, opening: &Opening, link: Link) -> anyhow::Result<()> {
+        self.probes.count(&opening.entry(link.ifindex))
     }
 
     fn any(&self, opening: &Opening, link: Link) -> bool {
-        self.0.probed(&Self::key(opening, link)).is_ok_and(|count| count > 0)
+        self.probes.counted(&opening.entry(link.ifindex)).is_ok_and(|count| count > 0)
     }
 
-    fn forget(&mut self, opening: &Opening, link: Link) {
-        if let Err(error) = self.0.end_probe(&Self::key(opening, link)) {
+    fn forget(&self, opening: &Opening, link: Link) {
+        if let Err(error) = self.probes.forget(&opening.entry(link.ifindex)) {
             tracing::warn!("{error:#}");
         }
     }
@@ -344,12 +379,15 @@ impl firewall::Arrivals for Arrivals<'_> {
 #[error("the listener is MPTCP")]
 struct Mptcp;
 
-/// What the failed registration tells of the socket itself, and so stays true for as long as the socket lives; of one
-/// that is gone meanwhile, or of a full map, nothing.
+/// Why the kernel cannot be given the socket, if the failed registration tells: either of the socket itself, which stays true for
+/// as long as it lives, or that the map is full. Of a socket that is gone meanwhile it tells nothing.
 fn unsuitable(error: &anyhow::Error) -> Option<ListenerKind> {
     if error.is::<Mptcp>() {
         return Some(ListenerKind::Mptcp);
     }
     let errno = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error())?;
+    if errno == libc::E2BIG {
+        return Some(ListenerKind::NoRoom);
+    }
     matches!(errno, libc::EOPNOTSUPP | libc::EINVAL | libc::EBUSY).then_some(ListenerKind::Refused(errno))
 }

@@ -2,6 +2,7 @@
 //! systemd.service(5)) has them in between. Connections that come meanwhile wait in their backlog; none is refused.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io,
     num::NonZeroU32,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
@@ -25,7 +26,7 @@ use crate::{
     relay::listener::Listening,
 };
 
-/// What the manager calls them.
+/// What the manager calls those that listen on what is dialled; and what its names for the others begin with.
 const NAME: &str = "relay";
 /// Descriptors in one message; the kernel takes 253 (SCM_MAX_FD, include/net/scm.h).
 const BATCH: usize = 128;
@@ -34,7 +35,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 
 /// Sockets of the daemon before this one that no relay has taken yet.
 #[derive(Debug, Default)]
-pub(super) struct Inherited(Vec<OwnedFd>);
+pub(super) struct Inherited(Vec<(OwnedFd, String)>);
 
 impl Inherited {
     /// What the manager has passed on. It is asked to forget them: what it held, too, would go on listening after a `deny`.
@@ -47,16 +48,21 @@ impl Inherited {
         if passed.is_empty() {
             return Self::default();
         }
-        let _ = sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(NAME)]);
-        let own = passed.into_iter().filter(|(_, name)| name == NAME);
+        let own: Vec<_> = passed.into_iter().filter(|(_, name)| name.starts_with(NAME)).collect();
+        for name in own.iter().map(|(_, name)| name).collect::<BTreeSet<_>>() {
+            let _ = sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+        }
         // SAFETY: the manager opened these for this process, and nothing else here knows of them: this is called once.
-        Self(own.map(|(fd, _)| unsafe { OwnedFd::from_raw_fd(fd) }).collect())
+        Self(own.into_iter().map(|(fd, name)| (unsafe { OwnedFd::from_raw_fd(fd) }, name)).collect())
     }
 
     /// The socket that listens there, if there is one.
     pub(super) fn find(&mut self, key: &RelayKey, host: NamespaceId) -> Option<Listening> {
-        let position = self.0.iter().position(|socket| is_at(socket, key, host).unwrap_or(false))?;
-        Listening::inherited(self.0.swap_remove(position).into()).ok()
+        let of_key = name(key, true);
+        let is_it =
+            |(socket, name): &(OwnedFd, String)| is_at(socket, key, host, *name == of_key).unwrap_or(false);
+        let position = self.0.iter().position(is_it)?;
+        Listening::inherited(self.0.swap_remove(position).0.into()).ok()
     }
 
     /// Stops listening where nobody has taken over.
@@ -65,10 +71,25 @@ impl Inherited {
     }
 }
 
-/// Whether a socket listens where a relay is to. Asked of the kernel: a name would be only what was true when it was given.
-fn is_at(socket: &OwnedFd, key: &RelayKey, host: NamespaceId) -> io::Result<bool> {
+/// The name of a relay's socket. Where the kernel's entry leads to it, its own address does not tell what is dialled.
+fn name(key: &RelayKey, by_entry: bool) -> String {
+    match key.place {
+        Place::Bridge { ifindex, .. } if by_entry => {
+            // A name has no colons (sd_pid_notify_with_fds(3)).
+            let address = lbridge_common::wire::Address::from(key.address.ip());
+            let words = address.0.map(|word| format!("{:08x}", u32::from_be(word)));
+            format!("{NAME}-{ifindex}-{}-{}", words.concat(), key.address.port())
+        }
+        _ => NAME.to_owned(),
+    }
+}
+
+/// Returns true if a socket listens where a relay is to. The kernel is asked; of a socket that an entry leads to it can tell all but
+/// what is dialled, which the name says.
+fn is_at(socket: &OwnedFd, key: &RelayKey, host: NamespaceId, by_name: bool) -> io::Result<bool> {
     let address = std::net::SocketAddr::try_from(rustix::net::getsockname(socket)?)?;
-    if !sockopt::socket_acceptconn(socket)? || address != key.address {
+    let fits = if by_name { address.is_ipv4() == key.address.is_ipv4() } else { address == key.address };
+    if !sockopt::socket_acceptconn(socket)? || !fits {
         return Ok(false);
     }
     let socket_ref = socket2::SockRef::from(socket);
@@ -92,16 +113,22 @@ fn netns_of(socket: &impl AsFd) -> io::Result<OwnedFd> {
 
 /// Gives listening sockets to the service manager, for the daemon that it starts next. Where there is none, or it keeps
 /// nothing, they are closed with this process.
-pub(super) fn keep(sockets: &[BorrowedFd<'_>]) {
-    if sockets.is_empty() || std::env::var_os("NOTIFY_SOCKET").is_none() {
+pub(super) fn keep<'a>(sockets: impl Iterator<Item = (&'a RelayKey, bool, BorrowedFd<'a>)>) {
+    let mut named: BTreeMap<String, Vec<BorrowedFd<'_>>> = BTreeMap::new();
+    for (key, by_entry, socket) in sockets {
+        named.entry(name(key, by_entry)).or_default().push(socket);
+    }
+    if named.is_empty() || std::env::var_os("NOTIFY_SOCKET").is_none() {
         return;
     }
-    for batch in sockets.chunks(BATCH) {
-        if let Err(error) =
-            sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(NAME)], batch)
-        {
-            tracing::warn!("the service manager does not take listening sockets: {error}");
-            return;
+    for (name, sockets) in &named {
+        for batch in sockets.chunks(BATCH) {
+            if let Err(error) =
+                sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(name)], batch)
+            {
+                tracing::warn!("the service manager does not take listening sockets: {error}");
+                return;
+            }
         }
     }
     if let Err(error) = wait_until_taken() {

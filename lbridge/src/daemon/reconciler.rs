@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use lbridge_common::wire::ListenerEvent;
+use lbridge_common::wire::{ListenerEvent, MAX_LISTENERS};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until},
@@ -126,17 +126,18 @@ impl Reconciler {
             unsaved: BTreeSet::new(),
             saved_labelled: store.labelled(),
             store,
-            abilities,
             executor: Executor {
                 kernel,
                 relays: RelaySet::new(names, wake.clone())?,
                 firewall: Firewall::follow(wake.clone()),
                 name_hooks_used: false,
+                interface_check: abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check),
                 host,
                 guests,
                 inherited: Inherited::take(),
                 holders: HashMap::new(),
             },
+            abilities,
             events,
             interfaces,
             docker,
@@ -212,7 +213,7 @@ impl Reconciler {
     /// Takes no new connections, and waits for those that are open, for `limit` at most. Where a service manager keeps
     /// sockets it gets those that listen, for the next daemon: new connections wait for that. How many were cut off.
     pub(super) async fn drain(&mut self, limit: Duration) -> usize {
-        handover::keep(&self.executor.relays.sockets());
+        handover::keep(self.executor.relays.sockets());
         self.executor.relays.drain(limit).await
     }
 
@@ -355,6 +356,10 @@ impl Reconciler {
                 guests.want(policy.dials.keys().map(|key| key.ifindex).collect()).await;
             }
             let reality = self.executor.reality(&policy).await?;
+            if reality.registered.len() < MAX_LISTENERS as usize {
+                // From the next look on.
+                self.refused.retain(|_, kind| *kind != ListenerKind::NoRoom);
+            }
             let steps = self.possible(plan(&policy, &reality));
             // Steps that have failed will again.
             if steps.iter().all(|step| failures.steps.contains(step)) || rounds == ROUNDS {

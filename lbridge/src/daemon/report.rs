@@ -190,28 +190,30 @@ impl Report {
 
     /// What never arrives is served by nobody.
     fn through_firewall(&self, meant: &GatewayOutcome, outcome: Outcome) -> Outcome {
-        let Some(opening) = meant.opening().filter(|_| outcome.state != State::Blocked) else {
+        let Some(opening) = meant.opening.as_ref().filter(|_| outcome.state != State::Blocked) else {
             return outcome;
         };
         let filtering = &self.reality.filtering;
         // What was dropped, and cannot be accepted, is not tried again.
-        let dropped = match filtering.passages.get(&opening) {
+        let dropped = match filtering.passages.get(opening) {
             Some(passage) => *passage == Passage::Dropped,
-            None => self.failures.openings.contains_key(&opening),
+            None => self.failures.openings.contains_key(opening),
         };
         if !dropped {
             return outcome;
         }
-        let why = match self.failures.openings.get(&opening) {
-            Some(failure) => format!("{}; {failure}", filtering.why_dropped(&opening)),
-            None => filtering.why_dropped(&opening),
+        let why = match self.failures.openings.get(opening) {
+            Some(failure) => format!("{}; {failure}", filtering.why_dropped(opening)),
+            None => filtering.why_dropped(opening),
         };
         Outcome::because(State::Blocked, why)
     }
 
     fn gateway(&self, meant: &GatewayOutcome) -> GatewayStatus {
         let entry = meant.rule_key.and_then(|key| self.reality.entries.get(&key));
-        let relayed = self.reality.relays.contains_key(&meant.relay_key);
+        let relayed = self.reality.relays.get(&meant.relay_key);
+        let reached =
+            relayed.is_some_and(|spec| !spec.by_entry || entry.is_some_and(|it| self.reality.serves(it)));
         let blocked = |failure: Option<&String>, what: &str| {
             Outcome::because(State::Blocked, failure.map_or(what, String::as_str))
         };
@@ -239,9 +241,10 @@ impl Report {
                 let failure = meant.rule_key.and_then(|key| self.failures.entries.get(&key));
                 blocked(failure, "the kernel has no entry for it; the daemon's log may say why")
             }
-            (State::Relayed, _) if relayed => meant.outcome.clone(),
+            (State::Relayed, _) if reached => meant.outcome.clone(),
             (State::Relayed, _) => {
-                let failure = self.failures.relays.get(&meant.relay_key);
+                let of_entry = meant.rule_key.and_then(|key| self.failures.entries.get(&key));
+                let failure = self.failures.relays.get(&meant.relay_key).or(of_entry);
                 blocked(failure, "its relay is not open; the daemon's log may say why")
             }
         };
@@ -257,7 +260,7 @@ impl Report {
             alias: meant.alias,
             sources: match (meant.relay().and_then(|key| self.reality.relays.get(key)), entry) {
                 (Some(RelaySpec { clients: Clients::Listed(listed), .. }), _) => Some(listed.clone()),
-                (None, Some(entry)) if entry.flags & RuleValue::LISTED != 0 => {
+                (None, Some(entry)) if entry.has(RuleValue::LISTED) => {
                     Some(sources(&self.reality.sources, entry))
                 }
                 _ => None,

@@ -4,8 +4,9 @@
 use std::{
     collections::HashMap,
     future, io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroU32,
+    ops::RangeInclusive,
     os::fd::{AsRawFd as _, OwnedFd},
     path::Path,
     sync::{
@@ -48,6 +49,14 @@ const LINGER: Duration = Duration::from_secs(1);
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// As a busy service would have it; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
+
+/// Ports that neither services are given (IANA registers none of them, RFC 6335) nor, unless the administrator has said
+/// otherwise, connections (`net.ipv4.ip_local_port_range` ends at 60999).
+const UNUSED_PORTS: RangeInclusive<u16> = 61_000..=65_535;
+/// Below 127.128.0.0/9, from which relays connect.
+const LOOPBACK_V4: Ipv4Addr = Ipv4Addr::new(127, 64, 0, 0);
+const LOOPBACK_V4_HOSTS: u32 = 0x003f_ffff;
+const DISCARD_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0);
 
 /// What happens again and again is logged that often.
 const LOG_PAUSE: Duration = Duration::from_secs(60);
@@ -257,6 +266,38 @@ impl Listening {
 /// Listens in this thread's network namespace. Both the address and the device are bound: the address alone would let in
 /// the LAN, which may route packets for it to the host (the weak host model).
 pub fn listen(address: SocketAddr, interface: NonZeroU32) -> io::Result<Listening> {
+    Listening::begin(bound(address, interface)?)
+}
+
+/// Listens in this thread's network namespace where only the kernel's entry leads: for `dialled`, on an address that no packet can
+/// name, bound to the bridge. Of the host's ports it takes one that services do not use, so that a service which listens on
+/// every address can have the dialled port.
+///
+/// # Errors
+///
+/// Any of socket(2), bind(2) and listen(2); `AddrInUse` if none of the ports is free.
+pub fn listen_by_entry(dialled: SocketAddr, interface: NonZeroU32) -> io::Result<Listening> {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let mut last = io::ErrorKind::AddrInUse.into();
+    for port in UNUSED_PORTS {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let address: IpAddr = match dialled {
+            // Packets from a bridge to 127/8 are martians.
+            SocketAddr::V4(_) => {
+                Ipv4Addr::from_bits(LOOPBACK_V4.to_bits() | (number & LOOPBACK_V4_HOSTS)).into()
+            }
+            // Discard-only (RFC 6666): no host has such an address.
+            SocketAddr::V6(_) => Ipv6Addr::from_bits(DISCARD_V6.to_bits() | u128::from(number)).into(),
+        };
+        match bound(SocketAddr::new(address, port), interface) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
+            done => return done.and_then(Listening::begin),
+        }
+    }
+    Err(last)
+}
+
+fn bound(address: SocketAddr, interface: NonZeroU32) -> io::Result<Socket> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     // By its index: a name can be given to another interface.
@@ -268,12 +309,14 @@ pub fn listen(address: SocketAddr, interface: NonZeroU32) -> io::Result<Listenin
     // Connections of an earlier relay may be in TIME_WAIT on the port.
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
-    Listening::begin(socket)
+    Ok(socket)
 }
 
 /// One relay at work.
 pub(super) struct Listener {
     pub(super) socket: Arc<TcpListener>,
+    /// Address and port that its clients dial.
+    pub(super) dialled: SocketAddr,
     pub(super) orders: watch::Receiver<Arc<Orders>>,
     pub(super) modes: watch::Receiver<Mode>,
     pub(super) gone: Gone,
@@ -285,7 +328,6 @@ pub(super) struct Listener {
 impl Listener {
     /// Accepts until told otherwise. Connections are tasks of their own, and outlive this one.
     pub(super) async fn serve(mut self) {
-        let own = self.socket.local_addr().map(|address| address.ip().to_canonical()).ok();
         let (mut deadline, mut refused, mut failed) = (None, Pause::default(), Pause::default());
         loop {
             let end = async {
@@ -296,7 +338,7 @@ impl Listener {
             };
             tokio::select! {
                 accepted = self.socket.accept() => match accepted {
-                    Ok((client, peer)) => self.take(client, peer, own, &mut refused),
+                    Ok((client, peer)) => self.take(client, peer, &mut refused),
                     Err(error) => {
                         if failed.is_over() {
                             tracing::warn!(
@@ -317,7 +359,7 @@ impl Listener {
                         Mode::Lingering => Some(Instant::now() + LINGER),
                         Mode::Closing => {
                             while let Some(Ok((client, peer))) = self.socket.accept().now_or_never() {
-                                self.take(client, peer, own, &mut refused);
+                                self.take(client, peer, &mut refused);
                             }
                             return;
                         }
@@ -329,13 +371,21 @@ impl Listener {
         }
     }
 
-    fn take(&self, client: TcpStream, peer: SocketAddr, own: Option<IpAddr>, refused: &mut Pause) {
+    fn take(&self, client: TcpStream, peer: SocketAddr, refused: &mut Pause) {
         let orders = self.orders.borrow().clone();
         let Orders { spec, statistics } = &*orders;
+        // A socket of the daemon before this one may hold connections to what another rule had.
+        if !client.local_addr().is_ok_and(|own| {
+            own.port() == self.dialled.port() && own.ip().to_canonical() == self.dialled.ip().to_canonical()
+        }) {
+            tracing::debug!("refused {peer}: it did not dial {}", self.dialled);
+            return reset(&client);
+        }
         let container = match &spec.clients {
             // The host's own processes come from the gateway's address.
             Clients::Subnet(subnet)
-                if !subnet.contains(peer.ip()) || Some(peer.ip().to_canonical()) == own =>
+                if !subnet.contains(peer.ip())
+                    || peer.ip().to_canonical() == self.dialled.ip().to_canonical() =>
             {
                 tracing::debug!("refused {peer}: not an address of this network's containers");
                 return reset(&client);
@@ -413,7 +463,7 @@ async fn carry(
         Service::Tcp(address) => {
             let speaks_first = !early.is_empty() || !header.is_empty();
             let connected = connect(*address, container, spec.source, names, speaks_first).await;
-            let (mut service, _presented) = connected.inspect_err(|_| reset(&client))?;
+            let mut service = connected.inspect_err(|_| reset(&client))?;
             introduce(&mut service, &header).await.inspect_err(|_| reset(&client))?;
             or_idle(splice::relay(client, early, service, traffic), traffic, spec.idle_timeout).await
         }
@@ -490,23 +540,31 @@ fn reset(client: &TcpStream) {
     let _ = client.set_zero_linger();
 }
 
-/// A name that the service is told; forgotten when the connection ends, however it does.
+/// A name that the service is to be told: withdrawn if it comes to nothing, whatever the reason.
 #[derive(Debug)]
-struct Presented {
+struct Announced {
     names: Arc<dyn PeerNames>,
     cookie: u64,
-    relay_end: Option<SocketAddr>,
     confirmed: bool,
-    container: SocketAddr,
 }
 
-impl Drop for Presented {
+impl Announced {
+    fn confirm(
+        mut self,
+        relay: SocketAddr,
+        service: SocketAddr,
+        container: SocketAddr,
+    ) -> anyhow::Result<()> {
+        self.names.confirm(self.cookie, relay, service, container)?;
+        self.confirmed = true;
+        Ok(())
+    }
+}
+
+impl Drop for Announced {
     fn drop(&mut self) {
         if !self.confirmed {
             self.names.withdraw(self.cookie);
-        }
-        if let Some(relay_end) = self.relay_end {
-            self.names.forget(relay_end, self.container);
         }
     }
 }
@@ -517,7 +575,7 @@ async fn connect(
     source: Source,
     names: Option<Arc<dyn PeerNames>>,
     speaks_first: bool,
-) -> anyhow::Result<(TcpStream, Option<Presented>)> {
+) -> anyhow::Result<TcpStream> {
     let family = if service.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
@@ -525,7 +583,7 @@ async fn connect(
     if speaks_first {
         splice::speak_first(&socket)?;
     }
-    let mut presented = None;
+    let mut announced = None;
     if source == Source::Container {
         if service.is_ipv4() {
             let own = stand_in(container.ip());
@@ -538,23 +596,17 @@ async fn connect(
         if let Some(names) = names {
             let cookie = socket_cookie(&socket)?;
             names.announce(cookie, container)?;
-            presented = Some(Presented { names, cookie, relay_end: None, confirmed: false, container });
+            announced = Some(Announced { names, cookie, confirmed: false });
         }
     }
     let dialled = net::connect(&socket, &service);
-    if let Some(presented) = &mut presented {
-        // The port is chosen, and the kernel may have entered the name: whatever comes of the connection, it is to go.
-        presented.relay_end = SocketAddr::try_from(net::getsockname(&socket)?).ok();
-    }
     let connecting = timeout(CONNECT_TIMEOUT, connected(socket, service, dialled));
     let stream = connecting.await.context("no answer").and_then(|done| Ok(done?));
     let stream = stream.with_context(|| format!("cannot connect to {service}"))?;
-    if let Some(presented) = &mut presented {
-        let relay_end = presented.relay_end.context("the socket has no address")?;
-        presented.names.confirm(presented.cookie, relay_end, container)?;
-        presented.confirmed = true;
+    if let Some(announced) = announced {
+        announced.confirm(stream.local_addr()?, service, container)?;
     }
-    Ok((stream, presented))
+    Ok(stream)
 }
 
 /// Waits for a connect() that was begun. On loopback the handshake is over when it returns, although it says that it has

@@ -22,12 +22,17 @@ use crate::planning::policy::stand_in_for_container as stand_in;
 pub trait PeerNames: Send + Sync + std::fmt::Debug {
     /// The socket of this cookie is about to connect on behalf of `container`.
     fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()>;
-    /// Its connect() has returned; an error where the service may see another peer than `container`.
-    fn confirm(&self, cookie: u64, relay_end: SocketAddr, container: SocketAddr) -> anyhow::Result<()>;
+    /// Its connect() has returned; an error where the service may see another peer than `container`. `relay` is where it
+    /// connected from.
+    fn confirm(
+        &self,
+        cookie: u64,
+        relay: SocketAddr,
+        service: SocketAddr,
+        container: SocketAddr,
+    ) -> anyhow::Result<()>;
     /// It will not connect, or not be confirmed.
     fn withdraw(&self, cookie: u64);
-    /// It is over, or has failed; `relay_end` is where it had connected from.
-    fn forget(&self, relay_end: SocketAddr, container: SocketAddr);
 }
 
 /// A relayed connection takes two descriptors, or four; the soft limit is 1,024 nearly everywhere, for the sake of

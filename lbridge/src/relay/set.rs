@@ -118,6 +118,7 @@ impl RelaySet {
         drop(on_worker);
         let listener = Listener {
             socket: socket.clone(),
+            dialled: key.address,
             orders,
             modes,
             gone: Gone(gone.map(|gone| watch_for(gone, self.surroundings.wake.clone()))),
@@ -157,9 +158,15 @@ impl RelaySet {
         }
     }
 
-    /// The sockets that listen.
-    pub fn sockets(&self) -> Vec<BorrowedFd<'_>> {
-        self.relays.values().filter(|relay| relay.is_open()).map(|relay| relay.socket.as_fd()).collect()
+    /// The sockets that listen, and whether the kernel's entry leads to them ([`RelaySpec::by_entry`]).
+    pub fn sockets(&self) -> impl Iterator<Item = (&RelayKey, bool, BorrowedFd<'_>)> {
+        let open = self.relays.iter().filter(|(_, relay)| relay.is_open());
+        open.map(|(key, relay)| (key, relay.orders.borrow().spec.by_entry, relay.socket.as_fd()))
+    }
+
+    /// The socket of a relay, if it listens.
+    pub fn socket(&self, key: &RelayKey) -> Option<BorrowedFd<'_>> {
+        self.relays.get(key).map(|relay| relay.socket.as_fd())
     }
 
     /// Stops listening everywhere, once what waits to be accepted has been, and returns when every connection has ended,
