@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod docker;
 pub mod doctor;
 pub mod follow;
+pub mod forge;
 pub mod kernel;
 pub mod lab;
 pub mod logs;

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 /// Commands and map types of include/uapi/linux/bpf.h.
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
@@ -106,6 +107,12 @@ struct Element {
 }
 
 impl Map {
+    /// Opens the map of that name that is pinned under a folder.
+    pub fn find(folder: &Path, name: &str) -> Result<Map> {
+        let path = files(folder)?.into_iter().find(|path| path.file_name().is_some_and(|file| file == name));
+        Map::open(&path.with_context(|| format!("no pinned map {name}"))?)
+    }
+
     /// Opens it.
     pub fn open(path: &Path) -> Result<Map> {
         let fd = open(path)?;
@@ -130,6 +137,14 @@ impl Map {
         self.element(BPF_MAP_UPDATE_ELEM, key, value.as_ptr() as u64).context("update")
     }
 
+    /// Removes a key, if it is there.
+    pub fn remove(&self, key: &[u8]) -> Result<()> {
+        match self.element(BPF_MAP_DELETE_ELEM, key, 0) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            done => done.context("delete"),
+        }
+    }
+
     fn element(&self, command: libc::c_long, key: &[u8], value: u64) -> io::Result<()> {
         assert_eq!(key.len(), self.key_size, "a key's size");
         let fd = self.fd.as_raw_fd().cast_unsigned();
@@ -141,13 +156,34 @@ impl Map {
 /// Attaches a program that does nothing to a cgroup's `sock_ops` hook, without a link and for itself alone. It stays until the
 /// cgroup goes.
 pub fn take_sock_ops(cgroup: &Path) -> Result<()> {
+    /// `r0 = 1; exit`.
+    const INSTRUCTIONS: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
+    attach_sock_ops(cgroup, &INSTRUCTIONS, 0)
+}
+
+/// Attaches a program to a cgroup's `sock_ops` hook, beside others, that asks for that initial time-out of a SYN, in jiffies, as
+/// data centres do. It stays until the cgroup goes.
+pub fn ask_for_timeout(cgroup: &Path, jiffies: u8) -> Result<()> {
+    const BPF_F_ALLOW_MULTI: u32 = 2;
+    let reply = 0x0000_0000_0000_03b7 | u64::from(jiffies) << 32;
+    // `struct bpf_sock_ops` begins with `op` and `reply`; BPF_SOCK_OPS_TIMEOUT_INIT is 1.
+    let instructions = [
+        0x0000_0000_0000_1261, // r2 = *(u32 *)(r1 + 0)
+        0x0000_0001_0002_0255, // if r2 != 1 goto +2
+        reply,                 // r3 = jiffies
+        0x0000_0000_0004_3163, // *(u32 *)(r1 + 4) = r3
+        0x0000_0001_0000_00b7, // r0 = 1
+        0x0000_0000_0000_0095, // exit
+    ];
+    attach_sock_ops(cgroup, &instructions, BPF_F_ALLOW_MULTI)
+}
+
+fn attach_sock_ops(cgroup: &Path, instructions: &[u64], flags: u32) -> Result<()> {
     // Of include/uapi/linux/bpf.h.
     const BPF_PROG_LOAD: libc::c_long = 5;
     const BPF_PROG_ATTACH: libc::c_long = 8;
     const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
     const BPF_CGROUP_SOCK_OPS: u32 = 3;
-    /// `r0 = 1; exit`.
-    const INSTRUCTIONS: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
     #[repr(C)]
     struct Load {
         kind: u32,
@@ -164,8 +200,8 @@ pub fn take_sock_ops(cgroup: &Path) -> Result<()> {
     }
     let mut load = Load {
         kind: BPF_PROG_TYPE_SOCK_OPS,
-        count: u32::try_from(INSTRUCTIONS.len())?,
-        instructions: INSTRUCTIONS.as_ptr() as u64,
+        count: u32::try_from(instructions.len())?,
+        instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
     };
     let program = bpf(BPF_PROG_LOAD, &mut load).context("load a program")?;
@@ -174,14 +210,13 @@ pub fn take_sock_ops(cgroup: &Path) -> Result<()> {
     let cgroup = fs::File::open(cgroup)?;
     let descriptor = |fd: &dyn AsRawFd| fd.as_raw_fd().cast_unsigned();
     let (cgroup, program) = (descriptor(&cgroup), descriptor(&program));
-    let mut attach = Attach { cgroup, program, kind: BPF_CGROUP_SOCK_OPS, flags: 0 };
+    let mut attach = Attach { cgroup, program, kind: BPF_CGROUP_SOCK_OPS, flags };
     bpf(BPF_PROG_ATTACH, &mut attach).context("attach a program").map(drop)
 }
 
 /// Puts an entry into the pinned map of that name under a folder, behind the back of whoever pinned it.
 pub fn put(folder: &Path, map: &str, key: &[u8], value: &[u8]) -> Result<()> {
-    let path = files(folder)?.into_iter().find(|path| path.file_name().is_some_and(|name| name == map));
-    Map::open(&path.with_context(|| format!("no pinned map {map}"))?)?.put(key, value)
+    Map::find(folder, map)?.put(key, value)
 }
 
 /// All files under a folder.

@@ -45,6 +45,8 @@ pub enum Need {
     NamesNamespaces,
     /// A kernel that tells by which interface a packet came in (5.17).
     TellsInterfaces,
+    /// A kernel that lets a socket choose its range of ports (6.3).
+    PortRanges,
 }
 
 impl Need {
@@ -75,6 +77,7 @@ impl Need {
             Need::NamesNamespaces if kernel::version() < (5, 14) => {
                 Some("the kernel is older than 5.14".to_owned())
             }
+            Need::PortRanges if kernel::version() < (6, 3) => Some("the kernel is older than 6.3".to_owned()),
             Need::TellsInterfaces if !kernel::has_ingress_ifindex() => {
                 Some("the kernel is older than 5.17".to_owned())
             }

@@ -14,6 +14,7 @@ mod networks;
 #[expect(dead_code, reason = "not all of what the other suite needs")]
 mod server;
 mod swarm;
+mod walled;
 
 use std::net::SocketAddr;
 
@@ -50,6 +51,7 @@ fn main() {
         localhost::tests(),
         doctor::tests(),
         aliases::tests(),
+        walled::tests(),
     ];
     let mut suite = Suite::new(NEEDS, tests.concat());
     suite.threads = 1;

@@ -75,7 +75,10 @@ fn nftables_policy_drop() -> Result<()> {
     let before = walled.ruleset()?;
     walled.scene.allow(&["8080"])?;
     ensure!(
-        walled.own()? == [r#"iifname "lab0" ip daddr 10.7.0.1 tcp dport 8080 accept comment "lbridge""#],
+        walled.own()?
+            == [
+                r#"iifname "lab0" ip saddr 10.7.0.0/24 ip daddr 10.7.0.1 tcp dport 8080 accept comment "lbridge""#
+            ],
         "{}",
         walled.ruleset()?
     );
@@ -165,8 +168,7 @@ fn iptables_nft() -> Result<()> {
     )?;
     walled.scene.allow(&["8080"])?;
     let rules = walled.must("iptables-nft -S INPUT")?;
-    let ours =
-        "-A INPUT -d 10.7.0.1/32 -i lab0 -p tcp -m tcp --dport 8080 -m comment --comment lbridge -j ACCEPT";
+    let ours = "-A INPUT -s 10.7.0.0/24 -d 10.7.0.1/32 -i lab0 -p tcp -m tcp --dport 8080 -m comment --comment lbridge -j ACCEPT";
     ensure!(rules.lines().nth(1) == Some(ours), "{rules}");
     ensure!(rules.matches("lbridge").count() == 1, "{rules}");
     walled.scene.deny(&["8080"])?;

@@ -4,10 +4,13 @@ use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client::{self, Attempt};
 use lbridge_tests::harness::daemon;
+use lbridge_tests::harness::forge;
 use lbridge_tests::harness::lab::{Bridge, Lab};
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::packages;
@@ -15,6 +18,7 @@ use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::systemd::{self, Systemd};
+use lbridge_tests::harness::udp::Echo;
 use lbridge_tests::tests;
 
 pub(crate) fn tests() -> Vec<Test> {
@@ -22,6 +26,7 @@ pub(crate) fn tests() -> Vec<Test> {
         firewalld_lets_in_what_is_allowed: [Need::DebianRoot("trixie")],
         firewallds_docker_zone_needs_no_rule: [Need::DebianRoot("trixie")],
         firewalld_off: [Need::DebianRoot("trixie")],
+        firewalld_opens_nothing_to_other_interfaces: [Need::DebianRoot("trixie")],
     ]
 }
 
@@ -113,6 +118,36 @@ fn firewalld_lets_in_what_is_allowed() -> Result<()> {
     ensure!(host.own()?.len() == 2);
     let said = host.run("lbridge service cleanup")?;
     ensure!(host.own()?.is_empty() && said.contains("2 accept rules"), "{said}");
+    Ok(())
+}
+
+/// A rich rule names the subnet, not the bridge, and every interface of the zone meets it: a datagram with an address of the
+/// network as its source could come by any of them.
+fn firewalld_opens_nothing_to_other_interfaces() -> Result<()> {
+    let host = Host::boot()?;
+    let elsewhere = host.lab.container(&host.lab.add_bridge("lab1", "10.8.0.1/24")?, "10.8.0.2/24")?;
+    let own = Echo::start(host.lab.host(), "own", "0.0.0.0:5300")?;
+    let of_network = SocketAddr::new("10.7.0.2".parse()?, 4000);
+    let forged = || forge::datagram(&elsewhere, of_network, host.gateway(5300), b"forged");
+    // The control: somebody else's rule of the same words lets them in.
+    let rule = "rule family=\"ipv4\" source address=\"10.7.0.0/24\" destination address=\"10.7.0.1\" port port=\"5300\" \
+                protocol=\"udp\" accept";
+    host.run(&format!("firewall-cmd --add-rich-rule='{rule}'"))?;
+    patience::until("a forged datagram arrives", || {
+        forged()?;
+        Ok((own.received() > 0).then_some(()))
+    })?;
+    host.run(&format!("firewall-cmd --remove-rich-rule='{rule}'"))?;
+    host.run("lbridge allow bridge:lab0 5300/udp")?;
+    ensure!(host.own()?.len() == 1, "{:?}", host.own()?);
+    let before = own.received();
+    for _ in 0..5 {
+        forged()?;
+        thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(own.received() == before, "the host's own service got {}", own.received() - before);
+    host.run("lbridge deny bridge:lab0 5300/udp")?;
+    ensure!(host.own()?.is_empty(), "{:?}", host.own()?);
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 //! nothing else, and takes it back.
 
 mod chains;
+mod exclusive;
 mod firewalld;
 mod udp;
 mod ufw;
@@ -31,7 +32,15 @@ fn main() {
         Need::Program("dockerd"),
         Need::Program("systemctl"),
     ];
-    let tests = [chains::tests(), firewalld::tests(), ufw::tests(), udp::tests(), upkeep::tests()].concat();
+    let tests = [
+        chains::tests(),
+        exclusive::tests(),
+        firewalld::tests(),
+        ufw::tests(),
+        udp::tests(),
+        upkeep::tests(),
+    ]
+    .concat();
     let mut suite = Suite::new(NEEDS, tests);
     // firewalld and its command are Python, and started a dozen times: a test of theirs takes 15 s of a processor, of which there
     // may be a quarter.

@@ -73,10 +73,10 @@ fn ufw_off() -> Result<()> {
     walled.scene.allow(&["8080"])?;
     let why = walled.scene.must_be(8080, "blocked")?.why.unwrap_or_default();
     ensure!(
-        why == "firewall UFW drops it; type: ufw allow in on lab0 to 10.7.0.1 port 8080 proto tcp",
+        why == "firewall UFW drops it; type: ufw allow in on lab0 from 10.7.0.0/24 to 10.7.0.1 port 8080 proto tcp",
         "{why}"
     );
-    walled.must("ufw allow in on lab0 to 10.7.0.1 port 8080 proto tcp")?;
+    walled.must("ufw allow in on lab0 from 10.7.0.0/24 to 10.7.0.1 port 8080 proto tcp")?;
     walled.scene.wait_for(8080, "steered")?;
     walled.scene.served(8080, "walled").map(drop)
 }

@@ -1,12 +1,14 @@
 //! Services of every kind, and services that come and go.
 
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::fd::AsRawFd;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::scene::{Scene, V4};
 use lbridge_tests::harness::service::{Options, Service};
 use lbridge_tests::harness::suite::{Need, Test};
-use lbridge_tests::harness::{client, kernel, patience};
+use lbridge_tests::harness::{client, kernel, patience, pins};
 use lbridge_tests::tests;
 
 pub(crate) fn tests() -> Vec<Test> {
@@ -23,6 +25,8 @@ pub(crate) fn tests() -> Vec<Test> {
         ipv6_loopback_is_relayed_for_ipv4,
         mptcp_listener_is_relayed: [Need::Mptcp],
         listener_moves_between_mptcp_and_tcp: [Need::Mptcp],
+        a_local_users_listeners_take_no_room,
+        a_full_map_is_relayed,
     ]
 }
 
@@ -294,4 +298,67 @@ fn listener_moves_between_mptcp_and_tcp() -> Result<()> {
         service.stop();
     }
     Ok(())
+}
+
+fn registered(scene: &Scene) -> Result<usize> {
+    let maps = pins::entries(scene.daemon.bpffs())?;
+    let listeners = maps.iter().find(|(name, _)| name.ends_with("LISTENERS"));
+    listeners.map(|(_, entries)| *entries).context("no map of listeners")
+}
+
+/// Any user may listen on every address of 127.0.0.0/8.
+fn a_local_users_listeners_take_no_room() -> Result<()> {
+    let scene = Scene::new()?;
+    let before = scene.service("before", "127.9.0.1:8080")?;
+    scene.allow(&["8080"])?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.soon_served(8080, "service")?;
+    let flood = (0..500_u16).map(|number| {
+        let [high, low] = number.to_be_bytes();
+        scene.lab.host().run(|| Ok(TcpListener::bind((Ipv4Addr::new(127, 8, high, low), 8080))?))
+    });
+    let _flood = flood.collect::<Result<Vec<_>>>()?;
+    scene.must_be(8080, "steered")?;
+    ensure!(registered(&scene)? == 1, "{} are registered", registered(&scene)?);
+    ensure!(before.accepted() == 0);
+    // An address that a rule names is registered.
+    scene.allow(&["9090=127.9.0.1:8080"])?;
+    scene.served(9090, "before")?;
+    ensure!(registered(&scene)? == 2);
+    Ok(())
+}
+
+/// With every place taken, a service that starts is served all the same.
+fn a_full_map_is_relayed() -> Result<()> {
+    /// As many as fill the map with what no look clears away: slots of addresses that are watched.
+    const PORTS: u16 = 66;
+    const FIRST: u16 = 8000;
+    let scene = Scene::new()?;
+    scene.allow(&["8000-8065"])?;
+    let any = scene.lab.host().run(|| Ok(TcpListener::bind("127.0.0.1:1")?))?;
+    let map = pins::Map::find(scene.daemon.bpffs(), "LISTENERS")?;
+    let socket = u32::try_from(any.as_raw_fd())?.to_ne_bytes();
+    let v4 = |ip: [u8; 4]| [&[0; 10][..], &[0xff, 0xff], &ip].concat();
+    let addresses = [v4([127, 0, 0, 1]), v4([0; 4]), vec![0; 16], [&[0; 15][..], &[1]].concat()];
+    let mut full = false;
+    'fill: for port in FIRST..FIRST + PORTS {
+        for address in &addresses {
+            // Those that the program itself uses come last.
+            for slot in (0..=255_u8).rev() {
+                let key = [&address[..], &port.to_ne_bytes(), &[slot, 6]].concat();
+                full = port > FIRST && map.put(&key, &socket).is_err();
+                if full {
+                    break 'fill;
+                }
+            }
+        }
+    }
+    ensure!(full, "the map has {} entries", registered(&scene)?);
+    let _service = scene.service("crowded out", "127.0.0.1:8000")?;
+    scene.wait_for(FIRST, "relayed")?;
+    scene.served(FIRST, "crowded out")?;
+    // There is room again.
+    scene.deny(&["8001-8065"])?;
+    scene.wait_for(FIRST, "steered")?;
+    scene.served(FIRST, "crowded out").map(drop)
 }

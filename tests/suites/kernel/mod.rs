@@ -1,5 +1,6 @@
 //! lbridge on a kernel: real hooks in network namespaces, bridges without Docker.
 
+mod decision;
 mod doctor;
 mod explain;
 mod families;
@@ -10,6 +11,7 @@ mod limits;
 mod listeners;
 mod localhost;
 mod names;
+mod neighbours;
 mod relay;
 mod steer;
 mod udp;
@@ -20,11 +22,13 @@ use lbridge_tests::harness::suite::{Need, Suite};
 pub(crate) fn suite() -> Suite {
     let needs = &[Need::Root, Need::Cgroup2, Need::Program("ip"), Need::Lbridge];
     let tests = [
+        decision::tests(),
         steer::tests(),
         isolation::tests(),
         listeners::tests(),
         relay::tests(),
         names::tests(),
+        neighbours::tests(),
         lifecycle::tests(),
         inside::tests(),
         limits::tests(),

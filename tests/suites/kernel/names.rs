@@ -2,18 +2,19 @@
 //! may accept, or ask, long after the relay has done its part.
 
 use std::io::Write;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lbridge_tests::harness::client;
 use lbridge_tests::harness::daemon::Options;
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::suite::{Need, Test};
-use lbridge_tests::harness::{patience, pins};
+use lbridge_tests::harness::{kernel, patience, pins, service};
 use lbridge_tests::tests;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{self, SockaddrStorage, setsockopt, sockopt};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -24,6 +25,8 @@ pub(crate) fn tests() -> Vec<Test> {
         whoever_comes_by_another_bridge_is_no_local_peer: [Need::TellsInterfaces],
         relay_that_lingers_is_closed_by_deny,
         names_of_connections_that_fail_do_not_stay,
+        a_local_client_with_the_relays_end_is_no_container: [Need::PortRanges],
+        a_name_goes_with_the_relays_socket: [Need::PortRanges],
     ]
 }
 
@@ -123,7 +126,7 @@ fn names_of_connections_that_fail_do_not_stay() -> Result<()> {
     let listener = scene.lab.host().run(|| {
         let listener = TcpListener::bind("127.0.0.1:8080")?;
         // As many as have room: one more than the backlog says.
-        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0)?)?;
+        socket::listen(&listener, socket::Backlog::new(0)?)?;
         Ok(listener)
     })?;
     scene.allow(&["8080", "--path", "relay"])?;
@@ -167,4 +170,86 @@ fn whoever_comes_by_another_bridge_is_no_local_peer() -> Result<()> {
     client::served_by(&both, to, "for everybody")?;
     scene.deny(&["8081"])?;
     scene.served(8081, "for everybody").map(drop)
+}
+
+/// The relay's ends of established connections to a port of the host's, oldest first.
+fn relay_ends(scene: &Scene, port: u16) -> Result<Vec<SocketAddr>> {
+    let listed = scene.lab.host().shell(&format!("ss -Htn state established dport = :{port}"))?;
+    let ends = listed.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse().ok());
+    Ok(ends.filter(|end: &SocketAddr| end.ip().is_loopback()).collect())
+}
+
+/// A local user's connection to `to` that has the very address and port that `end` says, although another socket has them.
+fn connect_as(scene: &Scene, end: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
+    /// include/uapi/linux/in.h, since Linux 6.3: the highest port in the upper half, the lowest in the lower one.
+    const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+    scene.lab.host().run(|| {
+        let fd = kernel::stream_socket(to.is_ipv6(), false)?;
+        setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?;
+        let range = u32::from(end.port()) << 16 | u32::from(end.port());
+        // SAFETY: the option takes 4 bytes, which outlive the call.
+        let done = unsafe {
+            let (value, length) = (std::ptr::from_ref(&range).cast(), 4);
+            libc::setsockopt(fd.as_raw_fd(), libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, value, length)
+        };
+        nix::errno::Errno::result(done).context("IP_LOCAL_PORT_RANGE")?;
+        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(end.ip(), 0)))?;
+        socket::connect(fd.as_raw_fd(), &SockaddrStorage::from(to)).context("connect")?;
+        let stream = TcpStream::from(fd);
+        ensure!(stream.local_addr()? == end, "{:?} is not {end}", stream.local_addr());
+        Ok(stream)
+    })
+}
+
+/// Whoever binds the address and port that a relay connects from, and dials another service.
+fn a_local_client_with_the_relays_end_is_no_container() -> Result<()> {
+    for (relayed, mptcp, other) in [
+        ("127.0.0.1:8080", false, "127.0.0.1:9090"),
+        ("127.0.0.1:8080", true, "127.0.0.1:9090"),
+        ("[::1]:8080", false, "[::1]:9090"),
+    ] {
+        let scene = Scene::new()?;
+        let options = service::Options { mptcp, ..service::Options::new("relayed", relayed)? };
+        let _relayed = scene.service_with(&options)?;
+        let other: SocketAddr = other.parse()?;
+        let listener = scene.lab.host().run(|| Ok(TcpListener::bind(other)?))?;
+        scene.allow(&["8080", "--path", "relay"])?;
+        let connection = client::connect(&scene.container, scene.gateway(8080))?;
+        ensure!(
+            connection.greeting.peer.ip().to_canonical() == scene.container_ip,
+            "{:?}",
+            connection.greeting
+        );
+        let [end] = relay_ends(&scene, 8080)?[..] else { bail!("one relayed connection") };
+        let stream = connect_as(&scene, end, other)?;
+        let (accepted, peer) = listener.accept()?;
+        for seen in [peer, accepted.peer_addr()?] {
+            ensure!(seen == end, "the other service takes {end} for {seen}");
+        }
+        drop((stream, connection));
+    }
+    Ok(())
+}
+
+/// The relay has no time to clean up: the kernel takes the name when the relay's socket closes, and its ends are free for others.
+fn a_name_goes_with_the_relays_socket() -> Result<()> {
+    let scene = Scene::new()?;
+    let service: SocketAddr = "127.0.0.1:8080".parse()?;
+    let listener = scene.lab.host().run(|| Ok(TcpListener::bind(service)?))?;
+    scene.allow(&["8080", "--path", "relay"])?;
+    let _client = client::dial(&scene.container, None, scene.gateway(8080), Duration::from_secs(2))?;
+    let (accepted, peer) = listener.accept()?;
+    is_container(&scene, peer)?;
+    let [end] = relay_ends(&scene, 8080)?[..] else { bail!("one relayed connection") };
+    scene.daemon.paused(|| {
+        setsockopt(&accepted, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+        drop(accepted);
+        let stream = connect_as(&scene, end, service)?;
+        let (accepted, peer) = listener.accept()?;
+        for seen in [peer, accepted.peer_addr()?] {
+            ensure!(seen == end, "the service takes a local client for {seen}");
+        }
+        drop(stream);
+        Ok(())
+    })
 }
