@@ -18,6 +18,7 @@ pub mod policy;
 pub mod reality;
 pub mod resolve;
 pub mod rule;
+pub mod text;
 
 #[cfg(test)]
 mod tests;

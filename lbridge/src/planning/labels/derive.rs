@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{ALLOW, Kind, LOCALHOST, Labelled, MAX_EXCERPT, MAX_TEXT, Problem, SOURCE, Settings, excerpt};
+use super::{ALLOW, Kind, LOCALHOST, Labelled, MAX_EXCERPT, MAX_TEXT, Problem, SOURCE, Settings};
 use crate::planning::{
     inventory::{DockerNetwork, find_networks},
     rule::{Network, Origin, PortSpec, Protocol, Rule, Rules, Source, Target},
+    text::excerpt,
 };
 
 /// Ports that one label may ask for.

@@ -12,7 +12,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub use self::derive::{Derived, derive};
-use super::rule::{PortSpec, Protocol, Source, Target, container_name};
+use super::{
+    rule::{PortSpec, Protocol, Source, Target, container_name},
+    text::excerpt,
+};
 
 /// The ports that are asked for; without it the others mean nothing.
 pub const ALLOW: &str = "lbridge.allow";
@@ -184,22 +187,6 @@ impl fmt::Display for Problem {
 fn cut(text: &str, max: usize) -> &str {
     let end = (0..=max.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
     text.get(..end).unwrap_or_default()
-}
-
-/// The beginning, in so many characters, without what a terminal or a log would act on.
-fn excerpt(text: &str, max: usize) -> String {
-    let acts = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    let mut told = String::new();
-    for (count, c) in text.chars().enumerate() {
-        if count == max {
-            return told + "...";
-        }
-        if acts(c) { told.extend(c.escape_default()) } else { told.push(c) }
-    }
-    told
 }
 
 #[cfg(test)]
