@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     api::{client::Client, protocol::Allow},
-    planning::rule::{Network, PathChoice, Rule, Source},
+    planning::rule::{Network, PathChoice, Rule, Source, comment},
 };
 
 /// Arguments of `lbridge allow`.
@@ -42,10 +42,7 @@ pub(super) struct AllowArgs {
 }
 
 fn parse_comment(text: &str) -> Result<String, String> {
-    if text.chars().any(char::is_control) {
-        return Err("a remark is one line of text".to_owned());
-    }
-    Ok(text.to_owned())
+    comment(text).map_err(|error| error.to_string())
 }
 
 pub(super) async fn handle(args: AllowArgs, client: &Client) -> Result<(), Failure> {

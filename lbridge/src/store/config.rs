@@ -276,6 +276,7 @@ impl Config {
             Refused::NeedsLoopback { id }
             | Refused::NeedsRelay { id, .. }
             | Refused::Contradiction { id, .. }
+            | Refused::Invalid { id, .. }
             | Refused::ProcessUnknown { id } => {
                 // As it is written here; they are told as the command has it.
                 let refused = refused

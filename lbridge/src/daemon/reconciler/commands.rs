@@ -242,6 +242,7 @@ fn refusal(refused: &Refused) -> ApiError {
         | Refused::NeedsLoopback { .. }
         | Refused::NeedsRelay { .. }
         | Refused::Contradiction { .. }
+        | Refused::Invalid { .. }
         | Refused::ProcessUnknown { .. } => ErrorCode::Usage,
     };
     ApiError { code, message: refused.to_string() }

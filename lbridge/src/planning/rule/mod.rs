@@ -17,6 +17,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::text::excerpt;
+
 pub use self::{
     network::{Network, container_name},
     port::{PortSpec, Protocol, Target},
@@ -251,6 +253,19 @@ impl fmt::Display for RuleId {
     }
 }
 
+/// A remark on a rule: one line of text. Marks of writing direction are part of some languages; whoever shows them escapes them.
+pub fn comment(text: &str) -> Result<String, Invalid> {
+    /// Characters of the text that the error shows.
+    const SHOWN: usize = 40;
+    if text.chars().any(char::is_control) {
+        return invalid(format!(
+            "the comment \"{}\" is not one line of text; leave out line breaks and control characters",
+            excerpt(text, SHOWN)
+        ));
+    }
+    Ok(text.to_owned())
+}
+
 /// Who made a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -264,6 +279,13 @@ pub enum Origin {
 }
 
 impl Rule {
+    /// Checks the fields that hold any text, whoever filled them in: those with a type of their own were checked when they
+    /// were parsed.
+    fn check_text(&self) -> Result<(), Invalid> {
+        self.from.iter().try_for_each(|name| container_name(name).map(drop))?;
+        self.comment.iter().try_for_each(|text| comment(text).map(drop))
+    }
+
     /// Which of its options do not go together.
     fn contradiction(&self) -> Option<&'static str> {
         if self.network.is_namespace() {

@@ -102,10 +102,10 @@ impl FromStr for Network {
     }
 }
 
-/// A container's name or id, as `--from` takes it.
+/// A container's name or id, as `--from` takes it, where a comma stands between two of them.
 pub fn container_name(text: &str) -> Result<String, Invalid> {
     match format!("container:{text}").parse() {
-        Ok(Network::Container(name)) => Ok(name),
+        Ok(Network::Container(name)) if !name.contains(',') => Ok(name),
         _ => invalid(format!("{text:?} is no container; write its name or id")),
     }
 }

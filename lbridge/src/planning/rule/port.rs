@@ -196,7 +196,9 @@ fn parse_port(text: &str, whole: &str) -> Result<u16, Invalid> {
 fn unix_path(path: &str, whole: &str) -> Result<PathBuf, Invalid> {
     // sun_path less its terminating zero (unix(7)).
     if path.len() > 107 || path.chars().any(char::is_control) || !Path::new(path).is_absolute() {
-        return invalid(format!("{whole:?}: a Unix socket's path is absolute and at most 107 bytes long"));
+        return invalid(format!(
+            "{whole:?}: a Unix socket's path is absolute, at most 107 bytes long, and has no control characters"
+        ));
     }
     Ok(PathBuf::from(path))
 }

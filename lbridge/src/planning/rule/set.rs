@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lbridge_common::wire;
 
-use super::{Network, Origin, PathChoice, Rule, RuleId, Source, Target};
+use super::{Invalid, Network, Origin, PathChoice, Rule, RuleId, Source, Target};
 
 /// Why a change was refused; nothing of it was applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -76,6 +76,14 @@ pub enum Refused {
         /// Which they are, and what to leave out.
         why: &'static str,
     },
+    /// A name or a comment that cannot be one.
+    #[error("{id}: {invalid}")]
+    Invalid {
+        /// Which.
+        id: RuleId,
+        /// What is wrong with it, and what to write instead.
+        invalid: Invalid,
+    },
     /// A number that says nothing.
     #[error(
         "{id}: a process's number means nothing after its end; use `lbridge allow`, container:NAME or netns:PATH"
@@ -119,6 +127,9 @@ impl Rules {
         let mut rules = self.0.clone();
         for rule in added {
             let id = rule.id();
+            if let Err(invalid) = rule.check_text() {
+                return Err(Refused::Invalid { id, invalid });
+            }
             if matches!(rule.spec.target, Target::Unix(_)) && rule.source == Source::Container {
                 return Err(Refused::NeedsLoopback { id });
             }

@@ -213,3 +213,36 @@ fn options_that_do_not_go_together_are_refused() {
     refused(Rule { path: PathChoice::Relay, ..rule("a", "53/udp") }, "never relayed");
     refused(Rule { proxy_protocol: Some(ProxyProtocol::V2), ..rule("a", "53/udp") }, "never relayed");
 }
+
+/// Whoever speaks to the control API gets no more than who uses the commands.
+#[test]
+fn control_characters_are_refused_wherever_a_rule_comes_from() {
+    for c in ["\n", "\r", "\0", "\u{1b}[31m", "\u{7f}", "\u{85}", "\u{9b}"] {
+        for text in ["a{}b", "bridge:a{}b", "container:a{}b", "netns:/run/a{}b"] {
+            assert!(text.replace("{}", c).parse::<Network>().is_err(), "{text} {c:?}");
+        }
+        assert!(format!("80=unix:/run/a{c}b").parse::<PortSpec>().is_err(), "{c:?}");
+        let from = Rule { from: [format!("a{c}b")].into(), ..rule("a", "80") };
+        let comment = Rule { comment: Some(format!("a{c}b")), ..rule("a", "80") };
+        for rule in [from, comment] {
+            for origin in [Origin::Cli, Origin::Config, Origin::Label] {
+                let refused = Rules::default().allow([rule.clone()], origin).unwrap_err();
+                assert!(matches!(refused, Refused::Invalid { .. }), "{refused}");
+                assert!(!refused.to_string().contains(c), "{refused:?}");
+            }
+        }
+    }
+    for name in ["", "a b", "a/b", "a,b", "a:b", &"a".repeat(256)] {
+        let from = Rule { from: [name.to_owned()].into(), ..rule("a", "80") };
+        assert!(
+            matches!(Rules::default().allow([from], Origin::Cli), Err(Refused::Invalid { .. })),
+            "{name:?}"
+        );
+    }
+    let plain = Rule {
+        from: ["web-1".to_owned(), "0123456789ab".to_owned()].into(),
+        comment: Some("\"für\" Müller & Söhne \u{200f}".to_owned()),
+        ..rule("a", "80")
+    };
+    assert_eq!(Rules::default().allow([plain], Origin::Cli).unwrap().len(), 1);
+}
