@@ -27,6 +27,7 @@ use crate::{
     host::{
         listeners,
         netns::{self, HostNetns},
+        trusted,
     },
     planning::{
         inventory::{Abilities, Absence, Entrance, Inventory, Namespace, NamespaceKey},
@@ -92,7 +93,7 @@ pub fn run(options: &Options) -> anyhow::Result<u8> {
         }
         Sandbox::Path(path) => {
             let host = HostNetns::open()?;
-            let namespace = netns::Namespace::open(&Entrance::Path(path.clone()), host.id);
+            let namespace = netns::Namespace::at(path, host.id);
             let namespace = namespace.map_err(|absence| match absence {
                 Absence::NotThere(why) | Absence::Unsuitable(why) => anyhow!(why),
             })?;
@@ -257,7 +258,7 @@ impl Session {
             .collect();
         let inventory = Inventory {
             listeners: listeners::tcp()?,
-            untrusted_paths: relay::trusted::untrusted(&unix),
+            untrusted_paths: trusted::untrusted(&unix),
             unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
             namespaces: [(self.network.clone(), Ok(self.namespace.clone()))].into(),
             ..Inventory::default()

@@ -1,21 +1,16 @@
 //! One look at the host: the Inventory.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    path::Path,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     docker::view::{self, Presence, Sighting, View},
-    host::{interfaces::Interfaces, listeners, netns},
+    host::{interfaces::Interfaces, listeners, netns, trusted},
     planning::{
         inventory::{
             Absence, Container, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId,
         },
         rule::{Network, ProcessStart, Protocol, Rules, Target},
     },
-    relay::trusted,
 };
 
 /// Containers' processes, by container and number, as they were when first looked at: numbers are given again, and what was
@@ -144,13 +139,6 @@ fn namespaces(
     namespaces
 }
 
-/// Whether a path goes through a process's number, and so follows the number. The last step there is a link that leads to
-/// no path.
-fn leads_through_a_process(path: &Path) -> bool {
-    let canonical = fs::canonicalize(path);
-    fs::metadata(path).is_ok() && !canonical.is_ok_and(|path| !path.starts_with("/proc"))
-}
-
 fn namespace(
     network: &Network,
     process: Option<&ProcessStart>,
@@ -161,11 +149,6 @@ fn namespace(
     let (entrance, address) = match network {
         Network::Docker(_) | Network::Bridge(_) => {
             return Err(Absence::Unsuitable("it is a network of the host".to_owned()));
-        }
-        Network::Netns(path) if leads_through_a_process(path) => {
-            let why =
-                format!("{} is a process's, whose number may be given again; allow pid:N", path.display());
-            return Err(Absence::Unsuitable(why));
         }
         Network::Netns(path) => (Entrance::Path(path.clone()), None),
         Network::Process(pid) => {

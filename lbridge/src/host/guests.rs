@@ -185,7 +185,7 @@ impl BridgePorts {
 
     fn learn(&mut self, path: &Path, missing: &mut BTreeSet<i32>) -> anyhow::Result<()> {
         // What is no namespace is not opened.
-        let Ok(file) = netns::at_path(path) else { return Ok(()) };
+        let Ok(file) = netns::at_path(path, netns::Follow::Any) else { return Ok(()) };
         let id = netns::id_of(&file)?;
         let number = self.number_of(file.as_raw_fd())?;
         self.known.insert(id, number);

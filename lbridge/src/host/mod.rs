@@ -1,6 +1,6 @@
 //! What is there on the host: interfaces and their addresses, who is on which bridge, listening sockets, network namespaces,
-//! processes; and throw-away neighbours of the host, to try things from. Netlink, /proc and pidfds; the only room that knows the
-//! netlink crates, but for the firewall's wake-ups. Imports planning's inventory.
+//! processes; throw-away neighbours of the host, to try things from; and paths that others cannot turn elsewhere. Netlink, /proc
+//! and pidfds; the only room that knows the netlink crates, but for the firewall's wake-ups. Imports planning's inventory.
 
 pub mod cgroup;
 pub mod guests;
@@ -10,3 +10,4 @@ pub mod netns;
 pub mod privileges;
 pub mod processes;
 pub mod scratch;
+pub mod trusted;

@@ -28,7 +28,7 @@ use rustix::{
 use socket2::{Domain, Socket, Type};
 use tokio::io::unix::AsyncFd;
 
-use super::interfaces;
+use super::{interfaces, trusted};
 use crate::planning::{
     inventory::{Absence, Entrance, NamespaceId, NamespaceKey},
     rule::ProcessStart,
@@ -68,33 +68,46 @@ pub struct Namespace {
     file: OwnedFd,
     /// The process that is its entrance.
     process: Option<OwnedFd>,
+    /// How its path was followed, if it has one.
+    follow: Follow,
     /// Which it is, and how it was found.
     pub key: NamespaceKey,
 }
 
 impl Namespace {
     /// Goes to the entrance, and sees what is there. `host` is this process's own namespace, which is none to relay into.
+    /// A path that somebody other than root can change is not followed ([`trusted::open_fixed`]).
     pub fn open(entrance: &Entrance, host: NamespaceId) -> Result<Self, Absence> {
+        Self::open_by(entrance, host, Follow::Trusted)
+    }
+
+    /// Opens the namespace at a path, whoever can change that: for a command whose user has just named it. The daemon, which
+    /// follows a path for as long as its rule is there, uses [`Namespace::open`].
+    pub fn at(path: &Path, host: NamespaceId) -> Result<Self, Absence> {
+        Self::open_by(&Entrance::Path(path.to_owned()), host, Follow::Any)
+    }
+
+    fn open_by(entrance: &Entrance, host: NamespaceId, follow: Follow) -> Result<Self, Absence> {
         let (file, process) = match entrance {
             Entrance::Process { pid, start, container } => {
                 let (file, process) = of_process(*pid, start.as_ref(), container.as_deref())?;
                 (file, Some(process))
             }
-            Entrance::Path(path) => (at_path(path)?, None),
+            Entrance::Path(path) => (at_path(path, follow)?, None),
         };
         let id = id_of(&file).map_err(|error| Absence::Unsuitable(format!("cannot look at it: {error}")))?;
         if id == host {
             let why = "it is in the host's own network namespace, where localhost is the host's already";
             return Err(Absence::Unsuitable(why.to_owned()));
         }
-        Ok(Self { file, process, key: NamespaceKey { id, entrance: entrance.clone() } })
+        Ok(Self { file, process, follow, key: NamespaceKey { id, entrance: entrance.clone() } })
     }
 
     /// One that was found by other means, with its process.
     pub fn of_process(file: OwnedFd, process: OwnedFd, pid: u32) -> io::Result<Self> {
         let entrance = Entrance::Process { pid, start: None, container: None };
         let key = NamespaceKey { id: id_of(&file)?, entrance };
-        Ok(Self { file, process: Some(process), key })
+        Ok(Self { file, process: Some(process), follow: Follow::Trusted, key })
     }
 
     /// Its cookie, never used again; `None` before Linux 5.14.
@@ -122,7 +135,7 @@ impl Namespace {
     /// Waits until its entrance has closed: the process has ended, or the path leads elsewhere. The namespace itself is
     /// held by sockets inside, so that it never ends by itself.
     pub async fn gone(self) {
-        let Self { file, process, key } = self;
+        let Self { file, process, follow, key } = self;
         drop(file);
         match (process, key.entrance) {
             (Some(process), _) => {
@@ -135,7 +148,7 @@ impl Namespace {
                 }
             }
             (None, Entrance::Path(path)) => {
-                while at_path(&path).is_ok_and(|file| id_of(&file).is_ok_and(|id| id == key.id)) {
+                while at_path(&path, follow).is_ok_and(|file| id_of(&file).is_ok_and(|id| id == key.id)) {
                     tokio::time::sleep(LOOK).await;
                 }
             }
@@ -275,12 +288,28 @@ fn has_ended(process: &OwnedFd) -> bool {
     poll(&mut ready, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
+/// Which links and folders a path may go through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Follow {
+    /// All.
+    Any,
+    /// Those that only root and this process's user can change.
+    Trusted,
+}
+
 /// The namespace at a path. Whatever else is there is not opened: a FIFO would wait, a device might act.
-pub(super) fn at_path(path: &Path) -> Result<OwnedFd, Absence> {
+pub(super) fn at_path(path: &Path, follow: Follow) -> Result<OwnedFd, Absence> {
     let shown = path.display();
-    let seen = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let seen = match follow {
+        Follow::Any => open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(io::Error::from),
+        Follow::Trusted => trusted::open_fixed(path),
+    };
     let seen = seen.map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => Absence::NotThere(format!("there is no {shown}")),
+        io::ErrorKind::PermissionDenied if follow == Follow::Trusted => Absence::Unsuitable(format!(
+            "{shown} is not followed: {error}; name the namespace by a path that only root can change, as `ip netns attach NAME PID` \
+             makes it (netns:/run/netns/NAME), or allow pid:N"
+        )),
         _ => Absence::Unsuitable(format!("cannot open {shown}: {error}")),
     })?;
     if !fstatfs(&seen).is_ok_and(|fs| fs.f_type == NSFS) {
@@ -333,8 +362,14 @@ mod option {
 mod tests {
     use super::*;
 
+    const NONE: NamespaceId = NamespaceId { device: 0, inode: 0 };
+
     fn open(entrance: &Entrance) -> Result<Namespace, Absence> {
-        Namespace::open(entrance, NamespaceId { device: 0, inode: 0 })
+        Namespace::open(entrance, NONE)
+    }
+
+    fn at(path: &Path) -> Result<Namespace, Absence> {
+        Namespace::at(path, NONE)
     }
 
     #[test]
@@ -343,8 +378,12 @@ mod tests {
         let own = Entrance::Process { pid: std::process::id(), start: None, container: None };
         assert!(matches!(Namespace::open(&own, host.id), Err(Absence::Unsuitable(_))));
         assert_eq!(open(&own).unwrap().key.id, host.id);
-        let path = Entrance::Path("/proc/self/ns/net".into());
-        assert_eq!(open(&path).unwrap().key.id, host.id);
+        let path = Path::new("/proc/self/ns/net");
+        assert_eq!(at(path).unwrap().key.id, host.id);
+        assert!(matches!(Namespace::at(path, host.id), Err(Absence::Unsuitable(_))));
+        // Where nobody looks at it again, a number may be another's by then.
+        let by_number = open(&Entrance::Path(path.to_owned()));
+        assert!(matches!(by_number, Err(Absence::Unsuitable(why)) if why.contains("pid:N")));
     }
 
     #[test]
@@ -359,7 +398,7 @@ mod tests {
             ("/dev/null".into(), false),
             ("/etc/passwd".into(), true),
         ] {
-            match open(&Entrance::Path(path.clone())) {
+            match at(&path) {
                 Err(Absence::NotThere(_)) => assert!(!there, "{}", path.display()),
                 Err(Absence::Unsuitable(_)) => assert!(there, "{}", path.display()),
                 Ok(namespace) => panic!("{namespace:?}"),

@@ -1,22 +1,20 @@
-//! The relay: carries what the kernel cannot steer. Imports planning.
+//! The relay: carries what the kernel cannot steer. Imports planning, and of host how to find the Unix socket that a rule means.
 //!
 //! - [`set`]: which relays are open;
 //! - [`listener`]: one of them: accepts, checks, connects;
 //! - [`splice`]: moves the bytes of one connection;
-//! - `trusted`: finds the Unix socket that a rule means, over no link of others;
 //! - [`workers`]: the threads that it all runs on.
 
 pub mod listener;
 pub mod set;
 mod splice;
-pub mod trusted;
 mod workers;
 
 use std::net::SocketAddr;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
-use crate::planning::policy::stand_in_for_container as stand_in;
+use crate::{host::trusted, planning::policy::stand_in_for_container as stand_in};
 
 /// Tells the service who is behind a relayed connection, where the kernel can (name hooks).
 pub trait PeerNames: Send + Sync + std::fmt::Debug {

@@ -22,7 +22,7 @@ use crate::{
         scratch::{Scratch, free_address},
     },
     planning::{
-        inventory::{Absence, Entrance, Interface, Listener},
+        inventory::{Absence, Interface, Listener},
         rule::Protocol,
     },
 };
@@ -319,7 +319,7 @@ async fn beside() -> anyhow::Result<Ground> {
 }
 
 fn open(namespace: &NamespaceStatus, host: &HostNetns) -> anyhow::Result<Namespace> {
-    let opened = Namespace::open(&Entrance::Path(namespace.path.clone()), host.id);
+    let opened = Namespace::at(&namespace.path, host.id);
     let opened = opened.map_err(|absence| match absence {
         Absence::NotThere(why) | Absence::Unsuitable(why) => anyhow!(why),
     })?;

@@ -3,9 +3,11 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,6 +20,7 @@ use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::unistd::chown;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -35,6 +38,9 @@ pub(crate) fn tests() -> Vec<Test> {
         the_end_of_the_process_ends_everything_at_once,
         a_path_is_waited_for_and_followed,
         a_path_that_is_something_else_is_never_opened,
+        a_path_that_somebody_else_can_turn_elsewhere_is_not_followed,
+        a_path_that_comes_into_other_hands_is_left,
+        the_usual_folders_of_namespaces_are_followed,
         a_number_that_was_given_again_is_another_process,
         a_process_that_is_not_there_is_refused,
         a_process_in_the_configuration_is_refused,
@@ -404,6 +410,127 @@ fn a_path_that_is_something_else_is_never_opened() -> Result<()> {
         ensure!(why.contains("namespace") || why.contains("pid:N"), "{network}: says why: {why}");
     }
     apart.refused("127.0.0.1:8080")
+}
+
+/// Who owns no service, no namespace and no privilege.
+const SOMEBODY: u32 = 54_321;
+
+/// A command of somebody's.
+fn as_somebody(program: &str, arguments: &[&Path]) -> Result<()> {
+    let mut command = Command::new(program);
+    let status = command.args(arguments).uid(SOMEBODY).gid(SOMEBODY).status();
+    let status = status.with_context(|| format!("{command:?}"))?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(())
+}
+
+/// The rule is blocked, and says why, and what to do about it.
+fn is_left_alone(daemon: &Daemon, network: &str, words: &str) -> Result<()> {
+    let state = daemon.rule_state(network, 8080)?;
+    let why = state.why.clone().unwrap_or_default();
+    ensure!(state.state == "blocked" && why.contains(words), "{words}: {state:?}");
+    ensure!(why.contains("netns:/run/netns/NAME") && why.contains("pid:N"), "says what to do: {why}");
+    Ok(())
+}
+
+/// Whoever owns a folder on the way would have root open ports in namespaces of others.
+fn a_path_that_somebody_else_can_turn_elsewhere_is_not_followed() -> Result<()> {
+    let apart = Apart::new()?;
+    let _service = apart.service("host's", "127.0.0.1:8080")?;
+    let folder = tempfile::tempdir_in("/run")?;
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
+    let at = |name: &str| folder.path().join(name);
+    let _mounted = Mounted::new(&at("namespace"), &apart.process)?;
+    let home = at("home");
+    fs::create_dir(&home)?;
+    chown(&home, Some(SOMEBODY.into()), Some(SOMEBODY.into()))?;
+    let network = |path: &Path| format!("netns:{}", path.display());
+
+    // A link of theirs, in a folder of theirs, where there was nothing when the rule was made.
+    let link = home.join("link");
+    apart.daemon.allow(&[&network(&link), "8080"])?;
+    is_left_alone(&apart.daemon, &network(&link), &format!("{} belongs to user {SOMEBODY}", home.display()))?;
+    as_somebody("ln", &[Path::new("-s"), &at("namespace"), &link])?;
+    is_left_alone(&apart.daemon, &network(&link), "is not followed")?;
+    apart.refused("127.0.0.1:8080")?;
+
+    // A link of theirs in a folder that many may write to.
+    let shared = at("shared");
+    fs::create_dir(&shared)?;
+    fs::set_permissions(&shared, fs::Permissions::from_mode(0o1777))?;
+    let theirs = shared.join("theirs");
+    as_somebody("ln", &[Path::new("-s"), &at("namespace"), &theirs])?;
+    apart.daemon.allow(&[&network(&theirs), "8080"])?;
+    is_left_alone(&apart.daemon, &network(&theirs), &format!("theirs is a link of user {SOMEBODY}"))?;
+
+    // No link, but a folder that they can have another take the place of.
+    fs::create_dir(home.join("inner"))?;
+    let inner = home.join("inner/namespace");
+    let _inner = Mounted::new(&inner, &apart.process)?;
+    apart.daemon.allow(&[&network(&inner), "8080"])?;
+    is_left_alone(&apart.daemon, &network(&inner), "belongs to user")?;
+    let open = at("open");
+    fs::create_dir(&open)?;
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o777))?;
+    let _open = Mounted::new(&open.join("namespace"), &apart.process)?;
+    apart.daemon.allow(&[&network(&open.join("namespace")), "8080"])?;
+    is_left_alone(&apart.daemon, &network(&open.join("namespace")), "users other than root may write to")?;
+    apart.refused("127.0.0.1:8080")?;
+
+    // Explained as well, and not even looked at.
+    let explained = apart.daemon.cli(&["explain", &network(&link), "8080"])?;
+    ensure!(explained.stdout.contains("belongs to user"), "{explained:?}");
+    // Of a link of root's nobody but root decides where it leads; a sticky folder keeps it.
+    let own = shared.join("own");
+    std::os::unix::fs::symlink(at("namespace"), &own)?;
+    apart.daemon.allow(&[&network(&own), "8080"])?;
+    apart.daemon.wait_for_state(&network(&own), 8080, "relayed")?;
+    apart.served("127.0.0.1:8080", "host's").map(drop)
+}
+
+/// A relay that is open ends when its path is somebody else's to change.
+fn a_path_that_comes_into_other_hands_is_left() -> Result<()> {
+    let apart = Apart::new()?;
+    let _service = apart.service("host's", "127.0.0.1:8080")?;
+    let folder = tempfile::tempdir_in("/run")?;
+    let path = folder.path().join("namespace");
+    let _mounted = Mounted::new(&path, &apart.process)?;
+    let network = format!("netns:{}", path.display());
+    apart.daemon.allow(&[&network, "8080"])?;
+    let open = client::connect(&apart.netns, "127.0.0.1:8080".parse()?)?;
+    chown(folder.path(), Some(SOMEBODY.into()), None)?;
+    open.must_be_over()?;
+    apart.daemon.wait_for_state(&network, 8080, "blocked")?;
+    is_left_alone(&apart.daemon, &network, "belongs to user")?;
+    apart.refused("127.0.0.1:8080")?;
+    chown(folder.path(), Some(0.into()), None)?;
+    apart.daemon.wait_for_state(&network, 8080, "relayed")?;
+    apart.served("127.0.0.1:8080", "host's").map(drop)
+}
+
+/// Where `ip netns` and Docker keep them, and what distributions call that otherwise.
+fn the_usual_folders_of_namespaces_are_followed() -> Result<()> {
+    let apart = Apart::new()?;
+    let _service = apart.service("host's", "127.0.0.1:8080")?;
+    for folder in ["/run/netns", "/run/docker/netns"] {
+        fs::create_dir_all(folder)?;
+    }
+    ensure!(Path::new("/var/run").is_symlink(), "/var/run is no link here");
+    for (made, named) in [
+        ("/run/netns/apart", "/run/netns/apart"),
+        ("/run/netns/apart", "/var/run/netns/apart"),
+        ("/run/docker/netns/apart", "/run/docker/netns/apart"),
+        ("/run/docker/netns/apart", "/var/run/docker/netns/apart"),
+    ] {
+        let _mounted = Mounted::new(Path::new(made), &apart.process)?;
+        let network = format!("netns:{named}");
+        let output = apart.daemon.allow(&[&network, "8080"])?;
+        ensure!(output.stdout.contains(" relayed "), "{output:?}");
+        apart.served("127.0.0.1:8080", "host's")?;
+        apart.daemon.deny(&[&network, "8080"])?;
+        apart.refused("127.0.0.1:8080")?;
+    }
+    Ok(())
 }
 
 fn a_number_that_was_given_again_is_another_process() -> Result<()> {
