@@ -3,6 +3,8 @@
 use clap::Args;
 use clap_complete::Shell;
 
+use super::{Failure, render};
+
 /// Arguments of `lbridge completions`.
 #[derive(Debug, Args)]
 pub(super) struct CompletionsArgs {
@@ -10,9 +12,9 @@ pub(super) struct CompletionsArgs {
     shell: Shell,
 }
 
-pub(super) fn handle(args: &CompletionsArgs, command: &mut clap::Command) {
+pub(super) fn handle(args: &CompletionsArgs, command: &mut clap::Command) -> Result<(), Failure> {
     // Into memory first: clap_complete panics where standard output is closed (`| head`).
     let mut script = vec![];
     clap_complete::generate(args.shell, command, "lbridge", &mut script);
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), &script);
+    render::script(&script)
 }

@@ -10,6 +10,7 @@ mod events;
 mod explain;
 mod import;
 mod list;
+mod log;
 mod relay;
 mod reload;
 mod render;
@@ -37,7 +38,7 @@ use crate::{
 pub enum Exit {
     /// Done.
     Done = 0,
-    /// Failed.
+    /// Failed, or standard output could not be written to.
     Failed = 1,
     /// The command makes no sense.
     Usage = 2,
@@ -61,7 +62,7 @@ First steps:
   lbridge status               the rules, what containers dial, what is missing
   lbridge deny app_net 5432    takes it back
 
-Exit status: 0 done, 1 failed, 2 usage, 3 no daemon, 4 no such rule or a conflict.";
+Exit status: 0 done, 1 failed or output not written, 2 usage, 3 no daemon, 4 no such rule or a conflict.";
 
 /// Lets containers reach services that listen only on the host's loopback, per allowlisted network and port.
 #[derive(Debug, Parser)]
@@ -172,6 +173,12 @@ pub fn command() -> clap::Command {
 
 /// Reads the command line, does what it says.
 pub fn main() -> ExitCode {
+    let exit = run();
+    log::finish();
+    exit
+}
+
+fn run() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -200,10 +207,7 @@ pub fn main() -> ExitCode {
         Command::Explain(args) => block_on(explain::handle(args, &client)),
         Command::Service(args) => service::handle(args, cli.socket),
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
-        Command::Completions(args) => {
-            completions::handle(&args, &mut command());
-            Ok(())
-        }
+        Command::Completions(args) => completions::handle(&args, &mut command()),
     };
     match done {
         Ok(()) => Exit::Done.into(),
@@ -222,8 +226,10 @@ const NETWORKS: [&str; 4] = ["bridge:", "container:", "netns:", "pid:"];
 /// Help goes to standard output; of an error the one line that says what is wrong, where clap prints a paragraph.
 fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
-        let _ = error.print();
-        return Exit::Done.into();
+        return match render::help(error) {
+            Ok(()) => Exit::Done.into(),
+            Err(failure) => failed(&failure),
+        };
     }
     // Neither command nor argument: whoever types that wants to see what there is.
     if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {

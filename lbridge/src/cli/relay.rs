@@ -1,11 +1,14 @@
 //! `lbridge relay`: in the foreground, without the daemon and without privileges.
 
-use std::{ffi::OsString, io::IsTerminal as _, path::PathBuf, process::ExitCode};
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use clap::{ArgGroup, Args};
-use tracing_subscriber::EnvFilter;
 
-use super::{Exit, Failure, Limits, Ports, parse_ports, parse_source, render};
+use super::{
+    Exit, Failure, Limits, Ports,
+    log::{self, Style},
+    parse_ports, parse_source, render,
+};
 use crate::{
     foreground::{self, Options, Sandbox},
     planning::rule::Source,
@@ -49,13 +52,7 @@ fn parse_pid(text: &str) -> Result<u32, String> {
 pub(super) fn handle(args: RelayArgs) -> Result<ExitCode, Failure> {
     // The command's own output is not to be mixed with ours while all is well.
     let level = if args.command.is_empty() { "info" } else { "warn" };
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_env("LBRIDGE_LOG").unwrap_or_else(|_| EnvFilter::new(level)))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(true)
-        .without_time()
-        .init();
+    log::start(Style::Plain, level)?;
     let sandbox = match (args.pid, args.netns) {
         (Some(pid), _) => Sandbox::Process(pid),
         (None, Some(path)) => Sandbox::Path(path),

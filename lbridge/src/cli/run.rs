@@ -1,16 +1,13 @@
 //! `lbridge run`
 
-use std::{fmt, io::IsTerminal as _, path::PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::{
-    EnvFilter,
-    fmt::{FmtContext, FormatEvent, FormatFields, format, format::Writer},
-    registry::LookupSpan,
-};
 
-use super::Failure;
+use super::{
+    Failure,
+    log::{self, Style},
+};
 use crate::{
     daemon::{self, Options},
     host::privileges,
@@ -38,18 +35,9 @@ pub(super) struct RunArgs {
 }
 
 pub(super) fn handle(args: RunArgs, socket: PathBuf) -> Result<(), Failure> {
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_env("LBRIDGE_LOG").unwrap_or_else(|_| EnvFilter::new("info")))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
     // Set by systemd where standard error is its journal (systemd.exec(5)).
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        let format = format().without_time().with_level(false).with_target(false);
-        log.event_format(Journal(format)).init();
-    } else {
-        log.init();
-    }
+    let style = if std::env::var_os("JOURNAL_STREAM").is_some() { Style::Journal } else { Style::Timed };
+    log::start(style, "info")?;
     let options = Options {
         socket,
         state_dir: args.state_dir,
@@ -71,30 +59,4 @@ pub(super) fn handle(args: RunArgs, socket: PathBuf) -> Result<(), Failure> {
         .build()
         .map_err(anyhow::Error::from)?;
     Ok(runtime.block_on(daemon::run(options))?)
-}
-
-/// For the journal, which knows the time, and takes the severity from what a line begins with (sd-daemon(3)).
-struct Journal<F>(F);
-
-impl<S, N, F> FormatEvent<S, N> for Journal<F>
-where
-    S: Subscriber + for<'a> LookupSpan<'a>,
-    N: for<'a> FormatFields<'a> + 'static,
-    F: FormatEvent<S, N>,
-{
-    fn format_event(
-        &self,
-        context: &FmtContext<'_, S, N>,
-        mut writer: Writer<'_>,
-        event: &Event<'_>,
-    ) -> fmt::Result {
-        let severity = match *event.metadata().level() {
-            Level::ERROR => 3,
-            Level::WARN => 4,
-            Level::INFO => 6,
-            _ => 7,
-        };
-        write!(writer, "<{severity}>")?;
-        self.0.format_event(context, writer, event)
-    }
 }

@@ -1,11 +1,13 @@
 //! The program under test: `lbridge run` in a host's namespace, with private paths, and the commands that talk to it.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
@@ -52,6 +54,8 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// The hard limit of open files; the test's own if `None`.
     pub open_files: Option<u64>,
+    /// Standard error; the [`Daemon::log`] if `None`.
+    pub stderr: Option<Arc<File>>,
 }
 
 impl Default for Options {
@@ -64,6 +68,7 @@ impl Default for Options {
             cgroup: sandbox::CGROUP_ROOT.into(),
             bpffs: Path::new(sandbox::BPFFS).join("lbridge"),
             open_files: None,
+            stderr: None,
         }
     }
 }
@@ -193,7 +198,10 @@ impl Daemon {
         drop(fs::remove_file(&path));
         let ready = UnixDatagram::bind(&path).with_context(|| format!("bind {}", path.display()))?;
         let mut command = self.run_command()?;
-        command.env("NOTIFY_SOCKET", &path).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.env("NOTIFY_SOCKET", &path).stdout(Stdio::piped()).stderr(match &self.options.stderr {
+            Some(file) => file.try_clone()?.into(),
+            None => Stdio::piped(),
+        });
         let mut child = command.spawn().with_context(|| format!("start {command:?}"))?;
         self.log.note(&format!("[harness] started as {}", child.id()));
         child.stdout.take().into_iter().for_each(|pipe| self.log.follow(pipe));
@@ -361,8 +369,23 @@ impl Daemon {
 
     /// The daemon's whole answer to a GET, for who is to be told by somebody else.
     pub fn raw_answer(&self, resource: &str) -> Result<Vec<u8>> {
+        self.exchange(&format!("GET {resource} HTTP/1.1\r\nHost: lbridge\r\nConnection: close\r\n\r\n"))
+    }
+
+    /// The daemon's whole answer to a POST of JSON, as whoever does without the commands sends it.
+    pub fn post(&self, resource: &str, body: &Value) -> Result<String> {
+        let body = body.to_string();
+        let length = body.len();
+        let head = format!("POST {resource} HTTP/1.1\r\nHost: lbridge\r\nConnection: close\r\n");
+        let head = format!("{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n");
+        let answer = String::from_utf8(self.exchange(&(head + &body))?)?;
+        self.log.note(&format!("[harness] {resource} {body} -> {answer}"));
+        Ok(answer)
+    }
+
+    fn exchange(&self, request: &str) -> Result<Vec<u8>> {
         let mut stream = UnixStream::connect(self.socket()).context("dial the daemon")?;
-        write!(stream, "GET {resource} HTTP/1.1\r\nHost: lbridge\r\nConnection: close\r\n\r\n")?;
+        stream.write_all(request.as_bytes())?;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer)?;
         Ok(answer)

@@ -5,6 +5,7 @@ mod access;
 mod commands;
 mod doctor;
 mod follow;
+mod log;
 mod reload;
 mod start;
 
@@ -23,6 +24,7 @@ fn main() {
         access::tests(),
         doctor::tests(),
         follow::tests(),
+        log::tests(),
         reload::tests(),
     ];
     Suite::new(NEEDS, tests.concat()).main()

@@ -15,6 +15,7 @@ use lbridge_tests::harness::systemd::Systemd;
 use lbridge_tests::harness::traffic::Traffic;
 use lbridge_tests::tests;
 use nix::sys::ptrace;
+use nix::sys::signal::{self, Signal};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
@@ -34,6 +35,7 @@ pub(crate) fn tests() -> Vec<Test> {
         the_status_is_told_as_it_changes,
         a_daemon_that_is_stopped_is_replaced: [Need::RegistersAlone],
         a_loop_that_hangs_is_replaced,
+        a_journal_that_hangs_holds_nothing_up,
         a_loop_without_work_is_alive,
         a_drain_may_take_longer_than_the_watchdog_waits,
         docker_may_come_later: [Need::Program("dockerd"), Need::Program("docker"), Need::File("/bin/busybox")],
@@ -270,6 +272,47 @@ fn a_daemon_that_is_stopped_is_replaced() -> Result<()> {
 }
 
 /// The thread of the loop is held, as by a lock that nobody gives back; every other goes on.
+/// Whoever hangs is the journal, and not the daemon: nothing is replaced, and what the journal has lost is told there.
+fn a_journal_that_hangs_holds_nothing_up() -> Result<()> {
+    const JOURNAL: &str = "systemd-journald.service";
+    let unit = Unit { watchdog: "3s", ..Unit::default() };
+    let scene = Scene::prepare(unit, "")?;
+    let says_much = "[Service]\nEnvironment=LBRIDGE_LOG=trace\nLogRateLimitIntervalSec=0\n";
+    scene.drop_in(UNIT, "log.conf", says_much)?;
+    scene.systemd.must(&["daemon-reload"])?;
+    scene.systemd.must(&["start", UNIT])?;
+    let _service = scene.service("relayed", "127.0.0.1:8080")?;
+    scene.relay_8080()?;
+    let mut open = client::connect(&scene.container, scene.gateway(8080))?;
+    let pid = scene.main_pid()?;
+    let journal = scene.systemd.seen_from_outside(scene.systemd.property(JOURNAL, "MainPID")?.parse()?)?;
+    signal::kill(Pid::from_raw(journal), Signal::SIGSTOP)?;
+    // More than socket and queue hold; and for longer than the watchdog waits.
+    let begun = Instant::now();
+    let mut rounds = 0;
+    while rounds < 60 || begun.elapsed() < patience::seconds(4) {
+        scene.lbridge(&["allow", "bridge:lab0", "20000-20090"])?;
+        scene.lbridge(&["deny", "bridge:lab0", "20000-20090"])?;
+        open.echo(b"still open")?;
+        rounds += 1;
+    }
+    signal::kill(Pid::from_raw(journal), Signal::SIGCONT)?;
+    ensure!(scene.main_pid()? == pid && scene.property("NRestarts")? == "0", "the daemon was replaced");
+    patience::until("the journal tells what it has lost", || {
+        let warnings = format!("journalctl --quiet --output=cat --unit={UNIT} --priority=warning");
+        Ok(scene.systemd.shell(&warnings)?.contains(" log lines were lost here: ").then_some(()))
+    })?;
+    scene.lbridge(&["allow", "bridge:lab0", "7000"])?;
+    open.echo(b"still open")?;
+    drop(open);
+    scene.systemd.must(&["stop", UNIT])?;
+    ensure!(
+        scene.systemd.journal(UNIT)?.contains("stopped; what the kernel steers stays in force"),
+        "its last words"
+    );
+    Ok(())
+}
+
 fn a_loop_that_hangs_is_replaced() -> Result<()> {
     let scene = watched("")?;
     let before = scene.main_pid()?;

@@ -19,8 +19,11 @@ use std::{
 use jiff::{Timestamp, tz::TimeZone};
 use serde::Serialize;
 
-use super::Failure;
-use crate::planning::policy::State;
+use super::{Failure, log};
+use crate::planning::{
+    policy::State,
+    text::{is_unprintable, shown},
+};
 pub(super) use {
     configuration::{changes, config, reloaded},
     doctor::examination,
@@ -35,14 +38,25 @@ pub(super) use {
 
 const NO_RULES: &str = "No rules. Allow a network's containers a port: lbridge allow NETWORK PORT\n";
 
+/// Prints lines, whose cells have been [`shown`]; what was forgotten cannot act on a terminal all the same.
 fn print(text: &str) -> Result<(), Failure> {
     print_on(text).map(drop)
 }
 
-/// Whether anybody reads on.
+/// As [`print`]; returns true if anybody reads on.
 fn print_on(text: &str) -> Result<bool, Failure> {
+    let lines: Vec<_> = text.split('\n').map(shown).collect();
+    write(lines.join("\n").as_bytes())
+}
+
+/// Writes to standard output, as it is; returns true if anybody reads on.
+fn write(bytes: &[u8]) -> Result<bool, Failure> {
     let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    read_on(out.write_all(bytes).and_then(|()| out.flush()))
+}
+
+fn read_on(written: io::Result<()>) -> Result<bool, Failure> {
+    match written {
         Ok(()) => Ok(true),
         // `| head` has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
@@ -52,19 +66,45 @@ fn print_on(text: &str) -> Result<bool, Failure> {
 
 /// What went wrong: one line, whatever the message holds.
 pub(super) fn error(message: &str) {
-    eprintln!("lbridge: {}", shown(&message.replace(['\n', '\r'], " ")));
+    log::say(&format!("lbridge: {}", shown(&message.replace(['\n', '\r'], " "))));
+}
+
+/// What `--help` and `--version` ask for, in colour where clap takes that to be right.
+pub(super) fn help(help: &clap::Error) -> Result<(), Failure> {
+    read_on(help.print().and_then(|()| io::stdout().flush())).map(drop)
+}
+
+/// A shell's script.
+pub(super) fn script(script: &[u8]) -> Result<(), Failure> {
+    write(script).map(drop)
 }
 
 /// JSON, for programs.
 pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
-    let mut text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
-    text.push('\n');
-    print(&text)
+    let text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
+    write((escaped(&text) + "\n").as_bytes()).map(drop)
 }
 
 /// JSON in one line, of many; whether anybody reads on.
 pub(super) fn json_line(value: &impl Serialize) -> Result<bool, Failure> {
-    print_on(&(serde_json::to_string(value).map_err(anyhow::Error::from)? + "\n"))
+    let text = serde_json::to_string(value).map_err(anyhow::Error::from)?;
+    write((escaped(&text) + "\n").as_bytes())
+}
+
+/// JSON that nothing is lost of, and that cannot act on a terminal. Serde escapes what JSON demands, which is C0 alone; what it
+/// leaves is within strings, since nothing else in JSON is of such characters.
+fn escaped(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        if is_unprintable(c) && !c.is_ascii_whitespace() {
+            c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| {
+                let _ = write!(text, "\\u{unit:04x}");
+            });
+        } else {
+            text.push(c);
+        }
+    }
+    text
 }
 
 fn described(state: State, why: Option<&str>) -> String {
@@ -82,17 +122,6 @@ fn described(state: State, why: Option<&str>) -> String {
 
 fn time(at: Timestamp) -> impl Display {
     at.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S")
-}
-
-/// Without anything that a terminal would act on.
-fn shown(text: &str) -> String {
-    // Bidirectional controls would let a name change how the rest of its line reads.
-    let acts = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    let shown = |c: char| if acts(c) { c.escape_default().collect() } else { vec![c] };
-    text.chars().flat_map(shown).collect()
 }
 
 /// Columns as wide as their widest cell, the last one free.
@@ -132,9 +161,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_cannot_act_on_the_terminal() {
-        assert_eq!(shown("a\u{1b}[2Jb\n"), "a\\u{1b}[2Jb\\n");
-        assert_eq!(shown("grün"), "grün");
+    fn json_is_escaped_and_loses_nothing() {
+        let text = "a\u{1b}[2J\u{7f}\u{9b}\u{202e}\u{2028}\u{e0041}b\n\"grün\"\\";
+        for json in [serde_json::to_string(&[text]), serde_json::to_string_pretty(&[text])] {
+            let escaped = escaped(&json.unwrap());
+            assert!(escaped.chars().all(|c| c == '\n' || !is_unprintable(c)), "{escaped}");
+            assert!(escaped.contains(r"\u202e") && escaped.contains("grün"), "{escaped}");
+            assert_eq!(serde_json::from_str::<Vec<String>>(&escaped).unwrap(), [text]);
+        }
     }
 
     #[test]

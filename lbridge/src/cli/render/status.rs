@@ -15,7 +15,7 @@ use crate::{
 
 /// Everything, for a person at 3 a.m.
 pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
-    let mut text = format!("lbridge {}\n", status.version);
+    let mut text = format!("lbridge {}\n", shown(&status.version));
     let kernel = &status.kernel;
     let _ = match kernel.path {
         KernelPath::Steer => writeln!(
@@ -122,7 +122,7 @@ fn label_lines(status: &LabelStatus) -> String {
 fn firewall_line(status: &FirewallStatus) -> String {
     let mut line = match &status.firewalls[..] {
         [] => "firewall nothing that denies".to_owned(),
-        firewalls => format!("firewall {}", firewalls.join(", ")),
+        firewalls => format!("firewall {}", shown(&firewalls.join(", "))),
     };
     let _ = match (status.mode, status.accept_rules) {
         (FirewallMode::Off, _) => write!(line, "; left alone (firewall = \"off\")"),

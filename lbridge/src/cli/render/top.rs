@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{NO_RULES, Table, described, print, print_on, shown, time};
+use super::{NO_RULES, Table, described, print_on, shown, time, write};
 use crate::cli::{
     Failure,
     top::{Look, Relayed},
@@ -16,8 +16,8 @@ pub(in crate::cli) fn load(look: &Look) -> Result<bool, Failure> {
 /// As [`load`], over what the [`Screen`] showed before, as far as it reaches.
 pub(in crate::cli) fn load_in_place(look: &Look) -> Result<bool, Failure> {
     let text = load_text(look);
-    let lines: Vec<_> = text.lines().take(terminal_height()).collect();
-    print_on(&(CLEARED.to_owned() + &lines.join("\r\n")))
+    let lines: Vec<_> = text.lines().take(terminal_height()).map(shown).collect();
+    write((CLEARED.to_owned() + &lines.join("\r\n")).as_bytes())
 }
 
 fn load_text(look: &Look) -> String {
@@ -65,7 +65,7 @@ pub(in crate::cli) struct Screen;
 
 impl Screen {
     pub(in crate::cli) fn enter() -> Result<Self, Failure> {
-        print(ENTERED)?;
+        write(ENTERED.as_bytes())?;
         Ok(Self)
     }
 }
@@ -73,7 +73,7 @@ impl Screen {
 impl Drop for Screen {
     fn drop(&mut self) {
         // Whoever it belongs to has gone with it, where this fails.
-        let _ = print(LEFT);
+        let _ = write(LEFT.as_bytes());
     }
 }
 
