@@ -31,6 +31,7 @@ use crate::{
     },
     planning::{
         inventory::{Abilities, Absence, Entrance, Inventory, Namespace, NamespaceKey},
+        owner::{self, Incumbents},
         plan::{Step, plan},
         policy::{RelayKey, RelaySpec, State},
         reality::Reality,
@@ -223,6 +224,7 @@ struct Session {
     namespace: Namespace,
     relays: RelaySet,
     wakes: mpsc::Receiver<()>,
+    incumbents: Incumbents,
     /// What was told of each address last.
     told: BTreeMap<SocketAddr, String>,
 }
@@ -243,7 +245,8 @@ impl Session {
         let namespace = Namespace { key, loopback, address: None };
         let (wake, wakes) = mpsc::channel(1);
         let relays = RelaySet::new(None, wake)?;
-        Ok(Self { door, rules, network, namespace, relays, wakes, told: BTreeMap::new() })
+        let (incumbents, told) = (Incumbents::new(), BTreeMap::new());
+        Ok(Self { door, rules, network, namespace, relays, wakes, incumbents, told })
     }
 
     /// Looks, and makes what is open what should be.
@@ -256,13 +259,15 @@ impl Session {
                 Target::Port(_) | Target::Address(_) => None,
             })
             .collect();
-        let inventory = Inventory {
+        let mut inventory = Inventory {
             listeners: listeners::tcp()?,
             untrusted_paths: trusted::untrusted(&unix),
             unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
             namespaces: [(self.network.clone(), Ok(self.namespace.clone()))].into(),
             ..Inventory::default()
         };
+        self.incumbents = owner::incumbents(&self.rules, &inventory, &self.incumbents);
+        inventory.incumbents.clone_from(&self.incumbents);
         let without = || "lbridge relay loads no programs into the kernel".to_owned();
         let abilities = Abilities {
             steer: Err(without()),

@@ -296,12 +296,34 @@ pub struct GatewayStatus {
     /// The addresses that are served there now, of a rule for some containers; absent if it is for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sources: Option<BTreeSet<IpAddr>>,
+    /// The user who owns the service's listener, while connections are led to one; of a Unix socket that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listener_user: Option<ListenerUser>,
     /// As observed.
     pub state: State,
     /// Why.
     pub why: Option<String>,
     /// Connections served since the entry was put or the relay opened.
     pub connections: u64,
+}
+
+/// A user of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerUser {
+    /// The user's number.
+    pub uid: u32,
+    /// The user's name, if there is one and the host's list of users told it in time.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+impl fmt::Display for ListenerUser {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.name {
+            Some(name) => write!(f, "user {name} (uid {})", self.uid),
+            None => write!(f, "uid {}", self.uid),
+        }
+    }
 }
 
 /// What becomes of connections to the containers' own localhost.

@@ -155,6 +155,7 @@ mod tests {
             address: "172.18.0.1".parse().unwrap(),
             namespace: None,
             sources: None,
+            listener_user: None,
             alias: None,
             interface: "br-app".to_owned(),
             state: State::Steered,

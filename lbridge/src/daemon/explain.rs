@@ -1,15 +1,18 @@
 //! What [`planning::explain`] needs beside one look at the host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
+    api::protocol::ListenerUser,
     host::{
         listeners,
         netns::{self, process_start},
+        users::Users,
     },
     planning::{
         explain::{Known, Question, listeners_of_interest},
         inventory::{Inventory, Listener, NamespaceId},
+        owner::is_regular,
         rule::{Network, Origin, PortSpec, Rule, Rules},
     },
 };
@@ -39,8 +42,24 @@ pub(super) fn inside(inventory: &Inventory, network: &Network, host: NamespaceId
     listening.unwrap_or_default()
 }
 
-/// The processes of the listeners that an explanation may name.
-pub(super) fn holders(question: &Question, known: &Known<'_>) -> BTreeMap<u64, String> {
-    let inodes = listeners_of_interest(question, known).into_iter().take(MAX_HOLDERS);
-    inodes.filter_map(|inode| Some((inode, listeners::holder(inode)?))).collect()
+/// The processes of the listeners that an explanation may name, with the users of those that are people's.
+pub(super) async fn holders(
+    question: &Question,
+    known: &Known<'_>,
+    users: &mut Users,
+) -> BTreeMap<u64, String> {
+    let inodes: BTreeSet<_> = listeners_of_interest(question, known).into_iter().take(MAX_HOLDERS).collect();
+    let sockets = known.inventory.sockets(question.protocol).iter().chain(known.inside);
+    let people: BTreeMap<_, _> = sockets
+        .filter(|socket| inodes.contains(&socket.inode) && is_regular(socket.uid))
+        .map(|socket| (socket.inode, socket.uid))
+        .collect();
+    users.look_too(&people.values().copied().collect()).await;
+    let named = |inode| {
+        let holder = listeners::holder(inode);
+        let Some(uid) = people.get(&inode).copied() else { return holder };
+        let user = ListenerUser { uid, name: users.name(uid).map(str::to_owned) };
+        Some(format!("{} of {user}", holder.unwrap_or_else(|| "a service".to_owned())))
+    };
+    inodes.into_iter().filter_map(|inode| Some((inode, named(inode)?))).collect()
 }

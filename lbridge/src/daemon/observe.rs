@@ -9,6 +9,7 @@ use crate::{
         inventory::{
             Absence, Container, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId,
         },
+        owner::{self, Incumbents},
         rule::{Network, ProcessStart, Protocol, Rules, Target},
     },
 };
@@ -17,7 +18,8 @@ use crate::{
 /// known of an engine that is away grows old.
 pub(super) type Processes = BTreeMap<(String, u32), Option<ProcessStart>>;
 
-/// Looks. `refused` are listeners, by inode, of which a closer look found that the kernel cannot be given them.
+/// Looks. `refused` are listeners, by inode, of which a closer look found that the kernel cannot be given them; `incumbents` are
+/// those of the look before.
 pub(super) async fn observe(
     rules: &Rules,
     interfaces: &Interfaces,
@@ -25,6 +27,7 @@ pub(super) async fn observe(
     refused: &BTreeMap<u64, ListenerKind>,
     host: NamespaceId,
     processes: &mut Processes,
+    incumbents: &Incumbents,
 ) -> anyhow::Result<Inventory> {
     let mut listeners = listeners::tcp()?;
     // A kernel may have no udp_diag; what is TCP's is none the worse for it.
@@ -46,7 +49,7 @@ pub(super) async fn observe(
         })
         .collect();
     let namespaces = namespaces(rules, docker, host, processes);
-    Ok(Inventory {
+    let mut inventory = Inventory {
         docker_networks: docker.map(|view| view.networks.clone()).unwrap_or_default(),
         docker: match docker.map(|view| &view.presence) {
             None => DockerPresence::Off,
@@ -64,7 +67,10 @@ pub(super) async fn observe(
         untrusted_paths: trusted::untrusted(&unix),
         unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
         namespaces,
-    })
+        incumbents: Incumbents::new(),
+    };
+    inventory.incumbents = owner::incumbents(rules, &inventory, incumbents);
+    Ok(inventory)
 }
 
 /// Every container that Docker has told of. While it is away nobody tells when one ends, and whose the address is then: it

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     api::{
         events::News,
-        protocol::{DockerStatus, Happening},
+        protocol::{DockerStatus, Happening, ListenerUser},
         server::Command,
     },
     docker::{
@@ -37,7 +37,7 @@ use crate::{
         watch::Watcher,
     },
     firewall::Firewall,
-    host::interfaces::Interfaces,
+    host::{interfaces::Interfaces, users::Users},
     kernel::{loader::Loaded, maps::Events},
     planning::{
         inventory::{
@@ -45,10 +45,11 @@ use crate::{
             find_networks,
         },
         labels::Labelled,
+        owner::Sockets,
         plan::{Step, plan},
         policy::{Policy, State},
         resolve::resolve,
-        rule::{Network, Rule, Rules, Target},
+        rule::{Network, Rule, RuleId, Rules, Target},
     },
     relay::{PeerNames, set::RelaySet},
     store::Store,
@@ -92,6 +93,8 @@ pub(super) struct Reconciler {
     last: Report,
     /// As last seen.
     inventory: Option<Inventory>,
+    /// Names of the users who own listeners.
+    users: Users,
     manager: Manager,
     /// What happens.
     news: News,
@@ -144,6 +147,7 @@ impl Reconciler {
             refused: BTreeMap::new(),
             last: Report::default(),
             inventory: None,
+            users: Users::default(),
             manager: Manager::new(),
             news: News::new(wake),
             docker_told: DockerStatus::Off,
@@ -327,6 +331,7 @@ impl Reconciler {
                 &self.refused,
                 self.executor.host,
                 &mut self.processes,
+                &self.inventory.as_ref().map(|last| last.incumbents.clone()).unwrap_or_default(),
             )
             .await;
             let inventory = match (observed, &self.inventory) {
@@ -365,7 +370,8 @@ impl Reconciler {
             if steps.iter().all(|step| failures.steps.contains(step)) || rounds == ROUNDS {
                 let relays = policy.relays.keys();
                 let relayed = relays.map(|key| (key.clone(), self.executor.relays.counts(key))).collect();
-                let report = Report { policy, reality, failures, relayed };
+                let listeners = self.users_of(&policy, &inventory).await;
+                let report = Report { policy, reality, failures, relayed, listeners };
                 self.remember_containers();
                 for change in report.changes_since(&self.last) {
                     tracing::info!("{change}");
@@ -399,6 +405,16 @@ impl Reconciler {
                 self.abilities.reply_hooks = Err(why);
             }
         }
+    }
+
+    /// The owner of the listener that serves each rule.
+    async fn users_of(&mut self, policy: &Policy, inventory: &Inventory) -> BTreeMap<RuleId, ListenerUser> {
+        let sockets = Sockets::new(inventory);
+        let rules = policy.outcomes.iter().map(|outcome| &outcome.rule);
+        let uids: Vec<_> = rules.filter_map(|rule| Some((rule.id(), sockets.user_of(rule)?))).collect();
+        self.users.look(&uids.iter().map(|(_, uid)| *uid).collect()).await;
+        let named = |uid| ListenerUser { uid, name: self.users.name(uid).map(str::to_owned) };
+        uids.into_iter().map(|(id, uid)| (id, named(uid))).collect()
     }
 
     /// That it answers, or does not any more; why it does not may change its words at every try.

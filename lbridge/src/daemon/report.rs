@@ -10,7 +10,9 @@ use lbridge_common::wire::{Address, ListenerEvent, RuleValue, SourceKey};
 
 use super::executor::Failures;
 use crate::{
-    api::protocol::{DialStatus, FirewallStatus, GatewayStatus, Happening, NamespaceStatus, RuleStatus},
+    api::protocol::{
+        DialStatus, FirewallStatus, GatewayStatus, Happening, ListenerUser, NamespaceStatus, RuleStatus,
+    },
     planning::{
         firewall::Passage,
         inventory::{Entrance, NamespaceKey},
@@ -19,7 +21,7 @@ use crate::{
             State,
         },
         reality::Reality,
-        rule::{Origin, RuleId, Rules},
+        rule::{Origin, Rule, RuleId, Rules},
     },
     relay::set::Counts,
 };
@@ -41,6 +43,8 @@ pub(super) struct Report {
     pub(super) failures: Failures,
     /// What each relay has done.
     pub(super) relayed: BTreeMap<RelayKey, Counts>,
+    /// The owner of the listener that serves each rule.
+    pub(super) listeners: BTreeMap<RuleId, ListenerUser>,
 }
 
 impl Report {
@@ -126,7 +130,8 @@ impl Report {
     }
 
     fn rule(&self, outcome: &RuleOutcome) -> RuleStatus {
-        let gateways: Vec<_> = outcome.gateways.iter().map(|gateway| self.gateway(gateway)).collect();
+        let gateways: Vec<_> =
+            outcome.gateways.iter().map(|gateway| self.gateway(gateway, &outcome.rule)).collect();
         let dials: Vec<_> = outcome.dials.iter().map(|dial| self.dial(dial, &gateways)).collect();
         let (state, why) = if let Some(without) = &outcome.without_gateway {
             (without.state, without.why.clone())
@@ -209,7 +214,7 @@ impl Report {
         Outcome::because(State::Blocked, why)
     }
 
-    fn gateway(&self, meant: &GatewayOutcome) -> GatewayStatus {
+    fn gateway(&self, meant: &GatewayOutcome, rule: &Rule) -> GatewayStatus {
         let entry = meant.rule_key.and_then(|key| self.reality.entries.get(&key));
         let relayed = self.reality.relays.get(&meant.relay_key);
         let reached =
@@ -265,6 +270,9 @@ impl Report {
                 }
                 _ => None,
             },
+            listener_user: matches!(observed.state, State::Steered | State::Relayed)
+                .then(|| self.listeners.get(&rule.id()).cloned())
+                .flatten(),
             state: observed.state,
             why: observed.why,
             connections: entry.map_or(0, |entry| entry.steered) + by_relay.connections,

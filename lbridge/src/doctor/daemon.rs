@@ -49,6 +49,7 @@ pub(super) fn wanted(rule: &RuleStatus) -> Option<Wanted> {
         // The target alone is `127.0.0.1:80` for a port of either family; whose addresses are no matter here.
         spec: format!("{}={}{}", rule.port, rule.target, rule.protocol.suffix()).parse().ok()?,
         steerable: rule.path != PathChoice::Relay && !limited && !rule.network.is_namespace(),
+        user: rule.gateways.iter().find_map(|gateway| Some(gateway.listener_user.as_ref()?.uid)),
     })
 }
 

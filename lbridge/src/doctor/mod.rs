@@ -7,6 +7,7 @@
 //! - [`docker`]: the engine, and containers that know the host by another address;
 //! - [`firewall`]: what keeps packets from lbridge;
 //! - [`services`]: the listeners that rules lead to;
+//! - [`owners`]: the users who own those;
 //! - [`leftovers`]: what was used before lbridge.
 
 mod daemon;
@@ -14,6 +15,7 @@ mod docker;
 mod firewall;
 mod kernel;
 mod leftovers;
+mod owners;
 mod services;
 
 use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
@@ -123,12 +125,19 @@ struct Wanted {
     spec: PortSpec,
     /// Whether the kernel could have its connections, as far as the rule goes.
     steerable: bool,
+    /// The uid of the service's owner, where the daemon has told it.
+    user: Option<u32>,
 }
 
 impl Wanted {
     fn of(rule: &Rule) -> Self {
         let steerable = rule.path != PathChoice::Relay && rule.needs_relay().is_none();
-        Self { network: rule.network.clone(), spec: rule.spec.clone(), steerable }
+        Self { network: rule.network.clone(), spec: rule.spec.clone(), steerable, user: None }
+    }
+
+    /// `app_net 5432`.
+    fn told(&self) -> String {
+        format!("{} {}{}", self.network, self.spec.port, self.spec.protocol.suffix())
     }
 
     /// Whether a TCP listener at this address is the rule's service.
@@ -198,6 +207,7 @@ pub async fn examine(options: &Options, client: &Client) -> Report {
     }
     findings.extend(firewall::findings(&host, status.as_ref().ok()).await);
     findings.extend(services::findings(&host));
+    findings.extend(owners::findings(&host));
     findings.extend(leftovers::findings(&host));
     let worst = findings.iter().map(|finding| finding.level).max().unwrap_or(Level::Ok);
     Report { version: env!("CARGO_PKG_VERSION"), worst, findings }

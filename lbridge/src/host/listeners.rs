@@ -160,6 +160,7 @@ fn listener(response: &InetResponse, kind: ListenerKind) -> Listener {
     Listener {
         address: SocketAddr::new(id.source_address, id.source_port),
         inode: u64::from(response.header.inode),
+        uid: response.header.uid,
         single_family: v6_only || response.header.family == AF_INET,
         bound_interface: id.interface_id,
         // sock_diag tells of MPTCP only beside tcp_info, whose length differs between kernels; the socket itself does too,

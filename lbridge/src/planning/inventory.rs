@@ -9,7 +9,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::rule::{Network, ProcessStart, Protocol};
+use super::{
+    owner::Incumbents,
+    rule::{Network, ProcessStart, Protocol},
+};
 
 /// One look at the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -40,6 +43,8 @@ pub struct Inventory {
     pub untrusted_paths: BTreeMap<PathBuf, String>,
     /// The namespaces that rules name, or why there is none.
     pub namespaces: BTreeMap<Network, Result<Namespace, Absence>>,
+    /// Whose the services of rules' ports are, or were when they were last seen.
+    pub incumbents: Incumbents,
 }
 
 impl Inventory {
@@ -283,6 +288,8 @@ pub struct Listener {
     pub address: SocketAddr,
     /// Inode on sockfs: its identity.
     pub inode: u64,
+    /// The user who made it (`idiag_uid` of sock_diag).
+    pub uid: u32,
     /// `IPV6_V6ONLY`, or IPv4.
     pub single_family: bool,
     /// `SO_BINDTODEVICE`: an interface index, 0 for none.

@@ -13,6 +13,7 @@ pub mod firewall;
 mod hint;
 pub mod inventory;
 pub mod labels;
+pub mod owner;
 pub mod plan;
 pub mod policy;
 pub mod reality;

@@ -187,10 +187,9 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     }
     // By the entry of its own rule: where entries do not name the interface another network's may have that address, too.
     let handed_over = |key: &RelayKey| {
-        let is_entered = |key: &RuleKey| {
-            let entry = policy.entries.get(key).filter(|_| key.protocol == u16::from(TCP));
-            entry.is_some_and(|entry| !entry.has(RuleValue::RELAYED))
-        };
+        // One that leads to a relay, or to nobody, takes nothing over.
+        let steers = |key: &RuleKey| policy.entries.get(key).is_some_and(|entry| entry.target_port != 0);
+        let is_entered = |key: &RuleKey| key.protocol == u16::from(TCP) && steers(key);
         let taken_over = |gateway: &GatewayOutcome| {
             gateway.relay_key == *key
                 && gateway.outcome.state != State::Blocked

@@ -17,6 +17,7 @@ fn gateway(address: &str, interface: &str, state: State) -> GatewayStatus {
         interface: interface.to_owned(),
         namespace: None,
         sources: None,
+        listener_user: None,
         alias: None,
         state,
         why: Some("so it is".to_owned()),

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, Backlog, SockaddrStorage, sockopt};
-use nix::unistd::pipe2;
+use nix::unistd::{Uid, pipe2, setfsuid};
 use serde_json::json;
 
 use super::kernel;
@@ -40,6 +40,8 @@ pub struct Options {
     pub mptcp: bool,
     /// `IPV6_V6ONLY`.
     pub v6_only: bool,
+    /// Whose it is, by uid; root's if not said.
+    pub uid: Option<u32>,
     /// What it does.
     pub answer: Answer,
 }
@@ -49,7 +51,15 @@ impl Options {
     pub fn new(name: &str, address: &str) -> Result<Options> {
         let address = address.parse().with_context(|| format!("address {address}"))?;
         let name = name.to_owned();
-        Ok(Options { name, address, reuse_port: false, mptcp: false, v6_only: false, answer: Answer::Echo })
+        Ok(Options {
+            name,
+            address,
+            reuse_port: false,
+            mptcp: false,
+            v6_only: false,
+            uid: None,
+            answer: Answer::Echo,
+        })
     }
 }
 
@@ -114,6 +124,9 @@ impl Drop for Service {
 }
 
 fn listen(options: &Options) -> Result<TcpListener> {
+    if let Some(uid) = options.uid {
+        become_user(uid)?;
+    }
     let fd = kernel::stream_socket(options.address.is_ipv6(), options.mptcp).context("socket")?;
     socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
     if options.reuse_port {
@@ -125,6 +138,16 @@ fn listen(options: &Options) -> Result<TcpListener> {
     socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(options.address)).context("bind")?;
     socket::listen(&fd, Backlog::new(1024)?).context("listen")?;
     Ok(TcpListener::from(fd))
+}
+
+/// Has this thread, which ends before long, make its sockets as that user: a socket's owner is the file system's uid of whoever
+/// calls socket(2).
+pub(super) fn become_user(uid: u32) -> Result<()> {
+    setfsuid(Uid::from_raw(uid));
+    // Tells of the one before, and changes nothing where the number is none.
+    let now = setfsuid(Uid::from_raw(u32::MAX));
+    ensure!(now.as_raw() == uid, "this thread cannot become user {uid}");
+    Ok(())
 }
 
 fn serve(listener: &TcpListener, stopped: &OwnedFd, options: &Options, accepted: &AtomicUsize) {

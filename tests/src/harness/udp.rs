@@ -13,6 +13,7 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage,
 
 use super::netns::NetNs;
 use super::patience;
+use super::service::become_user;
 
 /// A service that answers each datagram with its name and whom it saw.
 #[derive(Debug)]
@@ -25,8 +26,18 @@ pub struct Echo {
 impl Echo {
     /// Starts one in `netns`, with `SO_REUSEPORT`.
     pub fn start(netns: &NetNs, name: &'static str, address: &str) -> Result<Echo> {
+        Echo::start_as(netns, 0, name, address)
+    }
+
+    /// As [`Echo::start`], of a user; one for IPv6 takes IPv6 alone.
+    pub fn start_as(netns: &NetNs, uid: u32, name: &'static str, address: &str) -> Result<Echo> {
         let address: SocketAddr = address.parse()?;
-        let socket = netns.run(|| bind(address))?;
+        let socket = netns.run(|| {
+            if uid != 0 {
+                become_user(uid)?;
+            }
+            bind(address, uid != 0)
+        })?;
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
         let received = Arc::new(AtomicUsize::new(0));
         let stop = Arc::new(AtomicBool::new(false));
@@ -59,10 +70,13 @@ impl Drop for Echo {
     }
 }
 
-fn bind(address: SocketAddr) -> Result<UdpSocket> {
+fn bind(address: SocketAddr, v6_only: bool) -> Result<UdpSocket> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let fd = socket::socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     socket::setsockopt(&fd, sockopt::ReusePort, &true)?;
+    if address.is_ipv6() {
+        socket::setsockopt(&fd, sockopt::Ipv6V6Only, &v6_only)?;
+    }
     socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))
         .with_context(|| format!("bind {address}"))?;
     Ok(UdpSocket::from(fd))

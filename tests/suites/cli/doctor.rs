@@ -19,7 +19,7 @@ use lbridge_tests::harness::service::{self, Service};
 use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::{patience, sandbox};
 use lbridge_tests::tests;
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -28,6 +28,7 @@ pub(crate) fn tests() -> Vec<Test> {
         rules_that_do_not_serve_are_told,
         an_mptcp_service_is_told: [Need::Mptcp],
         a_service_on_every_address_is_told,
+        whose_a_service_is_is_told,
         route_localnet_is_told,
         a_running_socat_is_told: [Need::Program("socat")],
         ufw_in_the_way_is_told,
@@ -131,6 +132,57 @@ fn an_mptcp_service_is_told() -> Result<()> {
     scene.deny(&["11434"])?;
     scene.allow(&["11434", "--path", "relay"])?;
     Report::of(&scene.daemon)?.must_not("mptcp")
+}
+
+/// Gives the sandbox a user, in its own mount namespace.
+fn add_user(name: &str, uid: u32) -> Result<tempfile::NamedTempFile> {
+    let users = fs::read_to_string("/etc/passwd")?;
+    let mut file = tempfile::NamedTempFile::new()?;
+    writeln!(file, "{users}{name}:x:{uid}:{uid}::/:/bin/false")?;
+    let bind = MsFlags::MS_BIND;
+    mount(Some(file.path()), "/etc/passwd", None::<&str>, bind, None::<&str>)
+        .context("mount a list of users")?;
+    Ok(file)
+}
+
+fn whose_a_service_is_is_told() -> Result<()> {
+    const ALICE: u32 = 1234;
+    let _users = add_user("alice", ALICE)?;
+    let scene = Scene::new()?;
+    let of = |uid, address: &str| {
+        scene.service_with(&service::Options { uid, ..service::Options::new(address, address)? })
+    };
+    let _services = [of(None, "127.0.0.1:8080")?, of(Some(999), "127.0.0.1:8083")?];
+    scene.allow(&["8080", "8083"])?;
+    Report::of(&scene.daemon)?.must_not("users")?;
+    ensure!(!scene.daemon.cli(&["status"])?.stdout.contains("uid"), "of nobody else anything is said");
+
+    let _hers = [of(Some(ALICE), "127.0.0.1:8081")?, of(Some(ALICE), "127.0.0.1:8082")?];
+    let allowed = scene.daemon.allow(&["bridge:lab0", "8081-8082"])?.stdout;
+    let note = "the listeners of bridge:lab0 8081-8082 belong to user alice (uid 1234)";
+    ensure!(allowed.matches(note).count() == 1, "{allowed}");
+    let status = scene.daemon.cli(&["status"])?.stdout;
+    ensure!(
+        status.contains(&format!("\nnote     {note}\n")) && status.matches("alice").count() == 1,
+        "{status}"
+    );
+    let rule = scene.daemon.rule("bridge:lab0", 8081)?.context("the rule")?;
+    let user = &rule["gateways"][0]["listener_user"];
+    ensure!(user["uid"] == ALICE && user["name"] == "alice", "{rule}");
+    let explained = scene.daemon.cli(&["explain", "bridge:lab0", "8081"])?.stdout;
+    ensure!(explained.contains("of user alice (uid 1234)"), "{explained}");
+    let finding = Report::of(&scene.daemon)?.must("users", "note")?;
+    let rules = "bridge:lab0 8081, bridge:lab0 8082 belong to user alice (uid 1234)";
+    ensure!(finding.text.contains(rules) && finding.text.contains("system user"), "{finding:?}");
+    ensure!(finding.remedy == ["ss -lntup 'sport = :8081'"], "{finding:?}");
+
+    // Beside somebody else's service she gets nothing.
+    scene.deny(&["8081-8082"])?;
+    let _beside = of(Some(ALICE), "[::1]:8080")?;
+    let finding = Report::of(&scene.daemon)?.must("users", "warning")?;
+    let beside = "[::1]:8080 belongs to user alice (uid 1234), the service of bridge:lab0 8080 does not";
+    ensure!(finding.text.starts_with(beside), "{finding:?}");
+    Ok(())
 }
 
 fn a_service_on_every_address_is_told() -> Result<()> {

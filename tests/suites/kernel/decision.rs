@@ -262,7 +262,7 @@ impl Stage {
         let (gateway, source) = (ip(GATEWAY)?, ip(case.source)?);
         let listener = |address: &str, inode| -> Result<Listener> {
             let (single_family, bound_interface, kind) = (true, 0, ListenerKind::Tcp);
-            Ok(Listener { address: address.parse()?, inode, single_family, bound_interface, kind })
+            Ok(Listener { address: address.parse()?, inode, uid: 0, single_family, bound_interface, kind })
         };
         let interface = |name: &str, index, ip, prefix| Interface {
             index,

@@ -1,20 +1,51 @@
 //! The rules, and what became of them: `allow`, `deny`, `list`. Ports that follow each other are folded into a range.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     net::{IpAddr, SocketAddr},
 };
 
 use super::{NO_RULES, Table, described, print, shown};
 use crate::{
-    api::protocol::{DialStatus, GatewayStatus, RuleStatus},
+    api::protocol::{DialStatus, GatewayStatus, ListenerUser, RuleStatus},
     cli::Failure,
-    planning::rule::{Origin, PathChoice, ProxyProtocol, Source},
+    planning::{
+        owner::is_regular,
+        rule::{Origin, PathChoice, ProxyProtocol, Source},
+    },
 };
 
 /// What `allow` brought about, one line for each gateway.
 pub(in crate::cli) fn states(rules: &[RuleStatus]) -> Result<(), Failure> {
-    print(&states_text(rules, ""))
+    let notes = listener_notes(rules).into_iter().map(|note| format!("note: {note}\n"));
+    print(&(states_text(rules, "") + &notes.collect::<String>()))
+}
+
+/// Which rules lead to listeners of people: one note for each user, whose rules are named, the first few.
+pub(super) fn listener_notes(rules: &[RuleStatus]) -> Vec<String> {
+    const MAX: usize = 4;
+    let mut users: BTreeMap<u32, (&ListenerUser, Vec<Range<'_>>)> = BTreeMap::new();
+    for range in states_of(rules) {
+        let user = range.first.gateways.iter().find_map(|gateway| gateway.listener_user.as_ref());
+        if let Some(user) = user.filter(|user| is_regular(user.uid)) {
+            users.entry(user.uid).or_insert((user, vec![])).1.push(range);
+        }
+    }
+    let note = |(user, ranges): (&ListenerUser, Vec<Range<'_>>)| {
+        let (listener, belongs) = match ranges.iter().map(|range| range.all.len()).sum() {
+            1 => ("listener", "belongs"),
+            _ => ("listeners", "belong"),
+        };
+        let named = ranges.iter().take(MAX).map(|range| format!("{} {}", range.first.network, range.ports()));
+        let named = named.collect::<Vec<_>>().join(", ");
+        let more = match ranges.len().saturating_sub(MAX) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        shown(&format!("the {listener} of {named}{more} {belongs} to {user}"))
+    };
+    users.into_values().map(note).collect()
 }
 
 pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
@@ -143,7 +174,8 @@ pub(super) fn states_of(rules: &[RuleStatus]) -> Vec<Range<'_>> {
     };
     let state = |rule: &RuleStatus| {
         let gateway = |gateway: &GatewayStatus| {
-            (gateway.address, gateway.interface.clone(), gateway.state, why(rule, &gateway.why))
+            let user = gateway.listener_user.as_ref().map(|user| user.uid);
+            (gateway.address, gateway.interface.clone(), gateway.state, why(rule, &gateway.why), user)
         };
         let gateways: Vec<_> = rule.gateways.iter().map(gateway).collect();
         let dials = rule.dials.iter().map(|dial| (dial.address, dial.state, why(rule, &dial.why)));

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::{
     NO_RULES, Table, described, print,
-    rules::{dialled, states_of},
+    rules::{dialled, listener_notes, states_of},
     shown,
 };
 use crate::{
@@ -56,6 +56,9 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
         );
     }
     text += &label_lines(&status.labels);
+    for note in listener_notes(&status.rules) {
+        let _ = writeln!(text, "note     {note}");
+    }
     text.push('\n');
     if status.rules.is_empty() {
         text += NO_RULES;

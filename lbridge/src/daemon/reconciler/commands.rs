@@ -159,8 +159,17 @@ impl Reconciler {
         self.ask_docker(&asked, std::iter::once(&question.network)).await;
         let view = self.docker.as_ref().map(Watcher::view);
         let host = self.executor.host;
-        let inventory =
-            observe(&asked, &self.interfaces, view.as_ref(), &self.refused, host, &mut self.processes).await;
+        let incumbents = self.inventory.as_ref().map(|last| last.incumbents.clone()).unwrap_or_default();
+        let inventory = observe(
+            &asked,
+            &self.interfaces,
+            view.as_ref(),
+            &self.refused,
+            host,
+            &mut self.processes,
+            &incumbents,
+        )
+        .await;
         let inventory = Inventory { aliases: self.aliases(), ..inventory.map_err(|error| failed(&error))? };
         let mut policy = resolve(self.labels.rules(&self.rules), &inventory, &self.abilities);
         let openings = planning::explain::openings(question, &inventory, &self.abilities);
@@ -178,7 +187,7 @@ impl Reconciler {
             holders: &BTreeMap::new(),
             inside: &explain::inside(&inventory, &question.network, host),
         };
-        let holders = explain::holders(question, &known);
+        let holders = explain::holders(question, &known, &mut self.users).await;
         Ok(planning::explain::explain(question, &Known { holders: &holders, ..known }))
     }
 

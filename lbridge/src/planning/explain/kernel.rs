@@ -88,7 +88,11 @@ impl Explainer<'_> {
             way.steps.push(Step { stage: Stage::Listener, verdict: Answer::No, text, details });
             let mut bound =
                 listening_addresses(&entry.target).map(|address| key_address(address, entry.target_port));
-            let (why, remedy) = if bound.any(|bound| self.at(bound).next().is_some()) {
+            let (why, remedy) = if entry.target_port == 0 {
+                let why = self.meant(way).and_then(|outcome| outcome.why.clone());
+                let why = why.unwrap_or_else(|| "the entry leads to nobody".to_owned());
+                (why, "`lbridge status` says the same; the reason says what to change".to_owned())
+            } else if bound.any(|bound| self.at(bound).next().is_some()) {
                 let remedy = "`lbridge status` makes the daemon look, and says what it makes of the listener";
                 (format!("no listener for {} is registered", target(entry)), remedy.to_owned())
             } else {
@@ -155,7 +159,7 @@ impl Explainer<'_> {
 
 /// Where an entry leads.
 fn leads_to(entry: &RuleValue) -> String {
-    if entry.has(RuleValue::CLOSED) {
+    if entry.has(RuleValue::CLOSED) || (entry.target_port == 0 && !entry.has(RuleValue::RELAYED)) {
         "nobody".to_owned()
     } else if entry.has(RuleValue::RELAYED) {
         "the relay".to_owned()

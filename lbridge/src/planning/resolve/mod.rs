@@ -13,7 +13,7 @@ mod way;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
 };
 
 use lbridge_common::{
@@ -27,7 +27,8 @@ use lbridge_common::{
 use self::way::{Way, is_suitable};
 use super::{
     firewall::{Link, Opening},
-    inventory::{Abilities, Absence, Interface, Inventory, Listener, Namespace, NamespaceId},
+    inventory::{Abilities, Absence, Interface, Inventory, Namespace, NamespaceId},
+    owner::{Sockets, loopback},
     policy::{
         Alias, Clients, GatewayOutcome, Ingress, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome,
         Service, State, Subnet, stand_in_for,
@@ -37,18 +38,7 @@ use super::{
 
 /// Decides for each rule and gateway.
 pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> Policy {
-    let mut resolver = Resolver {
-        inventory,
-        abilities,
-        policy: Policy::default(),
-        by_port: BTreeMap::new(),
-        claimed: BTreeMap::new(),
-    };
-    for (protocol, sockets) in sockets(inventory) {
-        for socket in sockets {
-            resolver.by_port.entry((protocol, socket.address.port())).or_default().push(socket);
-        }
-    }
+    let mut resolver = Resolver::new(inventory, abilities);
     for (_, rule, origin) in rules.iter() {
         let outcome = resolver.rule(rule, origin);
         resolver.policy.outcomes.push(outcome);
@@ -59,7 +49,8 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
         resolver.add_aliases(outcome);
     }
     resolver.policy.outcomes = outcomes;
-    resolver.listeners_to_register();
+    let wanted = std::mem::take(&mut resolver.registered).into_iter();
+    resolver.policy.listeners = wanted.map(|(key, inodes)| (key, inodes.into_iter().collect())).collect();
     let others = inventory.interfaces.iter().filter(|it| it.name != "lo" && !it.is_port);
     resolver.policy.ingress = Ingress {
         checked: resolver.checks_interface(),
@@ -74,21 +65,14 @@ pub(super) fn bridge_of(
     inventory: &Inventory,
     abilities: &Abilities,
 ) -> Result<Interface, Outcome> {
-    let resolver = Resolver {
-        inventory,
-        abilities,
-        policy: Policy::default(),
-        by_port: BTreeMap::new(),
-        claimed: BTreeMap::new(),
-    };
-    resolver.bridge(network).cloned()
+    Resolver::new(inventory, abilities).bridge(network).cloned()
 }
 
 /// Where a service has to listen for a rule to lead to it.
 fn targets(rule: &Rule) -> impl Iterator<Item = TargetKey> {
     let protocol = rule.spec.protocol.number().into();
     let (addresses, port) = match &rule.spec.target {
-        Target::Port(port) => (vec![IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()], *port),
+        Target::Port(port) => (vec![loopback(true), loopback(false)], *port),
         Target::Address(address) => (vec![address.ip()], address.port()),
         Target::Unix(_) => (vec![], 0),
     };
@@ -96,26 +80,39 @@ fn targets(rule: &Rule) -> impl Iterator<Item = TargetKey> {
     bound.map(move |address| TargetKey { address, port, protocol })
 }
 
-/// What takes connections or datagrams on the host.
-fn sockets(inventory: &Inventory) -> [(Protocol, &[Listener]); 2] {
-    [Protocol::Tcp, Protocol::Udp].map(|protocol| (protocol, inventory.sockets(protocol)))
-}
-
 struct Resolver<'a> {
     inventory: &'a Inventory,
     abilities: &'a Abilities,
     policy: Policy,
-    by_port: BTreeMap<(Protocol, u16), Vec<&'a Listener>>,
+    sockets: Sockets<'a>,
+    /// What `policy.listeners` is to hold, each socket once.
+    registered: BTreeMap<ListenerKey, BTreeSet<u64>>,
     /// Addresses that a rule has, whatever becomes of it: the first in order, not the first whose service is up. A
     /// namespace is one, whichever way leads there.
     claimed: BTreeMap<(SocketAddr, Protocol, Claim), RuleId>,
 }
 
 /// Whose an address is.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Claim {
     Bridge(u32),
     Namespace(NamespaceId),
+}
+
+/// No socket is bound to port 0: what meets an entry that leads there is refused.
+const NOBODY: Endpoint = Endpoint::new(Address::ANY_V6, 0);
+
+impl<'a> Resolver<'a> {
+    fn new(inventory: &'a Inventory, abilities: &'a Abilities) -> Self {
+        Self {
+            inventory,
+            abilities,
+            policy: Policy::default(),
+            sockets: Sockets::new(inventory),
+            registered: BTreeMap::new(),
+            claimed: BTreeMap::new(),
+        }
+    }
 }
 
 impl Resolver<'_> {
@@ -192,7 +189,8 @@ impl Resolver<'_> {
         let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
         let relay_key = RelayKey { address: gateway, place };
         let mut way = self.way(rule, gateway, Claim::Bridge(index), "");
-        if matches!(way, Way::Kernel(..)) && alias.is_some() && self.policy.entries.contains_key(&rule_key) {
+        let is_entered = matches!(way, Way::Kernel(..) | Way::Refuse(_));
+        if is_entered && alias.is_some() && self.policy.entries.contains_key(&rule_key) {
             let why = format!(
                 "another network's rule has {gateway}, and this kernel does not tell by which bridge it is dialled; dial {own}"
             );
@@ -257,7 +255,11 @@ impl Resolver<'_> {
         clients: Clients,
     ) -> Outcome {
         match (way, kernel) {
-            (Way::None(outcome), _) => outcome,
+            (Way::None(outcome), _) | (Way::Refuse(outcome), None) => outcome,
+            (Way::Refuse(outcome), Some((rule_key, subnet))) => {
+                self.put_entry(rule_key, subnet, &clients, NOBODY, 0);
+                outcome
+            }
             (Way::Kernel(..), None) => Outcome::because(State::Blocked, "no bridge leads there"),
             (Way::Kernel(target, outcome), Some((rule_key, subnet))) => {
                 if rule.spec.protocol == Protocol::Udp
@@ -266,6 +268,7 @@ impl Resolver<'_> {
                     return blocked;
                 }
                 let served = self.put_entry(rule_key, subnet, &clients, target, 0);
+                self.register(rule, target);
                 if rule.source == Source::Loopback {
                     // Those that are served alone: whoever takes the connections of others is not to take them for local ones.
                     let gateway = Endpoint::new(rule_key.gateway, rule_key.port);
@@ -283,8 +286,7 @@ impl Resolver<'_> {
             (Way::Relay(service, why), kernel) => {
                 let kernel = kernel.filter(|_| self.checks_interface());
                 if let Some((rule_key, subnet)) = kernel {
-                    let nowhere = Endpoint::new(Address::ANY_V6, 0);
-                    self.put_entry(rule_key, subnet, &clients, nowhere, RuleValue::RELAYED);
+                    self.put_entry(rule_key, subnet, &clients, NOBODY, RuleValue::RELAYED);
                 }
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
                 self.policy.name_hooks |= rule.source == Source::Container
@@ -326,22 +328,16 @@ impl Resolver<'_> {
         Ok(())
     }
 
-    /// Every listener that some entry may name.
-    fn listeners_to_register(&mut self) {
-        let keys = |entry: &RuleValue| {
-            let (port, protocol) = (entry.target_port, entry.protocol());
-            let addresses = listening_addresses(&entry.target);
-            addresses.map(move |address| ListenerKey { address, port, slot: 0, protocol }).collect::<Vec<_>>()
-        };
-        let steered = self.policy.entries.values().filter(|entry| !entry.has(RuleValue::RELAYED));
-        let wanted: BTreeSet<ListenerKey> = steered.flat_map(keys).collect();
-        for (protocol, sockets) in sockets(self.inventory) {
-            for listener in sockets {
-                let (address, port) = (listener.address.ip().into(), listener.address.port());
-                let bound = ListenerKey { address, port, slot: 0, protocol: protocol.number() };
-                if is_suitable(listener.kind) && listener.bound_interface == 0 && wanted.contains(&bound) {
-                    self.policy.listeners.entry(bound).or_default().push(listener.inode);
-                }
+    /// Has the listeners of a rule's service registered that an entry may name.
+    fn register(&mut self, rule: &Rule, target: Endpoint) {
+        let (protocol, is_its) = (rule.spec.protocol, self.sockets.of_service(rule));
+        let addresses: Vec<_> = listening_addresses(&target.address).collect();
+        for listener in self.sockets.on(protocol, target.port) {
+            let address = Address::from(listener.address.ip());
+            let suitable = is_suitable(listener.kind) && listener.bound_interface == 0;
+            if suitable && is_its(listener) && addresses.contains(&address) {
+                let key = ListenerKey { address, port: target.port, slot: 0, protocol: protocol.number() };
+                self.registered.entry(key).or_default().insert(listener.inode);
             }
         }
     }

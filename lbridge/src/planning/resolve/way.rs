@@ -3,18 +3,16 @@
 use std::{
     collections::btree_map::Entry,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::Path,
 };
 
-use lbridge_common::{
-    verdict::listening_addresses,
-    wire::{Address, Endpoint},
-};
+use lbridge_common::wire::Endpoint;
 
 use super::{Claim, Resolver};
 use crate::planning::{
     inventory::{Listener, ListenerKind},
+    owner::{is_regular, loopback},
     policy::{Outcome, Service, State},
     rule::{PathChoice, Protocol, Rule, Source, Target},
 };
@@ -25,6 +23,8 @@ pub(super) enum Way {
     Kernel(Endpoint, Outcome),
     /// By the daemon.
     Relay(Service, String),
+    /// Not at all; and the kernel refuses what is dialled, which would go to another user's socket.
+    Refuse(Outcome),
     /// Not at all.
     None(Outcome),
 }
@@ -35,6 +35,18 @@ struct Found {
     at: SocketAddr,
     /// Why the kernel cannot be given its listener, if it cannot.
     obstacle: Option<String>,
+}
+
+impl Way {
+    /// With something to know beside the reason.
+    fn with_note(self, note: &str) -> Self {
+        match self {
+            Self::Kernel(entry, outcome) => Self::Kernel(entry, noted(outcome, note)),
+            Self::Relay(service, why) => Self::Relay(service, format!("{why}; {note}")),
+            Self::Refuse(outcome) => Self::Refuse(noted(outcome, note)),
+            Self::None(outcome) => Self::None(noted(outcome, note)),
+        }
+    }
 }
 
 const MPTCP: &str =
@@ -50,7 +62,11 @@ impl Resolver<'_> {
             }
             Entry::Vacant(free) => free.insert(rule.id()),
         };
-        self.way_to_service(rule, dialled.ip())
+        let way = self.way_to_service(rule, dialled.ip());
+        match claim {
+            Claim::Bridge(interface) => self.past_strangers(rule, way, dialled, interface),
+            Claim::Namespace(_) => way,
+        }
     }
 
     fn way_to_service(&self, rule: &Rule, gateway: IpAddr) -> Way {
@@ -67,15 +83,65 @@ impl Resolver<'_> {
         };
         let entry = Endpoint::new(target.ip().into(), target.port());
         let waiting = || Outcome::because(State::Waiting, format!("nothing listens on {target}"));
-        match (service, obstacle) {
+        let stranger = self.sockets.stranger(rule, target);
+        let may_start = stranger.is_none() && self.sockets.may_start(rule, target.is_ipv4());
+        let way = match (service, obstacle) {
             (Some(_), None) => Way::Kernel(entry, Outcome::steered()),
-            // The entry is put all the same: the kernel registers a service that starts, daemon or no daemon.
-            (None, None) if same_family => Way::Kernel(entry, waiting()),
+            // The entry is put all the same: the kernel registers a service that starts, daemon or no daemon. It would register
+            // a stranger, too: where the service is not expected an entry keeps the gateway from whoever comes first.
+            (None, None) if same_family && may_start => Way::Kernel(entry, waiting()),
+            (None, None) if same_family => Way::Refuse(waiting()),
             (_, Some(why)) if rule.path == PathChoice::Steer || rule.spec.protocol == Protocol::Udp => {
                 Way::None(Outcome::because(State::Blocked, why))
             }
             (None, _) => Way::None(waiting()),
             (Some(at), Some(why)) => self.relay(rule, at, why),
+        };
+        let elsewhere = || {
+            let other = SocketAddr::new(loopback(!target.is_ipv4()), target.port());
+            service.is_none().then(|| self.sockets.stranger(rule, other))?
+        };
+        match stranger.or_else(elsewhere) {
+            Some(stranger) if self.sockets.is_down(rule) => {
+                let accept = "if that is the service now, deny the rule and allow it again";
+                way.with_note(&format!("{}; {accept}", gets_nothing(stranger)))
+            }
+            Some(stranger) => way.with_note(&gets_nothing(stranger)),
+            None => way,
+        }
+    }
+
+    /// What no entry leads elsewhere goes to whoever listens on the dialled address itself, unless a relay listens there. Another
+    /// person who does would get the service's connections: a relay that needs the port cannot be opened beside such a socket.
+    fn past_strangers(&self, rule: &Rule, way: Way, dialled: SocketAddr, interface: u32) -> Way {
+        let owner = self.sockets.user_of(rule);
+        let takes = |listener: &&Listener| {
+            let bound = listener.address;
+            let of_family = bound.is_ipv4() == dialled.is_ipv4() || !listener.single_family;
+            (bound.ip() == dialled.ip() || (bound.ip().is_unspecified() && of_family))
+                && [0, interface].contains(&listener.bound_interface)
+                && is_regular(listener.uid)
+                && Some(listener.uid) != owner
+        };
+        let stranger = || self.sockets.on(rule.spec.protocol, dialled.port()).find(takes);
+        if self.abilities.steer.is_err() || matches!(rule.spec.target, Target::Unix(_)) {
+            return way;
+        }
+        match way {
+            Way::Kernel(..) | Way::Refuse(_) => way,
+            // The kernel's entry leads to it.
+            Way::Relay(..) if self.checks_interface() => way,
+            Way::Relay(service, why) => match stranger() {
+                None => Way::Relay(service, why),
+                Some(stranger) => {
+                    let why = format!("a relay cannot listen on {dialled}: {}", gets_nothing(stranger));
+                    Way::Refuse(Outcome::because(State::Blocked, format!("{why}; stop that listener")))
+                }
+            },
+            Way::None(outcome) => match stranger() {
+                None => Way::None(outcome),
+                Some(stranger) => Way::Refuse(noted(outcome, &gets_nothing(stranger))),
+            },
         }
     }
 
@@ -119,7 +185,7 @@ impl Resolver<'_> {
     /// an obstacle.
     fn find(&self, rule: &Rule, target: SocketAddr, gateway: IpAddr) -> Option<Found> {
         let same_family = target.is_ipv4() == gateway.is_ipv4();
-        let there = self.serving(rule.spec.protocol, target);
+        let there = self.sockets.serving(rule, target);
         if let Some(first) = there.first() {
             // A SO_REUSEPORT group may be mixed; one that the kernel takes is enough.
             let suitable = there.iter().any(|listener| is_suitable(listener.kind));
@@ -171,28 +237,11 @@ impl Resolver<'_> {
         Way::Relay(Service::Unix(path.to_owned()), "the service listens on a Unix socket".to_owned())
     }
 
-    /// The listeners that a client on the host would reach at `target`: those at the best bound address that has any.
-    fn serving(&self, protocol: Protocol, target: SocketAddr) -> Vec<&Listener> {
-        let Some(there) = self.by_port.get(&(protocol, target.port())) else { return vec![] };
-        let v4 = target.is_ipv4();
-        let bound_at = |address: Address| -> Vec<&Listener> {
-            let fits = |listener: &&&Listener| {
-                Address::from(listener.address.ip()) == address
-                    && listener.bound_interface == 0
-                    && (listener.address.is_ipv4() == v4 || !listener.single_family)
-            };
-            there.iter().filter(fits).copied().collect()
-        };
-        let target = Address::from(target.ip());
-        let mut found = listening_addresses(&target).map(bound_at);
-        found.find(|listeners| !listeners.is_empty()).unwrap_or_default()
-    }
-
     /// The other family's loopback address, where the rule leaves the family open and only that one is listened on.
     fn other_family(&self, rule: &Rule, target: SocketAddr) -> Option<SocketAddr> {
         let Target::Port(port) = rule.spec.target else { return None };
         let other = SocketAddr::new(loopback(!target.is_ipv4()), port);
-        (!self.serving(rule.spec.protocol, other).is_empty()).then_some(other)
+        (!self.sockets.serving(rule, other).is_empty()).then_some(other)
     }
 }
 
@@ -201,8 +250,19 @@ pub(super) fn is_suitable(kind: ListenerKind) -> bool {
     matches!(kind, ListenerKind::Tcp | ListenerKind::Udp)
 }
 
-fn loopback(v4: bool) -> IpAddr {
-    if v4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
+/// What is said of a socket of another user than the service's.
+fn gets_nothing(stranger: &Listener) -> String {
+    format!("{} belongs to another user (uid {}) and gets nothing", stranger.address, stranger.uid)
+}
+
+/// The outcome with a note, unless it has that already.
+fn noted(outcome: Outcome, note: &str) -> Outcome {
+    let why = match outcome.why {
+        Some(why) if why.contains(note) => why,
+        Some(why) => format!("{why}; {note}"),
+        None => note.to_owned(),
+    };
+    Outcome::because(outcome.state, why)
 }
 
 fn family_mismatch(gateway: IpAddr, listens_on: SocketAddr) -> String {

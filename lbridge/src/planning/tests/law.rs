@@ -61,7 +61,7 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             Step::PutEntry(key, value) => {
                 if value.has(RuleValue::RELAYED) {
                     assert!(reality.relay_sockets.contains(key), "a relay listens before its entry");
-                } else if !value.has(RuleValue::CLOSED) {
+                } else if !value.has(RuleValue::CLOSED) && value.target_port != 0 {
                     for address in listening_addresses(&value.target) {
                         let (port, protocol) = (value.target_port, key.protocol);
                         assert!(reality.targets.contains(&TargetKey { address, port, protocol }));
@@ -117,12 +117,13 @@ fn target_of(key: &ListenerKey) -> TargetKey {
     TargetKey { address: key.address, port: key.port, protocol: key.protocol.into() }
 }
 
-fn listener() -> impl Strategy<Value = (&'static str, u16, ListenerKind)> {
+fn listener() -> impl Strategy<Value = (&'static str, u16, ListenerKind, u32)> {
     let kinds = [ListenerKind::Tcp, ListenerKind::Mptcp, ListenerKind::Refused(22)];
     (
         prop::sample::select(vec!["127.0.0.1", "0.0.0.0", "[::1]", "[::]", "10.1.1.1"]),
         80..84_u16,
         prop::sample::select(kinds.to_vec()),
+        prop::sample::select(vec![0, 33, 1000, 1001]),
     )
 }
 
@@ -146,6 +147,7 @@ prop_compose! {
         listeners in prop::collection::vec(listener(), 0..8),
         rules in prop::collection::btree_map((0..5_u8, 80..84_u16), rule(), 0..8),
         interface_check in any::<bool>(),
+        v6_only in any::<bool>(),
         docker0 in any::<bool>(),
         steers in prop::bool::weighted(0.9),
         names in prop::bool::weighted(0.9),
@@ -158,9 +160,11 @@ prop_compose! {
         if docker0 {
             host = host.network("bridge", "docker0").bridge("docker0", 3, &["172.17.0.1/16"]);
         }
-        for (address, port, kind) in listeners {
-            host = host.listens_as(&format!("{address}:{port}"), kind);
+        for (address, port, kind, uid) in listeners {
+            let address = format!("{address}:{port}");
+            host = host.listens_as(&address, kind).owned_by(&address, uid);
         }
+        host = if v6_only { host.v6_only() } else { host };
         for (network, inode, v6) in inside {
             host = host.namespace(network, inode, if v6 { &["127.0.0.1", "::1"] } else { &["127.0.0.1"] });
         }

@@ -3,6 +3,7 @@
 mod explain;
 mod firewall;
 mod law;
+mod owner;
 mod reach;
 mod scenarios;
 
@@ -18,13 +19,14 @@ use super::{
         Abilities, Absence, Attachment, Container, DockerNetwork, DockerPresence, Entrance, Interface,
         Inventory, Listener, ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering, find_networks,
     },
+    owner::incumbents,
     policy::{DialOutcome, Place, Policy, State},
     resolve::resolve,
     rule::{Network, Origin, PathChoice, ProcessStart, Rule, Rules, Source},
 };
 
 /// A host to be described step by step.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Host {
     inventory: Inventory,
     abilities: Abilities,
@@ -114,7 +116,15 @@ impl Host {
         let address: SocketAddr = address.parse().unwrap();
         let inode = 1000 + self.inventory.listeners.len() as u64;
         let single_family = address.is_ipv4() || address.ip().is_loopback();
-        self.inventory.listeners.push(Listener { address, inode, single_family, bound_interface: 0, kind });
+        let uid = 0;
+        self.inventory.listeners.push(Listener {
+            address,
+            inode,
+            uid,
+            single_family,
+            bound_interface: 0,
+            kind,
+        });
         self
     }
 
@@ -124,7 +134,44 @@ impl Host {
         let inode = 2000 + self.inventory.udp_sockets.len() as u64;
         let single_family = address.is_ipv4() || address.ip().is_loopback();
         let kind = ListenerKind::Udp;
-        self.inventory.udp_sockets.push(Listener { address, inode, single_family, bound_interface: 0, kind });
+        let uid = 0;
+        self.inventory.udp_sockets.push(Listener {
+            address,
+            inode,
+            uid,
+            single_family,
+            bound_interface: 0,
+            kind,
+        });
+        self
+    }
+
+    /// Gives the sockets that are bound there to a user.
+    fn owned_by(mut self, address: &str, uid: u32) -> Self {
+        let address: SocketAddr = address.parse().unwrap();
+        let inventory = &mut self.inventory;
+        let sockets = inventory.listeners.iter_mut().chain(&mut inventory.udp_sockets);
+        sockets.filter(|socket| socket.address == address).for_each(|socket| socket.uid = uid);
+        self
+    }
+
+    /// Makes the wildcard listeners for IPv6 take IPv6 alone.
+    fn v6_only(mut self) -> Self {
+        let sockets = self.inventory.listeners.iter_mut().chain(&mut self.inventory.udp_sockets);
+        sockets.filter(|socket| socket.address.is_ipv6()).for_each(|socket| socket.single_family = true);
+        self
+    }
+
+    /// The same host, once the daemon has looked at it; it remembers whose the services are.
+    fn looked_at(mut self) -> Self {
+        self.inventory.incumbents = incumbents(&self.rules, &self.inventory, &self.inventory.incumbents);
+        self
+    }
+
+    /// The same host with nobody listening.
+    fn silent(mut self) -> Self {
+        self.inventory.listeners.clear();
+        self.inventory.udp_sockets.clear();
         self
     }
 
