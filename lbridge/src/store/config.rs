@@ -37,8 +37,16 @@ use crate::planning::{
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the file may set, and each of its rules. Kept beside the types below: serde does not tell them.
-const SETTINGS: [&str; 7] =
-    ["drain_timeout", "firewall", "aliases", "labels", "label_ports", "label_sources", "rule"];
+const SETTINGS: [&str; 8] = [
+    "drain_timeout",
+    "firewall",
+    "aliases",
+    "labels",
+    "label_ports",
+    "label_dialled_ports",
+    "label_sources",
+    "rule",
+];
 const RULE: [&str; 11] = [
     "network",
     "port",
@@ -101,6 +109,8 @@ struct File {
     labels: bool,
     #[serde(default)]
     label_ports: Vec<LabelPorts>,
+    #[serde(default)]
+    label_dialled_ports: Vec<LabelPorts>,
     label_sources: Option<BTreeSet<Source>>,
     #[serde(default, rename = "rule")]
     rules: Vec<Spanned<FileRule>>,
@@ -155,7 +165,7 @@ impl<'de> Deserialize<'de> for Container {
     }
 }
 
-/// The host's ports: `5432`, `"8000-8010"`, `"53/udp"`.
+/// Ports of the host, or of its gateways: `5432`, `"8000-8010"`, `"53/udp"`.
 struct LabelPorts(PortRange);
 
 impl<'de> Deserialize<'de> for LabelPorts {
@@ -163,9 +173,8 @@ impl<'de> Deserialize<'de> for LabelPorts {
         let Ports(specs) = Ports::deserialize(deserializer)?;
         let range = PortRange::of(&specs);
         let said = specs.first().map(ToString::to_string).unwrap_or_default();
-        let wrong = || {
-            de::Error::custom(format!("{said:?} says where it leads; write the host's port alone, as 5432"))
-        };
+        let wrong =
+            || de::Error::custom(format!("{said:?} says where it leads; write one port or a range, as 5432"));
         range.map(Self).ok_or_else(wrong)
     }
 }
@@ -228,6 +237,7 @@ impl Config {
         let labels = labels::Settings {
             enabled: file.labels,
             ports: file.label_ports.into_iter().map(|LabelPorts(range)| range).collect(),
+            dialled_ports: file.label_dialled_ports.into_iter().map(|LabelPorts(range)| range).collect(),
             sources: file.label_sources.unwrap_or_else(|| labels::Settings::default().sources),
         };
         let aliases = file.aliases.into_iter().map(|Alias(ip)| ip).collect();
@@ -248,7 +258,10 @@ impl Config {
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let time = jiff::SignedDuration::try_from(self.drain_timeout).unwrap_or_default();
         let aliases: Vec<_> = self.aliases.iter().map(|ip| format!("\"{ip}\"")).collect();
-        let ports: Vec<_> = self.labels.ports.iter().map(|range| written(&range.to_string())).collect();
+        let ports = |ranges: &[PortRange]| {
+            let ports: Vec<_> = ranges.iter().map(|range| written(&range.to_string())).collect();
+            format!("[{}]", ports.join(", "))
+        };
         let sources = self.labels.sources.iter().map(|source| match source {
             Source::Container => "\"container\"",
             Source::Loopback => "\"loopback\"",
@@ -258,7 +271,8 @@ impl Config {
             ("firewall", self.firewall.to_string()),
             ("aliases", format!("[{}]", aliases.join(", "))),
             ("labels", self.labels.enabled.to_string()),
-            ("label_ports", format!("[{}]", ports.join(", "))),
+            ("label_ports", ports(&self.labels.ports)),
+            ("label_dialled_ports", ports(&self.labels.dialled_ports)),
             ("label_sources", format!("[{}]", sources.collect::<Vec<_>>().join(", "))),
         ]
     }
@@ -452,7 +466,7 @@ mod tests {
         let off = read("").unwrap();
         assert_eq!(off.labels, labels::Settings::default());
         assert!(!off.labels.enabled && off.labels.ports.is_empty());
-        let text = "labels = true\nlabel_ports = [5432, \"8000-8010\", \"53/udp\"]\nlabel_sources = [\"loopback\"]\n";
+        let text = "labels = true\nlabel_ports = [5432, \"8000-8010\", \"53/udp\"]\nlabel_dialled_ports = [80, \"9000-9010\"]\nlabel_sources = [\"loopback\"]\n";
         let on = read(text).unwrap();
         assert!(on.labels.enabled);
         let settings: Vec<_> =

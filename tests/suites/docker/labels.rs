@@ -24,6 +24,7 @@ pub(crate) fn tests() -> Vec<Test> {
         containers_of_one_label_share_a_rule,
         a_label_of_a_network_is_for_all_of_it,
         what_is_not_in_label_ports_stays_closed,
+        a_label_does_not_take_what_others_are_sent,
         a_bad_label_stops_nothing_else,
         an_allow_wins_over_a_label,
         labels_are_read_from_a_reload_to_another,
@@ -190,10 +191,9 @@ fn what_is_not_in_label_ports_stays_closed() -> Result<()> {
     let app = scene.engine.create_network("app", &[])?;
     let secret = scene.service("secret", "127.0.0.1:9000")?;
     let _service = scene.service("host's", SERVICE)?;
-    // It is where it leads that counts.
-    let web = labelled(&scene, "app", "web", &["allow=8082=9000,9000=8080"])?;
-    wait_for(&scene, "app", 9000, "steered")?;
-    scene.served(&web, at(&app, 9000), "host's")?;
+    let web = labelled(&scene, "app", "web", &["allow=8082=9000,8083=8080"])?;
+    wait_for(&scene, "app", 8083, "steered")?;
+    scene.served(&web, at(&app, 8083), "host's")?;
     scene.refused(&web, at(&app, 8082))?;
     ensure!(secret.accepted() == 0);
     let problems = problems(&scene)?;
@@ -201,9 +201,9 @@ fn what_is_not_in_label_ports_stays_closed() -> Result<()> {
     let wrong = problems[0]["wrong"].as_str().unwrap_or_default();
     ensure!(wrong.contains("9000") && wrong.contains("label_ports"), "{problems:?}");
     let told = scene.daemon.cli(&["status"])?.stdout;
-    ensure!(told.contains("label    container web, lbridge.allow=8082=9000,9000=8080: "), "{told}");
+    ensure!(told.contains("label    container web, lbridge.allow=8082=9000,8083=8080: "), "{told}");
     // The remedy, as it is told.
-    reload(&scene, "labels = true\nlabel_ports = [8080, 9000]\n")?;
+    reload(&scene, "labels = true\nlabel_ports = [\"8080-8085\", 9000]\n")?;
     wait_for(&scene, "app", 8082, "steered")?;
     scene.served(&web, at(&app, 8082), "secret")?;
     // No word but the administrator's has a container pass for the host.
@@ -214,13 +214,36 @@ fn what_is_not_in_label_ports_stays_closed() -> Result<()> {
     scene.refused(&trusted, at(&app, 8081))?;
     reload(
         &scene,
-        "labels = true\nlabel_ports = [8080, 9000]\nlabel_sources = [\"container\", \"loopback\"]\n",
+        "labels = true\nlabel_ports = [\"8080-8085\", 9000]\nlabel_sources = [\"container\", \"loopback\"]\n",
     )?;
     wait_for(&scene, "app", 8081, "steered")?;
     let greeting = scene.served(&trusted, at(&app, 8081), "host's")?;
     ensure!(greeting.peer.ip().is_loopback(), "{greeting:?}");
-    let greeting = scene.served(&web, at(&app, 9000), "secret");
-    ensure!(greeting.is_err() || greeting.is_ok_and(|greeting| !greeting.peer.ip().is_loopback()));
+    let greeting = scene.served(&web, at(&app, 8082), "secret")?;
+    ensure!(!greeting.peer.ip().is_loopback(), "{greeting:?}");
+    no_problems(&scene)
+}
+
+/// A service of the host that listens for everybody keeps its clients, whatever a network's label asks for.
+fn a_label_does_not_take_what_others_are_sent() -> Result<()> {
+    let scene = scene()?;
+    let public = scene.service("public", "0.0.0.0:8090")?;
+    let service = scene.service("host's", SERVICE)?;
+    let app = scene.engine.create_network("app", &["--label=lbridge.allow=8090=8080,8081=8080"])?;
+    let container = scene.engine.run("app", &[])?;
+    wait_for(&scene, "app", 8081, "steered")?;
+    scene.served(&container, at(&app, 8081), "host's")?;
+    scene.served(&container, at(&app, 8090), "public")?;
+    scene.served(&container, "172.17.0.1:8090".parse()?, "public")?;
+    ensure!(scene.daemon.rule("app", 8090)?.is_none());
+    ensure!((service.accepted(), public.accepted()) == (1, 2));
+    let problems = problems(&scene)?;
+    let told = problems[0].to_string();
+    ensure!(problems.len() == 1 && told.contains("8090") && told.contains("label_dialled_ports"), "{told}");
+    // The remedy, as it is told.
+    reload(&scene, &format!("{ON}label_dialled_ports = [8090]\n"))?;
+    wait_for(&scene, "app", 8090, "steered")?;
+    scene.served(&container, at(&app, 8090), "host's")?;
     no_problems(&scene)
 }
 

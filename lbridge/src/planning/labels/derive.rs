@@ -202,7 +202,7 @@ impl<'a> Derivation<'a> {
             return (vec![], complaint(wrong, "name fewer ports"));
         }
         let (mut specs, mut complaints) = (vec![], vec![]);
-        let mut forbidden = vec![];
+        let (mut forbidden, mut undialled) = (vec![], vec![]);
         let mut count = 0;
         for item in text.split(',').map(str::trim).filter(|item| !item.is_empty()) {
             let parsed = match PortSpec::parse_many(item) {
@@ -218,9 +218,15 @@ impl<'a> Derivation<'a> {
                 return (vec![], complaint(wrong, "name fewer ports"));
             }
             for spec in parsed {
+                let suffix = spec.protocol.suffix();
                 match spec.target {
-                    Target::Port(port) if self.settings.has(port, spec.protocol) => specs.push(spec),
-                    Target::Port(port) => forbidden.push(format!("{port}{}", spec.protocol.suffix())),
+                    Target::Port(port) if !self.settings.may_lead_to(port, spec.protocol) => {
+                        forbidden.push(format!("{port}{suffix}"));
+                    }
+                    Target::Port(_) if !self.settings.may_dial(spec.port, spec.protocol) => {
+                        undialled.push(format!("{}{suffix}", spec.port));
+                    }
+                    Target::Port(_) => specs.push(spec),
                     Target::Address(_) | Target::Unix(_) => complaints.push((
                         format!("{spec}: a label leads to ports of 127.0.0.1 alone"),
                         "write 5432 or 5432=15432, or allow it on the host with `lbridge allow`".to_owned(),
@@ -233,14 +239,19 @@ impl<'a> Derivation<'a> {
         }
         forbidden.dedup();
         if !forbidden.is_empty() {
-            let named = forbidden.iter().take(MAX_NAMED_PORTS).map(String::as_str).collect::<Vec<_>>();
-            let more = match forbidden.len() - named.len() {
-                0 => String::new(),
-                more => format!(" and {more} more"),
-            };
             complaints.push((
-                format!("{}{more} not in label_ports of lbridge.toml", named.join(", ")),
+                format!("{} not in label_ports of lbridge.toml", named(&forbidden)),
                 "add to label_ports what labels may open and run `lbridge reload`, or change the label"
+                    .to_owned(),
+            ));
+        }
+        if !undialled.is_empty() {
+            complaints.push((
+                format!(
+                    "containers would dial {}, which is neither in label_ports nor in label_dialled_ports of lbridge.toml",
+                    named(&undialled)
+                ),
+                "dial the port that the label leads to; or add to label_dialled_ports what labels may have dialled and run `lbridge reload`"
                     .to_owned(),
             ));
         }
@@ -287,6 +298,15 @@ impl<'a> Derivation<'a> {
                 Err(mend(format!("{id} is asked for otherwise by {by}, as {}", other.options())))
             }
         }
+    }
+}
+
+/// The first ports, and how many more.
+fn named(ports: &[String]) -> String {
+    let named = ports.iter().take(MAX_NAMED_PORTS).map(String::as_str).collect::<Vec<_>>();
+    match ports.len() - named.len() {
+        0 => named.join(", "),
+        more => format!("{} and {more} more", named.join(", ")),
     }
 }
 

@@ -34,23 +34,30 @@ const MAX_EXCERPT: usize = 80;
 pub struct Settings {
     /// Whether they are read.
     pub enabled: bool,
-    /// The host's ports that they may lead to.
+    /// The host's ports that they may lead to, and have dialled.
     pub ports: Vec<PortRange>,
+    /// Ports that they may have dialled beside those.
+    pub dialled_ports: Vec<PortRange>,
     /// What they may have services see.
     pub sources: BTreeSet<Source>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { enabled: false, ports: vec![], sources: [Source::Container].into() }
+        Self { enabled: false, ports: vec![], dialled_ports: vec![], sources: [Source::Container].into() }
     }
 }
 
 impl Settings {
-    fn has(&self, port: u16, protocol: Protocol) -> bool {
-        self.ports
-            .iter()
-            .any(|range| range.protocol == protocol && (range.first..=range.last).contains(&port))
+    /// Returns true if labels may lead to this port of the host.
+    fn may_lead_to(&self, port: u16, protocol: Protocol) -> bool {
+        self.ports.iter().any(|range| range.has(port, protocol))
+    }
+
+    /// Returns true if labels may have containers dial this port of the gateway, for a port that they may lead to: another one may
+    /// be a service's that listens there for everybody, whose connections the label would take.
+    fn may_dial(&self, port: u16, protocol: Protocol) -> bool {
+        self.ports.iter().chain(&self.dialled_ports).any(|range| range.has(port, protocol))
     }
 }
 
@@ -63,6 +70,10 @@ pub struct PortRange {
 }
 
 impl PortRange {
+    fn has(self, port: u16, protocol: Protocol) -> bool {
+        self.protocol == protocol && (self.first..=self.last).contains(&port)
+    }
+
     /// The range that a PORT argument means, unless it says where it leads.
     pub fn of(specs: &[PortSpec]) -> Option<Self> {
         let (first, last) = (specs.first()?, specs.last()?);

@@ -164,11 +164,30 @@ fn rules_of_others_go_first() {
 fn the_administrators_bounds_hold() {
     let nothing = derived(&[container("web", &["app"], "allow=80")], &settings(&[]), &Rules::default());
     assert!(nothing.0.is_empty() && nothing.1[0].contains("80 not in label_ports"), "{nothing:?}");
-    // It is the host's port that counts, and the protocol.
-    let web = [container("web", &["app"], "allow=22=80,80=22,53,53/udp,80/udp")];
-    let (rules, problems) = derived(&web, &settings(&["80", "53/udp"]), &Rules::default());
-    assert_eq!(rules, ["app 22 -> 127.0.0.1:80 for [web]", "app 53/udp -> 127.0.0.1:53 for [web]"]);
-    assert!(problems[0].contains("22, 53, 80/udp not in label_ports"), "{problems:?}");
+    // The host's port counts, the dialled one, and the protocol.
+    let web = [container("web", &["app"], "allow=22=80,80=22,53,53/udp,80/udp,80=53,8080=53")];
+    let (rules, problems) = derived(&web, &settings(&["80", "53", "53/udp"]), &Rules::default());
+    assert_eq!(
+        rules,
+        [
+            "app 53 -> 127.0.0.1:53 for [web]",
+            "app 53/udp -> 127.0.0.1:53 for [web]",
+            "app 80 -> 127.0.0.1:53 for [web]"
+        ]
+    );
+    assert!(problems[0].contains("22, 80/udp not in label_ports"), "{problems:?}");
+    let undialled = "would dial 22, 8080, which is neither in label_ports nor in label_dialled_ports";
+    assert!(problems[1].contains(undialled), "{problems:?}");
+    assert_eq!(problems.len(), 2);
+
+    // Where the administrator says so, others may be dialled, and not led to.
+    let mut bounds = settings(&["80"]);
+    bounds.dialled_ports = settings(&["8000-8010", "53/udp"]).ports;
+    let web = [container("web", &["app"], "allow=8000=80,8011=80,8001,53=80")];
+    let (rules, problems) = derived(&web, &bounds, &Rules::default());
+    assert_eq!(rules, ["app 8000 -> 127.0.0.1:80 for [web]"]);
+    assert!(problems[0].contains("8001 not in label_ports"), "{problems:?}");
+    assert!(problems[1].contains("would dial 8011, 53,"), "{problems:?}");
 
     let web = [container("web", &["app"], "allow=80 source=loopback")];
     let (rules, problems) = derived(&web, &settings(&["80"]), &Rules::default());
