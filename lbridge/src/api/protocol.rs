@@ -157,6 +157,18 @@ pub struct Counters {
     pub registered: u64,
     /// Listeners that the kernel refused.
     pub register_refused: u64,
+    /// Connections of a rule's subnet that the rule does not admit, left alone.
+    #[serde(default)]
+    pub not_listed: u64,
+    /// Connections of a rule's subnet that the rule does not admit and that only lbridge's accept rule let in, refused.
+    #[serde(default)]
+    pub denied: u64,
+    /// Connections refused because a service that takes them would see a local peer.
+    #[serde(default)]
+    pub looks_local: u64,
+    /// Connections given to a relay.
+    #[serde(default)]
+    pub relayed: u64,
 }
 
 /// The Docker Engine, or Podman.

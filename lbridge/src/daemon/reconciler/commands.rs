@@ -222,6 +222,10 @@ impl Reconciler {
             assign_failed: count(Counter::AssignFailed)?,
             registered: count(Counter::Registered)?,
             register_refused: count(Counter::RegisterRefused)?,
+            not_listed: count(Counter::NotListed)?,
+            denied: count(Counter::Denied)?,
+            looks_local: count(Counter::LooksLocal)?,
+            relayed: count(Counter::Relayed)?,
         }))
     }
 }
