@@ -1,10 +1,15 @@
 //! The main job: a container reaches a service on the host's loopback, without a process in between.
 
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client::{self, Connection};
+use lbridge_tests::harness::kernel;
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::tests;
+use nix::sys::socket::{self, SockaddrStorage};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -24,6 +29,7 @@ pub(crate) fn tests() -> Vec<Test> {
         bridge_goes_and_comes_back,
         gateway_address_changes,
         status_counts_connections,
+        a_container_cannot_hide_behind_the_probes_port,
     ]
 }
 
@@ -288,7 +294,31 @@ fn status_counts_connections() -> Result<()> {
     ensure!(connections()? == 3, "three connections, not {}", connections()?);
     let status = scene.daemon.status()?;
     ensure!(status["kernel"]["path"] == "steer", "{status}");
-    let interface_check = lbridge_tests::harness::kernel::has_ingress_ifindex();
+    let interface_check = kernel::has_ingress_ifindex();
     ensure!(status["kernel"]["interface_check"] == interface_check, "{status}");
+    Ok(())
+}
+
+/// The daemon's own probes are not counted; whoever uses their source port is.
+fn a_container_cannot_hide_behind_the_probes_port() -> Result<()> {
+    const PROBE_PORT: u16 = 1023;
+    let scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.allow(&["8080"])?;
+    let connections = || -> Result<u64> {
+        let rule = scene.daemon.rule("bridge:lab0", 8080)?.context("the rule")?;
+        rule["gateways"][0]["connections"].as_u64().context("a count")
+    };
+    ensure!(connections()? == 0, "the daemon's probes are not counted");
+    let _stream = scene.container.run(|| {
+        let fd = kernel::stream_socket(false, false)?;
+        socket::bind(
+            fd.as_raw_fd(),
+            &SockaddrStorage::from(SocketAddr::new(scene.container_ip, PROBE_PORT)),
+        )?;
+        socket::connect(fd.as_raw_fd(), &SockaddrStorage::from(scene.gateway(8080)))?;
+        Ok(fd)
+    })?;
+    ensure!(connections()? == 1, "a connection from port {PROBE_PORT} counts");
     Ok(())
 }
