@@ -18,6 +18,7 @@ pub mod packages;
 pub mod patience;
 pub mod pins;
 pub mod podman;
+pub mod programs;
 pub mod sandbox;
 pub mod scene;
 pub mod service;

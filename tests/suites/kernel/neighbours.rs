@@ -1,15 +1,19 @@
 //! What the host's other programs and sockets notice of lbridge: nothing.
 
 use std::io;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::daemon::Daemon;
 use lbridge_tests::harness::lab::Lab;
 use lbridge_tests::harness::netns::NetNs;
-use lbridge_tests::harness::suite::Test;
-use lbridge_tests::harness::{pins, sandbox};
+use lbridge_tests::harness::programs::{self, AddressHook};
+use lbridge_tests::harness::service::Service;
+use lbridge_tests::harness::suite::{Need, Test};
+use lbridge_tests::harness::udp::{self, Echo};
+use lbridge_tests::harness::{client, patience, pins, sandbox};
 use lbridge_tests::tests;
 
 pub(crate) fn tests() -> Vec<Test> {
@@ -17,6 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
         a_sock_ops_program_before_ours_is_heard,
         a_sock_ops_program_after_ours_is_heard,
         a_sock_ops_program_is_heard_when_the_daemon_is_dead,
+        programs_at_the_same_hooks_are_heard: [Need::TellsInterfaces],
     ]
 }
 
@@ -74,4 +79,54 @@ fn a_sock_ops_program_is_heard_when_the_daemon_is_dead() -> Result<()> {
     let mut daemon = Daemon::start(lab.host())?;
     daemon.kill9()?;
     heard(lab.host())
+}
+
+/// Of each hook that a rule with everything needs: another program before ours, and one after.
+fn programs_at_the_same_hooks_are_heard() -> Result<()> {
+    let cgroup = Path::new(sandbox::CGROUP_ROOT);
+    let lab = Lab::new()?;
+    let container = lab.container(&lab.add_bridge("lab0", "10.7.0.1/24")?, "10.7.0.2/24")?;
+    let host = lab.host();
+    // A process inside is how a namespace without a name is found.
+    let mut occupant = container.command("sleep").arg("1000000").spawn()?;
+    let _before = [
+        programs::change_port(cgroup, AddressHook::Connect, 7001, 8080)?,
+        programs::change_port(cgroup, AddressHook::Sendmsg, 7001, 5300)?,
+        programs::change_port(cgroup, AddressHook::Getpeername, 8080, 7001)?,
+        programs::refuse_port(host, 7003)?,
+    ];
+    let daemon = Daemon::start(host)?;
+    let _services =
+        [Service::start(host, "service", "127.0.0.1:8080")?, Service::start(host, "own", "0.0.0.0:7003")?];
+    let _echo = Echo::start(host, "echo", "127.0.0.1:5300")?;
+    daemon.allow(&["bridge:lab0", "8080", "--localhost", "--source", "loopback"])?;
+    daemon.allow(&["bridge:lab0", "5300/udp"])?;
+    daemon.allow(&["bridge:lab0", "9090=8080", "--path", "relay"])?;
+    let _after = [
+        programs::change_port(cgroup, AddressHook::Connect, 7002, 8080)?,
+        programs::change_port(cgroup, AddressHook::Sendmsg, 7002, 5300)?,
+        programs::refuse_port(host, 7004)?,
+    ];
+    let _late = Service::start(host, "late", "0.0.0.0:7004")?;
+    for port in [7001, 7002] {
+        let to: SocketAddr = ([127, 0, 0, 1], port).into();
+        client::served_by(host, to, "service").context("connect()")?;
+        let (said, _) = udp::ask_from(host, None, to, false, Duration::from_secs(2))?.context("sendto()")?;
+        ensure!(said.starts_with("echo "), "sendto(): {said}");
+    }
+    let peer = host.run(|| Ok(TcpStream::connect("127.0.0.1:8080")?.peer_addr()?))?;
+    ensure!(peer.port() == 7001, "getpeername() as the other program has it: {peer}");
+    for port in [7003, 7004] {
+        client::refused(host, ([127, 0, 0, 1], port).into()).context("sk_lookup")?;
+        client::refused(&container, ([10, 7, 0, 1], port).into()).context("sk_lookup")?;
+    }
+    // And ours are.
+    client::served_by(&container, "10.7.0.1:8080".parse()?, "service")?;
+    client::served_by(&container, "10.7.0.1:9090".parse()?, "service")?;
+    let localhost = patience::until("--localhost", || {
+        Ok(client::served_by(&container, "127.0.0.1:8080".parse()?, "service").ok().map(drop))
+    });
+    drop((occupant.kill(), occupant.wait()));
+    localhost?;
+    udp::served_by(&container, "10.7.0.2".parse()?, "10.7.0.1:5300".parse()?, "echo")
 }
