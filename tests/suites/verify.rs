@@ -370,11 +370,10 @@ fn a_stranger_in_the_relays_place_is_found() -> Result<()> {
     stage.daemon.deny(&["bridge:lab1", "9090"])?;
     let _stranger = Service::start(stage.host(), "stranger", "10.8.0.1:9090")?;
     let output = stage.daemon.cli(&["allow", "bridge:lab1", "9090=8080", "--path", "relay"])?;
-    ensure!(output.stdout.contains("blocked"), "{output:?}");
+    // The network's own containers get the relay, whoever has the port; others get the stranger.
+    ensure!(output.stdout.contains("relayed"), "{output:?}");
     let checks = stage.verify(&["bridge:lab1", "9090"], 1)?;
-    let unverified = checks.iter().filter(|check| check["verdict"] == "unverified");
-    ensure!(unverified.clone().all(|check| text(check, "why").starts_with("blocked: ")), "{checks:#?}");
-    ensure!(unverified.count() == 1, "{checks:#?}");
+    ensure!(checks.iter().all(|check| check["verdict"] != "unverified"), "{checks:#?}");
     must_contain(&failures(&checks), "the LAN -> 10.8.0.1:9090", "listens there")
 }
 

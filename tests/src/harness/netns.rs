@@ -98,21 +98,33 @@ impl NetNs {
 
     /// Whether a TCP or MPTCP socket listens on exactly this address.
     pub fn listens(&self, address: SocketAddr) -> Result<bool> {
-        let (table, bytes) = match address.ip() {
-            IpAddr::V4(ip) => ("tcp", ip.octets().to_vec()),
-            IpAddr::V6(ip) => ("tcp6", ip.octets().to_vec()),
+        Ok(self.listening()?.contains(&address))
+    }
+
+    /// Whether a relay listens where only the kernel's entries lead: 127.64.0.0/10 and 100::/64.
+    pub fn has_hidden_relays(&self) -> Result<bool> {
+        let is_hidden = |address: &SocketAddr| match address.ip() {
+            IpAddr::V4(ip) => ip.octets()[0] == 127 && ip.octets()[1] & 0xc0 == 64,
+            IpAddr::V6(ip) => ip.octets()[..8] == [1, 0, 0, 0, 0, 0, 0, 0],
         };
-        let table = format!("/proc/thread-self/net/{table}");
-        let table = self.run(|| fs::read_to_string(&table).with_context(|| format!("read {table}")))?;
-        // The kernel prints its words as numbers.
-        let words = bytes.chunks_exact(4).map(|word| [word[0], word[1], word[2], word[3]]);
-        let words: Vec<_> = words.map(|word| format!("{:08X}", u32::from_ne_bytes(word))).collect();
-        let local = format!("{}:{:04X}", words.concat(), address.port());
-        Ok(table.lines().any(|line| {
-            let fields: Vec<_> = line.split_whitespace().collect();
-            // 0A is TCP_LISTEN.
-            fields.get(1) == Some(&local.as_str()) && fields.get(3) == Some(&"0A")
-        }))
+        Ok(self.listening()?.iter().any(is_hidden))
+    }
+
+    /// Where TCP and MPTCP sockets listen.
+    fn listening(&self) -> Result<Vec<SocketAddr>> {
+        let mut found = Vec::new();
+        for table in ["tcp", "tcp6"] {
+            let path = format!("/proc/thread-self/net/{table}");
+            let table = self.run(|| fs::read_to_string(&path).with_context(|| format!("read {path}")))?;
+            for line in table.lines() {
+                let fields: Vec<_> = line.split_whitespace().collect();
+                // 0A is TCP_LISTEN.
+                if let (Some(local), Some(&"0A")) = (fields.get(1), fields.get(3)) {
+                    found.push(socket_address(local).with_context(|| format!("in {path}: {line}"))?);
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Sets a sysctl of the namespace, `net/ipv4/ip_forward` for instance.
@@ -133,4 +145,16 @@ fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         Ok(value) => value,
         Err(panic) => panic::resume_unwind(panic),
     })
+}
+
+/// An address as /proc/net/tcp has it: words of the kernel's byte order, as numbers.
+fn socket_address(text: &str) -> Option<SocketAddr> {
+    let (ip, port) = text.split_once(':')?;
+    let word = |at| Some(u32::from_str_radix(ip.get(at..at + 8)?, 16).ok()?.to_ne_bytes());
+    let words = (0..ip.len()).step_by(8).map(word).collect::<Option<Vec<_>>>()?.concat();
+    let ip = match words.len() {
+        4 => IpAddr::from(<[u8; 4]>::try_from(words).ok()?),
+        _ => IpAddr::from(<[u8; 16]>::try_from(words).ok()?),
+    };
+    Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }

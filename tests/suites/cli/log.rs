@@ -395,12 +395,13 @@ fn names_from_elsewhere_write_no_lines() -> Result<()> {
     // The name of a process is its program's, 15 bytes of it.
     let program = folder.path().join("x\n<0>y\u{1b}\u{202e}z");
     fs::copy("/usr/bin/socat", &program)?;
-    let mut command = scene.lab.host().command(&program);
-    command.args(["TCP-LISTEN:9090,bind=10.7.0.1,reuseaddr", "STDOUT"]).stdin(Stdio::null());
-    let _holder = Running(command.spawn()?);
-    patience::until("it listens", || Ok(scene.lab.host().listens("10.7.0.1:9090".parse()?)?.then_some(())))?;
+    let mut command = scene.container.command(&program);
+    command.args(["TCP-LISTEN:9090,bind=127.0.0.1,reuseaddr", "STDOUT"]).stdin(Stdio::null());
+    let holder = Running(command.spawn()?);
+    patience::until("it listens", || Ok(scene.container.listens("127.0.0.1:9090".parse()?)?.then_some(())))?;
     let _service = scene.service("service", "127.0.0.1:9090")?;
-    let allowed = scene.daemon.allow(&["bridge:lab0", "9090", "--path", "relay"])?;
+    let inside = format!("pid:{}", holder.0.id());
+    let allowed = scene.daemon.allow(&[&inside, "9090"])?;
     ensure!(allowed.stdout.contains(r"in use by x\n<0>y"), "{allowed:?}");
 
     // A setting's name is whatever is between quotes.
@@ -418,7 +419,7 @@ fn names_from_elsewhere_write_no_lines() -> Result<()> {
         "{}",
         status.stdout
     );
-    let explained = scene.daemon.cli(&["explain", "bridge:lab0", "9090"])?.stdout;
+    let explained = scene.daemon.cli(&["explain", &inside, "9090"])?.stdout;
     ensure!(explained.contains(r"x\n<0>y") && explained.lines().all(|line| !acts(line)), "{explained:?}");
     let checked =
         scene.daemon.command()?.arg("check-config").arg("--config").arg(scene.daemon.config()).output()?;

@@ -116,7 +116,8 @@ fn relay_that_lingers_is_closed_by_deny() -> Result<()> {
     for _ in 0..20 {
         scene.refused(8080)?;
     }
-    ensure!(!scene.lab.host().listens("10.7.0.1:8080".parse()?)?, "the relay is closed");
+    let host = scene.lab.host();
+    ensure!(!host.listens("10.7.0.1:8080".parse()?)? && !host.has_hidden_relays()?, "the relay is closed");
     Ok(())
 }
 
