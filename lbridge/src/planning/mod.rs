@@ -10,6 +10,7 @@
 
 pub mod explain;
 pub mod firewall;
+pub mod grant;
 mod hint;
 pub mod inventory;
 pub mod labels;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     firewall::{FirewallMode, Link, Opening},
+    grant::Grant,
     inventory::{NamespaceId, NamespaceKey},
     rule::{Origin, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
@@ -264,6 +265,8 @@ pub struct Policy {
     pub entries: BTreeMap<RuleKey, RuleValue>,
     /// Who may use the entries that are not for all.
     pub sources: BTreeSet<SourceKey>,
+    /// For whom each of them may: it holds for as long as one of these has the address.
+    pub grants: BTreeMap<SourceKey, BTreeSet<Grant>>,
     /// Gateways that look local to the service, with the bits of the key that count.
     pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
     /// Sources of UDP services' replies, with the bits of the key that count.

@@ -202,7 +202,16 @@ impl Resolver<'_> {
         } else {
             let sources = self.sources(rule, own, subnet);
             let clients = Clients::Listed(sources.addresses.clone());
-            sources.told(self.outcome(rule, way, &relay_key, Some(kernel), clients))
+            let outcome = self.outcome(rule, way, &relay_key, Some(kernel), clients);
+            // Of a rule that is blocked nothing is in force; the key may be another's.
+            if outcome.state != State::Blocked {
+                for (key, grant) in sources.grants(rule_key) {
+                    if self.policy.sources.contains(&key) {
+                        self.policy.grants.entry(key).or_default().insert(grant);
+                    }
+                }
+            }
+            sources.told(outcome)
         };
         // While a service is down its clients are to be refused at once, so that the way has to be open then, too. But only where
         // an entry, or a relay that listens, keeps what comes through from the host's other services.

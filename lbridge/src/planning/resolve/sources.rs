@@ -2,10 +2,13 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
+use lbridge_common::wire::{RuleKey, SourceKey};
+
 use super::Resolver;
 use crate::planning::{
+    grant::{Grant, addresses_on, networks_meant},
     hint,
-    inventory::{Attachment, DockerNetwork, DockerPresence, find_networks},
+    inventory::{DockerNetwork, DockerPresence},
     policy::{Outcome, State, Subnet},
     rule::{Network, Rule},
 };
@@ -15,6 +18,8 @@ use crate::planning::{
 pub(super) struct Sources {
     /// Their addresses.
     pub(super) addresses: BTreeSet<IpAddr>,
+    /// Which container each address is of.
+    grants: Vec<(IpAddr, Grant)>,
     /// Their names.
     served: Vec<String>,
     /// Why others cannot.
@@ -22,6 +27,11 @@ pub(super) struct Sources {
 }
 
 impl Sources {
+    /// The grants of those addresses that may use the entry of this key.
+    pub(super) fn grants(&self, rule: RuleKey) -> impl Iterator<Item = (SourceKey, Grant)> {
+        self.grants.iter().map(move |(ip, grant)| (SourceKey { rule, source: (*ip).into() }, grant.clone()))
+    }
+
     /// With whom it is for; and if there is nobody, it waits for them.
     pub(super) fn told(self, outcome: Outcome) -> Outcome {
         if outcome.state == State::Blocked {
@@ -45,10 +55,8 @@ impl Resolver<'_> {
         let networks = &self.inventory.docker_networks;
         match network {
             _ if from.is_empty() => Ok(vec![]),
-            Network::Docker(name) => Ok(find_networks(networks, name)),
             Network::Bridge(name) => {
-                let on_bridge: Vec<_> =
-                    networks.iter().filter(|network| network.bridge.as_ref() == Some(name)).collect();
+                let on_bridge = networks_meant(network, networks);
                 let (state, why) = match self.inventory.docker {
                     _ if !on_bridge.is_empty() => return Ok(on_bridge),
                     DockerPresence::Off => (
@@ -68,7 +76,7 @@ impl Resolver<'_> {
                 };
                 Err(Outcome::because(state, format!("{why}; leave --from out")))
             }
-            Network::Container(_) | Network::Netns(_) | Network::Process(_) => Ok(vec![]),
+            _ => Ok(networks_meant(network, networks)),
         }
     }
 
@@ -87,6 +95,8 @@ impl Resolver<'_> {
             match addresses {
                 Ok(addresses) => {
                     sources.served.push(name.clone());
+                    let grant = Grant { network: rule.network.clone(), container: name.clone() };
+                    sources.grants.extend(addresses.iter().map(|ip| (*ip, grant.clone())));
                     sources.addresses.extend(addresses);
                 }
                 Err(why) => sources.missing.push(why),
@@ -113,13 +123,10 @@ impl Resolver<'_> {
         if !container.running {
             return Err(format!("container {name} does not run"));
         }
-        let is_there = |there: &&Attachment| networks.iter().any(|network| there.is_on(network));
-        let mut there = container.attachments.iter().filter(is_there).peekable();
-        if there.peek().is_none() {
+        addresses_on(&container.attachments, networks).ok_or_else(|| {
             let on: Vec<_> = container.attachments.iter().map(|there| there.network.as_str()).collect();
             let on = if on.is_empty() { String::new() } else { format!(", but on {}", on.join(" and ")) };
-            return Err(format!("container {name} is not on {meant}{on}"));
-        }
-        Ok(there.flat_map(|there| there.addresses.iter().copied()).collect())
+            format!("container {name} is not on {meant}{on}")
+        })
     }
 }

@@ -210,6 +210,7 @@ proptest! {
             prop_assert_eq!(plan(&policy, &reality), vec![]);
             prop_assert_eq!(&reality.entries, &policy.entries);
             prop_assert_eq!(&reality.sources, &policy.sources);
+            prop_assert!(policy.grants.keys().eq(&policy.sources), "a source that is nobody's");
             prop_assert_eq!(&reality.relays, &policy.relays);
             prop_assert_eq!(&reality.dials, &policy.dials);
             for (entry, value) in policy.entries.iter().filter(|(_, value)| !value.has(RuleValue::RELAYED)) {
