@@ -6,20 +6,24 @@
 //! - a UDP service's replies get their source before the entry that leads to it, and leave as they are after it;
 //! - an entry goes before its listener, and before the firewall is closed;
 //! - who may use an entry is entered before it, and forgotten after it; at once, if it stays for others;
+//! - what only takes access away, and needs nothing new, comes first ([`revocations`]);
 //! - what leads to a gateway is entered after what answers there, and goes before it; its hooks come before it, and go after it;
 //! - the firewall is tried last, when everything that answers is there;
 //! - before an accept rule is put, and for as long as it is there, an entry refuses whom the rule does not admit.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
 
 use lbridge_common::wire::{
-    Address, Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SLOTS, SourceKey,
-    TCP, TargetKey, ViewKey,
+    Address, Dial, DialKey, Endpoint, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SLOTS,
+    SourceKey, TCP, TargetKey, ViewKey,
 };
 
 use super::{
     firewall::{self, Chain, Link, Opening, Through},
-    policy::{GatewayOutcome, Policy, RelayKey, RelaySpec, State, Subnet},
+    policy::{Clients, GatewayOutcome, Place, Policy, RelayKey, RelaySpec, State, Subnet},
     reality::Reality,
 };
 
@@ -114,17 +118,110 @@ impl Step {
     }
 }
 
+/// The steps that only take access away, and that nothing new has to be in force for. They come first in every plan, and can be
+/// carried out before the firewall is looked at.
+pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
+    let mut steps: Vec<_> = left(policy, reality).map(Step::RemoveSource).collect();
+    steps.extend(views_of_others(policy, reality).into_iter().map(Step::RemoveView));
+    for (key, there) in &reality.relays {
+        let meant = policy.relays.get(key).map(|spec| &spec.clients);
+        let clients = match (&there.clients, meant) {
+            (Clients::Listed(there), Some(Clients::Listed(meant))) => {
+                there.intersection(meant).copied().collect()
+            }
+            (Clients::Subnet(_), Some(Clients::Listed(meant))) => meant.clone(),
+            _ => continue,
+        };
+        let clients = Clients::Listed(clients);
+        if clients != there.clients {
+            steps.push(Step::OpenRelay(key.clone(), RelaySpec { clients, ..there.clone() }));
+        }
+    }
+    // Dials before what they lead to, entries before their relays.
+    let dials = reality.dials.keys().filter(|key| !policy.dials.contains_key(key));
+    steps.extend(dials.map(|key| Step::RemoveDial(*key)));
+    for (key, there) in reality.entries.iter().filter(|(key, _)| is_denied(policy, key)) {
+        match there {
+            // An accept rule of lbridge's may be in the firewall: until it is gone, whom it lets in must not get elsewhere.
+            there if there.has(RuleValue::EXCLUSIVE) => {
+                let closed = closed(*key, Subnet { base: there.subnet, mask: there.mask });
+                steps.extend((*there != closed).then_some(Step::PutEntry(*key, closed)));
+            }
+            _ => steps.push(Step::RemoveEntry(*key)),
+        }
+    }
+    let denied = |key: &&RelayKey| {
+        !policy.relays.contains_key(key) && !is_moved(policy, key) && !is_handed_over(policy, key)
+    };
+    // Those that linger, too.
+    for key in reality.relays.keys().chain(&reality.lingering).filter(denied) {
+        steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
+    }
+    steps
+}
+
+/// Addresses that may use an entry no more, where the entry goes on to be for some: nothing needs them any more, and they may be
+/// others' by now.
+fn left<'a>(policy: &'a Policy, reality: &'a Reality) -> impl Iterator<Item = SourceKey> + 'a {
+    let listed = |key: &&SourceKey| {
+        policy.entries.get(&key.rule).is_some_and(|entry| entry.has(RuleValue::LISTED))
+    };
+    reality.sources.difference(&policy.sources).filter(listed).copied()
+}
+
+/// Views of single addresses whose holders may be others by now: those at the gateways of entries that are for some.
+fn views_of_others(policy: &Policy, reality: &Reality) -> BTreeSet<(ViewKey, u32)> {
+    let single = ViewKey::prefix_len(&Address([u32::MAX; 4]));
+    let mut stale =
+        reality.views.keys().filter(|view| view.1 == single && !policy.views.contains_key(view)).peekable();
+    if stale.peek().is_none() {
+        return BTreeSet::new();
+    }
+    let listed = policy.entries.values().filter(|entry| entry.has(RuleValue::LISTED));
+    let gateways: BTreeSet<_> =
+        listed.map(|entry| Endpoint::new(entry.key.gateway, entry.key.port)).collect();
+    stale.filter(|(key, _)| gateways.contains(&key.gateway)).copied().collect()
+}
+
+/// Whether an entry goes, and no relay comes in its place, which would have to listen first.
+fn is_denied(policy: &Policy, key: &RuleKey) -> bool {
+    let address = SocketAddr::new(key.gateway.into(), key.port);
+    let is_relayed = |relay: &RelayKey| match relay.place {
+        Place::Bridge { ifindex, .. } => [0, ifindex].contains(&key.ifindex),
+        Place::Namespace(_) => false,
+    };
+    let first = RelayKey { address, place: Place::Bridge { interface: String::new(), ifindex: 0 } };
+    let mut relays =
+        policy.relays.range(first..).map(|(relay, _)| relay).take_while(|r| r.address == address);
+    !policy.entries.contains_key(key) && !relays.any(is_relayed)
+}
+
+/// Whether a relay's namespace is found by another way now.
+fn is_moved(policy: &Policy, key: &RelayKey) -> bool {
+    policy.relays.keys().any(|new| new.address == key.address && new.is_beside(key))
+}
+
+/// Whether the kernel takes over what a relay did: by the entry of its own rule, since where entries do not name the interface
+/// another network's may have that address, too.
+fn is_handed_over(policy: &Policy, key: &RelayKey) -> bool {
+    // One that leads to a relay, or to nobody, takes nothing over.
+    let steers = |key: &RuleKey| policy.entries.get(key).is_some_and(|entry| entry.target_port != 0);
+    let is_entered = |key: &RuleKey| key.protocol == u16::from(TCP) && steers(key);
+    let taken_over = |gateway: &GatewayOutcome| {
+        gateway.relay_key == *key
+            && gateway.outcome.state != State::Blocked
+            && gateway.rule_key.as_ref().is_some_and(is_entered)
+    };
+    policy.outcomes.iter().flat_map(|outcome| &outcome.gateways).any(taken_over)
+}
+
 /// The steps from `reality` to `policy`. None, where they agree.
 pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
-    let mut steps = vec![];
+    let mut steps = revocations(policy, reality);
     let firewall = firewall::plan(&policy.openings, policy.firewall, &reality.filtering);
     let entries = entries(policy, reality, &firewall);
-    // Where the entry goes on to be for some, nothing needs them any more, and the address may be another's by now.
-    let listed =
-        |key: &SourceKey| policy.entries.get(&key.rule).is_some_and(|entry| entry.has(RuleValue::LISTED));
-    let (gone, later): (Vec<_>, Vec<_>) =
-        reality.sources.difference(&policy.sources).copied().partition(listed);
-    steps.extend(gone.into_iter().map(Step::RemoveSource));
+    let closed = steps.iter().filter_map(|step| if let Step::PutEntry(key, _) = step { Some(*key) } else { None });
+    let closed: BTreeSet<_> = closed.collect();
     if reality.detached {
         steps.push(Step::Attach);
     }
@@ -149,11 +246,9 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         }
     }
     steps.extend(registrations(policy, reality));
-    let stale = |key: &&RelayKey| !policy.relays.contains_key(*key);
-    // Of one namespace that is found by another way now: its port has to be free first.
-    let moved =
-        |key: &&RelayKey| policy.relays.keys().any(|new| new.address == key.address && new.is_beside(key));
-    for key in reality.relays.keys().filter(stale).filter(moved) {
+    let stale = |key: &RelayKey| !policy.relays.contains_key(key);
+    // Its port has to be free first.
+    for key in reality.relays.keys().filter(|key| stale(key) && is_moved(policy, key)) {
         steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
     }
     for (key, spec) in &policy.relays {
@@ -163,46 +258,32 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
             steps.push(Step::OpenRelay(key.clone(), spec.clone()));
         }
     }
-    // Before anything else goes that they lead to; after the hooks, where they are new.
-    let dials = reality.dials.keys().filter(|key| !policy.dials.contains_key(key));
-    steps.extend(dials.map(|key| Step::RemoveDial(*key)));
     if reality.connect_hooks && !policy.connect_hooks {
         steps.push(Step::DetachConnectHooks);
     }
     steps.extend(policy.sources.difference(&reality.sources).map(|key| Step::AddSource(*key)));
     for (key, value) in &entries {
-        if reality.entries.get(key) != Some(value) {
+        if reality.entries.get(key) != Some(value) && !closed.contains(key) {
             steps.push(Step::PutEntry(*key, *value));
         }
     }
-    steps.extend(reality.entries.keys().filter(|k| !entries.contains_key(k)).map(|k| Step::RemoveEntry(*k)));
+    let is_removed = |(key, there): &(&RuleKey, &RuleValue)| is_denied(policy, key) && !there.has(RuleValue::EXCLUSIVE);
+    let replaced = reality.entries.iter().filter(|entry| !entries.contains_key(entry.0) && !is_removed(entry));
+    steps.extend(replaced.map(|(key, _)| Step::RemoveEntry(*key)));
     // With its entry: without one, whoever would look local is refused.
-    steps
-        .extend(reality.views.keys().filter(|k| !policy.views.contains_key(k)).map(|k| Step::RemoveView(*k)));
-    steps.extend(later.into_iter().map(Step::RemoveSource));
+    let gone = views_of_others(policy, reality);
+    let views = reality.views.keys().filter(|key| !policy.views.contains_key(key) && !gone.contains(key));
+    steps.extend(views.map(|key| Step::RemoveView(*key)));
+    let left: BTreeSet<_> = left(policy, reality).collect();
+    let later = reality.sources.difference(&policy.sources).filter(|key| !left.contains(key));
+    steps.extend(later.map(|key| Step::RemoveSource(*key)));
     for (key, dial) in &policy.dials {
         if reality.dials.get(key) != Some(dial) {
             steps.push(Step::PutDial(*key, *dial));
         }
     }
-    // By the entry of its own rule: where entries do not name the interface another network's may have that address, too.
-    let handed_over = |key: &RelayKey| {
-        // One that leads to a relay, or to nobody, takes nothing over.
-        let steers = |key: &RuleKey| policy.entries.get(key).is_some_and(|entry| entry.target_port != 0);
-        let is_entered = |key: &RuleKey| key.protocol == u16::from(TCP) && steers(key);
-        let taken_over = |gateway: &GatewayOutcome| {
-            gateway.relay_key == *key
-                && gateway.outcome.state != State::Blocked
-                && gateway.rule_key.as_ref().is_some_and(is_entered)
-        };
-        policy.outcomes.iter().flat_map(|outcome| &outcome.gateways).any(taken_over)
-    };
-    for key in reality.relays.keys().filter(stale).filter(|key| !moved(key)) {
-        steps.push(Step::CloseRelay { key: key.clone(), handed_over: handed_over(key) });
-    }
-    // Denied while it lingers: at once, too.
-    for key in reality.lingering.iter().filter(|key| !policy.relays.contains_key(key) && !handed_over(key)) {
-        steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
+    for key in reality.relays.keys().filter(|key| stale(key) && is_handed_over(policy, key)) {
+        steps.push(Step::CloseRelay { key: key.clone(), handed_over: true });
     }
     if reality.name_hooks && !policy.name_hooks && !reality.name_hooks_in_use {
         steps.push(Step::DetachNameHooks);
@@ -236,7 +317,9 @@ fn entries(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeMap<Ru
     for (chain, opening) in accepts.chain(planned) {
         for ifindex in ingress(policy, chain, opening) {
             let key = opening.entry(ifindex);
-            entries.entry(key).or_insert_with(|| closed(key, opening)).flags |= RuleValue::EXCLUSIVE;
+            let sources = opening.sources;
+            let subnet = Subnet::of(sources.addr(), sources.prefix_len());
+            entries.entry(key).or_insert_with(|| closed(key, subnet)).flags |= RuleValue::EXCLUSIVE;
         }
     }
     for (key, entry) in &mut entries {
@@ -261,16 +344,15 @@ fn ingress(policy: &Policy, chain: &Chain, opening: &Opening) -> Vec<u32> {
     interfaces.get(&opening.interface).copied().into_iter().collect()
 }
 
-fn closed(key: RuleKey, opening: &Opening) -> RuleValue {
-    let Subnet { base: subnet, mask } = Subnet::of(opening.sources.addr(), opening.sources.prefix_len());
-    let (target, target_port) = (Address::ANY_V6, 0);
+/// An entry that admits nobody of a subnet.
+fn closed(key: RuleKey, subnet: Subnet) -> RuleValue {
     RuleValue {
         key,
-        subnet,
-        mask,
-        target,
-        target_port,
-        flags: RuleValue::CLOSED,
+        subnet: subnet.base,
+        mask: subnet.mask,
+        target: Address::ANY_V6,
+        target_port: 0,
+        flags: RuleValue::CLOSED | RuleValue::EXCLUSIVE,
         reserved: [0; 2],
         steered: 0,
     }

@@ -8,7 +8,7 @@ use lbridge_common::wire::{RuleValue, SourceKey, UDP};
 use super::Host;
 use crate::planning::{
     inventory::{DockerPresence, Steering},
-    plan::{Step, plan},
+    plan::{Step, plan, revocations},
     policy::Clients,
     reality::Reality,
     rule::{PathChoice, Source},
@@ -144,6 +144,53 @@ fn an_entry_is_never_open_to_those_that_it_is_not_for() {
     assert_eq!(steps(&some, &all), ["put", "remove source"]);
     assert_eq!(steps(&some, &other), ["remove source", "add source"]);
     assert_eq!(steps(&some, &Host::new()), ["remove", "remove source"]);
+}
+
+/// It needs nothing new, and so does not wait for the firewall; what something else replaces does.
+#[test]
+fn what_only_takes_access_away_comes_first() {
+    let by = |path, containers: &[&str]| from(crowd(), containers, Source::Container, path);
+    let first = |before: &Host, after: &Host| {
+        let policy = before.policy();
+        let reality = Reality {
+            entries: policy.entries,
+            sources: policy.sources,
+            targets: policy.targets,
+            relays: policy.relays,
+            views: policy.views,
+            ..Reality::default()
+        };
+        let (steps, revocations) = (plan(&after.policy(), &reality), revocations(&after.policy(), &reality));
+        assert!(steps.starts_with(&revocations), "{steps:?}");
+        let told = revocations.into_iter().map(|step| match step {
+            Step::RemoveEntry(_) => "remove entry".to_owned(),
+            Step::RemoveSource(key) => format!("remove {}", IpAddr::from(key.source)),
+            Step::RemoveView((key, _)) => format!("remove the view of {}", IpAddr::from(key.peer)),
+            Step::CloseRelay { handed_over, .. } => format!("close relay, handed over: {handed_over}"),
+            Step::OpenRelay(_, spec) => format!("{:?}", spec.clients),
+            step => panic!("{step:?}"),
+        });
+        told.collect::<Vec<_>>()
+    };
+    let (steer, relay) = (PathChoice::Auto, PathChoice::Relay);
+    assert_eq!(first(&by(steer, &["web"]), &by(steer, &["api"])), ["remove 172.18.0.2"]);
+    assert_eq!(first(&by(steer, &["web"]), &Host::new()), ["remove entry"]);
+    assert_eq!(first(&by(relay, &["web", "api"]), &by(relay, &["api"])), ["Listed({172.18.0.3})"]);
+    assert_eq!(first(&by(relay, &["web"]), &by(relay, &["far"])), ["close relay, handed over: false"]);
+    assert_eq!(
+        first(&crowd().allow_with("app", "80", Source::Container, relay), &by(relay, &["web"])),
+        ["Listed({172.18.0.2})"]
+    );
+    let local = |containers: &[&str]| from(crowd(), containers, Source::Loopback, steer);
+    let views = ["remove 172.18.0.2", "remove the view of 172.18.0.2"];
+    assert_eq!(first(&local(&["web", "api"]), &local(&["api"])), views);
+    for (before, after) in [(steer, relay), (relay, steer)] {
+        assert_eq!(
+            first(&by(before, &["web"]), &by(after, &["web"])),
+            [""; 0],
+            "one makes way for the other"
+        );
+    }
 }
 
 #[test]
