@@ -106,7 +106,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let docker = if options.docker {
         let labelled = configuration.config().labels.enabled.then(|| store.labelled());
         let (networks, seen) = (store.networks(), store.containers());
-        let mut watcher = docker::watch::Watcher::start(networks, containers(&rules), seen, labelled);
+        let mut watcher = docker::watch::Watcher::start(networks, containers(&rules), seen, labelled)?;
         watcher.first_answer(DOCKER_FIRST_ANSWER).await;
         Some(watcher)
     } else {

@@ -8,45 +8,84 @@ use tokio::sync::watch;
 
 use super::view::{Container, Sighting, View};
 
-/// Containers that have ended, by id, with the process that they had: the engine tells of the end before it says so of the
-/// container, and gives its addresses to others meanwhile.
+/// Containers that have ended, or left a network, as the engine's events tell.
 #[derive(Debug, Default)]
-pub(super) struct Ended(HashMap<String, u32>);
+pub(super) struct Ended {
+    /// Those that have ended, by id, with the process that they had: the engine tells of the end before it says so of the
+    /// container, and gives its addresses to others meanwhile.
+    processes: HashMap<String, u32>,
+    /// What was heard while somebody looked: what the look says of these containers may be of before.
+    meanwhile: Vec<Departure>,
+}
+
+/// A container's end, or its departure from a network.
+#[derive(Debug)]
+struct Departure {
+    container: String,
+    /// The network's id; `None` for all of them.
+    network: Option<String>,
+}
+
+impl Departure {
+    /// Takes away from what is known of a container what it has no more. True if that is news.
+    fn take_from(&self, its: &mut Container) -> bool {
+        match &self.network {
+            None => std::mem::take(&mut its.running),
+            network => {
+                let left = its.attachments.iter_mut().filter(|there| there.id == *network);
+                left.fold(false, |other, there| other | !std::mem::take(&mut there.addresses).is_empty())
+            }
+        }
+    }
+}
 
 impl Ended {
-    /// What is gone is gone at once, without another look. What happened before the last look is in there.
+    /// A look begins: whatever was heard before is in there.
+    pub(super) fn begin_look(&mut self) {
+        self.meanwhile.clear();
+    }
+
+    /// What is gone is gone at once, without another look. What happened before the last look began, at `looked`, is in there.
     pub(super) fn hear(&mut self, event: &EventMessage, looked: Timestamp, view: &watch::Sender<View>) {
         let after = |time: i64| i128::from(time) > looked.as_nanosecond();
         let Some(id) = event.actor.as_ref().and_then(|actor| actor.id.as_ref()) else { return };
         // The process that was seen may be that of the start which came after the end, if a look took longer than both.
         if event.action.as_deref() == Some("start") {
-            self.0.remove(id);
+            self.processes.remove(id);
         }
         if !event.time_nano.is_some_and(after) {
             return;
         }
         let container = event.actor.as_ref().and_then(|actor| actor.attributes.as_ref()?.get("container"));
-        match (event.action.as_deref(), container) {
-            (Some("disconnect"), Some(container)) => change(view, container, |its| {
-                let left = its.attachments.iter_mut().filter(|there| there.id.as_ref() == Some(id));
-                left.fold(false, |other, there| other | !std::mem::take(&mut there.addresses).is_empty())
-            }),
+        let departure = match (event.action.as_deref(), container) {
+            (Some("disconnect"), Some(container)) => {
+                Departure { container: container.clone(), network: Some(id.clone()) }
+            }
             // Podman says "died".
-            (Some("die" | "died"), _) => change(view, id, |its| {
-                its.pid.and_then(|pid| self.0.insert(its.id.clone(), pid));
-                std::mem::take(&mut its.running)
-            }),
-            _ => {}
-        }
+            (Some("die" | "died"), _) => Departure { container: id.clone(), network: None },
+            _ => return,
+        };
+        change(view, &departure.container, |its| {
+            if departure.network.is_none() {
+                its.pid.and_then(|pid| self.processes.insert(its.id.clone(), pid));
+            }
+            departure.take_from(its)
+        });
+        self.meanwhile.push(departure);
     }
 
     /// Tells the same of what was seen, until the engine does.
     pub(super) fn apply(&mut self, containers: &mut BTreeMap<String, Sighting>) {
-        let before = std::mem::take(&mut self.0);
+        let before = std::mem::take(&mut self.processes);
         for its in containers.values_mut().filter_map(|sighting| sighting.as_mut().ok()?.as_mut()) {
             if let Some(pid) = its.pid.filter(|pid| before.get(&its.id) == Some(pid)) {
                 its.running = false;
-                self.0.insert(its.id.clone(), pid);
+                self.processes.insert(its.id.clone(), pid);
+            }
+            for departure in &self.meanwhile {
+                if departure.container == its.id {
+                    departure.take_from(its);
+                }
             }
         }
     }
@@ -112,13 +151,14 @@ mod tests {
         let mut ended = Ended::default();
         let (now, news) = heard(&mut ended, &event("die", "c", 11));
         assert!(news && !now.running);
+        ended.begin_look();
         let mut looked = seen(5);
         ended.apply(&mut looked);
         assert!(!looked["web"].as_ref().unwrap().as_ref().unwrap().running, "not yet");
         let mut looked = seen(6);
         ended.apply(&mut looked);
         assert_eq!(looked, seen(6), "it was started again");
-        assert!(ended.0.is_empty());
+        assert!(ended.processes.is_empty());
     }
 
     #[test]
@@ -127,9 +167,31 @@ mod tests {
         // It has its new process already.
         heard(&mut ended, &event("die", "c", 11));
         heard(&mut ended, &event("start", "c", 12));
+        ended.begin_look();
         let mut looked = seen(5);
         ended.apply(&mut looked);
         assert_eq!(looked, seen(5));
+    }
+
+    #[test]
+    fn a_look_does_not_bring_back_who_has_left_meanwhile() {
+        let apply = |ended: &mut Ended, pid| {
+            let mut looked = seen(pid);
+            ended.apply(&mut looked);
+            looked.remove("web").unwrap().unwrap().unwrap()
+        };
+        let mut ended = Ended::default();
+        ended.begin_look();
+        heard(&mut ended, &event("die", "c", 11));
+        heard(&mut ended, &event("start", "c", 12));
+        assert!(!apply(&mut ended, 5).running, "the list may be of before");
+        ended.begin_look();
+        assert!(apply(&mut ended, 6).running, "the next one is not");
+
+        heard(&mut ended, &event("disconnect", "id of app", 13));
+        assert!(apply(&mut ended, 6).attachments[0].addresses.is_empty(), "the list may be of before");
+        ended.begin_look();
+        assert_eq!(apply(&mut ended, 6), container(6), "it is there again");
     }
 
     #[test]

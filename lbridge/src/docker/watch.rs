@@ -1,24 +1,26 @@
-//! Follows the engine: through its events, its absence and its return.
+//! Follows the engine: through its events, its absence and its return. On a thread of its own: whose address is revoked when a
+//! container ends depends on it, and nothing else that the daemon does is to come between.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    thread,
     time::Duration,
 };
 
 use anyhow::Context as _;
-use bollard::{Docker, query_parameters::EventsOptions};
-use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
+use bollard::{Docker, errors::Error, models::EventMessage, query_parameters::EventsOptions};
+use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream, stream::BoxStream};
 use jiff::Timestamp;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::{
     ended::Ended,
     engine::Engine,
     host_gateway, snapshot,
-    view::{Container, Presence, View},
+    view::{Container, Presence, Sighting, View},
 };
 use crate::planning::{
     inventory::{DockerNetwork, Product, SeenContainer},
@@ -42,7 +44,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Containers that are asked for at once.
 const AT_A_TIME: usize = 8;
 
-/// Follows the engine in a task of its own, which ends when the watcher is dropped.
+/// Follows the engine on a thread of its own, which ends when the watcher is dropped.
 #[derive(Debug)]
 pub struct Watcher {
     view: watch::Receiver<View>,
@@ -54,12 +56,16 @@ pub struct Watcher {
 impl Watcher {
     /// Starts to follow the engine at `DOCKER_HOST`, or at the default socket, and the containers of these names.
     /// `last_known` serves until it answers, and `last_seen`; so does `labelled`, if there is any: then labels are followed.
+    ///
+    /// # Errors
+    ///
+    /// If the thread cannot be started.
     pub fn start(
         last_known: Vec<DockerNetwork>,
         containers: BTreeSet<String>,
         last_seen: Vec<SeenContainer>,
         labelled: Option<Vec<Labelled>>,
-    ) -> Self {
+    ) -> anyhow::Result<Self> {
         let last_seen = last_seen.into_iter().map(|seen| {
             let SeenContainer { name, id, pid, attachments, .. } = seen;
             (name, Ok(Some(Container { id, pid: Some(pid), running: true, attachments })))
@@ -76,8 +82,16 @@ impl Watcher {
         let (sender, view) = watch::channel(unknown);
         let (wanted, names) = watch::channel(containers);
         let (refresh, requests) = mpsc::channel(16);
-        tokio::spawn(follow(sender, names, follow_labels, requests));
-        Self { view, wanted, labels, refresh }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let thread = thread::Builder::new().name("docker".to_owned());
+        let work = move || runtime.block_on(follow(sender, names, follow_labels, requests));
+        thread.spawn(work).context("failed to start a thread that follows the engine")?;
+        Ok(Self { view, wanted, labels, refresh })
+    }
+
+    /// What is known, for somebody else to follow.
+    pub fn follow(&self) -> watch::Receiver<View> {
+        self.view.clone()
     }
 
     /// From now on labels are followed, or are not.
@@ -102,7 +116,7 @@ impl Watcher {
     /// Waits until something else is known. Cancel-safe.
     pub async fn changed(&mut self) {
         if self.view.changed().await.is_err() {
-            // The task never ends before this; do not spin should it have panicked.
+            // The thread never ends before this; do not spin should it have panicked.
             std::future::pending::<()>().await;
         }
     }
@@ -177,8 +191,7 @@ async fn session(
     // before. They may have happened already, which costs a look.
     let since = Some((Timestamp::now() - SINCE_BEFORE).as_second().to_string());
     let options = EventsOptions { since, filters: Some(Engine::events()), ..EventsOptions::default() };
-    let mut events = docker.events(Some(options.clone()));
-    let mut pause = FIRST_BACKOFF;
+    let mut events = Events::new(&docker, options, *product);
     let relist = match product {
         Product::Docker => RELIST,
         Product::Podman => RELIST_PODMAN,
@@ -188,22 +201,31 @@ async fn session(
     let mut waiting: Option<oneshot::Sender<()>> = None;
     let mut ended = Ended::default();
     let mut again = relist;
+    // When the look began that the view is of.
+    let mut looked = Timestamp::now();
     loop {
-        let looked = Timestamp::now();
-        let networks = within(snapshot::networks(&docker, &engine)).await?;
-        let names = wanted.borrow_and_update().clone();
-        let sightings = names.into_iter().map(async |name| {
-            let container = within(snapshot::container(&docker, &engine, &name)).await?;
-            anyhow::Ok((name, container))
-        });
-        let mut containers: BTreeMap<_, _> =
-            stream::iter(sightings).buffered(AT_A_TIME).try_collect().await?;
-        let missing = containers.values().any(|sighting| matches!(sighting, Ok(None)));
-        let container_names =
-            if missing { within(snapshot::container_names(&docker)).await? } else { vec![] };
-        ended.apply(&mut containers);
+        // However many events there are, nobody waits for a look that has been.
+        waiting = waiting.or_else(|| requests.try_recv().ok());
+        let (begun, names) = (Timestamp::now(), wanted.borrow_and_update().clone());
         let follows_labels = *labels.borrow_and_update();
-        let labelled = if follows_labels { within(snapshot::labelled(&docker)).await? } else { vec![] };
+        ended.begin_look();
+        let mut stale = false;
+        let look = look(&docker, &engine, names, follows_labels);
+        tokio::pin!(look);
+        // The engine keeps whoever asks for a container that it starts or tidies up waiting; another may end meanwhile.
+        let Look { networks, mut containers, container_names, labelled } = loop {
+            tokio::select! {
+                event = events.next(), if !events.is_broken() => {
+                    stale = true;
+                    if let Some(event) = event? {
+                        ended.hear(&event, looked, view);
+                    }
+                }
+                seen = &mut look => break seen?,
+            }
+        };
+        looked = begun;
+        ended.apply(&mut containers);
         *backoff = FIRST_BACKOFF;
         view.send_if_modified(|view| {
             let presence = Presence::Reachable { engine: *product, version: version.clone() };
@@ -219,28 +241,17 @@ async fn session(
         if let Some(done) = waiting.take() {
             let _ = done.send(());
         }
+        if stale {
+            again = if follows_labels { LIST_LAGS } else { relist };
+            continue;
+        }
         tokio::select! {
             event = events.next() => {
                 let mut next = Some(event);
                 // All that wait, in one look.
                 while let Some(event) = next {
-                    match (event, product) {
-                        (Some(Ok(event)), _) => {
-                            pause = FIRST_BACKOFF;
-                            ended.hear(&event, looked, view);
-                        }
-                        // Podman 4 breaks it off where it reads half a line of its own log. Whether it is there the list says.
-                        (_, Product::Podman) => {
-                            sleep(pause).await;
-                            pause = (pause * 2).min(LAST_BACKOFF);
-                            events = docker.events(Some(options.clone()));
-                            break;
-                        }
-                        (event, Product::Docker) => {
-                            let event = event.context("the engine closed the stream of events")?;
-                            event.context("the stream of events broke")?;
-                        }
-                    }
+                    let Some(event) = event? else { break };
+                    ended.hear(&event, looked, view);
                     next = events.next().now_or_never();
                 }
                 again = if follows_labels { LIST_LAGS } else { relist };
@@ -256,6 +267,81 @@ async fn session(
                 return Ok(());
             },
             () = sleep(again) => again = (again * 2).min(relist),
+        }
+    }
+}
+
+/// One look at the engine's lists.
+struct Look {
+    networks: Vec<DockerNetwork>,
+    containers: BTreeMap<String, Sighting>,
+    container_names: Vec<String>,
+    labelled: Vec<Labelled>,
+}
+
+async fn look(
+    docker: &Docker,
+    engine: &Engine,
+    names: BTreeSet<String>,
+    follows_labels: bool,
+) -> anyhow::Result<Look> {
+    let networks = within(snapshot::networks(docker, engine)).await?;
+    let sightings = names.into_iter().map(async |name| {
+        let container = within(snapshot::container(docker, engine, &name)).await?;
+        anyhow::Ok((name, container))
+    });
+    let containers: BTreeMap<_, _> = stream::iter(sightings).buffered(AT_A_TIME).try_collect().await?;
+    let missing = containers.values().any(|sighting| matches!(sighting, Ok(None)));
+    let container_names = if missing { within(snapshot::container_names(docker)).await? } else { vec![] };
+    let labelled = if follows_labels { within(snapshot::labelled(docker)).await? } else { vec![] };
+    Ok(Look { networks, containers, container_names, labelled })
+}
+
+/// The engine's events.
+struct Events<'a> {
+    docker: &'a Docker,
+    options: EventsOptions,
+    product: Product,
+    stream: BoxStream<'static, Result<EventMessage, Error>>,
+    /// When to ask for them again, after they broke off.
+    again: Option<Instant>,
+    pause: Duration,
+}
+
+impl<'a> Events<'a> {
+    fn new(docker: &'a Docker, options: EventsOptions, product: Product) -> Self {
+        let stream = docker.events(Some(options.clone())).boxed();
+        Self { docker, options, product, stream, again: None, pause: FIRST_BACKOFF }
+    }
+
+    fn is_broken(&self) -> bool {
+        self.again.is_some()
+    }
+
+    /// The next one; `None` where Podman has broken them off: it is asked again then, after a pause. Cancel-safe.
+    async fn next(&mut self) -> anyhow::Result<Option<EventMessage>> {
+        if let Some(again) = self.again {
+            sleep_until(again).await;
+            self.stream = self.docker.events(Some(self.options.clone())).boxed();
+            self.again = None;
+            // Whether it is there the list says.
+            return Ok(None);
+        }
+        match (self.stream.next().await, self.product) {
+            (Some(Ok(event)), _) => {
+                self.pause = FIRST_BACKOFF;
+                Ok(Some(event))
+            }
+            // Podman 4 does that where it reads half a line of its own log.
+            (_, Product::Podman) => {
+                self.again = Some(Instant::now() + self.pause);
+                self.pause = (self.pause * 2).min(LAST_BACKOFF);
+                Ok(None)
+            }
+            (event, Product::Docker) => {
+                let event = event.context("the engine closed the stream of events")?;
+                event.context("the stream of events broke").map(Some)
+            }
         }
     }
 }
