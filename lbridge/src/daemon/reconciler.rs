@@ -271,7 +271,9 @@ impl Reconciler {
     async fn ask_docker(&mut self, rules: &Rules, networks: impl Iterator<Item = &Network>) {
         let Some(docker) = &self.docker else { return };
         let known = docker.view();
-        docker.want(names(rules, &known));
+        // Those of labels' rules, too, which `rules` may lack: who is not followed has no address.
+        let followed = self.labels.rules(&self.rules);
+        docker.want(names(rules, &known).into_iter().chain(names(followed, &known)).collect());
         let unknown = |network: &Network| match network {
             Network::Docker(name) => find_networks(&known.networks, name).is_empty(),
             Network::Container(name) => !matches!(known.containers.get(name), Some(Ok(Some(_)))),

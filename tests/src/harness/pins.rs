@@ -107,12 +107,6 @@ struct Element {
 }
 
 impl Map {
-    /// Opens the map of that name that is pinned under a folder.
-    pub fn find(folder: &Path, name: &str) -> Result<Map> {
-        let path = files(folder)?.into_iter().find(|path| path.file_name().is_some_and(|file| file == name));
-        Map::open(&path.with_context(|| format!("no pinned map {name}"))?)
-    }
-
     /// Opens it.
     pub fn open(path: &Path) -> Result<Map> {
         let fd = open(path)?;
@@ -122,6 +116,34 @@ impl Map {
             key_size: usize::try_from(info.key_size)?,
             value_size: usize::try_from(info.value_size)?,
         })
+    }
+
+    /// How many entries it holds.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel does not let the map be read.
+    pub fn len(&self) -> Result<usize> {
+        count(&self.fd, self.key_size)
+    }
+
+    /// True if it holds no entry.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Map::len`].
+    pub fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Opens the pinned map of that name under a folder.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such map, or it cannot be opened.
+    pub fn named(folder: &Path, map: &str) -> Result<Map> {
+        let path = files(folder)?.into_iter().find(|path| path.file_name().is_some_and(|name| name == map));
+        Map::open(&path.with_context(|| format!("no pinned map {map}"))?)
     }
 
     /// The value under a key.
@@ -216,7 +238,7 @@ fn attach_sock_ops(cgroup: &Path, instructions: &[u64], flags: u32) -> Result<()
 
 /// Puts an entry into the pinned map of that name under a folder, behind the back of whoever pinned it.
 pub fn put(folder: &Path, map: &str, key: &[u8], value: &[u8]) -> Result<()> {
-    Map::find(folder, map)?.put(key, value)
+    Map::named(folder, map)?.put(key, value)
 }
 
 /// All files under a folder.

@@ -1,6 +1,7 @@
 //! Containers and networks that ask for rules by their labels.
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use lbridge_tests::harness::docker::{Container, Engine};
 use lbridge_tests::harness::follow::Follow;
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
+use lbridge_tests::harness::pins::Map;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::harness::usage;
 use lbridge_tests::tests;
@@ -27,6 +29,7 @@ pub(crate) fn tests() -> Vec<Test> {
         a_label_does_not_take_what_others_are_sent,
         a_bad_label_stops_nothing_else,
         an_allow_wins_over_a_label,
+        an_allow_does_not_interrupt_those_of_labels,
         labels_are_read_from_a_reload_to_another,
         labels_stay_in_force_while_the_engine_is_away,
         whoever_ends_while_the_engine_is_away_is_out,
@@ -349,6 +352,38 @@ fn an_allow_wins_over_a_label() -> Result<()> {
     // Rules of labels are nobody's but theirs.
     let kept = fs::read_to_string(scene.daemon.rules_file())?;
     ensure!(kept.contains("8080") && !kept.contains("8083"), "{kept}");
+    Ok(())
+}
+
+/// The daemon goes on following the containers of labels while it asks the engine about somebody else's.
+fn an_allow_does_not_interrupt_those_of_labels() -> Result<()> {
+    let scene = scene()?;
+    scene.engine.create_network("app", &[])?;
+    let _service = scene.service("host's", SERVICE)?;
+    labelled(&scene, "app", "web", &["allow=8080"])?;
+    wait_for(&scene, "app", 8080, "steered")?;
+    let sources = Map::named(scene.daemon.bpffs(), "SOURCES")?;
+    let done = AtomicBool::new(false);
+    let (allowed, interrupted) = thread::scope(|scope| {
+        let watch = scope.spawn(|| -> Result<bool> {
+            while !done.load(Ordering::SeqCst) {
+                if sources.is_empty()? {
+                    return Ok(true);
+                }
+                thread::sleep(Duration::from_micros(200));
+            }
+            Ok(false)
+        });
+        // Of containers and networks that the engine has not told of.
+        let allowed = (0..5).try_for_each(|n| {
+            scene.daemon.allow(&["app", &format!("909{n}"), "--from", &format!("new{n}")])?;
+            scene.daemon.allow(&[&format!("new{n}"), "9090"]).map(drop)
+        });
+        done.store(true, Ordering::SeqCst);
+        (allowed, watch.join())
+    });
+    allowed?;
+    ensure!(!interrupted.map_err(|_| anyhow::anyhow!("a thread panicked"))??, "its address was taken away");
     Ok(())
 }
 

@@ -156,7 +156,7 @@ impl Stage {
         let relay = host.run(|| Ok(std::net::TcpListener::bind(RELAY)?))?;
         relay.set_nonblocking(true)?;
         let bpffs = scene.daemon.bpffs().to_owned();
-        let find = |name| Map::find(&bpffs, name);
+        let find = |name| Map::named(&bpffs, name);
         let (rules, sources) = (find("RULES")?, find("SOURCES")?);
         let (views, relays) = (find("LOOPBACK_VIEWS")?, find("RELAYS")?);
         let indices = host.run(|| Ok([if_nametoindex("lab0")?, if_nametoindex("lab1")?]))?;

@@ -336,7 +336,7 @@ fn a_full_map_is_relayed() -> Result<()> {
     let scene = Scene::new()?;
     scene.allow(&["8000-8065"])?;
     let any = scene.lab.host().run(|| Ok(TcpListener::bind("127.0.0.1:1")?))?;
-    let map = pins::Map::find(scene.daemon.bpffs(), "LISTENERS")?;
+    let map = pins::Map::named(scene.daemon.bpffs(), "LISTENERS")?;
     let socket = u32::try_from(any.as_raw_fd())?.to_ne_bytes();
     let v4 = |ip: [u8; 4]| [&[0; 10][..], &[0xff, 0xff], &ip].concat();
     let addresses = [v4([127, 0, 0, 1]), v4([0; 4]), vec![0; 16], [&[0; 15][..], &[1]].concat()];
