@@ -12,7 +12,11 @@ use std::{
 use anyhow::{Context as _, anyhow, bail};
 use lbridge_common::wire::{ProberKey, RuleKey, SourceKey, UDP};
 
-use super::{guests::Guests, handover::Inherited};
+use super::{
+    guests::Guests,
+    handover::Inherited,
+    sources::{Contradicted, SourceGate},
+};
 use crate::{
     firewall::{self, Firewall},
     host::{
@@ -24,15 +28,17 @@ use crate::{
         maps::{PeerNames, Probes},
     },
     planning::{
-        firewall::{Link, Opening},
+        firewall::{Filtering, Link, Opening},
         inventory::{Absence, ListenerKind, NamespaceId},
-        plan::Step,
+        plan::{self, Step},
         policy::{Place, Policy, RelayKey, RelaySpec},
         reality::Reality,
     },
     relay::{self, listener::Listening, set::RelaySet},
 };
 
+/// Why a step of the kernel's cannot be carried out.
+const NO_KERNEL: &str = "there is no kernel half";
 /// More than these are not remembered.
 const MAX_HOLDERS: usize = 1024;
 
@@ -51,6 +57,8 @@ pub(super) struct Executor {
     pub(super) host: NamespaceId,
     /// Whose localhost leads to the host.
     pub(super) guests: Option<Guests>,
+    /// Who may use the entries that are not for all; there is one wherever there is a kernel half.
+    pub(super) sources: Option<SourceGate>,
     /// Listening sockets of the daemon before this one.
     pub(super) inherited: Inherited,
     /// Who holds sockets, by inode, that were in the way of a relay.
@@ -128,11 +136,36 @@ impl relay::PeerNames for PeerNames {
 impl Executor {
     /// What is in force, read back.
     pub(super) async fn reality(&mut self, policy: &Policy) -> anyhow::Result<Reality> {
-        let filtering = self.firewall.look(&policy.openings).await.clone();
+        let filtering = self.filtering(policy).await;
+        Ok(Reality { filtering, ..self.in_force()? })
+    }
+
+    /// What is known of the host's firewall, which may take as long as its tools do.
+    pub(super) async fn filtering(&mut self, policy: &Policy) -> Filtering {
+        self.firewall.look(&policy.openings).await.clone()
+    }
+
+    /// Withdraws what the policy does not grant, and waits for nobody. What else is in force then; nothing of the firewall.
+    pub(super) async fn revoke(&mut self, policy: &Policy) -> anyhow::Result<Reality> {
+        if let Some(sources) = &self.sources {
+            sources.want(&policy.grants);
+        }
+        let found = self.in_force()?;
+        let steps = plan::revocations(policy, &found);
+        if steps.is_empty() {
+            return Ok(found);
+        }
+        // What fails is there still, and so is planned, tried again and told with everything else.
+        self.execute(&steps).await;
+        self.in_force()
+    }
+
+    /// What is in force in the kernel and the relay set.
+    fn in_force(&mut self) -> anyhow::Result<Reality> {
         let relays = self.relays.specs();
         let lingering = self.relays.lingering();
         let Some(kernel) = &self.kernel else {
-            return Ok(Reality { relays, lingering, filtering, ..Reality::default() });
+            return Ok(Reality { relays, lingering, ..Reality::default() });
         };
         Ok(Reality {
             targets: kernel.maps.targets()?,
@@ -144,15 +177,20 @@ impl Executor {
             relay_sockets: kernel.maps.relays()?,
             relays,
             lingering,
-            filtering,
             replies: kernel.maps.replies()?,
             reply_hooks: kernel.hooks_attached(HookSet::Replies),
             name_hooks: kernel.hooks_attached(HookSet::Names),
             name_hooks_in_use: self.name_hooks_used,
             connect_hooks: kernel.hooks_attached(HookSet::Connect),
-            guests: self.guests.as_ref().map(Guests::counts).unwrap_or_default(),
+            guests: self.guests(),
             detached: !kernel.attached(),
+            filtering: Filtering::default(),
         })
+    }
+
+    /// How many network namespaces are on each bridge whose localhost leads to the host.
+    pub(super) fn guests(&self) -> BTreeMap<u32, usize> {
+        self.guests.as_ref().map(Guests::counts).unwrap_or_default()
     }
 
     /// Carries out `steps` in their order.
@@ -168,6 +206,8 @@ impl Executor {
             if let Err(error) = self.step(step, &mut taker, &wanted, &failures).await {
                 let text = format!("{error:#}");
                 match step {
+                    // No failure: the engine has told something else since the plan was made, and the next round plans anew.
+                    Step::AddSource(_) if error.is::<Contradicted>() => tracing::debug!("{text}"),
                     Step::OpenRelay(key, _) => drop(failures.relays.insert(key.clone(), text)),
                     Step::PutEntry(key, _) | Step::AddSource(SourceKey { rule: key, .. }) => {
                         drop(failures.entries.insert(*key, text));
@@ -225,7 +265,7 @@ impl Executor {
             }
             _ => {}
         }
-        let kernel = self.kernel.as_mut().context("there is no kernel half")?;
+        let kernel = self.kernel.as_mut().context(NO_KERNEL)?;
         match step {
             Step::Attach => kernel.attach(),
             Step::AddTarget(port) => kernel.maps.add_target(port),
@@ -242,8 +282,8 @@ impl Executor {
                 }
                 kernel.maps.register(*key, &socket)
             }
-            Step::AddSource(key) => kernel.maps.add_source(key),
-            Step::RemoveSource(key) => kernel.maps.remove_source(key),
+            Step::AddSource(key) => self.sources.as_ref().context(NO_KERNEL)?.add(key),
+            Step::RemoveSource(key) => self.sources.as_ref().context(NO_KERNEL)?.remove(key),
             Step::PutEntry(key, value) => kernel.maps.put_entry(key, value),
             Step::PutDial(key, dial) => kernel.maps.put_dial(key, dial),
             Step::RemoveDial(key) => kernel.maps.remove_dial(key),

@@ -4,23 +4,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    thread,
     time::Duration,
 };
 
-use anyhow::Context as _;
 use lbridge_common::wire::{BRIDGES, Guest};
-use rustix::process::setpriority_process;
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until, timeout},
 };
 
+use super::urgent;
 use crate::{
     host::{
         guests::{BridgePorts, Found},
         netns::HostNetns,
-        privileges,
     },
     kernel::maps,
 };
@@ -32,8 +29,6 @@ const IDLE_LOOK: Duration = Duration::from_secs(60);
 /// When a namespace is first looked for among all processes, which takes milliseconds; then ever more seldom.
 const FIRST_SEARCH: Duration = Duration::from_millis(10);
 const LAST_SEARCH: Duration = Duration::from_secs(5);
-/// Of the thread. In the unit it has what the daemon has (`Nice=`).
-const NICE: i32 = -15;
 /// How long `allow` waits for those that are there already.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -63,16 +58,8 @@ impl Guests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (home, host) = (host.file.try_clone()?, host.cookie);
         let owner = Owner { map, home, host, entered: BTreeMap::new(), crowded: false, told };
-        let thread = thread::Builder::new().name("guests".to_owned());
-        let work = move || {
-            hurry();
-            // As every other thread of the daemon's.
-            match privileges::give_up() {
-                Ok(()) => runtime.block_on(owner.run(tasks)),
-                Err(error) => tracing::error!("cannot give up privileges; localhost is left alone: {error}"),
-            }
-        };
-        thread.spawn(work).context("cannot start a thread")?;
+        // A container's first connection comes some dozens of milliseconds after its link.
+        urgent::start("guests", move || runtime.block_on(owner.run(tasks)))?;
         Ok(Self { wanted, served })
     }
 
@@ -96,14 +83,6 @@ impl Guests {
     /// How many network namespaces are on each of the bridges.
     pub(super) fn counts(&self) -> BTreeMap<u32, usize> {
         self.served.borrow().counts.clone()
-    }
-}
-
-/// Has this thread run before others that want to: each of its turns is short, and a container's first connection comes some dozens
-/// of milliseconds after its link.
-fn hurry() {
-    if let Err(error) = setpriority_process(None, NICE) {
-        tracing::debug!("whose localhost leads to the host is followed as fast as others run: {error}");
     }
 }
 

@@ -14,7 +14,9 @@
 //! - [`handover`]: listening sockets, from one daemon to the next;
 //! - [`labels`]: the rules that labels ask for;
 //! - [`manager`]: what the service manager is told;
-//! - [`report`]: what `status` says.
+//! - [`report`]: what `status` says;
+//! - [`sources`]: the addresses of containers that rules are for;
+//! - [`urgent`]: threads that must not wait for a turn.
 
 mod configuration;
 mod executor;
@@ -26,6 +28,8 @@ mod manager;
 mod observe;
 mod reconciler;
 mod report;
+mod sources;
+mod urgent;
 
 use std::{fs::File, path::PathBuf, time::Duration};
 
@@ -37,7 +41,7 @@ use tokio::{
 
 use crate::{
     api::server::{Command, ControlSocket},
-    docker,
+    docker::watch::Watcher,
     host::{cgroup, interfaces::Interfaces, netns::HostNetns, privileges},
     kernel::loader::Kernel,
     relay,
@@ -46,6 +50,7 @@ use crate::{
 use configuration::Configuration;
 use guests::Guests;
 use reconciler::{Reconciler, containers};
+use sources::SourceGate;
 
 /// How long a start waits for Docker's first answer: long enough for a living engine, too short to matter.
 const DOCKER_FIRST_ANSWER: Duration = Duration::from_secs(2);
@@ -98,6 +103,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     let guests = loaded.guests.take().filter(|_| loaded.abilities.connect_hooks.is_ok());
     let guests = guests.map(|map| Guests::start(map, &netns)).transpose()?;
+    let mut sources = loaded.sources.take().map(SourceGate::start).transpose()?;
     // Every other thread of this process has given them up, or will be started by this one.
     privileges::give_up().context("cannot give up privileges")?;
 
@@ -106,16 +112,30 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let docker = if options.docker {
         let labelled = configuration.config().labels.enabled.then(|| store.labelled());
         let (networks, seen) = (store.networks(), store.containers());
-        let mut watcher = docker::watch::Watcher::start(networks, containers(&rules), seen, labelled)?;
+        let mut watcher = Watcher::start(networks, containers(&rules), seen, labelled)?;
         watcher.first_answer(DOCKER_FIRST_ANSWER).await;
         Some(watcher)
     } else {
         None
     };
 
+    if let Some(sources) = &mut sources {
+        sources.follow(docker.as_ref().map(Watcher::follow), netns.id, wake.clone());
+    }
+
     let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
-    let mut reconciler =
-        Reconciler::new(rules, configuration, store, loaded, interfaces, docker, wake, guests, netns.id)?;
+    let mut reconciler = Reconciler::new(
+        rules,
+        configuration,
+        store,
+        loaded,
+        interfaces,
+        docker,
+        wake,
+        guests,
+        sources,
+        netns.id,
+    )?;
     reconciler.start().await?;
     let mut serving = tokio::spawn(socket.serve(commands.clone(), reconciler.news()));
 

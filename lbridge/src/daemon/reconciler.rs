@@ -25,6 +25,7 @@ use super::{
     manager::Manager,
     observe::{Processes, observe, wants_udp},
     report::{self, Report},
+    sources::SourceGate,
 };
 use crate::{
     api::{
@@ -48,6 +49,7 @@ use crate::{
         owner::Sockets,
         plan::{Step, plan},
         policy::{Policy, State},
+        reality::Reality,
         resolve::resolve,
         rule::{Network, Rule, RuleId, Rules, Target},
     },
@@ -113,9 +115,10 @@ impl Reconciler {
         docker: Option<Watcher>,
         wake: mpsc::Sender<()>,
         guests: Option<Guests>,
+        sources: Option<SourceGate>,
         host: NamespaceId,
     ) -> anyhow::Result<Self> {
-        let Loaded { kernel, events, guests: _, abilities } = loaded;
+        let Loaded { kernel, events, guests: _, sources: _, abilities } = loaded;
         let saved_containers = store.containers();
         let names = kernel.as_ref().filter(|_| abilities.name_hooks.is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
@@ -137,6 +140,7 @@ impl Reconciler {
                 interface_check: abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check),
                 host,
                 guests,
+                sources,
                 inherited: Inherited::take(),
                 holders: HashMap::new(),
             },
@@ -161,7 +165,6 @@ impl Reconciler {
 
     /// Makes what was found into what is wanted.
     pub(super) async fn start(&mut self) -> anyhow::Result<()> {
-        self.remember_networks();
         self.pass().await?;
         // What the rules do not want any more must not stay open with nobody to accept.
         self.executor.inherited.close();
@@ -203,7 +206,6 @@ impl Reconciler {
                 }
                 () = sleep_until(due) => {
                     (woken, pressing) = (false, false);
-                    self.remember_networks();
                     if let Err(error) = self.pass().await {
                         tracing::error!("cannot look at the host, trying again: {error:#}");
                         tokio::time::sleep(POLL).await;
@@ -287,7 +289,6 @@ impl Reconciler {
         // The network may be so new that its event is still under way.
         if named.any(is_unknown) || networks.into_iter().any(unknown) {
             docker.refresh(DOCKER_REFRESH).await;
-            self.remember_networks();
         }
     }
 
@@ -312,8 +313,16 @@ impl Reconciler {
         }
     }
 
-    /// Observe, resolve, plan, execute; until nothing is left to do, or nothing more can be done.
+    /// Makes what is there into what is wanted, then keeps what was seen on disk: nobody is to wait for a slow one.
     async fn pass(&mut self) -> anyhow::Result<()> {
+        let done = self.converge().await;
+        self.remember_networks();
+        self.remember_containers();
+        done
+    }
+
+    /// Observe, resolve, plan, execute; until nothing is left to do, or nothing more can be done.
+    async fn converge(&mut self) -> anyhow::Result<()> {
         let mut failures = Failures::default();
         let (mut rounds, mut unseen, mut asked_anew) = (0, None, false);
         loop {
@@ -349,7 +358,6 @@ impl Reconciler {
             if let Some(docker) = self.docker.as_ref().filter(|_| !asked_anew && inventory.outruns_engine()) {
                 asked_anew = true;
                 docker.refresh(DOCKER_REFRESH).await;
-                self.remember_networks();
                 continue;
             }
             self.inventory = Some(inventory.clone());
@@ -359,10 +367,13 @@ impl Reconciler {
                 firewall: self.configuration.config().firewall,
                 ..resolve(self.labels.rules(&self.rules), &inventory, &self.abilities)
             };
+            // Before anything that may take seconds.
+            let in_force = self.executor.revoke(&policy).await?;
             if let Some(guests) = &mut self.executor.guests {
                 guests.want(policy.dials.keys().map(|key| key.ifindex).collect()).await;
             }
-            let reality = self.executor.reality(&policy).await?;
+            let filtering = self.executor.filtering(&policy).await;
+            let reality = Reality { filtering, guests: self.executor.guests(), ..in_force };
             if reality.registered.len() < MAX_LISTENERS as usize {
                 // From the next look on.
                 self.refused.retain(|_, kind| *kind != ListenerKind::NoRoom);
@@ -374,7 +385,6 @@ impl Reconciler {
                 let relayed = relays.map(|key| (key.clone(), self.executor.relays.counts(key))).collect();
                 let listeners = self.users_of(&policy, &inventory).await;
                 let report = Report { policy, reality, failures, relayed, listeners };
-                self.remember_containers();
                 for change in report.changes_since(&self.last) {
                     tracing::info!("{change}");
                 }

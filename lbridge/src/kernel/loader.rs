@@ -9,7 +9,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::{
     links::Hooks,
-    maps::{Events, Guests, Maps},
+    maps::{Events, Guests, Maps, Sources},
     object, pins,
     pins::{PINNED_MAPS, Pins},
 };
@@ -68,6 +68,8 @@ pub struct Loaded {
     pub events: Option<Events>,
     /// Whose localhost leads to the host.
     pub guests: Option<Guests>,
+    /// Who may use the entries that are not for all; there is one wherever there is a kernel half.
+    pub sources: Option<Sources>,
     /// What is possible.
     pub abilities: Abilities,
 }
@@ -114,7 +116,7 @@ impl Kernel {
             }
         }
         let steering = steering(&steer, &listeners);
-        let (maps, events) = (Maps::take(&mut object)?, Events::take(&mut object)?);
+        let ((maps, sources), events) = (Maps::take(&mut object)?, Events::take(&mut object)?);
         let guests = Some(Guests::take(&mut object)?);
         maps.peers.clear()?;
         let mut kernel = Self { maps, object, pins, hooks, programs };
@@ -135,7 +137,7 @@ impl Kernel {
         }
         let events = listeners.is_ok().then_some(events);
         let abilities = Abilities { steer: steering, name_hooks, connect_hooks, reply_hooks };
-        Ok(Loaded { kernel: Some(kernel), events, guests, abilities })
+        Ok(Loaded { kernel: Some(kernel), events, guests, sources: Some(sources), abilities })
     }
 
     /// Attaches what is always attached, or puts this version's programs under the links.
@@ -247,7 +249,7 @@ impl Loaded {
             connect_hooks: no(),
             reply_hooks: no(),
         };
-        Self { kernel: None, events: None, guests: None, abilities }
+        Self { kernel: None, events: None, guests: None, sources: None, abilities }
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     fmt,
     hash::Hash,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd as _, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -30,6 +30,7 @@ const BPF_NOEXIST: u64 = 1;
 /// The maps that userspace reads and writes.
 pub struct Maps {
     rules: HashMap<MapData, RuleKey, RuleValue>,
+    /// To be read; [`Sources`] changes it.
     sources: HashMap<MapData, SourceKey, u8>,
     targets: HashMap<MapData, TargetKey, u8>,
     listeners: SockHash<MapData, ListenerKey>,
@@ -56,15 +57,27 @@ fn taken<M: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, name: &str) -> an
     M::try_from(map).with_context(|| format!("map {name} is of another kind"))
 }
 
+/// A map with two owners, each with a descriptor of its own: who reads all of it does not hold up who changes it.
+fn taken_twice<M: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, name: &str) -> anyhow::Result<(M, M)> {
+    let map = object.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))?;
+    let Map::HashMap(first) = map else { bail!("map {name} is of another kind") };
+    let descriptor = first.fd().as_fd().try_clone_to_owned()?;
+    let second = MapData::from_fd(descriptor).with_context(|| format!("failed to open map {name} again"))?;
+    let kind = || format!("map {name} is of another kind");
+    let [first, second] = [first, second].map(|data| M::try_from(Map::HashMap(data)).with_context(kind));
+    Ok((first?, second?))
+}
+
 fn collected<K: Pod + Ord + Hash, V: Pod>(map: &HashMap<MapData, K, V>) -> Result<BTreeMap<K, V>, MapError> {
     map.iter().collect()
 }
 
 impl Maps {
-    pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<Self> {
-        Ok(Self {
+    pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<(Self, Sources)> {
+        let (sources, owned) = taken_twice(object, symbols::SOURCES)?;
+        let maps = Self {
             rules: taken(object, symbols::RULES)?,
-            sources: taken(object, symbols::SOURCES)?,
+            sources,
             targets: taken(object, symbols::TARGETS)?,
             listeners: taken(object, symbols::LISTENERS)?,
             relays: taken(object, symbols::RELAYS)?,
@@ -80,7 +93,8 @@ impl Maps {
                 connects: taken(object, symbols::RELAY_CONNECTS)?,
                 peers: taken(object, symbols::RELAY_PEERS)?,
             }))),
-        })
+        };
+        Ok((maps, Sources(owned)))
     }
 
     /// Every entry with its count.
@@ -118,16 +132,6 @@ impl Maps {
     pub fn sources(&self) -> anyhow::Result<BTreeSet<SourceKey>> {
         let keys: Result<_, MapError> = self.sources.keys().collect();
         keys.context("cannot read who may use the rules")
-    }
-
-    /// Lets an address use an entry.
-    pub fn add_source(&mut self, key: &SourceKey) -> anyhow::Result<()> {
-        self.sources.insert(key, 1, 0).context("cannot let the container use the rule")
-    }
-
-    /// Lets an address use an entry no more.
-    pub fn remove_source(&mut self, key: &SourceKey) -> anyhow::Result<()> {
-        or_absent(self.sources.remove(key)).context("cannot let the container use the rule no more")
     }
 
     /// What containers dial that leads to their gateway.
@@ -264,6 +268,38 @@ impl Probes {
     /// Stops counting.
     pub fn forget(&self, key: &RuleKey) -> anyhow::Result<()> {
         or_absent(self.maps().arrived.remove(key)).context("failed to delete from map PROBES")
+    }
+}
+
+/// Who may use the entries that are not for all, to be changed. Its owner is another than the other maps'.
+pub struct Sources(HashMap<MapData, SourceKey, u8>);
+
+// aya's maps do not implement it.
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sources").finish_non_exhaustive()
+    }
+}
+
+impl Sources {
+    /// Lets an address use an entry.
+    ///
+    /// # Errors
+    ///
+    /// If the map is full, or the kernel refuses the change.
+    pub fn add(&mut self, key: &SourceKey) -> anyhow::Result<()> {
+        let source = IpAddr::from(key.source);
+        self.0.insert(key, 1, 0).with_context(|| format!("failed to let {source} use the rule"))
+    }
+
+    /// Takes an address away from an entry; one that is not there is as good.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses the change: the address can still use the entry then.
+    pub fn remove(&mut self, key: &SourceKey) -> anyhow::Result<()> {
+        let source = IpAddr::from(key.source);
+        or_absent(self.0.remove(key)).with_context(|| format!("failed to revoke {source}'s use of the rule"))
     }
 }
 

@@ -69,7 +69,7 @@ impl Trial {
             Programs::load(&mut object, cookie);
         let abilities =
             Abilities { steer: steering(&steer, &listeners), name_hooks, connect_hooks, reply_hooks };
-        Ok(Self { abilities, maps: Maps::take(&mut object)?, steer: steer.ok(), object })
+        Ok(Self { abilities, maps: Maps::take(&mut object)?.0, steer: steer.ok(), object })
     }
 
     /// Attaches the steering program to that namespace, which is one made for it.

@@ -145,7 +145,6 @@ impl Reconciler {
         docker.follow_labels(enabled);
         if enabled && !self.labels.status().enabled {
             docker.refresh(DOCKER_REFRESH).await;
-            self.remember_networks();
         }
     }
 
