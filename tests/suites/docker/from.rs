@@ -38,13 +38,13 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 /// `app` with `web` and `other` on it, `far` on another network, and a service.
-struct Crowd {
-    scene: Scene,
-    app: Network,
-    web: Container,
-    other: Container,
+pub(crate) struct Crowd {
+    pub(crate) scene: Scene,
+    pub(crate) app: Network,
+    pub(crate) web: Container,
+    pub(crate) other: Container,
     far: Container,
-    service: Service,
+    pub(crate) service: Service,
 }
 
 const SUBNET: &[&str] = &["--subnet", "10.50.0.0/24", "--gateway", "10.50.0.1"];
@@ -54,7 +54,7 @@ impl Crowd {
         Crowd::with(Scene::new()?)
     }
 
-    fn with(scene: Scene) -> Result<Crowd> {
+    pub(crate) fn with(scene: Scene) -> Result<Crowd> {
         let app = scene.engine.create_network("app", SUBNET)?;
         scene.engine.create_network("elsewhere", &[])?;
         let named = |network: &str, name: &str| scene.engine.run(network, &["--name", name]);
@@ -63,7 +63,7 @@ impl Crowd {
         Ok(Crowd { scene, app, web, other, far, service })
     }
 
-    fn allow(&self, more: &[&str]) -> Result<()> {
+    pub(crate) fn allow(&self, more: &[&str]) -> Result<()> {
         self.scene.daemon.allow(&[&["app", "8080", "--from", "web"], more].concat()).map(drop)
     }
 
@@ -71,7 +71,7 @@ impl Crowd {
         at(&self.app, 8080)
     }
 
-    fn served(&self, container: &Container) -> Result<()> {
+    pub(crate) fn served(&self, container: &Container) -> Result<()> {
         self.scene.served(container, self.to(), "service").map(drop)
     }
 
@@ -88,7 +88,7 @@ impl Crowd {
         Ok((now.state, now.why.unwrap_or_default()))
     }
 
-    fn wait_for(&self, state: &str, why: &str) -> Result<()> {
+    pub(crate) fn wait_for(&self, state: &str, why: &str) -> Result<()> {
         let mut last = None;
         let reached = patience::until(&format!("{state} ({why})"), || {
             let now = self.state()?;

@@ -10,6 +10,7 @@ mod labels;
 mod localhost;
 mod names;
 mod networks;
+mod revocation;
 #[path = "../clients/server.rs"]
 #[expect(dead_code, reason = "not all of what the other suite needs")]
 mod server;
@@ -47,6 +48,7 @@ fn main() {
         containers::tests(),
         swarm::tests(),
         from::tests(),
+        revocation::tests(),
         labels::tests(),
         localhost::tests(),
         doctor::tests(),
