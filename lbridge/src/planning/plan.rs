@@ -163,9 +163,8 @@ pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
 /// Addresses that may use an entry no more, where the entry goes on to be for some: nothing needs them any more, and they may be
 /// others' by now.
 fn left<'a>(policy: &'a Policy, reality: &'a Reality) -> impl Iterator<Item = SourceKey> + 'a {
-    let listed = |key: &&SourceKey| {
-        policy.entries.get(&key.rule).is_some_and(|entry| entry.has(RuleValue::LISTED))
-    };
+    let listed =
+        |key: &&SourceKey| policy.entries.get(&key.rule).is_some_and(|entry| entry.has(RuleValue::LISTED));
     reality.sources.difference(&policy.sources).filter(listed).copied()
 }
 
@@ -220,7 +219,10 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = revocations(policy, reality);
     let firewall = firewall::plan(&policy.openings, policy.firewall, &reality.filtering);
     let entries = entries(policy, reality, &firewall);
-    let closed = steps.iter().filter_map(|step| if let Step::PutEntry(key, _) = step { Some(*key) } else { None });
+    // What an accept rule lets in stays refused.
+    steps.retain(|step| !matches!(step, Step::RemoveEntry(key) if entries.contains_key(key)));
+    let closed =
+        steps.iter().filter_map(|step| if let Step::PutEntry(key, _) = step { Some(*key) } else { None });
     let closed: BTreeSet<_> = closed.collect();
     if reality.detached {
         steps.push(Step::Attach);
@@ -267,8 +269,10 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
             steps.push(Step::PutEntry(*key, *value));
         }
     }
-    let is_removed = |(key, there): &(&RuleKey, &RuleValue)| is_denied(policy, key) && !there.has(RuleValue::EXCLUSIVE);
-    let replaced = reality.entries.iter().filter(|entry| !entries.contains_key(entry.0) && !is_removed(entry));
+    let is_removed =
+        |(key, there): &(&RuleKey, &RuleValue)| is_denied(policy, key) && !there.has(RuleValue::EXCLUSIVE);
+    let replaced =
+        reality.entries.iter().filter(|entry| !entries.contains_key(entry.0) && !is_removed(entry));
     steps.extend(replaced.map(|(key, _)| Step::RemoveEntry(*key)));
     // With its entry: without one, whoever would look local is refused.
     let gone = views_of_others(policy, reality);

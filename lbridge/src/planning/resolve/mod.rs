@@ -202,9 +202,10 @@ impl Resolver<'_> {
         } else {
             let sources = self.sources(rule, own, subnet);
             let clients = Clients::Listed(sources.addresses.clone());
+            let is_refused = matches!(way, Way::Refuse(_));
             let outcome = self.outcome(rule, way, &relay_key, Some(kernel), clients);
-            // Of a rule that is blocked nothing is in force; the key may be another's.
-            if outcome.state != State::Blocked {
+            // Of a rule that is blocked nothing is in force but what refuses; the key may be another's.
+            if outcome.state != State::Blocked || is_refused {
                 for (key, grant) in sources.grants(rule_key) {
                     if self.policy.sources.contains(&key) {
                         self.policy.grants.entry(key).or_default().insert(grant);
