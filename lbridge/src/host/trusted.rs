@@ -2,7 +2,8 @@
 //! link there to something that only root may use; the kernel guards against that in sticky folders alone
 //! (fs.protected_symlinks, proc_sys_fs(5)).
 //!
-//! [`open_fixed`] is stricter: it takes only paths that nobody but root and this process's user can change.
+//! [`open_fixed`] is stricter: it takes only paths that nobody but root and this process's user can change. [`open_folder`] and
+//! [`make_folder`] also see to what is in a folder.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -13,7 +14,8 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FileType, FsWord, Mode, OFlags, Stat, fstat, fstatfs, openat, readlinkat},
+    fs::{CWD, FileType, FsWord, Mode, OFlags, Stat, fstat, fstatfs, mkdirat, openat, readlinkat},
+    io::Errno,
     process::geteuid,
 };
 
@@ -22,6 +24,50 @@ const MAX_LINKS: usize = 40;
 
 /// `PROC_SUPER_MAGIC` (include/uapi/linux/magic.h).
 const PROC: FsWord = 0x9fa0;
+
+/// Why a path is refused: somebody else can make it lead elsewhere. Found in the `PermissionDenied` errors of this module by
+/// [`Untrusted::of`].
+#[derive(Debug, thiserror::Error)]
+pub enum Untrusted {
+    /// A symbolic link of another user.
+    #[error("{} is a link of user {uid}, which may lead anywhere", path.display())]
+    Link {
+        /// The link.
+        path: PathBuf,
+        /// Its owner's id.
+        uid: u32,
+    },
+    /// A folder of another user.
+    #[error("{} belongs to user {uid}, who can change what is there", path.display())]
+    Owner {
+        /// The folder.
+        path: PathBuf,
+        /// Its owner's id.
+        uid: u32,
+    },
+    /// A folder that other users can write to.
+    #[error("users other than root may write to {}", path.display())]
+    Writable {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A path through /proc.
+    #[error("it is a process's, whose number may be given again")]
+    Process,
+}
+
+impl Untrusted {
+    /// The refusal behind an error of this module, if it is one.
+    pub fn of(error: &io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+}
+
+impl From<Untrusted> for io::Error {
+    fn from(refusal: Untrusted) -> Self {
+        Self::new(io::ErrorKind::PermissionDenied, refusal)
+    }
+}
 
 /// Opens the file at an absolute path, for its place in the file system alone (`O_PATH`). Links on the way must be root's
 /// or this process's user's.
@@ -39,24 +85,53 @@ pub fn open(path: &Path) -> io::Result<OwnedFd> {
 /// process gets the same number later.
 pub fn open_fixed(path: &Path) -> io::Result<OwnedFd> {
     walk(path, |folder, stat, shown| {
-        let mode = Mode::from_raw_mode(stat.st_mode);
-        let by_group = mode.contains(Mode::WGRP) && stat.st_gid != 0;
-        let by_others = (by_group || mode.contains(Mode::WOTH)) && !mode.contains(Mode::SVTX);
         if !is_own(stat) {
-            return Err(denied(format!(
-                "{} belongs to user {}, who can change what is there",
-                shown.display(),
-                stat.st_uid
-            )));
+            return Err(Untrusted::Owner { path: shown.to_owned(), uid: stat.st_uid }.into());
         }
-        if by_others {
-            return Err(denied(format!("users other than root may write to {}", shown.display())));
+        if is_open_to_others(stat) && !Mode::from_raw_mode(stat.st_mode).contains(Mode::SVTX) {
+            return Err(Untrusted::Writable { path: shown.to_owned() }.into());
         }
         if fstatfs(folder)?.f_type == PROC {
-            return Err(denied("it is a process's, whose number may be given again".to_owned()));
+            return Err(Untrusted::Process.into());
         }
         Ok(())
     })
+}
+
+/// As [`open_fixed`], for a folder that nobody else can add anything to either, sticky or not.
+///
+/// # Errors
+///
+/// Those of [`open_fixed`]; `NotADirectory`.
+pub fn open_folder(path: &Path) -> io::Result<OwnedFd> {
+    let folder = open_fixed(&std::path::absolute(path)?)?;
+    let stat = fstat(&folder)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+        return Err(Errno::NOTDIR.into());
+    }
+    if is_open_to_others(&stat) {
+        return Err(Untrusted::Writable { path: path.to_owned() }.into());
+    }
+    Ok(folder)
+}
+
+/// As [`open_folder`]; where only the last component of the path is missing it is made, with mode 0700.
+pub fn make_folder(path: &Path) -> io::Result<OwnedFd> {
+    let path = std::path::absolute(path)?;
+    if let (Some(parent), Some(name)) = (path.parent(), path.file_name()) {
+        match mkdirat(open_fixed(parent)?, name, Mode::RWXU) {
+            // Whoever has made it: it is checked now.
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    open_folder(&path)
+}
+
+/// Returns true if users other than root can write there.
+fn is_open_to_others(stat: &Stat) -> bool {
+    let mode = Mode::from_raw_mode(stat.st_mode);
+    mode.contains(Mode::WOTH) || mode.contains(Mode::WGRP) && stat.st_gid != 0
 }
 
 /// Goes to an absolute path step by step. `check` is called for every folder on the way, with its metadata and its path.
@@ -80,14 +155,10 @@ fn walk(path: &Path, check: impl Fn(&OwnedFd, &Stat, &Path) -> io::Result<()>) -
             FileType::Symlink => {
                 links += 1;
                 if links > MAX_LINKS {
-                    return Err(rustix::io::Errno::LOOP.into());
+                    return Err(Errno::LOOP.into());
                 }
                 if !is_own(&stat) {
-                    let link = part.display();
-                    return Err(denied(format!(
-                        "{link} is a link of user {}, which may lead anywhere",
-                        stat.st_uid
-                    )));
+                    return Err(Untrusted::Link { path: shown.join(&part), uid: stat.st_uid }.into());
                 }
                 let target = OsString::from_vec(readlinkat(&next, "", vec![])?.into_bytes());
                 for part in self::parts(Path::new(&target)).into_iter().rev() {
@@ -107,13 +178,13 @@ fn walk(path: &Path, check: impl Fn(&OwnedFd, &Stat, &Path) -> io::Result<()>) -
     Ok(at)
 }
 
-/// Returns true if the file belongs to root or to this process's user.
 fn is_own(stat: &Stat) -> bool {
-    stat.st_uid == 0 || stat.st_uid == geteuid().as_raw()
+    is_trusted(stat.st_uid)
 }
 
-fn denied(why: String) -> io::Error {
-    io::Error::new(io::ErrorKind::PermissionDenied, why)
+/// Returns true if a user is root or this process's own.
+pub fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == geteuid().as_raw()
 }
 
 /// Which of these paths lead over links that are not followed, and why.
@@ -205,6 +276,36 @@ mod tests {
             mode(0o755);
             lchown(at("link"), Some(54_321), None).unwrap();
             assert!(refused("link/file").contains("link is a link of user 54321"));
+        }
+    }
+    /// Nobody else may add anything to it, whatever he can rename.
+    #[test]
+    fn folders_are_made_where_nobody_can_exchange_them() {
+        let place = tempfile::tempdir_in("/run").or_else(|_| tempfile::tempdir()).unwrap();
+        let at = |name: &str| place.path().join(name);
+        let mode =
+            |name: &str, mode| fs::set_permissions(at(name), fs::Permissions::from_mode(mode)).unwrap();
+        make_folder(&at("way")).unwrap();
+        assert_eq!(fs::metadata(at("way")).unwrap().permissions().mode() & 0o7777, 0o700);
+        make_folder(&at("way")).unwrap();
+        assert_eq!(make_folder(&at("none/made")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        fs::write(at("file"), "").unwrap();
+        assert_eq!(make_folder(&at("file")).unwrap_err().kind(), io::ErrorKind::NotADirectory);
+
+        mode("way", 0o1777);
+        make_folder(&at("way/made")).unwrap();
+        let is_way = |error: io::Error| matches!(Untrusted::of(&error), Some(Untrusted::Writable { path }) if *path == at("way"));
+        assert!(is_way(make_folder(&at("way")).unwrap_err()) && is_way(open_folder(&at("way")).unwrap_err()));
+        mode("way", 0o777);
+        assert!(is_way(make_folder(&at("way/more")).unwrap_err()) && !at("way/more").exists());
+
+        if geteuid().is_root() {
+            mode("way", 0o1777);
+            lchown(at("way/made"), Some(54_321), None).unwrap();
+            let error = make_folder(&at("way/made")).unwrap_err();
+            assert!(
+                matches!(Untrusted::of(&error), Some(Untrusted::Owner { path, uid: 54_321 }) if *path == at("way/made"))
+            );
         }
     }
 }
