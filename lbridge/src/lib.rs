@@ -5,8 +5,8 @@
 //!   <- { daemon foreground verify doctor import service } <- cli
 //! ```
 //!
-//! The shells in the first braces do not import each other, but that `firewall` tries things with `host`, and `relay` finds
-//! Unix sockets with it.
+//! The shells in the first braces do not import each other, but that `firewall` tries things with `host`, `relay` finds
+//! Unix sockets with it, and `kernel` the folder of pins.
 //! `docs/architecture.md` has the map, `docs/data-path.md` follows a connection, a datagram and a connect() to localhost.
 
 pub mod api;

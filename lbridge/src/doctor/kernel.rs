@@ -72,6 +72,10 @@ fn about_cgroup(options: &Options, root: bool) -> Finding {
 fn about_bpffs(path: &Path) -> Finding {
     const CHECK: &str = "bpffs";
     if pins::on_bpffs(path) {
+        if let Some((what, remedy)) = pins::refusal(path) {
+            let why = "Whoever can change what is pinned decides what is served; lbridge run does not start like that.";
+            return Finding::new(CHECK, Level::Problem, what).because(why).type_this(remedy);
+        }
         return Finding::ok(CHECK, format!("{} is on a bpffs", path.display()));
     }
     Finding::new(CHECK, Level::Problem, format!("{} is not on a bpffs", path.display()))

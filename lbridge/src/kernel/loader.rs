@@ -80,8 +80,8 @@ impl Kernel {
     ///
     /// `netns` is the host's namespace, `cookie` its cookie where the kernel tells it.
     pub fn load(bpffs: &Path, cgroup: &Path, netns: File, cookie: Option<u64>) -> anyhow::Result<Loaded> {
-        let pins = Pins::open(bpffs)?;
         let cgroup = open_cgroup(cgroup)?;
+        let pins = Pins::open(bpffs)?;
         raise_memlock();
         let bytes = object::bytes()?;
         let hooks = Hooks { netns, cgroup };

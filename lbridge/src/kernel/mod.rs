@@ -1,5 +1,5 @@
 //! The kernel half: loads the object, pins and adopts it, reads and writes its maps. The only room that knows aya.
-//! Imports planning and the common types.
+//! Imports planning, the common types and `host/trusted`.
 //!
 //! - `object`: the committed object and what is in it;
 //! - [`pins`]: where things are pinned, and whether what is there may be adopted;

@@ -1,9 +1,13 @@
 //! Pins: what outlives the daemon. One directory for each [`ABI_VERSION`], so that maps are never misread.
+//!
+//! Whoever can change these directories decides what is in force after the daemon, and whether `deny` has an effect. So each of them,
+//! and every folder on the way, must be root's (`host/trusted.rs`): a bpffs that was mounted without options lets everybody
+//! make folders in it.
 
 use std::{
-    fs::{self, DirBuilder, File},
-    io::ErrorKind,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    fs::{self, File},
+    io::{self, ErrorKind},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -27,6 +31,7 @@ use super::{
     loader::{LISTENERS_LINK, STEER_LINK},
     object::Shape,
 };
+use crate::host::trusted::{self, Untrusted};
 
 /// Maps that outlive the daemon. The event buffer and the counts of probes do not: they are of use to one daemon only.
 pub(super) const PINNED_MAPS: [&str; 14] = [
@@ -58,16 +63,40 @@ pub(super) struct Pins {
 }
 
 impl Pins {
-    /// Opens `root`, a directory on a bpffs; makes it where it is not there.
+    /// Opens `root`, a directory on a bpffs; makes it where it is not there. One that somebody else could change is refused.
     pub(super) fn open(root: &Path) -> anyhow::Result<Self> {
         check(root)?;
-        let current = root.join(format!("v{ABI_VERSION}"));
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&current)
-            .with_context(|| format!("cannot make {}", current.display()))?;
-        Ok(Self { root: root.to_owned(), current, _lock: lock(root)? })
+        trusted::make_folder(root).map_err(|error| refused(root, root, &error))?;
+        let pins =
+            Self { root: root.to_owned(), current: root.join(format!("v{ABI_VERSION}")), _lock: lock(root)? };
+        // Of other versions, too: they are removed once this one's rules are in force, which is too late to refuse.
+        for (_, path) in versions(root)? {
+            trusted::open_folder(&path).map_err(|error| refused(root, &path, &error))?;
+        }
+        pins.make_current()?;
+        Ok(pins)
+    }
+
+    /// Makes the directory of this version, and sees to it that nobody else has put something there.
+    fn make_current(&self) -> anyhow::Result<()> {
+        let refused = |path: &Path, error| refused(&self.root, path, &error);
+        trusted::make_folder(&self.current).map_err(|error| refused(&self.current, error))?;
+        for pin in self.entries()? {
+            let uid = fs::symlink_metadata(&pin)
+                .with_context(|| format!("cannot look at {}", pin.display()))?
+                .uid();
+            if !trusted::is_trusted(uid) {
+                return Err(refused(&pin, Untrusted::Owner { path: pin.clone(), uid }.into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything in the directory of this version.
+    fn entries(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(&self.current)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>());
+        entries.with_context(|| format!("cannot read {}", self.current.display()))
     }
 
     /// Where a map is pinned.
@@ -115,10 +144,7 @@ impl Pins {
 
     /// Removes everything of this version: what it serves ends.
     pub(super) fn clear(&self) -> anyhow::Result<()> {
-        for pin in fs::read_dir(&self.current)? {
-            remove(&pin?.path())?;
-        }
-        Ok(())
+        self.entries()?.iter().try_for_each(|pin| remove(pin))
     }
 
     /// Removes what other versions pinned, once this one's is in force: until then both steer.
@@ -126,7 +152,7 @@ impl Pins {
         for (version, path) in versions(&self.root)? {
             if version != ABI_VERSION {
                 tracing::info!("removing {}, pinned by another version", path.display());
-                remove_version(&path)?;
+                remove_version(&self.root, &path)?;
             }
         }
         Ok(())
@@ -134,8 +160,16 @@ impl Pins {
 }
 
 /// Whether what is always attached is pinned below `root`, without a change to anything.
-pub fn in_place(root: &Path) -> std::io::Result<bool> {
+pub fn in_place(root: &Path) -> io::Result<bool> {
     let current = root.join(format!("v{ABI_VERSION}"));
+    match trusted::open_folder(&current) {
+        Ok(_) => {}
+        // What is in somebody else's folder is not the daemon's.
+        Err(error) if error.kind() == ErrorKind::NotFound || Untrusted::of(&error).is_some() => {
+            return Ok(false);
+        }
+        Err(error) => return Err(error),
+    }
     for link in [STEER_LINK, LISTENERS_LINK] {
         match fs::symlink_metadata(current.join(format!("{LINK}{link}"))) {
             Ok(_) => {}
@@ -146,15 +180,25 @@ pub fn in_place(root: &Path) -> std::io::Result<bool> {
     Ok(true)
 }
 
+/// Why the daemon would not use `root` although it is on a bpffs, and what to type.
+pub fn refusal(root: &Path) -> Option<(String, Option<String>)> {
+    let error = [root, &root.join(format!("v{ABI_VERSION}"))]
+        .into_iter()
+        .filter_map(|path| trusted::open_folder(path).err())
+        .find(|error| Untrusted::of(error).is_some())?;
+    Some((error.to_string(), remedy(root, &error)))
+}
+
 /// Removes everything that daemons pinned at `root`, and by that detaches it; whether there was anything. None may run.
 pub fn remove_all(root: &Path) -> anyhow::Result<bool> {
     if !root.exists() {
         return Ok(false);
     }
     check(root)?;
+    trusted::open_folder(root).map_err(|error| refused(root, root, &error))?;
     let _lock = lock(root)?;
     for (_, path) in versions(root)? {
-        remove_version(&path)?;
+        remove_version(root, &path)?;
     }
     match fs::remove_dir(root) {
         // What else is there is somebody else's.
@@ -162,6 +206,31 @@ pub fn remove_all(root: &Path) -> anyhow::Result<bool> {
         done => done.with_context(|| format!("cannot remove {}", root.display()))?,
     }
     Ok(true)
+}
+
+/// Why `path`, a part of the pin directory `root`, is not used, and what to type.
+fn refused(root: &Path, path: &Path, error: &io::Error) -> anyhow::Error {
+    match (Untrusted::of(error), remedy(root, error)) {
+        (Some(refusal), Some(remedy)) => anyhow::anyhow!("{refusal}; type: {remedy}"),
+        (Some(refusal), None) => anyhow::anyhow!("{refusal}"),
+        (None, _) => anyhow::anyhow!("cannot open {}: {error}", path.display()),
+    }
+}
+
+fn remedy(root: &Path, error: &io::Error) -> Option<String> {
+    Some(match Untrusted::of(error)? {
+        // Nothing of it is to be kept: what another user has pinned may be made to look like ours.
+        Untrusted::Owner { path, .. } | Untrusted::Link { path, .. } if path.starts_with(root) => {
+            format!("rm -r {}", path.display())
+        }
+        Untrusted::Writable { path } => format!("chmod go-w {}", path.display()),
+        Untrusted::Owner { path, .. } if root.starts_with("/sys/fs/bpf") => {
+            format!("chown root:root {}", path.display())
+        }
+        Untrusted::Owner { .. } | Untrusted::Link { .. } | Untrusted::Process => {
+            "lbridge run --bpffs /sys/fs/bpf/lbridge".to_owned()
+        }
+    })
 }
 
 /// Whether a path, or the folder that it is to be made in, is on a bpffs.
@@ -173,9 +242,9 @@ pub fn on_bpffs(root: &Path) -> bool {
 /// What to type where [`on_bpffs`] is not so. Never to mount over a folder that may be something else's.
 pub fn mount_one(root: &Path) -> &'static str {
     if root.starts_with("/sys/fs/bpf") {
-        "mount -t bpf bpf /sys/fs/bpf"
+        "mount -t bpf -o mode=700 bpf /sys/fs/bpf"
     } else {
-        "mount -t bpf bpf /sys/fs/bpf    # if need be; then --bpffs /sys/fs/bpf/lbridge"
+        "mount -t bpf -o mode=700 bpf /sys/fs/bpf    # if need be; then --bpffs /sys/fs/bpf/lbridge"
     }
 }
 
@@ -217,16 +286,21 @@ fn versions(root: &Path) -> anyhow::Result<Vec<(u32, PathBuf)>> {
     Ok(versions)
 }
 
-/// Removes the directory of a version, with all that is pinned in it.
-fn remove_version(path: &Path) -> anyhow::Result<()> {
+/// Removes the directory of a version, with all that is pinned in it; one that others could change is refused.
+fn remove_version(root: &Path, path: &Path) -> anyhow::Result<()> {
+    trusted::open_folder(path).map_err(|error| refused(root, path, &error))?;
     let pins = fs::read_dir(path).with_context(|| format!("cannot read {}", path.display()))?;
     pins.filter_map(Result::ok).for_each(|pin| detach_link(&pin.path()));
     fs::remove_dir_all(path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
+fn is_link(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(LINK.as_bytes()))
+}
+
 /// Detaches the link that is pinned there, if it is one.
 fn detach_link(path: &Path) {
-    if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(LINK.as_bytes())) {
+    if is_link(path) {
         links::detach(path);
     }
 }

@@ -279,7 +279,7 @@ fn no_bpffs_is_a_problem() -> Result<()> {
     let mut daemon = Daemon::prepare(lab.host(), Options::default())?;
     umount2(sandbox::BPFFS, MntFlags::MNT_DETACH)?;
     let finding = Report::of(&daemon)?.must("bpffs", "problem")?;
-    ensure!(finding.remedy == ["mount -t bpf bpf /sys/fs/bpf"], "{finding:?}");
+    ensure!(finding.remedy == ["mount -t bpf -o mode=700 bpf /sys/fs/bpf"], "{finding:?}");
     // It is right: the daemon does not start, and does after what it says.
     ensure!(daemon.start_refused()?.stderr.contains("bpffs"));
     lab.host().shell(&finding.remedy[0])?;

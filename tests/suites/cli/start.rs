@@ -1,10 +1,14 @@
 //! Starts of the daemon on a host that is not as it should be, and what is left then: everything as it was.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::daemon::{Daemon, Options};
+use lbridge_tests::harness::doctor::Report;
 use lbridge_tests::harness::lab::Lab;
 use lbridge_tests::harness::scene::{Scene, V4};
 use lbridge_tests::harness::suite::Test;
@@ -21,6 +25,8 @@ pub(crate) fn tests() -> Vec<Test> {
         no_cgroup2_is_refused,
         no_bpffs_is_refused,
         pins_of_others_are_left_alone,
+        folders_of_others_are_refused,
+        cleanup_leaves_folders_of_others_alone,
     ]
 }
 
@@ -173,5 +179,129 @@ fn pins_of_others_are_left_alone() -> Result<()> {
     let _daemon = Daemon::start_with(lab.host(), Options { bpffs: own, ..Options::default() })?;
     ensure!(foreign.exists(), "what is not ours was removed");
     ensure!(!outdated.exists(), "what another version pinned goes once this one's is in force");
+    Ok(())
+}
+
+/// Any user but root.
+const USER: u32 = 54_321;
+
+/// Runs a shell command as a user without privileges.
+fn as_user(command: &str) -> Result<()> {
+    let status = Command::new("sh").args(["-c", command]).uid(USER).gid(USER).current_dir("/").status()?;
+    ensure!(status.success(), "{command}: {status}");
+    Ok(())
+}
+
+fn as_root(command: &str) -> Result<()> {
+    let status = Command::new("sh").args(["-c", command]).status()?;
+    ensure!(status.success(), "{command}: {status}");
+    Ok(())
+}
+
+/// Everything below the bpffs, with owners and modes.
+fn everything_pinned() -> Result<String> {
+    let output = Command::new("find").args([sandbox::BPFFS, "-printf", "%p %U %m %y\\n"]).output()?;
+    ensure!(output.status.success(), "{output:?}");
+    let mut lines: Vec<_> = String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect();
+    lines.sort();
+    Ok(lines.join("\n"))
+}
+
+/// On a bpffs that was mounted without options everybody may make a folder, rename it later, and keep old programs attached by that.
+fn folders_of_others_are_refused() -> Result<()> {
+    let lab = Lab::new()?;
+    let root = Path::new(sandbox::BPFFS);
+    ensure!(fs::metadata(root)?.permissions().mode() & 0o7777 == 0o1777, "as mount(8) makes it");
+    let attempt = |daemon: &mut Daemon, culprit: &Path, remedy: &str| -> Result<()> {
+        let before = everything_pinned()?;
+        let output = daemon.start_refused()?;
+        let line = one_line(&output, 1)?;
+        ensure!(line.contains(&culprit.display().to_string()), "says what: {line}");
+        ensure!(line.ends_with(&format!("type: {remedy}")), "says what to type ({remedy}): {line}");
+        let finding = Report::of(daemon)?.must("bpffs", "problem")?;
+        ensure!(finding.remedy == [remedy], "{finding:?}");
+        ensure!(everything_pinned()? == before, "nothing is changed");
+        ensure!(!daemon.socket().exists(), "a socket is left");
+        Ok(())
+    };
+
+    let default = root.join("lbridge");
+    let mut daemon = Daemon::prepare(lab.host(), Options::default())?;
+    let remove = format!("rm -r {}", default.display());
+    for trap in [
+        "mkdir -m 700 /sys/fs/bpf/lbridge",
+        "mkdir -m 777 /sys/fs/bpf/lbridge",
+        "mkdir -p /sys/fs/bpf/lbridge/v1",
+        "mkdir /sys/fs/bpf/mine && ln -s mine /sys/fs/bpf/lbridge",
+        "mkdir -p /sys/fs/bpf/mine && ln -s /sys/fs/bpf/mine /sys/fs/bpf/lbridge",
+    ] {
+        as_user(trap)?;
+        attempt(&mut daemon, &default, &remove).context(trap)?;
+        as_root(&remove)?;
+        daemon.restart().with_context(|| format!("after {remove}"))?;
+        daemon.terminate()?;
+        as_root(&remove)?;
+    }
+
+    // Root's own, but open to others: what is in it may be theirs.
+    for mode in ["777", "1777", "770"] {
+        as_root(&format!("mkdir -m {mode} {0} && chgrp {USER} {0}", default.display()))?;
+        let remedy = format!("chmod go-w {}", default.display());
+        attempt(&mut daemon, &default, &remedy).context(mode)?;
+        as_root(&remedy)?;
+        daemon.restart()?;
+        daemon.terminate()?;
+        as_root(&remove)?;
+    }
+    // The folder of the version in it.
+    daemon.restart()?;
+    daemon.terminate()?;
+    let version = fs::read_dir(&default)?.next().context("a version")??.path();
+    as_root(&format!("rm -r {} && chmod 777 {}", version.display(), default.display()))?;
+    as_user(&format!("mkdir {}", version.display()))?;
+    as_root("chmod 700 /sys/fs/bpf/lbridge")?;
+    attempt(&mut daemon, &version, &format!("rm -r {}", version.display()))?;
+    // And a pin in that.
+    as_root(&format!("chown root {0} && chmod 777 {0} {1}", version.display(), default.display()))?;
+    let pin = version.join("RULES");
+    as_user(&format!("mkdir {}", pin.display()))?;
+    as_root(&format!("chmod 700 {} {}", version.display(), default.display()))?;
+    let line = daemon.start_refused()?.stderr;
+    ensure!(line.contains(&format!("type: rm -r {}", pin.display())), "{line}");
+    as_root(&remove)?;
+
+    // A folder of root's in one of somebody else's.
+    as_user("mkdir -p /sys/fs/bpf/theirs")?;
+    as_root("mkdir -m 700 /sys/fs/bpf/theirs/lbridge")?;
+    let options = Options { bpffs: root.join("theirs/lbridge"), ..Options::default() };
+    let mut inside = Daemon::prepare(lab.host(), options)?;
+    attempt(&mut inside, &root.join("theirs"), "chown root:root /sys/fs/bpf/theirs")?;
+    as_root("chown root:root /sys/fs/bpf/theirs")?;
+    inside.restart()?;
+    Ok(())
+}
+
+/// Root is not to remove or detach what somebody has put where the daemon's things are to be.
+fn cleanup_leaves_folders_of_others_alone() -> Result<()> {
+    let lab = Lab::new()?;
+    let daemon = Daemon::prepare(lab.host(), Options::default())?;
+    let cleanup = || {
+        let (bpffs, state) = (daemon.bpffs().display().to_string(), daemon.state_dir().display().to_string());
+        daemon.cli(&["service", "cleanup", "--bpffs", &bpffs, "--state-dir", &state])
+    };
+    // It would follow the link, and detach what is pinned there.
+    as_root("mkdir -p /sys/fs/bpf/other/v2")?;
+    for trap in ["mkdir -p /sys/fs/bpf/lbridge/v2", "ln -s other /sys/fs/bpf/lbridge"] {
+        as_user(trap)?;
+        let before = everything_pinned()?;
+        let output = cleanup()?;
+        let line = one_line(&output, 1)?;
+        ensure!(line.contains("/sys/fs/bpf/lbridge ") && line.contains("user 54321"), "{line}");
+        ensure!(everything_pinned()? == before, "nothing is removed");
+        as_root("rm -r /sys/fs/bpf/lbridge")?;
+    }
+    as_root("mkdir -p -m 700 /sys/fs/bpf/lbridge && ln -s ../other/v2 /sys/fs/bpf/lbridge/v2")?;
+    ensure!(cleanup()?.status == 0);
+    ensure!(!Path::new("/sys/fs/bpf/lbridge").exists() && Path::new("/sys/fs/bpf/other/v2").exists());
     Ok(())
 }
