@@ -42,8 +42,8 @@ use tokio::{
 use crate::{
     api::server::{Command, ControlSocket},
     docker::watch::Watcher,
-    host::{cgroup, interfaces::Interfaces, netns::HostNetns, privileges},
-    kernel::loader::Kernel,
+    host::{cgroup, interfaces::Interfaces, netns::HostNetns, privileges, processes},
+    kernel::{loader::Kernel, strays},
     relay,
     store::Store,
 };
@@ -97,6 +97,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         Some(path) => path,
         None => cgroup::mount()?,
     };
+    // Each would end the other's programs.
+    let others = strays::find(&options.bpffs, &netns.file, netns.cookie)?;
+    let others: Vec<u32> = others.iter().map(|stray| stray.program).collect();
+    if let Some(pid) = processes::with_program(&others) {
+        bail!("another lbridge daemon (process {pid}) serves this network namespace; stop it first");
+    }
     let mut loaded = Kernel::load(&options.bpffs, &cgroup, netns.file.try_clone()?, netns.cookie)?;
     if let Err(why) = &loaded.abilities.steer {
         tracing::warn!("nothing can be steered: {why}");

@@ -168,8 +168,8 @@ impl Reconciler {
         self.pass().await?;
         // What the rules do not want any more must not stay open with nobody to accept.
         self.executor.inherited.close();
-        if let Some(kernel) = &self.executor.kernel {
-            kernel.retire_other_versions()?;
+        if let Some(kernel) = &mut self.executor.kernel {
+            kernel.retire_others()?;
         }
         Ok(())
     }
@@ -394,6 +394,10 @@ impl Reconciler {
                 self.tell_of_docker();
                 self.last = report;
                 self.tell();
+                if let Some(kernel) = &mut self.executor.kernel {
+                    kernel.keep_pinned();
+                    kernel.end_strays();
+                }
                 return match unseen {
                     Some(error) => Err(error.context("the change is made to what was seen last")),
                     None => Ok(()),

@@ -224,9 +224,10 @@ impl Report {
         };
         let observed = match (meant.outcome.state, entry) {
             (State::Waiting | State::Blocked, _) => meant.outcome.clone(),
-            (State::Steered, _) if self.reality.detached => {
-                blocked(None, "the kernel programs are detached, their pins are gone; restart the daemon")
-            }
+            (State::Steered, _) if self.reality.detached => blocked(
+                None,
+                "the kernel programs are detached and cannot be attached again; the daemon's log may say why",
+            ),
             (State::Steered, Some(entry))
                 if !sources(&self.policy.sources, entry)
                     .is_subset(&sources(&self.reality.sources, entry)) =>

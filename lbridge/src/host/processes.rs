@@ -67,6 +67,28 @@ pub fn name(pid: u32) -> Option<String> {
     Some(String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).into_owned())
 }
 
+/// Another process of this program's name that has one of these eBPF programs open, by the programs' ids. As far as processes can be
+/// seen.
+pub fn with_program(ids: &[u32]) -> Option<u32> {
+    let own = std::process::id();
+    let numbers = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.find(|pid| *pid != own && name(*pid) == name(own) && has_program(*pid, ids))
+}
+
+fn has_program(pid: u32, ids: &[u32]) -> bool {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let programs = files.filter(|file| {
+        fs::read_link(file.path()).is_ok_and(|target| target.as_os_str() == "anon_inode:bpf-prog")
+    });
+    let id = |file: fs::DirEntry| -> Option<u32> {
+        let info = format!("/proc/{pid}/fdinfo/{}", file.file_name().to_str()?);
+        let info = fs::read_to_string(info).ok()?;
+        info.lines().find_map(|line| line.strip_prefix("prog_id:")?.trim().parse().ok())
+    };
+    programs.filter_map(id).any(|id| ids.contains(&id))
+}
+
 /// A process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {

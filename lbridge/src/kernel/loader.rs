@@ -1,17 +1,26 @@
 //! Loading: what this kernel takes, adopted or attached anew.
 
-use std::{fs::File, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    path::Path,
+};
 
 use anyhow::Context as _;
-use aya::{Ebpf, EbpfLoader, programs::Program};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{MapData, MapInfo},
+    programs::Program,
+};
 use lbridge_common::symbols;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::{
-    links::Hooks,
+    links::{Hooks, Link},
     maps::{Events, Guests, Maps, Sources},
     object, pins,
     pins::{PINNED_MAPS, Pins},
+    strays::{self, Search},
 };
 use crate::planning::inventory::{Abilities, Steering};
 
@@ -57,6 +66,15 @@ pub struct Kernel {
     hooks: Hooks,
     /// What is always attached, of what the kernel takes, and at which pin. Listeners first: a rule must not miss one.
     programs: Vec<(&'static str, &'static str)>,
+    /// What is attached, by pin.
+    links: BTreeMap<&'static str, Link>,
+    /// The maps that are pinned. A map that no program uses would be gone with its pin.
+    pinned: Vec<(&'static str, MapData)>,
+    /// Looks for strays, from when this version's rules are in force.
+    strays: Option<Search>,
+    host: strays::Host,
+    /// Why something could not be pinned, as was told.
+    unpinned: Option<String>,
 }
 
 /// What came of [`Kernel::load`].
@@ -81,13 +99,14 @@ impl Kernel {
     /// `netns` is the host's namespace, `cookie` its cookie where the kernel tells it.
     pub fn load(bpffs: &Path, cgroup: &Path, netns: File, cookie: Option<u64>) -> anyhow::Result<Loaded> {
         let cgroup = open_cgroup(cgroup)?;
+        let host = strays::Host::new(&netns, cookie)?;
         let pins = Pins::open(bpffs)?;
         raise_memlock();
         let bytes = object::bytes()?;
         let hooks = Hooks { netns, cgroup };
         if hooks.is_of_another_netns(&pins.link(STEER_LINK))? {
             // Its listeners are that namespace's: they would be assigned, and connections to them hang.
-            tracing::warn!("what is pinned served another network namespace; everything is set up anew");
+            tracing::warn!("what is pinned does not serve this network namespace; everything is set up anew");
             pins.clear()?;
         }
         pins.discard_misshapen(&object::shapes(&bytes)?)?;
@@ -101,7 +120,7 @@ impl Kernel {
         }
         let mut object = match loader.load(&bytes) {
             Ok(object) => object,
-            Err(error) => return abandon(&pins, &error_chain(&error)),
+            Err(error) => return abandon(&pins, host, &error_chain(&error)),
         };
         #[cfg(feature = "bpf-log")]
         follow_log(&mut object);
@@ -119,7 +138,20 @@ impl Kernel {
         let ((maps, sources), events) = (Maps::take(&mut object)?, Events::take(&mut object)?);
         let guests = Some(Guests::take(&mut object)?);
         maps.peers.clear()?;
-        let mut kernel = Self { maps, object, pins, hooks, programs };
+        let pinned = paths.iter().map(|(name, path)| Ok((*name, MapData::from_pin(path)?)));
+        let pinned = pinned.collect::<anyhow::Result<_>>().context("cannot open what is pinned")?;
+        let mut kernel = Self {
+            maps,
+            object,
+            pins,
+            hooks,
+            programs,
+            links: BTreeMap::new(),
+            pinned,
+            strays: None,
+            host,
+            unpinned: None,
+        };
         kernel.attach()?;
         let sets = [
             (HookSet::Names, &name_hooks),
@@ -135,6 +167,7 @@ impl Kernel {
                 }
             }
         }
+        kernel.pin()?;
         let events = listeners.is_ok().then_some(events);
         let abilities = Abilities { steer: steering, name_hooks, connect_hooks, reply_hooks };
         Ok(Loaded { kernel: Some(kernel), events, guests, sources: Some(sources), abilities })
@@ -143,24 +176,41 @@ impl Kernel {
     /// Attaches what is always attached, or puts this version's programs under the links.
     pub fn attach(&mut self) -> anyhow::Result<()> {
         for (program, link) in self.programs.clone() {
-            let program = program_mut(&mut self.object, program)?;
-            self.hooks
-                .attach(program, &self.pins.link(link))
-                .with_context(|| format!("cannot attach {link}"))?;
+            self.attach_one(program, link).with_context(|| format!("cannot attach {link}"))?;
         }
         Ok(())
     }
 
-    /// Whether what is always attached is.
+    fn attach_one(&mut self, name: &'static str, link: &'static str) -> anyhow::Result<()> {
+        let (program, pin) = (program(&self.object, name)?, self.pins.link(link));
+        let attached = self.hooks.attach(program, name, self.links.remove(link), &pin)?;
+        if let Err(error) = attached.keep_pinned(&pin) {
+            // It serves all the same; the next `keep_pinned` tells of it if it still cannot be.
+            tracing::debug!("{error:#}");
+        }
+        self.links.insert(link, attached);
+        Ok(())
+    }
+
+    /// Whether what is always attached is, as the kernel tells of its links.
     pub fn attached(&self) -> bool {
-        self.programs.iter().all(|(_, link)| self.pins.link(link).exists())
+        self.programs.iter().all(|(program, link)| self.runs(program, link))
+    }
+
+    /// Whether that link is attached to this host, and that program is under it.
+    fn runs(&self, name: &str, link: &str) -> bool {
+        let Some(link) = self.links.get(link) else { return false };
+        let runs = program(&self.object, name).and_then(|program| self.hooks.runs(program, link));
+        runs.unwrap_or_else(|error| {
+            tracing::warn!("cannot look at the link of {name}: {error:#}");
+            false
+        })
     }
 
     /// Attaches these hooks, all or none.
     pub fn attach_hooks(&mut self, set: HookSet) -> anyhow::Result<()> {
         for hook in set.programs() {
-            let program = program_mut(&mut self.object, hook)?;
-            if let Err(error) = self.hooks.attach(program, &self.pins.link(hook)) {
+            if let Err(error) = self.attach_one(hook, hook) {
                 self.detach_hooks(set)?;
                 return Err(error.context(format!("cannot attach {hook}")));
             }
@@ -169,18 +219,63 @@ impl Kernel {
     }
 
     /// Detaches them.
-    pub fn detach_hooks(&self, set: HookSet) -> anyhow::Result<()> {
-        set.programs().iter().try_for_each(|hook| pins::remove(&self.pins.link(hook)))
+    pub fn detach_hooks(&mut self, set: HookSet) -> anyhow::Result<()> {
+        for hook in set.programs() {
+            // The pin may lead to another link by now.
+            if let Some(Err(error)) = self.links.remove(hook).map(|link| link.detach()) {
+                tracing::debug!("{hook} is left to its closing: {error}");
+            }
+            pins::remove(&self.pins.link(hook))?;
+        }
+        Ok(())
     }
 
-    /// Whether all of them are attached.
+    /// Whether all of them are attached, as the kernel tells of their links.
     pub fn hooks_attached(&self, set: HookSet) -> bool {
-        set.programs().iter().all(|hook| self.pins.link(hook).exists())
+        set.programs().iter().all(|hook| self.runs(hook, hook))
     }
 
-    /// Removes what another version pinned: to be called once this one's rules are in force.
-    pub fn retire_other_versions(&self) -> anyhow::Result<()> {
-        self.pins.remove_other_versions()
+    /// Pins again what somebody has unpinned, so that it outlives this process. What cannot be pinned serves until then; that is
+    /// told when it begins, and when it ends.
+    pub fn keep_pinned(&mut self) {
+        let failed = self.pin().err().map(|error| format!("{error:#}"));
+        match &failed {
+            Some(why) if failed != self.unpinned => {
+                tracing::warn!("cannot pin what is in force, it will end with the daemon: {why}");
+            }
+            None if self.unpinned.is_some() => tracing::info!("what is in force is pinned again"),
+            _ => {}
+        }
+        self.unpinned = failed;
+    }
+
+    fn pin(&mut self) -> anyhow::Result<()> {
+        self.pins.keep()?;
+        for (name, map) in &self.pinned {
+            let (pin, id) = (self.pins.map(name), map.info()?.id());
+            if !MapInfo::from_pin(&pin).is_ok_and(|there| there.id() == id) {
+                pins::unlink(&pin)?;
+                map.pin(&pin).with_context(|| format!("cannot pin {}", pin.display()))?;
+            }
+        }
+        self.links.iter().try_for_each(|(link, attached)| attached.keep_pinned(&self.pins.link(link)))
+    }
+
+    /// Removes what another version pinned, and detaches what no pin names: to be called once this one's rules are in force.
+    pub fn retire_others(&mut self) -> anyhow::Result<()> {
+        self.pins.remove_other_versions()?;
+        self.strays = Some(Search::new(self.host));
+        self.end_strays();
+        Ok(())
+    }
+
+    /// Detaches what is attached to this host though no pin of this daemon names it, if [`Kernel::retire_others`] has been called.
+    pub fn end_strays(&mut self) {
+        let Some(search) = &mut self.strays else { return };
+        let own: Option<BTreeSet<u32>> = self.links.values().map(|link| Some(link.info().ok()?.id)).collect();
+        // Without knowing which are its own it would end those.
+        let Some(own) = own else { return };
+        search.end_strays(&own);
     }
 }
 
@@ -229,13 +324,14 @@ pub(super) fn steering(
 }
 
 /// Detaches what a daemon before has left: nobody could change it any more, and `deny` would have no effect.
-fn abandon(pins: &Pins, why: &str) -> anyhow::Result<Loaded> {
+fn abandon(pins: &Pins, host: strays::Host, why: &str) -> anyhow::Result<Loaded> {
     let hooks = HookSet::ALL.into_iter().flat_map(HookSet::programs);
     for link in [STEER_LINK, LISTENERS_LINK].iter().chain(hooks) {
         pins::remove(&pins.link(link))?;
     }
     // Another version's is not to go on without it.
     pins.remove_other_versions()?;
+    Search::new(host).end_strays(&BTreeSet::new());
     Ok(Loaded::nothing(why))
 }
 
@@ -262,6 +358,10 @@ pub(super) fn open_cgroup(path: &Path) -> anyhow::Result<File> {
         path.display()
     );
     File::open(path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn program<'a>(object: &'a Ebpf, name: &str) -> anyhow::Result<&'a Program> {
+    object.program(name).with_context(|| format!("the eBPF object has no program {name}"))
 }
 
 pub(super) fn program_mut<'a>(object: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Program> {

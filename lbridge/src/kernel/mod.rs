@@ -3,7 +3,8 @@
 //!
 //! - `object`: the committed object and what is in it;
 //! - [`pins`]: where things are pinned, and whether what is there may be adopted;
-//! - `links`: attaching, and replacing a program under a link that stays;
+//! - `links`: attaching, replacing a program under a link that stays, and what links say of themselves;
+//! - [`strays`]: what is attached though no pin names it;
 //! - [`maps`]: typed access;
 //! - [`loader`]: all of it in order, and what turned out to be possible;
 //! - [`trial`]: the same without a trace, for those who only want to know.
@@ -13,4 +14,5 @@ pub mod loader;
 pub mod maps;
 mod object;
 pub mod pins;
+pub mod strays;
 pub mod trial;

@@ -3,6 +3,8 @@
 use std::{borrow::Cow, env, fs, path::PathBuf};
 
 use anyhow::Context as _;
+use aya_obj::generated::{bpf_attach_type, bpf_map_type};
+use lbridge_common::symbols;
 
 static COMMITTED: &[u8] = aya::include_bytes_aligned!("../../bpf/lbridge.bpf.o");
 
@@ -40,4 +42,112 @@ pub(super) fn shapes(object: &[u8]) -> anyhow::Result<Vec<(String, Shape)>> {
         max_entries: map.max_entries(),
     };
     Ok(object.maps.iter().map(|(name, map)| (name.clone(), shape(map))).collect())
+}
+
+/// A program of the object: where it is attached, and by which maps one of any version is known.
+#[derive(Debug)]
+pub(super) struct Known {
+    /// Its name in the object.
+    pub(super) name: &'static str,
+    /// The hook.
+    pub(super) hook: bpf_attach_type,
+    /// Maps that it has used in every version.
+    pub(super) maps: &'static [&'static str],
+}
+
+/// Every program that a version of lbridge attaches.
+pub(super) const PROGRAMS: [Known; 12] = {
+    use bpf_attach_type::{
+        BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET4_GETSOCKNAME,
+        BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_INET6_GETSOCKNAME,
+        BPF_CGROUP_SOCK_OPS, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG, BPF_SK_LOOKUP,
+    };
+    use symbols::{
+        ANNOUNCE, CONNECT4, CONNECT6, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEERNAME4, PEERNAME6,
+        REGISTER, RELAY_PEERS, REPLIES, REPLY4, REPLY6, RULES, SOCKNAME4, SOCKNAME6, STEER,
+        STEER_ANY_INTERFACE, TARGETS,
+    };
+    const fn known(name: &'static str, hook: bpf_attach_type, maps: &'static [&'static str]) -> Known {
+        Known { name, hook, maps }
+    }
+    [
+        known(STEER, BPF_SK_LOOKUP, &[RULES, LISTENERS]),
+        known(STEER_ANY_INTERFACE, BPF_SK_LOOKUP, &[RULES, LISTENERS]),
+        known(REGISTER, BPF_CGROUP_SOCK_OPS, &[TARGETS, LISTENERS]),
+        known(ANNOUNCE, BPF_CGROUP_SOCK_OPS, &[TARGETS, RELAY_PEERS]),
+        known(PEERNAME4, BPF_CGROUP_INET4_GETPEERNAME, &[LOOPBACK_VIEWS, RELAY_PEERS]),
+        known(PEERNAME6, BPF_CGROUP_INET6_GETPEERNAME, &[LOOPBACK_VIEWS, RELAY_PEERS]),
+        known(SOCKNAME4, BPF_CGROUP_INET4_GETSOCKNAME, &[LOOPBACK_VIEWS]),
+        known(SOCKNAME6, BPF_CGROUP_INET6_GETSOCKNAME, &[LOOPBACK_VIEWS]),
+        known(CONNECT4, BPF_CGROUP_INET4_CONNECT, &[GUESTS, DIALS]),
+        known(CONNECT6, BPF_CGROUP_INET6_CONNECT, &[GUESTS, DIALS]),
+        known(REPLY4, BPF_CGROUP_UDP4_SENDMSG, &[REPLIES]),
+        known(REPLY6, BPF_CGROUP_UDP6_SENDMSG, &[REPLIES]),
+    ]
+};
+
+/// Names in the kernel end after this many bytes (`BPF_OBJ_NAME_LEN`, include/uapi/linux/bpf.h, less a zero).
+pub(super) const NAME_LENGTH: usize = 15;
+
+impl Known {
+    /// The program of that name, as the kernel tells it.
+    pub(super) fn of_name(name: &[u8]) -> Option<&'static Self> {
+        let cut = |known: &&Self| &known.name.as_bytes()[..known.name.len().min(NAME_LENGTH)] == name;
+        PROGRAMS.iter().find(cut)
+    }
+}
+
+/// Whether a map is one of those in [`Known::maps`] as some version has made them: its name, kind and key size.
+pub(super) fn is_known_map(name: &[u8], kind: u32, key_size: u32) -> bool {
+    KNOWN_MAPS.iter().any(|(known, its_kind, its_key_size, _)| {
+        known.as_bytes() == name && *its_kind as u32 == kind && *its_key_size == key_size
+    })
+}
+
+/// The maps of [`Known::maps`] as every version made them: the name, the kind, a key's size in bytes, and the first ABI version with
+/// that. Who changes one adds a line and removes none: by these a daemon finds what an older one has left attached.
+const KNOWN_MAPS: [(&str, bpf_map_type, u32, u32); 12] = {
+    use bpf_map_type::{BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_LPM_TRIE, BPF_MAP_TYPE_SOCKHASH};
+    [
+        (symbols::RULES, BPF_MAP_TYPE_HASH, 24, 1),
+        (symbols::LISTENERS, BPF_MAP_TYPE_SOCKHASH, 20, 1),
+        (symbols::TARGETS, BPF_MAP_TYPE_HASH, 2, 1),
+        (symbols::TARGETS, BPF_MAP_TYPE_HASH, 4, 2),
+        (symbols::TARGETS, BPF_MAP_TYPE_HASH, 20, 3),
+        (symbols::LOOPBACK_VIEWS, BPF_MAP_TYPE_HASH, 20, 1),
+        (symbols::LOOPBACK_VIEWS, BPF_MAP_TYPE_LPM_TRIE, 40, 2),
+        (symbols::RELAY_PEERS, BPF_MAP_TYPE_HASH, 20, 1),
+        (symbols::RELAY_PEERS, BPF_MAP_TYPE_HASH, 40, 3),
+        (symbols::GUESTS, BPF_MAP_TYPE_HASH, 8, 2),
+        (symbols::DIALS, BPF_MAP_TYPE_HASH, 32, 2),
+        (symbols::REPLIES, BPF_MAP_TYPE_LPM_TRIE, 40, 2),
+    ]
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_objects_maps_are_known() {
+        let shapes = shapes(COMMITTED).unwrap();
+        assert!(KNOWN_MAPS.iter().all(|(.., since)| *since <= lbridge_common::wire::ABI_VERSION));
+        for name in PROGRAMS.iter().flat_map(|known| known.maps) {
+            let (_, shape) = shapes.iter().find(|(map, _)| map == name).unwrap();
+            assert!(
+                is_known_map(name.as_bytes(), shape.kind, shape.key_size),
+                "KNOWN_MAPS lacks {name} as it is now ({shape:?})"
+            );
+        }
+    }
+
+    #[test]
+    fn the_objects_programs_are_known() {
+        let object = aya_obj::Object::parse(COMMITTED).unwrap();
+        for name in object.programs.keys() {
+            let cut = &name.as_bytes()[..name.len().min(NAME_LENGTH)];
+            assert_eq!(Known::of_name(cut).map(|known| known.name), Some(name.as_str()));
+        }
+        assert!(Known::of_name(b"steer_").is_none());
+    }
 }

@@ -5,6 +5,7 @@
 //! make folders in it.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, ErrorKind},
     os::unix::fs::MetadataExt as _,
@@ -27,7 +28,7 @@ use nix::{
 };
 
 use super::{
-    links,
+    links::{self, Link},
     loader::{LISTENERS_LINK, STEER_LINK},
     object::Shape,
 };
@@ -59,7 +60,7 @@ const LINK: &str = "link_";
 pub(super) struct Pins {
     root: PathBuf,
     current: PathBuf,
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 impl Pins {
@@ -68,7 +69,7 @@ impl Pins {
         check(root)?;
         trusted::make_folder(root).map_err(|error| refused(root, root, &error))?;
         let pins =
-            Self { root: root.to_owned(), current: root.join(format!("v{ABI_VERSION}")), _lock: lock(root)? };
+            Self { root: root.to_owned(), current: root.join(format!("v{ABI_VERSION}")), lock: lock(root)? };
         // Of other versions, too: they are removed once this one's rules are in force, which is too late to refuse.
         for (_, path) in versions(root)? {
             trusted::open_folder(&path).map_err(|error| refused(root, &path, &error))?;
@@ -97,6 +98,17 @@ impl Pins {
         let entries = fs::read_dir(&self.current)
             .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>());
         entries.with_context(|| format!("cannot read {}", self.current.display()))
+    }
+
+    /// Makes the directories anew if they were renamed, removed or replaced since they were opened.
+    pub(super) fn keep(&mut self) -> anyhow::Result<()> {
+        let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let ours = self.lock.metadata().map(identity)?;
+        if !fs::metadata(&self.root).is_ok_and(|metadata| identity(metadata) == ours) {
+            let open = Self::open(&self.root);
+            *self = open.with_context(|| format!("{} is gone", self.root.display()))?;
+        }
+        self.make_current()
     }
 
     /// Where a map is pinned.
@@ -159,7 +171,7 @@ impl Pins {
     }
 }
 
-/// Whether what is always attached is pinned below `root`, without a change to anything.
+/// Whether what is always attached is pinned below `root`, and attached; without a change to anything.
 pub fn in_place(root: &Path) -> io::Result<bool> {
     let current = root.join(format!("v{ABI_VERSION}"));
     match trusted::open_folder(&current) {
@@ -171,8 +183,9 @@ pub fn in_place(root: &Path) -> io::Result<bool> {
         Err(error) => return Err(error),
     }
     for link in [STEER_LINK, LISTENERS_LINK] {
-        match fs::symlink_metadata(current.join(format!("{LINK}{link}"))) {
-            Ok(_) => {}
+        match Link::pinned(&current.join(format!("{LINK}{link}"))).and_then(|link| link.info()) {
+            Ok(info) if info.place.is_attached() => {}
+            Ok(_) => return Ok(false),
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),
         }
@@ -187,6 +200,14 @@ pub fn refusal(root: &Path) -> Option<(String, Option<String>)> {
         .filter_map(|path| trusted::open_folder(path).err())
         .find(|error| Untrusted::of(error).is_some())?;
     Some((error.to_string(), remedy(root, &error)))
+}
+
+/// The ids of all links that are pinned below `root`, whatever version did that.
+pub(super) fn link_ids(root: &Path) -> BTreeSet<u32> {
+    let versions = versions(root).unwrap_or_default();
+    let pins = versions.iter().filter_map(|(_, path)| fs::read_dir(path).ok()).flatten().flatten();
+    let links = pins.map(|pin| pin.path()).filter(|path| is_link(path));
+    links.filter_map(|path| Some(Link::pinned(&path).ok()?.info().ok()?.id)).collect()
 }
 
 /// Removes everything that daemons pinned at `root`, and by that detaches it; whether there was anything. None may run.
@@ -310,6 +331,11 @@ pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
     if fs::symlink_metadata(path).is_ok() {
         detach_link(path);
     }
+    unlink(path)
+}
+
+/// Removes a pin alone; none is as good. A link stays attached for as long as somebody has it open or pinned.
+pub(super) fn unlink(path: &Path) -> anyhow::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         done => done.with_context(|| format!("cannot remove {}", path.display())),

@@ -10,7 +10,15 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::{firewall, kernel::pins, store::Store};
+use crate::{
+    firewall,
+    host::{netns::HostNetns, processes},
+    kernel::{
+        pins,
+        strays::{self, Stray},
+    },
+    store::Store,
+};
 
 /// Where the daemon has things, unless it is told otherwise: the control socket.
 pub const SOCKET: &str = "/run/lbridge/lbridge.sock";
@@ -109,13 +117,31 @@ pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
             "detach the kernel programs",
             Box::new(|| {
                 let removed = pins::remove_all(&traces.bpffs)?;
-                Ok(removed
-                    .then(|| format!("detached the kernel programs, removed {}", traces.bpffs.display())))
+                let strays = end_strays(&traces.bpffs)?;
+                Ok(match (removed, strays) {
+                    (true, _) => {
+                        Some(format!("detached the kernel programs, removed {}", traces.bpffs.display()))
+                    }
+                    (false, 0) => None,
+                    (false, _) => Some("detached kernel programs that nothing was pinned of".to_owned()),
+                })
             }),
         ),
         ("remove the firewall's accept rules", Box::new(accept_rules)),
         ("remove the control socket", Box::new(|| remove_socket(&traces.socket))),
     ])
+}
+
+/// What serves this network namespace though no pin names it; how many programs that were.
+fn end_strays(bpffs: &Path) -> anyhow::Result<usize> {
+    let netns = HostNetns::open()?;
+    let strays = strays::find(bpffs, &netns.file, netns.cookie)?;
+    let programs: Vec<u32> = strays.iter().map(|stray| stray.program).collect();
+    if let Some(pid) = processes::with_program(&programs) {
+        bail!("another lbridge daemon (process {pid}) serves this network namespace; stop it first");
+    }
+    strays.iter().try_for_each(Stray::end)?;
+    Ok(strays.len())
 }
 
 fn accept_rules() -> anyhow::Result<Option<String>> {

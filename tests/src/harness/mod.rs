@@ -12,6 +12,7 @@ pub mod follow;
 pub mod forge;
 pub mod kernel;
 pub mod lab;
+pub mod links;
 pub mod logs;
 pub mod netns;
 pub mod packages;

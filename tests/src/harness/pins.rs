@@ -20,7 +20,7 @@ const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const HASH: u32 = 1;
 const SOCKHASH: u32 = 18;
 
-fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
+pub(super) fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
     let (pointer, size) = (std::ptr::from_mut(attributes), size_of::<T>());
     // SAFETY: the attributes are as long as we say, and what they point to outlives the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, pointer, size) };
@@ -37,7 +37,7 @@ struct MapInfo {
     value_size: u32,
 }
 
-fn open(path: &Path) -> Result<OwnedFd> {
+pub(super) fn open(path: &Path) -> Result<OwnedFd> {
     #[repr(C)]
     struct Get {
         path: u64,
@@ -52,15 +52,20 @@ fn open(path: &Path) -> Result<OwnedFd> {
 }
 
 fn map_info(fd: &OwnedFd) -> io::Result<MapInfo> {
+    get_info(fd)
+}
+
+/// What the kernel tells of an object, as far as `T` takes it.
+pub(super) fn get_info<T: Default>(fd: &OwnedFd) -> io::Result<T> {
     #[repr(C)]
     struct GetInfo {
         fd: u32,
         length: u32,
         info: u64,
     }
-    let mut info = MapInfo::default();
+    let mut info = T::default();
     let pointer = std::ptr::from_mut(&mut info) as u64;
-    let length = u32::try_from(size_of::<MapInfo>()).unwrap_or(0);
+    let length = u32::try_from(size_of::<T>()).unwrap_or(0);
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut GetInfo { fd: fd.as_raw_fd().cast_unsigned(), length, info: pointer })?;
     Ok(info)
 }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client::{self, Attempt, Greeting};
 use lbridge_tests::harness::daemon::Daemon;
+use lbridge_tests::harness::links::Link;
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::service::{Options, Service};
@@ -310,15 +311,8 @@ fn detached_programs() -> Result<()> {
     // A look for another reason may come in between, and attach it again: the scene's interfaces, for one, are told of
     // for some seconds, until the last of their addresses is there.
     let explanation = patience::until("an explanation before the daemon's next look", || {
-        std::fs::remove_file(link)?;
-        // The kernel detaches it in its own time, after a grace period.
-        patience::until("nobody is steered any more", || {
-            Ok((link.exists() || scene.refused(8080).is_ok()).then_some(()))
-        })?;
-        let explained = fate(&scene, 8080, "refused");
-        // Attached, it is pinned at once.
-        let is_back = || patience::until("it is pinned again", || Ok(link.exists().then_some(()))).is_ok();
-        if explained.is_err() && is_back() { Ok(None) } else { explained.map(Some) }
+        Link::pinned(link)?.detach()?;
+        Ok(fate(&scene, 8080, "refused").ok())
     })?;
     ensure!(text(first_way(&explanation)?, "lookup")?.contains("detached"), "{explanation:#}");
     Ok(())

@@ -25,7 +25,6 @@ pub(crate) fn tests() -> Vec<Test> {
         second_daemon_is_refused,
         daemon_starts_where_pins_are_broken,
         links_removed_under_the_daemon_come_back,
-        status_tells_when_all_pins_are_gone,
     ]
 }
 
@@ -263,21 +262,5 @@ fn links_removed_under_the_daemon_come_back() -> Result<()> {
         ensure!(path.exists(), "{link} is pinned again");
         scene.served(8080, "service")?;
     }
-    Ok(())
-}
-
-/// Nothing can be pinned again where the folder is gone: the state must not be "steered" when nothing is.
-fn status_tells_when_all_pins_are_gone() -> Result<()> {
-    let mut scene = Scene::new()?;
-    let _service = scene.service("service", "127.0.0.1:8080")?;
-    scene.allow(&["8080"])?;
-    std::fs::remove_dir_all(scene.daemon.bpffs())?;
-    let state = scene.must_be(8080, "blocked")?;
-    ensure!(state.why.as_deref().is_some_and(|why| why.contains("restart the daemon")), "{state:?}");
-    scene.refused(8080)?;
-    scene.daemon.terminate()?;
-    scene.daemon.restart()?;
-    scene.must_be(8080, "steered")?;
-    scene.served(8080, "service")?;
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! lbridge on a kernel: real hooks in network namespaces, bridges without Docker.
 
+mod attached;
 mod decision;
 mod doctor;
 mod explain;
@@ -30,6 +31,7 @@ pub(crate) fn suite() -> Suite {
         names::tests(),
         neighbours::tests(),
         lifecycle::tests(),
+        attached::tests(),
         inside::tests(),
         limits::tests(),
         verified::tests(),

@@ -1,0 +1,198 @@
+//! Strays: programs of lbridge that are attached to this host though no pin of the daemon names their links. They are left
+//! where the folder of pins was renamed or removed, where another `--bpffs` was used, or another version. Nobody changes
+//! their maps any more, so they would serve for ever what was denied since.
+//!
+//! A program is one of ours if its name, its hook and its maps are (`object::PROGRAMS`). It serves this host if it is attached to this
+//! network namespace; or, at a cgroup, which hosts may share, if its `HOST_NETNS` is this namespace's cookie; or, where that is
+//! not told, if it has maps in common with one that does. Every other program is left alone. So, where the kernel tells no cookies, may be
+//! `announce`, which serves nobody.
+
+use std::{collections::BTreeSet, fs::File, io, os::unix::fs::MetadataExt as _, path::Path};
+
+use anyhow::Context as _;
+use aya::maps::{Array, Map, MapData, MapInfo};
+
+use super::{
+    links::{self, Link, Place},
+    object::{Known, is_known_map},
+    pins,
+};
+
+/// The map of the object's read-only globals, of which `HOST_NETNS` is the only one in every version.
+const GLOBALS: &[u8] = b".rodata";
+
+/// What "this host" is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Host {
+    /// The inode number of its network namespace.
+    netns: u64,
+    /// That namespace's cookie, where the kernel tells it (Linux 5.14 and later).
+    cookie: Option<u64>,
+}
+
+impl Host {
+    pub(super) fn new(netns: &File, cookie: Option<u64>) -> io::Result<Self> {
+        Ok(Self { netns: netns.metadata()?.ino(), cookie })
+    }
+}
+
+/// A program of ours that no pin names.
+#[derive(Debug)]
+pub struct Stray {
+    name: &'static str,
+    link: Link,
+    id: u32,
+    /// The program's id.
+    pub program: u32,
+}
+
+impl Stray {
+    /// Detaches it.
+    pub fn end(&self) -> anyhow::Result<()> {
+        let Self { name, id, .. } = self;
+        self.link.detach().with_context(|| {
+            format!("cannot detach {name} (link {id}), which no pin names; what was denied since may go on")
+        })
+    }
+}
+
+/// Strays of the host whose network namespace is `netns`, but those that are pinned below `bpffs`, whatever version did that.
+pub fn find(bpffs: &Path, netns: &File, cookie: Option<u64>) -> io::Result<Vec<Stray>> {
+    let pinned = pins::link_ids(bpffs);
+    Ok(Search::new(Host::new(netns, cookie)?).strays(&pinned))
+}
+
+/// Finds them again and again. A link that it has looked at is not looked at again: asking for the ids alone costs a microsecond or two
+/// each, so that a search at every look of the daemon is cheap on hosts with thousands of links.
+#[derive(Debug)]
+pub(super) struct Search {
+    host: Host,
+    /// Ids of links that are no strays. An id is not given to another link before two thousand million others were made.
+    seen: BTreeSet<u32>,
+}
+
+/// A program of ours.
+struct Candidate {
+    name: &'static str,
+    id: u32,
+    link: Link,
+    program: u32,
+    maps: Vec<u32>,
+    /// Whether it serves this host; `None` where only its maps can tell.
+    serves: Option<bool>,
+}
+
+impl Search {
+    pub(super) fn new(host: Host) -> Self {
+        Self { host, seen: BTreeSet::new() }
+    }
+
+    /// Detaches every stray but the links with the ids `own`, and logs each.
+    pub(super) fn end_strays(&mut self, own: &BTreeSet<u32>) {
+        for stray in self.strays(own) {
+            match stray.end() {
+                Ok(()) => tracing::warn!(
+                    "detached {} (link {}): no pin of this daemon names it, so nothing could change what it served",
+                    stray.name,
+                    stray.id
+                ),
+                Err(error) => {
+                    tracing::error!("{error:#}");
+                    // Nor could it the next time.
+                    self.seen.insert(stray.id);
+                }
+            }
+        }
+    }
+
+    /// Every stray but the links with the ids `own`.
+    pub(super) fn strays(&mut self, own: &BTreeSet<u32>) -> Vec<Stray> {
+        let all: BTreeSet<u32> = links::all_ids().into_iter().collect();
+        self.seen.retain(|id| all.contains(id));
+        let new: Vec<u32> =
+            all.iter().filter(|id| !self.seen.contains(id) && !own.contains(id)).copied().collect();
+        if new.is_empty() {
+            return vec![];
+        }
+        // The daemon's own show by their maps whose others are.
+        let looked_at = own.iter().chain(&new).map(|id| (*id, self.candidate(*id)));
+        let mut candidates = vec![];
+        for (id, candidate) in looked_at.collect::<Vec<_>>() {
+            match candidate {
+                Ok(Some(candidate)) => candidates.push(candidate),
+                Ok(None) => drop(self.seen.insert(id)),
+                // Most likely it is gone by now; else it is looked at again.
+                Err(error) => tracing::debug!("cannot look at link {id}: {error}"),
+            }
+        }
+        settle(&mut candidates);
+        let (ours, others): (Vec<_>, Vec<_>) = candidates
+            .into_iter()
+            .filter(|candidate| !own.contains(&candidate.id))
+            .partition(|candidate| candidate.serves == Some(true));
+        self.seen.extend(others.iter().map(|candidate| candidate.id));
+        let stray = |Candidate { name, id, link, program, .. }| Stray { name, link, id, program };
+        ours.into_iter().map(stray).collect()
+    }
+
+    /// The link of that id, if the program under it is one of ours.
+    fn candidate(&self, id: u32) -> io::Result<Option<Candidate>> {
+        let link = Link::of_id(id)?;
+        let info = link.info()?;
+        if !info.place.is_attached() || info.hook.is_none() {
+            return Ok(None);
+        }
+        let (name, maps) = links::program(info.program)?;
+        let Some(known) = Known::of_name(&name).filter(|known| Some(known.hook as u32) == info.hook) else {
+            return Ok(None);
+        };
+        let infos = maps.iter().map(|id| MapInfo::from_id(*id)).collect::<Result<Vec<_>, _>>();
+        let infos = infos.map_err(io::Error::other)?;
+        let uses = |name: &&str| {
+            infos.iter().any(|map| {
+                let kind = map.map_type().map_or(0, |kind| kind as u32);
+                map.name() == name.as_bytes() && is_known_map(map.name(), kind, map.key_size())
+            })
+        };
+        if !known.maps.iter().all(uses) {
+            return Ok(None);
+        }
+        let serves = match info.place {
+            Place::Netns(netns) => Some(netns == self.host.netns),
+            _ => match (self.host.cookie, infos.iter().find_map(host_netns)) {
+                (Some(own), Some(its)) => Some(own == its),
+                _ => None,
+            },
+        };
+        Ok(Some(Candidate { name: known.name, id, link, program: info.program, maps, serves }))
+    }
+}
+
+/// Whoever has maps in common with one that serves this host serves it, too: maps are never shared between hosts.
+fn settle(candidates: &mut [Candidate]) {
+    let mut maps = BTreeSet::new();
+    loop {
+        let before = maps.len();
+        for candidate in candidates.iter_mut() {
+            if candidate.serves.is_none() && candidate.maps.iter().any(|map| maps.contains(map)) {
+                candidate.serves = Some(true);
+            }
+            if candidate.serves == Some(true) {
+                maps.extend(candidate.maps.iter().copied());
+            }
+        }
+        if maps.len() == before {
+            return;
+        }
+    }
+}
+
+/// The cookie of the network namespace that a program was loaded for, if this map holds it.
+fn host_netns(map: &MapInfo) -> Option<u64> {
+    if map.name() != GLOBALS || map.value_size() != 8 {
+        return None;
+    }
+    let data = MapData::from_id(map.id()).ok()?;
+    let globals: Array<_, u64> = Map::Array(data).try_into().ok()?;
+    globals.get(&0, 0).ok()
+}
