@@ -1,7 +1,8 @@
 //! What the host's other programs and sockets notice of lbridge: nothing.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -32,14 +33,41 @@ const JIFFIES: u8 = 50;
 /// initial time-out.
 fn gives_up_after(host: &NetNs) -> Result<Duration> {
     host.sysctl("net/ipv4/tcp_syn_retries", "1")?;
-    let silent = "10.7.0.99";
-    host.shell(&format!("ip neigh replace {silent} lladdr 02:00:00:00:00:99 dev lab0 nud permanent"))?;
+    let silent = [10, 7, 0, 99];
     host.run(|| {
+        nobody_at(silent)?;
+        let silent = std::net::IpAddr::from(silent);
         let begun = Instant::now();
         let error = TcpStream::connect((silent, 80)).err().map(|error| error.kind());
         ensure!(error == Some(io::ErrorKind::TimedOut), "nobody answers: {error:?}");
         Ok(begun.elapsed())
     })
+}
+
+/// Has packets to that address go to a link-layer address on `lab0` that nobody has (arp(7)).
+fn nobody_at(ip: [u8; 4]) -> Result<()> {
+    const ATF_COM: libc::c_int = 0x02;
+    const ATF_PERM: libc::c_int = 0x04;
+    // SAFETY: all zeroes is a valid value of this struct of integers.
+    let mut request: libc::arpreq = unsafe { std::mem::zeroed() };
+    request.arp_pa.sa_family = libc::AF_INET.try_into()?;
+    // Of a `sockaddr_in` the address is behind the port.
+    for (byte, value) in request.arp_pa.sa_data[2..].iter_mut().zip(ip) {
+        *byte = libc::c_char::from_ne_bytes([value]);
+    }
+    request.arp_ha.sa_family = libc::ARPHRD_ETHER;
+    for (byte, value) in request.arp_ha.sa_data.iter_mut().zip([2, 0, 0, 0, 0, 9]) {
+        *byte = value;
+    }
+    for (byte, value) in request.arp_dev.iter_mut().zip(*b"lab0") {
+        *byte = libc::c_char::from_ne_bytes([value]);
+    }
+    request.arp_flags = ATF_COM | ATF_PERM;
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: the request outlives the call, which reads it.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSARP, &raw const request) };
+    nix::errno::Errno::result(done).context("add a neighbour")?;
+    Ok(())
 }
 
 fn heard(host: &NetNs) -> Result<()> {
