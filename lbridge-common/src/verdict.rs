@@ -12,7 +12,7 @@ pub enum Verdict {
     ForeignSource,
     /// An entry that does not admit this source of its subnet: passes, and is counted.
     NotListed,
-    /// As [`Verdict::NotListed`], but the packet got through the firewall by lbridge's accept rule: refused.
+    /// As [`Verdict::ForeignSource`] or [`Verdict::NotListed`], but lbridge's accept rule lets packets through the firewall: refused.
     Denied,
     /// The packet would pass, and whoever takes the connection would see a local peer (`--source loopback`): refused.
     LooksLocal,
@@ -51,6 +51,10 @@ pub fn decide(
     let passes = match entry {
         None => Verdict::NotOurs,
         Some(_) if protocol != TCP && lookups.is_probe() => return Verdict::Probe,
+        // The accept rule may be an older one, for a subnet that the entry had before.
+        Some(entry) if source.masked(&entry.mask) != entry.subnet && is_exclusive(entry) => {
+            return Verdict::Denied;
+        }
         Some(entry) if source.masked(&entry.mask) != entry.subnet => Verdict::ForeignSource,
         Some(entry) if admits(entry, source, lookups) => {
             return if entry.has(RuleValue::RELAYED) { Verdict::Relay } else { Verdict::Steer };
@@ -61,6 +65,12 @@ pub fn decide(
     // The name hooks know of no interface: a container that comes by another bridge, with an address of the network that looks
     // local at this gateway, would look local to whoever listens on every address.
     if protocol == TCP && lookups.looks_local() { Verdict::LooksLocal } else { passes }
+}
+
+/// Returns true if nobody else may get what comes in by the entry's interface. Without an interface it is not known what does.
+#[inline(always)]
+fn is_exclusive(entry: &RuleValue) -> bool {
+    entry.key.ifindex != 0 && entry.has(RuleValue::EXCLUSIVE)
 }
 
 /// Returns true if a source of the entry's subnet may use it.
@@ -184,16 +194,16 @@ mod tests {
     fn a_list_decides_within_the_subnet() {
         let (web, other) =
             (Answers { listed: Some(true), ..UNASKED }, Answers { listed: Some(false), ..NOBODY });
-        for (flags, admitted, others) in [
-            (0, Verdict::Steer, Verdict::NotListed),
-            (RuleValue::RELAYED, Verdict::Relay, Verdict::NotListed),
-            (RuleValue::EXCLUSIVE, Verdict::Steer, Verdict::Denied),
-            (RuleValue::EXCLUSIVE | RuleValue::RELAYED, Verdict::Relay, Verdict::Denied),
+        for (flags, admitted, others, foreign) in [
+            (0, Verdict::Steer, Verdict::NotListed, Verdict::ForeignSource),
+            (RuleValue::RELAYED, Verdict::Relay, Verdict::NotListed, Verdict::ForeignSource),
+            (RuleValue::EXCLUSIVE, Verdict::Steer, Verdict::Denied, Verdict::Denied),
+            (RuleValue::EXCLUSIVE | RuleValue::RELAYED, Verdict::Relay, Verdict::Denied, Verdict::Denied),
         ] {
             let entry = RuleValue { flags: flags | RuleValue::LISTED, ..rule("172.18.0.1", 16) };
             assert_eq!(syn(Some(&entry), "172.18.0.2", web), admitted, "{flags:#b}");
             assert_eq!(syn(Some(&entry), "172.18.0.3", other), others, "{flags:#b}");
-            assert_eq!(syn(Some(&entry), "172.19.0.2", NOBODY), Verdict::ForeignSource, "{flags:#b}");
+            assert_eq!(syn(Some(&entry), "172.19.0.2", NOBODY), foreign, "{flags:#b}");
             assert_eq!(syn(Some(&entry), "172.18.0.1", UNASKED), Verdict::NotOurs, "the host itself");
         }
     }
@@ -202,8 +212,13 @@ mod tests {
     fn a_closed_entry_admits_nobody_of_its_subnet() {
         let closed = RuleValue { flags: RuleValue::EXCLUSIVE | RuleValue::CLOSED, ..rule("172.18.0.1", 16) };
         assert_eq!(syn(Some(&closed), "172.18.0.2", UNASKED), Verdict::Denied);
-        assert_eq!(syn(Some(&closed), "172.19.0.2", NOBODY), Verdict::ForeignSource);
+        assert_eq!(syn(Some(&closed), "172.19.0.2", UNASKED), Verdict::Denied, "of an older accept rule");
         assert_eq!(syn(Some(&closed), "172.18.0.1", UNASKED), Verdict::NotOurs, "the host itself");
+        // Where the interface is not known, they may come by any.
+        let mut anywhere = closed;
+        anywhere.key.ifindex = 0;
+        assert_eq!(syn(Some(&anywhere), "172.19.0.2", NOBODY), Verdict::ForeignSource);
+        assert_eq!(syn(Some(&anywhere), "172.18.0.2", UNASKED), Verdict::Denied);
     }
 
     #[test]

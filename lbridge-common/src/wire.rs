@@ -13,7 +13,7 @@ use core::{
 /// daemon never adopts maps that it would misread.
 pub const ABI_VERSION: u32 = 3;
 
-/// Most rules (network, gateway, port) in force at a time.
+/// Most entries (interface, address, port, protocol) in force at a time: those of rules, and those that admit nobody.
 pub const MAX_RULES: u32 = 131_072;
 /// Most namespaces whose localhost leads to the host.
 pub const MAX_GUESTS: u32 = 65_536;
@@ -180,7 +180,7 @@ pub struct RuleValue {
     pub mask: Address,
     /// The loopback address that the service listens on.
     pub target: Address,
-    /// The service's port, host byte order.
+    /// The service's port, host byte order. 0 leads to nobody: what the entry admits is refused, unless it goes to a relay.
     pub target_port: u16,
     /// Bits: [`RuleValue::LISTED`], [`RuleValue::EXCLUSIVE`], [`RuleValue::RELAYED`], [`RuleValue::CLOSED`].
     pub flags: u16,

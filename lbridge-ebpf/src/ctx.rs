@@ -199,7 +199,7 @@ pub fn sock_addr_netns(ctx: &SockAddrContext) -> u64 {
     unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
 }
 
-/// Whether the socket of a connect hook speaks TCP, whatever it carries.
+/// Whether the socket of a hook for addresses speaks TCP, whatever it carries.
 #[inline(always)]
 pub fn connects_tcp(ctx: &SockAddrContext) -> bool {
     matches!(read!(ctx.sock_addr, protocol), IPPROTO_TCP | IPPROTO_MPTCP)

@@ -65,7 +65,10 @@ fn dialled_instead(ctx: &SockAddrContext, name: &Endpoint, side: Side) -> Option
 
 #[inline(always)]
 fn rewritten(ctx: &SockAddrContext, ends: &Ends, name: &Endpoint, side: Side) -> Option<Endpoint> {
-    if let Some(view) = loopback_view(&ends.local, &ends.remote.address) {
+    // What is steered under `--source loopback` is TCP.
+    if ctx::connects_tcp(ctx)
+        && let Some(view) = loopback_view(&ends.local, &ends.remote.address)
+    {
         return Some(match side {
             Side::Local => view.target,
             Side::Peer => Endpoint::new(view.target.address, name.port),

@@ -84,7 +84,7 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
     let verdict = decide(entry.as_ref(), &source, &dialled, protocol, &maps);
     match (verdict, entry, pointer) {
         (Verdict::Steer, Some(entry), Some(pointer)) => steer(ctx, &entry, pointer, &maps),
-        (Verdict::Relay, ..) => relay(ctx, key),
+        (Verdict::Relay, ..) => relay(ctx, key, &maps),
         (Verdict::Probe, ..) => {
             // No answer tells a firewall's refusal from ours, so that arrival is counted.
             if let Some(arrived) = PROBES.get_ptr_mut(key) {
@@ -130,8 +130,9 @@ fn steer(ctx: &SkLookupContext, entry: &RuleValue, pointer: *mut RuleValue, maps
 
 /// The relay itself counts its connections.
 #[inline(always)]
-fn relay(ctx: &SkLookupContext, key: RuleKey) -> Outcome {
+fn relay(ctx: &SkLookupContext, key: RuleKey, maps: &Maps<'_>) -> Outcome {
     match RELAYS.redirect_sk_lookup(ctx, key, REPLACE) {
+        Ok(()) if maps.is_probe() => Outcome::Assigned,
         Ok(()) => counted(Counter::Relayed, Outcome::Assigned),
         Err(error) if error == -ENOENT => counted(Counter::NoListener, Outcome::Refused),
         Err(_) => counted(Counter::AssignFailed, Outcome::Refused),

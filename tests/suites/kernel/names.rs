@@ -24,6 +24,7 @@ pub(crate) fn tests() -> Vec<Test> {
         relays_leave_the_ports_of_the_host_alone,
         whoever_comes_by_another_bridge_is_no_local_peer: [Need::TellsInterfaces],
         relay_that_lingers_is_closed_by_deny,
+        sockets_of_other_protocols_keep_their_peers,
         names_of_connections_that_fail_do_not_stay,
         a_local_client_with_the_relays_end_is_no_container: [Need::PortRanges],
         a_name_goes_with_the_relays_socket: [Need::PortRanges],
@@ -100,6 +101,22 @@ fn relays_leave_the_ports_of_the_host_alone() -> Result<()> {
     let connect = || client::connect(&scene.container, scene.gateway(8080));
     let _open = (0..20).map(|_| connect()).collect::<Result<Vec<_>>>()?;
     client::served_by(scene.lab.host(), "127.0.0.1:9999".parse()?, "other")?;
+    Ok(())
+}
+
+/// Under `--source loopback` the steered connections are TCP.
+fn sockets_of_other_protocols_keep_their_peers() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    let socket = scene.lab.host().run(|| {
+        let socket = std::net::UdpSocket::bind(scene.gateway(8081))?;
+        socket.connect(SocketAddr::new(scene.container_ip, 5555))?;
+        Ok(socket)
+    })?;
+    scene.allow(&["8081=8080", "--source", "loopback"])?;
+    ensure!(scene.served(8081, "service")?.peer.ip().to_string() == "127.0.0.1");
+    ensure!(socket.peer_addr()?.ip() == scene.container_ip, "{:?}", socket.peer_addr());
+    ensure!(socket.local_addr()? == scene.gateway(8081), "{:?}", socket.local_addr());
     Ok(())
 }
 

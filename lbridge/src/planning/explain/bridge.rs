@@ -197,6 +197,9 @@ impl Explainer<'_> {
         if entry.has(RuleValue::CLOSED) {
             return "the entry admits nobody".to_owned();
         }
+        if Address::from(source).masked(&entry.mask) != entry.subnet {
+            return format!("{source} is not in {}", subnet(entry));
+        }
         if Address::from(source).is_broadcast(&entry.mask) {
             return format!("{source} is the broadcast address of {}", subnet(entry));
         }

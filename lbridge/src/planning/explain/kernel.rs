@@ -26,7 +26,8 @@ impl Explainer<'_> {
             }
         };
         if reality.detached {
-            no("the kernel programs are detached, their pins are gone".to_owned());
+            no("the kernel programs are detached; `lbridge status` has the daemon attach them again"
+                .to_owned());
             return None;
         }
         let ifindex = if steering.interface_check { bridge.index } else { 0 };
