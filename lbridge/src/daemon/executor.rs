@@ -250,7 +250,7 @@ impl Executor {
             Step::Accept { opening, .. }
                 if failures.entries.keys().any(|key| opening.entry(key.ifindex) == *key) =>
             {
-                bail!("the kernel's entry for it could not be put")
+                bail!("the kernel's entry for it is not complete")
             }
             Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {
@@ -328,7 +328,7 @@ impl Executor {
     }
 
     fn begin_relay(&mut self, key: &RelayKey, spec: &RelaySpec) -> anyhow::Result<()> {
-        let inherited = self.inherited.find(key, self.host);
+        let inherited = self.inherited.find(key, spec.by_entry, self.host);
         match &key.place {
             Place::Bridge { ifindex, .. } => {
                 let index = NonZeroU32::new(*ifindex).context("an interface without an index")?;

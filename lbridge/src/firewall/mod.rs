@@ -14,7 +14,7 @@ mod probe;
 mod ruleset;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     process::Stdio,
@@ -123,7 +123,11 @@ impl Firewall {
     /// Whether the ruleset may be another than it was.
     fn is_due(&mut self) -> bool {
         let Some(look) = self.looked else { return true };
-        if look.begun.elapsed() > IDLE_LOOK {
+        let longest = match self.seen.unreadable {
+            Some(_) => SOON.max(look.took * SHARE),
+            None => IDLE_LOOK,
+        };
+        if look.begun.elapsed() > longest {
             return true;
         }
         let Some(changes) = self.changes.as_mut().filter(|changes| changes.any()) else { return false };
@@ -166,7 +170,10 @@ impl Firewall {
         // An accept rule that is there was needed once; if somebody removes it, it is needed again.
         self.seen.needed.extend(ruleset.accepts.keys().map(|(_, opening)| opening.clone()));
         self.seen.chains = ruleset.chains;
-        self.seen.accepts = ruleset.accepts;
+        // What could not be read may be there still.
+        let kept =
+            if unreadable.is_some() { std::mem::take(&mut self.seen.accepts) } else { BTreeMap::new() };
+        self.seen.accepts = kept.into_iter().chain(ruleset.accepts).collect();
         self.seen.unreadable = unreadable;
         self.others = ruleset.others;
     }
@@ -216,12 +223,13 @@ impl Firewall {
         }
         // All at a time: what is dropped takes a while, and each has a namespace of its own.
         let tries = bridges.into_iter().map(|(ifindex, openings)| probe::bridge(ifindex, openings, arrivals));
+        let accepted: BTreeSet<Opening> =
+            self.seen.accepts.keys().map(|(_, opening)| opening.clone()).collect();
         let passages = futures_util::future::join_all(tries).await.into_iter().flatten();
         for (opening, passage) in passages.chain(probe::datagrams(&udp, arrivals).await) {
-            let accepted = self.seen.accepts.keys().any(|(_, accepted)| *accepted == opening);
             match passage {
                 Passage::Dropped => drop(self.seen.needed.insert(opening.clone())),
-                Passage::Open if !accepted => drop(self.seen.needed.remove(&opening)),
+                Passage::Open if !accepted.contains(&opening) => drop(self.seen.needed.remove(&opening)),
                 Passage::Open | Passage::Unknown(_) => {}
             }
             self.tried.insert(opening.clone(), Instant::now());

@@ -39,6 +39,9 @@ impl fmt::Display for FirewallMode {
     }
 }
 
+/// Interface, address, protocol and port.
+type Place<'a> = (&'a str, IpAddr, Protocol, u16);
+
 /// What must be let through: from one network on one bridge to an address of the host's at one port.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Opening {
@@ -81,10 +84,9 @@ impl Opening {
         self.protocol == Protocol::Udp && self.gateway.is_ipv6()
     }
 
-    /// Returns true if both let the same port through at the same address, from whichever network.
-    pub fn is_at(&self, other: &Self) -> bool {
-        let place = |it: &Self| (it.gateway, it.protocol, it.port);
-        self.interface == other.interface && place(self) == place(other)
+    /// Where packets are let through to, from whichever network.
+    fn place(&self) -> Place<'_> {
+        (&self.interface, self.gateway, self.protocol, self.port)
     }
 
     /// Key of the kernel's entry for what comes in on that interface.
@@ -362,10 +364,11 @@ impl InputChain {
 pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen: &Filtering) -> Vec<Step> {
     let wanted = |opening: &Opening| mode == FirewallMode::Manage && openings.contains_key(opening);
     let mut steps = vec![];
+    let places: BTreeSet<_> = seen.accepts.keys().map(|(_, accepted)| accepted.place()).collect();
     let mut unknown = BTreeMap::new();
     for (opening, link) in openings {
         let passage = seen.passages.get(opening);
-        match next_accept(opening, passage, seen).filter(|_| wanted(opening)) {
+        match next_accept(opening, passage, seen, &places).filter(|_| wanted(opening)) {
             Some(chain) => steps.push(Step::Accept { chain, opening: opening.clone() }),
             None if passage.is_none() => drop(unknown.insert(opening.clone(), *link)),
             None => {}
@@ -382,12 +385,16 @@ pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen:
 }
 
 /// The chain that is to get an accept rule next: none is there though it is needed, or those that are there were not enough.
-fn next_accept(opening: &Opening, passage: Option<&Passage>, seen: &Filtering) -> Option<Chain> {
+fn next_accept(
+    opening: &Opening,
+    passage: Option<&Passage>,
+    seen: &Filtering,
+    accepted: &BTreeSet<Place<'_>>,
+) -> Option<Chain> {
     let of = |chain: &Chain| seen.accepts.get(&(chain.clone(), opening.clone()));
     let chains = || seen.in_the_way_of(opening).map(|chain| &chain.chain);
     // An accept rule for another subnet of the same bridge, as older versions put it, says that one is needed.
-    let is_needed =
-        || seen.needed.contains(opening) || seen.accepts.keys().any(|(_, accepted)| accepted.is_at(opening));
+    let is_needed = || seen.needed.contains(opening) || accepted.contains(&opening.place());
     // Somebody restored a ruleset that was saved with ours in it.
     let doubled = chains().find(|chain| of(chain).is_some_and(|accepted| accepted.copies > 1));
     let none = || !chains().any(|chain| of(chain).is_some());

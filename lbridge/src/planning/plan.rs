@@ -25,14 +25,15 @@ use super::{
     firewall::{self, Chain, Link, Opening, Through},
     policy::{Clients, GatewayOutcome, Place, Policy, RelayKey, RelaySpec, State, Subnet},
     reality::Reality,
+    rule::Protocol,
 };
 
 /// One change, to be carried out as it says: what it means was decided before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// Attach the programs that are always attached: somebody has removed their pins.
+    /// Attach the programs that are always attached: a link of theirs is detached, or runs another program.
     Attach,
-    /// Watch listeners of a port.
+    /// Have listeners at an address and port registered.
     AddTarget(TargetKey),
     /// Attach the name hooks.
     AttachNameHooks,
@@ -150,8 +151,9 @@ pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
             _ => steps.push(Step::RemoveEntry(*key)),
         }
     }
+    let handed_over = handed_over(policy);
     let denied = |key: &&RelayKey| {
-        !policy.relays.contains_key(key) && !is_moved(policy, key) && !is_handed_over(policy, key)
+        !policy.relays.contains_key(key) && !handed_over.contains(key) && !is_moved(policy, key)
     };
     // Those that linger, too.
     for key in reality.relays.keys().chain(&reality.lingering).filter(denied) {
@@ -200,24 +202,23 @@ fn is_moved(policy: &Policy, key: &RelayKey) -> bool {
     policy.relays.keys().any(|new| new.address == key.address && new.is_beside(key))
 }
 
-/// Whether the kernel takes over what a relay did: by the entry of its own rule, since where entries do not name the interface
+/// The relays whose work the kernel takes over: by the entry of their own rule, since where entries do not name the interface
 /// another network's may have that address, too.
-fn is_handed_over(policy: &Policy, key: &RelayKey) -> bool {
+fn handed_over(policy: &Policy) -> BTreeSet<&RelayKey> {
     // One that leads to a relay, or to nobody, takes nothing over.
     let steers = |key: &RuleKey| policy.entries.get(key).is_some_and(|entry| entry.target_port != 0);
     let is_entered = |key: &RuleKey| key.protocol == u16::from(TCP) && steers(key);
-    let taken_over = |gateway: &GatewayOutcome| {
-        gateway.relay_key == *key
-            && gateway.outcome.state != State::Blocked
-            && gateway.rule_key.as_ref().is_some_and(is_entered)
+    let taken_over = |gateway: &&GatewayOutcome| {
+        gateway.outcome.state != State::Blocked && gateway.rule_key.as_ref().is_some_and(is_entered)
     };
-    policy.outcomes.iter().flat_map(|outcome| &outcome.gateways).any(taken_over)
+    let gateways = policy.outcomes.iter().flat_map(|outcome| &outcome.gateways);
+    gateways.filter(taken_over).map(|gateway| &gateway.relay_key).collect()
 }
 
 /// The steps from `reality` to `policy`. None, where they agree.
 pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = revocations(policy, reality);
-    let firewall = firewall::plan(&policy.openings, policy.firewall, &reality.filtering);
+    let firewall = firewall::plan(&guarded(policy, reality), policy.firewall, &reality.filtering);
     let entries = entries(policy, reality, &firewall);
     // What an accept rule lets in stays refused.
     steps.retain(|step| !matches!(step, Step::RemoveEntry(key) if entries.contains_key(key)));
@@ -286,7 +287,8 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
             steps.push(Step::PutDial(*key, *dial));
         }
     }
-    for key in reality.relays.keys().filter(|key| stale(key) && is_handed_over(policy, key)) {
+    let handed_over = handed_over(policy);
+    for key in reality.relays.keys().filter(|key| stale(key) && handed_over.contains(key)) {
         steps.push(Step::CloseRelay { key: key.clone(), handed_over: true });
     }
     if reality.name_hooks && !policy.name_hooks && !reality.name_hooks_in_use {
@@ -323,7 +325,17 @@ fn entries(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeMap<Ru
             let key = opening.entry(ifindex);
             let sources = opening.sources;
             let subnet = Subnet::of(sources.addr(), sources.prefix_len());
-            entries.entry(key).or_insert_with(|| closed(key, subnet)).flags |= RuleValue::EXCLUSIVE;
+            // A closed entry would shut out the clients of a relay that is bound to the gateway.
+            if entries.contains_key(&key) || !has_bound_relay(policy, opening) {
+                entries.entry(key).or_insert_with(|| closed(key, subnet)).flags |= RuleValue::EXCLUSIVE;
+            }
+        }
+    }
+    // What could not be read may be there still.
+    if reality.filtering.unreadable.is_some() {
+        for (key, there) in reality.entries.iter().filter(|(_, there)| there.has(RuleValue::EXCLUSIVE)) {
+            let subnet = Subnet { base: there.subnet, mask: there.mask };
+            entries.entry(*key).or_insert_with(|| closed(*key, subnet)).flags |= RuleValue::EXCLUSIVE;
         }
     }
     for (key, entry) in &mut entries {
@@ -335,14 +347,40 @@ fn entries(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeMap<Ru
     entries
 }
 
+/// The openings for which a firewall may let packets in now: not those of a relay without an entry that is not open, since
+/// what comes through would reach the host's other services.
+fn guarded(policy: &Policy, reality: &Reality) -> BTreeMap<Opening, Link> {
+    let is_guarded = |(opening, link): &(&Opening, &Link)| {
+        let entry = opening.entry(if policy.ingress.checked { link.ifindex } else { 0 });
+        policy.ingress.checked
+            || policy.entries.contains_key(&entry)
+            || reality.relays.contains_key(&bound_relay(opening, link.ifindex))
+    };
+    let openings = policy.openings.iter().filter(is_guarded);
+    openings.map(|(opening, link)| (opening.clone(), *link)).collect()
+}
+
+/// The relay that is bound to what an opening lets packets through to.
+fn bound_relay(opening: &Opening, ifindex: u32) -> RelayKey {
+    let place = Place::Bridge { interface: opening.interface.clone(), ifindex };
+    RelayKey { address: SocketAddr::new(opening.gateway, opening.port), place }
+}
+
+fn has_bound_relay(policy: &Policy, opening: &Opening) -> bool {
+    let link = policy.openings.get(opening).filter(|_| opening.protocol == Protocol::Tcp);
+    let relay = link.and_then(|link| policy.relays.get(&bound_relay(opening, link.ifindex)));
+    relay.is_some_and(|relay| !relay.by_entry)
+}
+
 /// Indices of the interfaces by which an accept rule lets packets in, as keys of entries have them.
 fn ingress(policy: &Policy, chain: &Chain, opening: &Opening) -> Vec<u32> {
     let interfaces = &policy.ingress.interfaces;
     if !policy.ingress.checked {
         return vec![0];
     }
-    // A rich rule names no interface: whatever is in the zone can send packets with a source of the subnet.
-    if chain.through == Through::Firewalld {
+    // A rich rule names no interface: whatever is in the zone can send datagrams with a source of the subnet. The answer to a SYN goes
+    // to the bridge.
+    if chain.through == Through::Firewalld && opening.protocol == Protocol::Udp {
         return interfaces.values().copied().collect();
     }
     interfaces.get(&opening.interface).copied().into_iter().collect()

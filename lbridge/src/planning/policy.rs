@@ -259,7 +259,7 @@ impl Subnet {
 pub struct Policy {
     /// In order of the rules.
     pub outcomes: Vec<RuleOutcome>,
-    /// Ports whose listeners matter.
+    /// Addresses and ports whose listeners matter.
     pub targets: BTreeSet<TargetKey>,
     /// Kernel entries; `steered` is 0.
     pub entries: BTreeMap<RuleKey, RuleValue>,

@@ -22,7 +22,7 @@ use super::{
     reason = "what is seen of as many things, none of which tells of another"
 )]
 pub struct Reality {
-    /// Ports whose listeners the kernel registers or tells of.
+    /// Addresses and ports whose listeners the kernel registers or tells of.
     pub targets: BTreeSet<TargetKey>,
     /// Kernel entries, with their counts.
     pub entries: BTreeMap<RuleKey, RuleValue>,

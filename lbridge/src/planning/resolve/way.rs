@@ -111,8 +111,8 @@ impl Resolver<'_> {
         }
     }
 
-    /// What no entry leads elsewhere goes to whoever listens on the dialled address itself, unless a relay listens there. Another
-    /// person who does would get the service's connections: a relay that needs the port cannot be opened beside such a socket.
+    /// What has no entry reaches whoever listens on the dialled address. If that is another person's socket, an entry that leads to
+    /// nobody keeps the connections from it. Before Linux 5.17 that goes for relays, too, which cannot listen beside such a socket.
     fn past_strangers(&self, rule: &Rule, way: Way, dialled: SocketAddr, interface: u32) -> Way {
         let owner = self.sockets.user_of(rule);
         let takes = |listener: &&Listener| {

@@ -111,7 +111,7 @@ fn where_there_is_no_entry_one_admits_nobody() {
     assert!(plan(&denied, &reality).contains(&Step::RemoveEntry(key)));
 }
 
-/// A rich rule names no interface.
+/// A rich rule names no interface. What is answered goes to the bridge, so that only datagrams are of use to others.
 #[test]
 fn behind_firewalld_every_interface_has_an_entry() {
     let mut host = Host::new().bridge("br-other", 9, &["172.19.0.1/16"]).listens("127.0.0.1:80");
@@ -124,11 +124,35 @@ fn behind_firewalld_every_interface_has_an_entry() {
     };
     host.inventory.interfaces.extend([interface("lo", 1, false), interface("eth0", 2, false)]);
     host.inventory.interfaces.push(interface("veth1", 12, true));
-    let policy = host.allow("app", "80").policy();
+    let host = host.allow("app", "80").takes_datagrams("127.0.0.1:53").allow("app", "53/udp");
+    let policy = host.policy();
     let steps = plan(&policy, &in_force(&policy, dropping(Through::Firewalld, &policy, &[])));
     let closed = RuleValue::CLOSED | RuleValue::EXCLUSIVE;
-    let put: Vec<_> = entries_put(&steps).into_iter().map(|(key, flags)| (key.ifindex, flags)).collect();
-    assert_eq!(put, [(2, closed), (7, RuleValue::EXCLUSIVE), (9, closed)]);
+    let put: Vec<_> =
+        entries_put(&steps).into_iter().map(|(key, flags)| (key.ifindex, key.port, flags)).collect();
+    let own = RuleValue::EXCLUSIVE;
+    assert_eq!(put, [(2, 53, closed), (7, 53, own), (7, 80, own), (9, 53, closed)]);
+}
+
+/// A listing that fails says nothing of what is there.
+#[test]
+fn what_cannot_be_read_may_be_there() {
+    let policy = Host::new().listens("127.0.0.1:80").allow("app", "80").policy();
+    for (wanted, flags) in
+        [(&policy, RuleValue::EXCLUSIVE), (&Policy::default(), RuleValue::CLOSED | RuleValue::EXCLUSIVE)]
+    {
+        let unread = Filtering { unreadable: Some("it takes too long".to_owned()), ..Filtering::default() };
+        let mut reality = in_force(&policy, unread);
+        reality.entries.values_mut().for_each(|entry| entry.flags |= RuleValue::EXCLUSIVE);
+        for step in plan(wanted, &reality) {
+            match step {
+                Step::PutEntry(key, value) => drop(reality.entries.insert(key, value)),
+                Step::RemoveEntry(key) => drop(reality.entries.remove(&key)),
+                _ => {}
+            }
+        }
+        assert!(reality.entries.values().all(|entry| entry.flags == flags) && reality.entries.len() == 1);
+    }
 }
 
 /// Older versions named no subnet.
@@ -153,5 +177,13 @@ fn a_relay_without_an_entry_is_let_in_only_while_it_listens() {
     let mut host = Host::new().allow_with("app", "80", Source::Container, PathChoice::Relay);
     host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: true });
     assert!(host.policy().openings.is_empty());
-    assert_eq!(host.listens("127.0.0.1:80").policy().openings.len(), 1);
+    let policy = host.listens("127.0.0.1:80").policy();
+    let mut reality = in_force(&policy, dropping(Through::Nft, &policy, &[]));
+    let steps = plan(&policy, &reality);
+    assert!(matches!(&steps[..], [Step::Accept { .. }]), "no entry shuts out the relay's clients: {steps:?}");
+    // One that could not be opened, and one that is not open any more.
+    reality.relays.clear();
+    assert!(matches!(&plan(&policy, &reality)[..], [Step::OpenRelay(..)]));
+    reality.filtering = dropping(Through::Nft, &policy, &[opening(&policy)]);
+    assert!(plan(&policy, &reality).iter().any(|step| matches!(step, Step::Unaccept { .. })));
 }

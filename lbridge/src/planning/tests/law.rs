@@ -208,6 +208,12 @@ proptest! {
             carry_out(&mut in_two, &steps);
             let steps = plan(&policy, &reality);
             carry_out(&mut reality, &steps);
+            for reality in [&mut in_two, &mut reality] {
+                // The firewall is tried for a relay that is bound to the gateway once that is open.
+                let steps = plan(&policy, reality);
+                prop_assert!(steps.iter().all(|step| matches!(step, Step::Probe(_))), "{:?}", steps);
+                carry_out(reality, &steps);
+            }
             prop_assert_eq!(&in_two, &reality);
             prop_assert_eq!(plan(&policy, &reality), vec![]);
             prop_assert_eq!(&reality.entries, &policy.entries);
