@@ -26,7 +26,7 @@ use crate::{
     relay::listener::Listening,
 };
 
-/// What the manager calls those that listen on what is dialled; and what its names for the others begin with.
+/// Name of a socket that is bound to the dialled address itself. The names of those behind entries begin with it.
 const NAME: &str = "relay";
 /// Descriptors in one message; the kernel takes 253 (SCM_MAX_FD, include/net/scm.h).
 const BATCH: usize = 128;
@@ -57,10 +57,11 @@ impl Inherited {
     }
 
     /// The socket that listens there, if there is one.
-    pub(super) fn find(&mut self, key: &RelayKey, host: NamespaceId) -> Option<Listening> {
-        let of_key = name(key, true);
-        let is_it =
-            |(socket, name): &(OwnedFd, String)| is_at(socket, key, host, *name == of_key).unwrap_or(false);
+    pub(super) fn find(&mut self, key: &RelayKey, by_entry: bool, host: NamespaceId) -> Option<Listening> {
+        let wanted = name(key, by_entry);
+        let is_it = |(socket, name): &(OwnedFd, String)| {
+            *name == wanted && is_at(socket, key, by_entry, host).unwrap_or(false)
+        };
         let position = self.0.iter().position(is_it)?;
         Listening::inherited(self.0.swap_remove(position).0.into()).ok()
     }
@@ -86,9 +87,10 @@ fn name(key: &RelayKey, by_entry: bool) -> String {
 
 /// Returns true if a socket listens where a relay is to. The kernel is asked; of a socket that an entry leads to it can tell all but
 /// what is dialled, which the name says.
-fn is_at(socket: &OwnedFd, key: &RelayKey, host: NamespaceId, by_name: bool) -> io::Result<bool> {
+fn is_at(socket: &OwnedFd, key: &RelayKey, by_entry: bool, host: NamespaceId) -> io::Result<bool> {
     let address = std::net::SocketAddr::try_from(rustix::net::getsockname(socket)?)?;
-    let fits = if by_name { address.is_ipv4() == key.address.is_ipv4() } else { address == key.address };
+    let hidden = by_entry && matches!(key.place, Place::Bridge { .. });
+    let fits = if hidden { address.is_ipv4() == key.address.is_ipv4() } else { address == key.address };
     if !sockopt::socket_acceptconn(socket)? || !fits {
         return Ok(false);
     }

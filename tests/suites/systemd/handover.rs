@@ -331,7 +331,8 @@ fn sockets_at_one_address_are_told_apart() -> Result<()> {
             scene.gateway(8080),
             "bridge-1",
         ),
-        ("netns:/run/netns/one", "8080=9002", one, inside, "inside-1"),
+        ("netns:/run/netns/one", "8080=9002", one.clone(), inside, "inside-1"),
+        ("netns:/run/netns/one", "8081=9004", one, "127.0.0.1:8081".parse()?, "inside-1, beside"),
         ("netns:/run/netns/two", "8080=9003", two, inside, "inside-2"),
     ];
     let mut services = vec![];
