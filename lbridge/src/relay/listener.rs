@@ -1,5 +1,5 @@
-//! One relay: listens on the gateway, bound to the bridge, or on loopback in a namespace; checks who comes; connects to
-//! the service.
+//! One relay: listens where the kernel's entry leads, or on the gateway itself before Linux 5.17, bound to the bridge; or on
+//! loopback in a namespace. Checks who comes, and connects to the service.
 
 use std::{
     collections::HashMap,
@@ -279,7 +279,8 @@ pub fn listen(address: SocketAddr, interface: NonZeroU32) -> io::Result<Listenin
 pub fn listen_by_entry(dialled: SocketAddr, interface: NonZeroU32) -> io::Result<Listening> {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     let mut last = io::ErrorKind::AddrInUse.into();
-    for port in UNUSED_PORTS {
+    // A local user can have all of them; the kernel finds another one then.
+    for port in UNUSED_PORTS.chain([0]) {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let address: IpAddr = match dialled {
             // Packets from a bridge to 127/8 are martians.

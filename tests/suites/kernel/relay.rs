@@ -1,7 +1,8 @@
 //! Where the kernel cannot, the daemon carries the bytes: all of them, both ways, whoever ends first.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
@@ -9,14 +10,16 @@ use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client::{self, Connection};
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::service::{Answer, Options, pattern};
-use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::usage::Process;
 use lbridge_tests::harness::{kernel, netns::NetNs, patience};
 use lbridge_tests::tests;
+use nix::sys::socket::{self, SockaddrStorage};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         path_relay_is_relayed,
+        a_local_user_cannot_take_the_relays_ports: [Need::TellsInterfaces],
         path_steer_is_never_relayed,
         source_loopback_shows_a_local_peer_by_relay,
         half_close_passes_the_relay,
@@ -56,6 +59,24 @@ fn path_relay_is_relayed() -> Result<()> {
     let host = scene.lab.host();
     ensure!(!binds_the_gateway(&scene)? && !host.has_hidden_relays()?, "and goes with the rule");
     scene.refused(8080)
+}
+
+/// All of those that relays prefer.
+fn a_local_user_cannot_take_the_relays_ports() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("relayed", "127.0.0.1:8080")?;
+    let _ports = scene.lab.host().run(|| {
+        let bound = (61_000..=u16::MAX).map(|port| -> Result<_> {
+            let socket = kernel::stream_socket(false, false)?;
+            let any = SocketAddr::from(([0, 0, 0, 0], port));
+            socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(any))?;
+            Ok(socket)
+        });
+        bound.collect::<Result<Vec<_>>>()
+    })?;
+    scene.allow(&["8080", "--path", "relay"])?;
+    scene.must_be(8080, "relayed")?;
+    scene.served(8080, "relayed").map(drop)
 }
 
 /// From Linux 5.17 on the kernel's entry leads to a relay, which takes no port from the host's own services.
@@ -147,7 +168,7 @@ fn client_that_resets_ends_the_service_side() -> Result<()> {
     ensure!(connections()? == 1, "a relayed connection");
     // Unread bytes and a zero linger time: a reset, not a FIN.
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
-    nix::sys::socket::setsockopt(connection.stream(), nix::sys::socket::sockopt::Linger, &linger)?;
+    socket::setsockopt(connection.stream(), socket::sockopt::Linger, &linger)?;
     drop(connection);
     patience::until("the service's end is closed", || Ok((connections()? == 0).then_some(())))?;
     ensure!(service.accepted() == 1);
