@@ -29,6 +29,9 @@ use crate::{
 /// More at a time are told in one line.
 const MAX_CHANGES: usize = 100;
 
+const DETACHED: &str =
+    "the kernel programs are detached and cannot be attached again; the daemon's log may say why";
+
 /// A state, and why.
 type Described = (State, Option<String>);
 
@@ -224,10 +227,7 @@ impl Report {
         };
         let observed = match (meant.outcome.state, entry) {
             (State::Waiting | State::Blocked, _) => meant.outcome.clone(),
-            (State::Steered, _) if self.reality.detached => blocked(
-                None,
-                "the kernel programs are detached and cannot be attached again; the daemon's log may say why",
-            ),
+            (State::Steered, _) if self.reality.detached => blocked(None, DETACHED),
             (State::Steered, Some(entry))
                 if !sources(&self.policy.sources, entry)
                     .is_subset(&sources(&self.reality.sources, entry)) =>
@@ -246,6 +246,9 @@ impl Report {
             (State::Steered, None) => {
                 let failure = meant.rule_key.and_then(|key| self.failures.entries.get(&key));
                 blocked(failure, "the kernel has no entry for it; the daemon's log may say why")
+            }
+            (State::Relayed, _) if self.reality.detached && relayed.is_some_and(|relay| relay.by_entry) => {
+                blocked(None, DETACHED)
             }
             (State::Relayed, _) if reached => meant.outcome.clone(),
             (State::Relayed, _) => {
