@@ -112,7 +112,7 @@ impl Maps {
         or_absent(self.rules.remove(key)).context("cannot remove the kernel's entry")
     }
 
-    /// Watched ports.
+    /// Addresses and ports whose listeners are registered.
     pub fn targets(&self) -> anyhow::Result<BTreeSet<TargetKey>> {
         let ports: Result<_, MapError> = self.targets.keys().collect();
         ports.context("cannot read the watched ports")

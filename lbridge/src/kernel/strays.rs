@@ -51,7 +51,7 @@ impl Stray {
     pub fn end(&self) -> anyhow::Result<()> {
         let Self { name, id, .. } = self;
         self.link.detach().with_context(|| {
-            format!("cannot detach {name} (link {id}), which no pin names; what was denied since may go on")
+            format!("cannot detach {name} (link {id}), which no pin names; what was denied since may go on; type: bpftool link detach id {id}")
         })
     }
 }
@@ -67,7 +67,7 @@ pub fn find(bpffs: &Path, netns: &File, cookie: Option<u64>) -> io::Result<Vec<S
 #[derive(Debug)]
 pub(super) struct Search {
     host: Host,
-    /// Ids of links that are no strays. An id is not given to another link before two thousand million others were made.
+    /// Ids of links that are no strays, or that could not be detached. An id is not given to another link before two thousand million others were made.
     seen: BTreeSet<u32>,
 }
 

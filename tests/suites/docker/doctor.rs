@@ -1,7 +1,7 @@
 //! The doctor and the importer beside a real engine.
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::daemon::{Daemon, Options};
@@ -57,11 +57,16 @@ fn containers_that_dial_docker0_are_told() -> Result<()> {
     let report = Report::of(&scene.daemon)?;
     ensure!(report.must("host-gateway", "warning").is_err(), "{report:?}");
 
-    // A relay needs the port for itself.
+    // A firewall that lets them dial their gateway alone, and that lbridge is to leave alone.
     scene.daemon.deny(&["bridge", "8080"])?;
     scene.daemon.deny(&["app", "8080"])?;
-    let _own = scene.service("docker0's", &SocketAddr::new(docker0, 8080).to_string())?;
-    scene.daemon.allow(&["app", "8080", "--path", "relay"])?;
+    let drops = format!("ip daddr {docker0} tcp dport 8080 drop");
+    scene.host.shell(&format!(
+        "nft 'table ip walled {{ chain input {{ type filter hook input priority 0; {drops}; }}; }}'"
+    ))?;
+    fs::write(scene.daemon.config(), "firewall = \"off\"\n")?;
+    scene.daemon.cli(&["reload"])?;
+    scene.daemon.allow(&["app", "8080"])?;
     let finding = Report::of(&scene.daemon)?.must("host-gateway", "warning")?;
     for says in ["misled", "8080", "host.docker.internal", &docker0.to_string()] {
         ensure!(finding.text.contains(says), "{says}: {finding:?}");

@@ -263,8 +263,11 @@ fn nothing_of_a_renamed_folder_outlives_the_next_daemon() -> Result<()> {
     let now = everything.attached()?;
     ensure!(now == everything.pinned()?, "what is attached is pinned: {now:?}");
     ensure!(now.is_disjoint(&before), "of {before:?} some are left: {now:?}");
-    let log = everything.scene.daemon.log();
-    ensure!(log.matches("no pin of this daemon names it").count() == before.len(), "each is told: {log}");
+    // The log is written by a thread of its own.
+    patience::until("each is told", || {
+        let told = everything.scene.daemon.log().matches("no pin of this daemon names it").count();
+        Ok((told == before.len()).then_some(()))
+    })?;
     everything.served()?;
     everything.deny()?;
     everything.refused()
