@@ -231,6 +231,10 @@ fn attach_sock_ops(cgroup: &Path, instructions: &[u64], flags: u32) -> Result<()
         instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
     };
+    // Before 5.11 programs count against it.
+    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the limits outlive the call, which reads them.
+    Errno::result(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) })?;
     let program = bpf(BPF_PROG_LOAD, &mut load).context("load a program")?;
     // SAFETY: the kernel has just made this descriptor for us.
     let program = unsafe { OwnedFd::from_raw_fd(program) };

@@ -47,6 +47,8 @@ pub enum Need {
     TellsInterfaces,
     /// A kernel that lets a socket choose its range of ports (6.3).
     PortRanges,
+    /// A whole system: a guest has little more than a kernel, and is emulated.
+    WholeSystem,
 }
 
 impl Need {
@@ -77,6 +79,7 @@ impl Need {
             Need::NamesNamespaces if kernel::version() < (5, 14) => {
                 Some("the kernel is older than 5.14".to_owned())
             }
+            Need::WholeSystem if vm::is_inside() => Some("a guest has too little of a system".to_owned()),
             Need::PortRanges if kernel::version() < (6, 3) => Some("the kernel is older than 6.3".to_owned()),
             Need::TellsInterfaces if !kernel::has_ingress_ifindex() => {
                 Some("the kernel is older than 5.17".to_owned())

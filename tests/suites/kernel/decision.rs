@@ -32,7 +32,7 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 /// How many maps and packets are tried.
-const CASES: u32 = 1000;
+const CASES: u32 = 400;
 
 /// What is dialled.
 const PORT: u16 = 80;

@@ -17,7 +17,7 @@ use lbridge_tests::harness::lab::Lab;
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
-use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::tests;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::chown;
@@ -38,9 +38,9 @@ pub(crate) fn tests() -> Vec<Test> {
         the_end_of_the_process_ends_everything_at_once,
         a_path_is_waited_for_and_followed,
         a_path_that_is_something_else_is_never_opened,
-        a_path_that_somebody_else_can_turn_elsewhere_is_not_followed,
+        a_path_that_somebody_else_can_turn_elsewhere_is_not_followed: [Need::WholeSystem],
         a_path_that_comes_into_other_hands_is_left,
-        the_usual_folders_of_namespaces_are_followed,
+        the_usual_folders_of_namespaces_are_followed: [Need::WholeSystem],
         a_number_that_was_given_again_is_another_process,
         a_process_that_is_not_there_is_refused,
         a_process_in_the_configuration_is_refused,

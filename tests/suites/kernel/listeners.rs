@@ -26,7 +26,7 @@ pub(crate) fn tests() -> Vec<Test> {
         mptcp_listener_is_relayed: [Need::Mptcp],
         listener_moves_between_mptcp_and_tcp: [Need::Mptcp],
         a_local_users_listeners_take_no_room,
-        a_full_map_is_relayed,
+        a_full_map_is_relayed: [Need::WholeSystem],
     ]
 }
 
