@@ -231,10 +231,10 @@ fn attach_sock_ops(cgroup: &Path, instructions: &[u64], flags: u32) -> Result<()
         instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
     };
-    // Before 5.11 programs count against it.
+    // Before 5.11 programs count against it; later it does not matter that it cannot be raised.
     let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: the limits outlive the call, which reads them.
-    Errno::result(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) })?;
+    let _ = Errno::result(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) });
     let program = bpf(BPF_PROG_LOAD, &mut load).context("load a program")?;
     // SAFETY: the kernel has just made this descriptor for us.
     let program = unsafe { OwnedFd::from_raw_fd(program) };
