@@ -347,7 +347,7 @@ fn sockets_at_one_address_are_told_apart() -> Result<()> {
         }
         let open = client::connect(&scene.container, scene.gateway(8080))?;
         // Inside, `[::1]` has one, too.
-        let restart = scene.begin_restart("6")?;
+        let restart = scene.begin_restart("8")?;
         let waiting = places
             .iter()
             .map(|(_, _, netns, to, _)| Waiting::connect(netns, *to))
