@@ -28,7 +28,7 @@ const MODULES: [&str; 7] = ["veth", "bridge", "tcp_diag", "udp_diag", "mptcp_dia
 /// Emulated machines are slow.
 const PATIENCE: u32 = 6;
 /// For the whole suite in an emulated machine.
-const LIMIT: Duration = Duration::from_secs(1200);
+const LIMIT: Duration = Duration::from_secs(1800);
 
 /// Whether this process runs in a guest.
 pub fn is_inside() -> bool {
