@@ -25,7 +25,7 @@ pub enum Verdict {
     Steer,
 }
 
-/// What the decision asks of the maps, at most once each, and only where the answer matters.
+/// The map lookups of the decision, at most once each, and only where the answer matters.
 pub trait Lookups {
     /// Returns true if the daemon sent the packet itself, to probe the firewall.
     fn is_probe(&self) -> bool;

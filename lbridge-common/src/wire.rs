@@ -231,7 +231,7 @@ pub struct SourceKey {
     pub source: Address,
 }
 
-/// Where a listener has to be bound for a rule to lead to it. Listeners at other addresses of the port are not registered:
+/// The address a listener must be bound to for a rule to lead to it. Listeners at other addresses of the port are not registered:
 /// any user of the host may listen on all of 127.0.0.0/8.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -40,15 +40,15 @@ use crate::{host::privileges, planning::text::shown};
 
 /// Most bytes that may wait to be written. A longer line is taken if nothing else waits.
 const QUEUE: usize = 1 << 20;
-/// How long the process waits at its end for the last lines to be written.
+/// The time that the process waits at its end for the last lines to be written.
 const LAST_LINES: Duration = Duration::from_secs(2);
-/// How long a panic waits for its message to be written. The process is aborted only afterwards, so this is short.
+/// The time that a panic waits for its message to be written. The process is aborted only afterwards, so this is short.
 const PANIC_LINES: Duration = Duration::from_millis(500);
 
 /// The log, once [`start`] has been called.
 static LOG: OnceLock<Log> = OnceLock::new();
 
-/// What a line begins with.
+/// The text at the start of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Style {
     /// For the journal, which knows the time, and takes the severity from what a line begins with (sd-daemon(3)).
@@ -274,7 +274,7 @@ impl Queue {
     }
 }
 
-/// Where lines are written to.
+/// The destination of the lines.
 struct Output<'a> {
     out: BorrowedFd<'a>,
     /// True if only a part of the last line was written.

@@ -37,7 +37,7 @@ use crate::{
     relay::{self, listener::Listening, set::RelaySet},
 };
 
-/// Why a step of the kernel's cannot be carried out.
+/// The error of a kernel step where no kernel half is loaded.
 const NO_KERNEL: &str = "there is no kernel half";
 /// More than these are not remembered.
 const MAX_HOLDERS: usize = 1024;
@@ -57,7 +57,7 @@ pub(super) struct Executor {
     pub(super) host: NamespaceId,
     /// Whose localhost leads to the host.
     pub(super) guests: Option<Guests>,
-    /// Who may use the entries that are not for all; there is one wherever there is a kernel half.
+    /// The map of who may use the entries that are not for all; there is one wherever there is a kernel half.
     pub(super) sources: Option<SourceGate>,
     /// Listening sockets of the daemon before this one.
     pub(super) inherited: Inherited,
@@ -140,7 +140,7 @@ impl Executor {
         Ok(Reality { filtering, ..self.in_force()? })
     }
 
-    /// What is known of the host's firewall, which may take as long as its tools do.
+    /// Reads the state of the host's firewall, which may take as long as its tools do.
     pub(super) async fn filtering(&mut self, policy: &Policy) -> Filtering {
         self.firewall.look(&policy.openings).await.clone()
     }

@@ -86,7 +86,7 @@ pub struct Loaded {
     pub events: Option<Events>,
     /// Whose localhost leads to the host.
     pub guests: Option<Guests>,
-    /// Who may use the entries that are not for all; there is one wherever there is a kernel half.
+    /// The map of who may use the entries that are not for all; there is one wherever there is a kernel half.
     pub sources: Option<Sources>,
     /// What is possible.
     pub abilities: Abilities,

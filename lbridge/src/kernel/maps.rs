@@ -128,7 +128,7 @@ impl Maps {
         or_absent(self.targets.remove(key)).context("cannot stop to watch the port")
     }
 
-    /// Who may use the entries that are not for all.
+    /// The users of the entries that are not for all.
     pub fn sources(&self) -> anyhow::Result<BTreeSet<SourceKey>> {
         let keys: Result<_, MapError> = self.sources.keys().collect();
         keys.context("cannot read who may use the rules")
@@ -271,7 +271,7 @@ impl Probes {
     }
 }
 
-/// Who may use the entries that are not for all, to be changed. Its owner is another than the other maps'.
+/// The map of who may use the entries that are not for all, open for writing. It has another owner than the other maps.
 pub struct Sources(HashMap<MapData, SourceKey, u8>);
 
 // aya's maps do not implement it.

@@ -263,7 +263,7 @@ pub struct Policy {
     pub targets: BTreeSet<TargetKey>,
     /// Kernel entries; `steered` is 0.
     pub entries: BTreeMap<RuleKey, RuleValue>,
-    /// Who may use the entries that are not for all.
+    /// The users of the entries that are not for all.
     pub sources: BTreeSet<SourceKey>,
     /// For whom each of them may: it holds for as long as one of these has the address.
     pub grants: BTreeMap<SourceKey, BTreeSet<Grant>>,

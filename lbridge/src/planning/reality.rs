@@ -26,7 +26,7 @@ pub struct Reality {
     pub targets: BTreeSet<TargetKey>,
     /// Kernel entries, with their counts.
     pub entries: BTreeMap<RuleKey, RuleValue>,
-    /// Who may use the entries that are not for all.
+    /// The users of the entries that are not for all.
     pub sources: BTreeSet<SourceKey>,
     /// Gateways that look local.
     pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
