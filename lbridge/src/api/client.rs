@@ -58,7 +58,16 @@ pub enum ClientError {
         /// Where.
         path: PathBuf,
     },
-    /// It answered something else, or broke off.
+    /// It took the request, and ended without an answer.
+    #[error(
+        "the daemon at {} ended before it answered; once it runs again `lbridge status` says what is in force",
+        path.display()
+    )]
+    Unanswered {
+        /// Where.
+        path: PathBuf,
+    },
+    /// It answered something else.
     #[error("the daemon's answer cannot be understood: {0}; is it of this version?")]
     Garbled(String),
 }
@@ -119,7 +128,7 @@ impl Client {
         let succeeded = response.status().is_success();
         let mut body = response.into_body();
         if !succeeded {
-            return Err(refusal(&body.collect().await.map_err(|e| garbled(&e))?.to_bytes()));
+            return Err(refusal(&body.collect().await.map_err(|e| self.broken_off(&e))?.to_bytes()));
         }
         let mut rest = vec![];
         // A daemon that is killed breaks off.
@@ -154,7 +163,7 @@ impl Client {
     ) -> Result<T, ClientError> {
         let response = self.send(method, resource, body).await?;
         let succeeded = response.status().is_success();
-        let answer = response.into_body().collect().await.map_err(|e| garbled(&e))?.to_bytes();
+        let answer = response.into_body().collect().await.map_err(|e| self.broken_off(&e))?.to_bytes();
         if succeeded {
             serde_json::from_slice(&answer).map_err(|e| garbled(&e))
         } else {
@@ -174,7 +183,7 @@ impl Client {
             _ => ClientError::Unreachable { path: self.path.clone(), error },
         })?;
         let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|e| garbled(&e))?;
+            http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken_off(&e))?;
         tokio::spawn(connection);
         let body = match body {
             Some(body) => serde_json::to_vec(body).map_err(|e| garbled(&e))?,
@@ -187,7 +196,12 @@ impl Client {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(|e| garbled(&e))?;
-        sender.send_request(request).await.map_err(|e| garbled(&e))
+        sender.send_request(request).await.map_err(|e| self.broken_off(&e))
+    }
+
+    /// What an error of the connection means: what came was no HTTP, or the connection ended.
+    fn broken_off(&self, error: &hyper::Error) -> ClientError {
+        if error.is_parse() { garbled(error) } else { ClientError::Unanswered { path: self.path.clone() } }
     }
 }
 

@@ -146,9 +146,10 @@ struct Failure {
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let exit = match &error {
-            ClientError::Unreachable { .. } | ClientError::Silent { .. } | ClientError::Ended { .. } => {
-                Exit::NoDaemon
-            }
+            ClientError::Unreachable { .. }
+            | ClientError::Silent { .. }
+            | ClientError::Unanswered { .. }
+            | ClientError::Ended { .. } => Exit::NoDaemon,
             ClientError::Api(error) => match error.code {
                 ErrorCode::Usage => Exit::Usage,
                 ErrorCode::Conflict | ErrorCode::NoSuchRule => Exit::Rule,

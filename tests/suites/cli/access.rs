@@ -3,14 +3,15 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::daemon::{self, Daemon, Options, Output};
-use lbridge_tests::harness::sandbox;
 use lbridge_tests::harness::scene::{Scene, V4};
 use lbridge_tests::harness::suite::{Need, Test};
+use lbridge_tests::harness::{patience, sandbox};
 use lbridge_tests::tests;
+use nix::sys::signal::Signal;
 
 use crate::{one_line, state};
 
@@ -21,6 +22,7 @@ pub(crate) fn tests() -> Vec<Test> {
         daemon_without_privilege_is_refused: [SETPRIV],
         command_without_privilege_is_refused: [SETPRIV],
         members_of_the_group_are_served: [SETPRIV],
+        a_daemon_that_ends_before_it_answers_is_not_reachable,
         api_over_curl: [CURL],
         api_refuses_others: [CURL, SETPRIV],
         api_validates_what_it_gets: [CURL],
@@ -45,6 +47,28 @@ fn as_nobody(groups: &str, program: &Path) -> Command {
 
 fn output_of(command: &mut Command) -> Result<Output> {
     Ok(command.output().with_context(|| format!("{command:?}"))?.into())
+}
+
+/// It takes the request and is killed: no answer that could not be understood, and not known what has come of it.
+fn a_daemon_that_ends_before_it_answers_is_not_reachable() -> Result<()> {
+    let mut scene = Scene::new()?;
+    for arguments in [&["status"][..], &["allow", "bridge:lab0", "8080"]] {
+        scene.daemon.signal(Signal::SIGSTOP)?;
+        let mut command = scene.daemon.command()?;
+        let asks = command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let socket = scene.daemon.socket().display().to_string();
+        let of_daemon = format!("/proc/{}/net/unix", scene.daemon.pid().context("it runs")?);
+        patience::until("it is connected", || {
+            let sockets = fs::read_to_string(&of_daemon)?;
+            Ok((sockets.matches(&socket).count() > 1).then_some(()))
+        })?;
+        scene.daemon.kill9()?;
+        let output = asks.wait_with_output()?.into();
+        let line = one_line(&output, 3)?;
+        ensure!(line.contains("ended before it answered") && line.contains("lbridge status"), "{line}");
+        scene.daemon.restart()?;
+    }
+    Ok(())
 }
 
 fn daemon_without_privilege_is_refused() -> Result<()> {
