@@ -1,8 +1,8 @@
 //! The one place where map types are declared plain data for aya.
 
 use crate::wire::{
-    Address, Dial, DialKey, Endpoint, Guest, ListenerKey, LoopbackView, ProberKey, RelayPeer, RelayPeerKey,
-    Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
+    AcceptedKey, Address, Dial, DialKey, Endpoint, Guest, ListenerKey, LoopbackView, ProberKey, RelayPeer,
+    RelayPeerKey, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
 };
 
 macro_rules! pod {
@@ -15,6 +15,7 @@ macro_rules! pod {
 }
 
 pod!(
+    AcceptedKey,
     Address,
     Dial,
     DialKey,

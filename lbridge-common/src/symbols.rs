@@ -6,6 +6,8 @@
 pub const RULES: &str = "RULES";
 /// Who may use rules that are not for all: [`crate::wire::SourceKey`] to 1 (`u8`).
 pub const SOURCES: &str = "SOURCES";
+/// What accept rules let through the firewall: [`crate::wire::AcceptedKey`] to 1 (`u8`).
+pub const ACCEPTED: &str = "ACCEPTED";
 /// Bound addresses and ports whose listeners are registered: [`crate::wire::TargetKey`] to 1 (`u8`).
 pub const TARGETS: &str = "TARGETS";
 /// Registered listeners, [`crate::wire::ListenerKey`] to socket.

@@ -12,7 +12,8 @@ pub enum Verdict {
     ForeignSource,
     /// An entry that does not admit this source of its subnet: passes, and is counted.
     NotListed,
-    /// As [`Verdict::ForeignSource`] or [`Verdict::NotListed`], but lbridge's accept rule lets packets through the firewall: refused.
+    /// The packet would pass, but lbridge's accept rule lets it through the firewall, so that it may have arrived only because of
+    /// that: refused.
     Denied,
     /// The packet would pass, and whoever takes the connection would see a local peer (`--source loopback`): refused.
     LooksLocal,
@@ -31,6 +32,8 @@ pub trait Lookups {
     fn is_probe(&self) -> bool;
     /// Returns true if the entry lists the packet's source.
     fn is_listed(&self) -> bool;
+    /// Returns true if an accept rule of lbridge's lets the packet through the host's firewall, if it comes by the rule's interface.
+    fn is_accepted(&self) -> bool;
     /// Returns true if the name hooks would show a connection with these ends as a local one.
     fn looks_local(&self) -> bool;
 }
@@ -48,37 +51,31 @@ pub fn decide(
     if *source == dialled.address {
         return Verdict::NotOurs;
     }
+    // Without an entry, too: whether a firewall lets something through is known before it is served.
+    if protocol != TCP && lookups.is_probe() {
+        return Verdict::Probe;
+    }
     let passes = match entry {
         None => Verdict::NotOurs,
-        Some(_) if protocol != TCP && lookups.is_probe() => return Verdict::Probe,
-        // The accept rule may be an older one, for a subnet that the entry had before.
-        Some(entry) if source.masked(&entry.mask) != entry.subnet && is_exclusive(entry) => {
-            return Verdict::Denied;
-        }
         Some(entry) if source.masked(&entry.mask) != entry.subnet => Verdict::ForeignSource,
         Some(entry) if admits(entry, source, lookups) => {
             return if entry.has(RuleValue::RELAYED) { Verdict::Relay } else { Verdict::Steer };
         }
-        Some(entry) if entry.has(RuleValue::EXCLUSIVE) => return Verdict::Denied,
         Some(_) => Verdict::NotListed,
     };
+    // Asked whichever the interface: the one that the accept rule names may be another since the entry was put.
+    if lookups.is_accepted() {
+        return Verdict::Denied;
+    }
     // The name hooks know of no interface: a container that comes by another bridge, with an address of the network that looks
     // local at this gateway, would look local to whoever listens on every address.
     if protocol == TCP && lookups.looks_local() { Verdict::LooksLocal } else { passes }
 }
 
-/// Returns true if nobody else may get what comes in by the entry's interface. Without an interface it is not known what does.
-#[inline(always)]
-fn is_exclusive(entry: &RuleValue) -> bool {
-    entry.key.ifindex != 0 && entry.has(RuleValue::EXCLUSIVE)
-}
-
 /// Returns true if a source of the entry's subnet may use it.
 #[inline(always)]
 fn admits(entry: &RuleValue, source: &Address, lookups: &impl Lookups) -> bool {
-    !entry.has(RuleValue::CLOSED)
-        && !source.is_broadcast(&entry.mask)
-        && (!entry.has(RuleValue::LISTED) || lookups.is_listed())
+    !source.is_broadcast(&entry.mask) && (!entry.has(RuleValue::LISTED) || lookups.is_listed())
 }
 
 /// Bound addresses of the listeners that serve `target`, best first: the loopback address itself, then the wildcards.
@@ -149,6 +146,7 @@ mod tests {
     struct Answers {
         probe: Option<bool>,
         listed: Option<bool>,
+        accepted: Option<bool>,
         local: Option<bool>,
     }
 
@@ -159,6 +157,10 @@ mod tests {
 
         fn is_listed(&self) -> bool {
             self.listed.expect("asked whether it is listed")
+        }
+
+        fn is_accepted(&self) -> bool {
+            self.accepted.expect("asked whether it is accepted")
         }
 
         fn looks_local(&self) -> bool {
@@ -172,8 +174,9 @@ mod tests {
         decide(entry, &address(source), &Endpoint::new(gateway, 80), TCP, &answers)
     }
 
-    const NOBODY: Answers = Answers { probe: None, listed: None, local: Some(false) };
-    const UNASKED: Answers = Answers { probe: None, listed: None, local: None };
+    const UNASKED: Answers = Answers { probe: None, listed: None, accepted: None, local: None };
+    const NOBODY: Answers = Answers { accepted: Some(false), local: Some(false), ..UNASKED };
+    const ACCEPTED: Answers = Answers { accepted: Some(true), ..UNASKED };
 
     #[test]
     fn the_subnet_decides() {
@@ -194,44 +197,36 @@ mod tests {
     fn a_list_decides_within_the_subnet() {
         let (web, other) =
             (Answers { listed: Some(true), ..UNASKED }, Answers { listed: Some(false), ..NOBODY });
-        for (flags, admitted, others, foreign) in [
-            (0, Verdict::Steer, Verdict::NotListed, Verdict::ForeignSource),
-            (RuleValue::RELAYED, Verdict::Relay, Verdict::NotListed, Verdict::ForeignSource),
-            (RuleValue::EXCLUSIVE, Verdict::Steer, Verdict::Denied, Verdict::Denied),
-            (RuleValue::EXCLUSIVE | RuleValue::RELAYED, Verdict::Relay, Verdict::Denied, Verdict::Denied),
-        ] {
+        for (flags, admitted) in [(0, Verdict::Steer), (RuleValue::RELAYED, Verdict::Relay)] {
             let entry = RuleValue { flags: flags | RuleValue::LISTED, ..rule("172.18.0.1", 16) };
             assert_eq!(syn(Some(&entry), "172.18.0.2", web), admitted, "{flags:#b}");
-            assert_eq!(syn(Some(&entry), "172.18.0.3", other), others, "{flags:#b}");
-            assert_eq!(syn(Some(&entry), "172.19.0.2", NOBODY), foreign, "{flags:#b}");
+            assert_eq!(syn(Some(&entry), "172.18.0.3", other), Verdict::NotListed, "{flags:#b}");
+            assert_eq!(syn(Some(&entry), "172.19.0.2", NOBODY), Verdict::ForeignSource, "{flags:#b}");
             assert_eq!(syn(Some(&entry), "172.18.0.1", UNASKED), Verdict::NotOurs, "the host itself");
         }
     }
 
     #[test]
-    fn a_closed_entry_admits_nobody_of_its_subnet() {
-        let closed = RuleValue { flags: RuleValue::EXCLUSIVE | RuleValue::CLOSED, ..rule("172.18.0.1", 16) };
-        assert_eq!(syn(Some(&closed), "172.18.0.2", UNASKED), Verdict::Denied);
-        assert_eq!(syn(Some(&closed), "172.19.0.2", UNASKED), Verdict::Denied, "of an older accept rule");
-        assert_eq!(syn(Some(&closed), "172.18.0.1", UNASKED), Verdict::NotOurs, "the host itself");
-        // Where the interface is not known, they may come by any.
-        let mut anywhere = closed;
-        anywhere.key.ifindex = 0;
-        assert_eq!(syn(Some(&anywhere), "172.19.0.2", NOBODY), Verdict::ForeignSource);
-        assert_eq!(syn(Some(&anywhere), "172.18.0.2", UNASKED), Verdict::Denied);
+    fn what_an_accept_rule_lets_in_must_not_pass() {
+        let open = rule("172.18.0.1", 16);
+        let listed = RuleValue { flags: RuleValue::LISTED, ..open };
+        let other = Answers { listed: Some(false), ..ACCEPTED };
+        assert_eq!(syn(None, "172.18.0.2", ACCEPTED), Verdict::Denied, "by another interface, or unserved");
+        assert_eq!(syn(Some(&listed), "172.18.0.2", other), Verdict::Denied);
+        assert_eq!(syn(Some(&open), "172.18.255.255", ACCEPTED), Verdict::Denied, "a broadcast address");
+        assert_eq!(syn(Some(&open), "172.19.0.2", ACCEPTED), Verdict::Denied, "of an older accept rule");
+        assert_eq!(syn(Some(&open), "172.18.0.2", UNASKED), Verdict::Steer, "admitted");
+        assert_eq!(syn(None, "172.18.0.1", UNASKED), Verdict::NotOurs, "the host itself");
     }
 
     #[test]
     fn a_broadcast_address_is_no_source() {
-        let open = rule("172.18.0.1", 16);
-        assert_eq!(syn(Some(&open), "172.18.255.255", NOBODY), Verdict::NotListed);
-        let exclusive = RuleValue { flags: RuleValue::EXCLUSIVE, ..open };
-        assert_eq!(syn(Some(&exclusive), "172.18.255.255", UNASKED), Verdict::Denied);
+        assert_eq!(syn(Some(&rule("172.18.0.1", 16)), "172.18.255.255", NOBODY), Verdict::NotListed);
     }
 
     #[test]
     fn what_passes_must_not_look_local() {
-        let local = Answers { local: Some(true), listed: Some(false), probe: None };
+        let local = Answers { local: Some(true), listed: Some(false), ..NOBODY };
         let listed = RuleValue { flags: RuleValue::LISTED, ..rule("172.18.0.1", 16) };
         assert_eq!(syn(None, "172.18.0.2", local), Verdict::LooksLocal);
         assert_eq!(syn(Some(&listed), "172.18.0.2", local), Verdict::LooksLocal);
@@ -244,11 +239,12 @@ mod tests {
         let entry = rule("172.18.0.1", 16);
         let gateway = Endpoint::new(entry.key.gateway, 80);
         let probe = Answers { probe: Some(true), ..UNASKED };
-        let other = Answers { probe: Some(false), ..UNASKED };
+        let other = Answers { probe: Some(false), accepted: Some(false), ..UNASKED };
         let source = address("172.18.0.2");
         assert_eq!(decide(Some(&entry), &source, &gateway, UDP, &probe), Verdict::Probe);
+        assert_eq!(decide(None, &source, &gateway, UDP, &probe), Verdict::Probe);
         assert_eq!(decide(Some(&entry), &source, &gateway, UDP, &other), Verdict::Steer);
-        assert_eq!(decide(None, &source, &gateway, UDP, &UNASKED), Verdict::NotOurs);
+        assert_eq!(decide(None, &source, &gateway, UDP, &other), Verdict::NotOurs);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use core::{
 /// daemon never adopts maps that it would misread.
 pub const ABI_VERSION: u32 = 3;
 
-/// Most entries (interface, address, port, protocol) in force at a time: those of rules, and those that admit nobody.
+/// Most entries (interface, address, port, protocol) in force at a time.
 pub const MAX_RULES: u32 = 131_072;
 /// Most namespaces whose localhost leads to the host.
 pub const MAX_GUESTS: u32 = 65_536;
@@ -182,7 +182,7 @@ pub struct RuleValue {
     pub target: Address,
     /// The service's port, host byte order. 0 leads to nobody: what the entry admits is refused, unless it goes to a relay.
     pub target_port: u16,
-    /// Bits: [`RuleValue::LISTED`], [`RuleValue::EXCLUSIVE`], [`RuleValue::RELAYED`], [`RuleValue::CLOSED`].
+    /// Bits: [`RuleValue::LISTED`], [`RuleValue::RELAYED`].
     pub flags: u16,
     /// Always 0.
     pub reserved: [u16; 2],
@@ -193,17 +193,12 @@ pub struct RuleValue {
 impl RuleValue {
     /// Only sources that have a [`SourceKey`] may use the entry, not the whole subnet.
     pub const LISTED: u16 = 1;
-    /// Packets of the subnet that the entry does not admit are refused. They arrive only because lbridge put an accept rule
-    /// into the host's firewall, so no other service of the host may get them.
-    pub const EXCLUSIVE: u16 = 1 << 1;
     /// Connections go to the daemon's relay, whose listening socket has the entry's key in the map of relays.
-    pub const RELAYED: u16 = 1 << 2;
-    /// Admits nobody: the rule is not served now, or is gone, while lbridge's accept rule is still in the firewall.
-    pub const CLOSED: u16 = 1 << 3;
+    pub const RELAYED: u16 = 1 << 1;
 
-    /// Returns true if both lead the same sources to the same place, whatever becomes of others.
+    /// Returns true if both lead the same sources to the same place.
     pub fn leads_as(&self, other: &Self) -> bool {
-        let comparable = |it: &Self| Self { flags: it.flags & !Self::EXCLUSIVE, steered: 0, ..*it };
+        let comparable = |it: &Self| Self { steered: 0, ..*it };
         comparable(self) == comparable(other)
     }
 
@@ -229,6 +224,43 @@ pub struct SourceKey {
     pub rule: RuleKey,
     /// The container's address.
     pub source: Address,
+}
+
+/// What an accept rule of lbridge's lets through the host's firewall, by whichever interface: a rule names its bridge, and the
+/// next bridge of that name has another index. Nothing of it may reach a service that no entry leads it to. The key of a
+/// longest-prefix match: the rule's sources are its end.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AcceptedKey {
+    /// What is dialled.
+    pub gateway: Address,
+    /// Dialled port, host byte order.
+    pub port: u16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u16,
+    /// The first of the sources; in a lookup the packet's.
+    pub source: Address,
+}
+
+impl AcceptedKey {
+    /// All bits, as a lookup has them.
+    pub const BITS: u32 = Self::DIALLED_BITS + 128;
+
+    const DIALLED_BITS: u32 = 160;
+
+    /// Bits that must be the same, where the netmask of the sources is this.
+    #[must_use]
+    pub fn prefix_len(mask: &Address) -> u32 {
+        let ones: u32 = mask.0.iter().map(|word| word.count_ones()).sum();
+        Self::DIALLED_BITS + ones
+    }
+
+    /// Returns true if a lookup with the key `packet` finds this one, where `prefix_len` bits must be the same.
+    #[must_use]
+    pub fn matches(&self, prefix_len: u32, packet: &Self) -> bool {
+        let mask = Address::ANY_V6.mask(u8::try_from(prefix_len - Self::DIALLED_BITS).unwrap_or(128));
+        *self == Self { source: packet.source.masked(&mask), ..*packet }
+    }
 }
 
 /// The address a listener must be bound to for a rule to lead to it. Listeners at other addresses of the port are not registered:
@@ -464,7 +496,7 @@ pub enum Counter {
     RegisterRefused = 5,
     /// An entry matched, which does not admit the source: left alone.
     NotListed = 6,
-    /// An entry matched, which does not admit the source, and the packet arrived by lbridge's accept rule: refused.
+    /// No entry admits the packet, and lbridge's accept rule lets it through the firewall: refused.
     Denied = 7,
     /// A connection that nobody steers would look local to the service: refused.
     LooksLocal = 8,
@@ -488,6 +520,8 @@ const _: () = {
     assert!(size_of::<ReplyKey>() == 36 && align_of::<ReplyKey>() == 4);
     assert!(size_of::<Reply>() == 36);
     assert!(size_of::<SourceKey>() == 40);
+    assert!(size_of::<AcceptedKey>() == 36 && align_of::<AcceptedKey>() == 4);
+    assert!(8 * size_of::<AcceptedKey>() == AcceptedKey::BITS as usize);
     assert!(size_of::<TargetKey>() == 20);
     assert!(size_of::<RelayPeerKey>() == 40 && align_of::<RelayPeerKey>() == 4);
     assert!(size_of::<RelayPeer>() == 72 && align_of::<RelayPeer>() == 8);

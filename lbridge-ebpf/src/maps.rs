@@ -8,9 +8,9 @@ use aya_ebpf::{
     maps::{HashMap, LpmTrie, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
 };
 use lbridge_common::wire::{
-    Address, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, MAX_GUESTS,
-    MAX_LISTENERS, MAX_PROBERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, ProberKey, RelayPeer, RelayPeerKey,
-    Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
+    AcceptedKey, Address, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView,
+    MAX_GUESTS, MAX_LISTENERS, MAX_PROBERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, ProberKey, RelayPeer,
+    RelayPeerKey, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
 };
 
 // Not preallocated: an empty map costs nothing.
@@ -18,6 +18,8 @@ use lbridge_common::wire::{
 pub static RULES: HashMap<RuleKey, RuleValue> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
 pub static SOURCES: HashMap<SourceKey, u8> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+#[map]
+static ACCEPTED: LpmTrie<AcceptedKey, u8> = LpmTrie::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
 pub static TARGETS: HashMap<TargetKey, u8> = HashMap::with_max_entries(MAX_TARGETS, BPF_F_NO_PREALLOC);
 #[map]
@@ -71,6 +73,12 @@ pub fn loopback_view(gateway: &Endpoint, peer: &Address) -> Option<LoopbackView>
     let key = ViewKey { gateway: *gateway, peer: *peer };
     let view = LOOPBACK_VIEWS.get(Key::new(ViewKey::BITS, key)).copied()?;
     (view.gateway == *gateway).then_some(view)
+}
+
+/// Returns true if an accept rule lets such a packet through the firewall. The value is not looked at: what was found matched.
+#[inline(always)]
+pub fn is_accepted(packet: AcceptedKey) -> bool {
+    ACCEPTED.get(Key::new(AcceptedKey::BITS, packet)).is_some()
 }
 
 /// The bridges of a namespace whose localhost may lead to the host.

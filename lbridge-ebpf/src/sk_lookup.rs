@@ -7,12 +7,12 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use aya_ebpf::{bindings::BPF_SK_LOOKUP_F_REPLACE, programs::SkLookupContext};
 use lbridge_common::{
     verdict::{Lookups, Verdict, decide, first_candidate},
-    wire::{Address, Counter, Endpoint, PROBE_PORT, ProberKey, RuleKey, RuleValue, SourceKey},
+    wire::{AcceptedKey, Address, Counter, Endpoint, PROBE_PORT, ProberKey, RuleKey, RuleValue, SourceKey},
 };
 
 use crate::{
     ctx,
-    maps::{LISTENERS, PROBERS, PROBES, RELAYS, RULES, SOURCES, count, loopback_view},
+    maps::{LISTENERS, PROBERS, PROBES, RELAYS, RULES, SOURCES, count, is_accepted, loopback_view},
 };
 
 const ENOENT: i32 = 2;
@@ -59,6 +59,12 @@ impl Lookups for Maps<'_> {
     #[inline(always)]
     fn is_listed(&self) -> bool {
         SOURCES.get_ptr(SourceKey { rule: self.key, source: self.source }).is_some()
+    }
+
+    #[inline(always)]
+    fn is_accepted(&self) -> bool {
+        let RuleKey { gateway, port, protocol, .. } = self.key;
+        is_accepted(AcceptedKey { gateway, port, protocol, source: self.source })
     }
 
     #[inline(always)]

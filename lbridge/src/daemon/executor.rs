@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use lbridge_common::wire::{ProberKey, RuleKey, SourceKey, UDP};
+use lbridge_common::wire::{AcceptedKey, ProberKey, RuleKey, SourceKey, UDP};
 
 use super::{
     guests::Guests,
@@ -75,6 +75,8 @@ pub(super) struct Failures {
     pub(super) relays: BTreeMap<RelayKey, String>,
     /// Entries that could not be put.
     pub(super) entries: BTreeMap<RuleKey, String>,
+    /// What accept rules let in that the kernel could not be told of.
+    pub(super) accepted: BTreeMap<(AcceptedKey, u32), String>,
     /// Listeners, by inode, that the kernel cannot be given.
     pub(super) refused: BTreeMap<u64, ListenerKind>,
     /// Ports whose listeners could not be registered.
@@ -106,6 +108,7 @@ impl Failures {
     fn others(&self) -> impl Iterator<Item = &String> {
         let specific = self.entries.values().chain(self.listeners.values()).chain(self.openings.values());
         specific
+            .chain(self.accepted.values())
             .chain(&self.name_hooks)
             .chain(&self.connect_hooks)
             .chain(&self.reply_hooks)
@@ -171,6 +174,7 @@ impl Executor {
             targets: kernel.maps.targets()?,
             entries: kernel.maps.entries()?,
             sources: kernel.maps.sources()?,
+            accepted: kernel.maps.accepted()?,
             dials: kernel.maps.dials()?,
             views: kernel.maps.views()?,
             registered: kernel.maps.registered()?,
@@ -212,6 +216,7 @@ impl Executor {
                     Step::PutEntry(key, _) | Step::AddSource(SourceKey { rule: key, .. }) => {
                         drop(failures.entries.insert(*key, text));
                     }
+                    Step::AddAccepted(key) => drop(failures.accepted.insert(*key, text)),
                     Step::Register { inode, key } => match unsuitable(&error) {
                         Some(kind) => drop(failures.refused.insert(*inode, kind)),
                         None => drop(failures.listeners.insert(key.port, text)),
@@ -247,10 +252,8 @@ impl Executor {
                 bail!("the hooks of replies could not be attached")
             }
             // What it lets in would reach whoever listens on every address.
-            Step::Accept { opening, .. }
-                if failures.entries.keys().any(|key| opening.entry(key.ifindex) == *key) =>
-            {
-                bail!("the kernel's entry for it is not complete")
+            Step::Accept { opening, .. } if failures.accepted.contains_key(&opening.accepted()) => {
+                bail!("the kernel could not be told to refuse the others that it lets in")
             }
             Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {
@@ -282,6 +285,8 @@ impl Executor {
                 }
                 kernel.maps.register(*key, &socket)
             }
+            Step::AddAccepted(key) => kernel.maps.add_accepted(*key),
+            Step::RemoveAccepted(key) => kernel.maps.remove_accepted(*key),
             Step::AddSource(key) => self.sources.as_ref().context(NO_KERNEL)?.add(key),
             Step::RemoveSource(key) => self.sources.as_ref().context(NO_KERNEL)?.remove(key),
             Step::PutEntry(key, value) => kernel.maps.put_entry(key, value),

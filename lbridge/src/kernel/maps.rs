@@ -18,8 +18,9 @@ use aya::{
 use lbridge_common::{
     symbols,
     wire::{
-        Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView, ProberKey,
-        RelayPeer, RelayPeerKey, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
+        AcceptedKey, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView,
+        ProberKey, RelayPeer, RelayPeerKey, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey,
+        ViewKey,
     },
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -32,6 +33,7 @@ pub struct Maps {
     rules: HashMap<MapData, RuleKey, RuleValue>,
     /// To be read; [`Sources`] changes it.
     sources: HashMap<MapData, SourceKey, u8>,
+    accepted: LpmTrie<MapData, AcceptedKey, u8>,
     targets: HashMap<MapData, TargetKey, u8>,
     listeners: SockHash<MapData, ListenerKey>,
     relays: SockHash<MapData, RuleKey>,
@@ -78,6 +80,7 @@ impl Maps {
         let maps = Self {
             rules: taken(object, symbols::RULES)?,
             sources,
+            accepted: taken(object, symbols::ACCEPTED)?,
             targets: taken(object, symbols::TARGETS)?,
             listeners: taken(object, symbols::LISTENERS)?,
             relays: taken(object, symbols::RELAYS)?,
@@ -132,6 +135,22 @@ impl Maps {
     pub fn sources(&self) -> anyhow::Result<BTreeSet<SourceKey>> {
         let keys: Result<_, MapError> = self.sources.keys().collect();
         keys.context("cannot read who may use the rules")
+    }
+
+    /// What accept rules let in, with the bits of the key that count.
+    pub fn accepted(&self) -> anyhow::Result<BTreeSet<(AcceptedKey, u32)>> {
+        let keys = self.accepted.keys().map(|key| key.map(|key| (key.data(), key.prefix_len())));
+        keys.collect::<Result<_, MapError>>().context("failed to read map ACCEPTED")
+    }
+
+    /// Has the kernel refuse it, unless an entry admits it.
+    pub fn add_accepted(&mut self, (key, bits): (AcceptedKey, u32)) -> anyhow::Result<()> {
+        self.accepted.insert(&Key::new(bits, key), 1, 0).context("failed to write map ACCEPTED")
+    }
+
+    /// Has the kernel let it pass.
+    pub fn remove_accepted(&mut self, (key, bits): (AcceptedKey, u32)) -> anyhow::Result<()> {
+        or_absent(self.accepted.remove(&Key::new(bits, key))).context("failed to delete from map ACCEPTED")
     }
 
     /// What containers dial that leads to their gateway.

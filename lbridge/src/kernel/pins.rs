@@ -16,8 +16,8 @@ use anyhow::{Context as _, bail};
 use aya::maps::{MapData, MapError};
 use lbridge_common::{
     symbols::{
-        COUNTERS, DIALLED, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS,
-        RELAYS, REPLIES, RULES, SOURCES, TARGETS,
+        ACCEPTED, COUNTERS, DIALLED, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS,
+        RELAY_PEERS, RELAYS, REPLIES, RULES, SOURCES, TARGETS,
     },
     wire::ABI_VERSION,
 };
@@ -35,9 +35,10 @@ use super::{
 use crate::host::trusted::{self, Untrusted};
 
 /// Maps that outlive the daemon. The event buffer and the counts of probes do not: they are of use to one daemon only.
-pub(super) const PINNED_MAPS: [&str; 14] = [
+pub(super) const PINNED_MAPS: [&str; 15] = [
     RULES,
     SOURCES,
+    ACCEPTED,
     GUESTS,
     DIALS,
     DIALLED,

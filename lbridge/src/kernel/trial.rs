@@ -52,8 +52,10 @@ impl Trial {
         for map in [
             symbols::RULES,
             symbols::SOURCES,
+            symbols::ACCEPTED,
             symbols::TARGETS,
             symbols::LISTENERS,
+            symbols::RELAYS,
             symbols::LOOPBACK_VIEWS,
             symbols::GUESTS,
             symbols::DIALS,

@@ -11,7 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use lbridge_common::wire::RuleKey;
+use lbridge_common::wire::{AcceptedKey, Address, RuleKey};
 use serde::{Deserialize, Serialize};
 
 use super::{inventory::Interface, plan::Step, rule::Protocol};
@@ -93,6 +93,15 @@ impl Opening {
     pub fn entry(&self, ifindex: u32) -> RuleKey {
         let protocol = self.protocol.number().into();
         RuleKey { gateway: self.gateway.into(), ifindex, port: self.port, protocol }
+    }
+
+    /// Key of what an accept rule for it lets in, with the bits of it that count.
+    pub fn accepted(&self) -> (AcceptedKey, u32) {
+        let source = Address::from(self.sources.addr());
+        let mask = source.mask(self.sources.prefix_len());
+        let (gateway, protocol) = (self.gateway.into(), self.protocol.number().into());
+        let key = AcceptedKey { gateway, port: self.port, protocol, source: source.masked(&mask) };
+        (key, AcceptedKey::prefix_len(&mask))
     }
 
     /// Whether the interface can be named in a rule and mean only itself: firewalls read `*`, `+`, `@` and `!` otherwise.

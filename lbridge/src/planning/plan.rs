@@ -9,7 +9,7 @@
 //! - what only takes access away, and needs nothing new, comes first ([`revocations`]);
 //! - what leads to a gateway is entered after what answers there, and goes before it; its hooks come before it, and go after it;
 //! - the firewall is tried last, when everything that answers is there;
-//! - before an accept rule is put, and for as long as it is there, an entry refuses whom the rule does not admit.
+//! - before an accept rule is put, and for as long as it is there, the kernel refuses what no entry admits of it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,15 +17,14 @@ use std::{
 };
 
 use lbridge_common::wire::{
-    Address, Dial, DialKey, Endpoint, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SLOTS,
-    SourceKey, TCP, TargetKey, ViewKey,
+    AcceptedKey, Address, Dial, DialKey, Endpoint, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey,
+    RuleValue, SLOTS, SourceKey, TCP, TargetKey, ViewKey,
 };
 
 use super::{
-    firewall::{self, Chain, Link, Opening, Through},
-    policy::{Clients, GatewayOutcome, Place, Policy, RelayKey, RelaySpec, State, Subnet},
+    firewall::{self, Chain, Link, Opening},
+    policy::{Clients, GatewayOutcome, Place, Policy, RelayKey, RelaySpec, State},
     reality::Reality,
-    rule::Protocol,
 };
 
 /// One change, to be carried out as it says: what it means was decided before.
@@ -56,6 +55,10 @@ pub enum Step {
     OpenRelay(RelayKey, RelaySpec),
     /// Let an address use an entry that is not for all.
     AddSource(SourceKey),
+    /// Refuse what an accept rule lets in, unless an entry admits it.
+    AddAccepted((AcceptedKey, u32)),
+    /// Let it pass.
+    RemoveAccepted((AcceptedKey, u32)),
     /// Put an entry, or change where it leads.
     PutEntry(RuleKey, RuleValue),
     /// Remove an entry.
@@ -141,16 +144,8 @@ pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
     // Dials before what they lead to, entries before their relays.
     let dials = reality.dials.keys().filter(|key| !policy.dials.contains_key(key));
     steps.extend(dials.map(|key| Step::RemoveDial(*key)));
-    for (key, there) in reality.entries.iter().filter(|(key, _)| is_denied(policy, key)) {
-        match there {
-            // An accept rule of lbridge's may be in the firewall: until it is gone, whom it lets in must not get elsewhere.
-            there if there.has(RuleValue::EXCLUSIVE) => {
-                let closed = closed(*key, Subnet { base: there.subnet, mask: there.mask });
-                steps.extend((*there != closed).then_some(Step::PutEntry(*key, closed)));
-            }
-            _ => steps.push(Step::RemoveEntry(*key)),
-        }
-    }
+    let denied = reality.entries.keys().filter(|key| is_denied(policy, key));
+    steps.extend(denied.map(|key| Step::RemoveEntry(*key)));
     let handed_over = handed_over(policy);
     let denied = |key: &&RelayKey| {
         !policy.relays.contains_key(key) && !handed_over.contains(key) && !is_moved(policy, key)
@@ -219,12 +214,8 @@ fn handed_over(policy: &Policy) -> BTreeSet<&RelayKey> {
 pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = revocations(policy, reality);
     let firewall = firewall::plan(&guarded(policy, reality), policy.firewall, &reality.filtering);
-    let entries = entries(policy, reality, &firewall);
-    // What an accept rule lets in stays refused.
-    steps.retain(|step| !matches!(step, Step::RemoveEntry(key) if entries.contains_key(key)));
-    let closed =
-        steps.iter().filter_map(|step| if let Step::PutEntry(key, _) = step { Some(*key) } else { None });
-    let closed: BTreeSet<_> = closed.collect();
+    let accepted = accepted(policy, reality, &firewall);
+    let entries = entries(policy, reality);
     if reality.detached {
         steps.push(Step::Attach);
     }
@@ -266,15 +257,12 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     }
     steps.extend(policy.sources.difference(&reality.sources).map(|key| Step::AddSource(*key)));
     for (key, value) in &entries {
-        if reality.entries.get(key) != Some(value) && !closed.contains(key) {
+        if reality.entries.get(key) != Some(value) {
             steps.push(Step::PutEntry(*key, *value));
         }
     }
-    let is_removed =
-        |(key, there): &(&RuleKey, &RuleValue)| is_denied(policy, key) && !there.has(RuleValue::EXCLUSIVE);
-    let replaced =
-        reality.entries.iter().filter(|entry| !entries.contains_key(entry.0) && !is_removed(entry));
-    steps.extend(replaced.map(|(key, _)| Step::RemoveEntry(*key)));
+    let is_replaced = |key: &&RuleKey| !entries.contains_key(key) && !is_denied(policy, key);
+    steps.extend(reality.entries.keys().filter(is_replaced).map(|key| Step::RemoveEntry(*key)));
     // With its entry: without one, whoever would look local is refused.
     let gone = views_of_others(policy, reality);
     let views = reality.views.keys().filter(|key| !policy.views.contains_key(key) && !gone.contains(key));
@@ -307,39 +295,16 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let stale = reality.registered.iter().filter(|key| !watched(key));
     steps.extend(stale.map(|k| Step::Unregister(*k)));
     steps.extend(reality.targets.difference(&policy.targets).map(|port| Step::RemoveTarget(*port)));
+    steps.extend(accepted.difference(&reality.accepted).map(|key| Step::AddAccepted(*key)));
+    steps.extend(reality.accepted.difference(&accepted).map(|key| Step::RemoveAccepted(*key)));
     steps.extend(firewall);
     steps
 }
 
-/// The entries that should be in force, with the counts of those that are: the policy's, and one that admits nobody for what
-/// else an accept rule of lbridge's lets in. Where there is one, or is to be one, entries are exclusive.
-fn entries(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeMap<RuleKey, RuleValue> {
+/// The entries that should be in force, with the counts of those that are: the kernel counts.
+fn entries(policy: &Policy, reality: &Reality) -> BTreeMap<RuleKey, RuleValue> {
     let mut entries = policy.entries.clone();
-    let planned = firewall.iter().filter_map(|step| match step {
-        Step::Accept { chain, opening } => Some((chain, opening)),
-        _ => None,
-    });
-    let accepts = reality.filtering.accepts.keys().map(|(chain, opening)| (chain, opening));
-    for (chain, opening) in accepts.chain(planned) {
-        for ifindex in ingress(policy, chain, opening) {
-            let key = opening.entry(ifindex);
-            let sources = opening.sources;
-            let subnet = Subnet::of(sources.addr(), sources.prefix_len());
-            // A closed entry would shut out the clients of a relay that is bound to the gateway.
-            if entries.contains_key(&key) || !has_bound_relay(policy, opening) {
-                entries.entry(key).or_insert_with(|| closed(key, subnet)).flags |= RuleValue::EXCLUSIVE;
-            }
-        }
-    }
-    // What could not be read may be there still.
-    if reality.filtering.unreadable.is_some() {
-        for (key, there) in reality.entries.iter().filter(|(_, there)| there.has(RuleValue::EXCLUSIVE)) {
-            let subnet = Subnet { base: there.subnet, mask: there.mask };
-            entries.entry(*key).or_insert_with(|| closed(*key, subnet)).flags |= RuleValue::EXCLUSIVE;
-        }
-    }
     for (key, entry) in &mut entries {
-        // The count is the kernel's.
         if let Some(there) = reality.entries.get(key).filter(|there| there.leads_as(entry)) {
             entry.steered = there.steered;
         }
@@ -347,12 +312,38 @@ fn entries(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeMap<Ru
     entries
 }
 
+/// What the kernel is to refuse unless an entry admits it: what lbridge's accept rules let in, now or by a step of `firewall`.
+fn accepted(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeSet<(AcceptedKey, u32)> {
+    if policy.steering.is_none() {
+        return BTreeSet::new();
+    }
+    let planned = firewall
+        .iter()
+        .filter_map(|step| if let Step::Accept { opening, .. } = step { Some(opening) } else { None });
+    let there = reality.filtering.accepts.keys().map(|(_, opening)| opening);
+    let mut accepted: BTreeSet<_> = there.chain(planned).map(Opening::accepted).collect();
+    // What could not be read may be there still.
+    if reality.filtering.unreadable.is_some() {
+        accepted.extend(&reality.accepted);
+    }
+    // No entry admits the clients of a relay that is bound to the gateway.
+    let relays = policy
+        .relays
+        .iter()
+        .filter(|(key, spec)| !spec.by_entry && matches!(key.place, Place::Bridge { .. }));
+    let bound: BTreeSet<_> =
+        relays.map(|(key, _)| (Address::from(key.address.ip()), key.address.port())).collect();
+    accepted.retain(|(key, _)| key.protocol != u16::from(TCP) || !bound.contains(&(key.gateway, key.port)));
+    accepted
+}
+
 /// The openings for which a firewall may let packets in now: not those of a relay without an entry that is not open, since
 /// what comes through would reach the host's other services.
 fn guarded(policy: &Policy, reality: &Reality) -> BTreeMap<Opening, Link> {
+    let is_checked = policy.steering.is_some_and(|steering| steering.interface_check);
     let is_guarded = |(opening, link): &(&Opening, &Link)| {
-        let entry = opening.entry(if policy.ingress.checked { link.ifindex } else { 0 });
-        policy.ingress.checked
+        let entry = opening.entry(if is_checked { link.ifindex } else { 0 });
+        is_checked
             || policy.entries.contains_key(&entry)
             || reality.relays.contains_key(&bound_relay(opening, link.ifindex))
     };
@@ -364,40 +355,6 @@ fn guarded(policy: &Policy, reality: &Reality) -> BTreeMap<Opening, Link> {
 fn bound_relay(opening: &Opening, ifindex: u32) -> RelayKey {
     let place = Place::Bridge { interface: opening.interface.clone(), ifindex };
     RelayKey { address: SocketAddr::new(opening.gateway, opening.port), place }
-}
-
-fn has_bound_relay(policy: &Policy, opening: &Opening) -> bool {
-    let link = policy.openings.get(opening).filter(|_| opening.protocol == Protocol::Tcp);
-    let relay = link.and_then(|link| policy.relays.get(&bound_relay(opening, link.ifindex)));
-    relay.is_some_and(|relay| !relay.by_entry)
-}
-
-/// Indices of the interfaces by which an accept rule lets packets in, as keys of entries have them.
-fn ingress(policy: &Policy, chain: &Chain, opening: &Opening) -> Vec<u32> {
-    let interfaces = &policy.ingress.interfaces;
-    if !policy.ingress.checked {
-        return vec![0];
-    }
-    // A rich rule names no interface: whatever is in the zone can send datagrams with a source of the subnet. The answer to a SYN goes
-    // to the bridge.
-    if chain.through == Through::Firewalld && opening.protocol == Protocol::Udp {
-        return interfaces.values().copied().collect();
-    }
-    interfaces.get(&opening.interface).copied().into_iter().collect()
-}
-
-/// An entry that admits nobody of a subnet.
-fn closed(key: RuleKey, subnet: Subnet) -> RuleValue {
-    RuleValue {
-        key,
-        subnet: subnet.base,
-        mask: subnet.mask,
-        target: Address::ANY_V6,
-        target_port: 0,
-        flags: RuleValue::CLOSED | RuleValue::EXCLUSIVE,
-        reserved: [0; 2],
-        steered: 0,
-    }
 }
 
 /// Fills the free slots of each bound address from its sockets, newest last: an inode's number grows. A socket may come

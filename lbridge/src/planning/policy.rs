@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     firewall::{FirewallMode, Link, Opening},
     grant::Grant,
-    inventory::{NamespaceId, NamespaceKey},
+    inventory::{NamespaceId, NamespaceKey, Steering},
     rule::{Origin, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
 
@@ -285,17 +285,8 @@ pub struct Policy {
     pub openings: BTreeMap<Opening, Link>,
     /// What may be done to the firewall; a setting, nothing that is decided.
     pub firewall: FirewallMode,
-    /// Where a packet that an accept rule lets in can come from.
-    pub ingress: Ingress,
-}
-
-/// The host's interfaces, as the kernel program can tell them.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Ingress {
-    /// The kernel program checks the ingress interface; otherwise entries have interface 0.
-    pub checked: bool,
-    /// Index of every interface, by name, but of `lo` and of bridges' ports.
-    pub interfaces: BTreeMap<String, u32>,
+    /// How the kernel steers, where it does; seen, not decided.
+    pub steering: Option<Steering>,
 }
 
 /// The loopback address that stands for whoever is in a namespace, by the namespace's number.

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use lbridge_common::{
     verdict::first_candidate,
     wire::{
-        Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey,
-        ViewKey,
+        AcceptedKey, Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue,
+        SourceKey, TargetKey, ViewKey,
     },
 };
 
@@ -28,6 +28,8 @@ pub struct Reality {
     pub entries: BTreeMap<RuleKey, RuleValue>,
     /// The users of the entries that are not for all.
     pub sources: BTreeSet<SourceKey>,
+    /// What the kernel refuses unless an entry admits it, with the bits of the key that count: what accept rules let in.
+    pub accepted: BTreeSet<(AcceptedKey, u32)>,
     /// Gateways that look local.
     pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
     /// Sources of UDP services' replies.
@@ -69,9 +71,6 @@ impl Reality {
 
     /// Whether a connection that meets this entry finds a listener.
     pub fn serves(&self, entry: &RuleValue) -> bool {
-        if entry.has(RuleValue::CLOSED) {
-            return false;
-        }
         if entry.has(RuleValue::RELAYED) {
             return self.relay_sockets.contains(&entry.key);
         }

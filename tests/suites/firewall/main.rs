@@ -1,8 +1,8 @@
 //! A firewall that drops: the container's SYN would never arrive. lbridge notices by trying, lets through what rules open and
 //! nothing else, and takes it back.
 
+mod accepted;
 mod chains;
-mod exclusive;
 mod firewalld;
 mod udp;
 mod ufw;
@@ -32,15 +32,9 @@ fn main() {
         Need::Program("dockerd"),
         Need::Program("systemctl"),
     ];
-    let tests = [
-        chains::tests(),
-        exclusive::tests(),
-        firewalld::tests(),
-        ufw::tests(),
-        udp::tests(),
-        upkeep::tests(),
-    ]
-    .concat();
+    let tests =
+        [chains::tests(), accepted::tests(), firewalld::tests(), ufw::tests(), udp::tests(), upkeep::tests()]
+            .concat();
     let mut suite = Suite::new(NEEDS, tests);
     // firewalld and its command are Python, and started a dozen times: a test of theirs takes 15 s of a processor, of which there
     // may be a quarter.

@@ -13,7 +13,7 @@ use lbridge::planning::reality::Reality;
 use lbridge::planning::rule::{Protocol, RuleId, Source};
 use lbridge_common::verdict::{Lookups, Verdict, decide};
 use lbridge_common::wire::{
-    Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TCP, ViewKey,
+    AcceptedKey, Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TCP, ViewKey,
 };
 use lbridge_tests::harness::client::{self, Attempt};
 use lbridge_tests::harness::netns::NetNs;
@@ -57,6 +57,8 @@ enum From {
 struct Case {
     entry: Option<Entry>,
     listed: bool,
+    /// Length of the accept rule's prefix around the source.
+    accepted: Option<u8>,
     view: Option<u8>,
     relay: bool,
     from: From,
@@ -89,13 +91,8 @@ fn cases() -> impl Strategy<Value = Case> {
     ];
     let flag =
         |flag: u16, weight| prop::bool::weighted(weight).prop_map(move |set| if set { flag } else { 0 });
-    let flags = (
-        flag(RuleValue::LISTED, 0.5),
-        flag(RuleValue::EXCLUSIVE, 0.5),
-        flag(RuleValue::RELAYED, 0.3),
-        flag(RuleValue::CLOSED, 0.1),
-    )
-        .prop_map(|(listed, exclusive, relayed, closed)| listed | exclusive | relayed | closed);
+    let flags = (flag(RuleValue::LISTED, 0.5), flag(RuleValue::RELAYED, 0.3))
+        .prop_map(|(listed, relayed)| listed | relayed);
     let bridge = prop_oneof![3 => Just(From::Lab0), 1 => Just(From::Lab1)];
     let target = prop_oneof![3 => Just(SERVICE), 1 => Just(NOBODY)];
     let entry = (bridge, subnet, target, flags).prop_map(|(bridge, subnet, target, flags)| Entry {
@@ -105,9 +102,17 @@ fn cases() -> impl Strategy<Value = Case> {
         flags,
     });
     let entry = prop::option::weighted(0.85, entry);
-    let view = prop::option::weighted(0.2, select(vec![0_u8, 24, 32]));
-    (entry, any::<bool>(), view, any::<bool>(), packet).prop_map(
-        |(entry, listed, view, relay, (from, source))| Case { entry, listed, view, relay, from, source },
+    let prefix = |weight| prop::option::weighted(weight, select(vec![0_u8, 24, 32]));
+    (entry, any::<bool>(), prefix(0.4), prefix(0.2), any::<bool>(), packet).prop_map(
+        |(entry, listed, accepted, view, relay, (from, source))| Case {
+            entry,
+            listed,
+            accepted,
+            view,
+            relay,
+            from,
+            source,
+        },
     )
 }
 
@@ -132,6 +137,7 @@ struct Stage {
     indices: [u32; 2],
     rules: Map,
     sources: Map,
+    accepted: Map,
     views: Map,
     relays: Map,
     relay: std::net::TcpListener,
@@ -157,12 +163,23 @@ impl Stage {
         relay.set_nonblocking(true)?;
         let bpffs = scene.daemon.bpffs().to_owned();
         let find = |name| Map::named(&bpffs, name);
-        let (rules, sources) = (find("RULES")?, find("SOURCES")?);
+        let (rules, sources, accepted) = (find("RULES")?, find("SOURCES")?, find("ACCEPTED")?);
         let (views, relays) = (find("LOOPBACK_VIEWS")?, find("RELAYS")?);
         let indices = host.run(|| Ok([if_nametoindex("lab0")?, if_nametoindex("lab1")?]))?;
         // Nobody corrects what follows.
         scene.daemon.kill9()?;
-        Ok(Stage { scene, elsewhere, indices, rules, sources, views, relays, relay, _services: services })
+        Ok(Stage {
+            scene,
+            elsewhere,
+            indices,
+            rules,
+            sources,
+            accepted,
+            views,
+            relays,
+            relay,
+            _services: services,
+        })
     }
 
     fn index(&self, from: From) -> u32 {
@@ -202,6 +219,16 @@ impl Stage {
                 maps.reality.relay_sockets.insert(key);
             }
         }
+        if let Some(prefix) = case.accepted {
+            let mask = source.mask(prefix);
+            let key = AcceptedKey {
+                gateway: dialled.address,
+                port: PORT,
+                protocol: TCP.into(),
+                source: source.masked(&mask),
+            };
+            maps.reality.accepted.insert((key, AcceptedKey::prefix_len(&mask)));
+        }
         if let Some(prefix) = case.view {
             let mask = source.mask(prefix);
             let key = ViewKey { gateway: dialled, peer: source.masked(&mask) };
@@ -224,6 +251,9 @@ impl Stage {
         }
         for key in &reality.sources {
             write(&self.sources, bytes(key), &[1])?;
+        }
+        for (key, bits) in &reality.accepted {
+            write(&self.accepted, &[&bits.to_ne_bytes(), bytes(key)].concat(), &[1])?;
         }
         for ((key, bits), view) in &reality.views {
             write(&self.views, &[&bits.to_ne_bytes(), bytes(key)].concat(), bytes(view))?;
@@ -339,6 +369,12 @@ impl Lookups for Maps {
     fn is_listed(&self) -> bool {
         let key = |entry: RuleValue| SourceKey { rule: entry.key, source: self.source };
         self.entry.is_some_and(|entry| self.reality.sources.contains(&key(entry)))
+    }
+
+    fn is_accepted(&self) -> bool {
+        let Endpoint { address: gateway, port, .. } = self.dialled;
+        let packet = AcceptedKey { gateway, port, protocol: TCP.into(), source: self.source };
+        self.reality.accepted.iter().any(|(key, bits)| key.matches(*bits, &packet))
     }
 
     fn looks_local(&self) -> bool {

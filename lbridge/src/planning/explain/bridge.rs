@@ -7,7 +7,7 @@ use std::{
 
 use lbridge_common::{
     verdict::{Lookups, Verdict, decide},
-    wire::{Address, Endpoint, RuleKey, RuleValue, SourceKey},
+    wire::{AcceptedKey, Address, Endpoint, RuleKey, RuleValue, SourceKey},
 };
 
 use super::{
@@ -143,8 +143,9 @@ impl Explainer<'_> {
     fn verdict(&self, way: &mut Way, bridge: &Interface, entry: Option<&RuleValue>) -> End {
         let source = way.source;
         let dialled = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
-        let maps = Maps { reality: self.known.reality, entry, source: source.into(), dialled };
-        let verdict = decide(entry, &source.into(), &dialled, self.question.protocol.number(), &maps);
+        let protocol = self.question.protocol;
+        let maps = Maps { reality: self.known.reality, entry, source: source.into(), dialled, protocol };
+        let verdict = decide(entry, &source.into(), &dialled, protocol.number(), &maps);
         let mut by_source = |answer, text| way.steps.push(step(Stage::Source, answer, text));
         match (verdict, entry) {
             (Verdict::Steer | Verdict::Relay, Some(entry)) => {
@@ -160,8 +161,11 @@ impl Explainer<'_> {
                 );
                 self.beyond(way, bridge)
             }
-            (Verdict::Denied, Some(entry)) => {
-                let why = self.not_admitted(source, bridge, entry);
+            (Verdict::Denied, entry) => {
+                let why = entry.map_or_else(
+                    || format!("no entry admits {source}"),
+                    |entry| self.not_admitted(source, bridge, entry),
+                );
                 by_source(
                     Answer::No,
                     format!("{why}: refused, since lbridge's accept rule lets it through the firewall"),
@@ -194,9 +198,6 @@ impl Explainer<'_> {
 
     /// Why an entry does not admit a source of its subnet.
     fn not_admitted(&self, source: IpAddr, bridge: &Interface, entry: &RuleValue) -> String {
-        if entry.has(RuleValue::CLOSED) {
-            return "the entry admits nobody".to_owned();
-        }
         if Address::from(source).masked(&entry.mask) != entry.subnet {
             return format!("{source} is not in {}", subnet(entry));
         }
@@ -291,6 +292,7 @@ struct Maps<'a> {
     entry: Option<&'a RuleValue>,
     source: Address,
     dialled: Endpoint,
+    protocol: Protocol,
 }
 
 impl Lookups for Maps<'_> {
@@ -301,6 +303,13 @@ impl Lookups for Maps<'_> {
     fn is_listed(&self) -> bool {
         let key = |entry: &RuleValue| SourceKey { rule: entry.key, source: self.source };
         self.entry.is_some_and(|entry| self.reality.sources.contains(&key(entry)))
+    }
+
+    fn is_accepted(&self) -> bool {
+        let Endpoint { address: gateway, port, .. } = self.dialled;
+        let packet =
+            AcceptedKey { gateway, port, protocol: self.protocol.number().into(), source: self.source };
+        self.reality.accepted.iter().any(|(key, bits)| key.matches(*bits, &packet))
     }
 
     fn looks_local(&self) -> bool {

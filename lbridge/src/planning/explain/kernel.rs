@@ -58,16 +58,12 @@ impl Explainer<'_> {
         let wanted = match policy.entries.get(&key) {
             Some(wanted) if wanted.leads_as(entry) => String::new(),
             Some(wanted) => format!("; the rule asks for {}: the next look puts that", leads_to(wanted)),
-            None if entry.has(RuleValue::CLOSED) => String::new(),
             None => {
                 "; no rule asks for it, somebody else has put it there: the next look removes it".to_owned()
             }
         };
-        let so_far = if entry.has(RuleValue::RELAYED) || entry.has(RuleValue::CLOSED) {
-            String::new()
-        } else {
-            format!(", {} so far", entry.steered)
-        };
+        let so_far =
+            if entry.has(RuleValue::RELAYED) { String::new() } else { format!(", {} so far", entry.steered) };
         let text =
             format!("RULES has {asked}: from {} to {}{so_far}{wanted}", subnet(entry), leads_to(entry));
         way.steps.push(step(Stage::Lookup, Answer::Yes, text));
@@ -160,10 +156,10 @@ impl Explainer<'_> {
 
 /// Where an entry leads.
 fn leads_to(entry: &RuleValue) -> String {
-    if entry.has(RuleValue::CLOSED) || (entry.target_port == 0 && !entry.has(RuleValue::RELAYED)) {
-        "nobody".to_owned()
-    } else if entry.has(RuleValue::RELAYED) {
+    if entry.has(RuleValue::RELAYED) {
         "the relay".to_owned()
+    } else if entry.target_port == 0 {
+        "nobody".to_owned()
     } else {
         target(entry).to_string()
     }

@@ -30,8 +30,8 @@ use super::{
     inventory::{Abilities, Absence, Interface, Inventory, Namespace, NamespaceId},
     owner::{Sockets, loopback},
     policy::{
-        Alias, Clients, GatewayOutcome, Ingress, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome,
-        Service, State, Subnet, stand_in_for,
+        Alias, Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service,
+        State, Subnet, stand_in_for,
     },
     rule::{DEFAULT_CONNECTIONS, Network, Origin, Protocol, Rule, RuleId, Rules, Source, Target},
 };
@@ -51,11 +51,7 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
     resolver.policy.outcomes = outcomes;
     let wanted = std::mem::take(&mut resolver.registered).into_iter();
     resolver.policy.listeners = wanted.map(|(key, inodes)| (key, inodes.into_iter().collect())).collect();
-    let others = inventory.interfaces.iter().filter(|it| it.name != "lo" && !it.is_port);
-    resolver.policy.ingress = Ingress {
-        checked: resolver.checks_interface(),
-        interfaces: others.map(|interface| (interface.name.clone(), interface.index)).collect(),
-    };
+    resolver.policy.steering = abilities.steer.as_ref().ok().copied();
     resolver.policy
 }
 

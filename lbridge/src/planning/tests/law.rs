@@ -61,7 +61,7 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             Step::PutEntry(key, value) => {
                 if value.has(RuleValue::RELAYED) {
                     assert!(reality.relay_sockets.contains(key), "a relay listens before its entry");
-                } else if !value.has(RuleValue::CLOSED) && value.target_port != 0 {
+                } else if value.target_port != 0 {
                     for address in listening_addresses(&value.target) {
                         let (port, protocol) = (value.target_port, key.protocol);
                         assert!(reality.targets.contains(&TargetKey { address, port, protocol }));
@@ -74,6 +74,8 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
                 assert!(reality.sources.insert(*key));
             }
             Step::RemoveSource(key) => assert!(reality.sources.remove(key)),
+            Step::AddAccepted(key) => assert!(reality.accepted.insert(*key)),
+            Step::RemoveAccepted(key) => assert!(reality.accepted.remove(key)),
             Step::AttachConnectHooks => reality.connect_hooks = true,
             Step::DetachConnectHooks => {
                 assert!(reality.dials.is_empty(), "what leads to a gateway without hooks");

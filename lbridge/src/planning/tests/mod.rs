@@ -1,6 +1,6 @@
 //! The planner's tests: scenarios that read like a host, and the law that a plan, carried out, leaves nothing to plan.
 
-mod exclusive;
+mod accepted;
 mod explain;
 mod firewall;
 mod law;

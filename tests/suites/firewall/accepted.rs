@@ -1,6 +1,7 @@
 //! An accept rule of lbridge's lets packets in for one rule, and for nothing else: whoever the rule does not admit must not
 //! reach what else the host has at the dialled port.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -10,10 +11,11 @@ use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client::{self, Attempt};
 use lbridge_tests::harness::daemon::Options;
 use lbridge_tests::harness::netns::NetNs;
+use lbridge_tests::harness::scene::{self, Scene};
 use lbridge_tests::harness::service::{self, Service};
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::harness::udp::{self, Echo};
-use lbridge_tests::harness::{forge, patience, scene};
+use lbridge_tests::harness::{forge, patience};
 use lbridge_tests::tests;
 
 use super::{DROPS, Walled, dropped};
@@ -31,6 +33,9 @@ pub(crate) fn tests() -> Vec<Test> {
         an_accept_rule_that_stays_opens_nothing,
         a_subnet_that_shrinks_opens_nothing_else,
         rules_that_come_and_go_open_nothing_else,
+        a_bridge_that_is_made_anew_opens_nothing_else,
+        a_bridge_that_is_made_anew_while_no_daemon_runs_opens_nothing_else,
+        a_bridge_that_is_made_anew_gets_no_datagrams_through,
         an_accept_rule_of_an_older_version_is_narrowed,
         a_service_on_every_address_starts_beside_a_relay,
         without_an_accept_rule_others_are_left_alone,
@@ -348,6 +353,84 @@ fn rules_that_come_and_go_open_nothing_else() -> Result<()> {
     }
     watch.stop()?;
     guarded.nobody_came()
+}
+
+/// Addresses of a scene, and a service of their family.
+const BOTH: [((&str, &str), &str); 2] = [(scene::V4, "127.0.0.1:8088"), (scene::V6, "[::1]:8088")];
+
+/// Removes the scene's bridge with its container, and makes another one of the same name and addresses. The accept rule
+/// names the bridge, the kernel's entry its index.
+fn made_anew(scene: &Scene, (gateway, container): (&str, &str)) -> Result<NetNs> {
+    scene.lab.host().ip("link del lab0")?;
+    let bridge = scene.lab.add_bridge("lab0", gateway)?;
+    scene.lab.container(&bridge, container)
+}
+
+fn a_bridge_that_is_made_anew_opens_nothing_else() -> Result<()> {
+    for (addresses, target) in BOTH {
+        let guarded = Guarded::behind(Walled::at(addresses, Options::default())?)?;
+        let scene = &guarded.walled.scene;
+        let _service = scene.service("steered", target)?;
+        scene.allow(&["2222=8088"])?;
+        scene.served(PORT, "steered")?;
+        for _ in 0..3 {
+            let anew = made_anew(scene, addresses)?;
+            patience::until("the rule follows its bridge", || {
+                Ok(client::served_by(&anew, guarded.gateway(), "steered").ok())
+            })?;
+            guarded.nobody_came()?;
+        }
+    }
+    Ok(())
+}
+
+fn a_bridge_that_is_made_anew_while_no_daemon_runs_opens_nothing_else() -> Result<()> {
+    for (addresses, target) in BOTH {
+        let mut guarded = Guarded::behind(Walled::at(addresses, Options::default())?)?;
+        let scene = &mut guarded.walled.scene;
+        let _service = scene.service("steered", target)?;
+        scene.allow(&["2222=8088"])?;
+        scene.served(PORT, "steered")?;
+        scene.daemon.kill9()?;
+        let anew = made_anew(scene, addresses)?;
+        patience::until("the new bridge carries packets", || {
+            let tried = client::dial(&anew, None, guarded.gateway(), Duration::from_millis(200));
+            Ok(tried.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused).then_some(()))
+        })?;
+        guarded.accepts()?;
+        guarded.nobody_came()?;
+        guarded.walled.scene.daemon.restart()?;
+        client::served_by(&anew, guarded.gateway(), "steered")?;
+        guarded.nobody_came()?;
+    }
+    Ok(())
+}
+
+fn a_bridge_that_is_made_anew_gets_no_datagrams_through() -> Result<()> {
+    let mut walled = Walled::new()?;
+    walled.must(&format!("nft '{DROPS}'"))?;
+    let own = Echo::start(walled.host(), "own", "0.0.0.0:5300")?;
+    let _service = Echo::start(walled.host(), "steered", "127.0.0.1:5300")?;
+    let scene = &walled.scene;
+    scene.allow(&["5300/udp"])?;
+    let gateway = scene.gateway(5300);
+    patience::until("steered to its service", || {
+        Ok(udp::served_by(&scene.container, scene.container_ip, gateway, "steered").ok())
+    })?;
+    ensure!(walled.own()?.len() == 1, "the firewall has an accept rule: {}", walled.ruleset()?);
+    let before = own.received();
+    walled.scene.daemon.kill9()?;
+    let anew = made_anew(&walled.scene, scene::V4)?;
+    let source = walled.scene.container_ip;
+    // By an answer, which only what has come through the firewall gets.
+    patience::until("the new bridge carries packets", || Ok(udp::refused(&anew, gateway).ok()))?;
+    ensure!(own.received() == before, "the host's own service got {}", own.received() - before);
+    walled.scene.daemon.restart()?;
+    patience::until("the rule follows its bridge", || {
+        Ok(udp::served_by(&anew, source, gateway, "steered").ok())
+    })?;
+    ensure!(own.received() == before, "the host's own service got {}", own.received() - before);
+    Ok(())
 }
 
 /// Connects again and again, as fast as it can.
