@@ -113,6 +113,8 @@ pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
     needs_root("cleanup")?;
     let _lock = no_daemon(&traces.state_dir)?;
     take(vec![
+        // First: what they let in, the kernel programs keep from the host's other services.
+        ("remove the firewall's accept rules", Box::new(accept_rules)),
         (
             "detach the kernel programs",
             Box::new(|| {
@@ -127,7 +129,6 @@ pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
                 })
             }),
         ),
-        ("remove the firewall's accept rules", Box::new(accept_rules)),
         ("remove the control socket", Box::new(|| remove_socket(&traces.socket))),
     ])
 }

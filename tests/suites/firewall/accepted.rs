@@ -31,6 +31,7 @@ pub(crate) fn tests() -> Vec<Test> {
         link_local_sources_meet_the_firewall,
         datagrams_with_forged_sources_reach_nobody,
         an_accept_rule_that_stays_opens_nothing,
+        a_cleanup_that_fails_opens_nothing,
         a_subnet_that_shrinks_opens_nothing_else,
         rules_that_come_and_go_open_nothing_else,
         a_bridge_that_is_made_anew_opens_nothing_else,
@@ -289,6 +290,31 @@ fn stays_and_opens_nothing(fails: &str) -> Result<()> {
         scene.daemon.status()?;
         Ok(guarded.walled.own()?.is_empty().then_some(()))
     })?;
+    dropped(&scene.container, guarded.gateway())?;
+    guarded.nobody_came()
+}
+
+/// Where the accept rules cannot be removed the kernel programs stay.
+fn a_cleanup_that_fails_opens_nothing() -> Result<()> {
+    let mut guarded = Guarded::v4()?;
+    let scene = &mut guarded.walled.scene;
+    let service = scene.service("steered", "127.0.0.1:8088")?;
+    scene.allow(&["2222=8088"])?;
+    scene.served(PORT, "steered")?;
+    scene.daemon.kill9()?;
+    service.stop();
+    let scene = &guarded.walled.scene;
+    let (bpffs, state) = (scene.daemon.bpffs(), scene.daemon.state_dir());
+    let (bpffs, state) = (bpffs.display().to_string(), state.display().to_string());
+    let cleanup = || scene.daemon.cli(&["service", "cleanup", "--bpffs", &bpffs, "--state-dir", &state]);
+    let tool = broken_nft("*-f*")?;
+    let failed = cleanup()?;
+    ensure!(failed.status == 1 && failed.stderr.contains("left to do"), "{failed:?}");
+    guarded.accepts()?;
+    guarded.refused()?;
+    drop(tool);
+    let done = cleanup()?;
+    ensure!(done.status == 0, "{done:?}");
     dropped(&scene.container, guarded.gateway())?;
     guarded.nobody_came()
 }
