@@ -32,6 +32,8 @@ pub const RELAY_CONNECTS: &str = "RELAY_CONNECTS";
 pub const RELAY_PEERS: &str = "RELAY_PEERS";
 /// The container's [`crate::wire::Endpoint`], in the storage of the service's own socket.
 pub const PEER_NAMES: &str = "PEER_NAMES";
+/// What a service's own socket is shown as its end: [`crate::wire::LoopbackView::target`], in the socket's storage.
+pub const LOOPBACK_NAMES: &str = "LOOPBACK_NAMES";
 /// What a container's socket dialled: [`crate::wire::Dial`], in the socket's storage.
 pub const DIALLED: &str = "DIALLED";
 /// Outcomes, per CPU, indexed by [`crate::wire::Counter`].

@@ -50,6 +50,9 @@ pub static RELAY_CONNECTS: HashMap<u64, Endpoint> =
 /// Lives as long as the service's socket, whatever becomes of the relay and its end.
 #[btf_map]
 pub static PEER_NAMES: SkStorage<Endpoint> = SkStorage::new();
+/// What the service's own end is shown as, for a connection that looks local. Lives as long as the service's socket.
+#[btf_map]
+pub static LOOPBACK_NAMES: SkStorage<Endpoint> = SkStorage::new();
 /// Lives as long as the container's socket.
 #[btf_map]
 pub static DIALLED: SkStorage<Dial> = SkStorage::new();

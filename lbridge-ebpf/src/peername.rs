@@ -10,7 +10,7 @@ use lbridge_common::wire::{Endpoint, RelayPeerKey};
 use crate::{
     connect::dialled,
     ctx::{self, Ends, Side},
-    maps::{DIALLED, PEER_NAMES, host_netns, loopback_view, relay_peer},
+    maps::{DIALLED, LOOPBACK_NAMES, PEER_NAMES, host_netns, relay_peer},
 };
 
 #[inline(always)]
@@ -65,13 +65,10 @@ fn dialled_instead(ctx: &SockAddrContext, name: &Endpoint, side: Side) -> Option
 
 #[inline(always)]
 fn rewritten(ctx: &SockAddrContext, ends: &Ends, name: &Endpoint, side: Side) -> Option<Endpoint> {
-    // What is steered under `--source loopback` is TCP.
-    if ctx::connects_tcp(ctx)
-        && let Some(view) = loopback_view(&ends.local, &ends.remote.address)
-    {
+    if let Some(target) = ctx::stored(ctx, &LOOPBACK_NAMES) {
         return Some(match side {
-            Side::Local => view.target,
-            Side::Peer => Endpoint::new(view.target.address, name.port),
+            Side::Local => target,
+            Side::Peer => Endpoint::new(target.address, name.port),
         });
     }
     match side {

@@ -1,4 +1,4 @@
-//! Registration of listeners, and names of relayed connections.
+//! Registration of listeners, and names of connections that are shown otherwise than they are.
 //!
 //! When a socket of the host starts to listen on a port that some rule targets, it enters the listener
 //! map, so that a restarted service is steered to at once, daemon or no daemon. The kernel takes a socket out of the
@@ -19,7 +19,8 @@ use lbridge_common::wire::{
 use crate::{
     ctx::{self, Ends},
     maps::{
-        LISTENERS, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS, TARGETS, count, emit, host_netns, relay_peer,
+        LISTENERS, LOOPBACK_NAMES, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS, TARGETS, count, emit, host_netns,
+        loopback_view, relay_peer,
     },
 };
 
@@ -53,11 +54,7 @@ pub fn on_callback(ctx: &SockOpsContext, variant: Variant) {
         // Connections that a registered listener accepted come here as well: they inherit the flag.
         BPF_SOCK_OPS_STATE_CB if ctx::second_argument(ctx) == BPF_TCP_CLOSE => relay_closes(ctx, &ends),
         BPF_SOCK_OPS_TCP_CONNECT_CB => relay_connects(ctx, &ends),
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
-            if ends.remote.address.is_loopback() && (variant.is_host)(ctx) =>
-        {
-            relay_connected(ctx, &ends);
-        }
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB if (variant.is_host)(ctx) => connected(ctx, &ends),
         _ => {}
     }
 }
@@ -94,11 +91,18 @@ fn relay_closes(ctx: &SockOpsContext, ends: &Ends) {
     }
 }
 
-/// The service's end of a relayed connection: what it is told of its peer has to live as long as its socket.
+/// The service's end of a connection, before accept() returns it. What it is told of its ends has to live as long as its
+/// socket: rules and relays may be gone earlier. And nothing else that has the same ends is told it, such as a connection that the
+/// host makes from the gateway's address and the dialled port.
 #[inline(always)]
-fn relay_connected(ctx: &SockOpsContext, ends: &Ends) {
-    if let Some(mut peer) = relay_peer(&RelayPeerKey { relay: ends.remote, service: ends.local }) {
-        ctx::store(ctx, &PEER_NAMES, &mut peer.container);
+fn connected(ctx: &SockOpsContext, ends: &Ends) {
+    if ends.remote.address.is_loopback() {
+        if let Some(mut peer) = relay_peer(&RelayPeerKey { relay: ends.remote, service: ends.local }) {
+            ctx::store(ctx, &PEER_NAMES, &mut peer.container);
+        }
+    } else if let Some(mut view) = loopback_view(&ends.local, &ends.remote.address) {
+        // Steered: whatever else comes there would look local, and was refused.
+        ctx::store(ctx, &LOOPBACK_NAMES, &mut view.target);
     }
 }
 

@@ -51,8 +51,8 @@ pub(super) struct Known {
     pub(super) name: &'static str,
     /// The hook.
     pub(super) hook: bpf_attach_type,
-    /// Maps that it has used in every version.
-    pub(super) maps: &'static [&'static str],
+    /// Maps that it has used: all of one of these sets in every version.
+    pub(super) maps: &'static [&'static [&'static str]],
 }
 
 /// Every program that a version of lbridge attaches.
@@ -63,26 +63,38 @@ pub(super) const PROGRAMS: [Known; 12] = {
         BPF_CGROUP_SOCK_OPS, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG, BPF_SK_LOOKUP,
     };
     use symbols::{
-        ANNOUNCE, CONNECT4, CONNECT6, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEERNAME4, PEERNAME6,
-        REGISTER, RELAY_PEERS, REPLIES, REPLY4, REPLY6, RULES, SOCKNAME4, SOCKNAME6, STEER,
+        ANNOUNCE, CONNECT4, CONNECT6, DIALS, GUESTS, LISTENERS, LOOPBACK_NAMES, LOOPBACK_VIEWS, PEERNAME4,
+        PEERNAME6, REGISTER, RELAY_PEERS, REPLIES, REPLY4, REPLY6, RULES, SOCKNAME4, SOCKNAME6, STEER,
         STEER_ANY_INTERFACE, TARGETS,
     };
-    const fn known(name: &'static str, hook: bpf_attach_type, maps: &'static [&'static str]) -> Known {
+    const fn known(
+        name: &'static str,
+        hook: bpf_attach_type,
+        maps: &'static [&'static [&'static str]],
+    ) -> Known {
         Known { name, hook, maps }
     }
     [
-        known(STEER, BPF_SK_LOOKUP, &[RULES, LISTENERS]),
-        known(STEER_ANY_INTERFACE, BPF_SK_LOOKUP, &[RULES, LISTENERS]),
-        known(REGISTER, BPF_CGROUP_SOCK_OPS, &[TARGETS, LISTENERS]),
-        known(ANNOUNCE, BPF_CGROUP_SOCK_OPS, &[TARGETS, RELAY_PEERS]),
-        known(PEERNAME4, BPF_CGROUP_INET4_GETPEERNAME, &[LOOPBACK_VIEWS, RELAY_PEERS]),
-        known(PEERNAME6, BPF_CGROUP_INET6_GETPEERNAME, &[LOOPBACK_VIEWS, RELAY_PEERS]),
-        known(SOCKNAME4, BPF_CGROUP_INET4_GETSOCKNAME, &[LOOPBACK_VIEWS]),
-        known(SOCKNAME6, BPF_CGROUP_INET6_GETSOCKNAME, &[LOOPBACK_VIEWS]),
-        known(CONNECT4, BPF_CGROUP_INET4_CONNECT, &[GUESTS, DIALS]),
-        known(CONNECT6, BPF_CGROUP_INET6_CONNECT, &[GUESTS, DIALS]),
-        known(REPLY4, BPF_CGROUP_UDP4_SENDMSG, &[REPLIES]),
-        known(REPLY6, BPF_CGROUP_UDP6_SENDMSG, &[REPLIES]),
+        known(STEER, BPF_SK_LOOKUP, &[&[RULES, LISTENERS]]),
+        known(STEER_ANY_INTERFACE, BPF_SK_LOOKUP, &[&[RULES, LISTENERS]]),
+        known(REGISTER, BPF_CGROUP_SOCK_OPS, &[&[TARGETS, LISTENERS]]),
+        known(ANNOUNCE, BPF_CGROUP_SOCK_OPS, &[&[TARGETS, RELAY_PEERS]]),
+        known(
+            PEERNAME4,
+            BPF_CGROUP_INET4_GETPEERNAME,
+            &[&[LOOPBACK_VIEWS, RELAY_PEERS], &[LOOPBACK_NAMES, RELAY_PEERS]],
+        ),
+        known(
+            PEERNAME6,
+            BPF_CGROUP_INET6_GETPEERNAME,
+            &[&[LOOPBACK_VIEWS, RELAY_PEERS], &[LOOPBACK_NAMES, RELAY_PEERS]],
+        ),
+        known(SOCKNAME4, BPF_CGROUP_INET4_GETSOCKNAME, &[&[LOOPBACK_VIEWS], &[LOOPBACK_NAMES]]),
+        known(SOCKNAME6, BPF_CGROUP_INET6_GETSOCKNAME, &[&[LOOPBACK_VIEWS], &[LOOPBACK_NAMES]]),
+        known(CONNECT4, BPF_CGROUP_INET4_CONNECT, &[&[GUESTS, DIALS]]),
+        known(CONNECT6, BPF_CGROUP_INET6_CONNECT, &[&[GUESTS, DIALS]]),
+        known(REPLY4, BPF_CGROUP_UDP4_SENDMSG, &[&[REPLIES]]),
+        known(REPLY6, BPF_CGROUP_UDP6_SENDMSG, &[&[REPLIES]]),
     ]
 };
 
@@ -106,8 +118,10 @@ pub(super) fn is_known_map(name: &[u8], kind: u32, key_size: u32) -> bool {
 
 /// The maps of [`Known::maps`] as every version made them: the name, the kind, a key's size in bytes, and the first ABI version with
 /// that. Who changes one adds a line and removes none: by these a daemon finds what an older one has left attached.
-const KNOWN_MAPS: [(&str, bpf_map_type, u32, u32); 12] = {
-    use bpf_map_type::{BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_LPM_TRIE, BPF_MAP_TYPE_SOCKHASH};
+const KNOWN_MAPS: [(&str, bpf_map_type, u32, u32); 13] = {
+    use bpf_map_type::{
+        BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_LPM_TRIE, BPF_MAP_TYPE_SK_STORAGE, BPF_MAP_TYPE_SOCKHASH,
+    };
     [
         (symbols::RULES, BPF_MAP_TYPE_HASH, 24, 1),
         (symbols::LISTENERS, BPF_MAP_TYPE_SOCKHASH, 20, 1),
@@ -116,6 +130,7 @@ const KNOWN_MAPS: [(&str, bpf_map_type, u32, u32); 12] = {
         (symbols::TARGETS, BPF_MAP_TYPE_HASH, 20, 3),
         (symbols::LOOPBACK_VIEWS, BPF_MAP_TYPE_HASH, 20, 1),
         (symbols::LOOPBACK_VIEWS, BPF_MAP_TYPE_LPM_TRIE, 40, 2),
+        (symbols::LOOPBACK_NAMES, BPF_MAP_TYPE_SK_STORAGE, 4, 3),
         (symbols::RELAY_PEERS, BPF_MAP_TYPE_HASH, 20, 1),
         (symbols::RELAY_PEERS, BPF_MAP_TYPE_HASH, 40, 3),
         (symbols::GUESTS, BPF_MAP_TYPE_HASH, 8, 2),
@@ -132,7 +147,7 @@ mod tests {
     fn the_objects_maps_are_known() {
         let shapes = shapes(COMMITTED).unwrap();
         assert!(KNOWN_MAPS.iter().all(|(.., since)| *since <= lbridge_common::wire::ABI_VERSION));
-        for name in PROGRAMS.iter().flat_map(|known| known.maps) {
+        for name in PROGRAMS.iter().flat_map(|known| known.maps.iter().copied().flatten()) {
             let (_, shape) = shapes.iter().find(|(map, _)| map == name).unwrap();
             assert!(
                 is_known_map(name.as_bytes(), shape.kind, shape.key_size),

@@ -16,8 +16,8 @@ use anyhow::{Context as _, bail};
 use aya::maps::{MapData, MapError};
 use lbridge_common::{
     symbols::{
-        ACCEPTED, COUNTERS, DIALLED, DIALS, GUESTS, LISTENERS, LOOPBACK_VIEWS, PEER_NAMES, RELAY_CONNECTS,
-        RELAY_PEERS, RELAYS, REPLIES, RULES, SOURCES, TARGETS,
+        ACCEPTED, COUNTERS, DIALLED, DIALS, GUESTS, LISTENERS, LOOPBACK_NAMES, LOOPBACK_VIEWS, PEER_NAMES,
+        RELAY_CONNECTS, RELAY_PEERS, RELAYS, REPLIES, RULES, SOURCES, TARGETS,
     },
     wire::ABI_VERSION,
 };
@@ -35,7 +35,7 @@ use super::{
 use crate::host::trusted::{self, Untrusted};
 
 /// Maps that outlive the daemon. The event buffer and the counts of probes do not: they are of use to one daemon only.
-pub(super) const PINNED_MAPS: [&str; 15] = [
+pub(super) const PINNED_MAPS: [&str; 16] = [
     RULES,
     SOURCES,
     ACCEPTED,
@@ -46,6 +46,7 @@ pub(super) const PINNED_MAPS: [&str; 15] = [
     LISTENERS,
     RELAYS,
     LOOPBACK_VIEWS,
+    LOOPBACK_NAMES,
     REPLIES,
     RELAY_CONNECTS,
     RELAY_PEERS,

@@ -154,7 +154,7 @@ impl Search {
                 map.name() == name.as_bytes() && is_known_map(map.name(), kind, map.key_size())
             })
         };
-        if !known.maps.iter().all(uses) {
+        if !known.maps.iter().any(|all| all.iter().all(uses)) {
             return Ok(None);
         }
         let serves = match info.place {
