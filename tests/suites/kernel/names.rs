@@ -20,6 +20,8 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![
         relayed_name_outlives_a_reset,
         relayed_name_outlives_the_rule,
+        local_names_are_for_steered_connections_alone,
+        a_local_name_outlives_the_rule,
         ipv6_container_is_not_shown_as_some_ipv4_address,
         relays_leave_the_ports_of_the_host_alone,
         whoever_comes_by_another_bridge_is_no_local_peer: [Need::TellsInterfaces],
@@ -78,6 +80,56 @@ fn relayed_name_outlives_the_rule() -> Result<()> {
 }
 
 /// The last four bytes of this container's IPv6 address read 127.0.0.1.
+/// Connections with the ends of steered ones: made before the rule, and by the host itself.
+fn local_names_are_for_steered_connections_alone() -> Result<()> {
+    let scene = Scene::new()?;
+    let (gateway, wait) = (scene.gateway(6379), Duration::from_secs(2));
+    let before = scene.lab.host().run(|| Ok(TcpListener::bind(gateway)?))?;
+    let _client = client::dial(&scene.container, None, gateway, wait)?;
+    let (accepted, _) = before.accept()?;
+    drop(before);
+    let inside = SocketAddr::new(scene.container_ip, 7000);
+    let container = scene.container.run(|| Ok(TcpListener::bind(inside)?))?;
+    let _service = scene.service("redis", "127.0.0.1:6379")?;
+    scene.allow(&["6379", "--source", "loopback"])?;
+    let greeting = scene.served(6379, "redis")?;
+    ensure!(greeting.peer.ip().is_loopback(), "the hooks are there: {greeting:?}");
+    let outgoing = scene.lab.host().run(|| {
+        let socket = socket::socket(
+            socket::AddressFamily::Inet,
+            socket::SockType::Stream,
+            socket::SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(gateway))?;
+        socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(inside))?;
+        Ok(TcpStream::from(socket))
+    })?;
+    container.accept()?;
+    for (socket, what, peer) in [
+        (&accepted, "a connection from before", accepted.peer_addr()?),
+        (&outgoing, "the host's own", inside),
+    ] {
+        is_container(&scene, socket.peer_addr()?).context(what)?;
+        ensure!(socket.peer_addr()? == peer && socket.local_addr()? == gateway, "{what}: {socket:?}");
+    }
+    Ok(())
+}
+
+fn a_local_name_outlives_the_rule() -> Result<()> {
+    let scene = Scene::new()?;
+    let listener = scene.lab.host().run(|| Ok(TcpListener::bind("127.0.0.1:6379")?))?;
+    scene.allow(&["6379", "--source", "loopback"])?;
+    let _client = client::dial(&scene.container, None, scene.gateway(6379), Duration::from_secs(2))?;
+    let (accepted, peer) = listener.accept()?;
+    scene.deny(&["6379"])?;
+    scene.refused(6379)?;
+    ensure!(peer.ip().is_loopback() && accepted.peer_addr()? == peer, "{peer}, then {accepted:?}");
+    ensure!(accepted.local_addr()?.to_string() == "127.0.0.1:6379", "{accepted:?}");
+    Ok(())
+}
+
 fn ipv6_container_is_not_shown_as_some_ipv4_address() -> Result<()> {
     let scene = Scene::with(("fd07::1/64", "fd07::7f00:1/64"), Options::default())?;
     let _service = scene.service("four", "127.0.0.1:8080")?;
