@@ -7,6 +7,7 @@ use jiff::Timestamp;
 
 use crate::{
     api::protocol::{ApiError, ErrorCode, RefusedReload, SettingChange},
+    host::trusted,
     planning::rule::{Origin, Rule, RuleId, Rules},
     store::{
         Store,
@@ -41,6 +42,7 @@ pub(super) struct Change {
 impl Configuration {
     /// Reads it for a start; with it all rules.
     pub(super) fn load(path: PathBuf, store: &Store) -> anyhow::Result<(Self, Rules)> {
+        super::check(trusted::check_file(&path), "the configuration", &path)?;
         let config =
             Config::load(&path).map_err(|e| anyhow!("{e:#}; mend or remove the file, then start again"))?;
         let allowed = store.rules()?;
@@ -70,7 +72,10 @@ impl Configuration {
     /// Reads the file again, and compares it with what is in force. Nothing is changed, but that a file which is of no use
     /// is remembered.
     pub(super) fn read_again(&mut self, rules: &Rules, store: &Store) -> Result<Change, ApiError> {
-        let read = Config::load(&self.path).map_err(|e| Unfit::Rule(format!("{e:#}; mend the file")));
+        let own = super::check(trusted::check_file(&self.path), "the configuration", &self.path);
+        let read = own.map_err(|e| Unfit::Rule(e.to_string())).and_then(|()| {
+            Config::load(&self.path).map_err(|e| Unfit::Rule(format!("{e:#}; mend the file")))
+        });
         let read = read.and_then(|config| {
             let allowed = self.allowed(rules);
             let all = config.rules_with(allowed.clone(), &store.rules_file())?;

@@ -31,7 +31,12 @@ mod report;
 mod sources;
 mod urgent;
 
-use std::{fs::File, path::PathBuf, time::Duration};
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
 use tokio::{
@@ -42,7 +47,7 @@ use tokio::{
 use crate::{
     api::server::{Command, ControlSocket},
     docker::watch::Watcher,
-    host::{cgroup, interfaces::Interfaces, netns::HostNetns, privileges, processes},
+    host::{cgroup, interfaces::Interfaces, netns::HostNetns, privileges, processes, trusted},
     kernel::{loader::Kernel, strays},
     relay,
     store::Store,
@@ -78,6 +83,11 @@ pub struct Options {
     pub docker: bool,
 }
 
+/// Refuses what somebody else could change and so have root act by.
+fn check(checked: io::Result<()>, what: &str, path: &Path) -> anyhow::Result<()> {
+    checked.map_err(|error| trusted::refused(what, path, &error))
+}
+
 /// Runs until SIGTERM or SIGINT. What the kernel serves stays in force afterwards.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
@@ -86,7 +96,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         );
     }
     // Everything that can be wrong is read before anything is touched.
-    let store = Store::open(&options.state_dir)?;
+    let (state, socket) = (options.state_dir.as_path(), options.socket.parent().unwrap_or(Path::new("/")));
+    check(trusted::check_way(state), "the state directory", state)?;
+    // Whoever can exchange the socket for a link has its group and mode given to another file.
+    check(trusted::check_way(socket), "the control socket's folder", socket)?;
+    let store = Store::open(state)?;
+    check(trusted::open_folder(state).map(drop), "the state directory", state)?;
     let (configuration, rules) = Configuration::load(options.config, &store)?;
     let _lock = store.lock()?;
     let socket = ControlSocket::bind(&options.socket)?;

@@ -37,18 +37,18 @@ pub enum Untrusted {
         /// Its owner's id.
         uid: u32,
     },
-    /// A folder of another user.
+    /// A file or folder of another user.
     #[error("{} belongs to user {uid}, who can change what is there", path.display())]
     Owner {
-        /// The folder.
+        /// The file or folder.
         path: PathBuf,
         /// Its owner's id.
         uid: u32,
     },
-    /// A folder that other users can write to.
+    /// A file or folder that other users can write to.
     #[error("users other than root may write to {}", path.display())]
     Writable {
-        /// The folder.
+        /// The file or folder.
         path: PathBuf,
     },
     /// A path through /proc.
@@ -60,6 +60,25 @@ impl Untrusted {
     /// The refusal behind an error of this module, if it is one.
     pub fn of(error: &io::Error) -> Option<&Self> {
         error.get_ref()?.downcast_ref()
+    }
+
+    /// What to do about it.
+    fn remedy(&self) -> String {
+        match self {
+            Self::Link { path, .. } => format!("type: rm {}", path.display()),
+            Self::Owner { path, .. } => format!("type: chown root:root {}", path.display()),
+            Self::Writable { path } => format!("type: chmod go-w {}", path.display()),
+            Self::Process => "choose another path".to_owned(),
+        }
+    }
+}
+
+/// Why `what`, at `path`, is not used, and what to do: in one line.
+pub fn refused(what: &str, path: &Path, error: &io::Error) -> anyhow::Error {
+    let path = path.display();
+    match Untrusted::of(error) {
+        Some(refusal) => anyhow::anyhow!("{what} {path} is not used: {refusal}; {}", refusal.remedy()),
+        None => anyhow::anyhow!("cannot open {what} {path}: {error}"),
     }
 }
 
@@ -126,6 +145,42 @@ pub fn make_folder(path: &Path) -> io::Result<OwnedFd> {
         }
     }
     open_folder(&path)
+}
+
+/// As [`open_fixed`], for the part of a folder's path that is there: who makes the rest owns it.
+///
+/// # Errors
+///
+/// Those of [`open_fixed`].
+pub fn check_way(path: &Path) -> io::Result<()> {
+    let path = std::path::absolute(path)?;
+    // A link that leads nowhere is there.
+    let there = path.ancestors().find(|path| path.symlink_metadata().is_ok());
+    there.map_or(Ok(()), |there| open_fixed(there).map(drop))
+}
+
+/// Checks a file that root is to act by: as [`open_fixed`], and nobody else may own it or write to it. One that is not there is
+/// as good.
+///
+/// # Errors
+///
+/// Those of [`open_fixed`].
+pub fn check_file(path: &Path) -> io::Result<()> {
+    let file = match open_fixed(&std::path::absolute(path)?) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => opened?,
+    };
+    let stat = fstat(&file)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Ok(());
+    }
+    if !is_own(&stat) {
+        return Err(Untrusted::Owner { path: path.to_owned(), uid: stat.st_uid }.into());
+    }
+    if is_open_to_others(&stat) {
+        return Err(Untrusted::Writable { path: path.to_owned() }.into());
+    }
+    Ok(())
 }
 
 /// Returns true if users other than root can write there.

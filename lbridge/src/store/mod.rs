@@ -71,7 +71,7 @@ struct ContainersFile {
 }
 
 impl Store {
-    /// Opens the directory; makes it, for its owner alone, where it is not there.
+    /// Opens the directory; makes it, for its owner alone, where it is not there. The daemon has seen to whose the path is.
     pub fn open(directory: &Path) -> anyhow::Result<Self> {
         DirBuilder::new()
             .recursive(true)

@@ -26,6 +26,7 @@ pub(crate) fn tests() -> Vec<Test> {
         no_bpffs_is_refused,
         pins_of_others_are_left_alone,
         folders_of_others_are_refused,
+        files_that_others_can_change_are_refused,
         cleanup_leaves_folders_of_others_alone,
     ]
 }
@@ -278,6 +279,45 @@ fn folders_of_others_are_refused() -> Result<()> {
     attempt(&mut inside, &root.join("theirs"), "chown root:root /sys/fs/bpf/theirs")?;
     as_root("chown root:root /sys/fs/bpf/theirs")?;
     inside.restart()?;
+    Ok(())
+}
+
+/// Whoever can change the rules, or the configuration, has root open ports.
+fn files_that_others_can_change_are_refused() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut daemon =
+        Daemon::start_with(lab.host(), Options { config: CONFIG.to_owned(), ..Options::default() })?;
+    let (state, config) = (daemon.state_dir(), daemon.config());
+    let socket = daemon.socket().parent().context("a folder")?.to_owned();
+    let own = |path: &Path| format!("chown root:root {}", path.display());
+    let narrow = |path: &Path| format!("chmod go-w {}", path.display());
+    let theirs = |path: &Path| format!("chown {USER} {}", path.display());
+    let open = |path: &Path| format!("chmod 666 {}", path.display());
+    let open_folder = |path: &Path| format!("chmod 777 {}", path.display());
+    let traps = [
+        (theirs(&state), own(&state)),
+        (open_folder(&state), narrow(&state)),
+        (theirs(&config), own(&config)),
+        (open(&config), narrow(&config)),
+        (theirs(&socket), own(&socket)),
+        (open_folder(&socket), narrow(&socket)),
+    ];
+    // A reload reads the file again.
+    as_root(&traps[2].0)?;
+    let line = one_line(&daemon.cli(&["reload"])?, 1)?.to_owned();
+    ensure!(line.contains(&own(&config)) && line.contains("what was read before is in force"), "{line}");
+    as_root(&own(&config))?;
+    ensure!(daemon.cli(&["reload"])?.status == 0);
+    daemon.terminate()?;
+    for (trap, remedy) in traps {
+        as_root(&trap)?;
+        let output = daemon.start_refused()?;
+        let line = one_line(&output, 1)?;
+        ensure!(line.ends_with(&format!("type: {remedy}")), "after {trap}: {line}");
+        as_root(&remedy)?;
+        daemon.restart().with_context(|| format!("after {remedy}"))?;
+        daemon.terminate()?;
+    }
     Ok(())
 }
 
