@@ -296,8 +296,8 @@ impl Session {
         for outcome in policy.outcomes.iter().flat_map(|outcome| &outcome.gateways) {
             let failure = failures.get(&outcome.relay_key);
             let state = if failure.is_some() { State::Blocked } else { outcome.outcome.state };
-            let why = failure.or(outcome.outcome.why.as_ref()).map(String::as_str).unwrap_or_default();
-            self.tell(outcome.relay_key.address, state, why);
+            let why = failure.cloned().or_else(|| outcome.outcome.why()).unwrap_or_default();
+            self.tell(outcome.relay_key.address, state, &why);
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use crate::planning::{
     inventory::{DockerNetwork, Product},
     labels,
     policy::{Alias, State},
+    reason::Reason,
     rule::{Network, Origin, PathChoice, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
 
@@ -234,8 +235,11 @@ pub struct RuleStatus {
     pub origin: Origin,
     /// The worst of the gateways'.
     pub state: State,
-    /// Why.
+    /// Why, for a person.
     pub why: Option<String>,
+    /// The same, for a program.
+    #[serde(default)]
+    pub reasons: Vec<ReasonStatus>,
     /// Connections that its relays refused since there were too many.
     #[serde(default)]
     pub refused: u64,
@@ -282,6 +286,7 @@ impl RuleStatus {
             origin: Origin::Cli,
             state: State::Steered,
             why: None,
+            reasons: vec![],
             refused: 0,
             open: 0,
             to_service: 0,
@@ -313,10 +318,28 @@ pub struct GatewayStatus {
     pub listener_user: Option<ListenerUser>,
     /// As observed.
     pub state: State,
-    /// Why.
+    /// Why, for a person.
     pub why: Option<String>,
+    /// The same, for a program.
+    #[serde(default)]
+    pub reasons: Vec<ReasonStatus>,
     /// Connections served since the entry was put or the relay opened.
     pub connections: u64,
+}
+
+/// One of the reasons for a state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReasonStatus {
+    /// Its name, such as `nothing_listens`. It stays the same when the words change.
+    pub code: String,
+    /// The words.
+    pub why: String,
+}
+
+impl From<&Reason> for ReasonStatus {
+    fn from(reason: &Reason) -> Self {
+        Self { code: reason.code().to_owned(), why: reason.to_string() }
+    }
 }
 
 /// A user of the host.
@@ -351,8 +374,11 @@ pub struct DialStatus {
     pub containers: usize,
     /// As observed; the gateway's, where it leads there.
     pub state: State,
-    /// Why.
+    /// Why, for a person.
     pub why: Option<String>,
+    /// The same, for a program.
+    #[serde(default)]
+    pub reasons: Vec<ReasonStatus>,
 }
 
 /// A network namespace other than the host's.
@@ -452,8 +478,11 @@ pub enum Happening {
         protocol: Protocol,
         /// As observed.
         state: State,
-        /// Why.
+        /// Why, for a person.
         why: Option<String>,
+        /// The same, for a program.
+        #[serde(default)]
+        reasons: Vec<ReasonStatus>,
     },
     /// A socket listens on a port that a rule leads to.
     Listening {

@@ -160,6 +160,7 @@ mod tests {
             interface: "br-app".to_owned(),
             state: State::Steered,
             why: None,
+            reasons: vec![],
             connections,
         };
         RuleStatus::example("app", port, "", vec![gateway])

@@ -11,7 +11,8 @@ use lbridge_common::wire::{Address, ListenerEvent, RuleValue, SourceKey};
 use super::executor::Failures;
 use crate::{
     api::protocol::{
-        DialStatus, FirewallStatus, GatewayStatus, Happening, ListenerUser, NamespaceStatus, RuleStatus,
+        DialStatus, FirewallStatus, GatewayStatus, Happening, ListenerUser, NamespaceStatus, ReasonStatus,
+        RuleStatus,
     },
     planning::{
         firewall::Passage,
@@ -21,6 +22,7 @@ use crate::{
             State,
         },
         reality::Reality,
+        reason::Reason,
         rule::{Origin, Rule, RuleId, Rules},
     },
     relay::set::Counts,
@@ -28,12 +30,6 @@ use crate::{
 
 /// More at a time are told in one line.
 const MAX_CHANGES: usize = 100;
-
-const DETACHED: &str =
-    "the kernel programs are detached and cannot be attached again; the daemon's log may say why";
-
-/// A state, and why.
-type Described = (State, Option<String>);
 
 /// What became of the last pass.
 #[derive(Debug, Default)]
@@ -66,11 +62,15 @@ impl Report {
             let mut outcomes = before.policy.outcomes.iter();
             outcomes.any(|outcome| outcome.origin == Origin::Label && outcome.rule.id() == *id)
         };
-        let told = |(id, now): (RuleId, Option<Described>)| match now {
+        let told = |(id, now): (RuleId, Option<RuleStatus>)| match now {
             None if was_labels(&id) => format!("{id}: no label asks for it any more"),
             None => format!("{id}: denied"),
-            Some((state, None)) => format!("{id}: {}", format!("{state:?}").to_lowercase()),
-            Some((state, Some(why))) => format!("{id}: {} ({why})", format!("{state:?}").to_lowercase()),
+            Some(RuleStatus { state, why: None, .. }) => {
+                format!("{id}: {}", format!("{state:?}").to_lowercase())
+            }
+            Some(RuleStatus { state, why: Some(why), .. }) => {
+                format!("{id}: {} ({why})", format!("{state:?}").to_lowercase())
+            }
         };
         changes.into_iter().map(told).collect()
     }
@@ -78,8 +78,9 @@ impl Report {
     /// As [`Report::changes_since`], for whoever follows events; and the connections that relays refused.
     pub(super) fn news_since(&self, before: &Self) -> impl Iterator<Item = Happening> {
         let states = self.states_since(before).into_iter().filter_map(|(id, now)| {
-            let (state, why) = now?;
-            Some(Happening::State { network: id.network, port: id.port, protocol: id.protocol, state, why })
+            let RuleId { network, port, protocol } = id;
+            let RuleStatus { state, why, reasons, .. } = now?;
+            Some(Happening::State { network, port, protocol, state, why, reasons })
         });
         let refused = self.policy.outcomes.iter().filter_map(|outcome| {
             let connections = self.counts(outcome).refused.saturating_sub(before.counts(outcome).refused);
@@ -91,21 +92,20 @@ impl Report {
 
     /// Rules whose state is another than it was, with the new one; `None` for those that are gone. By state: a reason may
     /// hold words of others' choice, and change every moment.
-    fn states_since(&self, before: &Self) -> Vec<(RuleId, Option<Described>)> {
+    fn states_since(&self, before: &Self) -> Vec<(RuleId, Option<RuleStatus>)> {
         if self.policy.outcomes == before.policy.outcomes && self.failures.steps == before.failures.steps {
             return vec![];
         }
-        let of = |report: &Self| -> BTreeMap<RuleId, Described> {
-            let rules = report.rules().into_iter();
-            rules.map(|rule| (rule.id(), (rule.state, rule.why))).collect()
-        };
-        let (mut before, now) = (of(before), of(self));
+        let states = before.rules().into_iter().map(|rule| (rule.id(), rule.state));
+        let mut before: BTreeMap<RuleId, State> = states.collect();
         let mut changes = vec![];
-        for (id, (state, why)) in now {
-            if before.remove(&id).is_none_or(|(before, _)| before != state) {
-                changes.push((id, Some((state, why))));
+        for rule in self.rules() {
+            let id = rule.id();
+            if before.remove(&id) != Some(rule.state) {
+                changes.push((id, Some(rule)));
             }
         }
+        changes.sort_by(|(a, _), (b, _)| a.cmp(b));
         changes.extend(before.into_keys().map(|id| (id, None)));
         changes
     }
@@ -136,15 +136,17 @@ impl Report {
         let gateways: Vec<_> =
             outcome.gateways.iter().map(|gateway| self.gateway(gateway, &outcome.rule)).collect();
         let dials: Vec<_> = outcome.dials.iter().map(|dial| self.dial(dial, &gateways)).collect();
-        let (state, why) = if let Some(without) = &outcome.without_gateway {
-            (without.state, without.why.clone())
+        let (state, why, reasons) = if let Some(without) = &outcome.without_gateway {
+            (without.state, without.why(), told(without))
         } else {
             // Whoever dials an alias can dial the gateway.
-            let gateways = gateways.iter().filter(|g| g.alias.is_none()).map(|g| (g.state, &g.why));
-            let dials = dials.iter().map(|dial| (dial.state, &dial.why));
+            let gateways = gateways.iter().filter(|g| g.alias.is_none());
+            let gateways = gateways.map(|g| (g.state, &g.why, &g.reasons));
+            let dials = dials.iter().map(|dial| (dial.state, &dial.why, &dial.reasons));
             let states: Vec<_> = gateways.chain(dials).collect();
-            let worst = states.into_iter().rev().max_by_key(|(state, _)| *state);
-            worst.map_or((State::Waiting, None), |(state, why)| (state, why.clone()))
+            let worst = states.into_iter().rev().max_by_key(|(state, ..)| *state);
+            let none = (State::Waiting, None, vec![]);
+            worst.map_or(none, |(state, why, reasons)| (state, why.clone(), reasons.clone()))
         };
         let rule = &outcome.rule;
         let counts = self.counts(outcome);
@@ -168,6 +170,7 @@ impl Report {
             origin: outcome.origin,
             state,
             why,
+            reasons,
             gateways,
             dials,
         }
@@ -178,13 +181,11 @@ impl Report {
         let entries = meant.keys.iter().all(|key| self.reality.dials.contains_key(key));
         let there = self.reality.connect_hooks && entries;
         let gateway = gateways.iter().find(|gateway| Some(gateway.address) == meant.gateway);
-        let (state, why) = match gateway {
-            _ if meant.outcome.state != State::Steered => (meant.outcome.state, meant.outcome.why.clone()),
-            Some(gateway) if there => (gateway.state, gateway.why.clone()),
-            _ => {
-                let why = "the kernel has no entry for localhost; the daemon's log may say why";
-                (State::Blocked, Some(why.to_owned()))
-            }
+        let of = |outcome: &Outcome| (outcome.state, outcome.why(), told(outcome));
+        let (state, why, reasons) = match gateway {
+            _ if meant.outcome.state != State::Steered => of(&meant.outcome),
+            Some(gateway) if there => (gateway.state, gateway.why.clone(), gateway.reasons.clone()),
+            _ => of(&Outcome::because(State::Blocked, Reason::LocalhostEntryMissing)),
         };
         DialStatus {
             address: meant.address.ip(),
@@ -193,6 +194,7 @@ impl Report {
             containers: self.reality.whose_localhost(meant),
             state,
             why,
+            reasons,
         }
     }
 
@@ -210,11 +212,9 @@ impl Report {
         if !dropped {
             return outcome;
         }
-        let why = match self.failures.openings.get(opening) {
-            Some(failure) => format!("{}; {failure}", filtering.why_dropped(opening)),
-            None => filtering.why_dropped(opening),
-        };
-        Outcome::because(State::Blocked, why)
+        let mut reasons = vec![Reason::FirewallDrops(filtering.why_dropped(opening))];
+        reasons.extend(self.failures.openings.get(opening).cloned().map(Reason::Failed));
+        Outcome { state: State::Blocked, reasons }
     }
 
     fn gateway(&self, meant: &GatewayOutcome, rule: &Rule) -> GatewayStatus {
@@ -222,39 +222,36 @@ impl Report {
         let relayed = self.reality.relays.get(&meant.relay_key);
         let reached =
             relayed.is_some_and(|spec| !spec.by_entry || entry.is_some_and(|it| self.reality.serves(it)));
-        let blocked = |failure: Option<&String>, what: &str| {
-            Outcome::because(State::Blocked, failure.map_or(what, String::as_str))
+        let blocked = |failure: Option<&String>, otherwise: Reason| {
+            Outcome::because(State::Blocked, failure.cloned().map_or(otherwise, Reason::Failed))
         };
         let observed = match (meant.outcome.state, entry) {
             (State::Waiting | State::Blocked, _) => meant.outcome.clone(),
-            (State::Steered, _) if self.reality.detached => blocked(None, DETACHED),
+            (State::Steered, _) if self.reality.detached => blocked(None, Reason::Detached),
             (State::Steered, Some(entry))
                 if !sources(&self.policy.sources, entry)
                     .is_subset(&sources(&self.reality.sources, entry)) =>
             {
                 let failure = self.failures.entries.get(&entry.key);
-                blocked(
-                    failure,
-                    "the kernel does not know all of its containers; the daemon's log may say why",
-                )
+                blocked(failure, Reason::SourcesMissing)
             }
             (State::Steered, Some(entry)) if self.reality.serves(entry) => meant.outcome.clone(),
             (State::Steered, Some(entry)) => {
                 let failure = self.failures.listeners.get(&entry.target_port);
-                blocked(failure, "its listener is not registered; the daemon's log may say why")
+                blocked(failure, Reason::ListenerUnregistered)
             }
             (State::Steered, None) => {
                 let failure = meant.rule_key.and_then(|key| self.failures.entries.get(&key));
-                blocked(failure, "the kernel has no entry for it; the daemon's log may say why")
+                blocked(failure, Reason::EntryMissing)
             }
             (State::Relayed, _) if self.reality.detached && relayed.is_some_and(|relay| relay.by_entry) => {
-                blocked(None, DETACHED)
+                blocked(None, Reason::Detached)
             }
             (State::Relayed, _) if reached => meant.outcome.clone(),
             (State::Relayed, _) => {
                 let of_entry = meant.rule_key.and_then(|key| self.failures.entries.get(&key));
                 let failure = self.failures.relays.get(&meant.relay_key).or(of_entry);
-                blocked(failure, "its relay is not open; the daemon's log may say why")
+                blocked(failure, Reason::RelayClosed)
             }
         };
         let observed = self.through_firewall(meant, observed);
@@ -278,10 +275,16 @@ impl Report {
                 .then(|| self.listeners.get(&rule.id()).cloned())
                 .flatten(),
             state: observed.state,
-            why: observed.why,
+            why: observed.why(),
+            reasons: told(&observed),
             connections: entry.map_or(0, |entry| entry.steered) + by_relay.connections,
         }
     }
+}
+
+/// The reasons of an outcome, as the control API has them.
+fn told(outcome: &Outcome) -> Vec<ReasonStatus> {
+    outcome.reasons.iter().map(Into::into).collect()
 }
 
 /// The addresses that an entry is for, if it is not for all.

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! May import `lbridge_common` and nothing else of lbridge's; of other crates those that do no I/O: serde, with jiff's words for
-//! durations (the types are what files and the API say), strsim, thiserror. Every shell may import this room.
+//! durations (the types are what files and the API say), strsim, strum, thiserror. Every shell may import this room.
 
 pub mod explain;
 pub mod firewall;
@@ -18,6 +18,7 @@ pub mod owner;
 pub mod plan;
 pub mod policy;
 pub mod reality;
+pub mod reason;
 pub mod resolve;
 pub mod rule;
 pub mod text;

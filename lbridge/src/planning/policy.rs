@@ -18,6 +18,7 @@ use super::{
     firewall::{FirewallMode, Link, Opening},
     grant::Grant,
     inventory::{NamespaceId, NamespaceKey, Steering},
+    reason::{Reason, in_words},
     rule::{Origin, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
 
@@ -35,23 +36,36 @@ pub enum State {
     Blocked,
 }
 
-/// A state and its reason; steering needs none.
+/// A state and its reasons, the one that decided first; steering needs none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
-    /// Which.
+    /// What becomes of the connections.
     pub state: State,
-    /// Why, in words for a person.
-    pub why: Option<String>,
+    /// Why; after the first, what else there is to know.
+    pub reasons: Vec<Reason>,
 }
 
 impl Outcome {
     pub(super) fn steered() -> Self {
-        Self { state: State::Steered, why: None }
+        Self { state: State::Steered, reasons: vec![] }
     }
 
     /// A state that has a reason.
-    pub fn because(state: State, why: impl Into<String>) -> Self {
-        Self { state, why: Some(why.into()) }
+    pub fn because(state: State, reason: Reason) -> Self {
+        Self { state, reasons: vec![reason] }
+    }
+
+    /// The reasons in words, in one line; `None` where there is none.
+    pub fn why(&self) -> Option<String> {
+        (!self.reasons.is_empty()).then(|| in_words(&self.reasons))
+    }
+
+    /// With another thing to know, unless it is told already.
+    pub(super) fn with(mut self, reason: Reason) -> Self {
+        if !self.reasons.contains(&reason) {
+            self.reasons.push(reason);
+        }
+        self
     }
 }
 

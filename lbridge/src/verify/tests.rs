@@ -21,6 +21,7 @@ fn gateway(address: &str, interface: &str, state: State) -> GatewayStatus {
         alias: None,
         state,
         why: Some("so it is".to_owned()),
+        reasons: vec![],
         connections: 0,
     }
 }

@@ -113,6 +113,16 @@ pub struct RuleState {
     pub state: String,
     /// Why, where there is something to say.
     pub why: Option<String>,
+    /// The codes of the reasons, the one that decided first.
+    pub reasons: Vec<String>,
+}
+
+impl RuleState {
+    /// An error unless this is the reason that decided.
+    pub fn must_be_because(&self, code: &str) -> Result<()> {
+        ensure!(self.reasons.first().is_some_and(|first| first == code), "not because {code}: {self:?}");
+        Ok(())
+    }
 }
 
 impl Daemon {
@@ -314,9 +324,11 @@ impl Daemon {
     pub fn rule_state(&self, network: &str, port: u16) -> Result<RuleState> {
         let rule =
             self.rule(network, port)?.with_context(|| format!("status has no rule {network} {port}"))?;
+        let reasons = rule["reasons"].as_array().context("a rule without a list of reasons")?;
         Ok(RuleState {
             state: rule["state"].as_str().context("a rule without a state")?.to_owned(),
             why: rule["why"].as_str().map(str::to_owned),
+            reasons: reasons.iter().filter_map(|it| it["code"].as_str()).map(str::to_owned).collect(),
         })
     }
 

@@ -70,6 +70,7 @@ fn events_tell_what_happens() -> Result<()> {
     let allowed = event(&mut events, &by)?;
     ensure!(allowed["at"].is_string(), "{allowed}");
     let waiting = event(&mut events, &state(8080, "waiting"))?;
+    ensure!(waiting["reasons"][0]["code"] == "nothing_listens", "{waiting}");
     ensure!(waiting["why"] == "nothing listens on 127.0.0.1:8080", "{waiting}");
     let service = scene.service("service", "127.0.0.1:8080")?;
     event(&mut listeners, &[("event", "listening".into()), ("port", 8080.into())])?;

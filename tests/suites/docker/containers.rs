@@ -107,7 +107,7 @@ fn a_container_on_macvlan_is_served() -> Result<()> {
     let _service = scene.service("host's", LOCALHOST)?;
     scene.daemon.allow(&["vlan", "8080"])?;
     let state = scene.daemon.rule_state("vlan", 8080)?;
-    ensure!(state.why.unwrap_or_default().contains("container:NAME"), "the network's rule says what to do");
+    state.must_be_because("driver_without_bridge")?;
     scene.daemon.allow(&["container:far", "8080"])?;
     must_reach(&scene, &container, "host's")?;
     scene.must_be("container:far", 8080, "relayed")
@@ -267,7 +267,7 @@ fn a_container_is_waited_for() -> Result<()> {
     must_reach(&scene, &container, "host's")?;
     scene.engine.docker(&["kill", "later"])?;
     let state = scene.daemon.wait_for_state("container:later", 8080, "waiting")?;
-    ensure!(state.why.is_some(), "says why");
+    state.must_be_because("no_namespace")?;
     Ok(())
 }
 
@@ -311,7 +311,7 @@ fn a_process_number_from_elsewhere_is_not_believed() -> Result<()> {
     scene.daemon.allow(&["container:alone", "8080"])?;
     let state = scene.daemon.rule_state("container:alone", 8080)?;
     ensure!(state.state == "blocked", "{state:?}");
-    ensure!(state.why.unwrap_or_default().contains("DOCKER_HOST"), "says what may be wrong");
+    state.must_be_because("unsuitable_namespace")?;
     scene.refused(&container, localhost())
 }
 

@@ -328,7 +328,8 @@ fn a_bridge_has_the_containers_of_its_network() -> Result<()> {
     crowd.scene.host.ip("addr add 10.60.0.1/24 dev own0")?;
     daemon.allow(&["bridge:own0", "8080", "--from", "web"])?;
     let state = daemon.rule_state("bridge:own0", 8080)?;
-    ensure!(state.state == "blocked" && state.why.unwrap_or_default().contains("leave --from out"));
+    ensure!(state.state == "blocked", "{state:?}");
+    state.must_be_because("from_on_foreign_bridge")?;
     Ok(())
 }
 

@@ -30,7 +30,7 @@ fn names_that_mean_something_else() -> Result<()> {
     scene.daemon.wait_for_state("db", 5432, "waiting")?;
     patience::until("the network is found", || {
         let state = scene.daemon.rule_state("db", 5432)?;
-        Ok(state.why.is_some_and(|why| why.starts_with("nothing listens")).then_some(()))
+        Ok(state.must_be_because("nothing_listens").ok())
     })
 }
 

@@ -248,7 +248,7 @@ fn rule_waits_for_its_network() -> Result<()> {
     scene.daemon.allow(&["later", "8080"])?;
     let state = scene.daemon.rule_state("later", 8080)?;
     ensure!(state.state == "waiting", "{state:?}");
-    ensure!(state.why.as_deref().is_some_and(|why| why.contains("later")), "says for what: {state:?}");
+    state.must_be_because("no_such_network")?;
     let network = scene.engine.create_network("later", &[])?;
     let container = scene.engine.run("later", &[])?;
     scene.daemon.wait_for_state("later", 8080, "steered")?;
@@ -361,7 +361,8 @@ fn networks_without_a_bridge_are_blocked() -> Result<()> {
     for network in ["host", "none"] {
         scene.daemon.allow(&[network, "8080"])?;
         let state = scene.daemon.rule_state(network, 8080)?;
-        ensure!(state.state == "blocked" && state.why.is_some(), "{network}: {state:?}");
+        ensure!(state.state == "blocked", "{network}: {state:?}");
+        state.must_be_because(if network == "host" { "host_network" } else { "driver_without_bridge" })?;
     }
     Ok(())
 }

@@ -48,7 +48,7 @@ fn containers_of_overlay_networks_are_served() -> Result<()> {
     scene.daemon.allow(&["over", "8080"])?;
     let state = scene.daemon.rule_state("over", 8080)?;
     ensure!(state.state == "blocked", "{state:?}");
-    ensure!(state.why.as_deref().is_some_and(|why| why.contains("driver overlay")), "{state:?}");
+    state.must_be_because("driver_without_bridge")?;
     scene.daemon.deny(&[GATEWAY_NETWORK, "8080"])?;
     scene.daemon.allow(&["container:inside", "8080"])?;
     scene.refused(&inside, at(&gateway, 8080))?;

@@ -323,7 +323,7 @@ fn what_cannot_be_attached_again_is_told() -> Result<()> {
         Ok(program.attach(scene.lab.host()).ok().map(|last| others.push(last)))
     })?;
     let state = scene.must_be(8080, "blocked")?;
-    ensure!(state.why.as_deref().is_some_and(|why| why.contains("cannot be attached again")), "{state:?}");
+    state.must_be_because("detached")?;
     ensure!(scene.daemon.log().contains("cannot attach steer"), "{}", scene.daemon.log());
     scene.refused(8080)?;
     others.into_iter().try_for_each(|other| other.detach())?;

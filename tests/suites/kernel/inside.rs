@@ -313,7 +313,7 @@ fn the_hosts_own_namespace_is_refused() -> Result<()> {
     apart.daemon.allow(&[&network, "8081=8080"])?;
     let state = apart.daemon.rule_state(&network, 8081)?;
     ensure!(state.state == "blocked", "{state:?}");
-    ensure!(state.why.unwrap_or_default().contains("host's own network namespace"), "says why");
+    state.must_be_because("unsuitable_namespace")?;
     client::refused(apart.lab.host(), "127.0.0.1:8081".parse()?)
 }
 
@@ -342,7 +342,7 @@ fn the_end_of_the_process_ends_everything_at_once() -> Result<()> {
         Ok((!links()?.contains("veth0")).then_some(()))
     })?;
     let state = daemon.wait_for_state(&network, 8080, "blocked")?;
-    ensure!(state.why.unwrap_or_default().contains("has ended"), "says why");
+    state.must_be_because("unsuitable_namespace")?;
     Ok(())
 }
 

@@ -42,7 +42,7 @@ fn connections_over_the_limit_are_refused_and_counted() -> Result<()> {
     let _service = service_8080(&scene)?;
     scene.allow(&["8080", "--max-connections", "2"])?;
     let state = scene.must_be(8080, "relayed")?;
-    ensure!(state.why.unwrap_or_default().contains("limits"), "says why it is relayed");
+    state.must_be_because("needs_relay")?;
     let first = client::connect(&scene.container, scene.gateway(8080))?;
     let _second = client::connect(&scene.container, scene.gateway(8080))?;
     for _ in 0..3 {

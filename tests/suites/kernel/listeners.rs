@@ -249,7 +249,7 @@ fn ipv6_loopback_is_relayed_for_ipv4() -> Result<()> {
     scene.allow(&["8080", "80=[::1]:8080"])?;
     for port in [8080, 80] {
         let state = scene.must_be(port, "relayed")?;
-        ensure!(state.why.as_deref().is_some_and(|why| why.contains("IPv4")), "says why: {state:?}");
+        state.must_be_because("family_mismatch")?;
         let greeting = scene.served(port, "six")?;
         // Not a local client, whatever the address family.
         ensure!(greeting.peer.ip().to_canonical() == scene.container_ip, "{greeting:?}");
@@ -269,7 +269,7 @@ fn mptcp_listener_is_relayed() -> Result<()> {
     let _service = scene.service_with(&mptcp("ollama")?)?;
     scene.allow(&["8080"])?;
     let state = scene.must_be(8080, "relayed")?;
-    ensure!(state.why.as_deref().is_some_and(|why| why.contains("MPTCP")), "says why: {state:?}");
+    state.must_be_because("mptcp")?;
     let greeting = scene.served(8080, "ollama")?;
     ensure!(greeting.accept.ip() == scene.container_ip, "accept() sees the container: {greeting:?}");
     ensure!(greeting.peer.ip() == scene.container_ip, "getpeername() sees the container: {greeting:?}");

@@ -244,7 +244,7 @@ fn bridge_goes_and_comes_back() -> Result<()> {
     scene.allow(&["8080"])?;
     scene.lab.host().ip("link del lab0")?;
     let state = scene.wait_for(8080, "waiting")?;
-    ensure!(state.why.as_deref().is_some_and(|why| why.contains("lab0")), "names the bridge: {state:?}");
+    state.must_be_because("no_interface")?;
     // The new one has another interface index.
     let bridge = scene.lab.add_bridge("lab0", "10.7.0.1/24")?;
     let container = scene.lab.container(&bridge, "10.7.0.3/24")?;

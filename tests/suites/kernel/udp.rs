@@ -132,7 +132,7 @@ fn service_that_is_down_refuses_at_once() -> Result<()> {
     let scene = Scene::new()?;
     scene.allow(&["53/udp"])?;
     let state = scene.must_be(53, "waiting")?;
-    ensure!(state.why.as_deref() == Some("nothing listens on 127.0.0.1:53"), "{state:?}");
+    state.must_be_because("nothing_listens")?;
     refused(&scene.container, scene.gateway(53))?;
     let _service = Echo::start(scene.lab.host(), "late", "127.0.0.1:53")?;
     soon_served(&scene, 53, "late")?;
@@ -332,7 +332,7 @@ fn older_kernels_block_it() -> Result<()> {
         return scene.must_be(53, "steered").map(drop);
     }
     let state = scene.must_be(53, "blocked")?;
-    ensure!(state.why.as_deref().is_some_and(|why| why.contains("5.17")), "{state:?}");
+    state.must_be_because("udp_needs_interface")?;
     refused(&scene.container, scene.gateway(53))
 }
 

@@ -252,7 +252,7 @@ fn container_stops_and_starts() -> Result<()> {
         scene.served(&container, at(&network, 8080), "service")?;
         scene.podman.podman(&["stop", "--time", "0", &container.id])?;
         let state = scene.daemon.wait_for_state("app", 8080, "waiting")?;
-        ensure!(state.why.as_deref().is_some_and(|why| why.contains(&network.bridge)), "{state:?}");
+        state.must_be_because("no_interface")?;
         scene.podman.podman(&["start", &container.id])?;
         scene.daemon.wait_for_state("app", 8080, "steered")?;
     }
@@ -291,7 +291,7 @@ fn networks_without_a_bridge_are_blocked() -> Result<()> {
     scene.daemon.allow(&["vlan", "8080"])?;
     let state = scene.daemon.rule_state("vlan", 8080)?;
     ensure!(state.state == "blocked", "{state:?}");
-    ensure!(state.why.as_deref().is_some_and(|why| why.contains("driver macvlan")), "{state:?}");
+    state.must_be_because("driver_without_bridge")?;
     Ok(())
 }
 

@@ -36,7 +36,7 @@ pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
             format!("{}: no label asks for it any more", rule(network, port, protocol))
         }
         Happening::BadLabel(problem) => format!("label of {}", shown(&problem.to_string())),
-        Happening::State { network, port, protocol, state, why } => {
+        Happening::State { network, port, protocol, state, why, reasons: _ } => {
             format!("{}: {}", rule(network, port, protocol), described(*state, why.as_deref()))
         }
         Happening::Listening { port } => format!("port {port}: a service listens"),

@@ -8,7 +8,8 @@ use super::{
 };
 use crate::planning::{
     inventory::{Interface, Listener},
-    policy::{Clients, Place, RelayKey, RelaySpec, RuleOutcome, Service, State},
+    policy::{Clients, Outcome, Place, RelayKey, RelaySpec, RuleOutcome, Service, State},
+    reason::Reason,
     rule::Protocol,
 };
 
@@ -47,7 +48,7 @@ impl Explainer<'_> {
     /// Refused by the kernel program, since nobody but whom the rule admits may get through.
     pub(super) fn unadmitted(&self, way: &mut Way) -> End {
         let outcome = self.meant(way).filter(|it| matches!(it.state, State::Waiting | State::Blocked));
-        let why = outcome.and_then(|outcome| outcome.why.clone());
+        let why = outcome.and_then(Outcome::why);
         let why = why.unwrap_or_else(|| match self.rule() {
             Some(meant) if !meant.rule.from.is_empty() => "the rule is for other containers".to_owned(),
             _ => "the rule does not admit them".to_owned(),
@@ -70,7 +71,7 @@ impl Explainer<'_> {
     }
 
     pub(super) fn relay(&self, way: &mut Way, spec: &RelaySpec) -> End {
-        let reason = self.meant(way).and_then(|outcome| outcome.why.clone());
+        let reason = self.meant(way).and_then(Outcome::why);
         let reason = reason.map_or_else(String::new, |why| format!(" ({why})"));
         let service = match &spec.service {
             Service::Tcp(address) => address.to_string(),
@@ -123,7 +124,7 @@ impl Explainer<'_> {
             return self.end(way, Fate::Refused, "there is no rule", remedy);
         }
         let why = self.meant(way).filter(|o| !matches!(o.state, State::Steered | State::Relayed));
-        let why = why.and_then(|outcome| outcome.why.clone());
+        let why = why.and_then(Outcome::why);
         let listed = |meant: &RuleOutcome| !meant.rule.from.is_empty();
         let why = why.unwrap_or_else(|| match self.rule() {
             Some(meant) if listed(meant) => "the rule is for other containers".to_owned(),
@@ -138,8 +139,10 @@ impl Explainer<'_> {
         let Some(meant) = self.rule() else { return String::new() };
         let outcome = self.meant(way);
         // Of a list without anybody it is not the service that is missing.
-        let services =
-            || outcome.and_then(|it| it.why.as_deref()).is_none_or(|why| why.starts_with("nothing listens"));
+        let services = || {
+            let first = outcome.and_then(|outcome| outcome.reasons.first());
+            first.is_none_or(|reason| matches!(reason, Reason::NothingListens(_)))
+        };
         match outcome.map(|outcome| outcome.state) {
             Some(State::Waiting) if !meant.rule.from.is_empty() && !services() => self.whom(),
             Some(State::Waiting) => format!("start the service on {}", meant.rule.spec.target),

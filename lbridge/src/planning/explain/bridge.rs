@@ -33,7 +33,7 @@ impl Explainer<'_> {
         let bridge = match bridge_of(network, self.known.inventory, self.known.abilities) {
             Ok(bridge) => bridge,
             Err(outcome) => {
-                let why = outcome.why.unwrap_or_default();
+                let why = outcome.why().unwrap_or_default();
                 let text = match docker[..] {
                     [network] => format!("{}; {why}", described(network)),
                     _ => why.clone(),

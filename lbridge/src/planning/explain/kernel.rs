@@ -11,7 +11,10 @@ use super::{
     Answer, End, Explainer, Fate, Known, Stage, Step, Way,
     words::{key_address, step, subnet, taken_back, target},
 };
-use crate::planning::inventory::{Interface, Listener};
+use crate::planning::{
+    inventory::{Interface, Listener},
+    policy::Outcome,
+};
 
 impl Explainer<'_> {
     /// The entry that the kernel program finds.
@@ -86,7 +89,7 @@ impl Explainer<'_> {
             let mut bound =
                 listening_addresses(&entry.target).map(|address| key_address(address, entry.target_port));
             let (why, remedy) = if entry.target_port == 0 {
-                let why = self.meant(way).and_then(|outcome| outcome.why.clone());
+                let why = self.meant(way).and_then(Outcome::why);
                 let why = why.unwrap_or_else(|| "the entry leads to nobody".to_owned());
                 (why, "`lbridge status` says the same; the reason says what to change".to_owned())
             } else if bound.any(|bound| self.at(bound).next().is_some()) {

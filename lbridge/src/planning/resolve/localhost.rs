@@ -10,6 +10,7 @@ use lbridge_common::wire::{Dial, DialKey, Endpoint, TCP};
 use super::Resolver;
 use crate::planning::{
     policy::{DialOutcome, GatewayOutcome, Outcome, Place, State},
+    reason::Reason,
     rule::Rule,
 };
 
@@ -54,13 +55,13 @@ impl Resolver<'_> {
 
     fn dial(&mut self, keys: &[DialKey], gateway: Option<IpAddr>) -> Outcome {
         if let Err(why) = &self.abilities.connect_hooks {
-            return Outcome::because(State::Blocked, why);
+            return Outcome::because(State::Blocked, Reason::NoConnectHooks(why.clone()));
         }
         let Some(gateway) = gateway else {
-            return Outcome::because(State::Blocked, "no gateway is served that it could lead to");
+            return Outcome::because(State::Blocked, Reason::NoGatewayServed);
         };
         if keys.is_empty() {
-            return Outcome::because(State::Waiting, "none of its containers runs there");
+            return Outcome::because(State::Waiting, Reason::NoContainerThere);
         }
         for key in keys {
             let gateway = Endpoint::new(gateway.into(), key.port);

@@ -33,6 +33,7 @@ use super::{
         Alias, Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service,
         State, Subnet, stand_in_for,
     },
+    reason::Reason,
     rule::{DEFAULT_CONNECTIONS, Network, Origin, Protocol, Rule, RuleId, Rules, Source, Target},
 };
 
@@ -124,8 +125,7 @@ impl Resolver<'_> {
         match self.bridge(&rule.network) {
             Err(outcome) => (vec![], Some(outcome)),
             Ok(bridge) if bridge.addresses.is_empty() => {
-                let why = format!("{} has no address that a container could dial", bridge.name);
-                (vec![], Some(Outcome::because(State::Waiting, why)))
+                (vec![], Some(Outcome::because(State::Waiting, Reason::NoGateway(bridge.name.clone()))))
             }
             Ok(bridge) => {
                 if let Err(outcome) = self.networks_of(&rule.network, &rule.from) {
@@ -141,13 +141,15 @@ impl Resolver<'_> {
 
     fn in_namespace(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {
         let inventory = self.inventory;
-        let without = |state, why: &str| (vec![], Some(Outcome::because(state, why)));
+        let without = |state, reason| (vec![], Some(Outcome::because(state, reason)));
         match inventory.namespaces.get(&rule.network) {
-            None => without(State::Waiting, "not looked at yet"),
-            Some(Err(Absence::NotThere(why))) => without(State::Waiting, why),
-            Some(Err(Absence::Unsuitable(why))) => without(State::Blocked, why),
+            None => without(State::Waiting, Reason::NotLookedAt),
+            Some(Err(Absence::NotThere(why))) => without(State::Waiting, Reason::NoNamespace(why.clone())),
+            Some(Err(Absence::Unsuitable(why))) => {
+                without(State::Blocked, Reason::UnsuitableNamespace(why.clone()))
+            }
             Some(Ok(namespace)) if namespace.loopback.is_empty() => {
-                without(State::Waiting, "its loopback interface is down; run `ip link set lo up` inside")
+                without(State::Waiting, Reason::LoopbackDown)
             }
             Some(Ok(namespace)) => {
                 let inside = namespace.loopback.iter();
@@ -187,10 +189,8 @@ impl Resolver<'_> {
         let mut way = self.way(rule, gateway, Claim::Bridge(index), "");
         let is_entered = matches!(way, Way::Kernel(..) | Way::Refuse(_));
         if is_entered && alias.is_some() && self.policy.entries.contains_key(&rule_key) {
-            let why = format!(
-                "another network's rule has {gateway}, and this kernel does not tell by which bridge it is dialled; dial {own}"
-            );
-            way = Way::None(Outcome::because(State::Blocked, why));
+            let taken = Reason::AliasTaken { alias: gateway, gateway: own };
+            way = Way::None(Outcome::because(State::Blocked, taken));
         }
         let kernel = (rule_key, subnet);
         let outcome = if rule.from.is_empty() {
@@ -266,7 +266,7 @@ impl Resolver<'_> {
                 self.put_entry(rule_key, subnet, &clients, NOBODY, 0);
                 outcome
             }
-            (Way::Kernel(..), None) => Outcome::because(State::Blocked, "no bridge leads there"),
+            (Way::Kernel(..), None) => Outcome::because(State::Blocked, Reason::NoBridgeLeads),
             (Way::Kernel(target, outcome), Some((rule_key, subnet))) => {
                 if rule.spec.protocol == Protocol::Udp
                     && let Err(blocked) = self.replies(target, rule_key.gateway, subnet)
@@ -286,10 +286,10 @@ impl Resolver<'_> {
                 outcome
             }
             // Nobody to listen for.
-            (Way::Relay(_, why), _) if clients == Clients::Listed(BTreeSet::new()) => {
-                Outcome::because(State::Relayed, why)
+            (Way::Relay(_, reasons), _) if clients == Clients::Listed(BTreeSet::new()) => {
+                Outcome { state: State::Relayed, reasons }
             }
-            (Way::Relay(service, why), kernel) => {
+            (Way::Relay(service, reasons), kernel) => {
                 let kernel = kernel.filter(|_| self.checks_interface());
                 if let Some((rule_key, subnet)) = kernel {
                     self.put_entry(rule_key, subnet, &clients, NOBODY, RuleValue::RELAYED);
@@ -309,7 +309,7 @@ impl Resolver<'_> {
                     idle_timeout: rule.idle_timeout,
                 };
                 self.policy.relays.insert(relay_key.clone(), spec);
-                Outcome::because(State::Relayed, why)
+                Outcome { state: State::Relayed, reasons }
             }
         }
     }
@@ -320,10 +320,8 @@ impl Resolver<'_> {
         let to_subnet = key(subnet.base, &subnet.mask);
         // The hook that chooses the source does not know what its receiver has dialled.
         if let Some(first) = self.policy.replies.get(&to_subnet).filter(|first| first.gateway != gateway) {
-            let first = IpAddr::from(first.gateway);
-            let why =
-                format!("a UDP service answers one subnet from one address, which is {first}; dial that");
-            return Err(Outcome::because(State::Blocked, why));
+            let only = Reason::OneAnswerAddress(first.gateway.into());
+            return Err(Outcome::because(State::Blocked, only));
         }
         self.policy.replies.insert(to_subnet, Reply { service, gateway });
         let own = self.inventory.interfaces.iter().flat_map(|interface| &interface.addresses);

@@ -10,6 +10,7 @@ use crate::planning::{
     hint,
     inventory::{DockerNetwork, DockerPresence},
     policy::{Outcome, State, Subnet},
+    reason::Reason,
     rule::{Network, Rule},
 };
 
@@ -23,7 +24,7 @@ pub(super) struct Sources {
     /// Their names.
     served: Vec<String>,
     /// Why others cannot.
-    missing: Vec<String>,
+    missing: Vec<Reason>,
 }
 
 impl Sources {
@@ -38,10 +39,10 @@ impl Sources {
             return outcome;
         }
         let state = if self.served.is_empty() { State::Waiting } else { outcome.state };
-        let why = outcome.why.filter(|_| state == outcome.state);
-        let served = (!self.served.is_empty()).then(|| format!("for {}", self.served.join(", ")));
-        let why: Vec<_> = why.into_iter().chain(served).chain(self.missing).collect();
-        Outcome::because(state, why.join("; "))
+        let mut reasons = if state == outcome.state { outcome.reasons } else { vec![] };
+        reasons.extend((!self.served.is_empty()).then_some(Reason::ForContainers(self.served)));
+        reasons.extend(self.missing);
+        Outcome { state, reasons }
     }
 }
 
@@ -57,24 +58,13 @@ impl Resolver<'_> {
             _ if from.is_empty() => Ok(vec![]),
             Network::Bridge(name) => {
                 let on_bridge = networks_meant(network, networks);
-                let (state, why) = match self.inventory.docker {
+                let (state, reason) = match self.inventory.docker {
                     _ if !on_bridge.is_empty() => return Ok(on_bridge),
-                    DockerPresence::Off => (
-                        State::Blocked,
-                        "the daemon runs with --no-docker, and knows no container's address".to_owned(),
-                    ),
-                    DockerPresence::Away => (
-                        State::Waiting,
-                        format!("Docker is away, and no network of its on {name} was seen before"),
-                    ),
-                    DockerPresence::Reachable => (
-                        State::Blocked,
-                        format!(
-                            "{name} is no Docker network's bridge, so Docker knows no container's address there"
-                        ),
-                    ),
+                    DockerPresence::Off => (State::Blocked, Reason::FromWithoutEngine),
+                    DockerPresence::Away => (State::Waiting, Reason::FromWhileEngineAway(name.clone())),
+                    DockerPresence::Reachable => (State::Blocked, Reason::FromOnForeignBridge(name.clone())),
                 };
-                Err(Outcome::because(state, format!("{why}; leave --from out")))
+                Err(Outcome::because(state, reason))
             }
             _ => Ok(networks_meant(network, networks)),
         }
@@ -88,8 +78,7 @@ impl Resolver<'_> {
             let addresses = self.addresses(name, &rule.network, &networks).and_then(|addresses| {
                 let fits = |ip: &IpAddr| subnet.contains(*ip) && *ip != gateway;
                 let here: Vec<_> = addresses.into_iter().filter(fits).collect();
-                let family = if gateway.is_ipv4() { "IPv4" } else { "IPv6" };
-                let none = || format!("container {name} has no {family} address beside {gateway}");
+                let none = || Reason::ContainerWithoutAddress { name: name.clone(), gateway };
                 if here.is_empty() { Err(none()) } else { Ok(here) }
             });
             match addresses {
@@ -99,7 +88,7 @@ impl Resolver<'_> {
                     sources.grants.extend(addresses.iter().map(|ip| (*ip, grant.clone())));
                     sources.addresses.extend(addresses);
                 }
-                Err(why) => sources.missing.push(why),
+                Err(reason) => sources.missing.push(reason),
             }
         }
         sources
@@ -111,22 +100,25 @@ impl Resolver<'_> {
         name: &str,
         meant: &Network,
         networks: &[&DockerNetwork],
-    ) -> Result<Vec<IpAddr>, String> {
-        let container = match (self.inventory.containers.get(name), self.inventory.docker) {
+    ) -> Result<Vec<IpAddr>, Reason> {
+        let name = || name.to_owned();
+        let container = match (self.inventory.containers.get(&name()), self.inventory.docker) {
             (Some(Ok(container)), _) => container,
-            (Some(Err(why)), _) => return Err(format!("container {name}: {why}")),
-            (None, DockerPresence::Reachable) => {
-                return Err(format!("no container {name}{}", hint::unknown_container(name, self.inventory)));
+            (Some(Err(error)), _) => {
+                return Err(Reason::ContainerError { name: name(), error: error.clone() });
             }
-            (None, _) => return Err(format!("Docker is away, and container {name} was not seen before")),
+            (None, DockerPresence::Reachable) => {
+                let hint = hint::unknown_container(&name(), self.inventory);
+                return Err(Reason::NoSuchContainer { name: name(), hint });
+            }
+            (None, _) => return Err(Reason::ContainerUnseen(name())),
         };
         if !container.running {
-            return Err(format!("container {name} does not run"));
+            return Err(Reason::ContainerStopped(name()));
         }
         addresses_on(&container.attachments, networks).ok_or_else(|| {
-            let on: Vec<_> = container.attachments.iter().map(|there| there.network.as_str()).collect();
-            let on = if on.is_empty() { String::new() } else { format!(", but on {}", on.join(" and ")) };
-            format!("container {name} is not on {meant}{on}")
+            let on = container.attachments.iter().map(|there| there.network.clone()).collect();
+            Reason::ContainerElsewhere { name: name(), network: meant.clone(), on }
         })
     }
 }

@@ -2,7 +2,6 @@
 
 use std::{
     collections::btree_map::Entry,
-    io,
     net::{IpAddr, SocketAddr},
     path::Path,
 };
@@ -14,6 +13,7 @@ use crate::planning::{
     inventory::{Listener, ListenerKind},
     owner::{is_regular, loopback},
     policy::{Outcome, Service, State},
+    reason::Reason,
     rule::{PathChoice, Protocol, Rule, Source, Target},
 };
 
@@ -22,7 +22,7 @@ pub(super) enum Way {
     /// By the kernel, given this listener; or by nobody yet, with everything in place for a service that starts.
     Kernel(Endpoint, Outcome),
     /// By the daemon.
-    Relay(Service, String),
+    Relay(Service, Vec<Reason>),
     /// Not at all; and the kernel refuses what is dialled, which would go to another user's socket.
     Refuse(Outcome),
     /// Not at all.
@@ -34,31 +34,31 @@ struct Found {
     /// Where it can be connected to.
     at: SocketAddr,
     /// Why the kernel cannot be given its listener, if it cannot.
-    obstacle: Option<String>,
+    obstacle: Option<Reason>,
 }
 
 impl Way {
     /// With something to know beside the reason.
-    fn with_note(self, note: &str) -> Self {
+    fn with(self, reason: Reason) -> Self {
         match self {
-            Self::Kernel(entry, outcome) => Self::Kernel(entry, noted(outcome, note)),
-            Self::Relay(service, why) => Self::Relay(service, format!("{why}; {note}")),
-            Self::Refuse(outcome) => Self::Refuse(noted(outcome, note)),
-            Self::None(outcome) => Self::None(noted(outcome, note)),
+            Self::Kernel(entry, outcome) => Self::Kernel(entry, outcome.with(reason)),
+            Self::Relay(service, mut reasons) => {
+                reasons.push(reason);
+                Self::Relay(service, reasons)
+            }
+            Self::Refuse(outcome) => Self::Refuse(outcome.with(reason)),
+            Self::None(outcome) => Self::None(outcome.with(reason)),
         }
     }
 }
 
-const MPTCP: &str =
-    "the service listens with MPTCP; GODEBUG=multipathtcp=0 in a Go service's environment gets it steered";
-
 impl Resolver<'_> {
     /// How connections to an address can be served, if no rule before this one has it.
-    pub(super) fn way(&mut self, rule: &Rule, dialled: SocketAddr, claim: Claim, place: &str) -> Way {
+    pub(super) fn way(&mut self, rule: &Rule, dialled: SocketAddr, claim: Claim, place: &'static str) -> Way {
         match self.claimed.entry((dialled, rule.spec.protocol, claim)) {
             Entry::Occupied(first) => {
-                let why = format!("rule {} has {dialled}{place} already; deny one of them", first.get());
-                return Way::None(Outcome::because(State::Blocked, why));
+                let taken = Reason::AddressTaken { first: first.get().clone(), dialled, place };
+                return Way::None(Outcome::because(State::Blocked, taken));
             }
             Entry::Vacant(free) => free.insert(rule.id()),
         };
@@ -82,7 +82,7 @@ impl Resolver<'_> {
             None => (None, self.obstacle(rule)),
         };
         let entry = Endpoint::new(target.ip().into(), target.port());
-        let waiting = || Outcome::because(State::Waiting, format!("nothing listens on {target}"));
+        let waiting = || Outcome::because(State::Waiting, Reason::NothingListens(Target::Address(target)));
         let stranger = self.sockets.stranger(rule, target);
         let may_start = stranger.is_none() && self.sockets.may_start(rule, target.is_ipv4());
         let way = match (service, obstacle) {
@@ -103,10 +103,9 @@ impl Resolver<'_> {
         };
         match stranger.or_else(elsewhere) {
             Some(stranger) if self.sockets.is_down(rule) => {
-                let accept = "if that is the service now, deny the rule and allow it again";
-                way.with_note(&format!("{}; {accept}", gets_nothing(stranger)))
+                way.with(foreign(stranger)).with(Reason::ForeignListenerInItsPlace)
             }
-            Some(stranger) => way.with_note(&gets_nothing(stranger)),
+            Some(stranger) => way.with(foreign(stranger)),
             None => way,
         }
     }
@@ -133,52 +132,50 @@ impl Resolver<'_> {
             Way::Relay(..) if self.checks_interface() => way,
             Way::Relay(service, why) => match stranger() {
                 None => Way::Relay(service, why),
-                Some(stranger) => {
-                    let why = format!("a relay cannot listen on {dialled}: {}", gets_nothing(stranger));
-                    Way::Refuse(Outcome::because(State::Blocked, format!("{why}; stop that listener")))
+                Some(Listener { address, uid, .. }) => {
+                    let (address, uid) = (*address, *uid);
+                    let reason = Reason::ForeignListenerInTheWay { dialled, address, uid };
+                    Way::Refuse(Outcome::because(State::Blocked, reason))
                 }
             },
             Way::None(outcome) => match stranger() {
                 None => Way::None(outcome),
-                Some(stranger) => Way::Refuse(noted(outcome, &gets_nothing(stranger))),
+                Some(stranger) => Way::Refuse(outcome.with(foreign(stranger))),
             },
         }
     }
 
     /// Why the kernel is not to have the rule's connections, whatever listens.
-    fn obstacle(&self, rule: &Rule) -> Option<String> {
+    fn obstacle(&self, rule: &Rule) -> Option<Reason> {
         if rule.path == PathChoice::Relay {
-            return Some("as the rule asks".to_owned());
+            return Some(Reason::AsAsked);
         }
         if rule.network.is_namespace() {
-            return Some("on localhost inside".to_owned());
+            return Some(Reason::InsideNamespace);
         }
         if let Some(why) = rule.needs_relay() {
-            return Some(why.to_owned());
+            return Some(Reason::NeedsRelay(why));
         }
         if let Err(why) = &self.abilities.steer {
-            return Some(why.clone());
+            return Some(Reason::NoSteering(why.clone()));
         }
         if rule.spec.protocol == Protocol::Udp {
             return self.obstacle_of_udp();
         }
         let missing = self.abilities.name_hooks.as_ref().err().filter(|_| rule.source == Source::Loopback)?;
-        Some(format!("--source loopback without name hooks: {missing}"))
+        Some(Reason::NoNameHooks(missing.clone()))
     }
 
-    fn obstacle_of_udp(&self) -> Option<String> {
+    fn obstacle_of_udp(&self) -> Option<Reason> {
         // There is no handshake that a false source would fail.
         if !self.abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check) {
-            return Some(
-                "UDP needs Linux 5.17: this kernel does not tell on which bridge a datagram comes in"
-                    .to_owned(),
-            );
+            return Some(Reason::UdpNeedsInterface);
         }
         if let Some(why) = &self.inventory.udp_unseen {
-            return Some(why.clone());
+            return Some(Reason::UdpUnseen(why.clone()));
         }
         let why = self.abilities.reply_hooks.as_ref().err()?;
-        Some(format!("UDP services could not answer: {why}"))
+        Some(Reason::NoReplyHooks(why.clone()))
     }
 
     /// What serves connections to `target` that come in at `gateway`. One that is found across the families always has
@@ -191,50 +188,45 @@ impl Resolver<'_> {
             let suitable = there.iter().any(|listener| is_suitable(listener.kind));
             let obstacle = match first.kind {
                 _ if suitable && same_family => None,
-                ListenerKind::Mptcp => Some(MPTCP.to_owned()),
-                ListenerKind::Refused(errno) => {
-                    let why = io::Error::from_raw_os_error(errno);
-                    Some(format!("the kernel refused to register the listener: {why}"))
+                ListenerKind::Mptcp => Some(Reason::Mptcp),
+                ListenerKind::Refused(errno) => Some(Reason::RegisterRefused(errno)),
+                ListenerKind::NoRoom => Some(Reason::ListenersFull),
+                ListenerKind::Tcp | ListenerKind::Udp => {
+                    Some(Reason::FamilyMismatch { dialled: gateway, listens_on: first.address })
                 }
-                ListenerKind::NoRoom => Some("the kernel's map of listeners is full".to_owned()),
-                ListenerKind::Tcp | ListenerKind::Udp => Some(family_mismatch(gateway, first.address)),
             };
             return Some(Found { at: target, obstacle });
         }
         let at = self.other_family(rule, target)?;
-        Some(Found { at, obstacle: Some(family_mismatch(gateway, at)) })
+        Some(Found { at, obstacle: Some(Reason::FamilyMismatch { dialled: gateway, listens_on: at }) })
     }
 
-    fn relay(&self, rule: &Rule, service: SocketAddr, why: String) -> Way {
+    fn relay(&self, rule: &Rule, service: SocketAddr, why: Reason) -> Way {
         // There is one IPv6 loopback address, so nothing to stand in for the container.
         if let (Err(missing), true, Source::Container) =
             (&self.abilities.name_hooks, service.is_ipv6(), rule.source)
         {
-            let why = format!(
-                "the service on {service} would take the container for a local client ({missing}); allow it with --source loopback"
-            );
-            return Way::None(Outcome::because(State::Blocked, why));
+            let reason = Reason::WouldLookLocal { service, missing: missing.clone() };
+            return Way::None(Outcome::because(State::Blocked, reason));
         }
-        Way::Relay(Service::Tcp(service), why)
+        Way::Relay(Service::Tcp(service), vec![why])
     }
 
     fn unix_way(&self, rule: &Rule, path: &Path) -> Way {
         if rule.path == PathChoice::Steer {
-            return Way::None(Outcome::because(State::Blocked, "a Unix socket can only be relayed to"));
+            return Way::None(Outcome::because(State::Blocked, Reason::UnixSocketNotSteered));
         }
         if rule.source == Source::Container {
-            let why =
-                "the service would see root as its peer, not the container; allow it with --source loopback";
-            return Way::None(Outcome::because(State::Blocked, why));
+            return Way::None(Outcome::because(State::Blocked, Reason::UnixPeerIsRoot));
         }
         if let Some(why) = self.inventory.untrusted_paths.get(path) {
-            return Way::None(Outcome::because(State::Blocked, why));
+            return Way::None(Outcome::because(State::Blocked, Reason::UntrustedPath(why.clone())));
         }
         if !self.inventory.unix_listeners.contains(path) {
-            let why = format!("nothing listens on {}", rule.spec.target);
-            return Way::None(Outcome::because(State::Waiting, why));
+            let nothing = Reason::NothingListens(rule.spec.target.clone());
+            return Way::None(Outcome::because(State::Waiting, nothing));
         }
-        Way::Relay(Service::Unix(path.to_owned()), "the service listens on a Unix socket".to_owned())
+        Way::Relay(Service::Unix(path.to_owned()), vec![Reason::UnixSocket])
     }
 
     /// The other family's loopback address, where the rule leaves the family open and only that one is listened on.
@@ -250,22 +242,7 @@ pub(super) fn is_suitable(kind: ListenerKind) -> bool {
     matches!(kind, ListenerKind::Tcp | ListenerKind::Udp)
 }
 
-/// What is said of a socket of another user than the service's.
-fn gets_nothing(stranger: &Listener) -> String {
-    format!("{} belongs to another user (uid {}) and gets nothing", stranger.address, stranger.uid)
-}
-
-/// The outcome with a note, unless it has that already.
-fn noted(outcome: Outcome, note: &str) -> Outcome {
-    let why = match outcome.why {
-        Some(why) if why.contains(note) => why,
-        Some(why) => format!("{why}; {note}"),
-        None => note.to_owned(),
-    };
-    Outcome::because(outcome.state, why)
-}
-
-fn family_mismatch(gateway: IpAddr, listens_on: SocketAddr) -> String {
-    let family = if gateway.is_ipv4() { "IPv4" } else { "IPv6" };
-    format!("{family} was dialled, the service listens on {listens_on}")
+/// A socket of another user than the service's.
+fn foreign(listener: &Listener) -> Reason {
+    Reason::ForeignListener { address: listener.address, uid: listener.uid }
 }

@@ -221,7 +221,7 @@ impl Host {
                 Some(gateway) => format!("{} to {gateway}", dial.address),
                 None => dial.address.to_string(),
             };
-            line(&what, dial.outcome.state, dial.outcome.why.clone())
+            line(&what, dial.outcome.state, dial.outcome.why())
         };
         outcomes.iter().flat_map(|outcome| &outcome.dials).map(told).collect()
     }
@@ -235,13 +235,13 @@ impl Host {
         let mut lines = vec![];
         for rule in self.policy().outcomes {
             if let Some(without) = rule.without_gateway {
-                lines.push(line(&rule.rule.id().to_string(), without.state, without.why));
+                lines.push(line(&rule.rule.id().to_string(), without.state, without.why()));
             }
             for gateway in rule.gateways {
                 lines.push(line(
                     &gateway.relay_key.address.to_string(),
                     gateway.outcome.state,
-                    gateway.outcome.why,
+                    gateway.outcome.why(),
                 ));
             }
         }

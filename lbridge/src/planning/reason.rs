@@ -1,0 +1,306 @@
+//! Reasons: why a rule, or one of the addresses that it serves, is in its state. Each has a code, which scripts and tests can rely on,
+//! and words for people, which may change.
+
+use std::{io, net::IpAddr, net::SocketAddr};
+
+use super::rule::{Network, RuleId, Target};
+
+/// A reason for a [`State`](super::policy::State).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum Reason {
+    // The service.
+    /// No socket listens where the rule leads.
+    #[error("nothing listens on {0}")]
+    NothingListens(Target),
+    /// The kernel puts no MPTCP listener into a SOCKHASH (`sock_map_sk_is_suitable()`, net/core/sock_map.c).
+    #[error(
+        "the service listens with MPTCP; GODEBUG=multipathtcp=0 in a Go service's environment gets it steered"
+    )]
+    Mptcp,
+    /// The kernel refused to register the listener, with this errno.
+    #[error("the kernel refused to register the listener: {}", io::Error::from_raw_os_error(*.0))]
+    RegisterRefused(i32),
+    /// The map of listeners is full.
+    #[error("the kernel's map of listeners is full")]
+    ListenersFull,
+    /// The kernel gives a connection only to a listener of its family.
+    #[error("{} was dialled, the service listens on {listens_on}", family(*.dialled))]
+    FamilyMismatch {
+        /// The address that containers dial.
+        dialled: IpAddr,
+        /// The service's.
+        listens_on: SocketAddr,
+    },
+    /// The service listens on a Unix socket.
+    #[error("the service listens on a Unix socket")]
+    UnixSocket,
+    /// Another user than the service's could turn the Unix socket's path elsewhere.
+    #[error("{0}")]
+    UntrustedPath(String),
+    /// Another user listens at an address that the rule could mean.
+    #[error("{address} belongs to another user (uid {uid}) and gets nothing")]
+    ForeignListener {
+        /// Where the socket is bound.
+        address: SocketAddr,
+        /// Its owner.
+        uid: u32,
+    },
+    /// The service is down and another user listens in its place.
+    #[error("if that is the service now, deny the rule and allow it again")]
+    ForeignListenerInItsPlace,
+    /// Before Linux 5.17 a relay has to listen where another user's socket is.
+    #[error(
+        "a relay cannot listen on {dialled}: {address} belongs to another user (uid {uid}) and gets nothing; stop that listener"
+    )]
+    ForeignListenerInTheWay {
+        /// The address that containers dial.
+        dialled: SocketAddr,
+        /// Where the socket is bound.
+        address: SocketAddr,
+        /// Its owner.
+        uid: u32,
+    },
+
+    // What the rule asks for.
+    /// `--path relay`.
+    #[error("as the rule asks")]
+    AsAsked,
+    /// The rule is for localhost inside a namespace.
+    #[error("on localhost inside")]
+    InsideNamespace,
+    /// The rule has options that only a relay can serve.
+    #[error("{0}")]
+    NeedsRelay(&'static str),
+    /// `--path steer` for a Unix socket.
+    #[error("a Unix socket can only be relayed to")]
+    UnixSocketNotSteered,
+    /// The service at a Unix socket would see the daemon's user as its peer.
+    #[error("the service would see root as its peer, not the container; allow it with --source loopback")]
+    UnixPeerIsRoot,
+    /// A relay's connection would come from `::1`, and nothing could show the service who is behind it.
+    #[error(
+        "the service on {service} would take the container for a local client ({missing}); allow it with --source loopback"
+    )]
+    WouldLookLocal {
+        /// Where the service listens.
+        service: SocketAddr,
+        /// Why the kernel cannot name the container to it.
+        missing: String,
+    },
+    /// Another rule has the address.
+    #[error("rule {first} has {dialled}{place} already; deny one of them")]
+    AddressTaken {
+        /// The other rule.
+        first: RuleId,
+        /// The address that both would serve.
+        dialled: SocketAddr,
+        /// ` in that namespace`, or nothing.
+        place: &'static str,
+    },
+    /// Another network's rule has the alias, and the kernel does not tell the networks apart (before Linux 5.17).
+    #[error(
+        "another network's rule has {alias}, and this kernel does not tell by which bridge it is dialled; dial {gateway}"
+    )]
+    AliasTaken {
+        /// The other address of the host.
+        alias: SocketAddr,
+        /// The network's own gateway.
+        gateway: IpAddr,
+    },
+    /// A UDP service has one source for its answers to a subnet.
+    #[error("a UDP service answers one subnet from one address, which is {0}; dial that")]
+    OneAnswerAddress(IpAddr),
+
+    // What the kernel can do.
+    /// `sk_lookup` cannot be used.
+    #[error("{0}")]
+    NoSteering(String),
+    /// The getpeername and getsockname hooks cannot be attached.
+    #[error("--source loopback without name hooks: {0}")]
+    NoNameHooks(String),
+    /// The connect hooks cannot be attached.
+    #[error("{0}")]
+    NoConnectHooks(String),
+    /// The sendmsg hooks cannot be attached.
+    #[error("UDP services could not answer: {0}")]
+    NoReplyHooks(String),
+    /// Without the ingress interface a datagram with a false source would be served.
+    #[error("UDP needs Linux 5.17: this kernel does not tell on which bridge a datagram comes in")]
+    UdpNeedsInterface,
+    /// UDP sockets cannot be listed.
+    #[error("{0}")]
+    UdpUnseen(String),
+
+    // The network.
+    /// The network is one namespace, and no bridge.
+    #[error("it is no bridge")]
+    NoBridge,
+    /// No bridge leads to the address.
+    #[error("no bridge leads there")]
+    NoBridgeLeads,
+    /// The interface is no bridge: an uplink would open the port to the LAN.
+    #[error("{0} is not a bridge; name the bridge that the containers are on")]
+    NotABridge(String),
+    /// The engine has several networks of that name.
+    #[error("several Docker networks are called {0}; name the id of one")]
+    AmbiguousNetwork(String),
+    /// The bridge was made again, and the engine has not told of it yet.
+    #[error("{0} is newer than what the engine said of it")]
+    BridgeNewer(String),
+    /// There is no such interface.
+    #[error("there is no interface {name}{}", if *.comes { "; it comes with the network's first container" } else { "" })]
+    NoInterface {
+        /// Its name.
+        name: String,
+        /// The engine makes it once it is needed.
+        comes: bool,
+    },
+    /// The bridge has no address.
+    #[error("{0} has no address that a container could dial")]
+    NoGateway(String),
+    /// The daemon follows no engine.
+    #[error("the daemon runs with --no-docker; name the bridge instead: bridge:IFNAME")]
+    EngineOff,
+    /// The engine does not answer, and the network was not seen before.
+    #[error("Docker is away, and network {0} was not seen before")]
+    EngineAway(String),
+    /// The engine has no such network.
+    #[error("no Docker network {name}{hint}")]
+    NoSuchNetwork {
+        /// The name that the rule has.
+        name: String,
+        /// What it may have meant, or nothing.
+        hint: String,
+    },
+    /// The engine's network `host`.
+    #[error("its containers are in the host's own namespace, where localhost is the host's")]
+    HostNetwork,
+    /// A driver that makes no bridge on the host.
+    #[error("driver {0} gives the host no bridge; allow its containers one by one: container:NAME")]
+    DriverWithoutBridge(String),
+
+    // Namespaces.
+    /// The namespace was not looked for yet.
+    #[error("not looked at yet")]
+    NotLookedAt,
+    /// There is no such namespace, but it may come.
+    #[error("{0}")]
+    NoNamespace(String),
+    /// The namespace cannot be served.
+    #[error("{0}")]
+    UnsuitableNamespace(String),
+    /// The namespace's `lo` is down.
+    #[error("its loopback interface is down; run `ip link set lo up` inside")]
+    LoopbackDown,
+
+    // `--localhost`.
+    /// No gateway of the rule is served.
+    #[error("no gateway is served that it could lead to")]
+    NoGatewayServed,
+    /// None of the containers that the rule names runs on the network.
+    #[error("none of its containers runs there")]
+    NoContainerThere,
+
+    // `--from`.
+    /// The containers that are served.
+    #[error("for {}", .0.join(", "))]
+    ForContainers(Vec<String>),
+    /// The engine's error about a container.
+    #[error("container {name}: {error}")]
+    ContainerError {
+        /// Its name.
+        name: String,
+        /// What the engine said.
+        error: String,
+    },
+    /// The engine has no such container.
+    #[error("no container {name}{hint}")]
+    NoSuchContainer {
+        /// The name that the rule has.
+        name: String,
+        /// What it may have meant, or nothing.
+        hint: String,
+    },
+    /// The engine does not answer, and the container was not seen before.
+    #[error("Docker is away, and container {0} was not seen before")]
+    ContainerUnseen(String),
+    /// The container does not run.
+    #[error("container {0} does not run")]
+    ContainerStopped(String),
+    /// The container is on other networks.
+    #[error("container {name} is not on {network}{}", elsewhere(.on))]
+    ContainerElsewhere {
+        /// Its name.
+        name: String,
+        /// The rule's network.
+        network: Network,
+        /// The networks that it is on.
+        on: Vec<String>,
+    },
+    /// The container has no address that could dial this gateway.
+    #[error("container {name} has no {} address beside {gateway}", family(*.gateway))]
+    ContainerWithoutAddress {
+        /// Its name.
+        name: String,
+        /// The gateway.
+        gateway: IpAddr,
+    },
+    /// A bridge with `--from`, and no engine to ask for the containers' addresses.
+    #[error("the daemon runs with --no-docker, and knows no container's address; leave --from out")]
+    FromWithoutEngine,
+    /// A bridge with `--from`, and an engine that does not answer.
+    #[error("Docker is away, and no network of its on {0} was seen before; leave --from out")]
+    FromWhileEngineAway(String),
+    /// A bridge with `--from` that is no network's of the engine.
+    #[error(
+        "{0} is no Docker network's bridge, so Docker knows no container's address there; leave --from out"
+    )]
+    FromOnForeignBridge(String),
+
+    // What was observed.
+    /// The kernel programs are detached.
+    #[error("the kernel programs are detached and cannot be attached again; the daemon's log may say why")]
+    Detached,
+    /// A firewall drops what containers send.
+    #[error("{0}")]
+    FirewallDrops(String),
+    /// The kernel refuses some of the containers that the rule is for.
+    #[error("the kernel does not know all of its containers; the daemon's log may say why")]
+    SourcesMissing,
+    /// No listener of the service is registered.
+    #[error("its listener is not registered; the daemon's log may say why")]
+    ListenerUnregistered,
+    /// The kernel has no entry for the address.
+    #[error("the kernel has no entry for it; the daemon's log may say why")]
+    EntryMissing,
+    /// The kernel does not lead localhost to the gateway.
+    #[error("the kernel has no entry for localhost; the daemon's log may say why")]
+    LocalhostEntryMissing,
+    /// The relay does not listen.
+    #[error("its relay is not open; the daemon's log may say why")]
+    RelayClosed,
+    /// A change that the rule needs failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl Reason {
+    /// The reason's name, as the control API has it. It stays the same when the words change.
+    pub fn code(&self) -> &'static str {
+        self.into()
+    }
+}
+
+fn family(ip: IpAddr) -> &'static str {
+    if ip.is_ipv4() { "IPv4" } else { "IPv6" }
+}
+
+fn elsewhere(networks: &[String]) -> String {
+    if networks.is_empty() { String::new() } else { format!(", but on {}", networks.join(" and ")) }
+}
+
+/// All of them, in one line.
+pub fn in_words(reasons: &[Reason]) -> String {
+    reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
