@@ -150,6 +150,9 @@ impl Suite {
 
     /// The suite's `main`, which ends the process.
     pub fn main(self) -> ! {
+        // A shell cannot catch what it was started ignoring, as by nohup(1).
+        // SAFETY: the default action is no function.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
         sandbox::hook();
         systemd::hook();
         if let Some(name) = env::var_os(TEST) {
