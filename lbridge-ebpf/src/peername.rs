@@ -11,6 +11,7 @@ use crate::{
     connect::dialled,
     ctx::{self, Ends, Side},
     maps::{DIALLED, LOOPBACK_NAMES, PEER_NAMES, host_netns, relay_peer},
+    sock_ops::NOT_ACCEPTED,
 };
 
 #[inline(always)]
@@ -65,7 +66,7 @@ fn dialled_instead(ctx: &SockAddrContext, name: &Endpoint, side: Side) -> Option
 
 #[inline(always)]
 fn rewritten(ctx: &SockAddrContext, ends: &Ends, name: &Endpoint, side: Side) -> Option<Endpoint> {
-    if let Some(target) = ctx::stored(ctx, &LOOPBACK_NAMES) {
+    if let Some(target) = ctx::stored(ctx, &LOOPBACK_NAMES).filter(|target| *target != NOT_ACCEPTED) {
         return Some(match side {
             Side::Local => target,
             Side::Peer => Endpoint::new(target.address, name.port),

@@ -13,7 +13,7 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use lbridge_common::wire::{
-    Counter, Endpoint, ListenerEvent, ListenerKey, RelayPeer, RelayPeerKey, SLOTS, TCP, TargetKey,
+    Address, Counter, Endpoint, ListenerEvent, ListenerKey, RelayPeer, RelayPeerKey, SLOTS, TCP, TargetKey,
 };
 
 use crate::{
@@ -25,6 +25,8 @@ use crate::{
 };
 
 const EEXIST: i32 = 17;
+/// In the storage of a socket that connected of its own accord: no service has accepted it.
+pub const NOT_ACCEPTED: Endpoint = Endpoint::new(Address::ANY_V6, 0);
 
 /// What differs between kernels that tell a socket's namespace here and those that do not.
 pub struct Variant {
@@ -53,7 +55,7 @@ pub fn on_callback(ctx: &SockOpsContext, variant: Variant) {
         }
         // Connections that a registered listener accepted come here as well: they inherit the flag.
         BPF_SOCK_OPS_STATE_CB if ctx::second_argument(ctx) == BPF_TCP_CLOSE => relay_closes(ctx, &ends),
-        BPF_SOCK_OPS_TCP_CONNECT_CB => relay_connects(ctx, &ends),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connects(ctx, &ends),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB if (variant.is_host)(ctx) => connected(ctx, &ends),
         _ => {}
     }
@@ -65,7 +67,16 @@ fn follow_state(ctx: &SockOpsContext) {
     let _ = ctx.set_cb_flags((ctx::callback_flags(ctx) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
 }
 
-/// A relay's socket has got its port and has sent nothing yet.
+/// A socket has got its port and has sent nothing yet.
+#[inline(always)]
+fn connects(ctx: &SockOpsContext, ends: &Ends) {
+    relay_connects(ctx, ends);
+    // In a simultaneous open it is told as one that was accepted (tcp_rcv_state_process() with TCP_SYN_RECV).
+    if loopback_view(&ends.local, &ends.remote.address).is_some() {
+        ctx::store(ctx, &LOOPBACK_NAMES, &mut { NOT_ACCEPTED });
+    }
+}
+
 #[inline(always)]
 fn relay_connects(ctx: &SockOpsContext, ends: &Ends) {
     let cookie = ctx::cookie(ctx);
@@ -100,8 +111,11 @@ fn connected(ctx: &SockOpsContext, ends: &Ends) {
         if let Some(mut peer) = relay_peer(&RelayPeerKey { relay: ends.remote, service: ends.local }) {
             ctx::store(ctx, &PEER_NAMES, &mut peer.container);
         }
-    } else if let Some(mut view) = loopback_view(&ends.local, &ends.remote.address) {
-        // Steered: whatever else comes there would look local, and was refused.
+    } else if let Some(mut view) = loopback_view(&ends.local, &ends.remote.address)
+        // The host itself is never steered.
+        && ends.local.address != ends.remote.address
+    {
+        // Steered: whatever else comes there would look local, and was refused. Not where the socket is [`NOT_ACCEPTED`].
         ctx::store(ctx, &LOOPBACK_NAMES, &mut view.target);
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use lbridge_tests::harness::client;
 use lbridge_tests::harness::daemon::Options;
+use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::{kernel, patience, pins, service};
@@ -22,6 +23,8 @@ pub(crate) fn tests() -> Vec<Test> {
         relayed_name_outlives_the_rule,
         local_names_are_for_steered_connections_alone,
         a_local_name_outlives_the_rule,
+        the_host_at_its_own_gateway_is_not_named_local,
+        a_simultaneous_open_is_not_named_local: [Need::Program("nft")],
         ipv6_container_is_not_shown_as_some_ipv4_address,
         relays_leave_the_ports_of_the_host_alone,
         whoever_comes_by_another_bridge_is_no_local_peer: [Need::TellsInterfaces],
@@ -114,6 +117,50 @@ fn local_names_are_for_steered_connections_alone() -> Result<()> {
         is_container(&scene, socket.peer_addr()?).context(what)?;
         ensure!(socket.peer_addr()? == peer && socket.local_addr()? == gateway, "{what}: {socket:?}");
     }
+    Ok(())
+}
+
+/// Another service of the host's at the dialled port, which the host itself reaches.
+fn the_host_at_its_own_gateway_is_not_named_local() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    let _own = scene.service("own", "0.0.0.0:8081")?;
+    scene.allow(&["8081=8080", "--source", "loopback"])?;
+    scene.served(8081, "service")?;
+    let greeting = client::served_by(scene.lab.host(), scene.gateway(8081), "own")?;
+    ensure!(
+        greeting.peer.ip() == scene.bridge.gateway() && greeting.local == scene.gateway(8081),
+        "{greeting:?}"
+    );
+    Ok(())
+}
+
+/// A socket that connects from the gateway's address and the dialled port, and meets a SYN.
+fn a_simultaneous_open_is_not_named_local() -> Result<()> {
+    let scene = Scene::new()?;
+    let _service = scene.service("redis", "127.0.0.1:6379")?;
+    scene.allow(&["6379", "--source", "loopback"])?;
+    scene.served(6379, "redis")?;
+    let (gateway, inside) = (scene.gateway(6379), SocketAddr::new(scene.container_ip, 7000));
+    // The container does not hear the host's SYN.
+    scene.container.shell(
+        "nft 'table ip t { chain i { type filter hook input priority 0; tcp flags & (syn|ack) == syn drop; }; }'",
+    )?;
+    let connect = |from: &NetNs, own: SocketAddr, to: SocketAddr| {
+        from.run(|| {
+            let socket = kernel::stream_socket(false, false)?;
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+            socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(own))?;
+            let stream = TcpStream::from(socket);
+            stream.set_nonblocking(true)?;
+            let _ = socket::connect(stream.as_raw_fd(), &SockaddrStorage::from(to));
+            Ok(stream)
+        })
+    };
+    let host = connect(scene.lab.host(), gateway, inside)?;
+    let container = connect(&scene.container, inside, gateway)?;
+    patience::until("they are connected", || Ok(container.peer_addr().ok().and(host.peer_addr().ok())))?;
+    ensure!(host.peer_addr()? == inside && host.local_addr()? == gateway, "{host:?}");
     Ok(())
 }
 
