@@ -14,6 +14,7 @@ use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::usage::Process;
 use lbridge_tests::harness::{kernel, netns::NetNs, patience};
 use lbridge_tests::tests;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{self, SockaddrStorage};
 
 pub(crate) fn tests() -> Vec<Test> {
@@ -65,6 +66,8 @@ fn path_relay_is_relayed() -> Result<()> {
 fn a_local_user_cannot_take_the_relays_ports() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("relayed", "127.0.0.1:8080")?;
+    // More than a guest's system lets a process have.
+    setrlimit(Resource::RLIMIT_NOFILE, 8192, 8192)?;
     let _ports = scene.lab.host().run(|| {
         let bound = (61_000..=u16::MAX).map(|port| -> Result<_> {
             let socket = kernel::stream_socket(false, false)?;

@@ -94,6 +94,9 @@ impl Resolver<'_> {
             (_, Some(why)) if rule.path == PathChoice::Steer || rule.spec.protocol == Protocol::Udp => {
                 Way::None(Outcome::because(State::Blocked, why))
             }
+            // Its relay closes with the service. Without an entry whoever listens on the gateway, or on every address, would get the
+            // connections from then on.
+            (None, _) if self.abilities.steer.is_ok() => Way::Refuse(waiting()),
             (None, _) => Way::None(waiting()),
             (Some(at), Some(why)) => self.relay(rule, at, why),
         };
