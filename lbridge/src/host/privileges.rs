@@ -3,7 +3,10 @@
 
 use std::io;
 
-use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+use rustix::{
+    io::Errno,
+    thread::{CapabilitySet, capabilities, remove_capability_from_bounding_set, set_capabilities},
+};
 
 /// Programs, maps and namespaces; the firewall; other processes' sockets and files; ports below 1024.
 const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN
@@ -14,9 +17,23 @@ const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::DAC_OVERRIDE);
 
 /// Gives up what is needed at the start alone, for this thread and those that it will start (capset(2) is of one thread).
-/// What they run, where `NoNewPrivileges=` is set, has no more either.
+/// What they run has no more either: root's programs get what is in the bounding set.
+///
+/// # Errors
+///
+/// If the kernel refuses it.
 pub fn give_up() -> io::Result<()> {
     let mut sets = capabilities(None)?;
+    // Without it a service manager has bounded them already.
+    if sets.effective.contains(CapabilitySet::SETPCAP) {
+        for capability in CapabilitySet::all().difference(KEPT).iter() {
+            match remove_capability_from_bounding_set(capability) {
+                // This kernel does not know it.
+                Ok(()) | Err(Errno::INVAL) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
     sets.permitted &= KEPT;
     sets.effective &= KEPT;
     sets.inheritable = CapabilitySet::empty();
