@@ -2,7 +2,7 @@
 //! the others from being carried out; what failed is told.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     future::Pending,
     io,
     net::{IpAddr, SocketAddr},
@@ -18,7 +18,7 @@ use super::{
     sources::{Contradicted, SourceGate},
 };
 use crate::{
-    firewall::{self, Firewall},
+    firewall::{self, Firewall, conntrack},
     host::{
         listeners::{self, Taker},
         netns::{LOOPBACK, Namespace},
@@ -32,7 +32,7 @@ use crate::{
         inventory::{Absence, ListenerKind, NamespaceId},
         plan::{self, Step},
         policy::{Place, Policy, RelayKey, RelaySpec},
-        reality::Reality,
+        reality::{Flows, Reality},
     },
     relay::{self, listener::Listening, set::RelaySet},
 };
@@ -75,6 +75,8 @@ pub(super) struct Failures {
     pub(super) relays: BTreeMap<RelayKey, String>,
     /// Entries that could not be put.
     pub(super) entries: BTreeMap<RuleKey, String>,
+    /// What accept rules let in whose flows conntrack could not be had to forget.
+    pub(super) flows: BTreeMap<(AcceptedKey, u32), String>,
     /// What accept rules let in that the kernel could not be told of.
     pub(super) accepted: BTreeMap<(AcceptedKey, u32), String>,
     /// Listeners, by inode, that the kernel cannot be given.
@@ -109,11 +111,27 @@ impl Failures {
         let specific = self.entries.values().chain(self.listeners.values()).chain(self.openings.values());
         specific
             .chain(self.accepted.values())
+            .chain(self.flows.values())
             .chain(&self.name_hooks)
             .chain(&self.connect_hooks)
             .chain(&self.reply_hooks)
             .chain(&self.others)
     }
+}
+
+/// The flows of what no accept rule lets in any more.
+fn flows(found: &Reality) -> BTreeMap<(AcceptedKey, u32), Flows> {
+    let accepts: BTreeSet<_> =
+        found.filtering.accepts.keys().map(|(_, opening)| opening.accepted()).collect();
+    let gone: BTreeSet<_> = found.accepted.difference(&accepts).copied().collect();
+    if gone.is_empty() {
+        return BTreeMap::new();
+    }
+    conntrack::flows(&gone).unwrap_or_else(|error| {
+        tracing::debug!("the flows of accept rules that are gone cannot be listed: {error}");
+        let unknown = Flows { open: 1, over: 0 };
+        gone.into_iter().map(|key| (key, unknown)).collect()
+    })
 }
 
 impl relay::PeerNames for PeerNames {
@@ -139,13 +157,15 @@ impl relay::PeerNames for PeerNames {
 impl Executor {
     /// What is in force, read back.
     pub(super) async fn reality(&mut self, policy: &Policy) -> anyhow::Result<Reality> {
-        let filtering = self.filtering(policy).await;
-        Ok(Reality { filtering, ..self.in_force()? })
+        let in_force = self.in_force()?;
+        Ok(self.behind_firewall(policy, in_force).await)
     }
 
-    /// Reads the state of the host's firewall, which may take as long as its tools do.
-    pub(super) async fn filtering(&mut self, policy: &Policy) -> Filtering {
-        self.firewall.look(&policy.openings).await.clone()
+    /// With the state of the host's firewall, which may take as long as its tools do.
+    pub(super) async fn behind_firewall(&mut self, policy: &Policy, in_force: Reality) -> Reality {
+        let filtering = self.firewall.look(&policy.openings).await.clone();
+        let found = Reality { filtering, ..in_force };
+        Reality { flows: flows(&found), ..found }
     }
 
     /// Withdraws what the policy does not grant, and waits for nobody. What else is in force then; nothing of the firewall.
@@ -175,6 +195,7 @@ impl Executor {
             entries: kernel.maps.entries()?,
             sources: kernel.maps.sources()?,
             accepted: kernel.maps.accepted()?,
+            flows: BTreeMap::new(),
             dials: kernel.maps.dials()?,
             views: kernel.maps.views()?,
             registered: kernel.maps.registered()?,
@@ -216,6 +237,7 @@ impl Executor {
                     Step::PutEntry(key, _) | Step::AddSource(SourceKey { rule: key, .. }) => {
                         drop(failures.entries.insert(*key, text));
                     }
+                    Step::ForgetFlows(key) => drop(failures.flows.insert(*key, text)),
                     Step::AddAccepted(key) => drop(failures.accepted.insert(*key, text)),
                     Step::Register { inode, key } => match unsuitable(&error) {
                         Some(kind) => drop(failures.refused.insert(*inode, kind)),
@@ -254,6 +276,13 @@ impl Executor {
             // What it lets in would reach whoever listens on every address.
             Step::Accept { opening, .. } if failures.accepted.contains_key(&opening.accepted()) => {
                 bail!("the kernel could not be told to refuse the others that it lets in")
+            }
+            Step::RemoveAccepted(key) if failures.flows.contains_key(key) => {
+                bail!("the firewall still lets in some of its flows")
+            }
+            Step::ForgetFlows(key) => {
+                let forgotten = conntrack::forget(&[*key].into());
+                return forgotten.context("cannot have conntrack forget flows that an accept rule let in");
             }
             Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {
@@ -306,6 +335,7 @@ impl Executor {
             | Step::CloseRelay { .. }
             | Step::Accept { .. }
             | Step::Unaccept { .. }
+            | Step::ForgetFlows(_)
             | Step::Probe(_) => Ok(()),
         }
         .with_context(|| format!("{step:?}"))

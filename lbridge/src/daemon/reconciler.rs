@@ -372,8 +372,8 @@ impl Reconciler {
             if let Some(guests) = &mut self.executor.guests {
                 guests.want(policy.dials.keys().map(|key| key.ifindex).collect()).await;
             }
-            let filtering = self.executor.filtering(&policy).await;
-            let reality = Reality { filtering, guests: self.executor.guests(), ..in_force };
+            let reality = self.executor.behind_firewall(&policy, in_force).await;
+            let reality = Reality { guests: self.executor.guests(), ..reality };
             if reality.registered.len() < MAX_LISTENERS as usize {
                 // From the next look on.
                 self.refused.retain(|_, kind| *kind != ListenerKind::NoRoom);

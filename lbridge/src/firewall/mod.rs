@@ -5,9 +5,11 @@
 //! - [`ruleset`]: nftables' rules, in the types of the `nftables` crate;
 //! - [`iptables`]: the tables of `iptables-nft` and `iptables-legacy`, through those programs;
 //! - [`firewalld`]: firewalld whose table takes rules from nobody else;
-//! - [`changes`]: the kernel's word that a ruleset has changed.
+//! - [`changes`]: the kernel's word that a ruleset has changed;
+//! - [`conntrack`]: flows that are let in though their accept rule is gone.
 
 mod changes;
+pub mod conntrack;
 mod firewalld;
 mod iptables;
 mod probe;
@@ -15,6 +17,8 @@ mod ruleset;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    env,
+    ffi::OsString,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     process::Stdio,
@@ -23,6 +27,7 @@ use std::{
 
 use anyhow::Context as _;
 use ipnet::IpNet;
+use rustix::process::{Signal, set_parent_process_death_signal};
 use tokio::{io::AsyncWriteExt as _, sync::mpsc};
 
 use crate::planning::{
@@ -30,7 +35,7 @@ use crate::planning::{
     rule::Protocol,
 };
 use changes::Changes;
-use ruleset::{PATIENCE, Problem, Ruleset};
+use ruleset::{PATIENCE, Problem, Ruleset, Unread};
 
 /// A look at the ruleset without a reason: nothing tells of `iptables-legacy`'s changes.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
@@ -163,6 +168,7 @@ impl Firewall {
         }
         let (ruleset, problems) = Ruleset::read(&self.openings).await;
         let unreadable = (!problems.is_empty()).then(|| listed(&problems));
+        let failed = problems.iter().any(|unread| matches!(unread.problem, Problem::Failed(_)));
         self.looked = Some(Look { begun, took: begun.elapsed() });
         if ruleset.others != self.others {
             self.seen.passages.clear();
@@ -171,10 +177,12 @@ impl Firewall {
         self.seen.needed.extend(ruleset.accepts.keys().map(|(_, opening)| opening.clone()));
         self.seen.chains = ruleset.chains;
         // What could not be read may be there still.
-        let kept =
-            if unreadable.is_some() { std::mem::take(&mut self.seen.accepts) } else { BTreeMap::new() };
-        self.seen.accepts = kept.into_iter().chain(ruleset.accepts).collect();
+        let mut accepts = std::mem::take(&mut self.seen.accepts);
+        accepts.retain(|(chain, _), _| problems.iter().any(|unread| unread.through.contains(&chain.through)));
+        accepts.extend(ruleset.accepts);
+        self.seen.accepts = accepts;
         self.seen.unreadable = unreadable;
+        self.seen.failed = failed;
         self.others = ruleset.others;
     }
 
@@ -273,10 +281,11 @@ async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
     removed.with_context(|| format!("cannot remove the firewall's accept rule for {opening}"))
 }
 
-/// Removes every accept rule of lbridge's, for good; how many there were. For when no daemon runs.
-pub async fn remove_all() -> anyhow::Result<usize> {
+/// Removes every accept rule of lbridge's, for good; how many there were. For when no daemon runs. `expected` says that there may be
+/// some, so that a tool which is not there is needed.
+pub async fn remove_all(expected: bool) -> anyhow::Result<usize> {
     let (ruleset, mut problems) = Ruleset::read(&BTreeMap::new()).await;
-    problems.retain(|problem| matches!(problem, Problem::Failed(_)));
+    problems.retain(|unread| expected || matches!(unread.problem, Problem::Failed(_)));
     for (chain, opening) in ruleset.accepts.keys() {
         remove(chain, opening).await?;
     }
@@ -303,8 +312,15 @@ fn everybody(gateway: IpAddr) -> IpNet {
     IpNet::new_assert(any, 0)
 }
 
-fn listed(problems: &[Problem]) -> String {
-    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+fn listed(problems: &[Unread]) -> String {
+    problems.iter().map(|unread| unread.problem.to_string()).collect::<Vec<_>>().join("; ")
+}
+
+/// Where the tools are looked for: also where a user's shell may not look, as after `su` without `-`.
+fn tools_path() -> OsString {
+    let mut path = env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/local/sbin:/usr/sbin:/sbin");
+    path
 }
 
 /// Runs a firewall's tool to its end; what it prints.
@@ -316,7 +332,10 @@ async fn run(program: &'static str, arguments: &[&str]) -> Result<String, Proble
 async fn run_with(program: &'static str, arguments: &[&str], input: &str) -> Result<String, Problem> {
     let failed = |why: String| Problem::Failed(anyhow::anyhow!("{program}: {why}"));
     let mut command = tokio::process::Command::new(program);
-    command.args(arguments).env("LC_ALL", "C").kill_on_drop(true);
+    command.args(arguments).env("LC_ALL", "C").env("PATH", tools_path()).kill_on_drop(true);
+    // A tool that outlives a killed daemon would put an accept rule that nobody knows of. A failure leaves it as it was.
+    // SAFETY: prctl() is async-signal-safe.
+    unsafe { command.pre_exec(|| set_parent_process_death_signal(Some(Signal::KILL)).or(Ok(()))) };
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let output = async {
         let mut child = command.spawn()?;

@@ -41,10 +41,18 @@ const FIREWALLD: &str = "firewalld";
 /// Of iptables' tables the one that filters, and its chain.
 const FILTER: (&str, &str) = ("filter", "INPUT");
 
+/// Chains that could not be read.
+#[derive(Debug)]
+pub(super) struct Unread {
+    /// How they are changed.
+    pub(super) through: &'static [Through],
+    /// Why.
+    pub(super) problem: Problem,
+}
+
 /// Why something could not be read.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Problem {
-    /// Nor could lbridge have put anything there.
     #[error("{0} is not installed")]
     Missing(&'static str),
     #[error("{0:#}")]
@@ -64,16 +72,17 @@ pub(super) struct Ruleset {
 
 impl Ruleset {
     /// Reads all of it; and why some of it could not be read.
-    pub(super) async fn read(openings: &BTreeMap<Opening, Link>) -> (Self, Vec<Problem>) {
+    pub(super) async fn read(openings: &BTreeMap<Opening, Link>) -> (Self, Vec<Unread>) {
         let mut ruleset = Self::default();
         let mut problems = vec![];
+        let unread = |through, problem| Unread { through, problem };
         match list().await {
             Ok(tables) => {
                 for variant in Variant::both(Through::IptablesNft) {
                     let family = variant.family();
                     let own = if tables.chains.contains_key(&key(family, FILTER.0, FILTER.1)) {
-                        variant.list().await.unwrap_or_else(|error| {
-                            problems.push(error);
+                        variant.list().await.unwrap_or_else(|problem| {
+                            problems.push(unread(&[Through::IptablesNft], problem));
                             Listed::default()
                         })
                     } else {
@@ -87,39 +96,41 @@ impl Ruleset {
                 {
                     match firewalld::list(&chain.chain, openings).await {
                         Ok(accepts) => ruleset.accepts.extend(accepts),
-                        Err(problem) => problems.push(problem),
+                        Err(problem) => problems.push(unread(&[Through::Firewalld], problem)),
                     }
                 }
             }
             // Without `nft` there may still be the program that most firewalls use.
             Err(missing @ Problem::Missing(_)) => {
-                problems.push(missing);
+                problems.push(unread(&[Through::Nft, Through::Firewalld], missing));
                 for variant in Variant::both(Through::IptablesNft) {
-                    ruleset.take_iptables(variant, &mut problems).await;
+                    let problem = ruleset.take_iptables(variant).await.err();
+                    problems.extend(problem.map(|problem| unread(&[Through::IptablesNft], problem)));
                 }
             }
-            Err(failed) => problems.push(failed),
+            Err(failed) => {
+                let hidden = &[Through::Nft, Through::Firewalld, Through::IptablesNft];
+                problems.push(unread(hidden, failed));
+            }
         }
         for variant in Variant::both(Through::IptablesLegacy) {
             if variant.is_in_use() {
-                ruleset.take_iptables(variant, &mut problems).await;
+                let problem = ruleset.take_iptables(variant).await.err();
+                problems.extend(problem.map(|problem| unread(&[Through::IptablesLegacy], problem)));
             }
         }
         ruleset.chains.sort_by_key(|chain| chain.denial);
         (ruleset, problems)
     }
 
-    async fn take_iptables(&mut self, variant: Variant, problems: &mut Vec<Problem>) {
-        match variant.list().await {
-            Ok(Listed { accepts, chain, others }) => {
-                self.accepts.extend(accepts);
-                self.chains.extend(chain);
-                for line in others {
-                    self.note(&line);
-                }
-            }
-            Err(problem) => problems.push(problem),
+    async fn take_iptables(&mut self, variant: Variant) -> Result<(), Problem> {
+        let Listed { accepts, chain, others } = variant.list().await?;
+        self.accepts.extend(accepts);
+        self.chains.extend(chain);
+        for line in others {
+            self.note(&line);
         }
+        Ok(())
     }
 
     fn note(&mut self, text: &str) {

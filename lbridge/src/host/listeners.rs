@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     ffi::OsStr,
     fs, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::{
         fd::OwnedFd,
         unix::{ffi::OsStrExt as _, fs::FileTypeExt as _},
@@ -19,20 +19,17 @@ use netlink_packet_sock_diag::{
     constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP, TCP_LISTEN},
     inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
-use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
-
+use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
 use rustix::{
     net::{ipproto, sockopt},
     process::{self, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_open},
 };
 
+use super::netlink;
 use crate::planning::{
     inventory::{Listener, ListenerKind},
     rule::Protocol,
 };
-
-/// Enough for any datagram of a dump: the kernel makes them at most 32 KiB.
-const DUMP_BUFFER: usize = 64 * 1024;
 
 /// Every listening TCP socket of this thread's network namespace, in order of inode.
 pub fn tcp() -> anyhow::Result<Vec<Listener>> {
@@ -80,10 +77,8 @@ pub fn lookup(
         // INET_DIAG_NOCOOKIE: any.
         cookie: [0xff; 8],
     };
-    let mut buffer = vec![];
-    let socket = ask(family, protocol.number(), socket_id, StateFlags::all(), 0, &mut buffer)?;
-    buffer.clear();
-    socket.recv(&mut buffer, 0)?;
+    let socket = ask(family, protocol.number(), socket_id, StateFlags::all(), 0)?;
+    let (buffer, _) = socket.recv_from_full()?;
     match NetlinkMessage::<SockDiagMessage>::deserialize(&buffer)?.payload {
         NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
             let takes = kind == ListenerKind::Udp || response.header.state == TCP_LISTEN;
@@ -97,60 +92,61 @@ pub fn lookup(
     }
 }
 
-fn dump(family: u8, kind: ListenerKind, listeners: &mut Vec<Listener>) -> anyhow::Result<()> {
+fn dump(family: u8, kind: ListenerKind, listeners: &mut Vec<Listener>) -> io::Result<()> {
     // A UDP socket that is not connected is "closed".
     let (protocol, states) = match kind {
         ListenerKind::Udp => (IPPROTO_UDP, StateFlags::CLOSE),
         _ => (IPPROTO_TCP, StateFlags::LISTEN),
     };
-    let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
-    let mut buffer = vec![];
-    let socket = ask(family, protocol, socket_id, states, NLM_F_DUMP, &mut buffer)?;
-    loop {
-        // netlink-sys takes a `BufMut` and fills what is free of it.
-        buffer.clear();
-        socket.recv(&mut buffer, 0)?;
-        let mut rest = &buffer[..];
-        while !rest.is_empty() {
-            let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)?;
-            let length = (message.header.length as usize).next_multiple_of(4);
-            match message.payload {
-                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
-                    listeners.push(listener(&response, kind));
-                }
-                // A protocol without a module has its error at the end of an empty list.
-                NetlinkPayload::Done(done) if done.code < 0 => {
-                    return Err(io::Error::from_raw_os_error(-done.code).into());
-                }
-                NetlinkPayload::Done(_) => return Ok(()),
-                NetlinkPayload::Error(error) => return Err(error.to_io().into()),
-                _ => {}
-            }
-            rest = rest.get(length..).unwrap_or_default();
-        }
-    }
+    each(family, protocol, states, |response| listeners.push(listener(response, kind)))
 }
 
-/// Sends a request; its answer is to be received into `buffer`.
-fn ask(
+/// The ends of every TCP connection of this thread's network namespace that has a socket with one of these addresses as its own,
+/// that first. Not those in TIME_WAIT, whose ends a SYN may have again.
+///
+/// # Errors
+///
+/// If the sockets cannot be listed.
+pub fn connections(own: &BTreeSet<SocketAddr>) -> io::Result<BTreeSet<(SocketAddr, SocketAddr)>> {
+    let mut found = BTreeSet::new();
+    let states = || StateFlags::all() - StateFlags::LISTEN - StateFlags::CLOSE - StateFlags::TIME_WAIT;
+    // An IPv6 socket may have an IPv4 connection.
+    for family in [AF_INET, AF_INET6] {
+        each(family, IPPROTO_TCP, states(), |response| {
+            let id = &response.header.socket_id;
+            let end = |ip: IpAddr, port| SocketAddr::new(ip.to_canonical(), port);
+            let ours = end(id.source_address, id.source_port);
+            if own.contains(&ours) {
+                found.insert((ours, end(id.destination_address, id.destination_port)));
+            }
+        })?;
+    }
+    Ok(found)
+}
+
+/// Lists sockets.
+fn each(
     family: u8,
     protocol: u8,
-    socket_id: SocketId,
     states: StateFlags,
-    flags: u16,
-    buffer: &mut Vec<u8>,
-) -> anyhow::Result<Socket> {
-    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-    socket.bind_auto()?;
-    socket.connect(&NetlinkAddr::new(0, 0))?;
+    mut socket: impl FnMut(&InetResponse),
+) -> io::Result<()> {
+    let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
+    let diag = ask(family, protocol, socket_id, states, NLM_F_DUMP)?;
+    netlink::receive(&diag, |message| {
+        if let SockDiagMessage::InetResponse(response) = message {
+            socket(&response);
+        }
+    })
+}
+
+/// Sends a request; its answer is to be received.
+fn ask(family: u8, protocol: u8, socket_id: SocketId, states: StateFlags, flags: u16) -> io::Result<Socket> {
+    let socket = netlink::connect(NETLINK_SOCK_DIAG)?;
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | flags;
     let request = InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states, socket_id };
-    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
-    message.finalize();
-    buffer.resize(DUMP_BUFFER, 0);
-    message.serialize(buffer);
-    socket.send(&buffer[..message.buffer_len()], 0)?;
+    netlink::send(&socket, NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into()))?;
     Ok(socket)
 }
 

@@ -13,13 +13,13 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use aya::maps::{MapData, MapError};
+use aya::maps::{LpmTrie, Map, MapData, MapError};
 use lbridge_common::{
     symbols::{
         ACCEPTED, COUNTERS, DIALLED, DIALS, GUESTS, LISTENERS, LOOPBACK_NAMES, LOOPBACK_VIEWS, PEER_NAMES,
         RELAY_CONNECTS, RELAY_PEERS, RELAYS, REPLIES, RULES, SOURCES, TARGETS,
     },
-    wire::ABI_VERSION,
+    wire::{ABI_VERSION, AcceptedKey},
 };
 use nix::{
     errno::Errno,
@@ -210,6 +210,28 @@ pub(super) fn link_ids(root: &Path) -> BTreeSet<u32> {
     let pins = versions.iter().filter_map(|(_, path)| fs::read_dir(path).ok()).flatten().flatten();
     let links = pins.map(|pin| pin.path()).filter(|path| is_link(path));
     links.filter_map(|path| Some(Link::pinned(&path).ok()?.info().ok()?.id)).collect()
+}
+
+/// What accept rules let in, as the last daemon knew it, with the bits of each key that count.
+///
+/// # Errors
+///
+/// If somebody else could change the folder; if the map cannot be read.
+pub fn accepted(root: &Path) -> anyhow::Result<BTreeSet<(AcceptedKey, u32)>> {
+    let folder = root.join(format!("v{ABI_VERSION}"));
+    match trusted::open_folder(&folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        opened => opened.map_err(|error| refused(root, &folder, &error))?,
+    };
+    let path = folder.join(ACCEPTED);
+    if !path.exists() {
+        return Ok(BTreeSet::new());
+    }
+    let read = || -> Result<_, MapError> {
+        let map: LpmTrie<MapData, AcceptedKey, u8> = Map::LpmTrie(MapData::from_pin(&path)?).try_into()?;
+        map.keys().map(|key| key.map(|key| (key.data(), key.prefix_len()))).collect()
+    };
+    read().with_context(|| format!("failed to read map {}", path.display()))
 }
 
 /// Removes everything that daemons pinned at `root`, and by that detaches it; whether there was anything. None may run.

@@ -281,6 +281,8 @@ pub struct Filtering {
     pub needed: BTreeSet<Opening>,
     /// Why the ruleset could not be read.
     pub unreadable: Option<String>,
+    /// A tool that is there failed, so that there may be any accept rule.
+    pub failed: bool,
 }
 
 impl Filtering {

@@ -9,7 +9,7 @@
 //! - what only takes access away, and needs nothing new, comes first ([`revocations`]);
 //! - what leads to a gateway is entered after what answers there, and goes before it; its hooks come before it, and go after it;
 //! - the firewall is tried last, when everything that answers is there;
-//! - before an accept rule is put, and for as long as it is there, the kernel refuses what no entry admits of it.
+//! - before an accept rule is put, and for as long as it or a flow that it let in is there, the kernel refuses what no entry admits of it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,7 +24,7 @@ use lbridge_common::wire::{
 use super::{
     firewall::{self, Chain, Link, Opening},
     policy::{Clients, GatewayOutcome, Place, Policy, RelayKey, RelaySpec, State},
-    reality::Reality,
+    reality::{Flows, Reality},
 };
 
 /// One change, to be carried out as it says: what it means was decided before.
@@ -59,6 +59,8 @@ pub enum Step {
     AddAccepted((AcceptedKey, u32)),
     /// Let it pass.
     RemoveAccepted((AcceptedKey, u32)),
+    /// Have conntrack forget its flows, but those of open connections.
+    ForgetFlows((AcceptedKey, u32)),
     /// Put an entry, or change where it leads.
     PutEntry(RuleKey, RuleValue),
     /// Remove an entry.
@@ -117,6 +119,7 @@ impl Step {
                 | Self::CloseRelay { .. }
                 | Self::Accept { .. }
                 | Self::Unaccept { .. }
+                | Self::ForgetFlows(_)
                 | Self::Probe(_)
         )
     }
@@ -296,7 +299,15 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps.extend(stale.map(|k| Step::Unregister(*k)));
     steps.extend(reality.targets.difference(&policy.targets).map(|port| Step::RemoveTarget(*port)));
     steps.extend(accepted.difference(&reality.accepted).map(|key| Step::AddAccepted(*key)));
-    steps.extend(reality.accepted.difference(&accepted).map(|key| Step::RemoveAccepted(*key)));
+    // What conntrack knows passes without an accept rule, and would reach whoever listens on every address.
+    for key in reality.accepted.difference(&accepted) {
+        let Flows { open, over } = reality.flows.get(key).copied().unwrap_or_default();
+        // Of one that is open the next look after its end finds that it is over.
+        if open == 0 {
+            steps.extend((over > 0).then_some(Step::ForgetFlows(*key)));
+            steps.push(Step::RemoveAccepted(*key));
+        }
+    }
     steps.extend(firewall);
     steps
 }
@@ -323,7 +334,7 @@ fn accepted(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeSet<(
     let there = reality.filtering.accepts.keys().map(|(_, opening)| opening);
     let mut accepted: BTreeSet<_> = there.chain(planned).map(Opening::accepted).collect();
     // What could not be read may be there still.
-    if reality.filtering.unreadable.is_some() {
+    if reality.filtering.failed {
         accepted.extend(&reality.accepted);
     }
     // No entry admits the clients of a relay that is bound to the gateway.

@@ -30,6 +30,8 @@ pub struct Reality {
     pub sources: BTreeSet<SourceKey>,
     /// What the kernel refuses unless an entry admits it, with the bits of the key that count: what accept rules let in.
     pub accepted: BTreeSet<(AcceptedKey, u32)>,
+    /// Flows that a firewall may still let in, of what no accept rule lets in any more.
+    pub flows: BTreeMap<(AcceptedKey, u32), Flows>,
     /// Gateways that look local.
     pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
     /// Sources of UDP services' replies.
@@ -58,6 +60,15 @@ pub struct Reality {
     pub reply_hooks: bool,
     /// The host's firewall.
     pub filtering: Filtering,
+}
+
+/// How many flows conntrack knows of what an accept rule let in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Flows {
+    /// Those of open TCP connections.
+    pub open: usize,
+    /// Others: nothing of the host's needs them.
+    pub over: usize,
 }
 
 impl Reality {

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, bail};
 
 use crate::{
-    firewall,
+    firewall::{self, conntrack},
     host::{netns::HostNetns, processes},
     kernel::{
         pins,
@@ -114,7 +114,7 @@ pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
     let _lock = no_daemon(&traces.state_dir)?;
     take(vec![
         // First: what they let in, the kernel programs keep from the host's other services.
-        ("remove the firewall's accept rules", Box::new(accept_rules)),
+        ("remove the firewall's accept rules", Box::new(|| accept_rules(&traces.bpffs))),
         (
             "detach the kernel programs",
             Box::new(|| {
@@ -129,6 +129,8 @@ pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
                 })
             }),
         ),
+        // A tool that a killed daemon had started may have put one meanwhile.
+        ("look for accept rules once more", Box::new(|| accept_rules(&traces.bpffs))),
         ("remove the control socket", Box::new(|| remove_socket(&traces.socket))),
     ])
 }
@@ -145,9 +147,13 @@ fn end_strays(bpffs: &Path) -> anyhow::Result<usize> {
     Ok(strays.len())
 }
 
-fn accept_rules() -> anyhow::Result<Option<String>> {
+fn accept_rules(bpffs: &Path) -> anyhow::Result<Option<String>> {
+    // What accept rules let in, or did when the daemon last looked.
+    let accepted = pins::accepted(bpffs)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(match runtime.block_on(firewall::remove_all())? {
+    let removed = runtime.block_on(firewall::remove_all(!accepted.is_empty()))?;
+    conntrack::forget(&accepted).context("cannot have conntrack forget flows that accept rules let in")?;
+    Ok(match removed {
         0 => None,
         1 => Some("removed 1 accept rule from the firewall".to_owned()),
         rules => Some(format!("removed {rules} accept rules from the firewall")),

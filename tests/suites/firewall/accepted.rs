@@ -3,6 +3,8 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -32,6 +34,9 @@ pub(crate) fn tests() -> Vec<Test> {
         datagrams_with_forged_sources_reach_nobody,
         an_accept_rule_that_stays_opens_nothing,
         a_cleanup_that_fails_opens_nothing,
+        a_cleanup_finds_its_tools,
+        a_tool_ends_with_its_daemon,
+        without_nft_a_denied_rule_leaves_nothing,
         a_subnet_that_shrinks_opens_nothing_else,
         rules_that_come_and_go_open_nothing_else,
         a_bridge_that_is_made_anew_opens_nothing_else,
@@ -319,6 +324,61 @@ fn a_cleanup_that_fails_opens_nothing() -> Result<()> {
     guarded.nobody_came()
 }
 
+/// A shell after `su` has no sbin on its path.
+fn a_cleanup_finds_its_tools() -> Result<()> {
+    let mut guarded = Guarded::v4()?;
+    let scene = &mut guarded.walled.scene;
+    scene.allow(&["2222=8088"])?;
+    scene.daemon.kill9()?;
+    let mut command = scene.daemon.command()?;
+    command.args(["service", "cleanup", "--bpffs"]).arg(scene.daemon.bpffs());
+    command.arg("--state-dir").arg(scene.daemon.state_dir()).env("PATH", "/usr/local/bin:/usr/bin:/bin");
+    let output = command.output()?;
+    ensure!(output.status.success(), "{output:?}");
+    ensure!(guarded.walled.own()?.is_empty(), "{:?}", guarded.walled.own()?);
+    dropped(&guarded.walled.scene.container, guarded.gateway())?;
+    guarded.nobody_came()
+}
+
+/// A daemon that is killed while a tool puts an accept rule, of which nobody would know.
+fn a_tool_ends_with_its_daemon() -> Result<()> {
+    let mut guarded = Guarded::v4()?;
+    let tool = instead_of_nft("case \"$*\" in *-f*) : > /run/nft-is-asked; sleep 2;; esac")?;
+    let mut allow = guarded.walled.scene.daemon.command()?;
+    let mut allow = allow.args(["allow", "bridge:lab0", "2222=8088"]).stderr(Stdio::null()).spawn()?;
+    let asked = Path::new("/run/nft-is-asked");
+    patience::until("nft is asked", || Ok(asked.exists().then_some(())))?;
+    guarded.walled.scene.daemon.kill9()?;
+    allow.wait()?;
+    thread::sleep(Duration::from_secs(3));
+    drop(tool);
+    ensure!(guarded.walled.own()?.is_empty(), "{:?}", guarded.walled.own()?);
+    guarded.nobody_came()
+}
+
+/// A host with iptables alone.
+fn without_nft_a_denied_rule_leaves_nothing() -> Result<()> {
+    let walled = Walled::new()?;
+    walled.must("iptables-nft -A INPUT -i lo -j ACCEPT; iptables-nft -P INPUT DROP")?;
+    let scene = &walled.scene;
+    let _own = scene.service("own", &format!("0.0.0.0:{PORT}"))?;
+    let _service = scene.service("steered", "127.0.0.1:8088")?;
+    let _missing = without_nft()?;
+    scene.allow(&["2222=8088"])?;
+    scene.served(PORT, "steered")?;
+    scene.deny(&["2222"])?;
+    let removals = || scene.daemon.log().matches("is removed from").count();
+    ensure!(removals() == 1, "removed {} times", removals());
+    // The administrator opens the port.
+    walled.must("iptables-nft -I INPUT -i lab0 -p tcp --dport 2222 -j ACCEPT")?;
+    client::served_by(&scene.container, scene.gateway(PORT), "own").map(drop)
+}
+
+/// For as long as this lives execve(2) of `nft` fails as if it was not there: ENOENT, of an interpreter that is not.
+fn without_nft() -> Result<impl Drop> {
+    in_place_of_nft("#!/nowhere\n")
+}
+
 /// The accept rule for the wider subnet stays, while the entry has the narrower one.
 fn a_subnet_that_shrinks_opens_nothing_else() -> Result<()> {
     let guarded = Guarded::v4()?;
@@ -348,22 +408,28 @@ fn a_subnet_that_shrinks_opens_nothing_else() -> Result<()> {
 }
 
 /// `nft` that fails with arguments of that pattern, in the place of the real one for as long as this lives.
-fn broken_nft(fails: &str) -> Result<impl Drop> {
+fn broken_nft(fails: &str) -> Result<impl Drop + use<>> {
+    instead_of_nft(&format!("case \"$*\" in {fails}) echo broken >&2; exit 1;; esac"))
+}
+
+/// `nft` that runs these lines of a shell's first.
+fn instead_of_nft(lines: &str) -> Result<impl Drop + use<>> {
+    std::fs::copy("/usr/sbin/nft", "/run/nft-of-the-host")?;
+    in_place_of_nft(&format!("#!/bin/sh\n{lines}\nexec /run/nft-of-the-host \"$@\"\n"))
+}
+
+fn in_place_of_nft(script: &str) -> Result<impl Drop + use<>> {
     struct Mounted;
     impl Drop for Mounted {
         fn drop(&mut self) {
             let _ = nix::mount::umount2("/usr/sbin/nft", nix::mount::MntFlags::MNT_DETACH);
         }
     }
-    let script = format!(
-        "#!/bin/sh\ncase \"$*\" in {fails}) echo broken >&2; exit 1;; esac\nexec /run/nft-of-the-host \"$@\"\n"
-    );
-    std::fs::copy("/usr/sbin/nft", "/run/nft-of-the-host")?;
-    std::fs::write("/run/nft-broken", script)?;
-    std::fs::set_permissions("/run/nft-broken", std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    std::fs::write("/run/nft-instead", script)?;
+    std::fs::set_permissions("/run/nft-instead", std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let flags = nix::mount::MsFlags::MS_BIND;
-    nix::mount::mount(Some("/run/nft-broken"), "/usr/sbin/nft", None::<&str>, flags, None::<&str>)
-        .context("mount a broken nft")?;
+    nix::mount::mount(Some("/run/nft-instead"), "/usr/sbin/nft", None::<&str>, flags, None::<&str>)
+        .context("mount over nft")?;
     Ok(Mounted)
 }
 

@@ -4,6 +4,7 @@
 mod accepted;
 mod chains;
 mod firewalld;
+mod flows;
 mod udp;
 mod ufw;
 mod upkeep;
@@ -32,9 +33,16 @@ fn main() {
         Need::Program("dockerd"),
         Need::Program("systemctl"),
     ];
-    let tests =
-        [chains::tests(), accepted::tests(), firewalld::tests(), ufw::tests(), udp::tests(), upkeep::tests()]
-            .concat();
+    let tests = [
+        chains::tests(),
+        accepted::tests(),
+        firewalld::tests(),
+        flows::tests(),
+        ufw::tests(),
+        udp::tests(),
+        upkeep::tests(),
+    ]
+    .concat();
     let mut suite = Suite::new(NEEDS, tests);
     // firewalld and its command are Python, and started a dozen times: a test of theirs takes 15 s of a processor, of which there
     // may be a quarter.

@@ -6,7 +6,7 @@ use crate::planning::{
     inventory::Steering,
     plan::{Step, plan},
     policy::Policy,
-    reality::Reality,
+    reality::{Flows, Reality},
     rule::{PathChoice, Source},
 };
 
@@ -87,6 +87,26 @@ fn what_is_denied_is_refused_until_its_accept_rule_is_gone() {
     assert!(plan(&denied, &reality).contains(&Step::RemoveAccepted(accepted)));
 }
 
+/// A firewall lets in what belongs to a flow that it has let in before.
+#[test]
+fn what_conntrack_knows_is_refused_until_it_is_forgotten() {
+    let steered = Host::new().listens("127.0.0.1:80").allow("app", "80").policy();
+    let denied = Host::new().listens("127.0.0.1:80").policy();
+    let accepted = opening(&steered).accepted();
+    let mut reality = in_force(&steered, dropping(Through::Nft, &steered, &[opening(&steered)]));
+    reality.filtering.accepts.clear();
+    for (flows, planned) in [
+        (Flows { open: 0, over: 0 }, &[Step::RemoveAccepted(accepted)][..]),
+        (Flows { open: 0, over: 2 }, &[Step::ForgetFlows(accepted), Step::RemoveAccepted(accepted)]),
+        (Flows { open: 1, over: 2 }, &[]),
+    ] {
+        reality.flows = [(accepted, flows)].into();
+        let steps = plan(&denied, &reality);
+        let of_accepted = |step: &&Step| matches!(step, Step::ForgetFlows(_) | Step::RemoveAccepted(_));
+        assert!(steps.iter().filter(of_accepted).eq(planned), "{flows:?}: {steps:?}");
+    }
+}
+
 /// Accept rules that name the same sources, whichever the chain or the bridge, are one thing to the kernel.
 #[test]
 fn two_accept_rules_are_refused_as_one() {
@@ -106,7 +126,7 @@ fn what_cannot_be_read_may_be_there() {
     let policy = Host::new().listens("127.0.0.1:80").allow("app", "80").policy();
     let accepted = opening(&policy).accepted();
     for wanted in [&policy, &Policy::default()] {
-        let unread = Filtering { unreadable: Some("it takes too long".to_owned()), ..Filtering::default() };
+        let unread = Filtering { failed: true, ..Filtering::default() };
         let reality = Reality { accepted: [accepted].into(), ..in_force(&policy, unread) };
         let steering = policy.steering;
         let steps = plan(&Policy { steering, ..wanted.clone() }, &reality);
@@ -139,7 +159,6 @@ fn an_accept_rule_for_everybody_is_replaced() {
 fn a_relay_without_an_entry_is_let_in_only_while_it_listens() {
     let mut host = Host::new().allow_with("app", "80", Source::Container, PathChoice::Relay);
     host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: true });
-    assert!(host.policy().openings.is_empty());
     let policy = host.listens("127.0.0.1:80").policy();
     let mut reality = in_force(&policy, dropping(Through::Nft, &policy, &[]));
     let steps = plan(&policy, &reality);

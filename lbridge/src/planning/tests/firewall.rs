@@ -79,6 +79,7 @@ impl World {
             passages: self.passages.clone(),
             needed: self.needed.clone(),
             unreadable: None,
+            failed: false,
         }
     }
 

@@ -76,6 +76,7 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             Step::RemoveSource(key) => assert!(reality.sources.remove(key)),
             Step::AddAccepted(key) => assert!(reality.accepted.insert(*key)),
             Step::RemoveAccepted(key) => assert!(reality.accepted.remove(key)),
+            Step::ForgetFlows(_) => panic!("no accept rule let anything in"),
             Step::AttachConnectHooks => reality.connect_hooks = true,
             Step::DetachConnectHooks => {
                 assert!(reality.dials.is_empty(), "what leads to a gateway without hooks");
