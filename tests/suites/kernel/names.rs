@@ -24,7 +24,7 @@ pub(crate) fn tests() -> Vec<Test> {
         local_names_are_for_steered_connections_alone,
         a_local_name_outlives_the_rule,
         the_host_at_its_own_gateway_is_not_named_local,
-        a_simultaneous_open_is_not_named_local: [Need::Program("nft")],
+        a_simultaneous_open_is_not_named_local: [Need::WholeSystem],
         ipv6_container_is_not_shown_as_some_ipv4_address,
         relays_leave_the_ports_of_the_host_alone,
         whoever_comes_by_another_bridge_is_no_local_peer: [Need::TellsInterfaces],
