@@ -30,6 +30,7 @@ use crate::{
         trusted,
     },
     planning::{
+        hooks::PerHookSet,
         inventory::{Abilities, Absence, Entrance, Inventory, Namespace, NamespaceKey},
         owner::{self, Incumbents},
         plan::{Step, plan},
@@ -269,12 +270,7 @@ impl Session {
         self.incumbents = owner::incumbents(&self.rules, &inventory, &self.incumbents);
         inventory.incumbents.clone_from(&self.incumbents);
         let without = || "lbridge relay loads no programs into the kernel".to_owned();
-        let abilities = Abilities {
-            steer: Err(without()),
-            name_hooks: Err(without()),
-            connect_hooks: Err(without()),
-            reply_hooks: Err(without()),
-        };
+        let abilities = Abilities { steer: Err(without()), hooks: PerHookSet::from_fn(|_| Err(without())) };
         let policy = resolve(&self.rules, &inventory, &abilities);
         let reality =
             Reality { relays: self.relays.specs(), lingering: self.relays.lingering(), ..Reality::default() };

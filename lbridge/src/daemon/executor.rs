@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use lbridge_common::wire::{AcceptedKey, ProberKey, RuleKey, SourceKey, UDP};
+use lbridge_common::wire::{AcceptedKey, ProberKey, RuleKey, SourceKey};
 
 use super::{
     guests::Guests,
@@ -24,11 +24,12 @@ use crate::{
         netns::{LOOPBACK, Namespace},
     },
     kernel::{
-        loader::{HookSet, Kernel},
+        loader::Kernel,
         maps::{PeerNames, Probes},
     },
     planning::{
         firewall::{Filtering, Link, Opening},
+        hooks::{HookSet, PerHookSet},
         inventory::{Absence, ListenerKind, NamespaceId},
         plan::{self, Step},
         policy::{Place, Policy, RelayKey, RelaySpec},
@@ -83,12 +84,8 @@ pub(super) struct Failures {
     pub(super) refused: BTreeMap<u64, ListenerKind>,
     /// Ports whose listeners could not be registered.
     pub(super) listeners: BTreeMap<u16, String>,
-    /// Why the name hooks could not be attached.
-    pub(super) name_hooks: Option<String>,
-    /// Why the connect hooks could not be attached.
-    pub(super) connect_hooks: Option<String>,
-    /// Why the hooks of UDP services' replies could not be attached.
-    pub(super) reply_hooks: Option<String>,
+    /// Why a set of hooks could not be attached.
+    pub(super) hooks: PerHookSet<Option<String>>,
     /// What could not be let through the firewall.
     pub(super) openings: BTreeMap<Opening, String>,
     /// Everything else.
@@ -112,9 +109,7 @@ impl Failures {
         specific
             .chain(self.accepted.values())
             .chain(self.flows.values())
-            .chain(&self.name_hooks)
-            .chain(&self.connect_hooks)
-            .chain(&self.reply_hooks)
+            .chain(self.hooks.iter().filter_map(|(_, why)| why.as_ref()))
             .chain(&self.others)
     }
 }
@@ -203,10 +198,8 @@ impl Executor {
             relays,
             lingering,
             replies: kernel.maps.replies()?,
-            reply_hooks: kernel.hooks_attached(HookSet::Replies),
-            name_hooks: kernel.hooks_attached(HookSet::Names),
+            hooks: PerHookSet::from_fn(|set| kernel.hooks_attached(set)),
             name_hooks_in_use: self.name_hooks_used,
-            connect_hooks: kernel.hooks_attached(HookSet::Connect),
             guests: self.guests(),
             detached: !kernel.attached(),
             filtering: Filtering::default(),
@@ -244,9 +237,7 @@ impl Executor {
                         None => drop(failures.listeners.insert(key.port, text)),
                     },
                     Step::Accept { opening, .. } => drop(failures.openings.insert(opening.clone(), text)),
-                    Step::AttachNameHooks => failures.name_hooks = Some(text),
-                    Step::AttachConnectHooks => failures.connect_hooks = Some(text),
-                    Step::AttachReplyHooks => failures.reply_hooks = Some(text),
+                    Step::AttachHooks(set) => failures.hooks[*set] = Some(text),
                     _ => failures.others.push(text),
                 }
                 failures.steps.push(step.clone());
@@ -262,17 +253,11 @@ impl Executor {
         wanted: &HashSet<u64>,
         failures: &Failures,
     ) -> anyhow::Result<()> {
+        // The next round decides anew, knowing that there are none; until then nothing that counts on them opens.
+        if step.relies_on().iter().any(|set| failures.hooks[*set].is_some()) {
+            bail!("hooks that it relies on could not be attached");
+        }
         match step {
-            // The next round decides anew, knowing that there are none; until then nothing that counts on them opens.
-            Step::OpenRelay(..) | Step::PutEntry(..) if failures.name_hooks.is_some() => {
-                bail!("the name hooks could not be attached")
-            }
-            Step::PutDial(..) if failures.connect_hooks.is_some() => {
-                bail!("the connect hooks could not be attached")
-            }
-            Step::PutEntry(key, _) if key.protocol == u16::from(UDP) && failures.reply_hooks.is_some() => {
-                bail!("the hooks of replies could not be attached")
-            }
             // What it lets in would reach whoever listens on every address.
             Step::Accept { opening, .. } if failures.accepted.contains_key(&opening.accepted()) => {
                 bail!("the kernel could not be told to refuse the others that it lets in")
@@ -301,11 +286,10 @@ impl Executor {
         match step {
             Step::Attach => kernel.attach(),
             Step::AddTarget(port) => kernel.maps.add_target(port),
-            Step::AttachNameHooks => {
-                self.name_hooks_used = true;
-                kernel.attach_hooks(HookSet::Names)
+            Step::AttachHooks(set) => {
+                self.name_hooks_used |= *set == HookSet::Names;
+                kernel.attach_hooks(*set)
             }
-            Step::AttachConnectHooks => kernel.attach_hooks(HookSet::Connect),
             Step::PutView(key, view) => kernel.maps.put_view(*key, view),
             Step::Register { key, inode } => {
                 let socket = taker.take(*inode, wanted)?;
@@ -323,10 +307,7 @@ impl Executor {
             Step::RemoveDial(key) => kernel.maps.remove_dial(key),
             Step::RemoveEntry(key) => kernel.maps.remove_entry(key),
             Step::RemoveView(key) => kernel.maps.remove_view(*key),
-            Step::DetachNameHooks => kernel.detach_hooks(HookSet::Names),
-            Step::DetachConnectHooks => kernel.detach_hooks(HookSet::Connect),
-            Step::AttachReplyHooks => kernel.attach_hooks(HookSet::Replies),
-            Step::DetachReplyHooks => kernel.detach_hooks(HookSet::Replies),
+            Step::DetachHooks(set) => kernel.detach_hooks(*set),
             Step::PutReply(key, reply) => kernel.maps.put_reply(*key, reply),
             Step::RemoveReply(key) => kernel.maps.remove_reply(*key),
             Step::Unregister(key) => kernel.maps.unregister(key),

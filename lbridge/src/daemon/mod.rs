@@ -49,6 +49,7 @@ use crate::{
     docker::watch::Watcher,
     host::{cgroup, interfaces::Interfaces, netns::HostNetns, privileges, processes, trusted},
     kernel::{loader::Kernel, strays},
+    planning::hooks::HookSet,
     relay,
     store::Store,
 };
@@ -122,7 +123,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     if let Err(why) = &loaded.abilities.steer {
         tracing::warn!("nothing can be steered: {why}");
     }
-    let guests = loaded.guests.take().filter(|_| loaded.abilities.connect_hooks.is_ok());
+    let guests = loaded.guests.take().filter(|_| loaded.abilities.hooks[HookSet::Connect].is_ok());
     let guests = guests.map(|map| Guests::start(map, &netns)).transpose()?;
     let mut sources = loaded.sources.take().map(SourceGate::start).transpose()?;
     // Every other thread of this process has given them up, or will be started by this one.

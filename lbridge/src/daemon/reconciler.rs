@@ -41,6 +41,7 @@ use crate::{
     host::{interfaces::Interfaces, users::Users},
     kernel::{loader::Loaded, maps::Events},
     planning::{
+        hooks::HookSet,
         inventory::{
             Abilities, DockerNetwork, Inventory, ListenerKind, NamespaceId, Product, SeenContainer,
             find_networks,
@@ -120,7 +121,7 @@ impl Reconciler {
     ) -> anyhow::Result<Self> {
         let Loaded { kernel, events, guests: _, sources: _, abilities } = loaded;
         let saved_containers = store.containers();
-        let names = kernel.as_ref().filter(|_| abilities.name_hooks.is_ok());
+        let names = kernel.as_ref().filter(|_| abilities.hooks[HookSet::Names].is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn PeerNames>);
         Ok(Self {
             rules,
@@ -411,14 +412,10 @@ impl Reconciler {
                 tracing::warn!("{news}");
             }
             self.refused.append(&mut failures.refused);
-            if let Some(why) = failures.name_hooks.take() {
-                self.abilities.name_hooks = Err(why);
-            }
-            if let Some(why) = failures.connect_hooks.take() {
-                self.abilities.connect_hooks = Err(why);
-            }
-            if let Some(why) = failures.reply_hooks.take() {
-                self.abilities.reply_hooks = Err(why);
+            for set in HookSet::ALL {
+                if let Some(why) = failures.hooks[set].take() {
+                    self.abilities.hooks[set] = Err(why);
+                }
             }
         }
     }

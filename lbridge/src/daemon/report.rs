@@ -16,6 +16,7 @@ use crate::{
     },
     planning::{
         firewall::Passage,
+        hooks::HookSet,
         inventory::{Entrance, NamespaceKey},
         policy::{
             Clients, DialOutcome, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome,
@@ -179,7 +180,7 @@ impl Report {
     /// What leads to a gateway is in the same state as that, if it is there.
     fn dial(&self, meant: &DialOutcome, gateways: &[GatewayStatus]) -> DialStatus {
         let entries = meant.keys.iter().all(|key| self.reality.dials.contains_key(key));
-        let there = self.reality.connect_hooks && entries;
+        let there = self.reality.hooks[HookSet::Connect] && entries;
         let gateway = gateways.iter().find(|gateway| Some(gateway.address) == meant.gateway);
         let of = |outcome: &Outcome| (outcome.state, outcome.why(), told(outcome));
         let (state, why, reasons) = match gateway {

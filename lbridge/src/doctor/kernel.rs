@@ -25,7 +25,7 @@ use crate::{
         pins,
         trial::{self, Trial},
     },
-    planning::inventory::Steering,
+    planning::{hooks::HookSet, inventory::Steering},
 };
 
 /// Relays of a daemon with fewer descriptors carry few connections.
@@ -121,7 +121,7 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
             }
         }
     }
-    if let Err(why) = &trial.abilities.name_hooks {
+    if let Err(why) = &trial.abilities.hooks[HookSet::Names] {
         let finding = Finding::new(
             "names",
             Level::Warning,
@@ -131,12 +131,12 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
             "Relayed connections show an address in 127.128.0.0/9 instead, and --source loopback is relayed.",
         ));
     }
-    if let Err(why) = &trial.abilities.connect_hooks {
+    if let Err(why) = &trial.abilities.hooks[HookSet::Connect] {
         let what = format!("containers' localhost cannot lead to the host: {why}");
         let why = "Rules with --localhost serve the gateway alone.";
         findings.push(Finding::new("localhost", Level::Note, what).because(why));
     }
-    if let Err(why) = &trial.abilities.reply_hooks {
+    if let Err(why) = &trial.abilities.hooks[HookSet::Replies] {
         let what = format!("what UDP services answer cannot be given its source: {why}");
         findings.push(Finding::new("udp", Level::Note, what).because("Rules for UDP are blocked."));
     }

@@ -22,33 +22,17 @@ use super::{
     pins::{PINNED_MAPS, Pins},
     strays::{self, Search},
 };
-use crate::planning::inventory::{Abilities, Steering};
+use crate::planning::{
+    hooks::{HookSet, PerHookSet},
+    inventory::{Abilities, Steering},
+};
 
-/// Hooks that are attached for as long as rules need them, all of a set or none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HookSet {
-    /// What services, and containers that dialled localhost, see as their peer.
-    Names,
-    /// Where a container's localhost leads.
-    Connect,
-    /// Which source a UDP service's replies have.
-    Replies,
-}
-
-impl HookSet {
-    const ALL: [Self; 3] = [Self::Names, Self::Connect, Self::Replies];
-
-    /// The programs; a pin is called as its program.
-    const fn programs(self) -> &'static [&'static str] {
-        match self {
-            Self::Names => &[symbols::PEERNAME4, symbols::PEERNAME6, symbols::SOCKNAME4, symbols::SOCKNAME6],
-            Self::Connect => &[symbols::CONNECT4, symbols::CONNECT6],
-            Self::Replies => &[symbols::REPLY4, symbols::REPLY6],
-        }
-    }
-
-    fn load(self, object: &mut Ebpf) -> Result<(), String> {
-        self.programs().iter().try_for_each(|program| load(object, program))
+/// The programs of a set; a pin is called as its program.
+const fn programs_of(set: HookSet) -> &'static [&'static str] {
+    match set {
+        HookSet::Names => &[symbols::PEERNAME4, symbols::PEERNAME6, symbols::SOCKNAME4, symbols::SOCKNAME6],
+        HookSet::Connect => &[symbols::CONNECT4, symbols::CONNECT6],
+        HookSet::Replies => &[symbols::REPLY4, symbols::REPLY6],
     }
 }
 
@@ -125,8 +109,7 @@ impl Kernel {
         #[cfg(feature = "bpf-log")]
         follow_log(&mut object);
 
-        let Programs { steer, listeners, name_hooks, connect_hooks, reply_hooks } =
-            Programs::load(&mut object, cookie);
+        let Programs { steer, listeners, hooks: tried } = Programs::load(&mut object, cookie);
         let mut programs = vec![];
         for (program, link) in [(&listeners, LISTENERS_LINK), (&steer, STEER_LINK)] {
             match program {
@@ -153,15 +136,10 @@ impl Kernel {
             unpinned: None,
         };
         kernel.attach()?;
-        let sets = [
-            (HookSet::Names, &name_hooks),
-            (HookSet::Connect, &connect_hooks),
-            (HookSet::Replies, &reply_hooks),
-        ];
-        for (set, loaded) in sets {
+        for (set, tried) in tried.iter() {
             // Pinned by a daemon before: the programs under the links are to be this version's.
-            if set.programs().iter().any(|hook| kernel.pins.link(hook).exists()) {
-                match loaded {
+            if programs_of(set).iter().any(|hook| kernel.pins.link(hook).exists()) {
+                match tried {
                     Ok(()) => kernel.attach_hooks(set)?,
                     Err(_) => kernel.detach_hooks(set)?,
                 }
@@ -169,7 +147,7 @@ impl Kernel {
         }
         kernel.pin()?;
         let events = listeners.is_ok().then_some(events);
-        let abilities = Abilities { steer: steering, name_hooks, connect_hooks, reply_hooks };
+        let abilities = Abilities { steer: steering, hooks: tried };
         Ok(Loaded { kernel: Some(kernel), events, guests, sources: Some(sources), abilities })
     }
 
@@ -209,7 +187,7 @@ impl Kernel {
 
     /// Attaches these hooks, all or none.
     pub fn attach_hooks(&mut self, set: HookSet) -> anyhow::Result<()> {
-        for hook in set.programs() {
+        for hook in programs_of(set) {
             if let Err(error) = self.attach_one(hook, hook) {
                 self.detach_hooks(set)?;
                 return Err(error.context(format!("cannot attach {hook}")));
@@ -220,7 +198,7 @@ impl Kernel {
 
     /// Detaches them.
     pub fn detach_hooks(&mut self, set: HookSet) -> anyhow::Result<()> {
-        for hook in set.programs() {
+        for hook in programs_of(set) {
             // The pin may lead to another link by now.
             if let Some(Err(error)) = self.links.remove(hook).map(|link| link.detach()) {
                 tracing::debug!("{hook} is left to its closing: {error}");
@@ -232,7 +210,7 @@ impl Kernel {
 
     /// Whether all of them are attached, as the kernel tells of their links.
     pub fn hooks_attached(&self, set: HookSet) -> bool {
-        set.programs().iter().all(|hook| self.runs(hook, hook))
+        programs_of(set).iter().all(|hook| self.runs(hook, hook))
     }
 
     /// Pins again what somebody has unpinned, so that it outlives this process. What cannot be pinned serves until then; that is
@@ -283,9 +261,7 @@ impl Kernel {
 pub(super) struct Programs {
     pub(super) steer: Result<&'static str, String>,
     pub(super) listeners: Result<&'static str, String>,
-    pub(super) name_hooks: Result<(), String>,
-    pub(super) connect_hooks: Result<(), String>,
-    pub(super) reply_hooks: Result<(), String>,
+    pub(super) hooks: PerHookSet<Result<(), String>>,
 }
 
 impl Programs {
@@ -297,18 +273,20 @@ impl Programs {
             if cookie.is_some() { &[symbols::REGISTER, symbols::ANNOUNCE] } else { &[symbols::ANNOUNCE] };
         let listeners = load_first(object, registering);
         let steer = listeners.clone().and(steer);
-        let names_loaded = HookSet::Names.load(object);
-        let name_hooks = listeners.clone().and(names_loaded);
-        let connect_hooks = match cookie {
-            Some(_) => HookSet::Connect.load(object),
-            None => Err("localhost needs Linux 5.14, which tells network namespaces apart".to_owned()),
-        };
-        // Which namespace is the host's is told from 5.14 on.
-        let reply_hooks = match cookie {
-            Some(_) => HookSet::Replies.load(object),
-            None => Err("the kernel does not tell the cookie of a network namespace".to_owned()),
-        };
-        Self { steer, listeners, name_hooks, connect_hooks, reply_hooks }
+        let hooks = PerHookSet::from_fn(|set| match (set, cookie) {
+            // Which namespace is the host's is told from Linux 5.14 on.
+            (HookSet::Connect, None) => {
+                Err("localhost needs Linux 5.14, which tells network namespaces apart".to_owned())
+            }
+            (HookSet::Replies, None) => {
+                Err("the kernel does not tell the cookie of a network namespace".to_owned())
+            }
+            _ => programs_of(set).iter().try_for_each(|program| load(object, program)),
+        });
+        let mut programs = Self { steer, listeners, hooks };
+        programs.hooks[HookSet::Names] =
+            programs.listeners.clone().and(programs.hooks[HookSet::Names].clone());
+        programs
     }
 }
 
@@ -325,7 +303,7 @@ pub(super) fn steering(
 
 /// Detaches what a daemon before has left: nobody could change it any more, and `deny` would have no effect.
 fn abandon(pins: &Pins, host: strays::Host, why: &str) -> anyhow::Result<Loaded> {
-    let hooks = HookSet::ALL.into_iter().flat_map(HookSet::programs);
+    let hooks = HookSet::ALL.into_iter().flat_map(programs_of);
     for link in [STEER_LINK, LISTENERS_LINK].iter().chain(hooks) {
         pins::remove(&pins.link(link))?;
     }
@@ -338,13 +316,8 @@ fn abandon(pins: &Pins, host: strays::Host, why: &str) -> anyhow::Result<Loaded>
 impl Loaded {
     /// Where the kernel half cannot be.
     fn nothing(why: &str) -> Self {
-        let no = || Err(why.to_owned());
-        let abilities = Abilities {
-            steer: Err(why.to_owned()),
-            name_hooks: no(),
-            connect_hooks: no(),
-            reply_hooks: no(),
-        };
+        let abilities =
+            Abilities { steer: Err(why.to_owned()), hooks: PerHookSet::from_fn(|_| Err(why.to_owned())) };
         Self { kernel: None, events: None, guests: None, sources: None, abilities }
     }
 }

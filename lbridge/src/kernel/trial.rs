@@ -67,10 +67,8 @@ impl Trial {
             loader.map_max_entries(map, ROOM);
         }
         let mut object = loader.load(&bytes).map_err(|error| anyhow::anyhow!(error_chain(&error)))?;
-        let Programs { steer, listeners, name_hooks, connect_hooks, reply_hooks } =
-            Programs::load(&mut object, cookie);
-        let abilities =
-            Abilities { steer: steering(&steer, &listeners), name_hooks, connect_hooks, reply_hooks };
+        let Programs { steer, listeners, hooks } = Programs::load(&mut object, cookie);
+        let abilities = Abilities { steer: steering(&steer, &listeners), hooks };
         Ok(Self { abilities, maps: Maps::take(&mut object)?.0, steer: steer.ok(), object })
     }
 

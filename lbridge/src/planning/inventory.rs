@@ -10,6 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    hooks::PerHookSet,
     owner::Incumbents,
     rule::{Network, ProcessStart, Protocol},
 };
@@ -303,12 +304,8 @@ pub struct Listener {
 pub struct Abilities {
     /// `sk_lookup` steering, or why not.
     pub steer: Result<Steering, String>,
-    /// Whether the name hooks can be attached, or why not.
-    pub name_hooks: Result<(), String>,
-    /// Whether the connect hooks, by which localhost leads to gateways, can be attached, or why not.
-    pub connect_hooks: Result<(), String>,
-    /// Whether the hooks can be attached that give UDP services' replies their source, or why not.
-    pub reply_hooks: Result<(), String>,
+    /// Whether each set of hooks can be attached, or why not.
+    pub hooks: PerHookSet<Result<(), String>>,
 }
 
 /// How steering is done.

@@ -12,6 +12,7 @@ pub mod explain;
 pub mod firewall;
 pub mod grant;
 mod hint;
+pub mod hooks;
 pub mod inventory;
 pub mod labels;
 pub mod owner;

@@ -18,11 +18,12 @@ use std::{
 
 use lbridge_common::wire::{
     AcceptedKey, Address, Dial, DialKey, Endpoint, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey,
-    RuleValue, SLOTS, SourceKey, TCP, TargetKey, ViewKey,
+    RuleValue, SLOTS, SourceKey, TCP, TargetKey, UDP, ViewKey,
 };
 
 use super::{
     firewall::{self, Chain, Link, Opening},
+    hooks::HookSet,
     policy::{Clients, GatewayOutcome, Place, Policy, RelayKey, RelaySpec, State},
     reality::{Flows, Reality},
 };
@@ -34,14 +35,10 @@ pub enum Step {
     Attach,
     /// Have listeners at an address and port registered.
     AddTarget(TargetKey),
-    /// Attach the name hooks.
-    AttachNameHooks,
-    /// Attach the connect hooks.
-    AttachConnectHooks,
+    /// Attach a set of hooks.
+    AttachHooks(HookSet),
     /// Make a gateway's connections look local, or otherwise so.
     PutView((ViewKey, u32), LoopbackView),
-    /// Attach the hooks that give UDP services' replies their source.
-    AttachReplyHooks,
     /// Give replies their source, or another one.
     PutReply((ReplyKey, u32), Reply),
     /// Register the socket of this inode.
@@ -80,14 +77,10 @@ pub enum Step {
     },
     /// Make a gateway's connections look as they are.
     RemoveView((ViewKey, u32)),
-    /// Detach the name hooks.
-    DetachNameHooks,
-    /// Detach the connect hooks.
-    DetachConnectHooks,
+    /// Detach a set of hooks.
+    DetachHooks(HookSet),
     /// Leave replies as they are.
     RemoveReply((ReplyKey, u32)),
-    /// Detach the hooks of replies.
-    DetachReplyHooks,
     /// Forget a listener.
     Unregister(ListenerKey),
     /// Watch a port no more.
@@ -122,6 +115,18 @@ impl Step {
                 | Self::ForgetFlows(_)
                 | Self::Probe(_)
         )
+    }
+}
+
+impl Step {
+    /// The hooks without which it must not be carried out: connections would come that need them.
+    pub fn relies_on(&self) -> &'static [HookSet] {
+        match self {
+            Self::PutEntry(key, _) if key.protocol == u16::from(UDP) => &[HookSet::Names, HookSet::Replies],
+            Self::PutEntry(..) | Self::OpenRelay(..) => &[HookSet::Names],
+            Self::PutDial(..) => &[HookSet::Connect],
+            _ => &[],
+        }
     }
 }
 
@@ -223,20 +228,16 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         steps.push(Step::Attach);
     }
     steps.extend(policy.targets.difference(&reality.targets).map(|port| Step::AddTarget(*port)));
-    if policy.name_hooks && !reality.name_hooks {
-        steps.push(Step::AttachNameHooks);
-    }
-    if policy.connect_hooks && !reality.connect_hooks {
-        steps.push(Step::AttachConnectHooks);
-    }
+    let attach = |set: HookSet| (policy.hooks[set] && !reality.hooks[set]).then_some(Step::AttachHooks(set));
+    let detach = |set: HookSet| (reality.hooks[set] && !policy.hooks[set]).then_some(Step::DetachHooks(set));
+    steps.extend(attach(HookSet::Names));
+    steps.extend(attach(HookSet::Connect));
     for (endpoint, view) in &policy.views {
         if reality.views.get(endpoint) != Some(view) {
             steps.push(Step::PutView(*endpoint, *view));
         }
     }
-    if !policy.replies.is_empty() && !reality.reply_hooks {
-        steps.push(Step::AttachReplyHooks);
-    }
+    steps.extend(attach(HookSet::Replies));
     for (key, reply) in &policy.replies {
         if reality.replies.get(key) != Some(reply) {
             steps.push(Step::PutReply(*key, *reply));
@@ -255,9 +256,7 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
             steps.push(Step::OpenRelay(key.clone(), spec.clone()));
         }
     }
-    if reality.connect_hooks && !policy.connect_hooks {
-        steps.push(Step::DetachConnectHooks);
-    }
+    steps.extend(detach(HookSet::Connect));
     steps.extend(policy.sources.difference(&reality.sources).map(|key| Step::AddSource(*key)));
     for (key, value) in &entries {
         if reality.entries.get(key) != Some(value) {
@@ -282,15 +281,11 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     for key in reality.relays.keys().filter(|key| stale(key) && handed_over.contains(key)) {
         steps.push(Step::CloseRelay { key: key.clone(), handed_over: true });
     }
-    if reality.name_hooks && !policy.name_hooks && !reality.name_hooks_in_use {
-        steps.push(Step::DetachNameHooks);
-    }
+    steps.extend(detach(HookSet::Names).filter(|_| !reality.name_hooks_in_use));
     steps.extend(
         reality.replies.keys().filter(|k| !policy.replies.contains_key(k)).map(|k| Step::RemoveReply(*k)),
     );
-    if reality.reply_hooks && policy.replies.is_empty() {
-        steps.push(Step::DetachReplyHooks);
-    }
+    steps.extend(detach(HookSet::Replies));
     let watched = |key: &ListenerKey| {
         let (address, port, protocol) = (key.address, key.port, key.protocol.into());
         policy.targets.contains(&TargetKey { address, port, protocol })

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     firewall::{FirewallMode, Link, Opening},
     grant::Grant,
+    hooks::PerHookSet,
     inventory::{NamespaceId, NamespaceKey, Steering},
     reason::{Reason, in_words},
     rule::{Origin, Protocol, ProxyProtocol, Rule, RuleId, Source},
@@ -291,10 +292,8 @@ pub struct Policy {
     pub listeners: BTreeMap<ListenerKey, Vec<u64>>,
     /// Relay listeners.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
-    /// Whether the name hooks are needed.
-    pub name_hooks: bool,
-    /// Whether the connect hooks are needed.
-    pub connect_hooks: bool,
+    /// Whether each set of hooks is needed.
+    pub hooks: PerHookSet<bool>,
     /// What the host's firewall must let through, and where that is tried from.
     pub openings: BTreeMap<Opening, Link>,
     /// What may be done to the firewall; a setting, nothing that is decided.

@@ -12,15 +12,12 @@ use lbridge_common::{
 
 use super::{
     firewall::Filtering,
+    hooks::PerHookSet,
     policy::{DialOutcome, RelayKey, RelaySpec},
 };
 
 /// What is in force.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "what is seen of as many things, none of which tells of another"
-)]
 pub struct Reality {
     /// Addresses and ports whose listeners the kernel registers or tells of.
     pub targets: BTreeSet<TargetKey>,
@@ -48,16 +45,12 @@ pub struct Reality {
     pub lingering: BTreeSet<RelayKey>,
     /// Whether the programs that are always attached are not.
     pub detached: bool,
-    /// Whether the name hooks are attached.
-    pub name_hooks: bool,
-    /// Whether sockets may live that still need them, whatever the policy says.
+    /// Whether each set of hooks is attached.
+    pub hooks: PerHookSet<bool>,
+    /// Whether sockets may live that still need the name hooks, whatever the policy says.
     pub name_hooks_in_use: bool,
-    /// Whether the connect hooks are attached.
-    pub connect_hooks: bool,
     /// Network namespaces that are known to be on a bridge, by its index; of bridges that have dials alone.
     pub guests: BTreeMap<u32, usize>,
-    /// Whether the hooks of UDP services' replies are attached.
-    pub reply_hooks: bool,
     /// The host's firewall.
     pub filtering: Filtering,
 }

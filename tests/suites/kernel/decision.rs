@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result, bail, ensure};
 use lbridge::planning::explain::{Fate, Known, Question, explain};
 use lbridge::planning::firewall::{Opening, Passage};
+use lbridge::planning::hooks::PerHookSet;
 use lbridge::planning::inventory::{Abilities, Interface, Inventory, Listener, ListenerKind, Steering};
 use lbridge::planning::policy::{Clients, Place, Policy, RelayKey, RelaySpec, Service as RelayedTo, Subnet};
 use lbridge::planning::reality::Reality;
@@ -311,9 +312,7 @@ impl Stage {
         };
         let abilities = Abilities {
             steer: Ok(Steering { interface_check: true, kernel_registers: true }),
-            name_hooks: Ok(()),
-            connect_hooks: Ok(()),
-            reply_hooks: Ok(()),
+            hooks: PerHookSet::from_fn(|_| Ok(())),
         };
         let service = endpoint(SERVICE.parse()?);
         reality.registered =

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::{Answer, End, Explainer, Fate, Known, Stage, Step, Way, Ways, beyond::answering, words::step};
 use crate::planning::{
+    hooks::HookSet,
     inventory::{Absence, Attachment, Namespace, find_networks},
     policy::{Place, RelayKey, RuleOutcome, State},
     rule::{Network, Protocol},
@@ -89,7 +90,7 @@ impl Explainer<'_> {
         };
         let leads = |meant: &RuleOutcome| {
             let dial = meant.dials.iter().find(|dial| dial.address == dialled)?;
-            let gateway = dial.gateway.filter(|_| reality.connect_hooks)?;
+            let gateway = dial.gateway.filter(|_| reality.hooks[HookSet::Connect])?;
             let there = dial.keys.iter().any(|key| reality.dials.contains_key(key));
             let outcome = meant.gateways.iter().find(|it| it.relay_key.address.ip() == gateway)?;
             there.then_some((gateway, outcome.outcome.state))

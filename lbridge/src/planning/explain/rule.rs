@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use super::{Answer, Explainer, Stage, Step, Way, words::step};
 use crate::planning::{
+    hooks::HookSet,
     policy::{Outcome, Place, RuleOutcome},
     resolve::bridge_of,
     rule::{Origin, RuleId},
@@ -70,7 +71,7 @@ impl Explainer<'_> {
         let told = meant.dials.iter().map(|dial| {
             let address = dial.address;
             let there = dial.keys.first().and_then(|key| reality.dials.get(key));
-            match (there.filter(|_| reality.connect_hooks), dial.outcome.why()) {
+            match (there.filter(|_| reality.hooks[HookSet::Connect]), dial.outcome.why()) {
                 (Some(there), _) => {
                     let containers = reality.whose_localhost(dial);
                     let gateway = IpAddr::from(there.gateway.address);

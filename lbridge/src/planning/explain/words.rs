@@ -6,6 +6,7 @@ use lbridge_common::wire::{Address, Endpoint, RuleValue, ViewKey};
 
 use super::{Answer, End, Explainer, Fate, Stage, Step, Way};
 use crate::planning::{
+    hooks::HookSet,
     inventory::{DockerNetwork, Listener, ListenerKind},
     policy::{RelaySpec, RuleOutcome, Service, stand_in_for_container},
     rule::{Origin, Protocol, Source},
@@ -56,7 +57,7 @@ impl Explainer<'_> {
             |((key, bits), _): &(&(ViewKey, u32), _)| key.matches(*bits, &gateway, &way.source.into());
         let view = reality.views.iter().filter(found);
         let view = view.max_by_key(|((_, bits), _)| *bits).map(|(_, view)| view);
-        let text = match view.filter(|_| reality.name_hooks) {
+        let text = match view.filter(|_| reality.hooks[HookSet::Names]) {
             Some(view) => format!(
                 "the service sees {} as its peer, which it may trust, and itself as {}",
                 IpAddr::from(view.target.address),
@@ -77,7 +78,10 @@ impl Explainer<'_> {
                 // An IPv4 socket cannot be shown an IPv6 peer.
                 let nameable = container.is_ipv4() || address.is_ipv6();
                 let stands_in = stand_in_for_container(container);
-                if self.known.reality.name_hooks && nameable && IpAddr::from(stands_in) != container {
+                if self.known.reality.hooks[HookSet::Names]
+                    && nameable
+                    && IpAddr::from(stands_in) != container
+                {
                     format!("the service sees {container} as its peer")
                 } else {
                     format!("the service sees {stands_in} as its peer, which stands for the container")

@@ -9,6 +9,7 @@ use lbridge_common::wire::{Dial, DialKey, Endpoint, TCP};
 
 use super::Resolver;
 use crate::planning::{
+    hooks::HookSet,
     policy::{DialOutcome, GatewayOutcome, Outcome, Place, State},
     reason::Reason,
     rule::Rule,
@@ -18,7 +19,7 @@ impl Resolver<'_> {
     /// Leads the port of the containers' localhost to the network's gateways: 127.0.0.1 to an IPv4 one, ::1 to whichever serves
     /// best, since most sockets for IPv6 take IPv4 as well.
     pub(super) fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<DialOutcome> {
-        self.policy.connect_hooks |= self.abilities.connect_hooks.is_ok();
+        self.policy.hooks[HookSet::Connect] |= self.abilities.hooks[HookSet::Connect].is_ok();
         // Every gateway of a rule is on the same bridge.
         let Some(Place::Bridge { interface, ifindex }) = gateways.first().map(|g| &g.relay_key.place) else {
             return vec![];
@@ -54,7 +55,7 @@ impl Resolver<'_> {
     }
 
     fn dial(&mut self, keys: &[DialKey], gateway: Option<IpAddr>) -> Outcome {
-        if let Err(why) = &self.abilities.connect_hooks {
+        if let Err(why) = &self.abilities.hooks[HookSet::Connect] {
             return Outcome::because(State::Blocked, Reason::NoConnectHooks(why.clone()));
         }
         let Some(gateway) = gateway else {
@@ -67,7 +68,7 @@ impl Resolver<'_> {
             let gateway = Endpoint::new(gateway.into(), key.port);
             self.policy.dials.insert(*key, Dial { key: *key, gateway, reserved: 0 });
         }
-        self.policy.name_hooks |= self.abilities.name_hooks.is_ok();
+        self.policy.hooks[HookSet::Names] |= self.abilities.hooks[HookSet::Names].is_ok();
         Outcome::steered()
     }
 }

@@ -27,6 +27,7 @@ use lbridge_common::{
 use self::way::{Way, is_suitable};
 use super::{
     firewall::{Link, Opening},
+    hooks::HookSet,
     inventory::{Abilities, Absence, Interface, Inventory, Namespace, NamespaceId},
     owner::{Sockets, loopback},
     policy::{
@@ -281,7 +282,7 @@ impl Resolver<'_> {
                     let view = LoopbackView { gateway, target };
                     let key = |(peer, mask)| (ViewKey { gateway, peer }, ViewKey::prefix_len(&mask));
                     self.policy.views.extend(served.into_iter().map(|peer| (key(peer), view)));
-                    self.policy.name_hooks = true;
+                    self.policy.hooks[HookSet::Names] = true;
                 }
                 outcome
             }
@@ -295,9 +296,9 @@ impl Resolver<'_> {
                     self.put_entry(rule_key, subnet, &clients, NOBODY, RuleValue::RELAYED);
                 }
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
-                self.policy.name_hooks |= rule.source == Source::Container
+                self.policy.hooks[HookSet::Names] |= rule.source == Source::Container
                     && matches!(service, Service::Tcp(_))
-                    && self.abilities.name_hooks.is_ok();
+                    && self.abilities.hooks[HookSet::Names].is_ok();
                 let spec = RelaySpec {
                     rule: rule.id(),
                     service,
@@ -324,6 +325,7 @@ impl Resolver<'_> {
             return Err(Outcome::because(State::Blocked, only));
         }
         self.policy.replies.insert(to_subnet, Reply { service, gateway });
+        self.policy.hooks[HookSet::Replies] = true;
         let own = self.inventory.interfaces.iter().flat_map(|interface| &interface.addresses);
         for (ip, _) in own.filter(|(ip, _)| subnet.contains(*ip)) {
             let to_host = key((*ip).into(), &Address([u32::MAX; 4]));

@@ -10,6 +10,7 @@ use lbridge_common::wire::Endpoint;
 
 use super::{Claim, Resolver};
 use crate::planning::{
+    hooks::HookSet,
     inventory::{Listener, ListenerKind},
     owner::{is_regular, loopback},
     policy::{Outcome, Service, State},
@@ -165,7 +166,10 @@ impl Resolver<'_> {
         if rule.spec.protocol == Protocol::Udp {
             return self.obstacle_of_udp();
         }
-        let missing = self.abilities.name_hooks.as_ref().err().filter(|_| rule.source == Source::Loopback)?;
+        let missing = self.abilities.hooks[HookSet::Names]
+            .as_ref()
+            .err()
+            .filter(|_| rule.source == Source::Loopback)?;
         Some(Reason::NoNameHooks(missing.clone()))
     }
 
@@ -177,7 +181,7 @@ impl Resolver<'_> {
         if let Some(why) = &self.inventory.udp_unseen {
             return Some(Reason::UdpUnseen(why.clone()));
         }
-        let why = self.abilities.reply_hooks.as_ref().err()?;
+        let why = self.abilities.hooks[HookSet::Replies].as_ref().err()?;
         Some(Reason::NoReplyHooks(why.clone()))
     }
 
@@ -207,7 +211,7 @@ impl Resolver<'_> {
     fn relay(&self, rule: &Rule, service: SocketAddr, why: Reason) -> Way {
         // There is one IPv6 loopback address, so nothing to stand in for the container.
         if let (Err(missing), true, Source::Container) =
-            (&self.abilities.name_hooks, service.is_ipv6(), rule.source)
+            (&self.abilities.hooks[HookSet::Names], service.is_ipv6(), rule.source)
         {
             let reason = Reason::WouldLookLocal { service, missing: missing.clone() };
             return Way::None(Outcome::because(State::Blocked, reason));

@@ -45,7 +45,7 @@ fn in_force(policy: &Policy, filtering: Filtering) -> Reality {
         registered: policy.listeners.keys().copied().collect(),
         accepted: filtering.accepts.keys().map(|(_, opening)| opening.accepted()).collect(),
         filtering,
-        name_hooks: policy.name_hooks,
+        hooks: policy.hooks,
         ..Reality::default()
     }
 }

@@ -9,6 +9,7 @@ use crate::planning::{
         Explanation, Fate, Known, Question, Stage, explain, listeners_of_interest,
     },
     firewall::{Filtering, Passage},
+    hooks::HookSet,
     inventory::{Absence, DockerPresence, Listener, ListenerKind, Steering},
     policy::RelayKey,
     reality::Reality,
@@ -33,8 +34,7 @@ impl Host {
             registered: keys.copied().collect(),
             relay_sockets: relay_sockets(&policy),
             relays: policy.relays.clone(),
-            name_hooks: policy.name_hooks,
-            connect_hooks: policy.connect_hooks,
+            hooks: policy.hooks,
             ..Reality::default()
         }
     }
@@ -243,7 +243,7 @@ fn relays_and_what_services_see() {
     assert!(told.outcome.contains("relayed to 127.0.0.1:80 (the service listens with MPTCP"));
     assert_eq!(text(&told, Stage::Peer), "the service sees 172.18.0.2 as its peer");
     let mut reality = mptcp.in_force();
-    reality.name_hooks = false;
+    reality.hooks[HookSet::Names] = false;
     let told = mptcp.explain_with("app", 80, None, &reality, &[]);
     assert!(text(&told, Stage::Peer).starts_with("the service sees 127.146.0.2 as its peer"));
     reality.lingering = std::mem::take(&mut reality.relays).into_keys().collect();
@@ -327,7 +327,7 @@ fn an_old_kernel_knows_no_interface() {
     let told = host.explain("app", 80);
     assert!(text(&told, Stage::Lookup).starts_with("RULES has (any interface, 172.18.0.1, 80)"));
     host.abilities.steer = Err("no sk_lookup".to_owned());
-    host.abilities.name_hooks = Err("none".to_owned());
+    host.abilities.hooks[HookSet::Names] = Err("none".to_owned());
     let told = host.explain("app", 80);
     assert_eq!(text(&told, Stage::Lookup), "the kernel does not steer: no sk_lookup");
     assert_eq!(fates(&told), ["172.18.0.1:80 relayed"]);

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::Host;
 use crate::planning::{
     firewall::Passage,
+    hooks::HookSet,
     inventory::{ListenerKind, Steering},
     plan::{Step, plan, revocations},
     policy::{Clients, Place, Policy},
@@ -25,23 +26,23 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
                 assert!(!reality.registered.iter().any(is_of), "a forgotten listener");
                 assert!(reality.targets.remove(target));
             }
-            Step::AttachNameHooks => reality.name_hooks = true,
-            Step::DetachNameHooks => {
-                assert!(reality.views.is_empty(), "a gateway that looks local without hooks");
-                reality.name_hooks = false;
+            Step::AttachHooks(set) => reality.hooks[*set] = true,
+            Step::DetachHooks(set) => {
+                let unneeded = match set {
+                    HookSet::Names => reality.views.is_empty(),
+                    HookSet::Connect => reality.dials.is_empty(),
+                    HookSet::Replies => reality.replies.is_empty(),
+                };
+                assert!(unneeded, "{set:?} is still needed");
+                reality.hooks[*set] = false;
             }
             Step::PutView(endpoint, view) => {
-                assert!(reality.name_hooks, "hooks come first");
+                assert!(reality.hooks[HookSet::Names], "hooks come first");
                 reality.views.insert(*endpoint, *view);
             }
             Step::RemoveView(endpoint) => assert!(reality.views.remove(endpoint).is_some()),
-            Step::AttachReplyHooks => reality.reply_hooks = true,
-            Step::DetachReplyHooks => {
-                assert!(reality.replies.is_empty(), "a reply's source without hooks");
-                reality.reply_hooks = false;
-            }
             Step::PutReply(key, reply) => {
-                assert!(reality.reply_hooks, "hooks come first");
+                assert!(reality.hooks[HookSet::Replies], "hooks come first");
                 reality.replies.insert(*key, *reply);
             }
             Step::RemoveReply(key) => assert!(reality.replies.remove(key).is_some()),
@@ -77,13 +78,8 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             Step::AddAccepted(key) => assert!(reality.accepted.insert(*key)),
             Step::RemoveAccepted(key) => assert!(reality.accepted.remove(key)),
             Step::ForgetFlows(_) => panic!("no accept rule let anything in"),
-            Step::AttachConnectHooks => reality.connect_hooks = true,
-            Step::DetachConnectHooks => {
-                assert!(reality.dials.is_empty(), "what leads to a gateway without hooks");
-                reality.connect_hooks = false;
-            }
             Step::PutDial(key, dial) => {
-                assert!(reality.connect_hooks, "hooks come first");
+                assert!(reality.hooks[HookSet::Connect], "hooks come first");
                 reality.dials.insert(*key, *dial);
             }
             Step::RemoveDial(key) => assert!(reality.dials.remove(key).is_some()),
@@ -188,8 +184,8 @@ prop_compose! {
         }
         host.abilities.steer =
             if steers { Ok(Steering { interface_check, kernel_registers: true }) } else { Err("none".to_owned()) };
-        host.abilities.connect_hooks = if connects { Ok(()) } else { Err("none".to_owned()) };
-        host.abilities.name_hooks = if names && steers { Ok(()) } else { Err("none".to_owned()) };
+        host.abilities.hooks[HookSet::Connect] = if connects { Ok(()) } else { Err("none".to_owned()) };
+        host.abilities.hooks[HookSet::Names] = if names && steers { Ok(()) } else { Err("none".to_owned()) };
         host
     }
 }

@@ -16,6 +16,7 @@ use std::{
 use lbridge_common::wire::RuleKey;
 
 use super::{
+    hooks::PerHookSet,
     inventory::{
         Abilities, Absence, Attachment, Container, DockerNetwork, DockerPresence, Entrance, Interface,
         Inventory, Listener, ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering, find_networks,
@@ -41,9 +42,7 @@ impl Host {
             inventory: Inventory { docker: DockerPresence::Reachable, ..Inventory::default() },
             abilities: Abilities {
                 steer: Ok(Steering { interface_check: true, kernel_registers: true }),
-                name_hooks: Ok(()),
-                connect_hooks: Ok(()),
-                reply_hooks: Ok(()),
+                hooks: PerHookSet::from_fn(|_| Ok(())),
             },
             rules: Rules::default(),
         };

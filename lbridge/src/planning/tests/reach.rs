@@ -7,6 +7,7 @@ use lbridge_common::wire::{RuleValue, SourceKey, UDP};
 
 use super::Host;
 use crate::planning::{
+    hooks::HookSet,
     inventory::{DockerPresence, Steering},
     plan::{Step, plan, revocations},
     policy::Clients,
@@ -223,9 +224,9 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
     assert_eq!(second.dials(), [format!("127.0.0.1:80 {nowhere}"), format!("[::1]:80 {nowhere}")]);
     assert!(second.policy().dials.is_empty());
     let gone = Host::new().allow("gone", "80").with_localhost("gone", 80);
-    assert!(gone.dials().is_empty() && gone.policy().connect_hooks);
+    assert!(gone.dials().is_empty() && gone.policy().hooks[HookSet::Connect]);
     let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
-    old.abilities.connect_hooks = Err("needs Linux 5.14".to_owned());
+    old.abilities.hooks[HookSet::Connect] = Err("needs Linux 5.14".to_owned());
     assert_eq!(old.states(), ["172.18.0.1:80 steered"], "the gateway is served all the same");
     assert_eq!(
         old.dials(),
@@ -234,7 +235,7 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
             "[::1]:80 to 172.18.0.1 blocked (needs Linux 5.14)"
         ]
     );
-    assert!(old.policy().dials.is_empty() && !old.policy().connect_hooks);
+    assert!(old.policy().dials.is_empty() && !old.policy().hooks[HookSet::Connect]);
 }
 
 /// Their neighbours' localhost is their neighbours'.
@@ -259,9 +260,12 @@ fn localhost_of_some_containers_is_theirs_alone() {
 #[test]
 fn what_is_dialled_is_named_where_that_can_be() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
-    assert!(host.policy().name_hooks);
-    host.abilities.name_hooks = Err("none".to_owned());
-    assert!(!host.policy().name_hooks && host.policy().dials.len() == 2, "it is served all the same");
+    assert!(host.policy().hooks[HookSet::Names]);
+    host.abilities.hooks[HookSet::Names] = Err("none".to_owned());
+    assert!(
+        !host.policy().hooks[HookSet::Names] && host.policy().dials.len() == 2,
+        "it is served all the same"
+    );
 }
 
 /// Docker's own bridge, another network, and services.

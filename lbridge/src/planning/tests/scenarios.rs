@@ -5,6 +5,7 @@ use lbridge_common::wire::{Address, Endpoint, RuleValue, TCP, TargetKey};
 use super::{Host, br_app, relay_sockets};
 use crate::planning::{
     firewall::{Filtering, Passage},
+    hooks::{HookSet, PerHookSet},
     inventory::{Absence, DockerPresence, ListenerKind, Steering},
     plan::{Step, plan},
     policy::{Clients, RelayKey, Service},
@@ -23,7 +24,7 @@ fn a_loopback_service_is_steered_to() {
     let (key, value) = policy.entries.first_key_value().unwrap();
     assert_eq!((IpAddr::from(key.gateway), key.ifindex, key.port), ("172.18.0.1".parse().unwrap(), 7, 5432));
     assert_eq!(IpAddr::from(value.subnet), "172.18.0.0".parse::<IpAddr>().unwrap());
-    assert!(policy.relays.is_empty() && !policy.name_hooks && policy.views.is_empty());
+    assert!(policy.relays.is_empty() && !policy.hooks[HookSet::Names] && policy.views.is_empty());
 }
 
 #[test]
@@ -68,13 +69,13 @@ fn what_the_kernel_cannot_take_is_relayed_with_the_reason() {
 
     let v6 = Host::new().listens("[::1]:80").allow("app", "80");
     assert_eq!(v6.states(), ["172.18.0.1:80 relayed (IPv4 was dialled, the service listens on [::1]:80)"]);
-    assert!(v6.policy().name_hooks, "the service must not take the container for a local client");
+    assert!(v6.policy().hooks[HookSet::Names], "the service must not take the container for a local client");
 
     let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80");
     old.abilities.steer = Err("no sk_lookup".to_owned());
-    old.abilities.name_hooks = Err("no hooks".to_owned());
+    old.abilities.hooks[HookSet::Names] = Err("no hooks".to_owned());
     assert_eq!(old.states(), ["172.18.0.1:80 relayed (no sk_lookup)"]);
-    assert!(!old.policy().name_hooks);
+    assert!(!old.policy().hooks[HookSet::Names]);
 }
 
 #[test]
@@ -162,12 +163,12 @@ fn source_loopback_changes_names_in_both_ways() {
     let gateway = Endpoint::new(Address::from("172.18.0.1".parse::<IpAddr>().unwrap()), 80);
     let inside = "172.18.3.4".parse::<IpAddr>().unwrap().into();
     let ((key, bits), view) = policy.views.first_key_value().unwrap();
-    assert!(policy.name_hooks && view.gateway == gateway && key.matches(*bits, &gateway, &inside));
+    assert!(policy.hooks[HookSet::Names] && view.gateway == gateway && key.matches(*bits, &gateway, &inside));
     let outside = "172.19.3.4".parse::<IpAddr>().unwrap().into();
     assert!(!key.matches(*bits, &gateway, &outside));
 
     let mut without = steered;
-    without.abilities.name_hooks = Err("refused".to_owned());
+    without.abilities.hooks[HookSet::Names] = Err("refused".to_owned());
     assert_eq!(
         without.states(),
         ["172.18.0.1:80 relayed (--source loopback without name hooks: refused)"],
@@ -178,7 +179,7 @@ fn source_loopback_changes_names_in_both_ways() {
 #[test]
 fn no_container_is_taken_for_local_unasked() {
     let mut host = Host::new().listens("[::1]:80").allow("app", "80");
-    host.abilities.name_hooks = Err("no hooks".to_owned());
+    host.abilities.hooks[HookSet::Names] = Err("no hooks".to_owned());
     assert_eq!(
         host.states(),
         [
@@ -288,10 +289,7 @@ fn the_order_of_steps_leaves_no_gap() {
     };
     let steps = plan(&host.policy(), &Reality::default());
     assert_eq!(steps.iter().filter(|step| matches!(step, Step::AddTarget(_))).count(), 4);
-    assert_eq!(
-        names(&steps)[3..],
-        ["AddTarget", "AttachNameHooks", "PutView", "Register", "PutEntry", "Probe"]
-    );
+    assert_eq!(names(&steps)[3..], ["AddTarget", "AttachHooks", "PutView", "Register", "PutEntry", "Probe"]);
 
     // The service comes back with MPTCP, and back again.
     let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
@@ -305,17 +303,17 @@ fn the_order_of_steps_leaves_no_gap() {
         entries: host.policy().entries,
         relay_sockets: relay_sockets(&host.policy()),
         relays: host.policy().relays,
-        name_hooks: host.policy().name_hooks,
+        hooks: host.policy().hooks,
         ..Reality::default()
     };
     let to_relay = plan(&mptcp.policy(), &in_force(&steered));
-    assert_eq!(names(&to_relay), ["AttachNameHooks", "OpenRelay", "PutEntry"]);
+    assert_eq!(names(&to_relay), ["AttachHooks", "OpenRelay", "PutEntry"]);
     let to_steer = plan(&steered.policy(), &in_force(&mptcp));
-    assert_eq!(names(&to_steer), ["Register", "PutEntry", "CloseRelay", "DetachNameHooks"]);
+    assert_eq!(names(&to_steer), ["Register", "PutEntry", "CloseRelay", "DetachHooks"]);
     assert!(to_steer.iter().any(|s| matches!(s, Step::CloseRelay { handed_over: true, .. })));
     let busy = Reality { name_hooks_in_use: true, ..in_force(&mptcp) };
     assert!(
-        !plan(&steered.policy(), &busy).contains(&Step::DetachNameHooks),
+        !plan(&steered.policy(), &busy).contains(&Step::DetachHooks(HookSet::Names)),
         "open connections keep their names"
     );
 
@@ -407,8 +405,12 @@ fn a_namespace_that_is_found_by_another_way_is_left_first() {
     let before = host.allow("pid:7", "80").policy();
     let host = Host::new().listens("127.0.0.1:80").namespace("netns:/a", 9, &["127.0.0.1"]);
     let after = host.allow("netns:/a", "80").policy();
-    let reality =
-        Reality { relays: before.relays, targets: before.targets, name_hooks: true, ..Reality::default() };
+    let reality = Reality {
+        relays: before.relays,
+        targets: before.targets,
+        hooks: PerHookSet::from_fn(|set| set == HookSet::Names),
+        ..Reality::default()
+    };
     let steps = plan(&after, &reality);
     assert!(matches!(steps[..], [Step::CloseRelay { .. }, Step::OpenRelay(..)]), "{steps:?}");
 }
