@@ -18,6 +18,7 @@ mod run;
 mod service;
 mod status;
 mod top;
+mod usage;
 mod verify;
 
 use std::{num::NonZeroU32, path::PathBuf, process::ExitCode, str::FromStr as _, time::Duration};
@@ -182,7 +183,7 @@ pub fn main() -> ExitCode {
 fn run() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => return usage(&error),
+        Err(error) => return usage::handle(&error),
     };
     let client = Client::new(&cli.socket);
     let done = match cli.command {
@@ -223,78 +224,6 @@ fn failed(failure: &Failure) -> ExitCode {
 
 /// What networks that are none of Docker's begin with.
 const NETWORKS: [&str; 4] = ["bridge:", "container:", "netns:", "pid:"];
-
-/// Help goes to standard output; of an error the one line that says what is wrong, where clap prints a paragraph.
-fn usage(error: &clap::Error) -> ExitCode {
-    if !error.use_stderr() {
-        return match render::help(error) {
-            Ok(()) => Exit::Done.into(),
-            Err(failure) => failed(&failure),
-        };
-    }
-    // Neither command nor argument: whoever types that wants to see what there is.
-    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        let _ = error.print();
-        return Exit::Usage.into();
-    }
-    let text = error.to_string();
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let first = lines.next().unwrap_or_default().trim_start_matches("error: ");
-    // "the following arguments were not provided:" continues on the next line.
-    let second = if first.ends_with(':') { lines.next().unwrap_or_default() } else { "" };
-    // Global options may come before the command.
-    let words: Vec<_> = std::env::args().skip(1).collect();
-    let command = words.iter().find(|word| Cli::command().find_subcommand(word).is_some());
-    let meant = one_word(&words);
-    let hint = match command.map(String::as_str) {
-        Some("relay")
-            if !words.iter().any(|word| word == "--")
-                && !words.iter().any(|word| word.starts_with("--pid") || word.starts_with("--netns")) =>
-        {
-            "; a command goes after --"
-        }
-        Some("allow" | "deny")
-            if first.contains("<PORT>")
-                && (NETWORKS.iter().any(|kind| first.contains(kind)) || port_comes_first(&words)) =>
-        {
-            "; the network goes before the ports"
-        }
-        Some("explain" | "verify") if port_comes_first(&words) => "; the network goes before the port",
-        // `bridge lab0 80`: the name was taken for a port.
-        Some("allow" | "deny" | "explain") if meant.is_some() => meant.as_deref().unwrap_or_default(),
-        _ => "",
-    };
-    let help = match command {
-        _ if first.contains("--help") => String::new(),
-        Some(command) => format!("; see lbridge {command} --help"),
-        None => "; see lbridge --help".to_owned(),
-    };
-    let more = text.lines().map(str::trim).find_map(|line| {
-        let tip = line.strip_prefix("tip: ").filter(|tip| tip.contains("similar")).map(ToOwned::to_owned);
-        tip.or_else(|| {
-            line.starts_with("[possible values:").then(|| line.trim_matches(['[', ']']).to_owned())
-        })
-    });
-    let more = more.map_or_else(String::new, |more| format!("; {more}"));
-    let second = if second.is_empty() { String::new() } else { format!(" {second}") };
-    render::error(&format!("{}{second}{more}{hint}{help}", first.trim_end()));
-    Exit::Usage.into()
-}
-
-/// Whether what stands where the network belongs is a port.
-fn port_comes_first(words: &[String]) -> bool {
-    let mut rest = words.iter().skip_while(|word| Cli::command().find_subcommand(word).is_none()).skip(1);
-    rest.find(|word| !word.starts_with('-')).is_some_and(|word| word.parse::<PortSpec>().is_ok())
-}
-
-/// A network that was written in two words.
-fn one_word(words: &[String]) -> Option<String> {
-    let pairs =
-        words.windows(2).filter(|pair| NETWORKS.iter().any(|kind| kind.strip_suffix(':') == Some(&pair[0])));
-    // Docker has a network called bridge.
-    let mut meant = pairs.filter(|pair| pair[0] != "bridge" || pair[1].parse::<PortSpec>().is_err());
-    meant.next().map(|pair| format!("; did you mean {}:{}?", pair[0], pair[1]))
-}
 
 fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime =
