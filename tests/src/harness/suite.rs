@@ -150,9 +150,11 @@ impl Suite {
 
     /// The suite's `main`, which ends the process.
     pub fn main(self) -> ! {
-        // A shell cannot catch what it was started ignoring, as by nohup(1).
-        // SAFETY: the default action is no function.
-        unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+        // Programs go on ignoring what they were started ignoring, as by nohup(1) or in a script's background, and a shell cannot catch it.
+        for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+            // SAFETY: the default action is no function.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
         sandbox::hook();
         systemd::hook();
         if let Some(name) = env::var_os(TEST) {

@@ -82,7 +82,6 @@ fn relayed_name_outlives_the_rule() -> Result<()> {
         .context("of a connection that was queued before, from getpeername()")
 }
 
-/// The last four bytes of this container's IPv6 address read 127.0.0.1.
 /// Connections with the ends of steered ones: made before the rule, and by the host itself.
 fn local_names_are_for_steered_connections_alone() -> Result<()> {
     let scene = Scene::new()?;
@@ -177,6 +176,7 @@ fn a_local_name_outlives_the_rule() -> Result<()> {
     Ok(())
 }
 
+/// The last four bytes of this container's IPv6 address read 127.0.0.1.
 fn ipv6_container_is_not_shown_as_some_ipv4_address() -> Result<()> {
     let scene = Scene::with(("fd07::1/64", "fd07::7f00:1/64"), Options::default())?;
     let _service = scene.service("four", "127.0.0.1:8080")?;
