@@ -188,10 +188,16 @@ impl Resolver<'_> {
         let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
         let relay_key = RelayKey { address: gateway, place };
         let mut way = self.way(rule, gateway, Claim::Bridge(index), "");
-        let is_entered = matches!(way, Way::Kernel(..) | Way::Refuse(_));
-        if is_entered && alias.is_some() && self.policy.entries.contains_key(&rule_key) {
-            let taken = Reason::AliasTaken { alias: gateway, gateway: own };
-            way = Way::None(Outcome::because(State::Blocked, taken));
+        // Without the interface an alias is one for all networks.
+        if alias.is_some() && !self.checks_interface() {
+            way = match way {
+                Way::Refuse(outcome) => Way::None(outcome),
+                Way::Kernel(..) if self.policy.entries.contains_key(&rule_key) => {
+                    let taken = Reason::AliasTaken { alias: gateway, gateway: own };
+                    Way::None(Outcome::because(State::Blocked, taken))
+                }
+                way => way,
+            };
         }
         let kernel = (rule_key, subnet);
         let outcome = if rule.from.is_empty() {

@@ -95,10 +95,7 @@ impl Resolver<'_> {
             (_, Some(why)) if rule.path == PathChoice::Steer || rule.spec.protocol == Protocol::Udp => {
                 Way::None(Outcome::because(State::Blocked, why))
             }
-            // Its relay closes with the service. Without an entry whoever listens on the gateway, or on every address, would get the
-            // connections from then on.
-            (None, _) if self.abilities.steer.is_ok() => Way::Refuse(waiting()),
-            (None, _) => Way::None(waiting()),
+            (None, _) => self.closed(waiting()),
             (Some(at), Some(why)) => self.relay(rule, at, why),
         };
         let elsewhere = || {
@@ -147,6 +144,12 @@ impl Resolver<'_> {
                 Some(stranger) => Way::Refuse(outcome.with(foreign(stranger))),
             },
         }
+    }
+
+    /// The way to a relay that is not open since its service is down. Without an entry whoever listens on the gateway, or on every
+    /// address, would get the connections meanwhile.
+    fn closed(&self, outcome: Outcome) -> Way {
+        if self.abilities.steer.is_ok() { Way::Refuse(outcome) } else { Way::None(outcome) }
     }
 
     /// Why the kernel is not to have the rule's connections, whatever listens.
@@ -231,7 +234,7 @@ impl Resolver<'_> {
         }
         if !self.inventory.unix_listeners.contains(path) {
             let nothing = Reason::NothingListens(rule.spec.target.clone());
-            return Way::None(Outcome::because(State::Waiting, nothing));
+            return self.closed(Outcome::because(State::Waiting, nothing));
         }
         Way::Relay(Service::Unix(path.to_owned()), vec![Reason::UnixSocket])
     }
