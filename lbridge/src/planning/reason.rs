@@ -6,7 +6,7 @@ use std::{io, net::IpAddr, net::SocketAddr};
 use super::rule::{Network, RuleId, Target};
 
 /// A reason for a [`State`](super::policy::State).
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, strum::IntoStaticStr)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, strum::IntoStaticStr, strum::VariantNames)]
 #[strum(serialize_all = "snake_case")]
 pub enum Reason {
     // The service.
@@ -303,4 +303,81 @@ fn elsewhere(networks: &[String]) -> String {
 /// All of them, in one line.
 pub fn in_words(reasons: &[Reason]) -> String {
     reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use strum::VariantNames as _;
+
+    use super::Reason;
+
+    /// Scripts match them. Who renames a variant gives it the old code with `#[strum(serialize = "...")]`.
+    const CODES: [&str; 61] = [
+        "nothing_listens",
+        "mptcp",
+        "register_refused",
+        "listeners_full",
+        "family_mismatch",
+        "unix_socket",
+        "untrusted_path",
+        "foreign_listener",
+        "foreign_listener_in_its_place",
+        "foreign_listener_in_the_way",
+        "as_asked",
+        "inside_namespace",
+        "needs_relay",
+        "unix_socket_not_steered",
+        "unix_peer_is_root",
+        "would_look_local",
+        "address_taken",
+        "alias_taken",
+        "one_answer_address",
+        "no_steering",
+        "no_name_hooks",
+        "no_connect_hooks",
+        "no_reply_hooks",
+        "udp_needs_interface",
+        "udp_unseen",
+        "no_bridge",
+        "no_bridge_leads",
+        "not_a_bridge",
+        "ambiguous_network",
+        "bridge_newer",
+        "no_interface",
+        "no_gateway",
+        "engine_off",
+        "engine_away",
+        "no_such_network",
+        "host_network",
+        "driver_without_bridge",
+        "not_looked_at",
+        "no_namespace",
+        "unsuitable_namespace",
+        "loopback_down",
+        "no_gateway_served",
+        "no_container_there",
+        "for_containers",
+        "container_error",
+        "no_such_container",
+        "container_unseen",
+        "container_stopped",
+        "container_elsewhere",
+        "container_without_address",
+        "from_without_engine",
+        "from_while_engine_away",
+        "from_on_foreign_bridge",
+        "detached",
+        "firewall_drops",
+        "sources_missing",
+        "listener_unregistered",
+        "entry_missing",
+        "localhost_entry_missing",
+        "relay_closed",
+        "failed",
+    ];
+
+    #[test]
+    fn codes_stay_the_same() {
+        assert_eq!(Reason::VARIANTS, CODES);
+    }
 }
