@@ -97,12 +97,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         );
     }
     // Everything that can be wrong is read before anything is touched.
-    let (state, socket) = (options.state_dir.as_path(), options.socket.parent().unwrap_or(Path::new("/")));
+    let socket = std::path::absolute(&options.socket)?;
+    let (state, socket) = (options.state_dir.as_path(), socket.parent().unwrap_or(Path::new("/")));
     check(trusted::check_way(state), "the state directory", state)?;
     // Whoever can exchange the socket for a link has its group and mode given to another file.
     check(trusted::check_way(socket), "the control socket's folder", socket)?;
     let store = Store::open(state)?;
     check(trusted::open_folder(state).map(drop), "the state directory", state)?;
+    check(trusted::check_file(&store.rules_file()), "the rules file", &store.rules_file())?;
     let (configuration, rules) = Configuration::load(options.config, &store)?;
     let _lock = store.lock()?;
     let socket = ControlSocket::bind(&options.socket)?;

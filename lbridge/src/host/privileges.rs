@@ -26,11 +26,16 @@ pub fn give_up() -> io::Result<()> {
     let mut sets = capabilities(None)?;
     // Without it a service manager has bounded them already.
     if sets.effective.contains(CapabilitySet::SETPCAP) {
-        for capability in CapabilitySet::all().difference(KEPT).iter() {
+        // Those, too, that are newer than this program.
+        for bit in 0..u64::BITS {
+            let capability = CapabilitySet::from_bits_retain(1 << bit);
+            if KEPT.contains(capability) {
+                continue;
+            }
             match remove_capability_from_bounding_set(capability) {
-                // This kernel does not know it.
-                Ok(()) | Err(Errno::INVAL) => {}
-                Err(error) => return Err(error.into()),
+                // The first that this kernel does not know.
+                Err(Errno::INVAL) => break,
+                removed => removed?,
             }
         }
     }
