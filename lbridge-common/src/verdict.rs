@@ -32,7 +32,7 @@ pub trait Lookups {
     fn is_probe(&self) -> bool;
     /// Returns true if the entry lists the packet's source.
     fn is_listed(&self) -> bool;
-    /// Returns true if an accept rule of lbridge's lets the packet through the host's firewall, if it comes by the rule's interface.
+    /// Returns true if an accept rule of lbridge's covers the packet's source, address and port, by whichever interface it came.
     fn is_accepted(&self) -> bool;
     /// Returns true if the name hooks would show a connection with these ends as a local one.
     fn looks_local(&self) -> bool;
@@ -67,8 +67,8 @@ pub fn decide(
     if lookups.is_accepted() {
         return Verdict::Denied;
     }
-    // The name hooks know of no interface: a container that comes by another bridge, with an address of the network that looks
-    // local at this gateway, would look local to whoever listens on every address.
+    // `sock_ops` knows no interface when a connection is established: a container on another bridge, with an address of the
+    // network, would look local to whoever listens on every address.
     if protocol == TCP && lookups.looks_local() { Verdict::LooksLocal } else { passes }
 }
 
