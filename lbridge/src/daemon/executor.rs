@@ -7,6 +7,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     num::NonZeroU32,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, anyhow, bail};
@@ -40,6 +41,8 @@ use crate::{
 
 /// The error of a kernel step where no kernel half is loaded.
 const NO_KERNEL: &str = "there is no kernel half";
+/// Flows of open connections are not looked for more often.
+const FLOWS_PAUSE: Duration = Duration::from_secs(5);
 /// More than these are not remembered.
 const MAX_HOLDERS: usize = 1024;
 
@@ -62,6 +65,8 @@ pub(super) struct Executor {
     pub(super) sources: Option<SourceGate>,
     /// Listening sockets of the daemon before this one.
     pub(super) inherited: Inherited,
+    /// What conntrack told last of accept rules that are gone.
+    pub(super) seen_flows: Option<SeenFlows>,
     /// Who holds sockets, by inode, that were in the way of a relay.
     pub(super) holders: HashMap<u64, Option<String>>,
     /// Whether the name hooks were needed since the start. They stay until the next: services may hold sockets whose
@@ -76,7 +81,7 @@ pub(super) struct Failures {
     pub(super) relays: BTreeMap<RelayKey, String>,
     /// Entries that could not be put.
     pub(super) entries: BTreeMap<RuleKey, String>,
-    /// What accept rules let in whose flows conntrack could not be had to forget.
+    /// Why conntrack could not forget the flows of an accept rule, by its key.
     pub(super) flows: BTreeMap<(AcceptedKey, u32), String>,
     /// What accept rules let in that the kernel could not be told of.
     pub(super) accepted: BTreeMap<(AcceptedKey, u32), String>,
@@ -108,25 +113,18 @@ impl Failures {
         let specific = self.entries.values().chain(self.listeners.values()).chain(self.openings.values());
         specific
             .chain(self.accepted.values())
-            .chain(self.flows.values())
+            .chain(self.flows.values().take(1))
             .chain(self.hooks.iter().filter_map(|(_, why)| why.as_ref()))
             .chain(&self.others)
     }
 }
 
-/// The flows of what no accept rule lets in any more.
-fn flows(found: &Reality) -> BTreeMap<(AcceptedKey, u32), Flows> {
-    let accepts: BTreeSet<_> =
-        found.filtering.accepts.keys().map(|(_, opening)| opening.accepted()).collect();
-    let gone: BTreeSet<_> = found.accepted.difference(&accepts).copied().collect();
-    if gone.is_empty() {
-        return BTreeMap::new();
-    }
-    conntrack::flows(&gone).unwrap_or_else(|error| {
-        tracing::debug!("the flows of accept rules that are gone cannot be listed: {error}");
-        let unknown = Flows { open: 1, over: 0 };
-        gone.into_iter().map(|key| (key, unknown)).collect()
-    })
+/// What conntrack told of keys, and when.
+#[derive(Debug)]
+pub(super) struct SeenFlows {
+    at: Instant,
+    flows: BTreeMap<(AcceptedKey, u32), Flows>,
+    error: Option<String>,
 }
 
 impl relay::PeerNames for PeerNames {
@@ -153,14 +151,46 @@ impl Executor {
     /// What is in force, read back.
     pub(super) async fn reality(&mut self, policy: &Policy) -> anyhow::Result<Reality> {
         let in_force = self.in_force()?;
-        Ok(self.behind_firewall(policy, in_force).await)
+        Ok(self.with_firewall(policy, in_force).await)
     }
 
     /// With the state of the host's firewall, which may take as long as its tools do.
-    pub(super) async fn behind_firewall(&mut self, policy: &Policy, in_force: Reality) -> Reality {
+    pub(super) async fn with_firewall(&mut self, policy: &Policy, in_force: Reality) -> Reality {
         let filtering = self.firewall.look(&policy.openings).await.clone();
-        let found = Reality { filtering, ..in_force };
-        Reality { flows: flows(&found), ..found }
+        let gone: BTreeSet<_> = in_force.accepted.difference(&filtering.accepted()).copied().collect();
+        Reality { filtering, flows: self.flows(&gone), ..in_force }
+    }
+
+    /// The flows of what no accept rule lets in any more. Those of keys that have open connections alone are not looked for every
+    /// time: conntrack's table may be long.
+    fn flows(&mut self, gone: &BTreeSet<(AcceptedKey, u32)>) -> BTreeMap<(AcceptedKey, u32), Flows> {
+        if gone.is_empty() {
+            self.seen_flows = None;
+            return BTreeMap::new();
+        }
+        if let Some(seen) = &self.seen_flows
+            && seen.at.elapsed() < FLOWS_PAUSE
+            && gone.iter().all(|key| seen.flows.get(key).is_some_and(|flows| flows.open > 0))
+        {
+            return seen.flows.clone();
+        }
+        let (flows, error) = match conntrack::flows(gone) {
+            Ok(flows) => (flows, None),
+            // They may be open, for all that is known.
+            Err(error) => {
+                let unknown = Flows { open: 1, forgettable: 0 };
+                (gone.iter().map(|key| (*key, unknown)).collect(), Some(error.to_string()))
+            }
+        };
+        if let Some(error) = &error
+            && self.seen_flows.as_ref().is_none_or(|seen| seen.error.is_none())
+        {
+            tracing::warn!(
+                "could not list conntrack's flows; what denied rules opened stays refused: {error}"
+            );
+        }
+        self.seen_flows = Some(SeenFlows { at: Instant::now(), flows: flows.clone(), error });
+        flows
     }
 
     /// Withdraws what the policy does not grant, and waits for nobody. What else is in force then; nothing of the firewall.
@@ -230,7 +260,9 @@ impl Executor {
                     Step::PutEntry(key, _) | Step::AddSource(SourceKey { rule: key, .. }) => {
                         drop(failures.entries.insert(*key, text));
                     }
-                    Step::ForgetFlows(key) => drop(failures.flows.insert(*key, text)),
+                    Step::ForgetFlows(keys) => {
+                        failures.flows.extend(keys.iter().map(|key| (*key, text.clone())));
+                    }
                     Step::AddAccepted(key) => drop(failures.accepted.insert(*key, text)),
                     Step::Register { inode, key } => match unsuitable(&error) {
                         Some(kind) => drop(failures.refused.insert(*inode, kind)),
@@ -263,11 +295,11 @@ impl Executor {
                 bail!("the kernel could not be told to refuse the others that it lets in")
             }
             Step::RemoveAccepted(key) if failures.flows.contains_key(key) => {
-                bail!("the firewall still lets in some of its flows")
+                bail!("its flows are not forgotten yet, so it stays refused")
             }
-            Step::ForgetFlows(key) => {
-                let forgotten = conntrack::forget(&[*key].into());
-                return forgotten.context("cannot have conntrack forget flows that an accept rule let in");
+            Step::ForgetFlows(keys) => {
+                let forgotten = conntrack::forget(keys);
+                return forgotten.context("conntrack could not forget flows that accept rules let in");
             }
             Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {

@@ -143,6 +143,7 @@ impl Reconciler {
                 guests,
                 sources,
                 inherited: Inherited::take(),
+                seen_flows: None,
                 holders: HashMap::new(),
             },
             abilities,
@@ -373,7 +374,7 @@ impl Reconciler {
             if let Some(guests) = &mut self.executor.guests {
                 guests.want(policy.dials.keys().map(|key| key.ifindex).collect()).await;
             }
-            let reality = self.executor.behind_firewall(&policy, in_force).await;
+            let reality = self.executor.with_firewall(&policy, in_force).await;
             let reality = Reality { guests: self.executor.guests(), ..reality };
             if reality.registered.len() < MAX_LISTENERS as usize {
                 // From the next look on.

@@ -8,13 +8,13 @@ use std::{
     path::Path,
 };
 
-use lbridge_common::wire::{AcceptedKey, TCP};
+use lbridge_common::wire::{AcceptedKey, Address, TCP};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, Nla as _};
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Tuple},
 };
-use netlink_sys::protocols::NETLINK_NETFILTER;
+use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 
 use crate::{
     host::{listeners, netlink},
@@ -29,34 +29,34 @@ const IN_USE: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 /// Key of what an accept rule lets in, with the bits of it that count.
 type Key = (AcceptedKey, u32);
 
-/// A flow, by the ends of its first packet.
+/// A flow that a key is of.
 #[derive(Debug)]
 struct Flow {
     key: Key,
-    source: SocketAddr,
-    destination: SocketAddr,
+    /// This host's end, as its sockets have it.
+    own: SocketAddr,
+    /// The container's.
+    peer: SocketAddr,
     /// A socket of the host has it: a connection that goes on, as all do when their rule is denied.
     is_open: bool,
+    family: NetfilterProtoFamily,
     /// What names it to the kernel.
     name: Vec<ConntrackAttribute>,
 }
 
-impl Flow {
-    /// Of these keys' flows, if it is one.
-    fn of(attributes: Vec<ConntrackAttribute>, keys: &BTreeSet<Key>) -> Option<Self> {
-        let is_name = |attribute: &ConntrackAttribute| match attribute {
-            ConntrackAttribute::CtaTupleOrig(_) => true,
-            ConntrackAttribute::Other(other) => other.kind() == CTA_ZONE,
-            _ => false,
-        };
-        let name: Vec<_> = attributes.into_iter().filter(is_name).collect();
-        let first = name.iter().find_map(|attribute| match attribute {
-            ConntrackAttribute::CtaTupleOrig(parts) => Some(parts),
-            _ => None,
-        })?;
+/// The ends of a packet, from where it comes first; and its protocol.
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    source: SocketAddr,
+    destination: SocketAddr,
+    protocol: u8,
+}
+
+impl Ends {
+    fn of(parts: &[Tuple]) -> Option<Self> {
         let (mut source, mut destination) = (None, None);
         let (mut protocol, mut source_port, mut destination_port) = (None, None, None);
-        for part in first {
+        for part in parts {
             match part {
                 Tuple::Ip(parts) => {
                     for part in parts {
@@ -80,30 +80,57 @@ impl Flow {
                 _ => {}
             }
         }
-        let (source, destination) =
-            (SocketAddr::new(source?, source_port?), SocketAddr::new(destination?, destination_port?));
-        let packet = AcceptedKey {
-            gateway: destination.ip().into(),
-            port: destination.port(),
-            protocol: protocol?.into(),
-            source: source.ip().into(),
+        Some(Self {
+            source: SocketAddr::new(source?, source_port?),
+            destination: SocketAddr::new(destination?, destination_port?),
+            protocol: protocol?,
+        })
+    }
+}
+
+impl Flow {
+    /// Of these keys' flows, if it is one. An accept rule on the input hook sees the destination that DNAT has made of the first one,
+    /// which the answers have as their source, and the first source.
+    fn of(
+        family: NetfilterProtoFamily,
+        attributes: Vec<ConntrackAttribute>,
+        keys: &BTreeSet<Key>,
+    ) -> Option<Self> {
+        let ends = |wanted: fn(&ConntrackAttribute) -> Option<&Vec<Tuple>>| {
+            attributes.iter().find_map(wanted).and_then(|parts| Ends::of(parts))
         };
-        let key = *keys.iter().find(|(key, bits)| key.matches(*bits, &packet))?;
-        Some(Self { key, source, destination, is_open: false, name })
+        let first = ends(|attribute| match attribute {
+            ConntrackAttribute::CtaTupleOrig(parts) => Some(parts),
+            _ => None,
+        })?;
+        let answer = ends(|attribute| match attribute {
+            ConntrackAttribute::CtaTupleReply(parts) => Some(parts),
+            _ => None,
+        })?;
+        let packet = AcceptedKey {
+            gateway: answer.source.ip().into(),
+            port: answer.source.port(),
+            protocol: first.protocol.into(),
+            source: first.source.ip().into(),
+        };
+        // Of the same address and port are few.
+        let least = AcceptedKey { source: Address([0; 4]), ..packet };
+        let candidates = keys.range((least, 0)..).take_while(|(key, _)| {
+            (key.gateway, key.port, key.protocol) == (packet.gateway, packet.port, packet.protocol)
+        });
+        let key = *candidates.into_iter().find(|(key, bits)| key.matches(*bits, &packet))?;
+        let is_name = |attribute: &ConntrackAttribute| match attribute {
+            ConntrackAttribute::CtaTupleOrig(_) => true,
+            ConntrackAttribute::Other(other) => other.kind() == CTA_ZONE,
+            _ => false,
+        };
+        let (own, peer) = (answer.source, answer.destination);
+        let name = attributes.into_iter().filter(is_name).collect();
+        Some(Self { key, own, peer, is_open: false, family, name })
     }
 
     fn is_tcp(&self) -> bool {
         self.key.0.protocol == u16::from(TCP)
-    }
-
-    /// Removes it. One that has gone meanwhile is as good.
-    fn forget(self) -> io::Result<()> {
-        let family =
-            if self.source.is_ipv4() { NetfilterProtoFamily::IPv4 } else { NetfilterProtoFamily::IPv6 };
-        match ask(family, ConntrackMessage::Delete(self.name), NLM_F_ACK, |_| {}) {
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            done => done,
-        }
     }
 }
 
@@ -116,18 +143,31 @@ pub fn flows(keys: &BTreeSet<Key>) -> io::Result<BTreeMap<Key, Flows>> {
     let mut counts: BTreeMap<Key, Flows> = BTreeMap::new();
     for flow in list(keys)? {
         let count = counts.entry(flow.key).or_default();
-        if flow.is_open { count.open += 1 } else { count.over += 1 }
+        if flow.is_open { count.open += 1 } else { count.forgettable += 1 }
     }
     Ok(counts)
 }
 
-/// Removes a key's flows, but those of connections that are open: they go on.
+/// Has conntrack forget these keys' flows, but those of open connections.
 ///
 /// # Errors
 ///
-/// As [`flows`]; if the kernel does not remove one.
+/// As [`flows`]; the first flow's that the kernel does not forget. All are tried.
 pub fn forget(keys: &BTreeSet<Key>) -> io::Result<()> {
-    list(keys)?.into_iter().filter(|flow| !flow.is_open).try_for_each(Flow::forget)
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let flows = list(keys)?;
+    let socket = netlink::connect(NETLINK_NETFILTER)?;
+    let mut failed = Ok(());
+    for flow in flows.into_iter().filter(|flow| !flow.is_open) {
+        match ask(&socket, flow.family, ConntrackMessage::Delete(flow.name), NLM_F_ACK, |_| {}) {
+            // It has gone meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            done => failed = failed.and(done),
+        }
+    }
+    failed
 }
 
 /// The flows of these keys.
@@ -140,9 +180,10 @@ fn list(keys: &BTreeSet<Key>) -> io::Result<Vec<Flow>> {
         if !keys.iter().any(|(key, _)| is_its(&key.gateway.into())) {
             continue;
         }
-        let listed = ask(family, ConntrackMessage::Get(vec![]), NLM_F_DUMP, |message| {
+        let socket = netlink::connect(NETLINK_NETFILTER)?;
+        let listed = ask(&socket, family, ConntrackMessage::Get(vec![]), NLM_F_DUMP, |message| {
             if let ConntrackMessage::New(attributes) = message {
-                flows.extend(Flow::of(attributes, keys));
+                flows.extend(Flow::of(family, attributes, keys));
             }
         });
         match listed {
@@ -150,29 +191,28 @@ fn list(keys: &BTreeSet<Key>) -> io::Result<Vec<Flow>> {
             listed => listed?,
         }
     }
-    let dialled: BTreeSet<_> =
-        flows.iter().filter(|flow| flow.is_tcp()).map(|flow| flow.destination).collect();
-    if !dialled.is_empty() {
-        let open = listeners::connections(&dialled)?;
+    let own: BTreeSet<_> = flows.iter().filter(|flow| flow.is_tcp()).map(|flow| flow.own).collect();
+    if !own.is_empty() {
+        let open = listeners::connections(&own)?;
         for flow in &mut flows {
-            flow.is_open = flow.is_tcp() && open.contains(&(flow.destination, flow.source));
+            flow.is_open = flow.is_tcp() && open.contains(&(flow.own, flow.peer));
         }
     }
     Ok(flows)
 }
 
 fn ask(
+    socket: &Socket,
     family: NetfilterProtoFamily,
     message: ConntrackMessage,
     flags: u16,
     mut each: impl FnMut(ConntrackMessage),
 ) -> io::Result<()> {
-    let socket = netlink::connect(NETLINK_NETFILTER)?;
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | flags;
     let message = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), message);
-    netlink::send(&socket, NetlinkMessage::new(header, message.into()))?;
-    netlink::receive(&socket, |message: NetfilterMessage| {
+    netlink::send(socket, NetlinkMessage::new(header, message.into()))?;
+    netlink::receive(socket, |message: NetfilterMessage| {
         if let NetfilterMessageInner::Conntrack(message) = message.inner {
             each(message);
         }

@@ -27,7 +27,11 @@ use std::{
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use rustix::process::{Signal, set_parent_process_death_signal};
+use lbridge_common::wire::AcceptedKey;
+use rustix::{
+    io::Errno,
+    process::{Signal, getpid, getppid, set_parent_process_death_signal},
+};
 use tokio::{io::AsyncWriteExt as _, sync::mpsc};
 
 use crate::planning::{
@@ -281,9 +285,13 @@ async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
     removed.with_context(|| format!("cannot remove the firewall's accept rule for {opening}"))
 }
 
-/// Removes every accept rule of lbridge's, for good; how many there were. For when no daemon runs. `expected` says that there may be
-/// some, so that a tool which is not there is needed.
-pub async fn remove_all(expected: bool) -> anyhow::Result<usize> {
+/// Removes every accept rule of lbridge's, for good; how many there were, and what they let in. For when no daemon runs. `expected`
+/// says that there may be some, so that a tool which is not there is needed.
+///
+/// # Errors
+///
+/// If one cannot be removed, or it cannot be told whether there are any.
+pub async fn remove_all(expected: bool) -> anyhow::Result<(usize, BTreeSet<(AcceptedKey, u32)>)> {
     let (ruleset, mut problems) = Ruleset::read(&BTreeMap::new()).await;
     problems.retain(|unread| expected || matches!(unread.problem, Problem::Failed(_)));
     for (chain, opening) in ruleset.accepts.keys() {
@@ -294,7 +302,8 @@ pub async fn remove_all(expected: bool) -> anyhow::Result<usize> {
         "whether accept rules are left in the firewall cannot be told: {}",
         listed(&problems)
     );
-    Ok(ruleset.accepts.len())
+    let let_in = ruleset.accepts.keys().map(|(_, opening)| opening.accepted()).collect();
+    Ok((ruleset.accepts.len(), let_in))
 }
 
 /// One look, and a try of each opening. Changes nothing.
@@ -333,9 +342,14 @@ async fn run_with(program: &'static str, arguments: &[&str], input: &str) -> Res
     let failed = |why: String| Problem::Failed(anyhow::anyhow!("{program}: {why}"));
     let mut command = tokio::process::Command::new(program);
     command.args(arguments).env("LC_ALL", "C").env("PATH", tools_path()).kill_on_drop(true);
-    // A tool that outlives a killed daemon would put an accept rule that nobody knows of. A failure leaves it as it was.
-    // SAFETY: prctl() is async-signal-safe.
-    unsafe { command.pre_exec(|| set_parent_process_death_signal(Some(Signal::KILL)).or(Ok(()))) };
+    // A tool that outlives a killed daemon would put an accept rule that nobody knows of.
+    let daemon = getpid();
+    let end_with_it = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        if getppid() == Some(daemon) { Ok(()) } else { Err(Errno::CANCELED.into()) }
+    };
+    // SAFETY: prctl() and getppid() are async-signal-safe.
+    unsafe { command.pre_exec(end_with_it) };
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let output = async {
         let mut child = command.spawn()?;

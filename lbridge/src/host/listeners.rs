@@ -98,7 +98,7 @@ fn dump(family: u8, kind: ListenerKind, listeners: &mut Vec<Listener>) -> io::Re
         ListenerKind::Udp => (IPPROTO_UDP, StateFlags::CLOSE),
         _ => (IPPROTO_TCP, StateFlags::LISTEN),
     };
-    each(family, protocol, states, |response| listeners.push(listener(response, kind)))
+    for_each_socket(family, protocol, states, |response| listeners.push(listener(response, kind)))
 }
 
 /// The ends of every TCP connection of this thread's network namespace that has a socket with one of these addresses as its own,
@@ -112,7 +112,7 @@ pub fn connections(own: &BTreeSet<SocketAddr>) -> io::Result<BTreeSet<(SocketAdd
     let states = || StateFlags::all() - StateFlags::LISTEN - StateFlags::CLOSE - StateFlags::TIME_WAIT;
     // An IPv6 socket may have an IPv4 connection.
     for family in [AF_INET, AF_INET6] {
-        each(family, IPPROTO_TCP, states(), |response| {
+        for_each_socket(family, IPPROTO_TCP, states(), |response| {
             let id = &response.header.socket_id;
             let end = |ip: IpAddr, port| SocketAddr::new(ip.to_canonical(), port);
             let ours = end(id.source_address, id.source_port);
@@ -125,17 +125,17 @@ pub fn connections(own: &BTreeSet<SocketAddr>) -> io::Result<BTreeSet<(SocketAdd
 }
 
 /// Lists sockets.
-fn each(
+fn for_each_socket(
     family: u8,
     protocol: u8,
     states: StateFlags,
-    mut socket: impl FnMut(&InetResponse),
+    mut each: impl FnMut(&InetResponse),
 ) -> io::Result<()> {
     let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
     let diag = ask(family, protocol, socket_id, states, NLM_F_DUMP)?;
     netlink::receive(&diag, |message| {
         if let SockDiagMessage::InetResponse(response) = message {
-            socket(&response);
+            each(&response);
         }
     })
 }

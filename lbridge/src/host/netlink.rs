@@ -1,4 +1,4 @@
-//! Requests to the kernel over netlink whose answer is a list.
+//! Requests to the kernel over netlink that are answered with a list or an acknowledgement.
 
 use std::{fmt::Debug, io};
 

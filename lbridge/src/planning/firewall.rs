@@ -286,6 +286,11 @@ pub struct Filtering {
 }
 
 impl Filtering {
+    /// Keys of what lbridge's accept rules let in, with the bits of each that count.
+    pub fn accepted(&self) -> BTreeSet<(AcceptedKey, u32)> {
+        self.accepts.keys().map(|(_, opening)| opening.accepted()).collect()
+    }
+
     /// Who keeps chains that may deny, each once.
     pub fn keepers(&self) -> BTreeSet<Keeper> {
         self.chains.iter().map(|chain| chain.firewall).collect()

@@ -25,7 +25,7 @@ use super::{
     firewall::{self, Chain, Link, Opening},
     hooks::HookSet,
     policy::{Clients, GatewayOutcome, Place, Policy, RelayKey, RelaySpec, State},
-    reality::{Flows, Reality},
+    reality::Reality,
 };
 
 /// One change, to be carried out as it says: what it means was decided before.
@@ -54,10 +54,10 @@ pub enum Step {
     AddSource(SourceKey),
     /// Refuse what an accept rule lets in, unless an entry admits it.
     AddAccepted((AcceptedKey, u32)),
-    /// Let it pass.
+    /// Stop refusing what an accept rule let in.
     RemoveAccepted((AcceptedKey, u32)),
-    /// Have conntrack forget its flows, but those of open connections.
-    ForgetFlows((AcceptedKey, u32)),
+    /// Have conntrack forget what accept rules let in, open connections excepted.
+    ForgetFlows(BTreeSet<(AcceptedKey, u32)>),
     /// Put an entry, or change where it leads.
     PutEntry(RuleKey, RuleValue),
     /// Remove an entry.
@@ -122,6 +122,8 @@ impl Step {
     /// The hooks without which it must not be carried out: connections would come that need them.
     pub fn relies_on(&self) -> &'static [HookSet] {
         match self {
+            // It leads to nobody.
+            Self::PutEntry(_, value) if value.target_port == 0 && !value.has(RuleValue::RELAYED) => &[],
             Self::PutEntry(key, _) if key.protocol == u16::from(UDP) => &[HookSet::Names, HookSet::Replies],
             Self::PutEntry(..) | Self::OpenRelay(..) => &[HookSet::Names],
             Self::PutDial(..) => &[HookSet::Connect],
@@ -158,11 +160,20 @@ pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let denied = |key: &&RelayKey| {
         !policy.relays.contains_key(key) && !handed_over.contains(key) && !is_moved(policy, key)
     };
-    // Those that linger, too.
+    // Those that linger, too. Where an entry that refuses takes its place, a relay closes after it.
     for key in reality.relays.keys().chain(&reality.lingering).filter(denied) {
-        steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
+        if !is_refused(policy, key) {
+            steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
+        }
     }
     steps
+}
+
+/// Whether an entry that leads to nobody is meant where a relay of a bridge listens.
+fn is_refused(policy: &Policy, key: &RelayKey) -> bool {
+    let anywhere = key.entry().map(|entry| RuleKey { ifindex: 0, ..entry });
+    let entries = key.entry().into_iter().chain(anywhere).filter_map(|key| policy.entries.get(&key));
+    entries.into_iter().any(|entry| entry.target_port == 0 && !entry.has(RuleValue::RELAYED))
 }
 
 /// Addresses that may use an entry no more, where the entry goes on to be for some: nothing needs them any more, and they may be
@@ -278,8 +289,12 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
         }
     }
     let handed_over = handed_over(policy);
-    for key in reality.relays.keys().filter(|key| stale(key) && handed_over.contains(key)) {
-        steps.push(Step::CloseRelay { key: key.clone(), handed_over: true });
+    for key in reality.relays.keys().chain(&reality.lingering).filter(|key| stale(key)) {
+        if handed_over.contains(key) && reality.relays.contains_key(key) {
+            steps.push(Step::CloseRelay { key: key.clone(), handed_over: true });
+        } else if !handed_over.contains(key) && is_refused(policy, key) {
+            steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
+        }
     }
     steps.extend(detach(HookSet::Names).filter(|_| !reality.name_hooks_in_use));
     steps.extend(
@@ -295,14 +310,13 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps.extend(reality.targets.difference(&policy.targets).map(|port| Step::RemoveTarget(*port)));
     steps.extend(accepted.difference(&reality.accepted).map(|key| Step::AddAccepted(*key)));
     // What conntrack knows passes without an accept rule, and would reach whoever listens on every address.
-    for key in reality.accepted.difference(&accepted) {
-        let Flows { open, over } = reality.flows.get(key).copied().unwrap_or_default();
-        // Of one that is open the next look after its end finds that it is over.
-        if open == 0 {
-            steps.extend((over > 0).then_some(Step::ForgetFlows(*key)));
-            steps.push(Step::RemoveAccepted(*key));
-        }
-    }
+    let flows = |key| reality.flows.get(key).copied().unwrap_or_default();
+    // Of one that is open the next look after its end finds that it may be forgotten.
+    let gone: Vec<_> = reality.accepted.difference(&accepted).filter(|key| flows(*key).open == 0).collect();
+    let known: BTreeSet<_> =
+        gone.iter().copied().filter(|key| flows(*key).forgettable > 0).copied().collect();
+    steps.extend((!known.is_empty()).then_some(Step::ForgetFlows(known)));
+    steps.extend(gone.into_iter().map(|key| Step::RemoveAccepted(*key)));
     steps.extend(firewall);
     steps
 }
@@ -326,21 +340,36 @@ fn accepted(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeSet<(
     let planned = firewall
         .iter()
         .filter_map(|step| if let Step::Accept { opening, .. } = step { Some(opening) } else { None });
-    let there = reality.filtering.accepts.keys().map(|(_, opening)| opening);
-    let mut accepted: BTreeSet<_> = there.chain(planned).map(Opening::accepted).collect();
+    let mut accepted = reality.filtering.accepted();
+    accepted.extend(planned.map(Opening::accepted));
     // What could not be read may be there still.
     if reality.filtering.failed {
         accepted.extend(&reality.accepted);
     }
-    // No entry admits the clients of a relay that is bound to the gateway.
-    let relays = policy
-        .relays
-        .iter()
-        .filter(|(key, spec)| !spec.by_entry && matches!(key.place, Place::Bridge { .. }));
-    let bound: BTreeSet<_> =
-        relays.map(|(key, _)| (Address::from(key.address.ip()), key.address.port())).collect();
-    accepted.retain(|(key, _)| key.protocol != u16::from(TCP) || !bound.contains(&(key.gateway, key.port)));
+    // No entry admits the clients of a relay that is bound to the gateway, once that listens.
+    let bound: Vec<_> = policy.relays.iter().filter(|(key, spec)| is_bound(key, spec)).collect();
+    let is_served = |(key, bits): &(AcceptedKey, u32)| {
+        key.protocol == u16::from(TCP)
+            && bound.iter().any(|(relay, spec)| {
+                let (gateway, port) = (Address::from(relay.address.ip()), relay.address.port());
+                let client = |source| AcceptedKey { gateway, port, source, ..*key };
+                reality.relays.contains_key(relay)
+                    && match &spec.clients {
+                        Clients::Subnet(subnet) => key.matches(*bits, &client(subnet.base)),
+                        Clients::Listed(listed) => {
+                            listed.iter().any(|ip| key.matches(*bits, &client((*ip).into())))
+                        }
+                        Clients::Inside(_) => false,
+                    }
+            })
+    };
+    accepted.retain(|key| !is_served(key));
     accepted
+}
+
+/// Whether a relay listens on the gateway itself.
+fn is_bound(key: &RelayKey, spec: &RelaySpec) -> bool {
+    !spec.by_entry && matches!(key.place, Place::Bridge { .. })
 }
 
 /// The openings for which a firewall may let packets in now: not those of a relay without an entry that is not open, since

@@ -60,8 +60,8 @@ pub struct Reality {
 pub struct Flows {
     /// Those of open TCP connections.
     pub open: usize,
-    /// Others: nothing of the host's needs them.
-    pub over: usize,
+    /// All others, which may be forgotten: UDP, and TCP connections without a socket of the host's.
+    pub forgettable: usize,
 }
 
 impl Reality {

@@ -149,14 +149,21 @@ fn end_strays(bpffs: &Path) -> anyhow::Result<usize> {
 
 fn accept_rules(bpffs: &Path) -> anyhow::Result<Option<String>> {
     // What accept rules let in, or did when the daemon last looked.
-    let accepted = pins::accepted(bpffs)?;
+    let mut accepted = pins::accepted(bpffs)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let removed = runtime.block_on(firewall::remove_all(!accepted.is_empty()))?;
-    conntrack::forget(&accepted).context("cannot have conntrack forget flows that accept rules let in")?;
+    let (removed, let_in) = runtime.block_on(firewall::remove_all(bpffs.exists()))?;
+    accepted.extend(let_in);
+    // Whatever comes of it, nothing more can be done about flows.
+    let flows = match conntrack::forget(&accepted) {
+        Ok(()) => String::new(),
+        Err(error) => {
+            format!("; conntrack could not forget what they let in, which it does in time: {error}")
+        }
+    };
     Ok(match removed {
-        0 => None,
-        1 => Some("removed 1 accept rule from the firewall".to_owned()),
-        rules => Some(format!("removed {rules} accept rules from the firewall")),
+        0 if flows.is_empty() => None,
+        1 => Some(format!("removed 1 accept rule from the firewall{flows}")),
+        rules => Some(format!("removed {rules} accept rules from the firewall{flows}")),
     })
 }
 

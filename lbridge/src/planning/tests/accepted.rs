@@ -96,9 +96,12 @@ fn what_conntrack_knows_is_refused_until_it_is_forgotten() {
     let mut reality = in_force(&steered, dropping(Through::Nft, &steered, &[opening(&steered)]));
     reality.filtering.accepts.clear();
     for (flows, planned) in [
-        (Flows { open: 0, over: 0 }, &[Step::RemoveAccepted(accepted)][..]),
-        (Flows { open: 0, over: 2 }, &[Step::ForgetFlows(accepted), Step::RemoveAccepted(accepted)]),
-        (Flows { open: 1, over: 2 }, &[]),
+        (Flows { open: 0, forgettable: 0 }, &[Step::RemoveAccepted(accepted)][..]),
+        (
+            Flows { open: 0, forgettable: 2 },
+            &[Step::ForgetFlows([accepted].into()), Step::RemoveAccepted(accepted)],
+        ),
+        (Flows { open: 1, forgettable: 2 }, &[]),
     ] {
         reality.flows = [(accepted, flows)].into();
         let steps = plan(&denied, &reality);
