@@ -173,8 +173,15 @@ fn archive(results: &Path, sbom: &Path) -> Result<PathBuf> {
     let headers = output(Command::new("readelf").arg("--program-headers").arg(&binary))?;
     ensure!(!headers.contains("INTERP"), "the binary for {STATIC_TARGET} wants a dynamic linker");
 
-    for file in ["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT"] {
-        fs::copy(root().join(file), folder.join(file)).with_context(|| format!("copy {file}"))?;
+    let guide = "docs/guide/src";
+    fs::create_dir_all(folder.join(guide)).with_context(|| format!("make {guide}"))?;
+    let chapters = fs::read_dir(root().join(guide))?.map(|chapter| Ok(chapter?.file_name()));
+    let chapters = chapters.collect::<Result<Vec<_>>>()?.into_iter().map(|name| Path::new(guide).join(name));
+    let texts =
+        ["README.md", "SECURITY.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT"].map(PathBuf::from);
+    for file in texts.into_iter().chain(chapters) {
+        fs::copy(root().join(&file), folder.join(&file))
+            .with_context(|| format!("copy {}", file.display()))?;
     }
     for file in ["lbridge.toml", "lbridge.sysusers"] {
         fs::copy(root().join("packaging").join(file), folder.join(file))
