@@ -48,7 +48,7 @@ pub(in crate::cli) fn import_plan(plan: &Plan) -> Result<(), Failure> {
              The kernel asks lbridge before it looks for socat's socket: new connections go to rules that say steered, none\n\
              is refused. Those that socat carries end with it, so stop it when they may:\n";
     text += &disable(plan.taken.iter());
-    text += "A rule that has to be relayed says blocked (in use) until socat is stopped, and serves within a second of that.\n";
+    text += "Before Linux 5.17 a rule that has to be relayed is blocked (in use) until socat is stopped, and serves within a second\nof that.\n";
     text += &firewall(plan);
     print(&text)
 }
