@@ -17,6 +17,7 @@ pub(super) struct AllowArgs {
     #[arg(value_parser = parse_new_network)]
     network: Network,
     /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path, 8000-8010 or 53/udp
+    #[expect(rustdoc::broken_intra_doc_links, reason = "an address, for --help")]
     #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
     ports: Vec<Ports>,
     /// What the service sees: the container's address, or a loopback one, which it may trust

@@ -23,6 +23,7 @@ use crate::{
 )]
 pub(super) struct RelayArgs {
     /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path or 8000-8010
+    #[expect(rustdoc::broken_intra_doc_links, reason = "an address, for --help")]
     #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
     ports: Vec<Ports>,
     /// A process in the sandbox, or the one that has made it (bwrap)

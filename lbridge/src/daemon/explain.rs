@@ -1,4 +1,4 @@
-//! What [`planning::explain`] needs beside one look at the host.
+//! What [`crate::planning::explain`] needs beside one look at the host.
 
 use std::collections::{BTreeMap, BTreeSet};
 

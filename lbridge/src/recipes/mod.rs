@@ -1,7 +1,7 @@
 //! What people used before lbridge: socat in systemd units, and UFW's rules for them. Reads, changes nothing. Imports
 //! planning's rules.
 //!
-//! - [`unit`]: unit files, as far as it takes to know what a service runs;
+//! - [`mod@unit`]: unit files, as far as it takes to know what a service runs;
 //! - [`socat`]: what a socat command line forwards;
 //! - [`ufw`]: the rules that UFW was given.
 

@@ -43,7 +43,7 @@ fn print(text: &str) -> Result<(), Failure> {
     print_on(text).map(drop)
 }
 
-/// As [`print`]; returns true if anybody reads on.
+/// As [`print()`]; returns true if anybody reads on.
 fn print_on(text: &str) -> Result<bool, Failure> {
     let lines: Vec<_> = text.split('\n').map(shown).collect();
     write(lines.join("\n").as_bytes())
