@@ -1,8 +1,9 @@
-//! The host's firewall, as far as rules need it. Netfilter's INPUT comes before `sk_lookup` and before a relay's socket: what
-//! it drops never arrives, and the container sees a time-out. Pure, as all of planning.
+//! Firewall: the host's firewall, as far as rules need it. Netfilter's INPUT hook comes before `sk_lookup`
+//! and before a relay's socket: what it drops never arrives, and the container sees a time-out. Pure, as all
+//! of planning.
 //!
-//! Whether a packet arrives is never concluded from a ruleset: it is tried ([`Passage`]). The ruleset is read to say who is
-//! in the way, and where an accept rule would count.
+//! lbridge never concludes from a ruleset whether a packet arrives: it tries ([`Passage`]). It reads the
+//! ruleset to say who is in the way, and where an accept rule would count.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,17 +17,17 @@ use serde::{Deserialize, Serialize};
 
 use super::{inventory::Interface, plan::Step, rule::Protocol};
 
-/// Marks lbridge's own rules in every ruleset.
+/// The comment that marks lbridge's own rules in every ruleset.
 pub const COMMENT: &str = "lbridge";
 
-/// What lbridge may do to the host's firewall.
+/// The changes that lbridge may make to the host's firewall.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FirewallMode {
-    /// Keep an accept rule for what is dropped otherwise.
+    /// Keep an accept rule for traffic that is dropped otherwise.
     #[default]
     Manage,
-    /// Nothing.
+    /// Change nothing in the firewall.
     Off,
 }
 
@@ -39,19 +40,19 @@ impl fmt::Display for FirewallMode {
     }
 }
 
-/// Interface, address, protocol and port.
+/// Interface, address, protocol and port that packets are let through to.
 type Place<'a> = (&'a str, IpAddr, Protocol, u16);
 
-/// What must be let through: from one network on one bridge to an address of the host's at one port.
+/// Traffic that must be let through: from one network on one bridge to one address and port of the host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Opening {
-    /// The bridge's name.
+    /// Name of the bridge.
     pub interface: String,
-    /// What is dialled.
+    /// Address that is dialled.
     pub gateway: IpAddr,
     /// The network's subnet, without host bits.
     pub sources: IpNet,
-    /// What is spoken there.
+    /// Protocol of the port.
     pub protocol: Protocol,
     /// Port that is dialled.
     pub port: u16,
@@ -65,7 +66,8 @@ impl fmt::Display for Opening {
 }
 
 impl Opening {
-    /// What must be let through from the network in which the bridge has the address `own`, with the length of its prefix.
+    /// Creates the opening for the network in which the bridge has the address `own`, with the length of its
+    /// prefix in bits.
     pub fn new(
         interface: &str,
         (own, prefix): (IpAddr, u8),
@@ -77,25 +79,27 @@ impl Opening {
         Self { interface: interface.to_owned(), gateway, sources, protocol, port }
     }
 
-    /// Returns true if a container could send a datagram there in the host's own name, which is not in the subnet for this purpose.
-    /// The kernel drops IPv4 packets that come in with one of the host's own sources (`fib_validate_source()`), IPv6 packets it does not.
-    /// A forged SYN does no harm: its answer stays on the host.
+    /// Returns true if a container could send a datagram there with one of the host's own addresses as its
+    /// source; for this purpose such an address is not in the subnet. The kernel drops IPv4 packets that
+    /// arrive with one of the host's own sources (`fib_validate_source()`), but not such IPv6 packets. A
+    /// forged SYN does no harm: its answer stays on the host.
     pub fn can_be_forged(&self) -> bool {
         self.protocol == Protocol::Udp && self.gateway.is_ipv6()
     }
 
-    /// Where packets are let through to, from whichever network.
+    /// Returns the place that packets are let through to, from whichever network.
     fn place(&self) -> Place<'_> {
         (&self.interface, self.gateway, self.protocol, self.port)
     }
 
-    /// Key of the kernel's entry for what comes in on that interface.
+    /// Returns the key of the kernel's entry for packets that arrive on that interface.
     pub fn entry(&self, ifindex: u32) -> RuleKey {
         let protocol = self.protocol.number().into();
         RuleKey { gateway: self.gateway.into(), ifindex, port: self.port, protocol }
     }
 
-    /// Key of what an accept rule for it lets in, with the bits of it that count.
+    /// Returns the key of the traffic that an accept rule for the opening lets in, with the length of its
+    /// prefix in bits.
     pub fn accepted(&self) -> (AcceptedKey, u32) {
         let source = Address::from(self.sources.addr());
         let mask = source.mask(self.sources.prefix_len());
@@ -104,7 +108,8 @@ impl Opening {
         (key, AcceptedKey::prefix_len(&mask))
     }
 
-    /// Whether the interface can be named in a rule and mean only itself: firewalls read `*`, `+`, `@` and `!` otherwise.
+    /// Returns true if the interface's name means only that interface in a rule: firewalls read `*`, `+`, `@`
+    /// and `!` otherwise.
     pub fn has_plain_name(&self) -> bool {
         is_plain(&self.interface)
     }
@@ -115,16 +120,16 @@ fn is_plain(name: &str) -> bool {
     name.chars().all(plain) && name.starts_with(|c: char| c.is_ascii_alphanumeric())
 }
 
-/// Where an opening is tried from.
+/// The link that an opening is tried from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Link {
-    /// The bridge's index.
+    /// Interface index of the bridge.
     pub ifindex: u32,
-    /// The bridge's own address, if what is dialled is elsewhere on the host.
+    /// The bridge's own address, if the dialled address is elsewhere on the host.
     pub via: Option<IpAddr>,
 }
 
-/// What must be let through for a port to be dialled on a bridge, at each of its addresses.
+/// Returns the openings that a port dialled on a bridge needs, one for each of the bridge's addresses.
 pub fn openings(bridge: &Interface, protocol: Protocol, port: u16) -> impl Iterator<Item = (Opening, Link)> {
     bridge.addresses.iter().map(move |own| {
         let opening = Opening::new(&bridge.name, *own, own.0, protocol, port);
@@ -132,43 +137,44 @@ pub fn openings(bridge: &Interface, protocol: Protocol, port: u16) -> impl Itera
     })
 }
 
-/// What became of a packet from the bridge.
+/// The result of trying a packet from the bridge.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Passage {
     /// A SYN was answered, by a service or by a reset; a datagram was counted.
     Open,
-    /// Nothing came back, nothing was counted.
+    /// Nothing came back, and nothing was counted.
     Dropped,
-    /// It could not be tried.
+    /// The packet could not be tried, for this reason.
     Unknown(String),
 }
 
-/// How a chain is changed.
+/// The tool that changes a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Through {
-    /// `nft`.
+    /// `nft`, for nftables.
     Nft,
-    /// `iptables-nft`, `ip6tables-nft`: their tables are theirs, `nft` may leave what they cannot read.
+    /// `iptables-nft` and `ip6tables-nft`. Their tables belong to them: `nft` may leave behind what they
+    /// cannot read.
     IptablesNft,
-    /// `iptables-legacy`, `ip6tables-legacy`.
+    /// `iptables-legacy` and `ip6tables-legacy`.
     IptablesLegacy,
-    /// `firewall-cmd`: firewalld's table has an owner, and takes rules from nobody else.
+    /// `firewall-cmd`. firewalld's table has an owner, and takes rules from nobody else.
     Firewalld,
 }
 
 /// Address family of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Family {
-    /// IPv4.
+    /// IPv4 packets only.
     Ip,
-    /// IPv6.
+    /// IPv6 packets only.
     Ip6,
-    /// Both.
+    /// IPv4 and IPv6 packets.
     Inet,
 }
 
 impl Family {
-    /// Whether packets to `address` meet such a table.
+    /// Returns true if packets to `address` pass a table of this family.
     pub fn meets(self, address: IpAddr) -> bool {
         match self {
             Self::Ip => address.is_ipv4(),
@@ -191,13 +197,13 @@ impl fmt::Display for Family {
 /// A base chain on the input hook.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Chain {
-    /// How it is changed.
+    /// The tool that changes the chain.
     pub through: Through,
-    /// Its table's.
+    /// Address family of the chain's table.
     pub family: Family,
-    /// Its table.
+    /// Name of the chain's table.
     pub table: String,
-    /// Its name.
+    /// Name of the chain.
     pub name: String,
 }
 
@@ -215,21 +221,21 @@ impl fmt::Display for Chain {
     }
 }
 
-/// What a chain does with a packet that it says nothing of.
+/// The way in which a chain denies packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Denial {
-    /// Drops it.
+    /// The chain's policy drops a packet that no rule matches.
     Policy,
-    /// Lets it pass, but some rule drops or rejects.
+    /// The chain's policy accepts such a packet, but some rule drops or rejects.
     Rule,
 }
 
-/// Whose a chain is, as far as it can be told.
+/// The firewall that keeps a chain, as far as lbridge can determine it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Keeper {
-    /// UFW.
+    /// UFW, recognized by the names of its chains.
     Ufw,
-    /// firewalld.
+    /// firewalld, recognized by the name of its table.
     Firewalld,
     /// Somebody who uses iptables.
     Iptables,
@@ -251,63 +257,65 @@ impl fmt::Display for Keeper {
 /// An input chain that may deny.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InputChain {
-    /// Which.
+    /// The chain that may deny.
     pub chain: Chain,
-    /// How it denies.
+    /// The way in which the chain denies.
     pub denial: Denial,
-    /// Whose it is.
+    /// The firewall that keeps the chain.
     pub firewall: Keeper,
 }
 
-/// An accept rule of lbridge's.
+/// The state of one of lbridge's accept rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Accepted {
-    /// How often it is there.
+    /// Number of copies in the chain.
     pub copies: usize,
-    /// Whether nothing but lbridge's rules comes before it.
+    /// True if nothing but lbridge's own rules comes before it.
     pub first: bool,
 }
 
-/// The firewall, as it was seen and tried.
+/// The firewall, as lbridge read and tried it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filtering {
     /// Input chains that may deny, the likeliest first.
     pub chains: Vec<InputChain>,
-    /// lbridge's own rules.
+    /// Accept rules that are lbridge's own.
     pub accepts: BTreeMap<(Chain, Opening), Accepted>,
-    /// What was tried since the ruleset changed.
+    /// Results of the packets that were tried since the ruleset changed.
     pub passages: BTreeMap<Opening, Passage>,
-    /// What was dropped when it was tried without an accept rule.
+    /// Openings that need an accept rule: they were dropped when tried without one, or have one already.
     pub needed: BTreeSet<Opening>,
-    /// Why the ruleset could not be read.
+    /// The reason why the ruleset could not be read; `None` if it could.
     pub unreadable: Option<String>,
-    /// A tool that is there failed, so that there may be any accept rule.
+    /// True if a tool that is installed failed, so that any accept rule may be there.
     pub failed: bool,
 }
 
 impl Filtering {
-    /// Keys of what lbridge's accept rules let in, with the bits of each that count.
+    /// Returns the keys of the traffic that lbridge's accept rules let in, with the length of each prefix in
+    /// bits.
     pub fn accepted(&self) -> BTreeSet<(AcceptedKey, u32)> {
         self.accepts.keys().map(|(_, opening)| opening.accepted()).collect()
     }
 
-    /// Who keeps chains that may deny, each once.
+    /// Returns the firewalls that keep chains that may deny, each once.
     pub fn keepers(&self) -> BTreeSet<Keeper> {
         self.chains.iter().map(|chain| chain.firewall).collect()
     }
 
-    /// The chains that packets for an opening meet, the likeliest to deny first.
+    /// Returns the chains that packets of an opening pass, the likeliest to deny first.
     pub fn in_the_way_of(&self, opening: &Opening) -> impl Iterator<Item = &InputChain> {
         self.chains.iter().filter(|chain| chain.chain.family.meets(opening.gateway))
     }
 
-    /// Who is likely to drop it, and the command that lets it through; `None` where no chain on the input hook is in the way.
-    /// The command is `None` where it would need a name that means more than itself.
+    /// Returns the firewall that is likely to drop the opening's packets, and the command that lets them
+    /// through; `None` if no chain on the input hook is in the way. The command is `None` if it would need a
+    /// name that means more than itself.
     pub fn remedy(&self, opening: &Opening) -> Option<(Keeper, Option<String>)> {
         self.in_the_way_of(opening).next().map(|chain| (chain.firewall, chain.remedy(opening)))
     }
 
-    /// Why nothing comes through, and what to type; in one line.
+    /// Explains in one line why nothing comes through, and what to type.
     pub fn why_dropped(&self, opening: &Opening) -> String {
         let accepted = |chain: &InputChain| {
             self.accepts.get(&(chain.chain.clone(), opening.clone())).is_some_and(|accepted| accepted.first)
@@ -341,7 +349,8 @@ impl Filtering {
 }
 
 impl InputChain {
-    /// The command that lets an opening through, and nothing else, whoever chose the names in it.
+    /// Returns the command that lets an opening through, and nothing else, whoever chose the names in it;
+    /// `None` if a name is not plain.
     fn remedy(&self, opening: &Opening) -> Option<String> {
         if !(opening.has_plain_name() && is_plain(&self.chain.table) && is_plain(&self.chain.name)) {
             return None;
@@ -374,9 +383,9 @@ impl InputChain {
     }
 }
 
-/// The steps that let through what is needed and take back what is not. `openings` are all that rules want. What was
-/// accepted is not known to pass any more, and so is tried in the next round. An accept rule that is not wanted any more goes after the one
-/// that takes its place.
+/// Returns the steps that let through what is needed, and take back what is not. `openings` are all that
+/// rules want. An opening that was just accepted is not known to pass any more, so the next round tries it.
+/// An accept rule that is no longer wanted goes after the one that takes its place.
 pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen: &Filtering) -> Vec<Step> {
     let wanted = |opening: &Opening| mode == FirewallMode::Manage && openings.contains_key(opening);
     let mut steps = vec![];
@@ -400,7 +409,8 @@ pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen:
     steps
 }
 
-/// The chain that is to get an accept rule next: none is there though it is needed, or those that are there were not enough.
+/// Returns the chain that must get an accept rule next: none has one though it is needed, or those that are
+/// there were not enough, or a chain has several copies.
 fn next_accept(
     opening: &Opening,
     passage: Option<&Passage>,
@@ -409,7 +419,8 @@ fn next_accept(
 ) -> Option<Chain> {
     let of = |chain: &Chain| seen.accepts.get(&(chain.clone(), opening.clone()));
     let chains = || seen.in_the_way_of(opening).map(|chain| &chain.chain);
-    // An accept rule for another subnet of the same bridge, as older versions put it, says that one is needed.
+    // An accept rule for another subnet of the same bridge, as older versions put it, says that one is
+    // needed.
     let is_needed = || seen.needed.contains(opening) || accepted.contains(&opening.place());
     // Somebody restored a ruleset that was saved with ours in it.
     let doubled = chains().find(|chain| of(chain).is_some_and(|accepted| accepted.copies > 1));

@@ -1,5 +1,6 @@
-//! Grants: for whom an address may use an entry that is not for all of its network. [`resolve`](super::resolve) makes them; the
-//! owner of the kernel's map compares each with what the engine says now, and takes back what is not so any more.
+//! Grants: the containers for which an address may use an entry that is not for its whole network.
+//! [`resolve`](super::resolve) makes them. The owner of the kernel's map compares each with what the engine
+//! reports now, and revokes those that no longer hold.
 
 use std::net::IpAddr;
 
@@ -17,7 +18,8 @@ pub struct Grant {
     pub container: String,
 }
 
-/// The engine's networks that a rule's network can mean. None for a namespace, whose rules are for all who are inside.
+/// Returns the engine's networks that a rule's network can mean. Empty for a namespace, whose rules are for
+/// everybody inside.
 pub fn networks_meant<'a>(network: &Network, known: &'a [DockerNetwork]) -> Vec<&'a DockerNetwork> {
     match network {
         Network::Docker(name) => find_networks(known, name),
@@ -28,7 +30,7 @@ pub fn networks_meant<'a>(network: &Network, known: &'a [DockerNetwork]) -> Vec<
     }
 }
 
-/// The addresses that a container has on these networks; `None` if it is on none of them.
+/// Returns the addresses that a container has on these networks; `None` if it is on none of them.
 pub fn addresses_on(attachments: &[Attachment], networks: &[&DockerNetwork]) -> Option<Vec<IpAddr>> {
     let is_there = |there: &&Attachment| networks.iter().any(|network| there.is_on(network));
     let mut there = attachments.iter().filter(is_there).peekable();

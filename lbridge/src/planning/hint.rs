@@ -1,13 +1,14 @@
-//! What a name that means nothing may have meant.
+//! Hints: what a name that matches nothing may have meant.
 
 use super::inventory::Inventory;
 
-/// Names less alike than this were not meant.
+/// Least likeness (0 to 1) of a name that may have been meant.
 const ALIKE: f64 = 0.7;
-/// More are no help.
+/// Most names in a hint. More are no help.
 const MAX_HINTS: usize = 2;
 
-/// To be appended to what is said of a Docker network that there is not; empty where nothing comes to mind.
+/// Returns a hint to append to the error about a Docker network that does not exist; empty if no name is
+/// similar.
 pub(super) fn unknown_network(name: &str, inventory: &Inventory) -> String {
     if let Some(Ok(container)) = inventory.containers.get(name) {
         let networks: Vec<_> = container.attachments.iter().map(|there| there.network.as_str()).collect();
@@ -22,14 +23,14 @@ pub(super) fn unknown_network(name: &str, inventory: &Inventory) -> String {
         let of_docker = on.map_or_else(String::new, |network| format!("its network {}, or ", network.name));
         return format!("; did you mean {of_docker}bridge:{name}?");
     }
-    // What Compose puts before a network's name, `PROJECT_`, is easily left out.
+    // Compose puts `PROJECT_` before a network's name, which is easily left out.
     let of_project =
         |there: &str, wanted: &str| there.strip_suffix(wanted).is_some_and(|project| project.ends_with('_'));
     let networks = inventory.docker_networks.iter().map(|network| network.name.as_str());
     did_you_mean(name, networks.filter(|name| !["host", "none"].contains(name)), of_project)
 }
 
-/// To be appended to what is said of a container that there is not.
+/// Returns a hint to append to the error about a container that does not exist; empty if no name is similar.
 pub(super) fn unknown_container(name: &str, inventory: &Inventory) -> String {
     // Compose writes PROJECT-SERVICE-NUMBER, and once wrote PROJECT_SERVICE_NUMBER.
     let of_project = |there: &str, wanted: &str| {
@@ -54,7 +55,7 @@ fn did_you_mean<'a>(
     if similar.is_empty() { String::new() } else { format!("; did you mean {}?", similar.join(" or ")) }
 }
 
-/// The most similar first.
+/// Returns at most [`MAX_HINTS`] similar names, the most similar first.
 fn similar<'a>(
     name: &str,
     names: impl Iterator<Item = &'a str>,

@@ -1,4 +1,4 @@
-//! Inventory: what was observed of the host, and what this kernel is able to do.
+//! Inventory: the observed state of the host, and the abilities of its kernel.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,41 +15,46 @@ use super::{
     rule::{Network, ProcessStart, Protocol},
 };
 
-/// One look at the host.
+/// One observation of the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Inventory {
-    /// Docker's networks; the last known while the engine is away.
+    /// Docker's networks; the last known ones while the engine is away.
     pub docker_networks: Vec<DockerNetwork>,
-    /// Whether the engine could ever be asked; until then a network that is not known may still exist.
+    /// Reachability of the engine. Unless it is reachable, a network that is not in the list may still exist.
     pub docker: DockerPresence,
-    /// Containers by the names that rules use, or what the engine has against a name; the last known while it is away.
+    /// Containers by the names that rules use, or the engine's error for a name; the last known ones while
+    /// the engine is away.
     pub containers: BTreeMap<String, Result<Container, String>>,
-    /// The names of all of the engine's containers, where a name that rules use is nobody's.
+    /// Names of all of the engine's containers. Listed only if a name that rules use matches no container.
     pub container_names: Vec<String>,
-    /// What the engine gives containers for the host's address, where it was told to; else it is its default bridge's.
+    /// Addresses that the engine is configured to give containers for `host-gateway`. Without such a setting
+    /// it gives them the address of its default bridge.
     pub host_gateways: Vec<IpAddr>,
-    /// Other addresses that containers know the host by, as the configuration says.
+    /// Further addresses by which containers know the host, from `aliases` in the configuration.
     pub aliases: BTreeSet<IpAddr>,
-    /// Every interface of the host's namespace.
+    /// Every interface of the host's network namespace.
     pub interfaces: Vec<Interface>,
-    /// Every listening TCP socket of the host's namespace.
+    /// Every listening TCP socket of the host's network namespace.
     pub listeners: Vec<Listener>,
-    /// The UDP sockets of the host's namespace that take datagrams from everybody, where a rule asks for UDP.
+    /// UDP sockets of the host's network namespace that take datagrams from everybody. Listed only if a rule
+    /// asks for UDP.
     pub udp_sockets: Vec<Listener>,
-    /// Why those could not be listed, if a rule asks for UDP.
+    /// The error, if a rule asks for UDP and the UDP sockets could not be listed.
     pub udp_unseen: Option<String>,
     /// Paths of listening Unix stream sockets.
     pub unix_listeners: BTreeSet<PathBuf>,
-    /// Paths of rules that are not followed, and why: over a link of somebody else.
+    /// Unix socket paths of rules that lead over another user's symbolic link, each with the error. lbridge
+    /// does not follow them.
     pub untrusted_paths: BTreeMap<PathBuf, String>,
-    /// The namespaces that rules name, or why there is none.
+    /// The network namespaces that rules name, or the reason why there is none.
     pub namespaces: BTreeMap<Network, Result<Namespace, Absence>>,
-    /// Whose the services of rules' ports are, or were when they were last seen.
+    /// The owner of the service on each port of the rules. For a service that is down, the owner when it was
+    /// last seen.
     pub incumbents: Incumbents,
 }
 
 impl Inventory {
-    /// What takes connections, or datagrams.
+    /// Returns the sockets that take connections (TCP) or datagrams (UDP).
     pub fn sockets(&self, protocol: Protocol) -> &[Listener] {
         match protocol {
             Protocol::Tcp => &self.listeners,
@@ -57,13 +62,13 @@ impl Inventory {
         }
     }
 
-    /// The interface of that name.
+    /// Returns the interface of that name.
     pub fn interface(&self, name: &str) -> Option<&Interface> {
         self.interfaces.iter().find(|i| i.name == name)
     }
 
-    /// Whether some network's bridge is another interface than when the engine told of it, so that the engine is to be asked
-    /// anew.
+    /// Returns true if the name of some network's bridge belongs to another interface than when the engine
+    /// last reported it. The engine must then be asked again.
     pub fn outruns_engine(&self) -> bool {
         self.docker_networks.iter().any(|network| {
             let there = network.bridge.as_deref().and_then(|name| self.interface(name));
@@ -72,13 +77,13 @@ impl Inventory {
     }
 }
 
-/// The engine's own network, which its bridge `docker0` is of.
+/// Name of the engine's default network, whose bridge is `docker0`.
 pub const DEFAULT_NETWORK: &str = "bridge";
 
-/// The networks that `name` may mean, as Docker reads it: the one with that id; else those of that name, of which the
-/// engine's API allows several; else those whose id starts so.
+/// Returns the networks that `name` may mean, as Docker resolves it: the network with that id; else those
+/// with that name, of which the engine's API allows several; else those whose id starts with it.
 pub fn find_networks<'a>(networks: &'a [DockerNetwork], name: &str) -> Vec<&'a DockerNetwork> {
-    // What Docker prints of an id; anything shorter is a name.
+    // Docker prints this many digits of an id. Anything shorter is a name.
     const SHORT_ID: usize = 12;
     let select =
         |fits: &dyn Fn(&DockerNetwork) -> bool| networks.iter().filter(|n| fits(n)).collect::<Vec<_>>();
@@ -91,23 +96,23 @@ pub fn find_networks<'a>(networks: &'a [DockerNetwork], name: &str) -> Vec<&'a D
     if by_name.is_empty() && is_id { select(&|n| n.id.starts_with(name)) } else { by_name }
 }
 
-/// Whether a Docker Engine can be asked.
+/// The reachability of a Docker Engine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum DockerPresence {
-    /// `--no-docker`.
+    /// The daemon runs with `--no-docker` and asks no engine.
     #[default]
     Off,
-    /// It does not answer.
+    /// The engine does not answer, or was not asked yet.
     Away,
-    /// Its list is current.
+    /// The engine answers, and its list is current.
     Reachable,
 }
 
-/// Whose engine it is.
+/// The product that an engine is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Product {
-    /// The Docker Engine, or whoever does not say otherwise.
+    /// The Docker Engine, or any engine that does not say otherwise.
     #[default]
     Docker,
     /// Podman, which speaks Docker's API and one of its own.
@@ -126,25 +131,27 @@ impl fmt::Display for Product {
 /// A network as the engine describes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DockerNetwork {
-    /// 64 hexadecimal digits.
+    /// The engine's network id, 64 hexadecimal digits.
     pub id: String,
-    /// Unique among the engine's networks, unless somebody asked its API otherwise.
+    /// The network's name. Unique among the engine's networks, unless somebody asked the engine's API for a
+    /// duplicate.
     pub name: String,
-    /// `bridge`, `macvlan`, `host`, ...
+    /// The network's driver: `bridge`, `macvlan`, `host`, ...
     pub driver: String,
-    /// The host's interface, for the bridge driver.
+    /// Name of the bridge interface on the host; `None` if the network has no bridge there.
     pub bridge: Option<String>,
-    /// Where the engine gives the name of a bridge to another network once it is free: the index of the interface that had
-    /// it when the engine told, 0 where none had. `None` where the name is this network's for as long as that exists.
+    /// Set only if the engine gives the name of a bridge to another network once the name is free (Podman):
+    /// the index of the interface that had the name when the engine reported it, 0 if none had it. `None` if
+    /// the name belongs to this network for as long as the network exists.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bridge_index: Option<u32>,
-    /// What the engine calls it elsewhere.
+    /// The name that Docker's API has for the network, if it differs from Podman's own (`name`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub other_name: Option<String>,
 }
 
 impl DockerNetwork {
-    /// Whether an interface that is called as the network's bridge is that bridge.
+    /// Returns true if `interface`, which has the name of the network's bridge, is that bridge.
     pub fn means(&self, interface: &Interface) -> bool {
         self.bridge_index.is_none_or(|index| index == interface.index)
     }
@@ -153,26 +160,27 @@ impl DockerNetwork {
 /// A container as the engine describes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Container {
-    /// Whether it runs.
+    /// True if the container runs.
     pub running: bool,
-    /// Its networks, in order of name.
+    /// The container's networks, in order of name.
     pub attachments: Vec<Attachment>,
-    /// The cookie of its network namespace, where its localhost is to be told from its neighbours'.
+    /// Cookie of the container's network namespace. Set only if a rule with `localhost` names the container
+    /// and the namespace can be entered: it tells the container's localhost from its neighbours'.
     pub netns: Option<u64>,
 }
 
-/// A container that ran when it was last seen, for a start while the engine is away.
+/// A container that ran when it was last seen; saved for a start while the engine is away.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeenContainer {
-    /// The name that it was asked for by.
+    /// The name by which rules refer to the container.
     pub name: String,
-    /// 64 hexadecimal digits.
+    /// The engine's container id, 64 hexadecimal digits.
     pub id: String,
-    /// Its first process.
+    /// Process id of the container's first process.
     pub pid: u32,
-    /// Which process the number meant.
+    /// Start of that process, which tells it from a later process with the same number.
     pub start: ProcessStart,
-    /// Its networks, in order of name.
+    /// The container's networks, in order of name.
     #[serde(default, rename = "attachment", skip_serializing_if = "Vec::is_empty")]
     pub attachments: Vec<Attachment>,
 }
@@ -180,17 +188,18 @@ pub struct SeenContainer {
 /// A container's place on a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
-    /// The network's name.
+    /// The name of the network.
     pub network: String,
-    /// Its id, where the engine tells it.
+    /// The id of the network; `None` if the engine does not report it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// The addresses that the engine gave the container there, while it runs.
+    /// Addresses that the engine gave the container on that network, while the container runs.
     pub addresses: Vec<IpAddr>,
 }
 
 impl Attachment {
-    /// Whether it is on that network: by id, since the engine's API allows several of one name.
+    /// Returns true if the attachment is to that network. Compares ids where they are known, since the
+    /// engine's API allows several networks of one name.
     pub fn is_on(&self, network: &DockerNetwork) -> bool {
         self.id.as_ref().map_or(self.network == network.name, |id| *id == network.id)
     }
@@ -199,84 +208,86 @@ impl Attachment {
 /// A network namespace other than the host's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Namespace {
-    /// Which, and how to get there.
+    /// The namespace's identity, and the way to enter it.
     pub key: NamespaceKey,
-    /// The loopback addresses that can be listened on inside: ::1 only where IPv6 is on, none while `lo` is down.
+    /// Loopback addresses that a relay can listen on inside: `::1` only if IPv6 is on, none while `lo` is
+    /// down.
     pub loopback: Vec<IpAddr>,
-    /// The address of whoever is inside, if somebody trustworthy tells it: Docker. What an interface inside says is the
-    /// choice of whoever is inside.
+    /// The address of whoever is inside, if a trustworthy source (Docker) reports it. Whoever is inside
+    /// chooses the addresses of the interfaces there, so these are not trusted.
     pub address: Option<IpAddr>,
 }
 
-/// A network namespace, and how to get there.
+/// A network namespace, and the way to enter it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NamespaceKey {
-    /// Which.
+    /// The namespace's identity.
     pub id: NamespaceId,
-    /// How to get there.
+    /// The way to enter the namespace.
     pub entrance: Entrance,
 }
 
-/// A namespace's identity for as long as it exists: that of its file on nsfs.
+/// The identity of a namespace for as long as it exists: that of its file on nsfs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NamespaceId {
-    /// `st_dev`.
+    /// Device number of the file (`st_dev`).
     pub device: u64,
-    /// `st_ino`.
+    /// Inode number of the file (`st_ino`).
     pub inode: u64,
 }
 
-/// A way into a namespace; where it closes, the namespace counts as gone.
+/// A way into a namespace. Once the way closes, the namespace counts as gone.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Entrance {
-    /// A process inside.
+    /// Through a process that is inside.
     Process {
-        /// Its number.
+        /// Process id of that process.
         pid: u32,
-        /// Which process the number means, where that is known.
+        /// Start of the process, which tells it from a later process with the same number; `None` if unknown.
         start: Option<ProcessStart>,
-        /// The container whose cgroup it must be in, by its id, where the number is hearsay: an engine on another host, or in
-        /// another pid namespace, tells numbers of other processes.
+        /// Id of the container whose cgroup the process must be in. Set if the process id is hearsay: an
+        /// engine on another host, or in another pid namespace, reports numbers of other processes.
         container: Option<String>,
     },
-    /// A file on nsfs.
+    /// Through a file on nsfs.
     Path(PathBuf),
 }
 
-/// Why there is no namespace.
+/// The reason why there is no namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Absence {
-    /// It may come.
+    /// The namespace is not there, but it may come.
     NotThere(String),
-    /// It is none that can be served.
+    /// The namespace cannot be served.
     Unsuitable(String),
 }
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
-    /// Interface index.
+    /// Interface index, unique in the namespace.
     pub index: u32,
-    /// Name, unique in the namespace.
+    /// Interface name, unique in the namespace.
     pub name: String,
-    /// Whether it is a Linux bridge.
+    /// True if the interface is a Linux bridge.
     pub is_bridge: bool,
-    /// It is a port of a bridge, or part of another interface: the host's stack sees its packets come in by that one.
+    /// True if the interface is a port of a bridge, or part of another interface. The host's stack sees its
+    /// packets arrive on that other interface.
     pub is_port: bool,
-    /// Its addresses but link-local ones, with the length of their prefix in bits.
+    /// The interface's addresses except link-local ones, each with its prefix length in bits.
     pub addresses: Vec<(IpAddr, u8)>,
 }
 
-/// How the kernel treats a listening socket.
+/// The kind of a listening socket, as far as the kernel treats kinds differently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ListenerKind {
-    /// Plain TCP.
+    /// Plain TCP, which a SOCKHASH takes.
     Tcp,
     /// MPTCP, which a SOCKHASH does not take.
     Mptcp,
-    /// UDP, and not connected.
+    /// UDP, not connected.
     Udp,
-    /// Plain TCP or UDP that the kernel refused to register, with this errno.
+    /// Plain TCP or UDP that the kernel refused to register, with the errno.
     Refused(i32),
     /// Plain TCP or UDP, for which the kernel's map of listeners has no room.
     NoRoom,
@@ -285,34 +296,35 @@ pub enum ListenerKind {
 /// A listening TCP socket of the host's namespace, or a UDP socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
-    /// Where it is bound.
+    /// Address and port that the socket is bound to.
     pub address: SocketAddr,
-    /// Inode on sockfs: its identity.
+    /// Inode number on sockfs, which identifies the socket.
     pub inode: u64,
-    /// The user who made it (`idiag_uid` of sock_diag).
+    /// Id of the user who made the socket (`idiag_uid` of sock_diag).
     pub uid: u32,
-    /// `IPV6_V6ONLY`, or IPv4.
+    /// True if the socket serves one family only: it is IPv4, or has `IPV6_V6ONLY` set.
     pub single_family: bool,
-    /// `SO_BINDTODEVICE`: an interface index, 0 for none.
+    /// Interface index set with `SO_BINDTODEVICE`, 0 for none.
     pub bound_interface: u32,
-    /// How the kernel treats it.
+    /// The socket's kind, which decides how the kernel treats it.
     pub kind: ListenerKind,
 }
 
-/// What the kernel is able to do here; tried, not guessed.
+/// Abilities of the kernel here: tried, not guessed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Abilities {
-    /// `sk_lookup` steering, or why not.
+    /// `sk_lookup` steering, or the reason why the kernel cannot steer.
     pub steer: Result<Steering, String>,
-    /// Whether each set of hooks can be attached, or why not.
+    /// For each set of hooks, `Ok` if it can be attached, or the reason why not.
     pub hooks: PerHookSet<Result<(), String>>,
 }
 
-/// How steering is done.
+/// The features of steering on this kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Steering {
-    /// The program checks the ingress interface, not the source subnet alone (Linux 5.17 and later).
+    /// True if the program checks the ingress interface (Linux 5.17 and later), not only the source subnet.
     pub interface_check: bool,
-    /// The kernel registers new listeners itself (Linux 5.15 and later); else the daemon does.
+    /// True if the kernel registers new listeners itself (Linux 5.15 and later). Otherwise the daemon
+    /// registers them.
     pub kernel_registers: bool,
 }

@@ -1,12 +1,13 @@
-//! The decisions. PURE: no I/O, no clock, no async, deterministic.
+//! Planning: the decisions. PURE: no I/O, no clock, no async, deterministic.
 //!
 //! ```text
 //! Labels --derive--> Rules
 //! Rules + Inventory + Abilities --resolve--> Policy --plan(policy, reality)--> Steps
 //! ```
 //!
-//! May import `lbridge_common` and nothing else of lbridge's; of other crates those that do no I/O: serde, with jiff's words for
-//! durations (the types are what files and the API say), strsim, strum, thiserror. Every shell may import this room.
+//! May import `lbridge_common`, and nothing else of lbridge. From other crates it may import those that do no
+//! I/O: serde, jiff for its format of durations (files and the API contain these types), ipnet, strsim,
+//! strum, thiserror. Every shell may import planning.
 
 pub mod explain;
 pub mod firewall;

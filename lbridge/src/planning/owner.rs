@@ -1,8 +1,9 @@
 //! Owners: which listeners on a port are the service that a rule means, where several users listen there.
 //!
-//! A rule that names a port (`5432`) leaves the family open, and every local user may listen on the loopback address of the
-//! family that the service does not use. So the sockets of one user are the service, and those of others are strangers, which
-//! get nothing. A rule that names an address (`80=[::1]:3000`) means whoever listens there.
+//! A rule that names a port (`5432`) leaves the family open, and every local user may listen on the loopback
+//! address of the family that the service does not use. So the sockets of one user are the service, and those
+//! of others are strangers, which get nothing. A rule that names an address (`80=[::1]:3000`) means whoever
+//! listens there.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,11 +23,11 @@ pub type Incumbents = BTreeMap<(Protocol, u16), Owner>;
 /// The user whose sockets are a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Owner {
-    /// The user's number.
+    /// Id of the user.
     pub uid: u32,
-    /// True if they take connections to 127.0.0.1.
+    /// True if the user's sockets take connections to 127.0.0.1.
     v4: bool,
-    /// True if they take connections to `::1`.
+    /// True if the user's sockets take connections to `::1`.
     v6: bool,
 }
 
@@ -36,21 +37,22 @@ impl Owner {
     }
 }
 
-/// Returns true if the uid is a person's: neither root's, nor a system user's (below 1000), nor `nobody`'s, nor one of those that
-/// systemd gives to units with `DynamicUser=` (61184 to 65519, "Users, Groups, UIDs and GIDs on systemd Systems").
+/// Returns true if the uid is a person's: not root's, not a system user's (below 1000), not `nobody`'s, and
+/// not one of those that systemd gives to units with `DynamicUser=` (61184 to 65519, "Users, Groups, UIDs and
+/// GIDs on systemd Systems").
 pub fn is_regular(uid: u32) -> bool {
     const FIRST: u32 = 1000;
     const NOBODY: u32 = 65534;
     uid >= FIRST && uid != NOBODY && !(61184..=65519).contains(&uid)
 }
 
-/// 127.0.0.1 or `::1`.
+/// Returns 127.0.0.1 if `v4` is set, else `::1`.
 pub(super) fn loopback(v4: bool) -> IpAddr {
     if v4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
 }
 
-/// The place of a listener among those that could serve `target`, best first: a client on the host reaches the first. `None` if it
-/// cannot.
+/// Returns the rank of a listener among those that could serve `target`, lowest first: a client on the host
+/// reaches the first. `None` if the listener cannot serve it.
 fn rank(listener: &Listener, target: IpAddr) -> Option<usize> {
     let of_family = listener.address.is_ipv4() == target.is_ipv4() || !listener.single_family;
     let bound = Address::from(listener.address.ip());
@@ -58,13 +60,15 @@ fn rank(listener: &Listener, target: IpAddr) -> Option<usize> {
     (of_family && listener.bound_interface == 0).then(place)?
 }
 
-/// Chooses the user whose sockets are the service, of the listeners on one port.
+/// Chooses, among the listeners on one port, the user whose sockets are the service.
 ///
 /// - Root and system users come before people.
-/// - Whoever had the service last comes before others.
-/// - Whoever listens for IPv4 comes before whoever does not; then it is whom a client on the host reaches.
+/// - The user who had the service last comes before others.
+/// - A user who listens for IPv4 comes before one who does not. Then the one that a client on the host
+///   reaches comes first.
 ///
-/// While nothing of the last owner's listens (it restarts), a person who listens on the other family alone is not taken for it.
+/// While the last owner has no listener (the service restarts), a person who listens on the other family
+/// alone is not taken for the owner.
 fn choose<'a>(listeners: impl Iterator<Item = &'a Listener>, last: Option<&Owner>) -> Option<Owner> {
     // The best listener of each family: its rank, and the older one of equals.
     type Best = Option<(usize, u64)>;
@@ -92,7 +96,8 @@ fn choose<'a>(listeners: impl Iterator<Item = &'a Listener>, last: Option<&Owner
     chosen.map(|(uid, (v4, v6))| Owner { uid: *uid, v4: v4.is_some(), v6: v6.is_some() })
 }
 
-/// Returns the owner of the service on each port of the rules; of a service that is down, the last one.
+/// Returns the owner of the service on each port of the rules. For a service that is down, returns the last
+/// owner.
 pub fn incumbents(rules: &Rules, inventory: &Inventory, last: &Incumbents) -> Incumbents {
     let sockets = Sockets::of(inventory, last);
     let ports: BTreeSet<_> = rules
@@ -114,7 +119,7 @@ pub struct Sockets<'a> {
 }
 
 impl<'a> Sockets<'a> {
-    /// The sockets of `inventory`.
+    /// Groups the sockets of `inventory` by port.
     pub fn new(inventory: &'a Inventory) -> Self {
         Self::of(inventory, &inventory.incumbents)
     }
@@ -129,12 +134,12 @@ impl<'a> Sockets<'a> {
         Self { by_port, last }
     }
 
-    /// Every socket on a port.
+    /// Returns every socket on a port.
     pub(super) fn on(&self, protocol: Protocol, port: u16) -> impl Iterator<Item = &'a Listener> {
         self.by_port.get(&(protocol, port)).into_iter().flatten().copied()
     }
 
-    /// The owner of the service on a port, if it listens.
+    /// Returns the owner of the service on a port, if the service listens.
     fn owner(&self, protocol: Protocol, port: u16) -> Option<Owner> {
         choose(self.on(protocol, port), self.last.get(&(protocol, port)))
     }
@@ -143,7 +148,8 @@ impl<'a> Sockets<'a> {
         self.last.get(&(protocol, port)).copied()
     }
 
-    /// The uid whose sockets serve a rule, if any do; of a Unix socket that is not known.
+    /// Returns the uid whose sockets serve a rule, if any do. `None` for a Unix socket, whose owner is not
+    /// known.
     pub fn user_of(&self, rule: &Rule) -> Option<u32> {
         match rule.spec.target {
             Target::Port(port) => self.owner(rule.spec.protocol, port).map(|owner| owner.uid),
@@ -152,21 +158,23 @@ impl<'a> Sockets<'a> {
         }
     }
 
-    /// Returns a predicate: true for a socket on the rule's port that is the service's.
+    /// Returns a predicate that is true for a socket of the rule's service, given a socket on the rule's
+    /// port.
     pub(super) fn of_service(&self, rule: &Rule) -> impl Fn(&Listener) -> bool + use<> {
         let any = !matches!(rule.spec.target, Target::Port(_));
         let owner = if any { None } else { self.user_of(rule) };
         move |listener| any || Some(listener.uid) == owner
     }
 
-    /// The listeners of the rule's service that a client on the host would reach at `target`: those at the best bound address that
-    /// has any.
+    /// Returns the listeners of the rule's service that a client on the host would reach at `target`: those
+    /// at the best bound address that has any.
     pub(super) fn serving(&self, rule: &Rule, target: SocketAddr) -> Vec<&'a Listener> {
         let is_its = self.of_service(rule);
         self.best(rule.spec.protocol, target, &is_its)
     }
 
-    /// A socket that a client on the host might reach at `target`, and that is not the rule's service.
+    /// Returns a socket that a client on the host might reach at `target`, and that is not the rule's
+    /// service.
     pub(super) fn stranger(&self, rule: &Rule, target: SocketAddr) -> Option<&'a Listener> {
         let is_its = self.of_service(rule);
         self.best(rule.spec.protocol, target, &|listener| !is_its(listener)).first().copied()
@@ -186,8 +194,8 @@ impl<'a> Sockets<'a> {
         ranked().filter(|(rank, _)| Some(*rank) == best).map(|(_, listener)| listener).collect()
     }
 
-    /// Returns true if a service that starts to listen for this family may be the rule's: it was never seen, or listened for this
-    /// family.
+    /// Returns true if a service that starts to listen for this family may be the rule's: the service was
+    /// never seen, or listened for this family.
     pub(super) fn may_start(&self, rule: &Rule, v4: bool) -> bool {
         let Target::Port(port) = rule.spec.target else { return true };
         self.last(rule.spec.protocol, port).is_none_or(|last| last.listens(v4))

@@ -1,15 +1,22 @@
-//! Plan: the steps from reality to policy, in an order that leaves no gap and no hole.
+//! Plan: the steps from the actual to the desired state ([`Reality`] to [`Policy`]), in an order that leaves
+//! no gap and no hole.
 //!
-//! - a port is watched before its listeners are looked for, a listener is ready before the entry that names it;
-//! - the name hooks are attached before the connections that need them can come, and detached after the last one;
-//! - a relay listens before the kernel's entry goes, the entry is there before the relay stops;
-//! - a UDP service's replies get their source before the entry that leads to it, and leave as they are after it;
-//! - an entry goes before its listener, and before the firewall is closed;
-//! - who may use an entry is entered before it, and forgotten after it; at once, if it stays for others;
+//! - a port is watched before its listeners are looked for, and a listener is ready before the entry that
+//!   names it;
+//! - the name hooks are attached before connections that need them can come, and detached after the last of
+//!   these;
+//! - a relay listens before the kernel's entry is removed, and the entry is in place before the relay stops;
+//! - the source of a UDP service's replies is set before the entry that leads to the service, and reset after
+//!   that entry is removed;
+//! - an entry is removed before its listener, and before the firewall is closed;
+//! - a source is added before the entry that it may use, and removed after it; at once, if the entry stays
+//!   for others;
 //! - what only takes access away, and needs nothing new, comes first ([`revocations`]);
-//! - what leads to a gateway is entered after what answers there, and goes before it; its hooks come before it, and go after it;
-//! - the firewall is tried last, when everything that answers is there;
-//! - before an accept rule is put, and for as long as it or a flow that it let in is there, the kernel refuses what no entry admits of it.
+//! - a dial is added after what answers at its gateway, and removed before it; the dials' hooks are attached
+//!   before the dials, and detached after them;
+//! - the firewall is tried last, when everything that answers is in place;
+//! - before an accept rule is put, and for as long as the rule or a flow that it let in exists, the kernel
+//!   refuses the traffic of that rule that no entry admits.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,83 +35,84 @@ use super::{
     reality::Reality,
 };
 
-/// One change, to be carried out as it says: what it means was decided before.
+/// One change, to be carried out literally: everything about it was decided before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// Attach the programs that are always attached: a link of theirs is detached, or runs another program.
+    /// Attach the programs that must always be attached: one of their links is detached, or runs another
+    /// program.
     Attach,
-    /// Have listeners at an address and port registered.
+    /// Watch an address and port: have listeners there registered.
     AddTarget(TargetKey),
     /// Attach a set of hooks.
     AttachHooks(HookSet),
-    /// Make a gateway's connections look local, or otherwise so.
+    /// Make a gateway's connections look local, or change how they look.
     PutView((ViewKey, u32), LoopbackView),
-    /// Give replies their source, or another one.
+    /// Give a UDP service's replies their source, or another one.
     PutReply((ReplyKey, u32), Reply),
     /// Register the socket of this inode.
     Register {
-        /// Under which key.
+        /// The key to register the socket under.
         key: ListenerKey,
-        /// Which socket.
+        /// Inode number of the socket.
         inode: u64,
     },
-    /// Listen as a relay; or, where it does, relay otherwise.
+    /// Open a relay, or change the specification of one that is open.
     OpenRelay(RelayKey, RelaySpec),
-    /// Let an address use an entry that is not for all.
+    /// Let a source use an entry that is not for its whole network.
     AddSource(SourceKey),
-    /// Refuse what an accept rule lets in, unless an entry admits it.
+    /// Refuse the traffic that an accept rule lets in, unless an entry admits it.
     AddAccepted((AcceptedKey, u32)),
-    /// Stop refusing what an accept rule let in.
+    /// Stop refusing the traffic that an accept rule let in.
     RemoveAccepted((AcceptedKey, u32)),
-    /// Have conntrack forget what accept rules let in, open connections excepted.
+    /// Have conntrack forget the flows that accept rules let in, except open connections.
     ForgetFlows(BTreeSet<(AcceptedKey, u32)>),
     /// Put an entry, or change where it leads.
     PutEntry(RuleKey, RuleValue),
     /// Remove an entry.
     RemoveEntry(RuleKey),
-    /// Let an address use it no more.
+    /// Stop letting a source use an entry.
     RemoveSource(SourceKey),
-    /// Lead what containers dial to their gateway.
+    /// Lead a dial to its gateway.
     PutDial(DialKey, Dial),
-    /// Leave it alone.
+    /// Stop leading a dial to its gateway.
     RemoveDial(DialKey),
     /// Stop listening as a relay.
     CloseRelay {
-        /// Which.
+        /// Key of the relay.
         key: RelayKey,
-        /// Whether the kernel has taken over: handshakes that are under way are then still completed.
+        /// True if the kernel has taken over: handshakes under way are then still completed.
         handed_over: bool,
     },
-    /// Make a gateway's connections look as they are.
+    /// Stop making a gateway's connections look local.
     RemoveView((ViewKey, u32)),
     /// Detach a set of hooks.
     DetachHooks(HookSet),
-    /// Leave replies as they are.
+    /// Stop giving a UDP service's replies another source.
     RemoveReply((ReplyKey, u32)),
-    /// Forget a listener.
+    /// Remove a listener from the kernel's map.
     Unregister(ListenerKey),
-    /// Watch a port no more.
+    /// Stop watching an address and port.
     RemoveTarget(TargetKey),
     /// Put an accept rule first in one of the firewall's chains.
     Accept {
-        /// Where.
+        /// The chain that gets the rule.
         chain: Chain,
-        /// For what.
+        /// The traffic that the rule accepts.
         opening: Opening,
     },
     /// Remove an accept rule from the firewall.
     Unaccept {
-        /// Where.
+        /// The chain that has the rule.
         chain: Chain,
-        /// For what.
+        /// The traffic that the rule accepts.
         opening: Opening,
     },
-    /// Try whether the firewall lets these through.
+    /// Try whether the firewall lets packets through these openings.
     Probe(BTreeMap<Opening, Link>),
 }
 
 impl Step {
-    /// Whether it is the kernel programs' and their maps'.
+    /// Returns true if the step concerns the kernel programs and their maps.
     pub fn is_of_kernel(&self) -> bool {
         !matches!(
             self,
@@ -119,7 +127,8 @@ impl Step {
 }
 
 impl Step {
-    /// The hooks without which it must not be carried out: connections would come that need them.
+    /// Returns the hooks that must be attached before the step is carried out: it lets connections come that
+    /// need them.
     pub fn relies_on(&self) -> &'static [HookSet] {
         match self {
             // It leads to nobody.
@@ -132,8 +141,8 @@ impl Step {
     }
 }
 
-/// The steps that only take access away, and that nothing new has to be in force for. They come first in every plan, and can be
-/// carried out before the firewall is looked at.
+/// Returns the steps that only take access away, and that depend on nothing new. They come first in every
+/// plan, and can be carried out before the firewall is looked at.
 pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps: Vec<_> = left(policy, reality).map(Step::RemoveSource).collect();
     steps.extend(views_of_others(policy, reality).into_iter().map(Step::RemoveView));
@@ -160,7 +169,8 @@ pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let denied = |key: &&RelayKey| {
         !policy.relays.contains_key(key) && !handed_over.contains(key) && !is_moved(policy, key)
     };
-    // Those that linger, too. Where an entry that refuses takes its place, a relay closes after it.
+    // Includes relays that linger. Where an entry that refuses replaces a relay, the relay closes after the
+    // entry is put.
     for key in reality.relays.keys().chain(&reality.lingering).filter(denied) {
         if !is_refused(policy, key) {
             steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
@@ -169,22 +179,23 @@ pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps
 }
 
-/// Whether an entry that leads to nobody is meant where a relay of a bridge listens.
+/// Returns true if the policy has an entry that leads to nobody where a relay of a bridge listens.
 fn is_refused(policy: &Policy, key: &RelayKey) -> bool {
     let anywhere = key.entry().map(|entry| RuleKey { ifindex: 0, ..entry });
     let entries = key.entry().into_iter().chain(anywhere).filter_map(|key| policy.entries.get(&key));
     entries.into_iter().any(|entry| entry.target_port == 0 && !entry.has(RuleValue::RELAYED))
 }
 
-/// Addresses that may use an entry no more, where the entry goes on to be for some: nothing needs them any more, and they may be
-/// others' by now.
+/// Returns the sources that may no longer use an entry which stays for other sources. Nothing needs these any
+/// more, and the addresses may be other containers' by now.
 fn left<'a>(policy: &'a Policy, reality: &'a Reality) -> impl Iterator<Item = SourceKey> + 'a {
     let listed =
         |key: &&SourceKey| policy.entries.get(&key.rule).is_some_and(|entry| entry.has(RuleValue::LISTED));
     reality.sources.difference(&policy.sources).filter(listed).copied()
 }
 
-/// Views of single addresses whose holders may be others by now: those at the gateways of entries that are for some.
+/// Returns the views of single addresses whose holders may be others by now: those at the gateways of entries
+/// that are for some sources only.
 fn views_of_others(policy: &Policy, reality: &Reality) -> BTreeSet<(ViewKey, u32)> {
     let single = ViewKey::prefix_len(&Address([u32::MAX; 4]));
     let mut stale =
@@ -198,7 +209,8 @@ fn views_of_others(policy: &Policy, reality: &Reality) -> BTreeSet<(ViewKey, u32
     stale.filter(|(key, _)| gateways.contains(&key.gateway)).copied().collect()
 }
 
-/// Whether an entry goes, and no relay comes in its place, which would have to listen first.
+/// Returns true if an entry must be removed and no relay replaces it. Such a relay would have to listen
+/// first.
 fn is_denied(policy: &Policy, key: &RuleKey) -> bool {
     let address = SocketAddr::new(key.gateway.into(), key.port);
     let is_relayed = |relay: &RelayKey| match relay.place {
@@ -211,13 +223,13 @@ fn is_denied(policy: &Policy, key: &RuleKey) -> bool {
     !policy.entries.contains_key(key) && !relays.any(is_relayed)
 }
 
-/// Whether a relay's namespace is found by another way now.
+/// Returns true if the relay's namespace is found through another entrance now.
 fn is_moved(policy: &Policy, key: &RelayKey) -> bool {
     policy.relays.keys().any(|new| new.address == key.address && new.is_beside(key))
 }
 
-/// The relays whose work the kernel takes over: by the entry of their own rule, since where entries do not name the interface
-/// another network's may have that address, too.
+/// Returns the relays that the kernel takes over from. The entry must be of the relay's own rule: where
+/// entries do not name the interface, another network's rule may have that address, too.
 fn handed_over(policy: &Policy) -> BTreeSet<&RelayKey> {
     // One that leads to a relay, or to nobody, takes nothing over.
     let steers = |key: &RuleKey| policy.entries.get(key).is_some_and(|entry| entry.target_port != 0);
@@ -229,7 +241,7 @@ fn handed_over(policy: &Policy) -> BTreeSet<&RelayKey> {
     gateways.filter(taken_over).map(|gateway| &gateway.relay_key).collect()
 }
 
-/// The steps from `reality` to `policy`. None, where they agree.
+/// Returns the steps from `reality` to `policy`; empty if they agree.
 pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = revocations(policy, reality);
     let firewall = firewall::plan(&guarded(policy, reality), policy.firewall, &reality.filtering);
@@ -276,7 +288,7 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     }
     let is_replaced = |key: &&RuleKey| !entries.contains_key(key) && !is_denied(policy, key);
     steps.extend(reality.entries.keys().filter(is_replaced).map(|key| Step::RemoveEntry(*key)));
-    // With its entry: without one, whoever would look local is refused.
+    // A view goes after its entry: without an entry, the kernel refuses connections that would look local.
     let gone = views_of_others(policy, reality);
     let views = reality.views.keys().filter(|key| !policy.views.contains_key(key) && !gone.contains(key));
     steps.extend(views.map(|key| Step::RemoveView(*key)));
@@ -309,9 +321,10 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps.extend(stale.map(|k| Step::Unregister(*k)));
     steps.extend(reality.targets.difference(&policy.targets).map(|port| Step::RemoveTarget(*port)));
     steps.extend(accepted.difference(&reality.accepted).map(|key| Step::AddAccepted(*key)));
-    // What conntrack knows passes without an accept rule, and would reach whoever listens on every address.
+    // A flow that conntrack knows passes without an accept rule, and would reach a service that listens on
+    // every address.
     let flows = |key| reality.flows.get(key).copied().unwrap_or_default();
-    // Of one that is open the next look after its end finds that it may be forgotten.
+    // While a flow is open, its key stays. The first look after its end finds that it may be forgotten.
     let gone: Vec<_> = reality.accepted.difference(&accepted).filter(|key| flows(*key).open == 0).collect();
     let known: BTreeSet<_> =
         gone.iter().copied().filter(|key| flows(*key).forgettable > 0).copied().collect();
@@ -321,7 +334,7 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps
 }
 
-/// The entries that should be in force, with the counts of those that are: the kernel counts.
+/// Returns the entries that should be in force, with the counts of those that already are: the kernel counts.
 fn entries(policy: &Policy, reality: &Reality) -> BTreeMap<RuleKey, RuleValue> {
     let mut entries = policy.entries.clone();
     for (key, entry) in &mut entries {
@@ -332,7 +345,8 @@ fn entries(policy: &Policy, reality: &Reality) -> BTreeMap<RuleKey, RuleValue> {
     entries
 }
 
-/// What the kernel is to refuse unless an entry admits it: what lbridge's accept rules let in, now or by a step of `firewall`.
+/// Returns the traffic that the kernel must refuse unless an entry admits it: what lbridge's accept rules let
+/// in, now or by a step of `firewall`.
 fn accepted(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeSet<(AcceptedKey, u32)> {
     if policy.steering.is_none() {
         return BTreeSet::new();
@@ -342,11 +356,12 @@ fn accepted(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeSet<(
         .filter_map(|step| if let Step::Accept { opening, .. } = step { Some(opening) } else { None });
     let mut accepted = reality.filtering.accepted();
     accepted.extend(planned.map(Opening::accepted));
-    // What could not be read may be there still.
+    // A rule that could not be read may still be there.
     if reality.filtering.failed {
         accepted.extend(&reality.accepted);
     }
-    // No entry admits the clients of a relay that is bound to the gateway, once that listens.
+    // No entry admits the clients of a relay that is bound to the gateway: once it listens, they are not
+    // refused.
     let bound: Vec<_> = policy.relays.iter().filter(|(key, spec)| is_bound(key, spec)).collect();
     let is_served = |(key, bits): &(AcceptedKey, u32)| {
         key.protocol == u16::from(TCP)
@@ -367,13 +382,13 @@ fn accepted(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeSet<(
     accepted
 }
 
-/// Whether a relay listens on the gateway itself.
+/// Returns true if a relay listens on the gateway itself.
 fn is_bound(key: &RelayKey, spec: &RelaySpec) -> bool {
     !spec.by_entry && matches!(key.place, Place::Bridge { .. })
 }
 
-/// The openings for which a firewall may let packets in now: not those of a relay without an entry that is not open, since
-/// what comes through would reach the host's other services.
+/// Returns the openings for which a firewall may let packets in now. Leaves out those of a relay without an
+/// entry that is not open: what comes through would reach the host's other services.
 fn guarded(policy: &Policy, reality: &Reality) -> BTreeMap<Opening, Link> {
     let is_checked = policy.steering.is_some_and(|steering| steering.interface_check);
     let is_guarded = |(opening, link): &(&Opening, &Link)| {
@@ -386,14 +401,14 @@ fn guarded(policy: &Policy, reality: &Reality) -> BTreeMap<Opening, Link> {
     openings.map(|(opening, link)| (opening.clone(), *link)).collect()
 }
 
-/// The relay that is bound to what an opening lets packets through to.
+/// Returns the key of the relay that is bound to the address and port of an opening.
 fn bound_relay(opening: &Opening, ifindex: u32) -> RelayKey {
     let place = Place::Bridge { interface: opening.interface.clone(), ifindex };
     RelayKey { address: SocketAddr::new(opening.gateway, opening.port), place }
 }
 
-/// Fills the free slots of each bound address from its sockets, newest last: an inode's number grows. A socket may come
-/// to be registered twice, which does no harm.
+/// Fills the free slots of each bound address with its newest sockets. Inode numbers grow, so the newest
+/// socket is the last of the list. A socket may be registered twice, which does no harm.
 fn registrations(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps = vec![];
     for (bound, inodes) in &policy.listeners {

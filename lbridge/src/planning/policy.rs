@@ -1,4 +1,4 @@
-//! Policy: what should be in force. [`resolve`](super::resolve) makes it.
+//! Policy: the desired state. [`resolve`](super::resolve) makes it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,26 +23,26 @@ use super::{
     rule::{Origin, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
 
-/// What becomes of a rule's connections.
+/// The state of a rule's connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Given to the service's own listener by the kernel.
+    /// Steered: the kernel gives the connections to the service's own listener.
     Steered,
-    /// Carried by the daemon, or by `lbridge relay`.
+    /// Relayed: the daemon, or `lbridge relay`, carries the connections.
     Relayed,
-    /// Nothing to connect yet.
+    /// Waiting: something that the rule needs is not there yet.
     Waiting,
-    /// Cannot be served until something is changed.
+    /// Blocked: the rule cannot be served until somebody changes something.
     Blocked,
 }
 
-/// A state and its reasons, the one that decided first; steering needs none.
+/// A state and its reasons, the decisive one first. A steered state needs none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
-    /// What becomes of the connections.
+    /// The state of the connections.
     pub state: State,
-    /// Why; after the first, what else there is to know.
+    /// The reasons for the state: the decisive one, then everything else there is to know.
     pub reasons: Vec<Reason>,
 }
 
@@ -51,17 +51,17 @@ impl Outcome {
         Self { state: State::Steered, reasons: vec![] }
     }
 
-    /// A state that has a reason.
+    /// Creates an outcome with one reason.
     pub fn because(state: State, reason: Reason) -> Self {
         Self { state, reasons: vec![reason] }
     }
 
-    /// The reasons in words, in one line; `None` where there is none.
+    /// Returns the reasons in words, in one line; `None` if there are none.
     pub fn why(&self) -> Option<String> {
         (!self.reasons.is_empty()).then(|| in_words(&self.reasons))
     }
 
-    /// With another thing to know, unless it is told already.
+    /// Adds a reason, unless the outcome has it already.
     pub(super) fn with(mut self, reason: Reason) -> Self {
         if !self.reasons.contains(&reason) {
             self.reasons.push(reason);
@@ -70,30 +70,32 @@ impl Outcome {
     }
 }
 
-/// What is meant for one of the addresses that a rule's containers dial: a gateway, or localhost in a namespace.
+/// The desired outcome for one of the addresses that a rule's containers dial: a gateway, or localhost in a
+/// namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatewayOutcome {
-    /// What is dialled, and where; the key of its relay, whether there is one or not.
+    /// The address and port that are dialled, and their place. This is the key of the relay, whether there is
+    /// one or not.
     pub relay_key: RelayKey,
-    /// Key of the kernel's entry, whether there is one or not. There never is one for a namespace.
+    /// Key of the kernel's entry, whether there is one or not. `None` for a namespace, which never has one.
     pub rule_key: Option<RuleKey>,
-    /// What a firewall must let through for it, where it is on a bridge.
+    /// The traffic that a firewall must let through to the address; `None` for a namespace.
     pub opening: Option<Opening>,
-    /// What it is, if it is no address of the network's own bridge.
+    /// The kind of alias; `None` if the address is the network's own.
     pub alias: Option<Alias>,
-    /// What is meant to happen.
+    /// The desired outcome of connections to the address.
     pub outcome: Outcome,
 }
 
-/// Another address of the host that a network's containers dial.
+/// An address of the host that a network's containers dial, and that is none of their own bridge's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Alias {
-    /// What the engine writes for `host-gateway`; containers call it `host.docker.internal`.
+    /// The address that the engine writes for `host-gateway`; containers call it `host.docker.internal`.
     HostGateway,
-    /// One of `aliases` in the configuration.
+    /// An address from `aliases` in the configuration.
     Setting,
-    /// Something that this version does not know of.
+    /// A kind of alias that this version does not know.
     #[serde(other)]
     Unknown,
 }
@@ -108,7 +110,8 @@ impl fmt::Display for Alias {
 }
 
 impl GatewayOutcome {
-    /// Its relay, whether it has one or not. UDP never has: what is at that address is another rule's, for TCP.
+    /// Returns the key of the relay, whether there is one or not. `None` for UDP, which never has a relay: a
+    /// relay at that address is another rule's, for TCP.
     pub fn relay(&self) -> Option<&RelayKey> {
         (self.protocol() == Protocol::Tcp).then_some(&self.relay_key)
     }
@@ -119,50 +122,50 @@ impl GatewayOutcome {
     }
 }
 
-/// What is meant for a rule.
+/// The desired outcome for a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleOutcome {
-    /// The rule.
+    /// The rule that the outcome is for.
     pub rule: Rule,
-    /// Who made it.
+    /// The origin of the rule: the CLI, the configuration or a label.
     pub origin: Origin,
-    /// One for each address that can be dialled; none while there is no network.
+    /// One outcome for each address that can be dialled; empty while there is no network.
     pub gateways: Vec<GatewayOutcome>,
-    /// Why there is no gateway.
+    /// The reason why there is no gateway; `None` if there is one.
     pub without_gateway: Option<Outcome>,
-    /// What else leads there: the containers' localhost.
+    /// The dials that lead to the gateways, from the containers' localhost; empty without `localhost`.
     pub dials: Vec<DialOutcome>,
 }
 
-/// What is meant for an address of the containers' own.
+/// The desired outcome for a dial: an address of the containers' own localhost.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DialOutcome {
-    /// What is dialled.
+    /// The address and port that are dialled.
     pub address: SocketAddr,
-    /// Keys of the kernel's entries, whether there are any or not: one for all of the bridge, or one for each container that the
-    /// rule is for.
+    /// Keys of the kernel's entries, whether there are any or not: one for the whole bridge, or one for each
+    /// container that the rule is for.
     pub keys: Vec<DialKey>,
-    /// The gateway that it leads to; none, where it cannot.
+    /// The gateway that the dial leads to; `None` if it cannot lead to any.
     pub gateway: Option<IpAddr>,
     /// Name of the bridge.
     pub interface: String,
-    /// Index of the bridge.
+    /// Interface index of the bridge.
     pub ifindex: u32,
-    /// What is meant to happen; what becomes of the gateway's own connections is not in it.
+    /// The desired outcome of the dial alone. The gateway's own connections have an outcome of their own.
     pub outcome: Outcome,
 }
 
-/// Where a relay listens.
+/// The address that a relay listens on, and its place.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelayKey {
-    /// Address and port that are dialled.
+    /// The address and port that are dialled.
     pub address: SocketAddr,
-    /// Where.
+    /// The bridge or network namespace that the address is in.
     pub place: Place,
 }
 
 impl RelayKey {
-    /// Whether the other is in the same namespace, found by another way.
+    /// Returns true if `other` is in the same namespace, found through another entrance.
     pub fn is_beside(&self, other: &Self) -> bool {
         match (&self.place, &other.place) {
             (Place::Namespace(this), Place::Namespace(that)) => {
@@ -172,7 +175,8 @@ impl RelayKey {
         }
     }
 
-    /// Key of the kernel's entry that leads to it, where it is on a bridge whose index the kernel checks.
+    /// Returns the key of the kernel's entry that leads to the relay, for kernels that check the bridge's
+    /// index. `None` for a relay that is on no bridge.
     pub fn entry(&self) -> Option<RuleKey> {
         let Place::Bridge { ifindex, .. } = self.place else { return None };
         let (gateway, port) = (self.address.ip().into(), self.address.port());
@@ -180,14 +184,15 @@ impl RelayKey {
     }
 }
 
-/// Where an address is.
+/// The place of a dialled address.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Place {
-    /// On a bridge of the host; the relay is bound to it: the address alone would let in whoever routes packets there.
+    /// On a bridge of the host. The relay is bound to the bridge: the address alone would let in whoever
+    /// routes packets to it.
     Bridge {
-        /// Its name.
+        /// Name of the bridge.
         interface: String,
-        /// Its index: a bridge that was made anew is another one.
+        /// Interface index of the bridge. A bridge that was recreated is another bridge.
         ifindex: u32,
     },
     /// On `lo` of another network namespace.
@@ -195,7 +200,7 @@ pub enum Place {
 }
 
 impl Place {
-    /// Name of the interface that a relay is bound to.
+    /// Returns the name of the interface that a relay is bound to.
     pub fn interface(&self) -> &str {
         match self {
             Self::Bridge { interface, .. } => interface,
@@ -204,111 +209,116 @@ impl Place {
     }
 }
 
-/// Where a relay connects to.
+/// The service that a relay connects to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Service {
-    /// A loopback address.
+    /// A loopback address and port.
     Tcp(SocketAddr),
-    /// A Unix stream socket.
+    /// A Unix stream socket, by its path.
     Unix(PathBuf),
 }
 
-/// What a relay does.
+/// The specification of a relay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelaySpec {
-    /// For which rule: its relays share its limits.
+    /// The rule that the relay serves. All relays of a rule share its limits.
     pub rule: RuleId,
-    /// Where it connects to.
+    /// The service that the relay connects to.
     pub service: Service,
-    /// What the service shall see.
+    /// The peer that the service shall see.
     pub source: Source,
-    /// Whom it serves.
+    /// The clients that the relay serves.
     pub clients: Clients,
-    /// The kernel's entry leads to its socket, which nothing else reaches and which takes no port from a service of the host.
-    /// Otherwise the socket is bound to the dialled address and port itself.
+    /// True if the kernel's entry leads to the relay's socket. Nothing else reaches that socket, and it takes
+    /// no port from a service of the host. False if the socket is bound to the dialled address and port
+    /// itself.
     pub by_entry: bool,
-    /// Whether the service is told in a header who connects.
+    /// Version of the PROXY protocol, whose header tells the service who connects; `None` for no header.
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// Connections at a time, at most.
+    /// Largest number of connections at a time.
     pub max_connections: u32,
-    /// A connection that has been without a byte for that long is reset.
+    /// Time without a byte after which a connection is reset; `None` for no limit.
     pub idle_timeout: Option<Duration>,
 }
 
-/// Whom a relay serves.
+/// The clients that a relay serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Clients {
-    /// The containers of a bridge: whoever is in the subnet and not the host itself.
+    /// The containers of a bridge: every address in the subnet that is not the host's own.
     Subnet(Subnet),
     /// Some containers of a bridge, by their addresses.
     Listed(BTreeSet<IpAddr>),
-    /// Whoever is inside the namespace; the service is told this address, since all have the same: 127.0.0.1.
+    /// Everybody inside the namespace. All of them have the same address, 127.0.0.1, so the service gets this
+    /// one instead.
     Inside(IpAddr),
 }
 
-/// A network's addresses.
+/// The addresses of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Subnet {
-    /// First address.
+    /// First address of the subnet.
     pub base: Address,
-    /// Netmask.
+    /// Netmask of the subnet.
     pub mask: Address,
 }
 
 impl Subnet {
-    /// The one that an address with the length of its prefix tells.
+    /// Returns the subnet of an address, given the length of its prefix in bits.
     pub fn of(gateway: IpAddr, prefix: u8) -> Self {
         let gateway = Address::from(gateway);
         let mask = gateway.mask(prefix);
         Self { base: gateway.masked(&mask), mask }
     }
 
-    /// Whether `ip` is one of its addresses.
+    /// Returns true if `ip` is in the subnet.
     pub fn contains(&self, ip: IpAddr) -> bool {
         Address::from(ip).masked(&self.mask) == self.base
     }
 }
 
-/// What should be in force. The maps are what the kernel and the relay set are to hold, no more and no less.
+/// The desired state. The maps are exactly what the kernel and the relay set must hold, no more and no less.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// In order of the rules.
+    /// The outcome of each rule, in the order of the rules.
     pub outcomes: Vec<RuleOutcome>,
-    /// Addresses and ports whose listeners matter.
+    /// Addresses and ports whose listeners must be watched.
     pub targets: BTreeSet<TargetKey>,
-    /// Kernel entries; `steered` is 0.
+    /// Entries of the kernel; their `steered` is 0.
     pub entries: BTreeMap<RuleKey, RuleValue>,
-    /// The users of the entries that are not for all.
+    /// Sources that may use the entries that are not for their whole network.
     pub sources: BTreeSet<SourceKey>,
-    /// For whom each of them may: it holds for as long as one of these has the address.
+    /// The grants behind each source. A source is admitted for as long as one of its grants has the address.
     pub grants: BTreeMap<SourceKey, BTreeSet<Grant>>,
-    /// Gateways that look local to the service, with the bits of the key that count.
+    /// Views: gateways that look local to the service, with the length of the key's prefix in bits.
     pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
-    /// Sources of UDP services' replies, with the bits of the key that count.
+    /// Sources of the replies of UDP services, with the length of the key's prefix in bits.
     pub replies: BTreeMap<(ReplyKey, u32), Reply>,
-    /// What containers dial that leads to their gateway.
+    /// Dials: addresses of the containers' localhost that lead to their gateway.
     pub dials: BTreeMap<DialKey, Dial>,
-    /// Listeners that the kernel map should hold: the first slot of each bound address, to the sockets there.
+    /// Listeners that the kernel's map should hold: the first slot of each bound address, with the inodes of
+    /// the sockets there.
     pub listeners: BTreeMap<ListenerKey, Vec<u64>>,
-    /// Relay listeners.
+    /// Relays that should listen, with their specifications.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
-    /// Whether each set of hooks is needed.
+    /// For each set of hooks, true if it is needed.
     pub hooks: PerHookSet<bool>,
-    /// What the host's firewall must let through, and where that is tried from.
+    /// Openings that the host's firewall must let through, and the link that each is tried from.
     pub openings: BTreeMap<Opening, Link>,
-    /// What may be done to the firewall; a setting, nothing that is decided.
+    /// The changes that lbridge may make to the firewall: a setting, not a decision.
     pub firewall: FirewallMode,
-    /// How the kernel steers, where it does; seen, not decided.
+    /// The features of the kernel's steering; `None` if it does not steer. Observed, not decided.
     pub steering: Option<Steering>,
 }
 
-/// The loopback address that stands for whoever is in a namespace, by the namespace's number.
+/// Returns the loopback address that stands for whoever is in a namespace, derived from the namespace's inode
+/// number.
 pub(super) fn stand_in_for(id: NamespaceId) -> Ipv4Addr {
     let [.., a, b, c] = id.inode.to_be_bytes();
     stand_in([a, b, c])
 }
 
-/// The loopback address that a relay connects from in a container's stead, by the container's address.
+/// Returns the loopback address that a relay connects from in place of a container, derived from the
+/// container's address.
 pub fn stand_in_for_container(container: IpAddr) -> Ipv4Addr {
     stand_in(match container.to_canonical() {
         IpAddr::V4(ip) => [ip.octets()[1], ip.octets()[2], ip.octets()[3]],
@@ -317,8 +327,8 @@ pub fn stand_in_for_container(container: IpAddr) -> Ipv4Addr {
     })
 }
 
-/// A loopback address that stands for somebody who has none on the host: one of 127.128.0.0/9, never one that a service
-/// trusts as 127.0.0.1.
+/// Returns a loopback address that stands for a client without an address of its own on the host: one of
+/// 127.128.0.0/9, never one that a service trusts as 127.0.0.1.
 fn stand_in([a, b, c]: [u8; 3]) -> Ipv4Addr {
     // 127.255.255.255 is the broadcast address of 127/8, and cannot be bound.
     let c = if (a | 0x80, b, c) == (255, 255, 255) { 254 } else { c };

@@ -1,4 +1,4 @@
-//! Reality: what is in force, read back from the kernel, the relay set and the firewall.
+//! Reality: the actual state, read back from the kernel, the relay set and the firewall.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,56 +16,58 @@ use super::{
     policy::{DialOutcome, RelayKey, RelaySpec},
 };
 
-/// What is in force.
+/// The actual state, in the terms of the policy.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reality {
-    /// Addresses and ports whose listeners the kernel registers or tells of.
+    /// Addresses and ports whose listeners the kernel registers or reports.
     pub targets: BTreeSet<TargetKey>,
-    /// Kernel entries, with their counts.
+    /// Entries of the kernel, with their counts of connections.
     pub entries: BTreeMap<RuleKey, RuleValue>,
-    /// The users of the entries that are not for all.
+    /// Sources that may use the entries that are not for their whole network.
     pub sources: BTreeSet<SourceKey>,
-    /// What the kernel refuses unless an entry admits it, with the bits of the key that count: what accept rules let in.
+    /// Traffic that accept rules let in, and that the kernel refuses unless an entry admits it; with the
+    /// length of the key's prefix in bits.
     pub accepted: BTreeSet<(AcceptedKey, u32)>,
-    /// Flows that a firewall may still let in, of what no accept rule lets in any more.
+    /// Flows that a firewall may still let in, for keys that no accept rule lets in any more.
     pub flows: BTreeMap<(AcceptedKey, u32), Flows>,
-    /// Gateways that look local.
+    /// Views: gateways that look local to the service.
     pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
-    /// Sources of UDP services' replies.
+    /// Sources of the replies of UDP services.
     pub replies: BTreeMap<(ReplyKey, u32), Reply>,
-    /// What containers dial that leads to their gateway.
+    /// Dials: addresses of the containers' localhost that lead to their gateway.
     pub dials: BTreeMap<DialKey, Dial>,
-    /// Registered listeners.
+    /// Listeners that are registered in the kernel.
     pub registered: BTreeSet<ListenerKey>,
     /// Keys of the entries whose relay the kernel can reach.
     pub relay_sockets: BTreeSet<RuleKey>,
-    /// Open relay listeners.
+    /// Relays that listen, with their specifications.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
-    /// Relay listeners that only complete what had begun when the kernel took over.
+    /// Relays that only complete what had begun when the kernel took over.
     pub lingering: BTreeSet<RelayKey>,
-    /// Whether the programs that are always attached are not.
+    /// True if a program that must always be attached is not.
     pub detached: bool,
-    /// Whether each set of hooks is attached.
+    /// For each set of hooks, true if it is attached.
     pub hooks: PerHookSet<bool>,
-    /// Whether sockets may live that still need the name hooks, whatever the policy says.
+    /// True if sockets may exist that still need the name hooks, whatever the policy says.
     pub name_hooks_in_use: bool,
-    /// Network namespaces that are known to be on a bridge, by its index; of bridges that have dials alone.
+    /// Number of network namespaces (guests) known to be on each bridge, by interface index. Only bridges
+    /// that have dials.
     pub guests: BTreeMap<u32, usize>,
-    /// The host's firewall.
+    /// The state of the host's firewall.
     pub filtering: Filtering,
 }
 
-/// How many flows conntrack knows of what an accept rule let in.
+/// Numbers of flows that conntrack knows of what an accept rule let in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Flows {
-    /// Those of open TCP connections.
+    /// Flows of open TCP connections.
     pub open: usize,
-    /// All others, which may be forgotten: UDP, and TCP connections without a socket of the host's.
+    /// All other flows, which conntrack may forget: UDP, and TCP connections without a socket of the host's.
     pub forgettable: usize,
 }
 
 impl Reality {
-    /// How many network namespaces have that localhost.
+    /// Returns the number of network namespaces whose localhost the dial is for.
     pub fn whose_localhost(&self, dial: &DialOutcome) -> usize {
         match &dial.keys[..] {
             [all] if all.netns == 0 => self.guests.get(&dial.ifindex).copied().unwrap_or_default(),
@@ -73,7 +75,7 @@ impl Reality {
         }
     }
 
-    /// Whether a connection that meets this entry finds a listener.
+    /// Returns true if a connection that matches this entry finds a listener.
     pub fn serves(&self, entry: &RuleValue) -> bool {
         if entry.has(RuleValue::RELAYED) {
             return self.relay_sockets.contains(&entry.key);

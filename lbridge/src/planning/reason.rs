@@ -1,5 +1,5 @@
-//! Reasons: why a rule, or one of the addresses that it serves, is in its state. Each has a code, which scripts and tests can rely on,
-//! and words for people, which may change.
+//! Reasons: why a rule, or one of the addresses that it serves, is in its state. Each has a code, which
+//! scripts and tests can rely on, and words for people, which may change.
 
 use std::{io, net::IpAddr, net::SocketAddr};
 
@@ -29,7 +29,7 @@ pub enum Reason {
     FamilyMismatch {
         /// The address that containers dial.
         dialled: IpAddr,
-        /// The service's.
+        /// The address that the service listens on.
         listens_on: SocketAddr,
     },
     /// The service listens on a Unix socket.
@@ -41,9 +41,9 @@ pub enum Reason {
     /// Another user listens at an address that the rule could mean.
     #[error("{address} belongs to another user (uid {uid}) and gets nothing")]
     ForeignListener {
-        /// Where the socket is bound.
+        /// The address that the socket is bound to.
         address: SocketAddr,
-        /// Its owner.
+        /// Id of the user who owns the socket.
         uid: u32,
     },
     /// The service is down and another user listens in its place.
@@ -56,14 +56,14 @@ pub enum Reason {
     ForeignListenerInTheWay {
         /// The address that containers dial.
         dialled: SocketAddr,
-        /// Where the socket is bound.
+        /// The address that the socket is bound to.
         address: SocketAddr,
-        /// Its owner.
+        /// Id of the user who owns the socket.
         uid: u32,
     },
 
     // What the rule asks for.
-    /// `--path relay`.
+    /// The rule asks for it with `--path relay`.
     #[error("as the rule asks")]
     AsAsked,
     /// The rule is for localhost inside a namespace.
@@ -72,33 +72,35 @@ pub enum Reason {
     /// The rule has options that only a relay can serve.
     #[error("{0}")]
     NeedsRelay(&'static str),
-    /// `--path steer` for a Unix socket.
+    /// The rule has `--path steer` and leads to a Unix socket.
     #[error("a Unix socket can only be relayed to")]
     UnixSocketNotSteered,
     /// The service at a Unix socket would see the daemon's user as its peer.
     #[error("the service would see root as its peer, not the container; allow it with --source loopback")]
     UnixPeerIsRoot,
-    /// A relay's connection would come from `::1`, and nothing could show the service who is behind it.
+    /// A relay's connection would come from `::1`, and nothing could show the service the container behind
+    /// it.
     #[error(
         "the service on {service} would take the container for a local client ({missing}); allow it with --source loopback"
     )]
     WouldLookLocal {
-        /// Where the service listens.
+        /// The address that the service listens on.
         service: SocketAddr,
-        /// Why the kernel cannot name the container to it.
+        /// The reason why the kernel cannot name the container to the service.
         missing: String,
     },
     /// Another rule has the address.
     #[error("rule {first} has {dialled}{place} already; deny one of them")]
     AddressTaken {
-        /// The other rule.
+        /// The rule that has the address.
         first: RuleId,
         /// The address that both would serve.
         dialled: SocketAddr,
-        /// ` in that namespace`, or nothing.
+        /// ` in that namespace` for a namespace, else empty.
         place: &'static str,
     },
-    /// Another network's rule has the alias, and the kernel does not tell the networks apart (before Linux 5.17).
+    /// Another network's rule has the alias, and the kernel does not tell the networks apart (before Linux
+    /// 5.17).
     #[error(
         "another network's rule has {alias}, and this kernel does not tell by which bridge it is dialled; dial {gateway}"
     )]
@@ -108,7 +110,7 @@ pub enum Reason {
         /// The network's own gateway.
         gateway: IpAddr,
     },
-    /// A UDP service has one source for its answers to a subnet.
+    /// A UDP service answers a subnet from one address, and another gateway has it already.
     #[error("a UDP service answers one subnet from one address, which is {0}; dial that")]
     OneAnswerAddress(IpAddr),
 
@@ -125,7 +127,7 @@ pub enum Reason {
     /// The sendmsg hooks cannot be attached.
     #[error("UDP services could not answer: {0}")]
     NoReplyHooks(String),
-    /// Without the ingress interface a datagram with a false source would be served.
+    /// The kernel does not tell the ingress interface, and a datagram with a spoofed source would be served.
     #[error("UDP needs Linux 5.17: this kernel does not tell on which bridge a datagram comes in")]
     UdpNeedsInterface,
     /// UDP sockets cannot be listed.
@@ -133,7 +135,7 @@ pub enum Reason {
     UdpUnseen(String),
 
     // The network.
-    /// The network is one namespace, and no bridge.
+    /// The network is a namespace, not a bridge.
     #[error("it is no bridge")]
     NoBridge,
     /// No bridge leads to the address.
@@ -145,21 +147,21 @@ pub enum Reason {
     /// The engine has several networks of that name.
     #[error("several Docker networks are called {0}; name the id of one")]
     AmbiguousNetwork(String),
-    /// The bridge was made again, and the engine has not told of it yet.
+    /// The bridge was recreated, and the engine has not reported the new one yet.
     #[error("{0} is newer than what the engine said of it")]
     BridgeNewer(String),
-    /// There is no such interface.
+    /// The host has no such interface.
     #[error("there is no interface {name}{}", if *.comes { "; it comes with the network's first container" } else { "" })]
     NoInterface {
-        /// Its name.
+        /// Name of the interface.
         name: String,
-        /// The engine makes it once it is needed.
+        /// True if the engine makes the interface once the interface is needed.
         comes: bool,
     },
     /// The bridge has no address.
     #[error("{0} has no address that a container could dial")]
     NoGateway(String),
-    /// The daemon follows no engine.
+    /// The daemon runs with `--no-docker` and follows no engine.
     #[error("the daemon runs with --no-docker; name the bridge instead: bridge:IFNAME")]
     EngineOff,
     /// The engine does not answer, and the network was not seen before.
@@ -168,15 +170,15 @@ pub enum Reason {
     /// The engine has no such network.
     #[error("no Docker network {name}{hint}")]
     NoSuchNetwork {
-        /// The name that the rule has.
+        /// The name in the rule.
         name: String,
-        /// What it may have meant, or nothing.
+        /// A suggestion of what the name may have meant, or empty.
         hint: String,
     },
-    /// The engine's network `host`.
+    /// The network is the engine's network `host`.
     #[error("its containers are in the host's own namespace, where localhost is the host's")]
     HostNetwork,
-    /// A driver that makes no bridge on the host.
+    /// The network's driver makes no bridge on the host.
     #[error("driver {0} gives the host no bridge; allow its containers one by one: container:NAME")]
     DriverWithoutBridge(String),
 
@@ -209,17 +211,17 @@ pub enum Reason {
     /// The engine's error about a container.
     #[error("container {name}: {error}")]
     ContainerError {
-        /// Its name.
+        /// Name of the container.
         name: String,
-        /// What the engine said.
+        /// The engine's error about it.
         error: String,
     },
     /// The engine has no such container.
     #[error("no container {name}{hint}")]
     NoSuchContainer {
-        /// The name that the rule has.
+        /// The name in the rule.
         name: String,
-        /// What it may have meant, or nothing.
+        /// A suggestion of what the name may have meant, or empty.
         hint: String,
     },
     /// The engine does not answer, and the container was not seen before.
@@ -231,28 +233,29 @@ pub enum Reason {
     /// The container is on other networks.
     #[error("container {name} is not on {network}{}", elsewhere(.on))]
     ContainerElsewhere {
-        /// Its name.
+        /// Name of the container.
         name: String,
-        /// The rule's network.
+        /// The network of the rule.
         network: Network,
-        /// The networks that it is on.
+        /// Names of the networks that the container is on.
         on: Vec<String>,
     },
     /// The container has no address that could dial this gateway.
     #[error("container {name} has no {} address beside {gateway}", family(*.gateway))]
     ContainerWithoutAddress {
-        /// Its name.
+        /// Name of the container.
         name: String,
-        /// The gateway.
+        /// The gateway that it cannot dial.
         gateway: IpAddr,
     },
-    /// A bridge with `--from`, and no engine to ask for the containers' addresses.
+    /// The rule names a bridge and has `--from`, and the daemon has no engine to ask for the containers'
+    /// addresses.
     #[error("the daemon runs with --no-docker, and knows no container's address; leave --from out")]
     FromWithoutEngine,
-    /// A bridge with `--from`, and an engine that does not answer.
+    /// The rule names a bridge and has `--from`, and the engine does not answer.
     #[error("Docker is away, and no network of its on {0} was seen before; leave --from out")]
     FromWhileEngineAway(String),
-    /// A bridge with `--from` that is no network's of the engine.
+    /// The rule names a bridge and has `--from`, and the bridge belongs to none of the engine's networks.
     #[error(
         "{0} is no Docker network's bridge, so Docker knows no container's address there; leave --from out"
     )]
@@ -265,7 +268,7 @@ pub enum Reason {
     /// A firewall drops what containers send.
     #[error("{0}")]
     FirewallDrops(String),
-    /// The kernel refuses some of the containers that the rule is for.
+    /// The kernel lacks some of the containers that the rule is for.
     #[error("the kernel does not know all of its containers; the daemon's log may say why")]
     SourcesMissing,
     /// No listener of the service is registered.
@@ -274,7 +277,7 @@ pub enum Reason {
     /// The kernel has no entry for the address.
     #[error("the kernel has no entry for it; the daemon's log may say why")]
     EntryMissing,
-    /// The kernel does not lead localhost to the gateway.
+    /// The kernel has no entry that leads localhost to the gateway.
     #[error("the kernel has no entry for localhost; the daemon's log may say why")]
     LocalhostEntryMissing,
     /// The relay does not listen.
@@ -286,7 +289,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// The reason's name, as the control API has it. It stays the same when the words change.
+    /// Returns the reason's name in the control API. It stays the same when the words change.
     pub fn code(&self) -> &'static str {
         self.into()
     }
@@ -300,7 +303,7 @@ fn elsewhere(networks: &[String]) -> String {
     if networks.is_empty() { String::new() } else { format!(", but on {}", networks.join(" and ")) }
 }
 
-/// All of them, in one line.
+/// Joins all of the reasons in one line of text.
 pub fn in_words(reasons: &[Reason]) -> String {
     reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
@@ -311,7 +314,7 @@ mod tests {
 
     use super::Reason;
 
-    /// Scripts match them. Who renames a variant gives it the old code with `#[strum(serialize = "...")]`.
+    /// The codes that scripts match. A renamed variant keeps its code with `#[strum(serialize = "...")]`.
     const CODES: [&str; 61] = [
         "nothing_listens",
         "mptcp",

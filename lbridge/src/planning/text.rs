@@ -1,11 +1,13 @@
-//! Text from elsewhere (names of Docker, labels, comments, process names, other programs' errors), as the log and the commands
-//! show it. Whoever chooses such a text must not be able to begin a new line, to act on a terminal, or to change how the rest
-//! of the line reads.
+//! Text: escapes text from elsewhere (Docker's names, labels, comments, process names, errors of other
+//! programs) for the log and the commands. Whoever chooses such a text must not be able to begin a new line,
+//! to act on a terminal, or to change how the rest of the line reads.
 
-/// Returns true if `c` does something where it should only be seen: control characters (C0, DEL, C1), line and paragraph
-/// separators, controls of writing direction, and characters that show nothing (Unicode's categories Cc, Zl, Zp, and most of Cf).
+/// Returns true if `c` acts where it should only be shown: control characters (C0, DEL, C1), line and
+/// paragraph separators, controls of writing direction, and characters that show nothing (Unicode's
+/// categories Cc, Zl, Zp, and most of Cf).
 ///
-/// U+200C and U+200D (the non-joiner and the joiner) are left alone: Persian, Hindi and emoji cannot be written without them.
+/// U+200C and U+200D (the non-joiner and the joiner) are excluded: Persian, Hindi and emoji cannot be written
+/// without them.
 pub fn is_unprintable(c: char) -> bool {
     c.is_control()
         || matches!(
@@ -32,7 +34,7 @@ pub fn shown(text: &str) -> String {
     told
 }
 
-/// As [`shown`], the first `max` characters of it; `...` stands for the rest.
+/// Returns the first `max` characters of the text as [`shown`] does, with `...` for the rest.
 pub fn excerpt(text: &str, max: usize) -> String {
     match text.char_indices().nth(max) {
         Some((end, _)) => shown(&text[..end]) + "...",

@@ -1,4 +1,5 @@
-//! What takes a connection that the kernel program leaves alone: a relay, or whatever listens on the dialled address.
+//! Beyond: a relay, or whatever listens on the dialled address, takes a connection that the kernel program
+//! leaves alone.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -14,7 +15,8 @@ use crate::planning::{
 };
 
 impl Explainer<'_> {
-    /// The kernel goes on as if lbridge were not there: to a relay, to whatever listens on the gateway, or nowhere.
+    /// Follows a connection that the kernel treats as if lbridge were not there: to a relay, to whatever
+    /// listens on the gateway, or nowhere.
     pub(super) fn beyond(&self, way: &mut Way, bridge: &Interface) -> End {
         let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         let key = RelayKey { address: way.dialled, place };
@@ -22,7 +24,7 @@ impl Explainer<'_> {
         if self.question.protocol == Protocol::Tcp {
             match self.known.reality.relays.get(&key) {
                 Some(spec) if !spec.by_entry => return self.relay(way, spec),
-                // The entry alone leads to it.
+                // Only the entry leads to it.
                 Some(_) => {}
                 None => self.no_relay(way, &key),
             }
@@ -31,7 +33,7 @@ impl Explainer<'_> {
         self.host(way, who)
     }
 
-    /// The kernel's entry leads to a relay.
+    /// Follows a connection that the kernel's entry leads to a relay.
     pub(super) fn by_relay(&self, way: &mut Way, bridge: &Interface) -> End {
         let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         let key = RelayKey { address: way.dialled, place };
@@ -45,7 +47,7 @@ impl Explainer<'_> {
         self.end(way, Fate::Refused, "the relay's socket is not registered", remedy)
     }
 
-    /// Refused by the kernel program, since nobody but whom the rule admits may get through.
+    /// Ends a connection that the kernel program refuses: only sources that the rule admits may get through.
     pub(super) fn unadmitted(&self, way: &mut Way) -> End {
         let outcome = self.meant(way).filter(|it| matches!(it.state, State::Waiting | State::Blocked));
         let why = outcome.and_then(Outcome::why);
@@ -57,7 +59,7 @@ impl Explainer<'_> {
         self.end(way, Fate::Refused, &why, remedy)
     }
 
-    /// A relay that a rule asks for and that is not there, or that is about to go.
+    /// Adds a step about a relay that a rule asks for and that is not there, or that is about to go.
     pub(super) fn no_relay(&self, way: &mut Way, key: &RelayKey) {
         let text = if self.known.policy.relays.contains_key(key) {
             let why = self.known.relay_failures.get(key).map_or("the next look opens it", String::as_str);
@@ -101,7 +103,7 @@ impl Explainer<'_> {
         self.end(way, Fate::Relayed, &format!("{service}{reason}"), remedy)
     }
 
-    /// What listens on the dialled address itself, rule or no rule.
+    /// Ends a connection at whatever listens on the dialled address itself, whether there is a rule or not.
     pub(super) fn host(&self, way: &mut Way, who: Option<&Listener>) -> End {
         let id = self.id();
         if let Some(listener) = who {
@@ -134,11 +136,11 @@ impl Explainer<'_> {
         self.end(way, Fate::Refused, &why, remedy)
     }
 
-    /// What to do where a rule does not serve.
+    /// Returns what to do if a rule does not serve the connection.
     fn unserved(&self, way: &Way) -> String {
         let Some(meant) = self.rule() else { return String::new() };
         let outcome = self.meant(way);
-        // Of a list without anybody it is not the service that is missing.
+        // If none of the listed containers is served, the service is not what is missing.
         let services = || {
             let first = outcome.and_then(|outcome| outcome.reasons.first());
             first.is_none_or(|reason| matches!(reason, Reason::NothingListens(_)))
@@ -155,7 +157,7 @@ impl Explainer<'_> {
         }
     }
 
-    /// Who is served, if others are not.
+    /// Returns, in words, who is served if others are not.
     fn whom(&self) -> String {
         let from = self.rule().map(|meant| &meant.rule.from).filter(|from| !from.is_empty());
         let Some(from) = from else { return "only the network's own containers are served".to_owned() };
@@ -164,9 +166,9 @@ impl Explainer<'_> {
     }
 }
 
-/// The listener that the kernel itself picks for `dialled`, coming in on that interface: one that is bound to the address
-/// before one that is bound to all, one that is bound to the interface before one that is not (compute_score() in
-/// net/ipv4/inet_hashtables.c).
+/// Returns the listener that the kernel itself picks for `dialled`, coming in on that interface: one that is
+/// bound to the address before one that is bound to all, one that is bound to the interface before one that
+/// is not (compute_score() in net/ipv4/inet_hashtables.c).
 pub(super) fn answering(listeners: &[Listener], dialled: SocketAddr, interface: u32) -> Option<&Listener> {
     let score = |listener: &Listener| {
         let bound = listener.address;

@@ -1,4 +1,4 @@
-//! From a bridge: the network, and the way of a SYN or a datagram to each gateway, up to the kernel program.
+//! Bridge: the network, and the path of a SYN or a datagram to each gateway, up to the kernel program.
 
 use std::{
     collections::BTreeSet,
@@ -71,7 +71,7 @@ impl Explainer<'_> {
         let gateways = bridge.addresses.iter().filter(|(ip, _)| fits(ip));
         let mut ways: Vec<_> = gateways.map(|own| self.to_gateway(&bridge, own.0, *own)).collect();
         for ip in self.aliases(&bridge).filter(fits) {
-            // From the subnet of that family; the rule's alias has one.
+            // The source is from the bridge's subnet of that family: without one, a rule has no such alias.
             let own = bridge.addresses.iter().find(|(own, _)| own.is_ipv4() == ip.is_ipv4());
             ways.extend(own.map(|own| self.to_gateway(&bridge, ip, *own)));
         }
@@ -109,7 +109,7 @@ impl Explainer<'_> {
         }
     }
 
-    /// What else the rule's containers may dial.
+    /// Returns the other addresses of the host that the rule's containers may dial.
     fn aliases(&self, bridge: &Interface) -> impl Iterator<Item = IpAddr> {
         let index = bridge.index;
         let gateways = self.rule().into_iter().flat_map(|meant| &meant.gateways);
@@ -119,7 +119,8 @@ impl Explainer<'_> {
         aliases.map(|gateway| gateway.relay_key.address.ip())
     }
 
-    /// The whole way of a SYN, or a datagram, to a gateway, or to another address of the host's; `own` is the bridge's, with its prefix.
+    /// Follows a SYN, or a datagram, all the way to a gateway or to another address of the host. `own` is the
+    /// bridge's address, with the length of its prefix in bits.
     fn to_gateway(&self, bridge: &Interface, gateway: IpAddr, own: (IpAddr, u8)) -> (Way, End) {
         let dialled = SocketAddr::new(gateway, self.question.port);
         let source = self.question.source.or_else(|| self.listed(bridge, dialled).into_iter().next());
@@ -139,7 +140,7 @@ impl Explainer<'_> {
         (way, end)
     }
 
-    /// What the kernel program makes of it, given its entry.
+    /// Follows the packet by the kernel program's verdict, given its entry.
     fn verdict(&self, way: &mut Way, bridge: &Interface, entry: Option<&RuleValue>) -> End {
         let source = way.source;
         let dialled = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
@@ -191,12 +192,12 @@ impl Explainer<'_> {
                 by_source(Answer::No, text);
                 self.beyond(way, bridge)
             }
-            // Nobody asks about the daemon's own probes; and the decision goes no other way without an entry.
+            // Nobody asks about the daemon's own probes, and without an entry no other verdict is left.
             (Verdict::Probe, _) | (_, None) => self.beyond(way, bridge),
         }
     }
 
-    /// Why an entry does not admit a source of its subnet.
+    /// Explains in words why an entry does not admit a source.
     fn not_admitted(&self, source: IpAddr, bridge: &Interface, entry: &RuleValue) -> String {
         if Address::from(source).masked(&entry.mask) != entry.subnet {
             return format!("{source} is not in {}", subnet(entry));
@@ -208,7 +209,7 @@ impl Explainer<'_> {
         format!("the rule is for {}, not for {source}", addresses(&self.listed(bridge, dialled)))
     }
 
-    /// The addresses that what is in force there is for, where it is not for all.
+    /// Returns the addresses that the entry or relay there is for; empty if it is for all.
     fn listed(&self, bridge: &Interface, dialled: SocketAddr) -> BTreeSet<IpAddr> {
         let reality = self.known.reality;
         let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
@@ -227,7 +228,7 @@ impl Explainer<'_> {
         listed.map(|key| key.source.into()).collect()
     }
 
-    /// Before anything of the host has seen it.
+    /// Describes the packet's arrival, before anything of the host has seen it.
     fn arrival(&self, bridge: &Interface, source: IpAddr, dialled: SocketAddr) -> Step {
         let text = format!("{} from {source} to {dialled} comes in on {}", self.packet(), bridge.name);
         step(Stage::Arrival, Answer::Note, text)
@@ -240,7 +241,7 @@ impl Explainer<'_> {
         }
     }
 
-    /// How it is known that one arrives.
+    /// Returns the word for how lbridge knows that a packet arrives.
     fn arrived(&self) -> &'static str {
         match self.question.protocol {
             Protocol::Tcp => "answered",
@@ -248,7 +249,7 @@ impl Explainer<'_> {
         }
     }
 
-    /// What was tried; an end, if nothing comes through.
+    /// Adds a step about what was tried of the firewall. Returns an end if nothing comes through.
     fn firewall(&self, way: &mut Way, own: (IpAddr, u8)) -> Option<End> {
         let (protocol, dialled) = (self.question.protocol, way.dialled);
         let opening = Opening::new(&way.interface, own, dialled.ip(), protocol, dialled.port());
@@ -286,7 +287,7 @@ impl Explainer<'_> {
     }
 }
 
-/// The maps, as they were read, with their answers about one packet.
+/// The maps as they were read, with their answers about one packet.
 struct Maps<'a> {
     reality: &'a Reality,
     entry: Option<&'a RuleValue>,
@@ -318,7 +319,7 @@ impl Lookups for Maps<'_> {
     }
 }
 
-/// Some other address of the gateway's subnet.
+/// Returns another address of the gateway's subnet.
 fn neighbour(gateway: IpAddr, prefix: u8) -> IpAddr {
     let own = Address::from(gateway);
     let mask = own.mask(prefix);

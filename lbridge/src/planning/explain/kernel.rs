@@ -1,4 +1,4 @@
-//! What the kernel program finds in its maps: the entry, and the listener that it assigns.
+//! Kernel: the entry that the kernel program finds in its maps, and the listener that it assigns.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -17,7 +17,7 @@ use crate::planning::{
 };
 
 impl Explainer<'_> {
-    /// The entry that the kernel program finds.
+    /// Adds a step about the kernel program's lookup, and returns the entry that it finds.
     pub(super) fn lookup(&self, way: &mut Way, bridge: &Interface) -> Option<&RuleValue> {
         let Known { abilities, reality, policy, .. } = self.known;
         let mut no = |text| way.steps.push(step(Stage::Lookup, Answer::No, text));
@@ -73,7 +73,7 @@ impl Explainer<'_> {
         Some(entry)
     }
 
-    /// The listener that the kernel program assigns.
+    /// Adds a step about the listener that the kernel program assigns, and returns the end.
     pub(super) fn listener(&self, way: &mut Way, entry: &RuleValue) -> End {
         let taken = |key: &ListenerKey| {
             self.known.reality.registered.contains(key) && self.is_of_family(key, way.dialled.ip())
@@ -122,7 +122,8 @@ impl Explainer<'_> {
         self.end(way, Fate::Steered, &format!("{who} on {bound}"), remedy)
     }
 
-    /// The kernel gives a connection only to a listener of its family; `[::]` may serve both.
+    /// Returns true if the listener can serve the dialled family. The kernel gives a connection only to a
+    /// listener of its family; `[::]` may serve both.
     fn is_of_family(&self, key: &ListenerKey, dialled: IpAddr) -> bool {
         if key.address.is_v4() == dialled.is_ipv4() {
             return true;
@@ -147,7 +148,7 @@ impl Explainer<'_> {
         }
     }
 
-    /// The host's listeners that are bound there, and to no interface.
+    /// Returns the host's listeners that are bound to that address, and to no interface.
     fn at(&self, bound: SocketAddr) -> impl Iterator<Item = &Listener> {
         self.known
             .inventory
@@ -157,7 +158,7 @@ impl Explainer<'_> {
     }
 }
 
-/// Where an entry leads.
+/// Returns in words where an entry leads.
 fn leads_to(entry: &RuleValue) -> String {
     if entry.has(RuleValue::RELAYED) {
         "the relay".to_owned()

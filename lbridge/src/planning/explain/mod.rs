@@ -1,8 +1,10 @@
-//! Explain: what would become of one connection, step by step, by what is in force now. PURE. The decisions are the
-//! kernel program's own ([`lbridge_common::verdict`]); the maps are as they were read for this question.
+//! Explain: the path that one connection would take, step by step, given what is in force now. PURE. The
+//! decisions are the kernel program's own ([`lbridge_common::verdict`]); the maps are as they were read for
+//! this question.
 //!
-//! A connection's way through the files: `rule` and, on a bridge, `bridge` (network, firewall) -> `kernel` (entry, listener)
-//! -> `beyond` (relay, host); in a namespace `namespace` -> `beyond`. `words` says what things are called.
+//! A connection's path through the files: `rule` and, on a bridge, `bridge` (network, firewall) -> `kernel`
+//! (entry, listener) -> `beyond` (relay, host); in a namespace `namespace` -> `beyond`. `words` has the names
+//! of things.
 
 mod beyond;
 mod bridge;
@@ -28,135 +30,136 @@ use super::{
     rule::{Network, Protocol},
 };
 
-/// Which connection.
+/// The connection to explain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Question {
-    /// From where.
+    /// The network that the connection comes from.
     pub network: Network,
-    /// Dialled port.
+    /// The port that is dialled.
     pub port: u16,
-    /// What is spoken there.
+    /// The protocol of the port.
     #[serde(default)]
     pub protocol: Protocol,
-    /// From which address; some address of the subnet if not said.
+    /// The address that the connection comes from; `None` for some address of the subnet.
     #[serde(default)]
     pub source: Option<IpAddr>,
 }
 
-/// What is in force, and what is meant.
+/// The actual and the desired state.
 #[derive(Debug)]
 pub struct Known<'a> {
-    /// The host, the namespace of the question included.
+    /// The observed host, the namespace of the question included.
     pub inventory: &'a Inventory,
-    /// What the kernel is able to do.
+    /// Abilities of the kernel.
     pub abilities: &'a Abilities,
-    /// What the rules ask for, given the inventory.
+    /// The desired state: what the rules ask for, given the inventory.
     pub policy: &'a Policy,
-    /// What is in force, read back just now.
+    /// The actual state, read back just now.
     pub reality: &'a Reality,
-    /// Why relays could not be opened.
+    /// The errors of relays that could not be opened.
     pub relay_failures: &'a BTreeMap<RelayKey, String>,
-    /// Why entries could not be put.
+    /// The errors of entries that could not be put.
     pub entry_failures: &'a BTreeMap<RuleKey, String>,
-    /// Which process has a listener, by inode, where that is known.
+    /// The process that has each listener, by inode, if it is known.
     pub holders: &'a BTreeMap<u64, String>,
     /// Listeners inside the namespace of the question; empty for a bridge.
     pub inside: &'a [Listener],
 }
 
-/// What would become of the connection.
+/// The explanation of what would happen to the connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explanation {
-    /// From where.
+    /// The network that the connection comes from.
     pub network: Network,
-    /// Dialled port.
+    /// The port that is dialled.
     pub port: u16,
-    /// What is the same for every address that can be dialled: the network and the rule.
+    /// Steps that are the same for every address that can be dialled: the network, the rule, and localhost if
+    /// the rule covers it.
     pub steps: Vec<Step>,
-    /// One for each address that can be dialled.
+    /// One way for each address that can be dialled.
     pub ways: Vec<Way>,
-    /// All of it in one sentence.
+    /// The outcomes of all ways in one sentence.
     pub outcome: String,
-    /// What to do about it.
+    /// The advice on what to do.
     pub remedy: String,
 }
 
-/// The way of a connection to one address.
+/// The path of a connection to one address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Way {
-    /// What is dialled.
+    /// The address and port that are dialled.
     pub dialled: SocketAddr,
-    /// The bridge; `lo` inside a namespace.
+    /// Name of the bridge; `lo` inside a namespace.
     pub interface: String,
-    /// Where it comes from.
+    /// The address that the connection comes from.
     pub source: IpAddr,
-    /// In their order.
+    /// The steps, in the order of the connection.
     pub steps: Vec<Step>,
-    /// Where it ends.
+    /// The end of the connection's path.
     pub fate: Fate,
 }
 
-/// One step.
+/// One step on a connection's path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// What is looked at.
+    /// The part of the path that the step looks at.
     pub stage: Stage,
-    /// What came of it.
+    /// The result of the step.
     pub verdict: Answer,
-    /// For a person.
+    /// The description, for a person.
     pub text: String,
-    /// What the text is made from, a line each.
+    /// The facts behind the text, one per line.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub details: Vec<String>,
 }
 
-/// What a step looks at, in the order of a connection.
+/// The part of a connection's path that a step looks at, in the order of the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stage {
-    /// What the network's name means.
+    /// The meaning of the network's name.
     Network,
-    /// Which rule matches.
+    /// The rule that matches.
     Rule,
-    /// What localhost of the containers leads to.
+    /// The gateway that the containers' localhost leads to.
     Localhost,
-    /// The packet comes in.
+    /// The arrival of the packet.
     Arrival,
-    /// The host's firewall lets it through.
+    /// The host's firewall, which may let the packet through.
     Firewall,
-    /// The kernel program looks for an entry.
+    /// The kernel program's lookup of an entry.
     Lookup,
-    /// It checks where the packet comes from.
+    /// The kernel program's check of the packet's source.
     Source,
-    /// It looks for the service's listener.
+    /// The kernel program's search for the service's listener.
     Listener,
-    /// A relay.
+    /// The relay that takes the connection.
     Relay,
-    /// What listens on the dialled address itself, lbridge or not.
+    /// The socket that listens on the dialled address itself, lbridge's or not.
     Host,
-    /// What the service sees as its peer.
+    /// The peer that the service sees.
     Peer,
 }
 
-/// What came of a step.
+/// The result of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Answer {
-    /// It goes on here.
+    /// The connection continues here.
     Yes,
-    /// Not here.
+    /// The connection does not continue here.
     No,
-    /// Said for its own sake.
+    /// A remark that changes nothing.
     Note,
 }
 
-/// Where a connection ends.
+/// The end of a connection's path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Fate {
-    /// At the service, by the kernel.
+    /// Steered: at the service, by the kernel.
     Steered,
-    /// At the service, by a relay.
+    /// Relayed: at the service, by a relay.
     Relayed,
     /// Refused or reset at once.
     Refused,
@@ -166,7 +169,7 @@ pub enum Fate {
     Passed,
 }
 
-/// Listeners, by inode, whose processes are worth looking for.
+/// Returns the inodes of the listeners whose processes are worth looking for.
 pub fn listeners_of_interest(question: &Question, known: &Known<'_>) -> BTreeSet<u64> {
     let mut ports = BTreeSet::from([question.port]);
     ports.extend(
@@ -179,7 +182,7 @@ pub fn listeners_of_interest(question: &Question, known: &Known<'_>) -> BTreeSet
     listeners.filter(of_port).map(|listener| listener.inode).collect()
 }
 
-/// What the firewall must let through for the connections in question; it is tried, rule or no rule.
+/// Returns the openings that the connections in question need. They are tried whether there is a rule or not.
 pub fn openings(
     question: &Question,
     inventory: &Inventory,
@@ -189,7 +192,7 @@ pub fn openings(
     bridge.iter().flat_map(|bridge| firewall::openings(bridge, question.protocol, question.port)).collect()
 }
 
-/// Explains.
+/// Explains a connection: its steps, its end, and what to do.
 pub fn explain(question: &Question, known: &Known<'_>) -> Explanation {
     let explainer = Explainer { question, known };
     let (step, told) =
@@ -221,7 +224,7 @@ pub fn explain(question: &Question, known: &Known<'_>) -> Explanation {
     }
 }
 
-/// How it ends, in words.
+/// The end of a path in words, and the advice.
 struct End {
     sentence: String,
     remedy: String,

@@ -1,4 +1,4 @@
-//! From inside a network namespace: localhost is dialled there.
+//! Namespace: localhost, dialled from inside a network namespace.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -72,7 +72,8 @@ impl Explainer<'_> {
         (way, end)
     }
 
-    /// Where a container's localhost leads by a rule of one of its networks, unless somebody inside listens there.
+    /// Follows a container's localhost to the gateway that a rule of one of its networks leads it to; `None`
+    /// if somebody inside listens there, or no rule leads it.
     fn led_to_gateway(&self, way: &mut Way) -> Option<End> {
         let Known { policy, reality, inventory, inside, .. } = self.known;
         let Network::Container(name) = &self.question.network else { return None };

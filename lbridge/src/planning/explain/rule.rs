@@ -1,4 +1,4 @@
-//! The rule that a question is about, and the nearest ones if there is none.
+//! Rule: the rule that a question is about, and the nearest ones if there is none.
 
 use std::net::IpAddr;
 
@@ -10,9 +10,9 @@ use crate::planning::{
     rule::{Origin, RuleId},
 };
 
-/// Rules that are told of where none matches.
+/// Most rules that are named where none matches.
 const MAX_NEAREST: usize = 4;
-/// A port that is so far from the dialled one may have been meant.
+/// Largest distance from the dialled port at which another port may have been meant.
 const NEAR: u16 = 2;
 
 impl Explainer<'_> {
@@ -24,7 +24,8 @@ impl Explainer<'_> {
         }
     }
 
-    /// The question's rule, or whichever has one of the addresses that it is about: two names may mean one bridge.
+    /// Returns the question's rule, or whichever rule has one of the question's addresses: two names may mean
+    /// one bridge.
     pub(super) fn rule(&self) -> Option<&RuleOutcome> {
         let outcomes = &self.known.policy.outcomes;
         let by_name = outcomes.iter().find(|meant| meant.rule.id() == self.id());
@@ -64,7 +65,7 @@ impl Explainer<'_> {
         step(Stage::Rule, Answer::Yes, text)
     }
 
-    /// What becomes of the containers' own localhost, where the rule says something of it.
+    /// Returns a step about the containers' own localhost, if the rule leads it anywhere.
     pub(super) fn localhost_step(&self) -> Option<Step> {
         let meant = self.rule().filter(|meant| !meant.dials.is_empty())?;
         let reality = self.known.reality;
@@ -87,7 +88,7 @@ impl Explainer<'_> {
         Some(step(Stage::Localhost, answer, told.join("; ")))
     }
 
-    /// Other ports of this network, and other networks that have this port or one beside it.
+    /// Lists other ports of this network, and other networks that have this port or one near it.
     fn nearest(&self) -> Vec<String> {
         let distance = |meant: &RuleOutcome| meant.rule.spec.port.abs_diff(self.question.port);
         let is_other = |meant: &RuleOutcome| meant.rule.network != self.question.network;
@@ -102,7 +103,7 @@ impl Explainer<'_> {
         near.into_iter().take(MAX_NEAREST).map(|(.., meant)| told(meant)).collect()
     }
 
-    /// What the rule means to become of this way.
+    /// Returns the outcome that the rule means for this way.
     pub(super) fn meant(&self, way: &Way) -> Option<&Outcome> {
         let gateways = &self.rule()?.gateways;
         Some(&gateways.iter().find(|gateway| gateway.relay_key.address == way.dialled)?.outcome)

@@ -1,4 +1,4 @@
-//! How things are called: ends, listeners and their processes, what a service sees as its peer.
+//! Words: the names of ends, of listeners and their processes, and of what a service sees as its peer.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -12,7 +12,7 @@ use crate::planning::{
     rule::{Origin, Protocol, Source},
 };
 
-/// Digits of an id that Docker prints.
+/// Number of digits that Docker prints of an id.
 const SHORT_ID: usize = 12;
 
 impl Explainer<'_> {
@@ -134,7 +134,7 @@ fn loopback(family: IpAddr) -> IpAddr {
     if family.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
 }
 
-/// Of containers that a rule is for.
+/// Lists the addresses of the containers that a rule is for.
 pub(super) fn addresses<'a>(listed: impl IntoIterator<Item = &'a IpAddr>) -> String {
     let listed: Vec<_> = listed.into_iter().map(ToString::to_string).collect();
     if listed.is_empty() { "no container".to_owned() } else { listed.join(", ") }

@@ -1,4 +1,4 @@
-//! What labels ask for, within the bounds that are set, beside the rules of others.
+//! Derive: the rules that labels ask for, within the bounds that are set, beside the rules of others.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,30 +9,30 @@ use crate::planning::{
     text::excerpt,
 };
 
-/// Ports that one label may ask for.
+/// Most ports that one label may ask for.
 const MAX_PORTS: usize = 256;
-/// Rules that all labels together may ask for.
+/// Most rules that all labels together may ask for.
 const MAX_RULES: usize = 8192;
-/// Problems of one object, and of all, that are told; the others are counted.
+/// Most problems of one object, and of all objects, that are reported. The others are counted.
 const MAX_PROBLEMS_OF_ONE: usize = 8;
 pub(super) const MAX_PROBLEMS: usize = 64;
-/// What is told of what is wrong, in characters.
+/// Longest description of a problem, in characters.
 const MAX_SENTENCE: usize = 300;
-/// Ports that a problem names.
+/// Most ports that a problem names.
 const MAX_NAMED_PORTS: usize = 5;
 
-/// What follows from labels.
+/// The result of reading the labels.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Derived {
-    /// All rules: the others', and those of labels.
+    /// All rules: those of others, and those of labels.
     pub rules: Rules,
-    /// What is wrong, of the first objects.
+    /// Problems of the first objects.
     pub problems: Vec<Problem>,
-    /// How many problems there are beside.
+    /// Number of further problems.
     pub more: usize,
 }
 
-/// What labels ask for, beside the rules of others, `own`.
+/// Derives the rules that labels ask for, beside `own`, the rules of others.
 pub fn derive(
     labelled: &[Labelled],
     settings: &Settings,
@@ -42,7 +42,7 @@ pub fn derive(
     let mut derivation = Derivation { settings, networks, own: BTreeMap::new(), wanted: BTreeMap::new() };
     for (_, rule, origin) in own.iter() {
         if let Some(bridge) = derivation.bridge(&rule.network) {
-            // Of several names of one bridge the first in order is served.
+            // If a bridge has several names, the first in order is served.
             derivation
                 .own
                 .entry((bridge, rule.spec.port, rule.spec.protocol))
@@ -51,7 +51,7 @@ pub fn derive(
     }
     let mut derived = Derived::default();
     let mut objects: Vec<_> = labelled.iter().collect();
-    // Networks first: what they open to all nobody has to ask for.
+    // Networks first: a container need not ask for what a network opens to all.
     objects.sort();
     for object in objects {
         let problems = derivation.object(object);
@@ -60,7 +60,7 @@ pub fn derive(
         derived.problems.extend(problems.into_iter().take(kept));
     }
     let wanted = derivation.wanted.into_values().map(|wanted| wanted.rule);
-    // Each was tried by itself; what cannot be is that there are too many, with those of others.
+    // Each rule was checked by itself. Only their number, with the rules of others, may be too large.
     derived.rules = own.allow(wanted, Origin::Label).unwrap_or_else(|refused| {
         derived.problems.push(Problem {
             object: "all labels".to_owned(),
@@ -73,7 +73,7 @@ pub fn derive(
     derived
 }
 
-/// A bridge, a port of its gateway, and what is spoken there.
+/// A bridge, a port of its gateway, and the port's protocol.
 type Place = (String, u16, Protocol);
 
 struct Derivation<'a> {
@@ -85,11 +85,11 @@ struct Derivation<'a> {
 
 struct Wanted {
     rule: Rule,
-    /// Who asked first.
+    /// The object that asked first.
     by: String,
 }
 
-/// What is wrong with a port of a label, and what to do.
+/// The error about a port of a label, and what to do about it.
 type Complaint = (String, String);
 
 impl<'a> Derivation<'a> {
@@ -104,7 +104,7 @@ impl<'a> Derivation<'a> {
         }
     }
 
-    /// Takes what an object asks for; what is wrong with it.
+    /// Takes the rules that an object asks for, and returns the problems with its labels.
     fn object(&mut self, object: &Labelled) -> Vec<Problem> {
         let problem = |label: &str, text: Option<&str>, wrong: &str, remedy: &str| Problem {
             object: object.told(),
@@ -164,7 +164,7 @@ impl<'a> Derivation<'a> {
                     Kind::Network => BTreeSet::new(),
                     Kind::Container => [object.as_source()].into(),
                 };
-                // Of localhost TCP alone can be led to the host.
+                // Only TCP to localhost can be led to the host.
                 let localhost = localhost && spec.protocol == Protocol::Tcp;
                 let rule = Rule { from, localhost, source, ..Rule::new(self.named(network), spec.clone()) };
                 if let Err((wrong, remedy)) = self.want(object, network, rule) {
@@ -175,7 +175,7 @@ impl<'a> Derivation<'a> {
         problems
     }
 
-    /// Its networks that are bridges of the host.
+    /// Returns the object's networks that are bridges of the host.
     fn places(&self, object: &Labelled) -> Vec<&'a DockerNetwork> {
         let find = |text: &String| {
             let by_id = self.networks.iter().find(|network| network.id == *text);
@@ -184,7 +184,7 @@ impl<'a> Derivation<'a> {
         object.networks.iter().filter_map(find).filter(|network| network.bridge.is_some()).collect()
     }
 
-    /// The network as a rule names it: by its name, where that means it and no other.
+    /// Returns the network as a rule names it: by its name if the name means it and no other, else by its id.
     fn named(&self, network: &DockerNetwork) -> Network {
         match network.name.parse() {
             Ok(named @ Network::Docker(_)) if find_networks(self.networks, &network.name) == [network] => {
@@ -194,7 +194,7 @@ impl<'a> Derivation<'a> {
         }
     }
 
-    /// The ports that a label asks for and may; and what is wrong with the others.
+    /// Returns the ports that a label asks for and may have, and what is wrong with the others.
     fn ports(&self, text: &str) -> (Vec<PortSpec>, Vec<Complaint>) {
         let complaint = |wrong: String, remedy: &str| vec![(wrong, remedy.to_owned())];
         if text.len() > MAX_TEXT {
@@ -258,12 +258,12 @@ impl<'a> Derivation<'a> {
         (specs, complaints)
     }
 
-    /// Takes a rule for an object, if it does not contradict another.
+    /// Takes a rule for an object, unless it contradicts another rule.
     fn want(&mut self, object: &Labelled, network: &DockerNetwork, rule: Rule) -> Result<(), Complaint> {
         let id = rule.id();
         let mend = |text: String| (text, "change the label".to_owned());
         Rules::default().allow([rule.clone()], Origin::Label).map_err(|refused| {
-            // As labels have it; it is told as the command does.
+            // The error has the command's option; labels have another name for it.
             mend(refused.to_string().replace("--source loopback", "lbridge.source=loopback"))
         })?;
         let bridge = network.bridge.clone().unwrap_or_default();
@@ -301,7 +301,7 @@ impl<'a> Derivation<'a> {
     }
 }
 
-/// The first ports, and how many more.
+/// Lists the first ports, and how many more there are.
 fn named(ports: &[String]) -> String {
     let named = ports.iter().take(MAX_NAMED_PORTS).map(String::as_str).collect::<Vec<_>>();
     match ports.len() - named.len() {
@@ -310,7 +310,8 @@ fn named(ports: &[String]) -> String {
     }
 }
 
-/// Whether `rule` adds nothing to `other`: which way connections take, and how many, is up to whoever made that.
+/// Returns true if `rule` adds nothing to `other`. The path and the number of connections are up to whoever
+/// made `other`.
 fn covers(other: &Rule, rule: &Rule, is_meant: impl Fn(&str) -> bool) -> bool {
     let for_all = other.from.is_empty();
     let for_it = !rule.from.is_empty() && other.from.iter().any(|name| is_meant(name));

@@ -1,6 +1,7 @@
-//! Labels of containers and networks, where the administrator lets them ask for rules: what they ask for within the bounds
-//! that `lbridge.toml` sets, beside the rules of `allow` and of the file, which go first. A bad label is a [`Problem`] and
-//! stops nothing else. Whoever starts a container chooses what is in its labels: everything is bounded.
+//! Labels: rules that containers and networks ask for by their labels, if the administrator lets them. Such
+//! rules stay within the bounds that `lbridge.toml` sets; the rules of `allow` and of the file go first. A
+//! bad label is a [`Problem`] and stops nothing else. Whoever starts a container chooses its labels, so
+//! everything is bounded.
 
 mod derive;
 
@@ -17,28 +18,28 @@ use super::{
     text::excerpt,
 };
 
-/// The ports that are asked for; without it the others mean nothing.
+/// The label with the ports that are asked for. Without it the other labels mean nothing.
 pub const ALLOW: &str = "lbridge.allow";
 const LOCALHOST: &str = "lbridge.localhost";
 const SOURCE: &str = "lbridge.source";
-/// Whatever begins so is lbridge's.
+/// The prefix of every label of lbridge's.
 const PREFIX: &str = "lbridge.";
 
-/// Longest value that is read, in bytes.
+/// Longest value of a label that is read, in bytes.
 const MAX_TEXT: usize = 4096;
-/// What is told of a label or of a name, in characters.
+/// Longest excerpt of a label or a name that is shown, in characters.
 const MAX_EXCERPT: usize = 80;
 
-/// What labels may do.
+/// The bounds on what labels may do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Whether they are read.
+    /// True if labels are read.
     pub enabled: bool,
-    /// The host's ports that they may lead to, and have dialled.
+    /// Ports of the host that labels may lead to, and may have containers dial.
     pub ports: Vec<PortRange>,
-    /// Ports that they may have dialled beside those.
+    /// Further ports that labels may have containers dial.
     pub dialled_ports: Vec<PortRange>,
-    /// What they may have services see.
+    /// The peers that labels may have services see.
     pub sources: BTreeSet<Source>,
 }
 
@@ -54,8 +55,9 @@ impl Settings {
         self.ports.iter().any(|range| range.has(port, protocol))
     }
 
-    /// Returns true if labels may have containers dial this port of the gateway, for a port that they may lead to: another one may
-    /// be a service's that listens there for everybody, whose connections the label would take.
+    /// Returns true if labels may have containers dial this port of the gateway, for a port that they may
+    /// lead to. A service may listen on another port for everybody, and the label would take that service's
+    /// connections.
     fn may_dial(&self, port: u16, protocol: Protocol) -> bool {
         self.ports.iter().chain(&self.dialled_ports).any(|range| range.has(port, protocol))
     }
@@ -74,7 +76,7 @@ impl PortRange {
         self.protocol == protocol && (self.first..=self.last).contains(&port)
     }
 
-    /// The range that a PORT argument means, unless it says where it leads.
+    /// Returns the range that a PORT argument means; `None` if the argument leads to another target.
     pub fn of(specs: &[PortSpec]) -> Option<Self> {
         let (first, last) = (specs.first()?, specs.last()?);
         let plain = specs.iter().all(|spec| spec.target == Target::Port(spec.port));
@@ -92,7 +94,7 @@ impl fmt::Display for PortRange {
     }
 }
 
-/// What has labels.
+/// The kind of an object that has labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -105,26 +107,26 @@ pub enum Kind {
 /// A network or a running container with [`ALLOW`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Labelled {
-    /// Which of the two.
+    /// The object's kind: a network or a container.
     pub kind: Kind,
-    /// Seconds since 1970: whoever asked first has a port.
+    /// Time of creation, in seconds since 1970. The object that asked first for a port gets it.
     created: i64,
     name: String,
     id: String,
-    /// Ids of its networks, or their names where the engine tells no id.
+    /// Ids of the object's networks, or their names if the engine reports no id.
     networks: Vec<String>,
     allow: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     localhost: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     source: Option<String>,
-    /// The first label that begins as lbridge's do and is none.
+    /// The first label that begins with lbridge's prefix and is none of lbridge's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     unknown: Option<String>,
 }
 
 impl Labelled {
-    /// What is of interest of an object's labels; `None` if it asks for nothing.
+    /// Extracts what matters from an object's labels; `None` if the object asks for nothing.
     pub fn new(
         kind: Kind,
         (id, name): (String, String),
@@ -132,7 +134,7 @@ impl Labelled {
         mut networks: Vec<String>,
         labels: &HashMap<String, String>,
     ) -> Option<Self> {
-        // One byte more than is read tells that there was more.
+        // One byte more than is read shows that the value was longer.
         let value = |label| labels.get(label).map(|text: &String| cut(text, MAX_TEXT + 1).to_owned());
         let known = [ALLOW, LOCALHOST, SOURCE];
         let unknown =
@@ -151,7 +153,7 @@ impl Labelled {
         })
     }
 
-    /// `container web`.
+    /// Returns the object's kind and name, as in `container web`.
     pub fn told(&self) -> String {
         let name = excerpt(&self.name, MAX_EXCERPT);
         match self.kind {
@@ -160,7 +162,8 @@ impl Labelled {
         }
     }
 
-    /// As a rule names it: by its id, where the name is none or may be another's id.
+    /// Returns the container as a rule names it: by its name, or by its id if the name is not valid or may be
+    /// another's id.
     fn as_source(&self) -> String {
         let reads_as_id = self.name.len() >= 12 && self.name.bytes().all(|b| b.is_ascii_hexdigit());
         match container_name(&self.name) {
@@ -169,22 +172,22 @@ impl Labelled {
         }
     }
 
-    /// Whether `name` means this container.
+    /// Returns true if `name` means this container.
     fn is_meant(&self, name: &str) -> bool {
         name == self.name || (name.len() >= 12 && self.id.starts_with(name))
     }
 }
 
-/// What is wrong with a label.
+/// A problem with a label.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
-    /// Whose: `container web`.
+    /// The object that has the label, as in `container web`.
     pub object: String,
-    /// The label; cut off if it is long.
+    /// The label and its value, cut off if they are long.
     pub label: String,
-    /// What is wrong.
+    /// The error in the label.
     pub wrong: String,
-    /// What to do about it.
+    /// The advice on what to do about it.
     pub remedy: String,
 }
 
@@ -194,7 +197,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// The beginning, as long as `max` bytes at most.
+/// Returns the beginning of the text, at most `max` bytes of it.
 fn cut(text: &str, max: usize) -> &str {
     let end = (0..=max.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
     text.get(..end).unwrap_or_default()

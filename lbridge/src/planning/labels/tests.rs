@@ -58,7 +58,7 @@ fn allowed(rules: &[(&str, &str)], change: impl Fn(&mut Rule), origin: Origin) -
     Rules::default().allow(rules.iter().map(rule), origin).unwrap()
 }
 
-/// The rules of labels, each in a line, and what is wrong.
+/// Returns the rules of labels, one per line, and the problems.
 fn derived(labelled: &[Labelled], settings: &Settings, own: &Rules) -> (Vec<String>, Vec<String>) {
     let derived = derive(labelled, settings, &networks(), own);
     assert_eq!(derived.more, 0);
@@ -180,7 +180,7 @@ fn the_administrators_bounds_hold() {
     assert!(problems[1].contains(undialled), "{problems:?}");
     assert_eq!(problems.len(), 2);
 
-    // Where the administrator says so, others may be dialled, and not led to.
+    // If the administrator says so, other ports may be dialled, but not led to.
     let mut bounds = settings(&["80"]);
     bounds.dialled_ports = settings(&["8000-8010", "53/udp"]).ports;
     let web = [container("web", &["app"], "allow=8000=80,8011=80,8001,53=80")];

@@ -1,4 +1,4 @@
-//! Other addresses of the host that containers take for it, beside the gateways.
+//! Aliases: other addresses of the host that containers dial, beside the gateways.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,8 @@ use crate::planning::{
 };
 
 impl Resolver<'_> {
-    /// Other addresses of the host that the containers may take for it. What they cannot have leaves the rule as it is.
+    /// Adds the other addresses of the host that the containers may dial. The rule's state stays the same if
+    /// an alias cannot be served.
     pub(super) fn add_aliases(&mut self, of: &mut RuleOutcome) {
         // A UDP service answers a network from one address, the gateway.
         let is_udp = of.rule.spec.protocol == Protocol::Udp;
@@ -22,7 +23,7 @@ impl Resolver<'_> {
         }
         let Ok(bridge) = self.bridge(&of.rule.network).cloned() else { return };
         for (ip, alias) in self.aliases(&bridge) {
-            // The first of its own that could be dialled as well: an entry has one subnet.
+            // The first of the bridge's own addresses that could be dialled as well: an entry has one subnet.
             let serves = |own: &&(IpAddr, u8)| {
                 let is_it = |gateway: &&GatewayOutcome| gateway.relay_key.address.ip() == own.0;
                 own.0.is_ipv4() == ip.is_ipv4()
@@ -34,7 +35,7 @@ impl Resolver<'_> {
         }
     }
 
-    /// The addresses of other interfaces that this bridge's containers know the host by.
+    /// Returns the addresses of other interfaces by which this bridge's containers know the host.
     fn aliases(&self, bridge: &Interface) -> BTreeMap<IpAddr, Alias> {
         let inventory = self.inventory;
         let mut networks = inventory.docker_networks.iter();

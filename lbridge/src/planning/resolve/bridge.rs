@@ -1,4 +1,4 @@
-//! Which bridge a network is.
+//! Bridge: finds the bridge that a network is.
 
 use super::Resolver;
 use crate::planning::{

@@ -1,4 +1,4 @@
-//! Where the containers' own localhost leads, under rules that say so.
+//! Localhost: leads the containers' own localhost to a gateway, under rules that say so.
 
 use std::{
     collections::BTreeSet,
@@ -16,8 +16,8 @@ use crate::planning::{
 };
 
 impl Resolver<'_> {
-    /// Leads the port of the containers' localhost to the network's gateways: 127.0.0.1 to an IPv4 one, ::1 to whichever serves
-    /// best, since most sockets for IPv6 take IPv4 as well.
+    /// Leads the port of the containers' localhost to the network's gateways: 127.0.0.1 to an IPv4 gateway,
+    /// ::1 to the gateway that serves best, since most sockets for IPv6 take IPv4 as well.
     pub(super) fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<DialOutcome> {
         self.policy.hooks[HookSet::Connect] |= self.abilities.hooks[HookSet::Connect].is_ok();
         // Every gateway of a rule is on the same bridge.
@@ -43,7 +43,8 @@ impl Resolver<'_> {
             .collect()
     }
 
-    /// Whose localhost a rule is about, by cookie; 0 is everybody's on the bridge.
+    /// Returns the cookies of the network namespaces whose localhost a rule is about; 0 stands for every
+    /// namespace on the bridge.
     fn namespaces_of(&self, rule: &Rule) -> BTreeSet<u64> {
         if rule.from.is_empty() {
             return [0].into();

@@ -1,9 +1,10 @@
-//! Resolve: decides for each rule and each address that can be dialled, given what was observed.
+//! Resolve: decides, for each rule and each address that can be dialled, how it is served, given the
+//! inventory.
 //!
-//! - `bridge`: which bridge a network is;
-//! - `sources`: whom of it a rule is for;
-//! - `way`: how what is dialled can be served, given who listens;
-//! - `localhost`, `aliases`: what else leads to a gateway.
+//! - `bridge`: the bridge that a network is;
+//! - `sources`: the containers that a rule is for;
+//! - `way`: the way to serve what is dialled, given who listens;
+//! - `localhost`, `aliases`: the other addresses that lead to a gateway.
 
 mod aliases;
 mod bridge;
@@ -38,14 +39,14 @@ use super::{
     rule::{DEFAULT_CONNECTIONS, Network, Origin, Protocol, Rule, RuleId, Rules, Source, Target},
 };
 
-/// Decides for each rule and gateway.
+/// Returns the desired state: the decisions for each rule and gateway.
 pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> Policy {
     let mut resolver = Resolver::new(inventory, abilities);
     for (_, rule, origin) in rules.iter() {
         let outcome = resolver.rule(rule, origin);
         resolver.policy.outcomes.push(outcome);
     }
-    // What is some network's gateway is that first.
+    // An address that is some network's gateway is that first, so aliases come last.
     let mut outcomes = std::mem::take(&mut resolver.policy.outcomes);
     for outcome in &mut outcomes {
         resolver.add_aliases(outcome);
@@ -57,7 +58,7 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
     resolver.policy
 }
 
-/// The bridge that a network is, or what keeps its rules from being served.
+/// Returns the bridge that a network is, or the outcome that keeps the network's rules from being served.
 pub(super) fn bridge_of(
     network: &Network,
     inventory: &Inventory,
@@ -66,7 +67,7 @@ pub(super) fn bridge_of(
     Resolver::new(inventory, abilities).bridge(network).cloned()
 }
 
-/// Where a service has to listen for a rule to lead to it.
+/// Returns the addresses and ports at which a service must listen for a rule to lead to it.
 fn targets(rule: &Rule) -> impl Iterator<Item = TargetKey> {
     let protocol = rule.spec.protocol.number().into();
     let (addresses, port) = match &rule.spec.target {
@@ -83,21 +84,22 @@ struct Resolver<'a> {
     abilities: &'a Abilities,
     policy: Policy,
     sockets: Sockets<'a>,
-    /// What `policy.listeners` is to hold, each socket once.
+    /// The listeners that `policy.listeners` will hold, each socket once.
     registered: BTreeMap<ListenerKey, BTreeSet<u64>>,
-    /// Addresses that a rule has, whatever becomes of it: the first in order, not the first whose service is up. A
-    /// namespace is one, whichever way leads there.
+    /// Addresses that a rule has claimed, whatever its outcome: the first rule in order, not the first whose
+    /// service is up. A namespace is one place, through whichever entrance it is found.
     claimed: BTreeMap<(SocketAddr, Protocol, Claim), RuleId>,
 }
 
-/// Whose an address is.
+/// The bridge (by interface index) or namespace that an address is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Claim {
     Bridge(u32),
     Namespace(NamespaceId),
 }
 
-/// No socket is bound to port 0: what meets an entry that leads there is refused.
+/// The endpoint of an entry that refuses: no socket is bound to port 0, so the kernel refuses what such an
+/// entry matches.
 const NOBODY: Endpoint = Endpoint::new(Address::ANY_V6, 0);
 
 impl<'a> Resolver<'a> {
@@ -171,7 +173,8 @@ impl Resolver<'_> {
         GatewayOutcome { relay_key, rule_key: None, opening: None, alias: None, outcome }
     }
 
-    /// At one of a bridge's own addresses, or at another one of the host's that its containers dial as well.
+    /// Decides for one of a bridge's own addresses, or for an alias that the bridge's containers dial as
+    /// well.
     fn gateway(
         &mut self,
         rule: &Rule,
@@ -188,7 +191,7 @@ impl Resolver<'_> {
         let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
         let relay_key = RelayKey { address: gateway, place };
         let mut way = self.way(rule, gateway, Claim::Bridge(index), "");
-        // Without the interface an alias is one for all networks.
+        // Without the interface check, an alias is one address for all networks.
         if alias.is_some() && !self.checks_interface() {
             way = match way {
                 Way::Refuse(outcome) => Way::None(outcome),
@@ -207,7 +210,7 @@ impl Resolver<'_> {
             let clients = Clients::Listed(sources.addresses.clone());
             let is_refused = matches!(way, Way::Refuse(_));
             let outcome = self.outcome(rule, way, &relay_key, Some(kernel), clients);
-            // Of a rule that is blocked nothing is in force but what refuses; the key may be another's.
+            // A blocked rule has nothing in force but what refuses, and the key may be another rule's.
             if outcome.state != State::Blocked || is_refused {
                 for (key, grant) in sources.grants(rule_key) {
                     if self.policy.sources.contains(&key) {
@@ -217,8 +220,9 @@ impl Resolver<'_> {
             }
             sources.told(outcome)
         };
-        // While a service is down its clients are to be refused at once, so that the way has to be open then, too. But only where
-        // an entry, or a relay that listens, keeps what comes through from the host's other services.
+        // While a service is down its clients must be refused at once, so the firewall must be open then,
+        // too. But only where an entry, or a relay that listens, keeps what comes through from the host's
+        // other services.
         let is_guarded = self.checks_interface()
             || self.policy.entries.contains_key(&rule_key)
             || self.policy.relays.contains_key(&relay_key);
@@ -230,12 +234,12 @@ impl Resolver<'_> {
         GatewayOutcome { relay_key, rule_key: Some(rule_key), opening: Some(opening), alias, outcome }
     }
 
-    /// Returns true if the kernel steers, and tells by which interface a packet came in.
+    /// Returns true if the kernel steers, and tells the interface that a packet came in by.
     fn checks_interface(&self) -> bool {
         self.abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check)
     }
 
-    /// Notes a kernel entry for these clients; the addresses and netmasks that it serves.
+    /// Adds a kernel entry for these clients. Returns the addresses and netmasks that the entry serves.
     fn put_entry(
         &mut self,
         key: RuleKey,
@@ -258,7 +262,7 @@ impl Resolver<'_> {
         served
     }
 
-    /// Notes what a way needs to be in force.
+    /// Adds to the policy what a way needs, and returns the outcome.
     fn outcome(
         &mut self,
         rule: &Rule,
@@ -283,7 +287,8 @@ impl Resolver<'_> {
                 let served = self.put_entry(rule_key, subnet, &clients, target, 0);
                 self.register(rule, target);
                 if rule.source == Source::Loopback {
-                    // Those that are served alone: whoever takes the connections of others is not to take them for local ones.
+                    // Only for clients that are served: a service that takes the connections of others must
+                    // not take them for local ones.
                     let gateway = Endpoint::new(rule_key.gateway, rule_key.port);
                     let view = LoopbackView { gateway, target };
                     let key = |(peer, mask)| (ViewKey { gateway, peer }, ViewKey::prefix_len(&mask));
@@ -321,11 +326,13 @@ impl Resolver<'_> {
         }
     }
 
-    /// What a UDP service sends to the subnet is to leave with the gateway as its source. Not what it sends to the host itself.
+    /// Makes what a UDP service sends to the subnet leave with the gateway as its source, but not what it
+    /// sends to the host itself. Fails if the service's replies to that subnet have another gateway as their
+    /// source already.
     fn replies(&mut self, service: Endpoint, gateway: Address, subnet: Subnet) -> Result<(), Outcome> {
         let key = |peer, mask: &Address| (ReplyKey { service, peer }, ReplyKey::prefix_len(mask));
         let to_subnet = key(subnet.base, &subnet.mask);
-        // The hook that chooses the source does not know what its receiver has dialled.
+        // The hook that chooses the source does not know which address its receiver has dialled.
         if let Some(first) = self.policy.replies.get(&to_subnet).filter(|first| first.gateway != gateway) {
             let only = Reason::OneAnswerAddress(first.gateway.into());
             return Err(Outcome::because(State::Blocked, only));
@@ -340,7 +347,7 @@ impl Resolver<'_> {
         Ok(())
     }
 
-    /// Has the listeners of a rule's service registered that an entry may name.
+    /// Adds the listeners of a rule's service that an entry may name to those that are registered.
     fn register(&mut self, rule: &Rule, target: Endpoint) {
         let (protocol, is_its) = (rule.spec.protocol, self.sockets.of_service(rule));
         let addresses: Vec<_> = listening_addresses(&target.address).collect();

@@ -1,4 +1,4 @@
-//! Rules for some containers: who of them can use a gateway, and why others cannot.
+//! Sources: the containers that can use a gateway under a rule for some containers, and why others cannot.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -14,26 +14,27 @@ use crate::planning::{
     rule::{Network, Rule},
 };
 
-/// Who of those that a rule is for can use it at one gateway.
+/// The sources that can use one gateway, of the containers that a rule is for.
 #[derive(Default)]
 pub(super) struct Sources {
-    /// Their addresses.
+    /// Addresses of the containers that can use the gateway.
     pub(super) addresses: BTreeSet<IpAddr>,
-    /// Which container each address is of.
+    /// Each of these addresses, with the container that it belongs to.
     grants: Vec<(IpAddr, Grant)>,
-    /// Their names.
+    /// Names of the containers that can use the gateway.
     served: Vec<String>,
-    /// Why others cannot.
+    /// The reasons why the other containers cannot.
     missing: Vec<Reason>,
 }
 
 impl Sources {
-    /// The grants of those addresses that may use the entry of this key.
+    /// Returns the grants of the addresses that may use the entry of this key.
     pub(super) fn grants(&self, rule: RuleKey) -> impl Iterator<Item = (SourceKey, Grant)> {
         self.grants.iter().map(move |(ip, grant)| (SourceKey { rule, source: (*ip).into() }, grant.clone()))
     }
 
-    /// With whom it is for; and if there is nobody, it waits for them.
+    /// Adds the containers that are served, and those that are missing, to the outcome. If no container is
+    /// served, the rule waits.
     pub(super) fn told(self, outcome: Outcome) -> Outcome {
         if outcome.state == State::Blocked {
             return outcome;
@@ -47,7 +48,7 @@ impl Sources {
 }
 
 impl Resolver<'_> {
-    /// The engine's networks that a rule for some containers can mean; none where it is for all.
+    /// Returns the engine's networks that a rule for some containers can mean; empty for a rule for all.
     pub(super) fn networks_of(
         &self,
         network: &Network,
@@ -70,7 +71,7 @@ impl Resolver<'_> {
         }
     }
 
-    /// The addresses of the containers that a rule is for, of those that a gateway's subnet has.
+    /// Returns the sources of a rule at one gateway: its containers' addresses in the gateway's subnet.
     pub(super) fn sources(&self, rule: &Rule, gateway: IpAddr, subnet: Subnet) -> Sources {
         let networks = self.networks_of(&rule.network, &rule.from).unwrap_or_default();
         let mut sources = Sources::default();
@@ -94,7 +95,7 @@ impl Resolver<'_> {
         sources
     }
 
-    /// The addresses of a container on one of these networks, or why it has none.
+    /// Returns the addresses of a container on these networks, or the reason why it has none.
     pub(super) fn addresses(
         &self,
         name: &str,

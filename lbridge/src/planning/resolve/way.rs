@@ -1,4 +1,4 @@
-//! How what is dialled at one address can be served: by the kernel, by a relay, or not.
+//! Way: whether the kernel, a relay or nothing serves what is dialled at one address.
 
 use std::{
     collections::btree_map::Entry,
@@ -18,28 +18,30 @@ use crate::planning::{
     rule::{PathChoice, Protocol, Rule, Source, Target},
 };
 
-/// How a connection to one gateway can be served.
+/// The way to serve connections to one gateway.
 pub(super) enum Way {
-    /// By the kernel, given this listener; or by nobody yet, with everything in place for a service that starts.
+    /// The kernel serves them, given this listener; or nobody does yet, with everything in place for a
+    /// service that starts.
     Kernel(Endpoint, Outcome),
-    /// By the daemon.
+    /// The daemon serves them by a relay, for these reasons.
     Relay(Service, Vec<Reason>),
-    /// Not at all; and the kernel refuses what is dialled, which would go to another user's socket.
+    /// Nothing serves them, and the kernel refuses what is dialled. Otherwise it would reach whoever listens
+    /// on the dialled address.
     Refuse(Outcome),
-    /// Not at all.
+    /// Nothing serves them, for the reasons of this outcome.
     None(Outcome),
 }
 
 /// A loopback service that was found.
 struct Found {
-    /// Where it can be connected to.
+    /// The address that a relay can connect to.
     at: SocketAddr,
-    /// Why the kernel cannot be given its listener, if it cannot.
+    /// The reason why the kernel cannot be given the service's listener; `None` if it can.
     obstacle: Option<Reason>,
 }
 
 impl Way {
-    /// With something to know beside the reason.
+    /// Adds a reason to the way.
     fn with(self, reason: Reason) -> Self {
         match self {
             Self::Kernel(entry, outcome) => Self::Kernel(entry, outcome.with(reason)),
@@ -54,7 +56,7 @@ impl Way {
 }
 
 impl Resolver<'_> {
-    /// How connections to an address can be served, if no rule before this one has it.
+    /// Decides how connections to an address can be served, unless an earlier rule has the address.
     pub(super) fn way(&mut self, rule: &Rule, dialled: SocketAddr, claim: Claim, place: &'static str) -> Way {
         match self.claimed.entry((dialled, rule.spec.protocol, claim)) {
             Entry::Occupied(first) => {
@@ -88,8 +90,9 @@ impl Resolver<'_> {
         let may_start = stranger.is_none() && self.sockets.may_start(rule, target.is_ipv4());
         let way = match (service, obstacle) {
             (Some(_), None) => Way::Kernel(entry, Outcome::steered()),
-            // The entry is put all the same: the kernel registers a service that starts, daemon or no daemon. It would register
-            // a stranger, too: where the service is not expected an entry keeps the gateway from whoever comes first.
+            // The entry is put all the same: the kernel registers a service that starts, with or without the
+            // daemon. It would register a stranger, too: where the service is not expected, an entry keeps
+            // the gateway from whoever comes first.
             (None, None) if same_family && may_start => Way::Kernel(entry, waiting()),
             (None, None) if same_family => Way::Refuse(waiting()),
             (_, Some(why)) if rule.path == PathChoice::Steer || rule.spec.protocol == Protocol::Udp => {
@@ -111,8 +114,10 @@ impl Resolver<'_> {
         }
     }
 
-    /// What has no entry reaches whoever listens on the dialled address. If that is another person's socket, an entry that leads to
-    /// nobody keeps the connections from it. Before Linux 5.17 that goes for relays, too, which cannot listen beside such a socket.
+    /// Refuses connections that would reach another person's socket. Without an entry, connections reach
+    /// whoever listens on the dialled address. If that is a person other than the service's owner, an entry
+    /// that leads to nobody keeps the connections from that socket. Before Linux 5.17 this applies to relays,
+    /// too, which cannot listen beside such a socket.
     fn past_strangers(&self, rule: &Rule, way: Way, dialled: SocketAddr, interface: u32) -> Way {
         let owner = self.sockets.user_of(rule);
         let takes = |listener: &&Listener| {
@@ -146,13 +151,13 @@ impl Resolver<'_> {
         }
     }
 
-    /// The way to a relay that is not open since its service is down. Without an entry whoever listens on the gateway, or on every
-    /// address, would get the connections meanwhile.
+    /// Returns the way to a relay that is not open because its service is down. Without an entry, whoever
+    /// listens on the gateway, or on every address, would get the connections meanwhile.
     fn closed(&self, outcome: Outcome) -> Way {
         if self.abilities.steer.is_ok() { Way::Refuse(outcome) } else { Way::None(outcome) }
     }
 
-    /// Why the kernel is not to have the rule's connections, whatever listens.
+    /// Returns why the kernel must not have the rule's connections, whatever listens; `None` if it may.
     fn obstacle(&self, rule: &Rule) -> Option<Reason> {
         if rule.path == PathChoice::Relay {
             return Some(Reason::AsAsked);
@@ -177,7 +182,7 @@ impl Resolver<'_> {
     }
 
     fn obstacle_of_udp(&self) -> Option<Reason> {
-        // There is no handshake that a false source would fail.
+        // UDP has no handshake that a spoofed source would fail.
         if !self.abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check) {
             return Some(Reason::UdpNeedsInterface);
         }
@@ -188,8 +193,8 @@ impl Resolver<'_> {
         Some(Reason::NoReplyHooks(why.clone()))
     }
 
-    /// What serves connections to `target` that come in at `gateway`. One that is found across the families always has
-    /// an obstacle.
+    /// Finds the service for connections to `target` that come in at `gateway`. A service that is found
+    /// across the families always has an obstacle.
     fn find(&self, rule: &Rule, target: SocketAddr, gateway: IpAddr) -> Option<Found> {
         let same_family = target.is_ipv4() == gateway.is_ipv4();
         let there = self.sockets.serving(rule, target);
@@ -212,7 +217,7 @@ impl Resolver<'_> {
     }
 
     fn relay(&self, rule: &Rule, service: SocketAddr, why: Reason) -> Way {
-        // There is one IPv6 loopback address, so nothing to stand in for the container.
+        // IPv6 has one loopback address, so none can stand in for the container.
         if let (Err(missing), true, Source::Container) =
             (&self.abilities.hooks[HookSet::Names], service.is_ipv6(), rule.source)
         {
@@ -239,7 +244,8 @@ impl Resolver<'_> {
         Way::Relay(Service::Unix(path.to_owned()), vec![Reason::UnixSocket])
     }
 
-    /// The other family's loopback address, where the rule leaves the family open and only that one is listened on.
+    /// Returns the other family's loopback address, if the rule leaves the family open and only that address
+    /// is listened on.
     fn other_family(&self, rule: &Rule, target: SocketAddr) -> Option<SocketAddr> {
         let Target::Port(port) = rule.spec.target else { return None };
         let other = SocketAddr::new(loopback(!target.is_ipv4()), port);
@@ -247,12 +253,12 @@ impl Resolver<'_> {
     }
 }
 
-/// Whether the kernel can be given such a socket.
+/// Returns true if the kernel can be given such a socket.
 pub(super) fn is_suitable(kind: ListenerKind) -> bool {
     matches!(kind, ListenerKind::Tcp | ListenerKind::Udp)
 }
 
-/// A socket of another user than the service's.
+/// Returns the reason for a socket of another user than the service's.
 fn foreign(listener: &Listener) -> Reason {
     Reason::ForeignListener { address: listener.address, uid: listener.uid }
 }

@@ -1,7 +1,7 @@
 //! Rules: what the administrator wants.
 //!
-//! - `network`, `port`: what is written, parsed;
-//! - `set`: all rules, which `allow` and `deny` change.
+//! - `network`, `port`: parse what is written;
+//! - `set`: holds all rules, which `allow` and `deny` change.
 
 mod network;
 mod port;
@@ -25,7 +25,8 @@ pub use self::{
     set::{Refused, Rules},
 };
 
-/// `Serialize` and `Deserialize` through `Display` and `FromStr`: files and the API say what the CLI says.
+/// Implements `Serialize` and `Deserialize` through `Display` and `FromStr`: files and the API use the CLI's
+/// syntax.
 macro_rules! as_text {
     ($($type:ty),+) => {
         $(
@@ -44,7 +45,7 @@ macro_rules! as_text {
     };
 }
 
-/// What is wrong with a text, and what to write instead.
+/// The error in a text, and what to write instead.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Invalid(String);
@@ -53,31 +54,32 @@ fn invalid<T>(text: String) -> Result<T, Invalid> {
     Err(Invalid(text))
 }
 
-/// What the service sees as its peer.
+/// The peer that the service sees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
     /// The container's own address.
     #[default]
     Container,
-    /// A loopback address, as if the client ran on the host: whatever trusts 127.0.0.1 then trusts the network.
+    /// A loopback address, as if the client ran on the host: a service that trusts 127.0.0.1 then trusts the
+    /// network.
     Loopback,
 }
 
-/// Which way connections take.
+/// The path that connections take.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PathChoice {
-    /// Steered in the kernel where it can be, relayed where not.
+    /// Steered in the kernel where that is possible, otherwise relayed.
     #[default]
     Auto,
-    /// Steered or not at all.
+    /// Steered, or not served at all.
     Steer,
-    /// Relayed.
+    /// Relayed in every case.
     Relay,
 }
 
-/// `FromStr` through the names that serde has: the CLI, the files and the API say the same words.
+/// Implements `FromStr` through serde's names: the CLI, the files and the API use the same words.
 macro_rules! from_serde_name {
     ($($type:ty: $choices:literal),+) => {
         $(
@@ -95,25 +97,26 @@ macro_rules! from_serde_name {
 
 from_serde_name!(Source: "container or loopback", PathChoice: "auto, steer or relay");
 
-/// Version of the PROXY protocol: who connects is told in a header before the first byte, to services that read it
-/// (haproxy's doc/proxy-protocol.txt).
+/// Version of the PROXY protocol: a header before the first byte tells the service who connects, if the
+/// service reads it (haproxy's doc/proxy-protocol.txt).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ProxyProtocol {
-    /// A line of text.
+    /// Version 1, a line of text.
     V1,
-    /// Binary.
+    /// Version 2, in binary.
     V2,
 }
 
 from_serde_name!(ProxyProtocol: "v1 or v2");
 
-/// Which process a number meant when a rule was made: numbers are given again.
+/// The start of a process, which tells it from later processes with the same number: the kernel reuses
+/// numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProcessStart {
     /// Clock ticks from boot to the process's start (field 22 of /proc/PID/stat, proc(5)).
     pub ticks: u64,
-    /// Which boot (/proc/sys/kernel/random/boot_id).
+    /// The boot that the ticks count from (/proc/sys/kernel/random/boot_id).
     pub boot: String,
 }
 
@@ -136,47 +139,49 @@ impl FromStr for ProcessStart {
 
 as_text!(Network, PortSpec, ProcessStart);
 
-/// Connections that a relay carries for one rule at a time, unless the rule or the limit of open files says less.
+/// Most connections that a relay carries for one rule at a time, unless the rule sets another limit or the
+/// limit of open files allows fewer.
 pub const DEFAULT_CONNECTIONS: u32 = 16_384;
 
 /// A rule: containers of `network` that dial its gateway at `spec.port` reach `spec.target`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// From where.
+    /// The network that connections come from.
     pub network: Network,
-    /// What is dialled, and where it leads.
+    /// The port that is dialled, and the service that it leads to.
     #[serde(rename = "port")]
     pub spec: PortSpec,
-    /// Names of the containers that it is for; for all of the network, if there is none.
+    /// Names or ids of the containers that the rule is for. If empty, the rule is for the whole network.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub from: BTreeSet<String>,
-    /// Whether the port of the containers' own localhost leads there, too.
+    /// True if the port on the containers' own localhost leads to the service, too.
     #[serde(default, skip_serializing_if = "is_default")]
     pub localhost: bool,
-    /// What the service sees.
+    /// The peer that the service sees.
     #[serde(default, skip_serializing_if = "is_default")]
     pub source: Source,
-    /// Which way.
+    /// The path that connections take.
     #[serde(default, skip_serializing_if = "is_default")]
     pub path: PathChoice,
-    /// Connections at a time, at most; [`DEFAULT_CONNECTIONS`] if not said. Kept by relays alone, as all that follows.
+    /// Largest number of connections at a time; `None` for [`DEFAULT_CONNECTIONS`]. Only relays enforce it,
+    /// as they do `idle_timeout` and `proxy_protocol`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<NonZeroU32>,
-    /// A connection that has been without a byte for that long is reset.
+    /// Time without a byte after which a connection is reset; `None` for no limit.
     #[serde(
         default,
         skip_serializing_if = "Option::is_none",
         with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional"
     )]
     pub idle_timeout: Option<Duration>,
-    /// Tell the service who connects.
+    /// Version of the PROXY protocol, whose header tells the service who connects; `None` for no header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// Which process, of a `pid:` network. The daemon fills it in.
+    /// The start of the process of a `pid:` network. The daemon fills it in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub process: Option<ProcessStart>,
-    /// The administrator's remark.
+    /// The administrator's comment, one line of text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub comment: Option<String>,
 }
@@ -186,7 +191,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 impl Rule {
-    /// Without options.
+    /// Creates a rule without options.
     pub fn new(network: Network, spec: PortSpec) -> Self {
         Self {
             network,
@@ -203,12 +208,12 @@ impl Rule {
         }
     }
 
-    /// What tells it from others.
+    /// Returns the rule's identity.
     pub fn id(&self) -> RuleId {
         RuleId { network: self.network.clone(), port: self.spec.port, protocol: self.spec.protocol }
     }
 
-    /// Whether both mean the same; remarks aside.
+    /// Returns true if both rules have the same effect. Compares neither comments nor processes.
     fn same_effect(&self, other: &Self) -> bool {
         self.id() == other.id()
             && self.spec == other.spec
@@ -221,7 +226,7 @@ impl Rule {
             && self.proxy_protocol == other.proxy_protocol
     }
 
-    /// Why the kernel cannot have the rule's connections, whatever listens.
+    /// Returns why the kernel cannot serve the rule's connections, whatever listens; `None` if it can.
     pub fn needs_relay(&self) -> Option<&'static str> {
         if self.network.is_namespace() {
             return Some(
@@ -239,11 +244,11 @@ impl Rule {
 /// A rule's identity: there is one for each (network, dialled port, protocol).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RuleId {
-    /// From where.
+    /// The network that connections come from.
     pub network: Network,
-    /// Dialled port.
+    /// The port that is dialled.
     pub port: u16,
-    /// What is spoken there.
+    /// The protocol of the port.
     pub protocol: Protocol,
 }
 
@@ -253,7 +258,8 @@ impl fmt::Display for RuleId {
     }
 }
 
-/// A remark on a rule: one line of text. Marks of writing direction are part of some languages; whoever shows them escapes them.
+/// Checks a comment on a rule: one line of text. Marks of writing direction are allowed, since some languages
+/// need them; whoever shows a comment escapes them.
 pub fn comment(text: &str) -> Result<String, Invalid> {
     /// Characters of the text that the error shows.
     const SHOWN: usize = 40;
@@ -266,27 +272,27 @@ pub fn comment(text: &str) -> Result<String, Invalid> {
     Ok(text.to_owned())
 }
 
-/// Who made a rule.
+/// The origin of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
-    /// `lbridge allow`.
+    /// The command `lbridge allow`.
     Cli,
-    /// `lbridge.toml`: read-only to the CLI.
+    /// The configuration file, `lbridge.toml`; read-only to the CLI.
     Config,
-    /// A label of a container or a network: as that.
+    /// A label of a container or a network; read-only to the CLI.
     Label,
 }
 
 impl Rule {
-    /// Checks the fields that hold any text, whoever filled them in: those with a type of their own were checked when they
-    /// were parsed.
+    /// Checks the fields that hold free text, whoever filled them in. Fields with a type of their own were
+    /// checked when they were parsed.
     fn check_text(&self) -> Result<(), Invalid> {
         self.from.iter().try_for_each(|name| container_name(name).map(drop))?;
         self.comment.iter().try_for_each(|text| comment(text).map(drop))
     }
 
-    /// Which of its options do not go together.
+    /// Returns which of the rule's options do not go together; `None` if all of them do.
     fn contradiction(&self) -> Option<&'static str> {
         if self.network.is_namespace() {
             if self.localhost {
@@ -324,7 +330,7 @@ impl Rule {
         self.spec.protocol
     }
 
-    /// As the arguments of `allow`.
+    /// Returns the port and the options as arguments of `allow`.
     pub(super) fn options(&self) -> String {
         let mut options = self.spec.to_string();
         options += match self.source {

@@ -1,4 +1,4 @@
-//! Networks, as the administrator names them.
+//! Network: a network as the administrator names it.
 
 use std::{
     fmt,
@@ -16,20 +16,21 @@ const MAX_INTERFACE_NAME: usize = 15;
 /// A network as the administrator names it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Network {
-    /// A Docker network's name, or its id.
+    /// A Docker network, by its name or id.
     Docker(String),
     /// `bridge:IFNAME`: a Linux bridge, whoever made it.
     Bridge(String),
     /// `container:NAME`: the network namespace of a Docker container, by its name or id.
     Container(String),
-    /// `netns:PATH`: the network namespace of that file.
+    /// `netns:PATH`: the network namespace that the file at PATH refers to.
     Netns(PathBuf),
     /// `pid:N`: the network namespace of that process, for as long as it runs.
     Process(u32),
 }
 
 impl Network {
-    /// Whether it is a namespace, served by a relay on loopback inside, not a bridge of the host.
+    /// Returns true if the network is a namespace, served by a relay on loopback inside, and not a bridge of
+    /// the host.
     pub fn is_namespace(&self) -> bool {
         match self {
             Self::Docker(_) | Self::Bridge(_) => false,
@@ -102,7 +103,7 @@ impl FromStr for Network {
     }
 }
 
-/// A container's name or id, as `--from` takes it, where a comma stands between two of them.
+/// Parses a container's name or id as `--from` takes it. It contains no comma, which separates two of them.
 pub fn container_name(text: &str) -> Result<String, Invalid> {
     match format!("container:{text}").parse() {
         Ok(Network::Container(name)) if !name.contains(',') => Ok(name),

@@ -1,4 +1,4 @@
-//! Ports: what is dialled, by which protocol, and where it leads.
+//! Port: a port that is dialled, its protocol, and the service that it leads to.
 
 use std::{
     fmt,
@@ -15,16 +15,17 @@ use super::{Invalid, invalid};
 /// The loopback service that a rule leads to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Target {
-    /// A port on the loopback address of whichever family was dialled; of the other where only that one listens.
+    /// A port on the loopback address of the family that was dialled, or of the other family if only that one
+    /// listens.
     Port(u16),
-    /// One loopback address.
+    /// One loopback address and port.
     Address(SocketAddr),
-    /// A Unix stream socket.
+    /// A Unix stream socket, by its path.
     Unix(PathBuf),
 }
 
 impl Target {
-    /// TCP port, if it has one.
+    /// Returns the port; `None` for a Unix socket.
     pub fn port(&self) -> Option<u16> {
         match self {
             Self::Port(port) => Some(*port),
@@ -44,19 +45,19 @@ impl fmt::Display for Target {
     }
 }
 
-/// What is spoken on a port.
+/// The protocol of a port.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
-    /// TCP, and MPTCP.
+    /// TCP, including MPTCP.
     #[default]
     Tcp,
-    /// UDP.
+    /// UDP, which is steered and never relayed.
     Udp,
 }
 
 impl Protocol {
-    /// As the kernel program's keys hold it.
+    /// Returns the protocol's number, as the kernel program's keys hold it.
     pub fn number(self) -> u8 {
         match self {
             Self::Tcp => wire::TCP,
@@ -64,7 +65,7 @@ impl Protocol {
         }
     }
 
-    /// What a service gets by it.
+    /// Returns a phrase for what a service gets by this protocol.
     pub fn what(self) -> &'static str {
         match self {
             Self::Tcp => "the connection",
@@ -72,7 +73,7 @@ impl Protocol {
         }
     }
 
-    /// As firewalls call it.
+    /// Returns the protocol's name, as firewalls use it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
@@ -80,7 +81,7 @@ impl Protocol {
         }
     }
 
-    /// What follows a port's number, as Docker writes it.
+    /// Returns the suffix of a port number, as Docker writes it: empty for TCP.
     pub fn suffix(self) -> &'static str {
         match self {
             Self::Tcp => "",
@@ -92,16 +93,16 @@ impl Protocol {
 /// A port argument: `5432`, `5432=15432`, `80=127.0.0.1:3000`, `80=[::1]:3000`, `5432=unix:/path`, `53/udp`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortSpec {
-    /// Dialled port, never 0.
+    /// The port that is dialled, never 0.
     pub port: u16,
-    /// What is spoken there, and by the service.
+    /// The protocol of the dialled port and of the service.
     pub protocol: Protocol,
-    /// Where it leads.
+    /// The service that the port leads to.
     pub target: Target,
 }
 
 impl PortSpec {
-    /// Parses one argument, which may be a range (`8000-8010`) and so several ports.
+    /// Parses one argument. A range (`8000-8010`) gives several ports.
     pub fn parse_many(text: &str) -> Result<Vec<Self>, Invalid> {
         let (ports, protocol) = split_protocol(text);
         if let Some((first, last)) = ports.split_once('-').filter(|(first, _)| !first.contains('=')) {
@@ -116,7 +117,8 @@ impl PortSpec {
     }
 }
 
-/// `53/udp`: what is before the slash, and the protocol. A Unix socket's path has slashes of its own, and no protocol.
+/// Splits `53/udp` into what is before the slash, and the protocol. A Unix socket's path has slashes of its
+/// own, and no protocol.
 fn split_protocol(text: &str) -> (&str, Protocol) {
     if text.contains("unix:") {
         return (text, Protocol::Tcp);
@@ -126,7 +128,7 @@ fn split_protocol(text: &str) -> (&str, Protocol) {
 }
 
 impl PortSpec {
-    /// The same port of loopback, by TCP.
+    /// Creates a specification that leads a TCP port to the same port of loopback.
     pub fn same(port: u16) -> Self {
         Self { port, protocol: Protocol::Tcp, target: Target::Port(port) }
     }

@@ -1,4 +1,4 @@
-//! The rules, and what `allow` and `deny` make of them.
+//! Set: all rules, and the changes that `allow` and `deny` make to them.
 
 use std::collections::BTreeMap;
 
@@ -6,123 +6,125 @@ use lbridge_common::wire;
 
 use super::{Invalid, Network, Origin, PathChoice, Rule, RuleId, Source, Target};
 
-/// Why a change was refused; nothing of it was applied.
+/// The reason why a change was refused. Nothing of the change was applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// The same (network, port) with other options.
+    /// A rule with the same (network, port) and other options exists.
     #[error(
         "{network} {wanted} contradicts {network} {existing}, which is allowed already; run `lbridge deny {id}` first",
         network = .id.network
     )]
     Conflict {
-        /// Which.
+        /// Id of the rule.
         id: RuleId,
-        /// The port argument and options that were to be added.
+        /// The port argument and options of the rule that was to be added.
         wanted: String,
-        /// Those that there are.
+        /// The port argument and options of the rule that exists.
         existing: String,
     },
-    /// As [`Refused::Conflict`], among what was to be added at once.
+    /// Like [`Refused::Conflict`], between two rules that were to be added at once.
     #[error("{network} {wanted} contradicts {network} {existing}, both asked for at once; leave one of them out", network = .id.network)]
     ConflictWithin {
-        /// Which.
+        /// Id of both rules.
         id: RuleId,
-        /// The later one.
+        /// The port argument and options of the later rule.
         wanted: String,
-        /// The earlier one.
+        /// The port argument and options of the earlier rule.
         existing: String,
     },
-    /// There is no such rule.
+    /// There is no rule with this id.
     #[error("no rule for {id}; `lbridge list` shows those there are")]
     NoSuchRule {
-        /// Which.
+        /// The id that was asked for.
         id: RuleId,
     },
-    /// The rule is the config's.
+    /// The rule comes from the configuration file.
     #[error("{id} comes from the configuration file; change it there")]
     ReadOnly {
-        /// Which.
+        /// Id of the rule.
         id: RuleId,
     },
-    /// The rule is a label's.
+    /// The rule comes from a label.
     #[error(
         "{id} comes from a label of a container or a network; make that anew without it, or take the port out of label_ports in lbridge.toml"
     )]
     FromLabel {
-        /// Which.
+        /// Id of the rule.
         id: RuleId,
     },
-    /// A rule that could never serve.
+    /// The rule leads to a Unix socket without `--source loopback`, and could never serve.
     #[error(
         "{id} leads to a Unix socket, whose service would see root as its peer; allow it with --source loopback"
     )]
     NeedsLoopback {
-        /// Which.
+        /// Id of the rule.
         id: RuleId,
     },
-    /// A rule that contradicts itself.
+    /// The rule contradicts itself: it has `--path steer`, and the kernel can never serve it.
     #[error("{id}: --path steer cannot be: {obstacle}; leave it out")]
     NeedsRelay {
-        /// Which.
+        /// Id of the rule.
         id: RuleId,
-        /// What keeps the kernel from serving it.
+        /// The reason why the kernel cannot serve it.
         obstacle: &'static str,
     },
-    /// Options that do not go together.
+    /// The rule has options that do not go together.
     #[error("{id}: {why}")]
     Contradiction {
-        /// Which.
+        /// Id of the rule.
         id: RuleId,
-        /// Which they are, and what to leave out.
+        /// The options that do not go together, and which one to leave out.
         why: &'static str,
     },
-    /// A name or a comment that cannot be one.
+    /// The rule has a container name or a comment that is not valid.
     #[error("{id}: {invalid}")]
     Invalid {
-        /// Which.
+        /// Id of the rule.
         id: RuleId,
-        /// What is wrong with it, and what to write instead.
+        /// The error in the text, and what to write instead.
         invalid: Invalid,
     },
-    /// A number that says nothing.
+    /// The rule names a process by a number, without the process's start: the number alone says nothing.
     #[error(
         "{id}: a process's number means nothing after its end; use `lbridge allow`, container:NAME or netns:PATH"
     )]
     ProcessUnknown {
-        /// Which.
+        /// Id of the rule.
         id: RuleId,
     },
-    /// More than the kernel map holds.
+    /// The rules are more than the kernel's map holds.
     #[error("{count} rules are more than the {max} that can be in force")]
     TooMany {
-        /// Wanted.
+        /// Number of rules that were wanted.
         count: usize,
-        /// Limit.
+        /// Largest number of rules that can be in force.
         max: usize,
     },
 }
 
-/// All rules, desired. Ordered, so that whatever follows from them is deterministic.
+/// All rules: the desired state. Ordered, so that everything derived from them is deterministic.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules(BTreeMap<RuleId, (Rule, Origin)>);
 
 impl Rules {
-    /// In order of network and port.
+    /// Iterates over the rules in order of network and port.
     pub fn iter(&self) -> impl Iterator<Item = (&RuleId, &Rule, Origin)> {
         self.0.iter().map(|(id, (rule, origin))| (id, rule, *origin))
     }
 
-    /// How many.
+    /// Returns the number of rules.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is none.
+    /// Returns true if there are no rules.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// With `added`, or nothing of it. Adding what is there already is no change; a remark replaces the old one.
+    /// Returns the rules with all of `added`, or the reason why none of it was added. A rule that is there
+    /// already stays as it is, except that a new comment replaces the old one of a rule that `lbridge allow`
+    /// made.
     pub fn allow(&self, added: impl IntoIterator<Item = Rule>, origin: Origin) -> Result<Self, Refused> {
         let mut rules = self.0.clone();
         for rule in added {
@@ -143,7 +145,7 @@ impl Rules {
                 return Err(Refused::ProcessUnknown { id });
             }
             if rule.process.is_some() {
-                // What was for a process that had the number before it will never serve again.
+                // Rules for a process that had the number before will never serve again.
                 rules.retain(|_, (other, _)| other.network != rule.network || other.process == rule.process);
             }
             match rules.get(&id) {
@@ -158,7 +160,8 @@ impl Rules {
                         Refused::ConflictWithin { id, wanted, existing }
                     });
                 }
-                // A config rule stays the config's, whatever remark the CLI gives.
+                // A rule of the configuration or of a label keeps its origin and comment, whatever comment
+                // the CLI gives.
                 Some((_, Origin::Config | Origin::Label)) => {}
                 Some((existing, Origin::Cli)) if rule.comment.is_none() && existing.comment.is_some() => {}
                 _ => {
@@ -173,7 +176,7 @@ impl Rules {
         Ok(Self(rules))
     }
 
-    /// Without `removed`, or nothing of it.
+    /// Returns the rules without `removed`, or the reason why none of it was removed.
     pub fn deny(&self, removed: impl IntoIterator<Item = RuleId>) -> Result<Self, Refused> {
         let mut rules = self.0.clone();
         for id in removed {

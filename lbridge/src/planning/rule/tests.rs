@@ -1,4 +1,4 @@
-//! What can be written, and what contradicts itself.
+//! Tests: what can be written, and what contradicts itself.
 
 use super::*;
 
@@ -214,7 +214,7 @@ fn options_that_do_not_go_together_are_refused() {
     refused(Rule { proxy_protocol: Some(ProxyProtocol::V2), ..rule("a", "53/udp") }, "never relayed");
 }
 
-/// Whoever speaks to the control API gets no more than who uses the commands.
+/// A client of the control API can do no more than a user of the commands.
 #[test]
 fn control_characters_are_refused_wherever_a_rule_comes_from() {
     for c in ["\n", "\r", "\0", "\u{1b}[31m", "\u{7f}", "\u{85}", "\u{9b}"] {
