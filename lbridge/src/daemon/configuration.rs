@@ -1,4 +1,4 @@
-//! The configuration that is in force, and how another takes its place. Decides nothing of what follows from it.
+//! Configuration: the one in force, and how a reload replaces it. Does not decide what follows from a change.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -15,24 +15,25 @@ use crate::{
     },
 };
 
-/// The file and what was read from it.
+/// The configuration file and what was read from it.
 #[derive(Debug)]
 pub(super) struct Configuration {
     path: PathBuf,
     config: Config,
-    /// Rules of `allow` that the file has, too: theirs again once the file does not have them any more.
+    /// Rules made by `allow` that the file contains, too: `allow` owns them again once the file no longer
+    /// does.
     repeated: Vec<Rule>,
     refused: Option<RefusedReload>,
 }
 
-/// What another configuration means, before it is in force.
+/// The effect of a new configuration, before it is in force.
 #[derive(Debug)]
 pub(super) struct Change {
     config: Config,
-    /// All of them, those of `allow` included.
+    /// All rules under the new configuration, those of `allow` included.
     pub(super) rules: Rules,
     repeated: Vec<Rule>,
-    /// Of the file alone: those that are new, other than they were, or gone.
+    /// Ids of the file's own rules that are new; then of those that changed, and of those that are gone.
     pub(super) added: Vec<RuleId>,
     pub(super) changed: Vec<RuleId>,
     pub(super) removed: Vec<RuleId>,
@@ -40,7 +41,7 @@ pub(super) struct Change {
 }
 
 impl Configuration {
-    /// Reads it for a start; with it all rules.
+    /// Reads the configuration for a start, and returns all rules with it.
     pub(super) fn load(path: PathBuf, store: &Store) -> anyhow::Result<(Self, Rules)> {
         super::check(trusted::check_file(&path), "the configuration", &path)?;
         let config =
@@ -52,25 +53,25 @@ impl Configuration {
         Ok((Self { path, config, repeated, refused: None }, rules))
     }
 
-    /// What is in force.
+    /// Returns the configuration in force.
     pub(super) fn config(&self) -> &Config {
         &self.config
     }
 
-    /// The reload that failed, if the last did.
+    /// Returns the last reload's failure; `None` if the last reload succeeded or there was none.
     pub(super) fn refused(&self) -> Option<&RefusedReload> {
         self.refused.as_ref()
     }
 
-    /// Rules of `allow` among `rules`, as they are to be kept on disk.
+    /// Lists the rules of `allow` among `rules`, as they are to be kept on disk.
     pub(super) fn allowed(&self, rules: &Rules) -> Vec<Rule> {
         let own =
             rules.iter().filter(|(_, _, origin)| *origin == Origin::Cli).map(|(_, rule, _)| rule.clone());
         own.chain(self.repeated.iter().cloned()).collect()
     }
 
-    /// Reads the file again, and compares it with what is in force. Nothing is changed, but that a file which is of no use
-    /// is remembered.
+    /// Reads the file again, and compares it with what is in force. Changes nothing, except that it remembers
+    /// that an invalid file was refused.
     pub(super) fn read_again(&mut self, rules: &Rules, store: &Store) -> Result<Change, ApiError> {
         let own = super::check(trusted::check_file(&self.path), "the configuration", &self.path);
         let read = own.map_err(|e| Unfit::Rule(e.to_string())).and_then(|()| {
@@ -119,7 +120,7 @@ impl Configuration {
         }
     }
 
-    /// From now on this one is in force; all rules.
+    /// Puts a change in force, and returns all rules.
     pub(super) fn adopt(&mut self, change: Change) -> Rules {
         self.config = change.config;
         self.repeated = change.repeated;

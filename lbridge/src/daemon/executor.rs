@@ -1,5 +1,5 @@
-//! Carries out steps. No meaningful choices: what a step means was decided by the plan. A step that fails does not keep
-//! the others from being carried out; what failed is told.
+//! Executor: carries out steps. It makes no meaningful choices: the plan has decided what a step means. A
+//! step that fails does not stop the others; its failure is reported.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -39,69 +39,69 @@ use crate::{
     relay::{self, listener::Listening, set::RelaySet},
 };
 
-/// The error of a kernel step where no kernel half is loaded.
+/// Error of a kernel step if no kernel half is loaded.
 const NO_KERNEL: &str = "there is no kernel half";
-/// Flows of open connections are not looked for more often.
+/// Least time between two searches for flows if all keys have open connections.
 const FLOWS_PAUSE: Duration = Duration::from_secs(5);
-/// More than these are not remembered.
+/// Limit on remembered holders of sockets; above it all are forgotten.
 const MAX_HOLDERS: usize = 1024;
 
-/// What is changed: the kernel's maps, the relays and the firewall.
+/// The state that steps change: the kernel's maps, the relays and the firewall.
 #[derive(Debug)]
 pub(super) struct Executor {
-    /// The kernel half, where there is one.
+    /// The kernel half; `None` if none is loaded.
     pub(super) kernel: Option<Kernel>,
-    /// The relays.
+    /// Every relay of this process.
     pub(super) relays: RelaySet,
-    /// The host's firewall.
+    /// The host's firewall and lbridge's accept rules in it.
     pub(super) firewall: Firewall,
-    /// The kernel program checks the ingress interface.
+    /// True if the kernel program checks the ingress interface.
     pub(super) interface_check: bool,
-    /// The host's network namespace.
+    /// Id of the host's network namespace.
     pub(super) host: NamespaceId,
-    /// Whose localhost leads to the host.
+    /// Handle to the owner of `GUESTS`; `None` if localhost cannot lead to the host.
     pub(super) guests: Option<Guests>,
-    /// The map of who may use the entries that are not for all; there is one wherever there is a kernel half.
+    /// The source gate, which owns `SOURCES`; there is one wherever there is a kernel half.
     pub(super) sources: Option<SourceGate>,
-    /// Listening sockets of the daemon before this one.
+    /// Listening sockets of the previous daemon that no relay has taken.
     pub(super) inherited: Inherited,
-    /// What conntrack told last of accept rules that are gone.
+    /// Last answer of conntrack about accept rules that are gone; `None` if there are no such rules.
     pub(super) seen_flows: Option<SeenFlows>,
-    /// Who holds sockets, by inode, that were in the way of a relay.
+    /// Processes that hold sockets in the way of a relay, by inode; `None` if the process is unknown.
     pub(super) holders: HashMap<u64, Option<String>>,
-    /// Whether the name hooks were needed since the start. They stay until the next: services may hold sockets whose
-    /// peers they name.
+    /// True if the name hooks were needed since the start. They stay until the next start: services may hold
+    /// sockets whose peers they name.
     pub(super) name_hooks_used: bool,
 }
 
-/// What went wrong in one round of steps.
+/// Failures of one round of steps, each with its reason.
 #[derive(Debug, Default)]
 pub(super) struct Failures {
     /// Relays that could not be opened.
     pub(super) relays: BTreeMap<RelayKey, String>,
-    /// Entries that could not be put.
+    /// Entries that could not be put, or whose sources could not be added.
     pub(super) entries: BTreeMap<RuleKey, String>,
-    /// Why conntrack could not forget the flows of an accept rule, by its key.
+    /// Keys of accept rules whose flows conntrack could not forget.
     pub(super) flows: BTreeMap<(AcceptedKey, u32), String>,
-    /// What accept rules let in that the kernel could not be told of.
+    /// Keys of accept rules that could not be added to `ACCEPTED`.
     pub(super) accepted: BTreeMap<(AcceptedKey, u32), String>,
     /// Listeners, by inode, that the kernel cannot be given.
     pub(super) refused: BTreeMap<u64, ListenerKind>,
     /// Ports whose listeners could not be registered.
     pub(super) listeners: BTreeMap<u16, String>,
-    /// Why a set of hooks could not be attached.
+    /// Sets of hooks that could not be attached; `None` for a set that did not fail.
     pub(super) hooks: PerHookSet<Option<String>>,
-    /// What could not be let through the firewall.
+    /// Openings that no accept rule could be put for.
     pub(super) openings: BTreeMap<Opening, String>,
-    /// Everything else.
+    /// Failures of all other steps.
     pub(super) others: Vec<String>,
-    /// The steps behind all of it.
+    /// The steps that failed, and those of sources that the gate refused to add.
     pub(super) steps: Vec<Step>,
 }
 
 impl Failures {
-    /// What to tell the administrator that `before` had not. Of a relay it is news that it fails, not why: who holds its port
-    /// may change its name every moment.
+    /// Lists the failures to log that are not in `before`. A relay's failure is news, but not a new reason
+    /// for it: the process that holds its port may change its name every moment.
     pub(super) fn since(&self, before: &Self) -> Vec<String> {
         let relays = self.relays.iter().filter(|(key, _)| !before.relays.contains_key(key));
         let relays = relays.map(|(key, why)| format!("cannot relay {}: {why}", key.address));
@@ -119,7 +119,7 @@ impl Failures {
     }
 }
 
-/// What conntrack told of keys, and when.
+/// Last answer of conntrack about the flows of keys, and its time.
 #[derive(Debug)]
 pub(super) struct SeenFlows {
     at: Instant,
@@ -148,21 +148,22 @@ impl relay::PeerNames for PeerNames {
 }
 
 impl Executor {
-    /// What is in force, read back.
+    /// Reads back what is in force.
     pub(super) async fn reality(&mut self, policy: &Policy) -> anyhow::Result<Reality> {
         let in_force = self.in_force()?;
         Ok(self.with_firewall(policy, in_force).await)
     }
 
-    /// With the state of the host's firewall, which may take as long as its tools do.
+    /// Adds the state of the host's firewall to `in_force`, which may take as long as the firewall's tools
+    /// do.
     pub(super) async fn with_firewall(&mut self, policy: &Policy, in_force: Reality) -> Reality {
         let filtering = self.firewall.look(&policy.openings).await.clone();
         let gone: BTreeSet<_> = in_force.accepted.difference(&filtering.accepted()).copied().collect();
         Reality { filtering, flows: self.flows(&gone), ..in_force }
     }
 
-    /// The flows of what no accept rule lets in any more. Those of keys that have open connections alone are not looked for every
-    /// time: conntrack's table may be long.
+    /// Returns the flows of what no accept rule lets in any more. While all keys have open connections,
+    /// conntrack is not asked every time: its table may be long.
     fn flows(&mut self, gone: &BTreeSet<(AcceptedKey, u32)>) -> BTreeMap<(AcceptedKey, u32), Flows> {
         if gone.is_empty() {
             self.seen_flows = None;
@@ -176,7 +177,7 @@ impl Executor {
         }
         let (flows, error) = match conntrack::flows(gone) {
             Ok(flows) => (flows, None),
-            // They may be open, for all that is known.
+            // For all that is known, they may be open.
             Err(error) => {
                 let unknown = Flows { open: 1, forgettable: 0 };
                 (gone.iter().map(|key| (*key, unknown)).collect(), Some(error.to_string()))
@@ -193,7 +194,8 @@ impl Executor {
         flows
     }
 
-    /// Withdraws what the policy does not grant, and waits for nobody. What else is in force then; nothing of the firewall.
+    /// Withdraws what the policy does not grant, and waits for nobody. Returns what is in force then, without
+    /// the state of the firewall.
     pub(super) async fn revoke(&mut self, policy: &Policy) -> anyhow::Result<Reality> {
         if let Some(sources) = &self.sources {
             sources.want(&policy.grants);
@@ -203,12 +205,12 @@ impl Executor {
         if steps.is_empty() {
             return Ok(found);
         }
-        // What fails is there still, and so is planned, tried again and told with everything else.
+        // What fails is still in force, so it is planned, tried again and reported with everything else.
         self.execute(&steps).await;
         self.in_force()
     }
 
-    /// What is in force in the kernel and the relay set.
+    /// Returns what is in force in the kernel and the relay set.
     fn in_force(&mut self) -> anyhow::Result<Reality> {
         let relays = self.relays.specs();
         let lingering = self.relays.lingering();
@@ -236,12 +238,13 @@ impl Executor {
         })
     }
 
-    /// How many network namespaces are on each bridge whose localhost leads to the host.
+    /// Counts the network namespaces whose localhost leads to the host, by the interface index of their
+    /// bridge.
     pub(super) fn guests(&self) -> BTreeMap<u32, usize> {
         self.guests.as_ref().map(Guests::counts).unwrap_or_default()
     }
 
-    /// Carries out `steps` in their order.
+    /// Carries out `steps` in their order, and returns the failures.
     pub(super) async fn execute(&mut self, steps: &[Step]) -> Failures {
         let mut failures = Failures::default();
         let wanted: HashSet<u64> = steps
@@ -254,7 +257,8 @@ impl Executor {
             if let Err(error) = self.step(step, &mut taker, &wanted, &failures).await {
                 let text = format!("{error:#}");
                 match step {
-                    // No failure: the engine has told something else since the plan was made, and the next round plans anew.
+                    // No failure: the engine's view has changed since the plan was made, and the next round
+                    // makes a new plan.
                     Step::AddSource(_) if error.is::<Contradicted>() => tracing::debug!("{text}"),
                     Step::OpenRelay(key, _) => drop(failures.relays.insert(key.clone(), text)),
                     Step::PutEntry(key, _) | Step::AddSource(SourceKey { rule: key, .. }) => {
@@ -285,12 +289,13 @@ impl Executor {
         wanted: &HashSet<u64>,
         failures: &Failures,
     ) -> anyhow::Result<()> {
-        // The next round decides anew, knowing that there are none; until then nothing that counts on them opens.
+        // The next round decides again, without these hooks; until then nothing that relies on them is
+        // opened.
         if step.relies_on().iter().any(|set| failures.hooks[*set].is_some()) {
             bail!("hooks that it relies on could not be attached");
         }
         match step {
-            // What it lets in would reach whoever listens on every address.
+            // Packets that it lets in would reach any service that listens on every address.
             Step::Accept { opening, .. } if failures.accepted.contains_key(&opening.accepted()) => {
                 bail!("the kernel could not be told to refuse the others that it lets in")
             }
@@ -356,7 +361,7 @@ impl Executor {
 }
 
 impl Executor {
-    /// Tries whether the firewall lets these through.
+    /// Probes whether the firewall lets these openings through.
     pub(super) async fn probe(&mut self, openings: &BTreeMap<Opening, Link>) {
         let checked = self.interface_check;
         let arrivals =
@@ -402,7 +407,8 @@ impl Executor {
         }
     }
 
-    /// Listens in this thread's network namespace, or tells who does.
+    /// Listens in this thread's network namespace. If the port is in use, the error names the process that
+    /// holds it.
     fn listen(&mut self, address: SocketAddr, interface: NonZeroU32) -> anyhow::Result<Listening> {
         relay::listener::listen(address, interface).map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => match self.who_listens(address) {
@@ -413,7 +419,8 @@ impl Executor {
         })
     }
 
-    /// A port that is taken is tried again at every look; whose socket has it is looked for once.
+    /// Finds the process that listens on an address. A port that is taken is tried again at every pass; the
+    /// holder of a socket is looked up once.
     fn who_listens(&mut self, address: SocketAddr) -> Option<String> {
         let inode = listeners::in_the_way(address)?;
         if self.holders.len() > MAX_HOLDERS {
@@ -423,10 +430,10 @@ impl Executor {
     }
 }
 
-/// The kernel program's view of the daemon's own probes.
+/// The daemon's own probes, as the kernel program sees them.
 struct Arrivals {
     probes: Probes,
-    /// Entries name the ingress interface.
+    /// True if entries name the ingress interface.
     checked: bool,
 }
 
@@ -462,13 +469,14 @@ impl firewall::Arrivals for Arrivals {
     }
 }
 
-/// A SOCKHASH takes plain TCP and UDP sockets only.
+/// Error of registering an MPTCP listener: a SOCKHASH takes plain TCP and UDP sockets only.
 #[derive(Debug, thiserror::Error)]
 #[error("the listener is MPTCP")]
 struct Mptcp;
 
-/// Why the kernel cannot be given the socket, if the failed registration tells: either of the socket itself, which stays true for
-/// as long as it lives, or that the map is full. Of a socket that is gone meanwhile it tells nothing.
+/// Returns why the kernel cannot be given the socket, if the failed registration shows it. The reason is
+/// either the socket itself, and holds for as long as it lives, or a full map. If the socket is gone
+/// meanwhile, it shows nothing.
 fn unsuitable(error: &anyhow::Error) -> Option<ListenerKind> {
     if error.is::<Mptcp>() {
         return Some(ListenerKind::Mptcp);

@@ -1,4 +1,5 @@
-//! What [`crate::planning::explain`] needs beside one look at the host.
+//! Explain: gathers the facts that [`crate::planning::explain`] needs in addition to one observation of the
+//! host.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,10 +18,10 @@ use crate::{
     },
 };
 
-/// Finding a listener's process is a walk through /proc; more are not looked for.
+/// Limit on the listeners whose process is looked up, since each lookup walks through /proc.
 const MAX_HOLDERS: usize = 8;
 
-/// The rules, and one for `network` if there is none, so that a look at the host looks for it, too.
+/// Returns the rules, plus one for `network` if there is none, so that an observation covers it, too.
 pub(super) fn with_network(rules: &Rules, network: &Network) -> Rules {
     if rules.iter().any(|(id, ..)| id.network == *network) {
         return rules.clone();
@@ -30,11 +31,11 @@ pub(super) fn with_network(rules: &Rules, network: &Network) -> Rules {
         _ => None,
     };
     let rule = Rule { process, ..Rule::new(network.clone(), PortSpec::same(1)) };
-    // Of a process that there is not, nothing can be looked at.
+    // There is nothing to observe of a process that does not exist.
     rules.allow([rule], Origin::Cli).unwrap_or_else(|_| rules.clone())
 }
 
-/// What listens inside the network's namespace, if it is one and can be entered.
+/// Lists the listeners inside the network's namespace; empty if it is no namespace or cannot be entered.
 pub(super) fn inside(inventory: &Inventory, network: &Network, host: NamespaceId) -> Vec<Listener> {
     let Some(Ok(namespace)) = inventory.namespaces.get(network) else { return vec![] };
     let entered = netns::Namespace::open(&namespace.key.entrance, host).ok();
@@ -42,7 +43,8 @@ pub(super) fn inside(inventory: &Inventory, network: &Network, host: NamespaceId
     listening.unwrap_or_default()
 }
 
-/// The processes of the listeners that an explanation may name, with the users of those that are people's.
+/// Names the processes of the listeners that an explanation may mention, by socket inode. Adds the user where
+/// the listener's owner is a person.
 pub(super) async fn holders(
     question: &Question,
     known: &Known<'_>,

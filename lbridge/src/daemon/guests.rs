@@ -1,5 +1,6 @@
-//! Whose localhost leads to the host: the only owner of that map. On a thread of its own, beside the loop: a container's process
-//! runs a fraction of a second after its link is there, and the loop may be in the middle of a pass.
+//! Guests: the only owner of `GUESTS`, the map of network namespaces whose localhost leads to the host. It
+//! runs on a thread of its own, beside the loop: a container's process runs a fraction of a second after its
+//! link appears, and the loop may be in the middle of a pass.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,34 +25,35 @@ use crate::{
 
 /// Pause before a broken socket is replaced.
 const REOPEN: Duration = Duration::from_secs(1);
-/// With events of everything a look without a reason only corrects what was missed.
+/// Interval of looks without an event, which only correct what the events missed.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
-/// When a namespace is first looked for among all processes, which takes milliseconds; then ever more seldom.
+/// Pause before the first search for a namespace among all processes, which takes milliseconds. It doubles
+/// after each search, up to the next constant.
 const FIRST_SEARCH: Duration = Duration::from_millis(10);
 const LAST_SEARCH: Duration = Duration::from_secs(5);
-/// How long `allow` waits for those that are there already.
+/// Limit on how long `allow` waits until the namespaces that exist already are entered.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Interface indices of bridges.
+/// Interface indices of bridges in the host's network namespace.
 type Bridges = BTreeSet<u32>;
 
-/// The owner, as the loop knows it.
+/// The loop's handle to the owner of the map.
 #[derive(Debug)]
 pub(super) struct Guests {
     wanted: watch::Sender<Option<Bridges>>,
     served: watch::Receiver<Served>,
 }
 
-/// What is in force.
+/// The bridges that the map serves now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Served {
     bridges: Bridges,
-    /// How many are on each.
+    /// Number of network namespaces on each bridge, by the bridge's interface index.
     counts: BTreeMap<u32, usize>,
 }
 
 impl Guests {
-    /// Starts the owner. Until it is told of bridges it leaves alone what another daemon has entered.
+    /// Starts the owner. Until it gets its first bridges, it leaves the entries of another daemon alone.
     pub(super) fn start(map: maps::Guests, host: &HostNetns) -> anyhow::Result<Self> {
         let (wanted, tasks) = watch::channel(None);
         let (told, served) = watch::channel(Served::default());
@@ -63,7 +65,8 @@ impl Guests {
         Ok(Self { wanted, served })
     }
 
-    /// Has the localhost of everybody on these bridges lead to the host, and nobody else's. Returns when it does.
+    /// Makes the localhost of every namespace on these bridges lead to the host, and of no other namespace.
+    /// Returns once it does, or with a warning after [`PATIENCE`].
     pub(super) async fn want(&mut self, bridges: Bridges) {
         let is_news = self.wanted.send_if_modified(|wanted| {
             let is_news = wanted.as_ref() != Some(&bridges);
@@ -80,7 +83,7 @@ impl Guests {
         }
     }
 
-    /// How many network namespaces are on each of the bridges.
+    /// Counts the network namespaces on each of the bridges.
     pub(super) fn counts(&self) -> BTreeMap<u32, usize> {
         self.served.borrow().counts.clone()
     }
@@ -88,19 +91,19 @@ impl Guests {
 
 struct Owner {
     map: maps::Guests,
-    /// The host's namespace.
+    /// The host's network namespace.
     home: File,
-    /// Its cookie.
+    /// Cookie of the host's network namespace, if known.
     host: Option<u64>,
-    /// As the map holds it.
+    /// Contents of the map, by the cookie of the namespace.
     entered: BTreeMap<u64, Guest>,
-    /// Whether it was told that somebody is on too many bridges.
+    /// True once it was logged that a container is on too many bridges.
     crowded: bool,
     told: watch::Sender<Served>,
 }
 
 impl Owner {
-    /// Ends with the loop.
+    /// Runs until the loop ends.
     async fn run(mut self, mut wanted: watch::Receiver<Option<Bridges>>) {
         while let Some(bridges) = next(&mut wanted).await {
             let done = if bridges.is_empty() {
@@ -118,17 +121,17 @@ impl Owner {
         }
     }
 
-    /// Waits until there is somebody, with nothing open.
+    /// Empties the map, then waits until bridges are wanted, with nothing open.
     async fn nobody(&mut self, wanted: &mut watch::Receiver<Option<Bridges>>) -> anyhow::Result<()> {
         self.entered = self.map.all()?;
         self.enter(&BTreeMap::new(), true)?;
         self.told.send_replace(Served::default());
-        // Whoever wanted something has ended.
+        // An error means that the loop has ended.
         let _ = wanted.changed().await;
         Ok(())
     }
 
-    /// Follows those bridges until there are none.
+    /// Follows the wanted bridges until there are none.
     async fn serve(&mut self, wanted: &mut watch::Receiver<Option<Bridges>>) -> anyhow::Result<()> {
         self.entered = self.map.all()?;
         let mut ports = BridgePorts::follow(&self.home).await?;
@@ -141,7 +144,7 @@ impl Owner {
             let everywhere = search.is_due();
             let found = ports.guests(&bridges, everywhere);
             search.done(&found, everywhere);
-            // Whoever was entered and is not found yet stays, as long as there is hope.
+            // A namespace that was entered and is not found yet stays while a search may still find it.
             let is_all = found.unknown.is_empty() || everywhere;
             self.enter(&found.bridges, is_all)?;
             if is_all || self.told.borrow().bridges == bridges {
@@ -155,7 +158,7 @@ impl Owner {
         }
     }
 
-    /// Makes the map hold these; whoever else it holds goes, if `alone`.
+    /// Puts these namespaces into the map. With `alone`, removes all others from it.
     fn enter(&mut self, found: &BTreeMap<u64, Bridges>, alone: bool) -> anyhow::Result<()> {
         for (netns, bridges) in found.iter().filter(|(netns, _)| self.host != Some(**netns)) {
             if bridges.len() > BRIDGES && !self.crowded {
@@ -192,15 +195,15 @@ fn counts(found: &Found) -> BTreeMap<u32, usize> {
     counts
 }
 
-/// What is wanted, as soon as anything was told; none, when nobody will tell any more.
+/// Returns the wanted bridges as soon as there was a request; `None` once the loop has ended.
 async fn next(wanted: &mut watch::Receiver<Option<Bridges>>) -> Option<Bridges> {
     wanted.wait_for(Option::is_some).await.ok()?.clone()
 }
 
-/// When to look among all processes.
+/// Schedule of the searches among all processes.
 #[derive(Debug)]
 struct Search {
-    /// For whom.
+    /// Numbers of the namespaces to search for; empty if all are found.
     missing: BTreeSet<i32>,
     next: Instant,
     pause: Duration,
@@ -221,7 +224,7 @@ impl Search {
         !self.for_nobody() && self.next <= Instant::now()
     }
 
-    /// After a look. A storm of them does not put off the search, nor does it bring it on.
+    /// Updates the schedule after a look. A burst of looks neither delays the search nor hastens it.
     fn done(&mut self, found: &Found, searched: bool) {
         let now = Instant::now();
         if found.unknown.is_empty() {

@@ -1,5 +1,6 @@
-//! Listening sockets, from one daemon to the next: a service manager that keeps descriptors (`FileDescriptorStoreMax=`,
-//! systemd.service(5)) has them in between. Connections that come meanwhile wait in their backlog; none is refused.
+//! Handover: passes listening sockets from one daemon to the next. A service manager that keeps descriptors
+//! (`FileDescriptorStoreMax=`, systemd.service(5)) holds them in between. Connections that arrive meanwhile
+//! wait in their backlog; none is refused.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,19 +27,21 @@ use crate::{
     relay::listener::Listening,
 };
 
-/// Name of a socket that is bound to the dialled address itself. The names of those behind entries begin with it.
+/// Name of a socket that is bound to the dialled address itself. The names of sockets behind entries begin
+/// with it.
 const NAME: &str = "relay";
 /// Descriptors in one message; the kernel takes 253 (SCM_MAX_FD, include/net/scm.h).
 const BATCH: usize = 128;
-/// A manager that takes longer to say that it has them is not waited for.
+/// Limit on waiting for the manager to confirm that it has the sockets.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// Sockets of the daemon before this one that no relay has taken yet.
+/// Listening sockets of the previous daemon that no relay has taken yet, each with its name.
 #[derive(Debug, Default)]
 pub(super) struct Inherited(Vec<(OwnedFd, String)>);
 
 impl Inherited {
-    /// What the manager has passed on. It is asked to forget them: what it held, too, would go on listening after a `deny`.
+    /// Takes the sockets that the manager has passed on, and has it forget them: a copy that it kept would
+    /// keep listening after a `deny`.
     pub(super) fn take() -> Self {
         let passed = sd_notify::listen_fds_with_names().map(Iterator::collect::<Vec<_>>);
         let passed = passed.unwrap_or_else(|error| {
@@ -52,11 +55,12 @@ impl Inherited {
         for name in own.iter().map(|(_, name)| name).collect::<BTreeSet<_>>() {
             let _ = sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
         }
-        // SAFETY: the manager opened these for this process, and nothing else here knows of them: this is called once.
+        // SAFETY: the manager opened these for this process, and nothing else here knows of them: this is
+        // called once.
         Self(own.into_iter().map(|(fd, name)| (unsafe { OwnedFd::from_raw_fd(fd) }, name)).collect())
     }
 
-    /// The socket that listens there, if there is one.
+    /// Takes the socket that listens for this relay, if there is one.
     pub(super) fn find(&mut self, key: &RelayKey, by_entry: bool, host: NamespaceId) -> Option<Listening> {
         let wanted = name(key, by_entry);
         let is_it = |(socket, name): &(OwnedFd, String)| {
@@ -66,13 +70,14 @@ impl Inherited {
         Listening::inherited(self.0.swap_remove(position).0.into()).ok()
     }
 
-    /// Stops listening where nobody has taken over.
+    /// Closes the sockets that no relay has taken.
     pub(super) fn close(&mut self) {
         self.0.clear();
     }
 }
 
-/// The name of a relay's socket. Where the kernel's entry leads to it, its own address does not tell what is dialled.
+/// Returns the name of a relay's socket. If the kernel's entry leads to the socket, the name contains the
+/// dialled address, which the socket's own address does not show.
 fn name(key: &RelayKey, by_entry: bool) -> String {
     match key.place {
         Place::Bridge { ifindex, .. } if by_entry => {
@@ -85,8 +90,8 @@ fn name(key: &RelayKey, by_entry: bool) -> String {
     }
 }
 
-/// Returns true if a socket listens where a relay is to. The kernel is asked; of a socket that an entry leads to it can tell all but
-/// what is dialled, which the name says.
+/// Returns true if a socket listens where a relay is to listen. The kernel is asked. For a socket that an
+/// entry leads to, it reports everything but the dialled address, which is in the name.
 fn is_at(socket: &OwnedFd, key: &RelayKey, by_entry: bool, host: NamespaceId) -> io::Result<bool> {
     let address = std::net::SocketAddr::try_from(rustix::net::getsockname(socket)?)?;
     let hidden = by_entry && matches!(key.place, Place::Bridge { .. });
@@ -103,7 +108,7 @@ fn is_at(socket: &OwnedFd, key: &RelayKey, by_entry: bool, host: NamespaceId) ->
     })
 }
 
-/// The network namespace of a socket.
+/// Opens the network namespace of a socket.
 fn netns_of(socket: &impl AsFd) -> io::Result<OwnedFd> {
     // SIOCGSKNS (include/uapi/linux/sockios.h), which takes no argument and gives a descriptor.
     const SIOCGSKNS: libc::Ioctl = 0x894c;
@@ -113,8 +118,8 @@ fn netns_of(socket: &impl AsFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Gives listening sockets to the service manager, for the daemon that it starts next. Where there is none, or it keeps
-/// nothing, they are closed with this process.
+/// Gives listening sockets to the service manager, for the daemon that it starts next. If there is no
+/// manager, or it keeps nothing, they close with this process.
 pub(super) fn keep<'a>(sockets: impl Iterator<Item = (&'a RelayKey, bool, BorrowedFd<'a>)>) {
     let mut named: BTreeMap<String, Vec<BorrowedFd<'_>>> = BTreeMap::new();
     for (key, by_entry, socket) in sockets {
@@ -138,7 +143,8 @@ pub(super) fn keep<'a>(sockets: impl Iterator<Item = (&'a RelayKey, bool, Borrow
     }
 }
 
-/// The manager closes its end of a pipe once it has read everything before it (sd_notify_barrier(3)).
+/// Waits until the manager closes its end of a pipe, which it does once it has read everything before it
+/// (sd_notify_barrier(3)). Fails after [`ANSWER`].
 fn wait_until_taken() -> io::Result<()> {
     let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
     sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;

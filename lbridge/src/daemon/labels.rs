@@ -1,4 +1,5 @@
-//! What labels ask for, as it was derived last: anew only where something is other than it was.
+//! Labels: the rules that labels ask for, as last derived. They are derived again only if an input has
+//! changed.
 
 use std::collections::BTreeSet;
 
@@ -12,10 +13,11 @@ use crate::{
     },
 };
 
-/// Problems that are remembered as told; of more the log tells again.
+/// Limit on the problems that are remembered as logged. When it is reached they are forgotten, and may be
+/// logged again.
 const MAX_TOLD: usize = 1024;
 
-/// What labels ask for.
+/// The rules that labels ask for, with the inputs that they were derived from.
 #[derive(Debug, Default)]
 pub(super) struct Labels {
     settings: Settings,
@@ -27,7 +29,8 @@ pub(super) struct Labels {
 }
 
 impl Labels {
-    /// Looks at them; what has happened. `own` are the rules of others, which go first.
+    /// Derives the rules again if an input has changed, and returns what has happened. `own` are the rules of
+    /// others, which take precedence.
     pub(super) fn update(&mut self, settings: &Settings, view: Option<&View>, own: &Rules) -> Vec<Happening> {
         let without_docker = view.is_none();
         let view = view.filter(|_| settings.enabled);
@@ -59,12 +62,12 @@ impl Labels {
         self.changed_since(&before).into_iter().chain(self.new_problems()).collect()
     }
 
-    /// All rules that are to be in force.
+    /// Returns all rules that are to be in force.
     pub(super) fn rules<'a>(&'a self, own: &'a Rules) -> &'a Rules {
         if self.settings.enabled { &self.derived.rules } else { own }
     }
 
-    /// What labels ask for, and nobody else has made.
+    /// Lists the rules that labels ask for and nobody else has made.
     pub(super) fn ids(&self) -> BTreeSet<RuleId> {
         ids(&self.derived)
     }
@@ -87,7 +90,8 @@ impl Labels {
         gone.chain(now.difference(&before).map(|id| happened(id, true))).collect()
     }
 
-    /// Each is told once, however often its container starts again.
+    /// Logs and returns each new problem. A problem is reported once, however often its container starts
+    /// again.
     fn new_problems(&mut self) -> Vec<Happening> {
         let mut new = vec![];
         for problem in &self.derived.problems {

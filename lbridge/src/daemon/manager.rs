@@ -1,15 +1,16 @@
-//! What the service manager is told while the daemon runs: how things are, in a line, and that the loop is alive.
-//! The loop alone calls this: whoever else said that it is alive would go on saying so while it hangs.
+//! Manager: reports to the service manager, while the daemon runs, a one-line status, and that the loop is
+//! alive. Only the loop calls this: any other caller would still report it alive while it hangs.
 
 use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::time::{Instant, sleep_until};
 
-/// What was said, and when.
+/// The last status sent, and the time of the last watchdog message.
 #[derive(Debug)]
 pub(super) struct Manager {
-    /// How often to say that the loop is alive, where somebody wants to know (`WatchdogSec=`, systemd.service(5)).
+    /// Interval of watchdog messages, a third of `WatchdogSec=` (systemd.service(5)); `None` without a
+    /// watchdog.
     every: Option<Duration>,
     last: Instant,
     status: String,
@@ -17,12 +18,12 @@ pub(super) struct Manager {
 
 impl Manager {
     pub(super) fn new() -> Self {
-        // Twice in the time would do; a loop that is late once is no loop that hangs.
+        // Half the limit would do; with a third, a loop that is late once is not taken for one that hangs.
         let every = sd_notify::watchdog_enabled().map(|limit| limit / 3);
         Self { every, last: Instant::now(), status: String::new() }
     }
 
-    /// The loop has come by.
+    /// Sends a watchdog message if one is due. The loop calls this on every turn.
     pub(super) fn beat(&mut self) {
         if self.next().is_some_and(|next| next <= Instant::now()) {
             let _ = sd_notify::notify(&[NotifyState::Watchdog]);
@@ -30,7 +31,7 @@ impl Manager {
         }
     }
 
-    /// Waits until it is to come by again. Cancel-safe.
+    /// Waits until the next watchdog message is due, for ever without a watchdog. Cancel-safe.
     pub(super) async fn next_beat(&self) {
         match self.next() {
             Some(next) => sleep_until(next).await,
@@ -38,7 +39,7 @@ impl Manager {
         }
     }
 
-    /// How things are, if that is news.
+    /// Sends the status if it has changed.
     pub(super) fn status(&mut self, status: String) {
         if self.status != status {
             let _ = sd_notify::notify(&[NotifyState::Status(&status)]);

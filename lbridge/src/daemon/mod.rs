@@ -1,22 +1,23 @@
-//! The daemon. Sees every shell but `sandbox` and `recipes`.
+//! Daemon: wires the other modules together and runs until it is stopped. It may import every shell but
+//! `sandbox` and `recipes`.
 //!
 //! ```text
 //! API commands, Docker, netlink and listener events (wake-ups only)
 //!   -> reconciler: observe -> resolve -> plan -> executor -> observe ...
 //! ```
 //!
-//! - [`reconciler`]: the loop, and the state that it owns; its `commands`: what is asked of it;
-//! - [`configuration`]: `lbridge.toml` as it is in force;
-//! - [`observe`]: one look at the host;
+//! - [`reconciler`]: the loop and the state that it owns; its `commands` answer the control API;
+//! - [`configuration`]: the `lbridge.toml` in force;
+//! - [`observe`]: one observation of the host;
 //! - [`executor`]: carries out steps, decides nothing;
-//! - [`explain`]: what `explain` needs beside one look;
-//! - [`guests`]: whose localhost leads to the host;
-//! - [`handover`]: listening sockets, from one daemon to the next;
-//! - [`labels`]: the rules that labels ask for;
-//! - [`manager`]: what the service manager is told;
-//! - [`report`]: what `status` says;
-//! - [`sources`]: the addresses of containers that rules are for;
-//! - [`urgent`]: threads that must not wait for a turn.
+//! - [`explain`]: the facts that `explain` needs in addition to one observation;
+//! - [`guests`]: the owner of `GUESTS`, the network namespaces whose localhost leads to the host;
+//! - [`handover`]: passes listening sockets from one daemon to the next;
+//! - [`labels`]: the rules derived from labels;
+//! - [`manager`]: status and watchdog messages to the service manager;
+//! - [`report`]: the result of a pass, as `status` shows it;
+//! - [`sources`]: the owner of `SOURCES`, the addresses of containers that rules are for;
+//! - [`urgent`]: threads with a raised priority.
 
 mod configuration;
 mod executor;
@@ -58,38 +59,41 @@ use guests::Guests;
 use reconciler::{Reconciler, containers};
 use sources::SourceGate;
 
-/// How long a start waits for Docker's first answer: long enough for a living engine, too short to matter.
+/// Limit on how long a start waits for Docker's first answer: enough for a running engine, yet too short to
+/// disturb.
 const DOCKER_FIRST_ANSWER: Duration = Duration::from_secs(2);
-/// A wake-up is a flag, not a queue.
+/// Capacity of the wake-up channel: a wake-up is a flag, not a queue.
 const WAKE_QUEUE: usize = 1;
-/// What else a stop takes, at most.
+/// Time that a stop takes at most in addition to the drain timeout.
 const DRAIN_EXTRA: Duration = Duration::from_secs(10);
-/// Requests that may wait for the loop.
+/// Capacity of the command channel: requests that may wait for the loop.
 const COMMAND_QUEUE: usize = 64;
 
-/// What `lbridge run` was told.
+/// Options of `lbridge run`.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The control socket.
+    /// Path of the control socket.
     pub socket: PathBuf,
-    /// The state directory.
+    /// Path of the state directory.
     pub state_dir: PathBuf,
-    /// The configuration file.
+    /// Path of the configuration file.
     pub config: PathBuf,
-    /// The pin directory, on a bpffs.
+    /// Path of the pin directory, on a bpffs.
     pub bpffs: PathBuf,
-    /// The cgroup2 whose sockets are watched; `None`: the mount point in /proc/mounts.
+    /// The cgroup2 whose sockets are watched; `None` means the mount point in /proc/mounts.
     pub cgroup: Option<PathBuf>,
-    /// Whether Docker is followed.
+    /// True if the daemon follows Docker.
     pub docker: bool,
 }
 
-/// Refuses what somebody else could change and so have root act by.
+/// Turns a failed trust check of `path` into an error that names `what`. The daemon refuses what another user
+/// could change, since that user could have root act by it.
 fn check(checked: io::Result<()>, what: &str, path: &Path) -> anyhow::Result<()> {
     checked.map_err(|error| trusted::refused(what, path, &error))
 }
 
-/// Runs until SIGTERM or SIGINT. What the kernel serves stays in force afterwards.
+/// Runs the daemon until SIGTERM or SIGINT, or a SIGHUP after its terminal has gone. What the kernel serves
+/// stays in force afterwards.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!(
@@ -100,7 +104,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let socket = std::path::absolute(&options.socket)?;
     let (state, socket) = (options.state_dir.as_path(), socket.parent().unwrap_or(Path::new("/")));
     check(trusted::check_way(state), "the state directory", state)?;
-    // Whoever can exchange the socket for a link has its group and mode given to another file.
+    // A user who can replace the socket by a link could make the daemon set group and mode of another file.
     check(trusted::check_way(socket), "the control socket's folder", socket)?;
     let store = Store::open(state)?;
     check(trusted::open_folder(state).map(drop), "the state directory", state)?;
@@ -115,7 +119,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         Some(path) => path,
         None => cgroup::mount()?,
     };
-    // Each would end the other's programs.
+    // Two daemons would detach each other's programs.
     let others = strays::find(&options.bpffs, &netns.file, netns.cookie)?;
     let others: Vec<u32> = others.iter().map(|stray| stray.program).collect();
     if let Some(pid) = processes::with_program(&others) {
@@ -128,7 +132,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let guests = loaded.guests.take().filter(|_| loaded.abilities.hooks[HookSet::Connect].is_ok());
     let guests = guests.map(|map| Guests::start(map, &netns)).transpose()?;
     let mut sources = loaded.sources.take().map(SourceGate::start).transpose()?;
-    // Every other thread of this process has given them up, or will be started by this one.
+    // Every other thread has given up its privileges already, or is started later by this one.
     privileges::give_up().context("cannot give up privileges")?;
 
     let (wake, wakes) = mpsc::channel(WAKE_QUEUE);
@@ -202,14 +206,14 @@ fn microseconds(time: Duration) -> u32 {
     u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
 }
 
-/// Has the configuration read again at each SIGHUP. Ends when it was sent because the terminal has gone that the daemon was
-/// started from.
+/// Reloads the configuration at each SIGHUP. Returns if a SIGHUP was sent because the terminal that the
+/// daemon was started from has gone.
 async fn reload_on(mut hangup: Signal, commands: mpsc::Sender<Command>, terminal: bool) {
     while hangup.recv().await.is_some() {
         if terminal && !has_terminal() {
             return;
         }
-        // What comes of it is in the log.
+        // The result is logged.
         let (answer, _) = oneshot::channel();
         if commands.send(Command::Reload(answer)).await.is_err() {
             return;
@@ -217,7 +221,7 @@ async fn reload_on(mut hangup: Signal, commands: mpsc::Sender<Command>, terminal
     }
 }
 
-/// Whether this process has a controlling terminal (tty(4)).
+/// Returns true if this process has a controlling terminal (tty(4)).
 fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
 }

@@ -1,4 +1,4 @@
-//! One look at the host: the Inventory.
+//! Observe: makes one observation of the host, the [`Inventory`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,12 +14,12 @@ use crate::{
     },
 };
 
-/// Containers' processes, by container and number, as they were when first looked at: numbers are given again, and what was
-/// known of an engine that is away grows old.
+/// First processes of containers, by container id and pid, as they were when first seen; `None` if there was
+/// none. Pids are reused, and what is known from an engine that is away grows stale.
 pub(super) type Processes = BTreeMap<(String, u32), Option<ProcessStart>>;
 
-/// Looks. `refused` are listeners, by inode, of which a closer look found that the kernel cannot be given them; `incumbents` are
-/// those of the look before.
+/// Observes the host. `refused` are listeners, by inode, that the kernel cannot be given, as a closer look
+/// found; `incumbents` are those of the previous observation.
 pub(super) async fn observe(
     rules: &Rules,
     interfaces: &Interfaces,
@@ -30,7 +30,7 @@ pub(super) async fn observe(
     incumbents: &Incumbents,
 ) -> anyhow::Result<Inventory> {
     let mut listeners = listeners::tcp()?;
-    // A kernel may have no udp_diag; what is TCP's is none the worse for it.
+    // A kernel may lack udp_diag; that does not affect TCP.
     let (mut udp_sockets, udp_unseen) = match wants_udp(rules).then(listeners::udp) {
         None => (vec![], None),
         Some(Ok(sockets)) => (sockets, None),
@@ -73,8 +73,8 @@ pub(super) async fn observe(
     Ok(inventory)
 }
 
-/// Every container that Docker has told of. While it is away nobody tells when one ends, and whose the address is then: it
-/// is the container's for as long as its process is there.
+/// Returns every container that Docker has reported. While Docker is away, nobody reports when a container
+/// ends, or which container has its address then: the address stays the container's while its process exists.
 fn containers(
     docker: &View,
     rules: &Rules,
@@ -92,7 +92,7 @@ fn containers(
         let pid = container.pid?;
         let start = processes.get(&(container.id.clone(), pid)).cloned().flatten()?;
         let entrance = Entrance::Process { pid, start: Some(start), container: Some(container.id.clone()) };
-        // One that cannot be entered has ended, or is in the host's: its localhost is left alone.
+        // A namespace that cannot be entered has ended, or is the host's: its localhost is not redirected.
         netns::Namespace::open(&entrance, host).ok()?.cookie().ok()?
     };
     let seen = |name: &String, sighting: &Sighting| match sighting {
@@ -112,19 +112,19 @@ fn containers(
         .collect()
 }
 
-/// Whether UDP sockets matter.
+/// Returns true if a rule needs UDP sockets to be observed.
 pub(super) fn wants_udp(rules: &Rules) -> bool {
     rules.iter().any(|(id, ..)| id.protocol == Protocol::Udp)
 }
 
-/// The namespaces that the rules name.
+/// Looks up the namespaces that the rules name.
 fn namespaces(
     rules: &Rules,
     docker: Option<&View>,
     host: NamespaceId,
     processes: &mut Processes,
 ) -> BTreeMap<Network, Result<Namespace, Absence>> {
-    // Of those that run; whoever was seen stays known for as long as Docker tells of it.
+    // Only processes of running containers; one that was seen stays known while Docker reports it.
     let running = docker.into_iter().flat_map(|view| view.containers.values());
     let running: BTreeSet<_> = running
         .filter_map(|sighting| sighting.as_ref().ok()?.as_ref())
@@ -132,7 +132,7 @@ fn namespaces(
         .collect();
     processes.retain(|process, _| running.contains(process));
     for (id, pid) in running {
-        // That there was none is remembered, too: whoever has the number later is somebody else.
+        // A missing process is remembered, too: one that has this pid later is a different process.
         processes.entry((id, pid)).or_insert_with(|| netns::process_start(pid).ok());
     }
     let mut namespaces = BTreeMap::new();
@@ -187,7 +187,7 @@ fn namespace(
     };
     let namespace = netns::Namespace::open(&entrance, host);
     let namespace = match network {
-        // Whoever has the number now, it will not come back.
+        // Whichever process has the pid now, the one that the rule is for will not come back.
         Network::Process(pid) if netns::process_start(*pid).ok().as_ref() != process => {
             let why = format!("process {pid} has ended; `lbridge deny {network}` removes its rules");
             return Err(Absence::Unsuitable(why));
@@ -206,7 +206,7 @@ mod tests {
         planning::rule::{Origin, PortSpec, Rule},
     };
 
-    /// A number that meant nobody when it was first looked at means a stranger later.
+    /// A pid that was unused when first seen belongs to a stranger later.
     #[test]
     fn a_process_that_was_gone_stays_gone() {
         let rule = Rule::new("container:c".parse().unwrap(), PortSpec::same(80));

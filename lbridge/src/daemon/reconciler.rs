@@ -1,5 +1,5 @@
-//! The loop: whatever wakes it, it looks afresh, decides, and changes what differs. One task owns the rules, the maps
-//! and the relays. What it is asked is answered in [`commands`].
+//! Reconciler: the loop. Whatever wakes it, it observes afresh, decides, and changes what differs. One task
+//! owns the rules, the relays, and the maps but `GUESTS` and `SOURCES`. [`commands`] answers requests.
 
 mod commands;
 
@@ -58,25 +58,29 @@ use crate::{
     store::Store,
 };
 
-/// A pass changes things and looks again until nothing is left to change; more rounds than this find nothing new.
+/// Limit on the rounds of a pass, which changes things and observes again until nothing is left to change.
+/// More rounds than this find nothing new.
 const ROUNDS: usize = 12;
-/// With events from everywhere a look without a reason only corrects what others changed behind our back.
+/// Interval of passes without a reason: with events from everywhere, they only correct what others changed
+/// unnoticed.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
-/// Where nothing tells of a listener that comes or goes, looking is the only way to know: without a kernel half, of a
-/// Unix or UDP socket, of a namespace, and of the end of a relay's service that ran before its port was watched.
+/// Interval of passes while nothing reports a listener that comes or goes, so that polling is the only way:
+/// without a kernel half, for a Unix or UDP socket, for a namespace, and for the end of a relay's service
+/// that ran before its port was watched. Also while somebody follows events, and while the engine is away and
+/// a rule is for some containers only.
 const POLL: Duration = Duration::from_millis(500);
-/// Least distance between two looks that events ask for: long enough that a storm of them costs little, short enough to
-/// go unnoticed.
+/// Least time between two passes that events ask for (debounce): long enough that a storm of events costs
+/// little, short enough to be unnoticed.
 const BREATH: Duration = Duration::from_millis(100);
-/// An engine that takes longer than this to list its networks does not hold up `allow`.
+/// Limit on waiting for an engine to list its networks, so that a slow one does not hold up `allow`.
 const DOCKER_REFRESH: Duration = Duration::from_secs(2);
 
-/// Owner of all that changes.
+/// Owner of the state that the loop changes.
 #[derive(Debug)]
 pub(super) struct Reconciler {
-    /// Those of `allow` and of the configuration.
+    /// Rules of `allow` and of the configuration.
     rules: Rules,
-    /// And those of labels.
+    /// Rules of labels, as last derived.
     labels: Labels,
     configuration: Configuration,
     store: Store,
@@ -87,21 +91,21 @@ pub(super) struct Reconciler {
     docker: Option<Watcher>,
     saved_networks: Vec<DockerNetwork>,
     saved_containers: Vec<SeenContainer>,
-    /// What could not be saved, as was told.
+    /// State that could not be saved and was logged as such: networks, labels or containers.
     unsaved: BTreeSet<&'static str>,
     saved_labelled: Vec<Labelled>,
-    /// Listeners, by inode, that the kernel cannot be given; for as long as they are there.
+    /// Listeners, by inode, that the kernel cannot be given; kept at most as long as they exist.
     refused: BTreeMap<u64, ListenerKind>,
     processes: Processes,
     last: Report,
-    /// As last seen.
+    /// The last observation; `None` before the first.
     inventory: Option<Inventory>,
     /// Names of the users who own listeners.
     users: Users,
     manager: Manager,
-    /// What happens.
+    /// Channel to the subscribers to events.
     news: News,
-    /// What was told of Docker last.
+    /// State of Docker, as last reported to subscribers.
     docker_told: DockerStatus,
 }
 
@@ -160,15 +164,16 @@ impl Reconciler {
         })
     }
 
-    /// Where it tells what happens.
+    /// Returns the channel to the subscribers to events.
     pub(super) fn news(&self) -> News {
         self.news.clone()
     }
 
-    /// Makes what was found into what is wanted.
+    /// Makes the first pass, then closes inherited sockets that no relay took, and removes what other
+    /// versions left.
     pub(super) async fn start(&mut self) -> anyhow::Result<()> {
         self.pass().await?;
-        // What the rules do not want any more must not stay open with nobody to accept.
+        // A socket that the rules no longer want must not stay open with nobody to accept.
         self.executor.inherited.close();
         if let Some(kernel) = &mut self.executor.kernel {
             kernel.retire_others()?;
@@ -176,15 +181,16 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Never returns but for an error that makes it pointless to go on.
+    /// Runs the loop until every sender of commands is dropped. A pass that fails is logged and tried again.
     pub(super) async fn run(
         &mut self,
         mut commands: mpsc::Receiver<Command>,
         mut wakes: mpsc::Receiver<()>,
     ) -> anyhow::Result<()> {
-        // Containers can cause wake-ups (a relay's refused connections), so looks keep a distance. Commands do not wait.
+        // Containers can cause wake-ups (connections that a relay refuses), so passes are debounced. Commands
+        // do not wait.
         let mut woken = false;
-        // An address that a rule is for may be another container's now.
+        // Set if an address that a rule is for may be another container's now.
         let mut pressing = false;
         let mut looked = Instant::now();
         loop {
@@ -218,19 +224,20 @@ impl Reconciler {
         }
     }
 
-    /// Takes no new connections, and waits for those that are open, for `limit` at most. Where a service manager keeps
-    /// sockets it gets those that listen, for the next daemon: new connections wait for that. How many were cut off.
+    /// Stops accepting connections, and waits at most `limit` for those that are open. A service manager that
+    /// keeps sockets gets the listening ones for the next daemon, and new connections wait for that. Returns
+    /// the number of connections that were cut off.
     pub(super) async fn drain(&mut self, limit: Duration) -> usize {
         handover::keep(self.executor.relays.sockets());
         self.executor.relays.drain(limit).await
     }
 
-    /// How long relayed connections may take to end when the daemon is stopped.
+    /// Returns how long relayed connections may take to end when the daemon stops.
     pub(super) fn drain_timeout(&self) -> Duration {
         self.configuration.config().drain_timeout
     }
 
-    /// One line for the log and for systemd.
+    /// Returns a one-line summary, for the log and for systemd.
     pub(super) fn summary(&self) -> String {
         let rules = self.last.rules();
         let count = |state| rules.iter().filter(|rule| rule.state == state).count();
@@ -251,9 +258,9 @@ impl Reconciler {
         let inside = rules.iter().any(|(_, rule, _)| rule.network.is_namespace());
         let unix = self.rules.iter().any(|(_, rule, _)| matches!(rule.spec.target, Target::Unix(_)));
         let relaying = !self.last.policy.relays.is_empty();
-        // What the kernel does not tell of is to be told in time, too.
+        // Changes that the kernel does not report must reach subscribers in time, too.
         let followed = self.news.is_heard();
-        // Nobody tells whether the containers that rules are for still run.
+        // While the engine is away, nobody reports whether the containers that rules are for still run.
         let unsure = self.names_sources()
             && !matches!(self.docker_status(), DockerStatus::Reachable { .. } | DockerStatus::Off);
         let udp = wants_udp(self.labels.rules(&self.rules));
@@ -261,21 +268,23 @@ impl Reconciler {
         if moving { POLL } else { IDLE_LOOK }
     }
 
-    /// Other addresses of the host that containers dial, as the configuration has them.
+    /// Returns the aliases of the configuration: other addresses of the host that containers dial.
     fn aliases(&self) -> BTreeSet<IpAddr> {
         self.configuration.config().aliases.clone()
     }
 
-    /// Whether some rule is for some containers of its network only, as those of their labels are.
+    /// Returns true if a rule is for only some containers of its network, as the rules of labels are.
     fn names_sources(&self) -> bool {
         self.labels.rules(&self.rules).iter().any(|(_, rule, _)| !rule.from.is_empty())
     }
 
-    /// Has Docker tell of the containers that `rules` name, and of what `networks` mean, where that is not known yet.
+    /// Has Docker follow the containers that `rules` name. Refreshes its view if one of them, or of
+    /// `networks`, is unknown.
     async fn ask_docker(&mut self, rules: &Rules, networks: impl Iterator<Item = &Network>) {
         let Some(docker) = &self.docker else { return };
         let known = docker.view();
-        // Those of labels' rules, too, which `rules` may lack: who is not followed has no address.
+        // Includes the containers of label rules, which `rules` may lack: one that is not followed has no
+        // address.
         let followed = self.labels.rules(&self.rules);
         docker.want(names(rules, &known).into_iter().chain(names(followed, &known)).collect());
         let unknown = |network: &Network| match network {
@@ -283,7 +292,7 @@ impl Reconciler {
             Network::Container(name) => !matches!(known.containers.get(name), Some(Ok(Some(_)))),
             Network::Bridge(_) | Network::Netns(_) | Network::Process(_) => false,
         };
-        // A range of ports names its network for each of them.
+        // A range of ports names its network once for each port.
         let networks: BTreeSet<&Network> = networks.collect();
         let asked = rules.iter().filter(|(id, ..)| networks.contains(&id.network));
         let mut named = asked.flat_map(|(_, rule, _)| &rule.from);
@@ -294,7 +303,7 @@ impl Reconciler {
         }
     }
 
-    /// Tells the service manager how things are.
+    /// Sends the current status to the service manager.
     fn tell(&mut self) {
         let refused = self.configuration.refused().map_or("", |_| "; the configuration is not reloaded");
         self.manager.status(format!("{}{refused}", self.summary()));
@@ -315,7 +324,8 @@ impl Reconciler {
         }
     }
 
-    /// Makes what is there into what is wanted, then keeps what was seen on disk: nobody is to wait for a slow one.
+    /// Makes one pass: brings actual state to desired state, then saves what was seen. Saving comes last, so
+    /// that nobody waits for a slow disk.
     async fn pass(&mut self) -> anyhow::Result<()> {
         let done = self.converge().await;
         self.remember_networks();
@@ -323,7 +333,7 @@ impl Reconciler {
         done
     }
 
-    /// Observe, resolve, plan, execute; until nothing is left to do, or nothing more can be done.
+    /// Repeats observe, resolve, plan and execute until nothing is left to do, or nothing more can be done.
     async fn converge(&mut self) -> anyhow::Result<()> {
         let mut failures = Failures::default();
         let (mut rounds, mut unseen, mut asked_anew) = (0, None, false);
@@ -349,14 +359,14 @@ impl Reconciler {
             .await;
             let inventory = match (observed, &self.inventory) {
                 (Ok(inventory), _) => Inventory { aliases: self.aliases(), ..inventory },
-                // A rule that was denied must not stay in force for want of a look.
+                // A denied rule must not stay in force because an observation failed.
                 (Err(error), Some(last)) => {
                     unseen = Some(error);
                     last.clone()
                 }
                 (Err(error), None) => return Err(error),
             };
-            // Once: an engine that is away, or says the same again, will not know better at once.
+            // Once per pass: an engine that is away, or repeats its answer, will not know better at once.
             if let Some(docker) = self.docker.as_ref().filter(|_| !asked_anew && inventory.outruns_engine()) {
                 asked_anew = true;
                 docker.refresh(DOCKER_REFRESH).await;
@@ -369,7 +379,7 @@ impl Reconciler {
                 firewall: self.configuration.config().firewall,
                 ..resolve(self.labels.rules(&self.rules), &inventory, &self.abilities)
             };
-            // Before anything that may take seconds.
+            // This comes before anything that may take seconds.
             let in_force = self.executor.revoke(&policy).await?;
             if let Some(guests) = &mut self.executor.guests {
                 guests.want(policy.dials.keys().map(|key| key.ifindex).collect()).await;
@@ -377,11 +387,11 @@ impl Reconciler {
             let reality = self.executor.with_firewall(&policy, in_force).await;
             let reality = Reality { guests: self.executor.guests(), ..reality };
             if reality.registered.len() < MAX_LISTENERS as usize {
-                // From the next look on.
+                // They are tried again from the next observation on.
                 self.refused.retain(|_, kind| *kind != ListenerKind::NoRoom);
             }
             let steps = self.possible(plan(&policy, &reality));
-            // Steps that have failed will again.
+            // Steps that have failed in this pass would fail again.
             if steps.iter().all(|step| failures.steps.contains(step)) || rounds == ROUNDS {
                 let relays = policy.relays.keys();
                 let relayed = relays.map(|key| (key.clone(), self.executor.relays.counts(key))).collect();
@@ -406,7 +416,7 @@ impl Reconciler {
                 };
             }
             rounds += 1;
-            // A round of a hundred thousand rules takes seconds; there are few of them.
+            // A round of a hundred thousand rules takes seconds; there are few rounds.
             self.manager.beat();
             failures = self.executor.execute(&steps).await;
             for news in failures.since(&self.last.failures) {
@@ -421,7 +431,7 @@ impl Reconciler {
         }
     }
 
-    /// The owner of the listener that serves each rule.
+    /// Finds the owner of the listener that serves each rule.
     async fn users_of(&mut self, policy: &Policy, inventory: &Inventory) -> BTreeMap<RuleId, ListenerUser> {
         let sockets = Sockets::new(inventory);
         let rules = policy.outcomes.iter().map(|outcome| &outcome.rule);
@@ -431,7 +441,8 @@ impl Reconciler {
         uids.into_iter().map(|(id, uid)| (id, named(uid))).collect()
     }
 
-    /// That it answers, or does not any more; why it does not may change its words at every try.
+    /// Reports to subscribers that Docker answers, or no longer does. The error may change its words at every
+    /// try, so a change of it alone is not reported.
     fn tell_of_docker(&mut self) {
         let now = self.docker_status();
         let both_away =
@@ -451,7 +462,7 @@ impl Reconciler {
         }
     }
 
-    /// Without a kernel half its steps have nothing to work on.
+    /// Drops the steps of the kernel if there is no kernel half for them.
     fn possible(&self, mut steps: Vec<Step>) -> Vec<Step> {
         if self.executor.kernel.is_none() {
             steps.retain(|step| !step.is_of_kernel());
@@ -459,7 +470,7 @@ impl Reconciler {
         steps
     }
 
-    /// As [`Reconciler::remember_networks`], for the containers that rules name, and their processes.
+    /// Saves the containers that rules name, and their processes, like [`Reconciler::remember_networks`].
     fn remember_containers(&mut self) {
         let Some(view) = self.docker.as_ref().map(Watcher::view) else { return };
         if !matches!(view.presence, Presence::Reachable { .. }) {
@@ -483,7 +494,8 @@ impl Reconciler {
         self.tell_unsaved("containers", saved);
     }
 
-    /// What cannot be kept is tried again at every look; that it cannot is told when it begins, and when it ends.
+    /// Logs that state cannot be saved, when that begins and when it ends. Saving is tried again at every
+    /// pass.
     fn tell_unsaved(&mut self, what: &'static str, saved: anyhow::Result<()>) {
         match saved {
             Ok(()) => {
@@ -499,7 +511,7 @@ impl Reconciler {
         }
     }
 
-    /// Keeps networks and labels on disk as they were last seen, for a start while the engine is away.
+    /// Saves networks and labels as last seen, for a start while the engine is away.
     fn remember_networks(&mut self) {
         let Some(view) = self.docker.as_ref().map(Watcher::view) else { return };
         if !matches!(view.presence, Presence::Reachable { .. }) {
@@ -513,7 +525,7 @@ impl Reconciler {
     }
 }
 
-/// Saves what is another than was saved last.
+/// Saves a value if it differs from the one saved last.
 fn keep<T: PartialEq + Clone>(
     now: T,
     saved: &mut T,
@@ -526,12 +538,12 @@ fn keep<T: PartialEq + Clone>(
     Ok(())
 }
 
-/// The processes of containers that were seen, as they were.
+/// Returns the processes of saved containers, as they were when seen.
 fn processes(seen: &[SeenContainer]) -> Processes {
     seen.iter().map(|seen| ((seen.id.clone(), seen.pid), Some(seen.start.clone()))).collect()
 }
 
-/// The containers that rules name.
+/// Lists the containers that rules name.
 pub(super) fn containers(rules: &Rules) -> BTreeSet<String> {
     let name = |rule: &Rule| match &rule.network {
         Network::Container(name) => Some(name.clone()),
@@ -540,7 +552,8 @@ pub(super) fn containers(rules: &Rules) -> BTreeSet<String> {
     rules.iter().flat_map(|(_, rule, _)| name(rule).into_iter().chain(rule.from.iter().cloned())).collect()
 }
 
-/// What Docker is asked for as containers: those that rules name, and what is no network, which may have been meant as one.
+/// Lists the names to ask Docker for as containers: those that rules name as such, and those that are no
+/// known network, which may have been meant as containers.
 fn names(rules: &Rules, known: &View) -> BTreeSet<String> {
     let unknown = |rule: &Rule| match &rule.network {
         Network::Docker(name) if find_networks(&known.networks, name).is_empty() => Some(name.clone()),

@@ -1,4 +1,4 @@
-//! What `status` says: what is meant, held against what is in force. Pure.
+//! Report: desired state compared with actual state, for `status`, the log and events. Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,31 +29,31 @@ use crate::{
     relay::set::Counts,
 };
 
-/// More at a time are told in one line.
+/// Limit on changes that are logged one by one; more are logged as one line.
 const MAX_CHANGES: usize = 100;
 
-/// What became of the last pass.
+/// Result of the last pass.
 #[derive(Debug, Default)]
 pub(super) struct Report {
-    /// What is meant.
+    /// Desired state, as resolved from the rules.
     pub(super) policy: Policy,
-    /// What is in force.
+    /// Actual state, as last read back.
     pub(super) reality: Reality,
-    /// What failed on the way.
+    /// Failures of the steps that were carried out last.
     pub(super) failures: Failures,
-    /// What each relay has done.
+    /// Connection and byte counts of each relay.
     pub(super) relayed: BTreeMap<RelayKey, Counts>,
     /// The owner of the listener that serves each rule.
     pub(super) listeners: BTreeMap<RuleId, ListenerUser>,
 }
 
 impl Report {
-    /// Every rule, in order.
+    /// Lists the status of every rule, in order.
     pub(super) fn rules(&self) -> Vec<RuleStatus> {
         self.policy.outcomes.iter().map(|outcome| self.rule(outcome)).collect()
     }
 
-    /// What is another state than it was, or new, or gone, for the log.
+    /// Lists, for the log, the rules whose state has changed, and those that are new or gone.
     pub(super) fn changes_since(&self, before: &Self) -> Vec<String> {
         let changes = self.states_since(before);
         if changes.len() > MAX_CHANGES {
@@ -76,7 +76,8 @@ impl Report {
         changes.into_iter().map(told).collect()
     }
 
-    /// As [`Report::changes_since`], for whoever follows events; and the connections that relays refused.
+    /// Lists the changes of [`Report::changes_since`] for subscribers to events, without the rules that are
+    /// gone; then the connections that relays refused.
     pub(super) fn news_since(&self, before: &Self) -> impl Iterator<Item = Happening> {
         let states = self.states_since(before).into_iter().filter_map(|(id, now)| {
             let RuleId { network, port, protocol } = id;
@@ -91,8 +92,8 @@ impl Report {
         states.chain(refused)
     }
 
-    /// Rules whose state is another than it was, with the new one; `None` for those that are gone. By state: a reason may
-    /// hold words of others' choice, and change every moment.
+    /// Lists the rules whose state has changed, with the new status; `None` for those that are gone. Compares
+    /// states only: a reason may contain text of others' choice, and change at every moment.
     fn states_since(&self, before: &Self) -> Vec<(RuleId, Option<RuleStatus>)> {
         if self.policy.outcomes == before.policy.outcomes && self.failures.steps == before.failures.steps {
             return vec![];
@@ -111,13 +112,13 @@ impl Report {
         changes
     }
 
-    /// What the rule's relays have done: they count together.
+    /// Returns the counts of the rule's relays, which count together.
     fn counts(&self, outcome: &RuleOutcome) -> Counts {
         let mut counts = outcome.gateways.iter().filter_map(|gateway| self.relayed.get(gateway.relay()?));
         counts.next().copied().unwrap_or_default()
     }
 
-    /// What stands in front of the rules.
+    /// Returns the state of the host's firewall, which stands in front of the rules.
     pub(super) fn firewall(&self) -> FirewallStatus {
         let filtering = &self.reality.filtering;
         let untried = filtering.passages.iter().find_map(|(opening, passage)| match passage {
@@ -140,7 +141,7 @@ impl Report {
         let (state, why, reasons) = if let Some(without) = &outcome.without_gateway {
             (without.state, without.why(), told(without))
         } else {
-            // Whoever dials an alias can dial the gateway.
+            // An alias does not count: its clients can dial the gateway, too.
             let gateways = gateways.iter().filter(|g| g.alias.is_none());
             let gateways = gateways.map(|g| (g.state, &g.why, &g.reasons));
             let dials = dials.iter().map(|dial| (dial.state, &dial.why, &dial.reasons));
@@ -177,7 +178,7 @@ impl Report {
         }
     }
 
-    /// What leads to a gateway is in the same state as that, if it is there.
+    /// Returns the status of a dial: the status of its gateway, if the dial's entries and hooks are in place.
     fn dial(&self, meant: &DialOutcome, gateways: &[GatewayStatus]) -> DialStatus {
         let entries = meant.keys.iter().all(|key| self.reality.dials.contains_key(key));
         let there = self.reality.hooks[HookSet::Connect] && entries;
@@ -199,13 +200,13 @@ impl Report {
         }
     }
 
-    /// What never arrives is served by nobody.
+    /// Returns `outcome`, or a blocked one if the firewall drops the packets to the gateway.
     fn through_firewall(&self, meant: &GatewayOutcome, outcome: Outcome) -> Outcome {
         let Some(opening) = meant.opening.as_ref().filter(|_| outcome.state != State::Blocked) else {
             return outcome;
         };
         let filtering = &self.reality.filtering;
-        // What was dropped, and cannot be accepted, is not tried again.
+        // An opening that was dropped, and for which no accept rule could be put, is not probed again.
         let dropped = match filtering.passages.get(opening) {
             Some(passage) => *passage == Passage::Dropped,
             None => self.failures.openings.contains_key(opening),
@@ -283,12 +284,12 @@ impl Report {
     }
 }
 
-/// The reasons of an outcome, as the control API has them.
+/// Converts the reasons of an outcome to those of the control API.
 fn told(outcome: &Outcome) -> Vec<ReasonStatus> {
     outcome.reasons.iter().map(Into::into).collect()
 }
 
-/// The addresses that an entry is for, if it is not for all.
+/// Lists the addresses in `known` that may use an entry which is not for all.
 fn sources(known: &BTreeSet<SourceKey>, entry: &RuleValue) -> BTreeSet<IpAddr> {
     let of_words = |words| SourceKey { rule: entry.key, source: Address(words) };
     let of_entry = known.range(of_words([0; 4])..=of_words([u32::MAX; 4]));
@@ -303,7 +304,7 @@ fn namespace(key: &NamespaceKey) -> NamespaceStatus {
     NamespaceStatus { path, inode: key.id.inode }
 }
 
-/// Which rules were made and removed, and by whom.
+/// Lists the rules that were made and removed, with the user who did so.
 pub(super) fn changed_by(before: &Rules, now: &Rules, uid: Option<u32>) -> impl Iterator<Item = Happening> {
     let ids = |rules: &Rules| -> BTreeSet<RuleId> { rules.iter().map(|(id, ..)| id.clone()).collect() };
     let (before, now) = (ids(before), ids(now));
@@ -315,7 +316,7 @@ pub(super) fn changed_by(before: &Rules, now: &Rules, uid: Option<u32>) -> impl 
     made.into_iter().map(allowed).chain(removed.into_iter().map(denied))
 }
 
-/// What the kernel says of a listener.
+/// Converts the kernel's event of a listener; `None` if its kind or port is invalid.
 pub(super) fn happening(event: &ListenerEvent) -> Option<Happening> {
     let port = u16::try_from(event.port).ok()?;
     match event.kind {

@@ -1,10 +1,12 @@
-//! The source gate: the only owner of `SOURCES`, the kernel's list of addresses that may use entries which are not for all of
-//! their network (`--from`). An address is given again the moment that its container has ended, so it leaves the list at once,
-//! whatever the loop is doing: a firewall's tool that hangs, a slow disk or a command must not keep it there.
+//! Source gate: the only owner of `SOURCES`, the kernel's list of addresses that may use entries which are
+//! not for all of their network (`--from`). An address can be assigned again as soon as its container has
+//! ended. So it leaves the list at once, whatever the loop is doing: a firewall tool that hangs, a slow disk
+//! or a command must not keep it there.
 //!
-//! It compares state with state. The loop says for whom each address is meant ([`SourceGate::want`]); the engine's view says who
-//! has the address. What the view contradicts is removed, on a thread of the gate's own, at every change of either, and cannot
-//! be added: the loop may still be carrying out a plan that was made of an older view.
+//! The gate compares desired with actual state. The loop says which containers each address is meant for
+//! ([`SourceGate::want`]); the engine's view says which container has the address. At every change of either,
+//! a thread of the gate's own removes the addresses that the view contradicts. Such an address cannot be
+//! added, either: the loop may still be carrying out a plan made from an older view.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -30,50 +32,50 @@ use crate::{
     },
 };
 
-/// A container's first process: the container's id, and the process's number.
+/// First process of a container: the container's id and the process id.
 type Process = (String, u32);
 
-/// The gate, as the loop knows it.
+/// The loop's handle to the gate.
 #[derive(Debug)]
 pub(super) struct SourceGate {
     gate: Arc<Gate>,
-    /// To the thread that waits for something to follow.
+    /// Sender that gives the gate's thread its work; `None` once it is used.
     follower: Option<oneshot::Sender<Follower>>,
 }
 
 #[derive(Debug)]
 struct Gate {
     state: Mutex<State>,
-    /// Tells the thread that the grants have changed.
+    /// Notifies the thread that the grants have changed.
     granted: Notify,
 }
 
 #[derive(Debug)]
 struct State {
     map: maps::Sources,
-    /// The engine's; `None` without an engine.
+    /// The engine's view; `None` without an engine.
     view: Option<watch::Receiver<View>>,
-    /// What the loop wants in the map, each with whom it is for.
+    /// Addresses that the loop wants in the map, each with the containers that it is granted to.
     wanted: BTreeMap<SourceKey, Source>,
-    /// Containers' processes that have ended, of which the engine has not told yet.
+    /// First processes of containers that have ended although the engine has not reported it yet.
     ended: BTreeSet<Process>,
 }
 
 #[derive(Debug)]
 struct Source {
     grants: BTreeSet<Grant>,
-    /// Whether the gate has removed it since it was last added.
+    /// True if the gate has removed the address since it was last added.
     revoked: bool,
 }
 
-/// The gate does not add what the engine's view contradicts.
+/// Error of adding an address that the engine's view contradicts.
 #[derive(Debug, thiserror::Error)]
 #[error("{0} is no longer the address of a container that the rule is for")]
 pub(super) struct Contradicted(IpAddr);
 
 impl SourceGate {
-    /// Starts the gate, while the daemon has the privilege to raise its thread's priority. Until the loop says what it wants, what
-    /// another daemon has entered stays.
+    /// Starts the gate. Call this while the daemon has the privilege to raise the thread's priority. Until
+    /// the loop says what it wants, the addresses that another daemon has entered stay.
     ///
     /// # Errors
     ///
@@ -91,8 +93,9 @@ impl SourceGate {
         Ok(Self { gate, follower: Some(follower) })
     }
 
-    /// Follows the engine's view from now on; `None` without an engine: then no container has an address. `host` is the namespace
-    /// of this process. `wake` wakes the loop, which tries again what failed.
+    /// Follows the engine's view from now on. `view` is `None` without an engine: then no container has an
+    /// address. `host` is the network namespace of this process. `wake` wakes the loop, which tries again
+    /// what failed.
     pub(super) fn follow(
         &mut self,
         view: Option<watch::Receiver<View>>,
@@ -107,13 +110,14 @@ impl SourceGate {
         }
     }
 
-    /// Says which addresses the loop wants, and for whom. Adds none; removes those that the engine's view contradicts.
+    /// Sets the addresses that the loop wants, and the containers that they are granted to. Adds none, and
+    /// removes those that the engine's view contradicts.
     pub(super) fn want(&self, grants: &BTreeMap<SourceKey, BTreeSet<Grant>>) {
         let mut state = self.gate.state();
         if state.want(grants) {
             self.gate.granted.notify_one();
         }
-        // What fails is still there when the loop looks, and is tried again.
+        // The loop sees an address that could not be removed at its next observation, and tries again.
         state.revoke();
     }
 
@@ -121,7 +125,7 @@ impl SourceGate {
     ///
     /// # Errors
     ///
-    /// [`Contradicted`], if nobody for whom it is meant has it now; or the kernel's.
+    /// [`Contradicted`], if no container that it is granted to has it now; otherwise the kernel's error.
     pub(super) fn add(&self, key: &SourceKey) -> anyhow::Result<()> {
         self.gate.state().add(key)
     }
@@ -137,14 +141,14 @@ impl SourceGate {
 }
 
 impl Gate {
-    /// Held for as long as a few lookups and changes of the map take, never while anybody waits.
+    /// Locks the state, for as long as a few lookups and changes of the map take, and never across a wait.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    /// Whether they are other grants than before.
+    /// Replaces the grants. Returns true if they differ from the previous ones.
     fn want(&mut self, grants: &BTreeMap<SourceKey, BTreeSet<Grant>>) -> bool {
         let same = self.wanted.len() == grants.len()
             && self.wanted.iter().zip(grants).all(|((k, v), (key, grants))| k == key && v.grants == *grants);
@@ -176,7 +180,7 @@ impl State {
         Ok(())
     }
 
-    /// Removes every address that the view contradicts. False if one could not be removed.
+    /// Removes every address that the view contradicts. Returns false if one could not be removed.
     fn revoke(&mut self) -> bool {
         let Some(view) = self.view.as_ref().map(|view| view.borrow()) else { return true };
         let mut holders = Holders::new(&view, &self.ended);
@@ -201,7 +205,7 @@ impl State {
         done
     }
 
-    /// The processes of the containers that something is granted to.
+    /// Lists the first processes of the running containers that something is granted to.
     fn processes(&self) -> BTreeSet<Process> {
         let Some(view) = self.view.as_ref().map(|view| view.borrow()) else { return BTreeSet::new() };
         let names: BTreeSet<&String> =
@@ -211,13 +215,13 @@ impl State {
     }
 }
 
-/// The container of this name, if it runs as far as the engine has told.
+/// Finds the container of this name, if it runs as far as the engine has reported.
 fn running<'a>(view: &'a View, name: &str) -> Option<&'a Container> {
     let container = view.containers.get(name)?.as_ref().ok()?.as_ref()?;
     container.running.then_some(container)
 }
 
-/// Who has which address in one view of the engine; each container is looked at once for each network.
+/// Addresses of containers in one view of the engine. Each container is looked up once for each network.
 struct Holders<'a> {
     view: &'a View,
     ended: &'a BTreeSet<Process>,
@@ -230,7 +234,7 @@ impl<'a> Holders<'a> {
         Self { view, ended, networks: HashMap::new(), addresses: HashMap::new() }
     }
 
-    /// Whether one of these grants' containers has the address.
+    /// Returns true if one of these grants' containers has the address.
     fn any(&mut self, key: &SourceKey, grants: &'a BTreeSet<Grant>) -> bool {
         let address = IpAddr::from(key.source);
         grants.iter().any(|grant| self.addresses(grant).contains(&address))
@@ -251,20 +255,21 @@ impl<'a> Holders<'a> {
     }
 }
 
-/// What the gate's thread does: follows the engine's view, and the processes of the containers that something is granted to. The latter
-/// tell when the engine is away, or slow to tell: a container ends with its first process.
+/// Work of the gate's thread: follows the engine's view, and the first processes of the containers that
+/// something is granted to. The processes matter when the engine is away or reports late: a container ends
+/// with its first process.
 #[derive(Debug)]
 struct Follower {
     gate: Arc<Gate>,
     view: watch::Receiver<View>,
     host: NamespaceId,
     wake: mpsc::Sender<()>,
-    /// Those that are watched.
+    /// Watched processes, each with the handle that stops the watch.
     processes: HashMap<Process, AbortHandle>,
 }
 
 impl Follower {
-    /// Ends with whoever follows the engine.
+    /// Runs until the sender of the engine's view is dropped.
     async fn run(mut self) {
         let mut ends = JoinSet::new();
         loop {
@@ -302,7 +307,8 @@ impl Follower {
             }
             let (this, (id, pid)) = (process.clone(), process.clone());
             let entrance = Entrance::Process { pid, start: None, container: Some(id) };
-            // Of an engine on another host, or in another pid namespace, the number is somebody else's: then the engine alone tells.
+            // If the engine is on another host, or in another pid namespace, the pid belongs to some other
+            // process: then only the engine's reports count.
             if let Ok(namespace) = Namespace::open(&entrance, self.host) {
                 let end = async move {
                     namespace.gone().await;
@@ -347,7 +353,7 @@ mod tests {
         }
     }
 
-    /// Whether an address may use an entry that these containers are granted on that network.
+    /// Returns true if an address may use an entry that is granted to these containers on that network.
     fn holds(view: &View, ended: &BTreeSet<Process>, network: &str, containers: &[&str], ip: &str) -> bool {
         let grant = |container: &&str| Grant {
             network: network.parse().unwrap(),

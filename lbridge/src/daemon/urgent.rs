@@ -1,4 +1,4 @@
-//! Threads beside the loop whose work must not wait for a turn on a busy machine.
+//! Urgent: threads beside the loop whose work must not wait for a turn on a busy machine.
 
 use std::thread;
 
@@ -7,15 +7,16 @@ use rustix::process::setpriority_process;
 
 use crate::host::privileges;
 
-/// The threads' nice value. In the unit it is that of the daemon, or lower (`Nice=`).
+/// The threads' nice value. Under the unit the daemon's own (`Nice=`) is higher; the threads keep that if
+/// they cannot lower it.
 const NICE: i32 = -15;
 
-/// Starts a thread that runs before others that want to: each of its turns is short. To be called before the daemon gives up its
-/// privileges; the thread gives up its own, and does not begin if it cannot.
+/// Starts a thread at a raised priority; each turn of its work must be short. Call this before the daemon
+/// gives up its privileges. The thread gives up its own, and does not begin its work if it cannot.
 ///
 /// # Errors
 ///
-/// If there can be no more threads.
+/// If the thread cannot be started.
 pub(super) fn start(name: &'static str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let prepared = move || {
         hurry(name);

@@ -1,4 +1,5 @@
-//! The kernel's word that nftables' ruleset has changed, `iptables-nft`'s part included. What has changed is not looked at.
+//! Changes: the kernel's notifications that nftables' ruleset has changed, `iptables-nft`'s part included.
+//! Their contents are not read.
 
 use std::{
     io,
@@ -15,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 /// `NFNLGRP_NFTABLES` (include/uapi/linux/netfilter/nfnetlink.h).
 const NFTABLES: u32 = 7;
 
-/// A subscription; ends when it is dropped.
+/// A subscription to notifications; ends when it is dropped.
 #[derive(Debug)]
 pub(super) struct Changes {
     happened: Arc<AtomicBool>,
@@ -37,25 +38,26 @@ impl Changes {
                 let Ok(mut ready) = socket.readable().await else { return };
                 let _ = ready.try_io(|socket| drain(socket.get_ref()));
                 flag.store(true, Ordering::Relaxed);
-                // A wake-up that is under way will do for this one, too.
+                // A wake-up that is under way covers this change, too.
                 let _ = wake.try_send(());
             }
         };
         Ok(Self { happened, _following: AbortOnDropHandle::new(tokio::spawn(following)) })
     }
 
-    /// Whether there was any since [`Self::seen`].
+    /// Returns true if the ruleset has changed since [`Self::seen`].
     pub(super) fn any(&self) -> bool {
         self.happened.load(Ordering::Relaxed)
     }
 
-    /// To be said before a look: what happens during it may have been missed.
+    /// Marks all changes as seen. Call this before reading the ruleset: that read may miss a change made
+    /// during it.
     pub(super) fn seen(&self) {
         self.happened.store(false, Ordering::Relaxed);
     }
 }
 
-/// Reads all that is there. That some was lost (ENOBUFS) is as good as having read it.
+/// Reads all messages that are there. If some were lost (ENOBUFS), that counts as having read them.
 fn drain(socket: &Socket) -> io::Result<()> {
     let mut buffer = [0; 4096];
     loop {

@@ -1,5 +1,6 @@
-//! Flows that conntrack knows. A firewall lets in what belongs to a known flow (`ct state established accept`), so that a flow
-//! whose first packet came by an accept rule of lbridge's stays open after that rule is gone.
+//! Conntrack: the flows that the kernel tracks. A firewall lets in what belongs to a known flow (`ct state
+//! established accept`), so that a flow whose first packet came by an accept rule of lbridge's stays open
+//! after that rule is gone.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,28 +24,29 @@ use crate::{
 
 /// `CTA_ZONE` (include/uapi/linux/netfilter/nfnetlink_conntrack.h).
 const CTA_ZONE: u16 = 18;
-/// There in a network namespace that tracks connections.
+/// File that exists in a network namespace that tracks connections.
 const IN_USE: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 
-/// Key of what an accept rule lets in, with the bits of it that count.
+/// Key of what an accept rule lets in, with the number of its leading bits that count.
 type Key = (AcceptedKey, u32);
 
-/// A flow that a key is of.
+/// A flow that one of the keys covers.
 #[derive(Debug)]
 struct Flow {
     key: Key,
-    /// This host's end, as its sockets have it.
+    /// Address and port of this host's end, as its sockets have them.
     own: SocketAddr,
-    /// The container's.
+    /// Address and port of the container's end.
     peer: SocketAddr,
-    /// A socket of the host has it: a connection that goes on, as all do when their rule is denied.
+    /// True if a socket of the host has the flow: its connection stays open, as all do when their rule is
+    /// denied.
     is_open: bool,
     family: NetfilterProtoFamily,
-    /// What names it to the kernel.
+    /// Attributes that identify the flow to the kernel.
     name: Vec<ConntrackAttribute>,
 }
 
-/// The ends of a packet, from where it comes first; and its protocol.
+/// Source, destination and protocol number of a packet.
 #[derive(Debug, Clone, Copy)]
 struct Ends {
     source: SocketAddr,
@@ -89,8 +91,8 @@ impl Ends {
 }
 
 impl Flow {
-    /// Of these keys' flows, if it is one. An accept rule on the input hook sees the destination that DNAT has made of the first one,
-    /// which the answers have as their source, and the first source.
+    /// Returns the flow, if one of these keys covers it. An accept rule on the input hook sees the first
+    /// packet's source, and its destination after DNAT, which the answers have as their source.
     fn of(
         family: NetfilterProtoFamily,
         attributes: Vec<ConntrackAttribute>,
@@ -113,7 +115,7 @@ impl Flow {
             protocol: first.protocol.into(),
             source: first.source.ip().into(),
         };
-        // Of the same address and port are few.
+        // Few keys have the same address and port.
         let least = AcceptedKey { source: Address([0; 4]), ..packet };
         let candidates = keys.range((least, 0)..).take_while(|(key, _)| {
             (key.gateway, key.port, key.protocol) == (packet.gateway, packet.port, packet.protocol)
@@ -134,11 +136,11 @@ impl Flow {
     }
 }
 
-/// How many flows there are of each of these keys; keys that have none are left out.
+/// Counts the flows of each of these keys; keys that have none are left out.
 ///
 /// # Errors
 ///
-/// If the kernel tracks connections and does not tell which.
+/// If the kernel tracks connections and does not list them.
 pub fn flows(keys: &BTreeSet<Key>) -> io::Result<BTreeMap<Key, Flows>> {
     let mut counts: BTreeMap<Key, Flows> = BTreeMap::new();
     for flow in list(keys)? {
@@ -148,11 +150,11 @@ pub fn flows(keys: &BTreeSet<Key>) -> io::Result<BTreeMap<Key, Flows>> {
     Ok(counts)
 }
 
-/// Has conntrack forget these keys' flows, but those of open connections.
+/// Makes conntrack forget these keys' flows, except those of open connections.
 ///
 /// # Errors
 ///
-/// As [`flows`]; the first flow's that the kernel does not forget. All are tried.
+/// Those of [`flows`]; the error of the first flow that the kernel does not forget. All are tried.
 pub fn forget(keys: &BTreeSet<Key>) -> io::Result<()> {
     if keys.is_empty() {
         return Ok(());
@@ -170,7 +172,7 @@ pub fn forget(keys: &BTreeSet<Key>) -> io::Result<()> {
     failed
 }
 
-/// The flows of these keys.
+/// Lists the flows of these keys.
 fn list(keys: &BTreeSet<Key>) -> io::Result<Vec<Flow>> {
     let mut flows: Vec<Flow> = vec![];
     for (family, is_its) in [

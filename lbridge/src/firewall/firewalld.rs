@@ -1,6 +1,7 @@
-//! firewalld from 2.2 on, whose table has an owner: nobody else can put a rule there, so that it is asked to. What it is asked for
-//! is a rich rule in the zone of the bridge, until the next reload of firewalld. A rich rule can name no interface, but the
-//! bridge's subnet; and it has no comment, but a priority, which is lbridge's own.
+//! firewalld: accept rules for firewalld from 2.2 on. Its table has an owner: nobody else can put a rule
+//! there, so firewalld itself is asked to. It gets a rich rule in the zone of the bridge, until its next
+//! reload. A rich rule cannot name an interface, only the bridge's subnet. It has no comment, only a
+//! priority, which is lbridge's own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +17,7 @@ use crate::planning::{
 };
 
 const PROGRAM: &str = "firewall-cmd";
-/// Marks lbridge's rules; below zero, they come before what a zone denies.
+/// Priority that marks lbridge's rules; below zero, they come before what a zone denies.
 const PRIORITY: &str = "-21093";
 
 /// One of lbridge's rules, as firewalld lists it.
@@ -30,7 +31,8 @@ struct Rule {
     port: u16,
 }
 
-/// lbridge's rules. Which bridge one is for is told by the openings that are wanted; of others it is not known.
+/// Lists lbridge's rules. Openings that are wanted give the bridge of their rule; for other rules it is not
+/// known.
 pub(super) async fn list(
     chain: &Chain,
     openings: &BTreeMap<Opening, Link>,
@@ -58,7 +60,7 @@ pub(super) async fn list(
     Ok(accepts)
 }
 
-/// Puts a rule into the bridge's zone, and removes it from others.
+/// Puts a rule into the bridge's zone, and removes it from other zones.
 pub(super) async fn accept(opening: &Opening) -> anyhow::Result<()> {
     let zone = zone_of(&opening.interface).await?;
     let text = text(opening);
@@ -77,7 +79,7 @@ pub(super) async fn remove(opening: &Opening) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The zone that an interface's packets meet: its own, or else the default one.
+/// Returns the zone that an interface's packets meet: its own, or else the default one.
 async fn zone_of(interface: &str) -> Result<String, Problem> {
     let zone = match run(PROGRAM, &[&format!("--get-zone-of-interface={interface}")]).await {
         Ok(zone) => zone,
@@ -124,7 +126,7 @@ fn read(listed: &str) -> Vec<Rule> {
     rules
 }
 
-/// A rich rule, in the order in which firewalld prints it.
+/// Returns a rich rule, in the order in which firewalld prints it.
 fn text(opening: &Opening) -> String {
     let Opening { gateway, sources, protocol, port, .. } = opening;
     let protocol = protocol.name();

@@ -1,5 +1,6 @@
-//! The tables of `iptables-nft` and `iptables-legacy`, through those programs: what they keep is theirs to write. They print
-//! no JSON, but rules in the words that they take; of these only lbridge's own are read as such.
+//! iptables: the tables of `iptables-nft` and `iptables-legacy`, through those programs, which alone may
+//! write what they keep. They print no JSON, but rules in the words that they accept; only lbridge's own
+//! rules are parsed as such.
 
 use std::{collections::BTreeMap, fs, net::IpAddr};
 
@@ -9,31 +10,31 @@ use crate::planning::{
     rule::Protocol,
 };
 
-/// The only chain that is looked at.
+/// The chain that lbridge's rules are put into.
 const INPUT: &str = "INPUT";
-/// How long to wait for the lock of `iptables-legacy`, in seconds.
+/// Limit on waiting for the lock of `iptables-legacy`, in seconds.
 const LOCK_WAIT: &str = "5";
 
-/// One of the four programs.
+/// One of the four programs: `iptables-nft` or `iptables-legacy`, for IPv4 or IPv6.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Variant {
     through: Through,
     v6: bool,
 }
 
-/// What one of them lists.
+/// The filter table, as one of the programs lists it.
 #[derive(Debug, Default)]
 pub(super) struct Listed {
-    /// lbridge's own rules.
+    /// Accept rules that are lbridge's own.
     pub(super) accepts: BTreeMap<(Chain, Opening), Accepted>,
-    /// The input chain, if it may deny.
+    /// The input chain, if its policy is to drop, or a rule of the table drops or rejects; otherwise `None`.
     pub(super) chain: Option<InputChain>,
-    /// Everything else.
+    /// All other lines of the listing.
     pub(super) others: Vec<String>,
 }
 
 impl Variant {
-    /// For IPv4 and for IPv6.
+    /// Returns the program for IPv4, then that for IPv6.
     pub(super) fn both(through: Through) -> [Self; 2] {
         [false, true].map(|v6| Self { through, v6 })
     }
@@ -55,13 +56,13 @@ impl Variant {
         }
     }
 
-    /// Whether the old tables are there. To list them would make them.
+    /// Returns true if the legacy tables are there. Listing them would make them.
     pub(super) fn is_in_use(self) -> bool {
         let path = if self.v6 { "/proc/net/ip6_tables_names" } else { "/proc/net/ip_tables_names" };
         fs::read_to_string(path).is_ok_and(|names| names.lines().any(|name| name == "filter"))
     }
 
-    /// Its filter table.
+    /// Lists the filter table of this program.
     pub(super) async fn list(self) -> Result<Listed, Problem> {
         let text = self.run(&["-S"]).await?;
         Ok(self.read(&text))
@@ -102,7 +103,7 @@ impl Variant {
         run(self.program(), &[&["-w", LOCK_WAIT], arguments].concat()).await
     }
 
-    /// Has several commands done at once, or none of them.
+    /// Runs several commands at once, or none of them.
     async fn restore(self, commands: &str) -> Result<String, Problem> {
         let program = match (self.through, self.v6) {
             (Through::IptablesLegacy, false) => "iptables-legacy-restore",
@@ -114,13 +115,13 @@ impl Variant {
     }
 }
 
-/// Whether somebody uses the old tables.
+/// Returns true if somebody uses the legacy tables.
 pub(super) fn is_legacy_in_use() -> bool {
     Variant::both(Through::IptablesLegacy).into_iter().any(Variant::is_in_use)
 }
 
-/// Puts a rule first, and removes its older copies: at once, and by what they say, for their numbers are others' as soon as
-/// somebody else puts a rule.
+/// Puts a rule first, and removes its older copies, all at once. Copies are removed by their text, since
+/// their numbers change as soon as somebody else puts a rule.
 pub(super) async fn accept(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
     let variant = Variant::of(chain);
     let rule = rule(opening).join(" ");
@@ -140,14 +141,14 @@ pub(super) async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<(
     Ok(())
 }
 
-/// How often a rule is there.
+/// Counts the copies of a rule that are there.
 async fn copies(variant: Variant, opening: &Opening) -> anyhow::Result<usize> {
     let text = variant.run(&["-S", INPUT]).await?;
     let rules = text.lines().filter_map(|line| line.strip_prefix("-A INPUT "));
     Ok(rules.filter(|rule| own(rule).as_ref() == Some(opening)).count())
 }
 
-/// A rule in iptables' words, in the order in which it prints them.
+/// Returns a rule in iptables' words, in the order in which it prints them.
 fn rule(opening: &Opening) -> Vec<String> {
     let Opening { interface, gateway, sources, protocol, port } = opening;
     let protocol = protocol.name();
@@ -165,7 +166,7 @@ fn rule(opening: &Opening) -> Vec<String> {
     .collect()
 }
 
-/// What a rule lets through, if it is one of lbridge's, to the letter.
+/// Returns what a rule lets through, if it is one of lbridge's to the letter.
 fn own(text: &str) -> Option<Opening> {
     let words: Vec<_> = text.split_whitespace().collect();
     let after = |option: &str| words.iter().skip_while(|word| **word != option).nth(1).copied();

@@ -1,11 +1,11 @@
-//! The host's firewall: tries whether packets arrive, reads who is in the way, keeps accept rules. Decides nothing:
-//! `planning/firewall.rs` does.
+//! Firewall: probes whether packets arrive, reads which rules are in the way, and keeps accept rules. Decides
+//! nothing: `planning/firewall.rs` does.
 //!
 //! - [`probe`]: a SYN or a datagram from a namespace on the bridge;
 //! - [`ruleset`]: nftables' rules, in the types of the `nftables` crate;
 //! - [`iptables`]: the tables of `iptables-nft` and `iptables-legacy`, through those programs;
 //! - [`firewalld`]: firewalld whose table takes rules from nobody else;
-//! - [`changes`]: the kernel's word that a ruleset has changed;
+//! - [`changes`]: the kernel's notifications that a ruleset has changed;
 //! - [`conntrack`]: flows that are let in though their accept rule is gone.
 
 mod changes;
@@ -41,50 +41,52 @@ use crate::planning::{
 use changes::Changes;
 use ruleset::{PATIENCE, Problem, Ruleset, Unread};
 
-/// A look at the ruleset without a reason: nothing tells of `iptables-legacy`'s changes.
+/// Interval of reading the ruleset without a reason: nothing reports `iptables-legacy`'s changes.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
-/// What was dropped, or could not be tried, is tried again after that long: not every firewall is a ruleset.
+/// Pause before an opening that was dropped, or could not be probed, is probed again: not every firewall is a
+/// ruleset.
 const TRY_AGAIN: Duration = Duration::from_secs(30);
-/// As [`TRY_AGAIN`], where the ruleset has changed somewhere.
+/// Shorter pause than [`TRY_AGAIN`], if the ruleset has changed somewhere since.
 const SOON: Duration = Duration::from_secs(3);
-/// A look costs what the ruleset is long; looking takes no more than this part of the time, even while it changes,
+/// Reading takes the longer, the longer the ruleset is. It takes at most one part in this many of the time,
+/// even while the ruleset changes.
 const SHARE: u32 = 4;
-/// but what has changed is looked at after that long.
+/// Limit on the pause that [`SHARE`] makes: a change is read after this time at the latest.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Where lbridge's own packets are known as such. Datagrams are counted there as they arrive: what answers one could be a
-/// firewall that refuses it.
+/// The kernel program's knowledge of lbridge's own packets. It counts datagrams as they arrive: an answer to
+/// one could come from a firewall that refuses it.
 pub trait Arrivals: Send + Sync {
-    /// From now on, what comes from that address by that interface is a probe: no connection is counted for it.
+    /// Starts to take packets from this address and interface as probes: no connection is counted for them.
     fn begin(&self, source: IpAddr, ifindex: u32) -> anyhow::Result<()>;
-    /// It is anybody's again.
+    /// Stops taking packets from this address and interface as probes.
     fn end(&self, source: IpAddr, ifindex: u32);
-    /// Counts datagrams.
+    /// Starts counting the datagrams of an opening.
     fn count(&self, opening: &Opening, link: Link) -> anyhow::Result<()>;
     /// Returns true if at least one was counted.
     fn any(&self, opening: &Opening, link: Link) -> bool;
-    /// Stops counting.
+    /// Stops counting the datagrams of an opening.
     fn forget(&self, opening: &Opening, link: Link);
 }
 
 /// The host's firewall, as seen from this process's network namespace.
 #[derive(Debug)]
 pub struct Firewall {
-    /// Whom changes wake, if anybody.
+    /// Wakes the loop at each change; `None` if changes are not to be followed.
     wake: Option<mpsc::Sender<()>>,
     changes: Option<Changes>,
-    /// What is to be let through.
+    /// Openings that are to be let through, each with the link that it is probed from.
     openings: BTreeMap<Opening, Link>,
-    /// Everybody else's rules, as [`Ruleset::others`].
+    /// Hash of everybody else's rules, as in [`Ruleset::others`].
     others: u64,
     looked: Option<Look>,
-    /// When the kernel last told of a change.
+    /// Time at which the last reported change was noticed; `None` before the first.
     changed: Option<Instant>,
     seen: Filtering,
     tried: BTreeMap<Opening, Instant>,
 }
 
-/// The last look at the ruleset.
+/// Time and duration of the last read of the ruleset.
 #[derive(Debug, Clone, Copy)]
 struct Look {
     begun: Instant,
@@ -92,7 +94,7 @@ struct Look {
 }
 
 impl Firewall {
-    /// Follows the ruleset's changes; each wakes the loop.
+    /// Creates the firewall's state, which follows the ruleset's changes; each of them wakes the loop.
     pub fn follow(wake: mpsc::Sender<()>) -> Self {
         Self::new(Some(wake))
     }
@@ -110,7 +112,7 @@ impl Firewall {
         }
     }
 
-    /// What is known now of these openings: looks at the ruleset if it may have changed.
+    /// Returns what is known now of these openings. Reads the ruleset first if it may have changed.
     pub async fn look(&mut self, openings: &BTreeMap<Opening, Link>) -> &Filtering {
         self.seen.passages.retain(|opening, _| openings.contains_key(opening));
         self.seen.needed.retain(|opening| openings.contains_key(opening));
@@ -121,7 +123,7 @@ impl Firewall {
         }
         let stale = |opening: &Opening, passage: &Passage| {
             let Some(tried) = self.tried.get(opening) else { return true };
-            // What is on another hook may be gone.
+            // A rule on another hook may be gone.
             let changed = self.changed.is_some_and(|changed| changed > *tried);
             *passage != Passage::Open && tried.elapsed() >= if changed { SOON } else { TRY_AGAIN }
         };
@@ -129,7 +131,7 @@ impl Firewall {
         &self.seen
     }
 
-    /// Whether the ruleset may be another than it was.
+    /// Returns true if the ruleset is to be read, since it may have changed.
     fn is_due(&mut self) -> bool {
         let Some(look) = self.looked else { return true };
         let longest = match self.seen.unreadable {
@@ -163,7 +165,7 @@ impl Firewall {
 
     async fn read(&mut self) {
         let begun = Instant::now();
-        // A kernel that has no nf_tables yet may get it.
+        // A kernel that has no nf_tables yet may get it later.
         if let (None, Some(wake)) = (&self.changes, &self.wake) {
             let followed = Changes::follow(wake.clone());
             let followed = followed
@@ -190,8 +192,8 @@ impl Firewall {
         self.others = ruleset.others;
     }
 
-    /// Somebody may have done something about what is dropped: it is tried again. And where nothing tells of changes the
-    /// ruleset is looked at.
+    /// Has everything that is not open probed again: somebody may have done something about it. If the legacy
+    /// tables are in use, whose changes nothing reports, has the ruleset read again, too.
     pub fn try_again(&mut self) {
         if iptables::is_legacy_in_use() {
             self.looked = None;
@@ -199,19 +201,20 @@ impl Firewall {
         self.seen.passages.retain(|_, passage| *passage == Passage::Open);
     }
 
-    /// Tries openings; what comes of it is known at the next [`Self::look`]. Those of UDP need somebody who counts.
+    /// Probes openings; [`Self::look`] returns the results. Those of UDP need `arrivals` to count datagrams.
     pub async fn probe(&mut self, openings: &BTreeMap<Opening, Link>, arrivals: Option<&dyn Arrivals>) {
         self.try_all(openings, arrivals).await;
         let dropped = |opening| self.seen.passages.get(opening) == Some(&Passage::Dropped);
         if !openings.keys().any(dropped) {
             return;
         }
-        // Not every change is told. But what was seen just now counts, for a ruleset that changes all the time, too.
+        // Not every change is reported. But the results just seen count, for a ruleset that changes all the
+        // time, too.
         let mut tried = self.seen.passages.clone();
         tried.retain(|opening, _| openings.contains_key(opening));
         self.read().await;
         self.seen.passages.extend(tried);
-        // Where nobody is in the way something may have gone wrong with the try itself.
+        // If no rule is in the way, something may have gone wrong with the probe itself.
         let doubtful = |opening: &Opening| {
             let passage = self.seen.passages.get(opening);
             passage != Some(&Passage::Open) && self.seen.in_the_way_of(opening).next().is_none()
@@ -233,7 +236,8 @@ impl Firewall {
         for (opening, link) in tcp {
             bridges.entry(link.ifindex).or_default().push((opening, link));
         }
-        // All at a time: what is dropped takes a while, and each has a namespace of its own.
+        // All bridges at a time: a probe that is dropped takes a while, and each bridge has a namespace of
+        // its own.
         let tries = bridges.into_iter().map(|(ifindex, openings)| probe::bridge(ifindex, openings, arrivals));
         let accepted: BTreeSet<Opening> =
             self.seen.accepts.keys().map(|(_, opening)| opening.clone()).collect();
@@ -249,7 +253,7 @@ impl Firewall {
         }
     }
 
-    /// Puts an accept rule before all others of a chain; one that is there already moves.
+    /// Puts an accept rule before all others of a chain; moves one that is there already.
     pub async fn accept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         anyhow::ensure!(
             opening.has_plain_name(),
@@ -285,12 +289,12 @@ async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
     removed.with_context(|| format!("cannot remove the firewall's accept rule for {opening}"))
 }
 
-/// Removes every accept rule of lbridge's, for good; how many there were, and what they let in. For when no daemon runs. `expected`
-/// says that there may be some, so that a tool which is not there is needed.
+/// Removes every accept rule of lbridge's, for good. Returns how many there were, and what they let in. Call
+/// this only if no daemon runs. `expected` says that there may be some, so that a missing tool is an error.
 ///
 /// # Errors
 ///
-/// If one cannot be removed, or it cannot be told whether there are any.
+/// If one cannot be removed, or it cannot be determined whether there are any.
 pub async fn remove_all(expected: bool) -> anyhow::Result<(usize, BTreeSet<(AcceptedKey, u32)>)> {
     let (ruleset, mut problems) = Ruleset::read(&BTreeMap::new()).await;
     problems.retain(|unread| expected || matches!(unread.problem, Problem::Failed(_)));
@@ -306,7 +310,7 @@ pub async fn remove_all(expected: bool) -> anyhow::Result<(usize, BTreeSet<(Acce
     Ok((ruleset.accepts.len(), let_in))
 }
 
-/// One look, and a try of each opening. Changes nothing.
+/// Reads the ruleset, and probes each opening. Changes nothing.
 pub async fn examine(openings: &BTreeMap<Opening, Link>) -> Filtering {
     let mut firewall = Firewall::new(None);
     firewall.look(openings).await;
@@ -314,7 +318,7 @@ pub async fn examine(openings: &BTreeMap<Opening, Link>) -> Filtering {
     firewall.look(openings).await.clone()
 }
 
-/// The sources of an accept rule that names none, as older versions of lbridge put them.
+/// Returns the sources of an accept rule that names none, as older versions of lbridge put them.
 fn everybody(gateway: IpAddr) -> IpNet {
     let any: IpAddr =
         if gateway.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -325,19 +329,19 @@ fn listed(problems: &[Unread]) -> String {
     problems.iter().map(|unread| unread.problem.to_string()).collect::<Vec<_>>().join("; ")
 }
 
-/// Where the tools are looked for: also where a user's shell may not look, as after `su` without `-`.
+/// Returns the folders to look for the tools in, with some that a shell may lack, as after `su` without `-`.
 fn tools_path() -> OsString {
     let mut path = env::var_os("PATH").unwrap_or_default();
     path.push(":/usr/local/sbin:/usr/sbin:/sbin");
     path
 }
 
-/// Runs a firewall's tool to its end; what it prints.
+/// Runs a firewall's tool to its end, and returns what it prints.
 async fn run(program: &'static str, arguments: &[&str]) -> Result<String, Problem> {
     run_with(program, arguments, "").await
 }
 
-/// As [`run`], for a tool that reads what it is to do.
+/// Runs a tool like [`run`], with `input` as its standard input.
 async fn run_with(program: &'static str, arguments: &[&str], input: &str) -> Result<String, Problem> {
     let failed = |why: String| Problem::Failed(anyhow::anyhow!("{program}: {why}"));
     let mut command = tokio::process::Command::new(program);

@@ -1,6 +1,6 @@
-//! Tries whether a SYN from a bridge arrives: sends one from a scratch namespace there, and waits for the answer. The
-//! handshake is not completed, so that no service notices. Of a datagram nothing comes back that a firewall could not have
-//! said, too; so the kernel program counts it, and keeps it from the service.
+//! Probe: tests whether a SYN from a bridge arrives. Sends one from a scratch namespace there, and waits for
+//! the answer. It does not complete the handshake, so that no service notices. An answer to a datagram could
+//! come from a firewall, too; so the kernel program counts the datagram, and keeps it from the service.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,23 +23,24 @@ use crate::{
 
 use super::Arrivals;
 
-/// When a SYN is sent again: one may get lost.
+/// Times after the first SYN at which it is sent again: one may get lost.
 const AGAIN: [Duration; 3] =
     [Duration::from_millis(200), Duration::from_millis(500), Duration::from_millis(1100)];
-/// How long datagrams may take to arrive, at each try. A host counts them in microseconds, but may have to ask for its
-/// neighbour's address first.
+/// Limits on the time that datagrams take to arrive, one for each try. A host counts them in microseconds,
+/// but may have to ask for its neighbour's address first.
 const DATAGRAMS: [Duration; 4] = [
     Duration::from_millis(10),
     Duration::from_millis(100),
     Duration::from_millis(400),
     Duration::from_secs(1),
 ];
-/// How long an answer may take. The host answers in microseconds; but if a question for a neighbour's address gets lost, it
-/// is a second until the next.
+/// Limit on waiting for an answer. The host answers in microseconds; but if a question for a neighbour's
+/// address gets lost, the next follows a second later.
 const PATIENCE: Duration = Duration::from_millis(1500);
-/// So many at a time, far less than a service's queue of half-open connections holds.
+/// SYNs that are sent at a time, far fewer than a service's queue of half-open connections holds.
 const BURST: usize = 64;
-/// Where the header has what this module reads or writes (RFC 9293, section 3.1).
+/// Length of a TCP header in bytes; then the offsets and flags that this module reads or writes (RFC 9293,
+/// section 3.1).
 const HEADER: usize = 20;
 const ACKNOWLEDGED: usize = 8;
 const FLAGS: usize = 13;
@@ -48,10 +49,10 @@ const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
-/// What answers: addresses, with their ports.
+/// Addresses and ports that are dialled, or have answered.
 type Dialled = BTreeSet<(IpAddr, u16)>;
 
-/// Tries the openings of one bridge.
+/// Probes the TCP openings of one bridge.
 pub(super) async fn bridge(
     ifindex: u32,
     openings: Vec<(&Opening, &Link)>,
@@ -79,7 +80,7 @@ pub(super) async fn bridge(
     passages
 }
 
-/// Tries openings of UDP.
+/// Probes openings of UDP; without `arrivals` the result is [`Passage::Unknown`].
 pub(super) async fn datagrams(
     openings: &[(&Opening, &Link)],
     arrivals: Option<&dyn Arrivals>,
@@ -133,7 +134,7 @@ pub(super) async fn datagrams(
 /// Sends an empty datagram to each port.
 fn send(source: IpAddr, gateway: IpAddr, ports: &[u16]) -> anyhow::Result<()> {
     for port in ports {
-        // One each: an answer of ICMP's would be an error of the next.
+        // One socket each: an answer of ICMP's would be an error of the next datagram.
         let socket = UdpSocket::bind(SocketAddr::new(source, PROBE_PORT)).context("cannot bind")?;
         socket.send_to(&[], SocketAddr::new(gateway, *port)).context("cannot send")?;
     }
@@ -173,7 +174,8 @@ impl Drop for Prober<'_> {
     }
 }
 
-/// What answers somebody on the bridge with this gateway: the gateway itself, or what is behind it.
+/// Returns the addresses and ports that answer a client on the bridge with this gateway: the gateway's own,
+/// or those of what is behind it.
 async fn from_bridge(
     ifindex: u32,
     gateway: IpAddr,
@@ -198,17 +200,17 @@ async fn from_bridge(
         }
         Ok(answered)
     };
-    // Waiting is a thread's, not the loop's.
+    // A thread of its own waits, not the loop's.
     tokio::task::spawn_blocking(move || scratch.within(all)?).await.context("the probe panicked")?
 }
 
-/// Sends SYNs from within, and collects the ports that answer.
+/// Sends SYNs from this thread's network namespace, and collects the ports that answer.
 fn answering(source: IpAddr, gateway: IpAddr, ports: &BTreeSet<u16>) -> anyhow::Result<BTreeSet<u16>> {
     let socket =
         Socket::new(Domain::for_address(SocketAddr::new(gateway, 0)), Type::RAW, Some(Protocol::TCP))?;
     let mut answered = BTreeSet::new();
-    // Only whom the SYN has reached knows it: others on the bridge could answer in the gateway's name, for something that a
-    // firewall drops.
+    // Only a host that the SYN has reached knows this number: others on the bridge could answer in the
+    // gateway's name, for something that a firewall drops.
     let sequence = (RandomState::new().hash_one(gateway) >> 32) as u32;
     let ports: Vec<_> = ports.iter().copied().collect();
     for burst in ports.chunks(BURST) {
@@ -231,7 +233,7 @@ fn answering(source: IpAddr, gateway: IpAddr, ports: &BTreeSet<u16>) -> anyhow::
     Ok(answered)
 }
 
-/// The port of an answer, if there is one in time.
+/// Receives a packet, and returns its port if it is an answer; `None` if it is not, or none arrives in time.
 fn receive(socket: &Socket, gateway: IpAddr, sequence: u32, patience: Duration) -> io::Result<Option<u16>> {
     socket.set_read_timeout(Some(patience.max(Duration::from_millis(1))))?;
     let mut packet = [MaybeUninit::uninit(); 128];
@@ -253,7 +255,7 @@ fn receive(socket: &Socket, gateway: IpAddr, sequence: u32, patience: Duration) 
     Ok(packet.get(header..).filter(|_| from_gateway).and_then(|segment| answered_port(segment, sequence)))
 }
 
-/// Which port a segment answers from, if it answers the SYN with that number.
+/// Returns the port that a segment answers from, if it answers the SYN with that number.
 fn answered_port(segment: &[u8], sequence: u32) -> Option<u16> {
     let port = u16::from_be_bytes([*segment.first()?, *segment.get(1)?]);
     let acknowledged = segment.get(ACKNOWLEDGED..)?.first_chunk().copied().map(u32::from_be_bytes)?;
@@ -262,7 +264,7 @@ fn answered_port(segment: &[u8], sequence: u32) -> Option<u16> {
     (answers && acknowledged == sequence.wrapping_add(1)).then_some(port)
 }
 
-/// A SYN without options.
+/// Builds a SYN without options.
 fn syn(source: IpAddr, gateway: IpAddr, port: u16, sequence: u32) -> [u8; HEADER] {
     const WINDOW: u16 = 64_240;
     let mut segment = [0; HEADER];
@@ -277,7 +279,8 @@ fn syn(source: IpAddr, gateway: IpAddr, port: u16, sequence: u32) -> [u8; HEADER
     segment
 }
 
-/// The Internet checksum over pseudo-header and segment (RFC 9293, section 3.1; RFC 8200, section 8.1).
+/// Computes the Internet checksum over pseudo-header and segment (RFC 9293, section 3.1; RFC 8200, section
+/// 8.1).
 fn checksum(source: IpAddr, gateway: IpAddr, segment: &[u8; HEADER]) -> u16 {
     const TCP: u16 = 6;
     let octets = |ip: IpAddr| match ip {

@@ -1,5 +1,5 @@
-//! The ruleset: nftables' as `nft -j` tells it, and iptables' own where its tables are in use. Everything on the input hook
-//! that may deny, and lbridge's own accept rules.
+//! Ruleset: nftables' rules as `nft -j` prints them, and iptables' own if its tables are in use. Covers
+//! everything on the input hook that may deny, and lbridge's own accept rules.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,27 +30,28 @@ use crate::planning::{
     rule::Protocol,
 };
 
-/// A firewall's tool that takes longer is not waited for.
+/// Limit on the run time of a firewall's tool.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
-/// Without counters (`-s`) and without the elements of sets (`-t`): they change all the time, and may be a million.
+/// Arguments that list the ruleset without counters (`-s`) and without the elements of sets (`-t`): they
+/// change all the time, and may be a million.
 const LIST: [&str; 5] = ["-j", "-s", "-t", "list", "ruleset"];
-/// The program.
+/// Name of nftables' program.
 const NFT: &str = "nft";
-/// firewalld's table.
+/// Name of firewalld's own table.
 const FIREWALLD: &str = "firewalld";
-/// Of iptables' tables the one that filters, and its chain.
+/// The filtering table of iptables, and its input chain.
 const FILTER: (&str, &str) = ("filter", "INPUT");
 
-/// Chains that could not be read.
+/// Chains that could not be read, and why.
 #[derive(Debug)]
 pub(super) struct Unread {
-    /// How they are changed.
+    /// Tools that these chains are changed through.
     pub(super) through: &'static [Through],
-    /// Why.
+    /// Reason why they could not be read.
     pub(super) problem: Problem,
 }
 
-/// Why something could not be read.
+/// Reason why something could not be read.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Problem {
     #[error("{0} is not installed")]
@@ -59,19 +60,20 @@ pub(super) enum Problem {
     Failed(anyhow::Error),
 }
 
-/// What was read.
+/// The rules that were read.
 #[derive(Debug, Default)]
 pub(super) struct Ruleset {
     /// Input chains that may deny, the likeliest first.
     pub(super) chains: Vec<InputChain>,
-    /// lbridge's own rules.
+    /// Accept rules that are lbridge's own.
     pub(super) accepts: BTreeMap<(Chain, Opening), Accepted>,
-    /// Stands for everybody else's that a packet on the input hook may meet. Where this is the same, so is what passes.
+    /// Hash of everybody else's rules that a packet on the input hook may meet. While it stays the same, so
+    /// does what passes.
     pub(super) others: u64,
 }
 
 impl Ruleset {
-    /// Reads all of it; and why some of it could not be read.
+    /// Reads all of it. Also returns the chains that could not be read, and why.
     pub(super) async fn read(openings: &BTreeMap<Opening, Link>) -> (Self, Vec<Unread>) {
         let mut ruleset = Self::default();
         let mut problems = vec![];
@@ -160,7 +162,7 @@ impl Ruleset {
                         accepted.copies += 1;
                         own.insert(rule.handle);
                     }
-                    // Its comment is not told here, but by iptables.
+                    // nft does not print its comment, but iptables does.
                     Some(opening) if self.accepts.contains_key(&(this.clone(), opening.clone())) => {
                         own.insert(rule.handle);
                     }
@@ -191,7 +193,7 @@ impl Ruleset {
     }
 }
 
-/// Family, table, chain.
+/// Key of a chain: family, name of the table, name of the chain.
 type ChainKey = (Family, String, String);
 
 fn key(family: Family, table: &str, chain: &str) -> ChainKey {
@@ -208,7 +210,7 @@ struct Tables {
 
 #[derive(Debug, Default)]
 struct ChainView {
-    /// For a base chain on the input hook: its policy.
+    /// Policy of a filtering base chain on the input hook; `None` for any other chain.
     on_input: Option<NfChainPolicy>,
     rules: Vec<RuleView>,
 }
@@ -216,13 +218,13 @@ struct ChainView {
 #[derive(Debug)]
 struct RuleView {
     handle: u32,
-    /// What it accepts, if it has the shape of one of lbridge's.
+    /// The opening that the rule accepts, if it has the shape of one of lbridge's.
     opening: Option<Opening>,
-    /// Whether it may drop or reject.
+    /// True if the rule may drop or reject.
     denies: bool,
-    /// Chains that it may go to.
+    /// Names of the chains that the rule may go to.
     targets: Vec<String>,
-    /// As printed, without what is another in each kernel.
+    /// Text of the rule as printed, without its handle, which differs from kernel to kernel.
     text: String,
 }
 
@@ -231,7 +233,7 @@ impl Tables {
         self.chains.keys().filter(move |key| key.0 == family && key.1 == table).map(|key| key.2.as_str())
     }
 
-    /// A chain and those that it may jump to.
+    /// Lists a chain and those that it may jump to.
     fn reached_from(&self, family: Family, table: &str, chain: &str) -> Vec<&ChainView> {
         let (mut reached, mut names) = (vec![], vec![chain.to_owned()]);
         let mut known = BTreeSet::from([chain.to_owned()]);
@@ -245,7 +247,8 @@ impl Tables {
     }
 }
 
-/// What `nft -j` prints; each object is read on its own, so that one which the crate does not know costs no other.
+/// The output of `nft -j`. Each object is parsed on its own, so that one which the crate does not know costs
+/// no other.
 #[derive(Deserialize)]
 struct Listing {
     nftables: Vec<Value>,
@@ -351,12 +354,12 @@ pub(super) async fn accept(chain: &Chain, opening: &Opening) -> anyhow::Result<(
     apply(chain, opening, batch).await
 }
 
-/// Removes a rule and its copies.
+/// Removes a rule and all its copies.
 pub(super) async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
     apply(chain, opening, Batch::new()).await
 }
 
-/// Adds the removal of every copy that is there now, and has it done.
+/// Adds the removal of every copy that is there now to the batch, and applies it.
 async fn apply(chain: &Chain, opening: &Opening, mut batch: Batch<'static>) -> anyhow::Result<()> {
     let tables = list().await?;
     let rules = tables.chains.get(&key(chain.family, &chain.table, &chain.name)).map(|chain| &chain.rules);
@@ -378,12 +381,13 @@ fn rule_in(chain: &Chain) -> Rule<'static> {
     Rule { family, table: chain.table.clone().into(), chain: chain.name.clone().into(), ..Rule::default() }
 }
 
-/// How a rule treats datagrams with the gateway itself as their source, where these [can be forged](Opening::can_be_forged).
+/// A rule's treatment of datagrams with the gateway itself as their source, where these [can be
+/// forged](Opening::can_be_forged).
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OwnName {
-    /// Does not let them in.
+    /// The rule does not let them in.
     Refused,
-    /// Says nothing of them; or says it in iptables' own way, which nft does not tell.
+    /// The rule does not mention them, or does so in iptables' own way, which nft does not print.
     Unsaid,
 }
 
@@ -393,7 +397,7 @@ impl OwnName {
     }
 }
 
-/// `iifname … ip saddr … ip daddr … tcp dport … accept`, or `udp`
+/// Returns `iifname … ip saddr … ip daddr … tcp dport … accept`, or the same with `udp`.
 fn statements(opening: &Opening, own_name: OwnName) -> Vec<Statement<'static>> {
     let equals = |left: NamedExpression<'static>, right: Expression<'static>| {
         Statement::Match(Match { left: Expression::Named(left), right, op: Operator::EQ })
@@ -427,7 +431,7 @@ fn statements(opening: &Opening, own_name: OwnName) -> Vec<Statement<'static>> {
     statements
 }
 
-/// As nft prints it: a single address without its length.
+/// Returns a rule's sources as nft prints them: a single address without its length.
 fn sources(net: IpNet) -> Expression<'static> {
     let addr = Expression::String(net.addr().to_string().into());
     if net.prefix_len() == net.max_prefix_len() {
@@ -436,7 +440,8 @@ fn sources(net: IpNet) -> Expression<'static> {
     Expression::Named(NamedExpression::Prefix(Prefix { addr: Box::new(addr), len: net.prefix_len().into() }))
 }
 
-/// What a rule lets through, if it is one of lbridge's: by its shape. iptables adds a counter, and its comment.
+/// Returns what a rule lets through, if it has the shape of one of lbridge's. iptables adds a counter and its
+/// comment.
 fn opening(object: &NfListObject<'_>) -> Option<Opening> {
     let NfListObject::Rule(rule) = object else { return None };
     let matters = |statement: &&Statement<'_>| !matches!(statement, Statement::XT(_) | Statement::Counter(_));

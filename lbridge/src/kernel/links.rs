@@ -1,5 +1,6 @@
-//! Links: attaching a program to its hook, replacing it under a link that stays, so that no connection meets an empty
-//! hook, and looking at what is attached. aya lends no descriptors of links; raw bpf(2) commands are needed for most of it.
+//! Links: attaches a program to its hook, replaces it under a link that stays, so that no connection meets an
+//! empty hook, and reads what is attached. aya does not lend the descriptors of links; most of this needs raw
+//! bpf(2) commands.
 
 use std::{
     ffi::CString,
@@ -23,7 +24,7 @@ use super::{
     pins,
 };
 
-/// What programs are attached to.
+/// The places that programs are attached to.
 #[derive(Debug)]
 pub(super) struct Hooks {
     /// The host's network namespace.
@@ -33,8 +34,9 @@ pub(super) struct Hooks {
 }
 
 impl Hooks {
-    /// Attaches `program`, called `name` in the object. Where there is a link at its hook already, `held` or pinned at `pin`, the program
-    /// under that is replaced, and no connection meets an empty hook. The link is not pinned by that.
+    /// Attaches `program`, called `name` in the object. If its hook has a link already, `held` or pinned at
+    /// `pin`, the program under that link is replaced, and no connection meets an empty hook. Does not pin
+    /// the link.
     pub(super) fn attach(
         &self,
         program: &Program,
@@ -66,7 +68,7 @@ impl Hooks {
         Ok(link)
     }
 
-    /// What `program` is to be attached to.
+    /// Returns the place that `program` is to be attached to.
     fn place(&self, program: &Program) -> io::Result<Place> {
         Ok(match program {
             Program::SkLookup(_) => Place::Netns(self.netns.metadata()?.ino()),
@@ -74,13 +76,13 @@ impl Hooks {
         })
     }
 
-    /// Whether `link` is attached where `program` belongs, and runs it.
+    /// Returns true if `link` is attached where `program` belongs, and runs it.
     pub(super) fn runs(&self, program: &Program, link: &Link) -> anyhow::Result<bool> {
         let (info, own) = (link.info()?, program_info(program.fd()?.as_fd(), &mut [])?);
         Ok(info.place == self.place(program)? && info.program == own.id)
     }
 
-    /// Whether the link pinned at `pin` serves another namespace than ours, or one that is gone.
+    /// Returns true if the link pinned at `pin` serves another namespace than ours, or one that is gone.
     pub(super) fn is_of_another_netns(&self, pin: &Path) -> anyhow::Result<bool> {
         if !pin.exists() {
             return Ok(false);
@@ -90,36 +92,37 @@ impl Hooks {
     }
 }
 
-/// What a link is attached to, by inode number; of a link that was detached, and of a namespace that is gone, it is 0.
+/// The place that a link is attached to, by inode number. It is 0 for a link that was detached, and for a
+/// namespace that is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
     Netns(u64),
     Cgroup(u64),
-    /// A link of another kind.
+    /// Place of a link of any other kind.
     Elsewhere,
 }
 
 impl Place {
-    /// Whether the link is still attached.
+    /// Returns true if the link is still attached.
     pub(super) fn is_attached(self) -> bool {
         !matches!(self, Self::Netns(0) | Self::Cgroup(0))
     }
 }
 
-/// What the kernel tells of a link.
+/// Information that the kernel reports of a link.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LinkInfo {
-    /// The link's id.
+    /// Kernel id of the link.
     pub(super) id: u32,
-    /// The id of the program under it.
+    /// Kernel id of the program under the link.
     pub(super) program: u32,
-    /// What it is attached to.
+    /// Place that the link is attached to.
     pub(super) place: Place,
-    /// Its hook (`bpf_attach_type`), where the place is known here.
+    /// Hook of the link (`bpf_attach_type`); `None` for [`Place::Elsewhere`].
     pub(super) hook: Option<u32>,
 }
 
-/// A link, open. It stays attached at least for as long as this lives, even if its pin is removed.
+/// An open link. It stays attached at least for as long as this lives, even if its pin is removed.
 #[derive(Debug)]
 pub(super) struct Link(OwnedFd);
 
@@ -132,7 +135,7 @@ impl Link {
         opened(bpf_cmd::BPF_LINK_CREATE, &mut attr).map(Self)
     }
 
-    /// Opens what is pinned there.
+    /// Opens the link that is pinned at `pin`.
     pub(super) fn pinned(pin: &Path) -> io::Result<Self> {
         let path = CString::new(pin.as_os_str().as_bytes())?;
         let mut attr = empty_attr();
@@ -140,14 +143,14 @@ impl Link {
         opened(bpf_cmd::BPF_OBJ_GET, &mut attr).map(Self)
     }
 
-    /// Opens the one of that id (Linux 5.8 and later).
+    /// Opens the link with this id (Linux 5.8 and later).
     pub(super) fn of_id(id: u32) -> io::Result<Self> {
         let mut attr = empty_attr();
         attr.__bindgen_anon_6.__bindgen_anon_1.link_id = id;
         opened(bpf_cmd::BPF_LINK_GET_FD_BY_ID, &mut attr).map(Self)
     }
 
-    /// What is attached, where, as of now.
+    /// Reads the link's program, place and hook, as they are now.
     pub(super) fn info(&self) -> io::Result<LinkInfo> {
         let mut attr = empty_attr();
         // SAFETY: all zeroes is a valid value of this struct of integers.
@@ -177,8 +180,8 @@ impl Link {
         bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
     }
 
-    /// Sees to it that this link is what is pinned at `pin`. Another one there is unpinned, not detached: whose it is is not known
-    /// here.
+    /// Ensures that this link is the one pinned at `pin`. Another link found there is unpinned, not detached:
+    /// its owner is not known here.
     pub(super) fn keep_pinned(&self, pin: &Path) -> anyhow::Result<()> {
         if Self::pinned(pin).and_then(|there| Ok(there.info()?.id == self.info()?.id)).unwrap_or(false) {
             return Ok(());
@@ -193,8 +196,8 @@ impl Link {
             .map(drop)
     }
 
-    /// Detaches it at once (Linux 5.9 and later). One that is merely closed is detached when the kernel gets to it, some 10 to
-    /// 200 ms later, and steers meanwhile.
+    /// Detaches the link at once (Linux 5.9 and later). The kernel detaches a link that is merely closed some
+    /// 10 to 200 ms later, and it steers meanwhile.
     pub(super) fn detach(&self) -> io::Result<()> {
         let mut attr = empty_attr();
         attr.link_detach.link_fd = self.0.as_raw_fd().cast_unsigned();
@@ -202,14 +205,15 @@ impl Link {
     }
 }
 
-/// Detaches what is pinned there, at once; where that fails the closing has to do.
+/// Detaches the link pinned at `pin` at once. If that fails, the link ends when it is closed.
 pub(super) fn detach(pin: &Path) {
     if let Err(error) = Link::pinned(pin).and_then(|link| link.detach()) {
         tracing::debug!("{} is left to its closing: {error}", pin.display());
     }
 }
 
-/// The ids of all links of this kernel, whoever's; none before Linux 5.8, and none without the privilege to ask.
+/// Lists the ids of all links of this kernel, whoever owns them; none before Linux 5.8, and none without the
+/// privilege to ask.
 pub(super) fn all_ids() -> Vec<u32> {
     let (mut ids, mut id) = (vec![], 0);
     loop {
@@ -224,12 +228,12 @@ pub(super) fn all_ids() -> Vec<u32> {
     }
 }
 
-/// A program's name, and the ids of its maps.
+/// Returns a program's name, and the ids of its maps.
 pub(super) fn program(id: u32) -> io::Result<(Vec<u8>, Vec<u32>)> {
     let mut attr = empty_attr();
     attr.__bindgen_anon_6.__bindgen_anon_1.prog_id = id;
     let program = opened(bpf_cmd::BPF_PROG_GET_FD_BY_ID, &mut attr)?;
-    // More than any program of ours has; the kernel tells how many there are.
+    // More than any program of ours has; the kernel reports how many there are.
     let mut maps = vec![0; 64];
     let info = program_info(program.as_fd(), &mut maps)?;
     maps.truncate(usize::try_from(info.nr_map_ids).unwrap_or(usize::MAX));
@@ -250,7 +254,8 @@ fn program_info(program: BorrowedFd<'_>, maps: &mut [u32]) -> io::Result<bpf_pro
 }
 
 fn program_name(info: &bpf_prog_info) -> &[u8] {
-    // SAFETY: `c_char` and `u8` have the same size and alignment, and every value of one is a value of the other.
+    // SAFETY: `c_char` and `u8` have the same size and alignment, and every value of one is a value of the
+    // other.
     let name = unsafe { std::slice::from_raw_parts(info.name.as_ptr().cast::<u8>(), NAME_LENGTH) };
     name.split(|byte| *byte == 0).next().unwrap_or_default()
 }
@@ -269,8 +274,8 @@ fn opened(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
 }
 
 fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<libc::c_long> {
-    // SAFETY: `attr` is a whole `bpf_attr`, its unused bytes zero, as bpf(2) demands; whatever it points to outlives
-    // the call.
+    // SAFETY: `attr` is a whole `bpf_attr`, its unused bytes zero, as bpf(2) demands; whatever it points to
+    // outlives the call.
     let result = unsafe {
         libc::syscall(libc::SYS_bpf, command as u32, std::ptr::from_mut(attr), size_of::<bpf_attr>())
     };
@@ -282,7 +287,7 @@ fn empty_attr() -> bpf_attr {
     unsafe { mem::zeroed() }
 }
 
-/// Whether programs are attached at a hook of that cgroup that suffer no others beside them.
+/// Returns true if a program attached at this hook of the cgroup allows no others beside it.
 pub(super) fn is_exclusive(cgroup: &File, hook: bpf_attach_type) -> io::Result<bool> {
     let mut attr = empty_attr();
     attr.query.__bindgen_anon_1.target_fd = cgroup.as_raw_fd().cast_unsigned();

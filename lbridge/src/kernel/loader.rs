@@ -1,4 +1,4 @@
-//! Loading: what this kernel takes, adopted or attached anew.
+//! Loader: loads what this kernel accepts, and adopts or attaches it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,7 +27,7 @@ use crate::planning::{
     inventory::{Abilities, Steering},
 };
 
-/// The programs of a set; a pin is called as its program.
+/// Returns the programs of a set; a pin has the name of its program.
 const fn programs_of(set: HookSet) -> &'static [&'static str] {
     match set {
         HookSet::Names => &[symbols::PEERNAME4, symbols::PEERNAME6, symbols::SOCKNAME4, symbols::SOCKNAME6],
@@ -36,51 +36,53 @@ const fn programs_of(set: HookSet) -> &'static [&'static str] {
     }
 }
 
-/// Pins of the two hooks that are always attached, whichever program serves them.
+/// Names of the pins of the two hooks that are always attached, whichever program serves them.
 pub(super) const STEER_LINK: &str = "steer";
 pub(super) const LISTENERS_LINK: &str = "listeners";
 
-/// The kernel half, in force.
+/// The kernel half, loaded and attached.
 #[derive(Debug)]
 pub struct Kernel {
-    /// The maps.
+    /// Typed access to the maps.
     pub maps: Maps,
     object: Ebpf,
     pins: Pins,
     hooks: Hooks,
-    /// What is always attached, of what the kernel takes, and at which pin. Listeners first: a rule must not miss one.
+    /// Programs that are always attached, of those that the kernel accepts, each with the name of its pin.
+    /// Listeners come first: a rule must not miss one.
     programs: Vec<(&'static str, &'static str)>,
-    /// What is attached, by pin.
+    /// Links of the attached programs, by the name of their pin.
     links: BTreeMap<&'static str, Link>,
-    /// The maps that are pinned. A map that no program uses would be gone with its pin.
+    /// The pinned maps. A map that no program uses would be gone with its pin.
     pinned: Vec<(&'static str, MapData)>,
-    /// Looks for strays, from when this version's rules are in force.
+    /// The search for strays; `None` until this version's rules are in force.
     strays: Option<Search>,
     host: strays::Host,
-    /// Why something could not be pinned, as was told.
+    /// The reason last logged why something could not be pinned; `None` if all is pinned.
     unpinned: Option<String>,
 }
 
-/// What came of [`Kernel::load`].
+/// Result of [`Kernel::load`].
 #[derive(Debug)]
 pub struct Loaded {
-    /// The kernel half; `None` where there is nothing of it.
+    /// The kernel half; `None` if this kernel accepts nothing of it.
     pub kernel: Option<Kernel>,
-    /// What wakes the daemon, where listeners are told of.
+    /// Events of listeners, which wake the daemon; `None` if the kernel half reports none.
     pub events: Option<Events>,
-    /// Whose localhost leads to the host.
+    /// The map of network namespaces whose localhost leads to the host; `None` without a kernel half.
     pub guests: Option<Guests>,
-    /// The map of who may use the entries that are not for all; there is one wherever there is a kernel half.
+    /// The map of the addresses that may use the entries that are not for all; `None` without a kernel half.
     pub sources: Option<Sources>,
-    /// What is possible.
+    /// Capabilities of this kernel, with the reason for each that it lacks.
     pub abilities: Abilities,
 }
 
 impl Kernel {
-    /// Loads the object, adopts what is pinned below `bpffs`, attaches. A kernel without the hooks is no error: the
-    /// abilities say so, and why. A host that is not set up (no bpffs, no cgroup2, no privilege, another daemon) is.
+    /// Loads the object, adopts what is pinned below `bpffs`, and attaches the programs. A kernel without the
+    /// hooks is no error: the abilities say so, and why. A host that is not set up (no bpffs, no cgroup2, no
+    /// privilege, another daemon) is an error.
     ///
-    /// `netns` is the host's namespace, `cookie` its cookie where the kernel tells it.
+    /// `netns` is the host's network namespace, `cookie` its cookie if the kernel reports it.
     pub fn load(bpffs: &Path, cgroup: &Path, netns: File, cookie: Option<u64>) -> anyhow::Result<Loaded> {
         let cgroup = open_cgroup(cgroup)?;
         let host = strays::Host::new(&netns, cookie)?;
@@ -89,7 +91,7 @@ impl Kernel {
         let bytes = object::bytes()?;
         let hooks = Hooks { netns, cgroup };
         if hooks.is_of_another_netns(&pins.link(STEER_LINK))? {
-            // Its listeners are that namespace's: they would be assigned, and connections to them hang.
+            // Its listeners belong to that namespace: connections would be assigned to them, and hang.
             tracing::warn!("what is pinned does not serve this network namespace; everything is set up anew");
             pins.clear()?;
         }
@@ -137,7 +139,7 @@ impl Kernel {
         };
         kernel.attach()?;
         for (set, tried) in tried.iter() {
-            // Pinned by a daemon before: the programs under the links are to be this version's.
+            // An earlier daemon has pinned them: the programs under the links are to be this version's.
             if programs_of(set).iter().any(|hook| kernel.pins.link(hook).exists()) {
                 match tried {
                     Ok(()) => kernel.attach_hooks(set)?,
@@ -151,7 +153,7 @@ impl Kernel {
         Ok(Loaded { kernel: Some(kernel), events, guests, sources: Some(sources), abilities })
     }
 
-    /// Attaches what is always attached, or puts this version's programs under the links.
+    /// Attaches the programs that are always attached, or puts this version's under the links.
     pub fn attach(&mut self) -> anyhow::Result<()> {
         for (program, link) in self.programs.clone() {
             self.attach_one(program, link).with_context(|| format!("cannot attach {link}"))?;
@@ -163,19 +165,19 @@ impl Kernel {
         let (program, pin) = (program(&self.object, name)?, self.pins.link(link));
         let attached = self.hooks.attach(program, name, self.links.remove(link), &pin)?;
         if let Err(error) = attached.keep_pinned(&pin) {
-            // It serves all the same; the next `keep_pinned` tells of it if it still cannot be.
+            // It serves all the same; the next `keep_pinned` logs the failure if it still cannot be pinned.
             tracing::debug!("{error:#}");
         }
         self.links.insert(link, attached);
         Ok(())
     }
 
-    /// Whether what is always attached is, as the kernel tells of its links.
+    /// Returns true if everything that is always attached is so, as the kernel reports of its links.
     pub fn attached(&self) -> bool {
         self.programs.iter().all(|(program, link)| self.runs(program, link))
     }
 
-    /// Whether that link is attached to this host, and that program is under it.
+    /// Returns true if that link is attached to this host, with that program under it.
     fn runs(&self, name: &str, link: &str) -> bool {
         let Some(link) = self.links.get(link) else { return false };
         let runs = program(&self.object, name).and_then(|program| self.hooks.runs(program, link));
@@ -185,7 +187,7 @@ impl Kernel {
         })
     }
 
-    /// Attaches these hooks, all or none.
+    /// Attaches the hooks of a set, all or none.
     pub fn attach_hooks(&mut self, set: HookSet) -> anyhow::Result<()> {
         for hook in programs_of(set) {
             if let Err(error) = self.attach_one(hook, hook) {
@@ -196,7 +198,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// Detaches them.
+    /// Detaches the hooks of a set, and removes their pins.
     pub fn detach_hooks(&mut self, set: HookSet) -> anyhow::Result<()> {
         for hook in programs_of(set) {
             // The pin may lead to another link by now.
@@ -208,13 +210,13 @@ impl Kernel {
         Ok(())
     }
 
-    /// Whether all of them are attached, as the kernel tells of their links.
+    /// Returns true if all hooks of a set are attached, as the kernel reports of their links.
     pub fn hooks_attached(&self, set: HookSet) -> bool {
         programs_of(set).iter().all(|hook| self.runs(hook, hook))
     }
 
-    /// Pins again what somebody has unpinned, so that it outlives this process. What cannot be pinned serves until then; that is
-    /// told when it begins, and when it ends.
+    /// Pins again what somebody has unpinned, so that it outlives this process. What cannot be pinned serves
+    /// until this process ends; that is logged when it begins, when its reason changes, and when it ends.
     pub fn keep_pinned(&mut self) {
         let failed = self.pin().err().map(|error| format!("{error:#}"));
         match &failed {
@@ -239,7 +241,8 @@ impl Kernel {
         self.links.iter().try_for_each(|(link, attached)| attached.keep_pinned(&self.pins.link(link)))
     }
 
-    /// Removes what another version pinned, and detaches what no pin names: to be called once this one's rules are in force.
+    /// Removes what another version pinned, and detaches what no pin names. Call this once this version's
+    /// rules are in force.
     pub fn retire_others(&mut self) -> anyhow::Result<()> {
         self.pins.remove_other_versions()?;
         self.strays = Some(Search::new(self.host));
@@ -247,17 +250,18 @@ impl Kernel {
         Ok(())
     }
 
-    /// Detaches what is attached to this host though no pin of this daemon names it, if [`Kernel::retire_others`] has been called.
+    /// Detaches what is attached to this host though no pin of this daemon names it. Does nothing before
+    /// [`Kernel::retire_others`].
     pub fn end_strays(&mut self) {
         let Some(search) = &mut self.strays else { return };
         let own: Option<BTreeSet<u32>> = self.links.values().map(|link| Some(link.info().ok()?.id)).collect();
-        // Without knowing which are its own it would end those.
+        // Without the ids of its own links it would detach those, too.
         let Some(own) = own else { return };
         search.end_strays(&own);
     }
 }
 
-/// Of each hook the program that the kernel takes, loaded and not attached; or why it takes none.
+/// For each hook, the program that the kernel accepts, loaded and not attached; or why it accepts none.
 pub(super) struct Programs {
     pub(super) steer: Result<&'static str, String>,
     pub(super) listeners: Result<&'static str, String>,
@@ -265,16 +269,18 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Tries them. Each is of use without the others: but for listeners, on which both steering and names depend.
+    /// Loads the programs. Each is useful without the others, except that steering and names depend on
+    /// listeners.
     pub(super) fn load(object: &mut Ebpf, cookie: Option<u64>) -> Self {
         let steer = load_first(object, &[symbols::STEER, symbols::STEER_ANY_INTERFACE]);
-        // Without the namespace's cookie the kernel program could not tell the host's listeners from a container's.
+        // Without the namespace's cookie the kernel program could not tell the host's listeners from a
+        // container's.
         let registering: &[&'static str] =
             if cookie.is_some() { &[symbols::REGISTER, symbols::ANNOUNCE] } else { &[symbols::ANNOUNCE] };
         let listeners = load_first(object, registering);
         let steer = listeners.clone().and(steer);
         let hooks = PerHookSet::from_fn(|set| match (set, cookie) {
-            // Which namespace is the host's is told from Linux 5.14 on.
+            // The kernel reports from Linux 5.14 on which namespace is the host's.
             (HookSet::Connect, None) => {
                 Err("localhost needs Linux 5.14, which tells network namespaces apart".to_owned())
             }
@@ -290,7 +296,7 @@ impl Programs {
     }
 }
 
-/// How these programs steer.
+/// Returns how these programs steer, or why they cannot.
 pub(super) fn steering(
     steer: &Result<&'static str, String>,
     listeners: &Result<&'static str, String>,
@@ -301,20 +307,21 @@ pub(super) fn steering(
     })
 }
 
-/// Detaches what a daemon before has left: nobody could change it any more, and `deny` would have no effect.
+/// Detaches what an earlier daemon has left: nobody could change it any more, and `deny` would have no
+/// effect.
 fn abandon(pins: &Pins, host: strays::Host, why: &str) -> anyhow::Result<Loaded> {
     let hooks = HookSet::ALL.into_iter().flat_map(programs_of);
     for link in [STEER_LINK, LISTENERS_LINK].iter().chain(hooks) {
         pins::remove(&pins.link(link))?;
     }
-    // Another version's is not to go on without it.
+    // What another version has pinned must not serve any longer, either.
     pins.remove_other_versions()?;
     Search::new(host).end_strays(&BTreeSet::new());
     Ok(Loaded::nothing(why))
 }
 
 impl Loaded {
-    /// Where the kernel half cannot be.
+    /// Returns the result for a host that cannot have a kernel half.
     fn nothing(why: &str) -> Self {
         let abilities =
             Abilities { steer: Err(why.to_owned()), hooks: PerHookSet::from_fn(|_| Err(why.to_owned())) };
@@ -341,7 +348,8 @@ pub(super) fn program_mut<'a>(object: &'a mut Ebpf, name: &str) -> anyhow::Resul
     object.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))
 }
 
-/// Loads the first program of `candidates` that the kernel takes; else says why it refused the last.
+/// Loads the first program of `candidates` that the kernel accepts. If it accepts none, says why it refused
+/// the last.
 fn load_first(object: &mut Ebpf, candidates: &[&'static str]) -> Result<&'static str, String> {
     let mut refused = String::new();
     for candidate in candidates {
@@ -370,7 +378,8 @@ fn load(object: &mut Ebpf, name: &str) -> Result<(), String> {
     })
 }
 
-/// The verifier's complaint: the last line of its log before the statistics, or of the text where there is no log.
+/// Returns the verifier's complaint: the last line of its log before the statistics, or of the text if there
+/// is no log.
 fn complaint(text: &str) -> &str {
     let statistics = ["verification time", "stack depth", "processed "];
     let is_complaint = |line: &&str| !line.is_empty() && !statistics.iter().any(|s| line.starts_with(s));
@@ -390,7 +399,7 @@ pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Before 5.11 maps count against this limit; later it is of no effect.
+/// Raises the limit on locked memory. Maps count against it before Linux 5.11; later it has no effect.
 pub(super) fn raise_memlock() {
     let unlimited = Rlimit { current: None, maximum: None };
     if let Err(error) = setrlimit(Resource::Memlock, unlimited) {
@@ -398,7 +407,7 @@ pub(super) fn raise_memlock() {
     }
 }
 
-/// Debug objects log; others have nothing to follow.
+/// Follows the log of a debug object; other objects do not log.
 #[cfg(feature = "bpf-log")]
 fn follow_log(object: &mut Ebpf) {
     use tokio::io::{Interest, unix::AsyncFd};

@@ -1,4 +1,4 @@
-//! Typed access to the maps, and the events that wake the daemon.
+//! Maps: typed access to the maps, and the events that wake the daemon.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,13 +25,13 @@ use lbridge_common::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// Flag of an update: only where there is no such key (include/uapi/linux/bpf.h).
+/// Flag of an update: insert only if there is no such key (include/uapi/linux/bpf.h).
 const BPF_NOEXIST: u64 = 1;
 
 /// The maps that userspace reads and writes.
 pub struct Maps {
     rules: HashMap<MapData, RuleKey, RuleValue>,
-    /// To be read; [`Sources`] changes it.
+    /// The map `SOURCES`, only to be read; [`Sources`] changes it.
     sources: HashMap<MapData, SourceKey, u8>,
     accepted: LpmTrie<MapData, AcceptedKey, u8>,
     targets: HashMap<MapData, TargetKey, u8>,
@@ -43,7 +43,8 @@ pub struct Maps {
     counters: PerCpuArray<MapData, u64>,
     /// The daemon's own probes of the firewall.
     pub probes: Probes,
-    /// Who is behind a relayed connection. Shared with the relays, which enter and remove their own.
+    /// Names of the containers behind relayed connections. Shared with the relays, which enter and remove
+    /// their own.
     pub peers: PeerNames,
 }
 
@@ -59,7 +60,8 @@ fn taken<M: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, name: &str) -> an
     M::try_from(map).with_context(|| format!("map {name} is of another kind"))
 }
 
-/// A map with two owners, each with a descriptor of its own: who reads all of it does not hold up who changes it.
+/// Takes a map for two owners, each with a descriptor of its own, so that reading all of it does not hold up
+/// changes.
 fn taken_twice<M: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, name: &str) -> anyhow::Result<(M, M)> {
     let map = object.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))?;
     let Map::HashMap(first) = map else { bail!("map {name} is of another kind") };
@@ -100,92 +102,94 @@ impl Maps {
         Ok((maps, Sources(owned)))
     }
 
-    /// Every entry with its count.
+    /// Reads every entry with its count.
     pub fn entries(&self) -> anyhow::Result<BTreeMap<RuleKey, RuleValue>> {
         collected(&self.rules).context("cannot read the rules in force")
     }
 
-    /// Puts or replaces an entry; a lookup meets the old one or the new one, never none. The count starts anew.
+    /// Puts or replaces an entry; a lookup meets the old one or the new one, never none. The count restarts.
     pub fn put_entry(&mut self, key: &RuleKey, value: &RuleValue) -> anyhow::Result<()> {
         self.rules.insert(key, value, 0).context("cannot put the kernel's entry")
     }
 
-    /// Removes an entry; none is as good.
+    /// Removes an entry; does nothing if it is not there.
     pub fn remove_entry(&mut self, key: &RuleKey) -> anyhow::Result<()> {
         or_absent(self.rules.remove(key)).context("cannot remove the kernel's entry")
     }
 
-    /// Addresses and ports whose listeners are registered.
+    /// Lists the addresses and ports whose listeners are registered.
     pub fn targets(&self) -> anyhow::Result<BTreeSet<TargetKey>> {
         let ports: Result<_, MapError> = self.targets.keys().collect();
         ports.context("cannot read the watched ports")
     }
 
-    /// Watches a port.
+    /// Starts watching a port at an address.
     pub fn add_target(&mut self, key: &TargetKey) -> anyhow::Result<()> {
         self.targets.insert(key, 1, 0).context("cannot watch the port")
     }
 
-    /// Watches a port no more.
+    /// Stops watching a port at an address; does nothing if it is not watched.
     pub fn remove_target(&mut self, key: &TargetKey) -> anyhow::Result<()> {
         or_absent(self.targets.remove(key)).context("cannot stop to watch the port")
     }
 
-    /// The users of the entries that are not for all.
+    /// Lists the addresses that may use the entries that are not for all, each with its entry.
     pub fn sources(&self) -> anyhow::Result<BTreeSet<SourceKey>> {
         let keys: Result<_, MapError> = self.sources.keys().collect();
         keys.context("cannot read who may use the rules")
     }
 
-    /// What accept rules let in, with the bits of the key that count.
+    /// Lists what accept rules let in, each key with the number of its leading bits that count.
     pub fn accepted(&self) -> anyhow::Result<BTreeSet<(AcceptedKey, u32)>> {
         let keys = self.accepted.keys().map(|key| key.map(|key| (key.data(), key.prefix_len())));
         keys.collect::<Result<_, MapError>>().context("failed to read map ACCEPTED")
     }
 
-    /// Has the kernel refuse it, unless an entry admits it.
+    /// Makes the kernel refuse what an accept rule lets in, unless an entry admits it.
     pub fn add_accepted(&mut self, (key, bits): (AcceptedKey, u32)) -> anyhow::Result<()> {
         self.accepted.insert(&Key::new(bits, key), 1, 0).context("failed to write map ACCEPTED")
     }
 
-    /// Has the kernel let it pass.
+    /// Makes the kernel let it pass again; does nothing if the key is not there.
     pub fn remove_accepted(&mut self, (key, bits): (AcceptedKey, u32)) -> anyhow::Result<()> {
         or_absent(self.accepted.remove(&Key::new(bits, key))).context("failed to delete from map ACCEPTED")
     }
 
-    /// What containers dial that leads to their gateway.
+    /// Lists the dials: what containers dial, and the gateway that each leads to.
     pub fn dials(&self) -> anyhow::Result<BTreeMap<DialKey, Dial>> {
         collected(&self.dials).context("cannot read what leads to gateways")
     }
 
-    /// Leads what containers dial to their gateway.
+    /// Makes a dial lead to its gateway.
     pub fn put_dial(&mut self, key: &DialKey, dial: &Dial) -> anyhow::Result<()> {
         self.dials.insert(key, dial, 0).context("cannot lead localhost to the gateway")
     }
 
-    /// Leaves it alone.
+    /// Removes a dial, so that its address is not redirected; does nothing if it is not there.
     pub fn remove_dial(&mut self, key: &DialKey) -> anyhow::Result<()> {
         or_absent(self.dials.remove(key)).context("cannot leave localhost alone")
     }
 
-    /// Gateways that look local, with the bits of the key that count.
+    /// Lists the views, which make gateways look local, each with the number of leading bits of the key that
+    /// count.
     pub fn views(&self) -> anyhow::Result<BTreeMap<(ViewKey, u32), LoopbackView>> {
         let views =
             self.views.iter().map(|entry| entry.map(|(key, view)| ((key.data(), key.prefix_len()), view)));
         views.collect::<Result<_, MapError>>().context("cannot read the gateways that look local")
     }
 
-    /// Makes a gateway's connections look local.
+    /// Puts a view, which makes a gateway's connections look local.
     pub fn put_view(&mut self, (key, bits): (ViewKey, u32), view: &LoopbackView) -> anyhow::Result<()> {
         self.views.insert(&Key::new(bits, key), view, 0).context("cannot make the gateway look local")
     }
 
-    /// Makes a gateway's connections look as they are.
+    /// Removes a view, so that a gateway's connections look as they are; does nothing if it is not there.
     pub fn remove_view(&mut self, (key, bits): (ViewKey, u32)) -> anyhow::Result<()> {
         or_absent(self.views.remove(&Key::new(bits, key))).context("cannot make the gateway look as it is")
     }
 
-    /// Sources of UDP services' datagrams, with the bits of the key that count.
+    /// Lists the sources of UDP services' datagrams, each with the number of leading bits of the key that
+    /// count.
     pub fn replies(&self) -> anyhow::Result<BTreeMap<(ReplyKey, u32), Reply>> {
         let replies = self
             .replies
@@ -194,23 +198,24 @@ impl Maps {
         replies.collect::<Result<_, MapError>>().context("cannot read the sources of replies")
     }
 
-    /// Has a service's datagrams leave with a gateway as their source.
+    /// Makes a service's datagrams leave with a gateway as their source.
     pub fn put_reply(&mut self, (key, bits): (ReplyKey, u32), reply: &Reply) -> anyhow::Result<()> {
         self.replies.insert(&Key::new(bits, key), reply, 0).context("cannot give replies their source")
     }
 
-    /// Has them leave as they are.
+    /// Makes a service's datagrams leave as they are; does nothing if the key is not there.
     pub fn remove_reply(&mut self, (key, bits): (ReplyKey, u32)) -> anyhow::Result<()> {
         or_absent(self.replies.remove(&Key::new(bits, key))).context("cannot leave replies as they are")
     }
 
-    /// Keys under which a listener is registered now. The kernel removes them as sockets close.
+    /// Lists the keys under which a listener is registered now. The kernel removes them as sockets close.
     pub fn registered(&self) -> anyhow::Result<BTreeSet<ListenerKey>> {
         let keys: Result<_, MapError> = self.listeners.keys().collect();
         keys.context("cannot read the registered listeners")
     }
 
-    /// Registers a listening socket, unless the kernel program has taken the slot for another. An errno of the kernel's is in the error's chain as an [`std::io::Error`].
+    /// Registers a listening socket, unless the kernel program has taken the slot for another. The error's
+    /// chain holds an errno of the kernel's as an [`std::io::Error`].
     pub fn register(&mut self, key: ListenerKey, socket: &impl AsFd) -> anyhow::Result<()> {
         match self.listeners.insert(key, socket.as_fd().as_raw_fd(), BPF_NOEXIST) {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
@@ -220,10 +225,10 @@ impl Maps {
         }
     }
 
-    /// Forgets a listener; one that is gone already is as good.
+    /// Unregisters a listener; does nothing if it is gone already.
     pub fn unregister(&mut self, key: &ListenerKey) -> anyhow::Result<()> {
         match self.listeners.remove(key) {
-            // What SOCKHASH says of a missing key (net/core/sock_map.c).
+            // SOCKHASH's error for a missing key (net/core/sock_map.c).
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
                 Ok(())
             }
@@ -231,25 +236,26 @@ impl Maps {
         }
     }
 
-    /// Keys of the entries whose relay can be reached now. The kernel removes them as sockets close.
+    /// Lists the keys of the entries whose relay the kernel can reach now. It removes them as sockets close.
     pub fn relays(&self) -> anyhow::Result<BTreeSet<RuleKey>> {
         let keys: Result<_, MapError> = self.relays.keys().collect();
         keys.context("failed to read map RELAYS")
     }
 
-    /// Leads an entry's connections to the listening socket of its relay.
+    /// Makes an entry's connections lead to the listening socket of its relay.
     pub fn put_relay(&mut self, key: RuleKey, socket: &impl AsFd) -> anyhow::Result<()> {
         self.relays.insert(key, socket.as_fd().as_raw_fd(), 0).context("failed to write map RELAYS")
     }
 
-    /// How often an outcome came about.
+    /// Returns how often an outcome has occurred, summed over all CPUs.
     pub fn counter(&self, counter: Counter) -> anyhow::Result<u64> {
         let values = self.counters.get(&(counter as u32), 0).context("cannot read the counters")?;
         Ok(values.iter().sum())
     }
 }
 
-/// The daemon's own probes of the firewall, as the kernel program knows them. Shared with whoever sends them.
+/// The daemon's own probes of the firewall, as the kernel program knows them. Shared with the code that sends
+/// them.
 #[derive(Debug, Clone)]
 pub struct Probes(Arc<Mutex<ProbeMaps>>);
 
@@ -264,33 +270,34 @@ impl Probes {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on, takes what comes from there as probes.
+    /// Starts to take packets from this source as probes.
     pub fn add_source(&self, key: &ProberKey) -> anyhow::Result<()> {
         self.maps().sources.insert(key, 1, 0).context("failed to write map PROBERS")
     }
 
-    /// Takes it as anybody's again.
+    /// Stops taking packets from this source as probes; does nothing if it is not there.
     pub fn remove_source(&self, key: &ProberKey) -> anyhow::Result<()> {
         or_absent(self.maps().sources.remove(key)).context("failed to delete from map PROBERS")
     }
 
-    /// Counts the datagrams that meet an entry.
+    /// Starts counting the datagrams that meet an entry, from 0.
     pub fn count(&self, key: &RuleKey) -> anyhow::Result<()> {
         self.maps().arrived.insert(key, 0, 0).context("failed to write map PROBES")
     }
 
-    /// Returns the number of datagrams that have met it.
+    /// Returns the number of datagrams that have met an entry since [`Self::count`].
     pub fn counted(&self, key: &RuleKey) -> anyhow::Result<u64> {
         self.maps().arrived.get(key, 0).context("failed to read map PROBES")
     }
 
-    /// Stops counting.
+    /// Stops counting the datagrams that meet an entry.
     pub fn forget(&self, key: &RuleKey) -> anyhow::Result<()> {
         or_absent(self.maps().arrived.remove(key)).context("failed to delete from map PROBES")
     }
 }
 
-/// The map of who may use the entries that are not for all, open for writing. It has another owner than the other maps.
+/// The map `SOURCES`, open for writing: the addresses that may use the entries that are not for all. Its
+/// owner is not that of the other maps.
 pub struct Sources(HashMap<MapData, SourceKey, u8>);
 
 // aya's maps do not implement it.
@@ -311,7 +318,7 @@ impl Sources {
         self.0.insert(key, 1, 0).with_context(|| format!("failed to let {source} use the rule"))
     }
 
-    /// Takes an address away from an entry; one that is not there is as good.
+    /// Revokes an address's use of an entry; does nothing if it is not there.
     ///
     /// # Errors
     ///
@@ -322,7 +329,8 @@ impl Sources {
     }
 }
 
-/// Whose localhost leads to the host. Its owner is another than the other maps'.
+/// The map `GUESTS`: network namespaces whose localhost leads to the host. Its owner is not that of the other
+/// maps.
 pub struct Guests(HashMap<MapData, u64, Guest>);
 
 // aya's maps do not implement it.
@@ -337,17 +345,17 @@ impl Guests {
         taken(object, symbols::GUESTS).map(Self)
     }
 
-    /// By their namespaces' cookies.
+    /// Reads all guests, by the cookies of their namespaces.
     pub fn all(&self) -> anyhow::Result<BTreeMap<u64, Guest>> {
         collected(&self.0).context("cannot read whose localhost leads to the host")
     }
 
-    /// Has a namespace's localhost lead there.
+    /// Makes the localhost of a guest's namespace lead to the host.
     pub fn put(&mut self, guest: &Guest) -> anyhow::Result<()> {
         self.0.insert(guest.netns, guest, 0).context("cannot lead a container's localhost to the host")
     }
 
-    /// Leaves it alone.
+    /// Stops redirecting the localhost of the namespace with this cookie; does nothing if it is not there.
     pub fn remove(&mut self, netns: u64) -> anyhow::Result<()> {
         or_absent(self.0.remove(&netns)).context("cannot leave a container's localhost alone")
     }
@@ -361,10 +369,10 @@ fn or_absent(done: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-/// Names of relayed connections. Two steps, since the service may ask for its peer as soon as it is connected:
-/// [`PeerNames::announce`] before connect(), which lets the kernel enter the name as soon as the socket has its port;
-/// [`PeerNames::confirm`] after it. The kernel removes the name when the relay's socket closes. What the service was told
-/// stays true for as long as its own socket lives.
+/// Names of relayed connections. Naming takes two steps, since the service may ask for its peer as soon as it
+/// is connected: [`PeerNames::announce`] before connect(), which lets the kernel enter the name as soon as
+/// the socket has its port; [`PeerNames::confirm`] after it. The kernel removes the name when the relay's
+/// socket closes. The name that the service has seen stays true for as long as its own socket lives.
 #[derive(Debug, Clone)]
 pub struct PeerNames(Arc<Mutex<NameMaps>>);
 
@@ -379,7 +387,7 @@ impl PeerNames {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The socket of this cookie is about to connect on behalf of `container`.
+    /// Announces that the socket of this cookie is about to connect on behalf of `container`.
     pub fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()> {
         self.maps()
             .connects
@@ -387,7 +395,8 @@ impl PeerNames {
             .context("failed to write map RELAY_CONNECTS")
     }
 
-    /// Its connect() has returned. An error where the service may see another peer than `container`.
+    /// Confirms that connect() has returned. Returns an error if the service may see another peer than
+    /// `container`.
     pub fn confirm(
         &self,
         cookie: u64,
@@ -404,14 +413,14 @@ impl PeerNames {
         }
     }
 
-    /// It will not connect, or not be confirmed.
+    /// Withdraws an announcement, if the socket will not connect or not be confirmed.
     pub fn withdraw(&self, cookie: u64) {
         if let Err(error) = or_absent(self.maps().connects.remove(&cookie)) {
             tracing::warn!("failed to delete from map RELAY_CONNECTS: {error}");
         }
     }
 
-    /// Removes what another daemon's connections left.
+    /// Removes the names that another daemon's connections left.
     pub(super) fn clear(&self) -> anyhow::Result<()> {
         let mut maps = self.maps();
         let cookies: Vec<_> = maps.connects.keys().collect::<Result<_, _>>()?;
@@ -430,7 +439,7 @@ fn endpoint(address: SocketAddr) -> Endpoint {
     Endpoint::new(address.ip().into(), address.port())
 }
 
-/// Events of listeners on watched ports.
+/// Stream of the events of listeners on watched ports.
 pub struct Events {
     buffer: RingBuf<MapData>,
     readiness: AsyncFd<OwnedFd>,
@@ -452,7 +461,7 @@ impl Events {
         Ok(Self { buffer, readiness })
     }
 
-    /// Waits until something happened, then says what, oldest first. Cancel-safe.
+    /// Waits until something has happened, then returns the events, oldest first. Cancel-safe.
     pub async fn next(&mut self) -> io::Result<Vec<ListenerEvent>> {
         loop {
             let mut ready = self.readiness.readable().await?;

@@ -1,13 +1,13 @@
-//! The kernel half: loads the object, pins and adopts it, reads and writes its maps. The only room that knows aya.
-//! Imports planning, the common types and `host/trusted`.
+//! Kernel half: loads the object, pins and adopts it, reads and writes its maps. The only module that knows
+//! aya. Imports planning, the common types and `host/trusted`.
 //!
-//! - `object`: the committed object and what is in it;
-//! - [`pins`]: where things are pinned, and whether what is there may be adopted;
-//! - `links`: attaching, replacing a program under a link that stays, and what links say of themselves;
-//! - [`strays`]: what is attached though no pin names it;
-//! - [`maps`]: typed access;
-//! - [`loader`]: all of it in order, and what turned out to be possible;
-//! - [`trial`]: the same without a trace, for those who only want to know.
+//! - `object`: the committed object and its contents;
+//! - [`pins`]: the paths of pins, and whether what is pinned may be adopted;
+//! - `links`: attaches programs, replaces a program under a link that stays, and reads the state of links;
+//! - [`strays`]: programs that are attached though no pin names their links;
+//! - [`maps`]: typed access to the maps;
+//! - [`loader`]: loads, adopts and attaches all of it in order, and reports what turned out to be possible;
+//! - [`trial`]: loads the same without a trace, for commands that only test the kernel.
 
 mod links;
 pub mod loader;

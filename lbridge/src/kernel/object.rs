@@ -1,4 +1,4 @@
-//! The object: committed, so that building lbridge needs no eBPF toolchain. `cargo xtask build-ebpf` makes it.
+//! Object: committed, so that building lbridge needs no eBPF toolchain. `cargo xtask build-ebpf` makes it.
 
 use std::{borrow::Cow, env, fs, path::PathBuf};
 
@@ -8,10 +8,10 @@ use lbridge_common::symbols;
 
 static COMMITTED: &[u8] = aya::include_bytes_aligned!("../../bpf/lbridge.bpf.o");
 
-/// Names another object file: for development.
+/// Environment variable that names another object file, for development.
 const OVERRIDE: &str = "LBRIDGE_BPF_OBJECT";
 
-/// The object's bytes.
+/// Returns the object's bytes.
 pub(super) fn bytes() -> anyhow::Result<Cow<'static, [u8]>> {
     match env::var_os(OVERRIDE).map(PathBuf::from) {
         None => Ok(Cow::Borrowed(COMMITTED)),
@@ -23,7 +23,7 @@ pub(super) fn bytes() -> anyhow::Result<Cow<'static, [u8]>> {
     }
 }
 
-/// What a map must look like to be adopted.
+/// Properties that a map must have to be adopted; sizes in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Shape {
     pub(super) kind: u32,
@@ -32,7 +32,7 @@ pub(super) struct Shape {
     pub(super) max_entries: u32,
 }
 
-/// The shapes of the maps in `object`, by name.
+/// Lists the shapes of the maps in `object`, by name.
 pub(super) fn shapes(object: &[u8]) -> anyhow::Result<Vec<(String, Shape)>> {
     let object = aya_obj::Object::parse(object).context("the eBPF object cannot be understood")?;
     let shape = |map: &aya_obj::Map| Shape {
@@ -44,14 +44,14 @@ pub(super) fn shapes(object: &[u8]) -> anyhow::Result<Vec<(String, Shape)>> {
     Ok(object.maps.iter().map(|(name, map)| (name.clone(), shape(map))).collect())
 }
 
-/// A program of the object: where it is attached, and by which maps one of any version is known.
+/// A program of the object: its hook, and the maps that identify the program in any version.
 #[derive(Debug)]
 pub(super) struct Known {
-    /// Its name in the object.
+    /// Full name in the object, which the kernel cuts to [`NAME_LENGTH`] bytes.
     pub(super) name: &'static str,
-    /// The hook.
+    /// Hook that the program is attached to.
     pub(super) hook: bpf_attach_type,
-    /// Maps that it has used: all of one of these sets in every version.
+    /// Sets of maps. In every version the program uses all maps of one of these sets.
     pub(super) maps: &'static [&'static [&'static str]],
 }
 
@@ -98,26 +98,28 @@ pub(super) const PROGRAMS: [Known; 12] = {
     ]
 };
 
-/// Names in the kernel end after this many bytes (`BPF_OBJ_NAME_LEN`, include/uapi/linux/bpf.h, less a zero).
+/// Bytes after which the kernel cuts a name (`BPF_OBJ_NAME_LEN`, include/uapi/linux/bpf.h, less a zero).
 pub(super) const NAME_LENGTH: usize = 15;
 
 impl Known {
-    /// The program of that name, as the kernel tells it.
+    /// Finds the program of this name, as the kernel reports it.
     pub(super) fn of_name(name: &[u8]) -> Option<&'static Self> {
         let cut = |known: &&Self| &known.name.as_bytes()[..known.name.len().min(NAME_LENGTH)] == name;
         PROGRAMS.iter().find(cut)
     }
 }
 
-/// Whether a map is one of those in [`Known::maps`] as some version has made them: its name, kind and key size.
+/// Returns true if a map is one of those in [`Known::maps`] as some version has made it, judging by its name,
+/// kind and key size.
 pub(super) fn is_known_map(name: &[u8], kind: u32, key_size: u32) -> bool {
     KNOWN_MAPS.iter().any(|(known, its_kind, its_key_size, _)| {
         known.as_bytes() == name && *its_kind as u32 == kind && *its_key_size == key_size
     })
 }
 
-/// The maps of [`Known::maps`] as every version made them: the name, the kind, a key's size in bytes, and the first ABI version with
-/// that. Who changes one adds a line and removes none: by these a daemon finds what an older one has left attached.
+/// The maps of [`Known::maps`] as every version made them: the name, the kind, a key's size in bytes, and the
+/// first ABI version with that. A change adds a line and removes none: a daemon uses these lines to find what
+/// an older one has left attached.
 const KNOWN_MAPS: [(&str, bpf_map_type, u32, u32); 13] = {
     use bpf_map_type::{
         BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_LPM_TRIE, BPF_MAP_TYPE_SK_STORAGE, BPF_MAP_TYPE_SOCKHASH,

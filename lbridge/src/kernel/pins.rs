@@ -1,8 +1,8 @@
 //! Pins: what outlives the daemon. One directory for each [`ABI_VERSION`], so that maps are never misread.
 //!
-//! Whoever can change these directories decides what is in force after the daemon, and whether `deny` has an effect. So each of them,
-//! and every folder on the way, must be root's (`host/trusted.rs`): a bpffs that was mounted without options lets everybody
-//! make folders in it.
+//! Whoever can change these directories decides what is in force after the daemon has ended, and whether
+//! `deny` has an effect. So each of them, and every folder on the way, must be root's (`host/trusted.rs`): a
+//! bpffs that was mounted without options lets every user make folders in it.
 
 use std::{
     collections::BTreeSet,
@@ -34,7 +34,7 @@ use super::{
 };
 use crate::host::trusted::{self, Untrusted};
 
-/// Maps that outlive the daemon. The event buffer and the counts of probes do not: they are of use to one daemon only.
+/// Maps that outlive the daemon. The event buffer and the maps of probes do not: they serve one daemon only.
 pub(super) const PINNED_MAPS: [&str; 16] = [
     RULES,
     SOURCES,
@@ -54,7 +54,7 @@ pub(super) const PINNED_MAPS: [&str; 16] = [
     COUNTERS,
 ];
 
-/// What the pins of links begin with.
+/// Prefix of the names of links' pins.
 const LINK: &str = "link_";
 
 /// The pin directory, locked for as long as this lives.
@@ -66,13 +66,15 @@ pub(super) struct Pins {
 }
 
 impl Pins {
-    /// Opens `root`, a directory on a bpffs; makes it where it is not there. One that somebody else could change is refused.
+    /// Opens `root`, a directory on a bpffs, and makes it if it is missing. Refuses one that another user
+    /// could change.
     pub(super) fn open(root: &Path) -> anyhow::Result<Self> {
         check(root)?;
         trusted::make_folder(root).map_err(|error| refused(root, root, &error))?;
         let pins =
             Self { root: root.to_owned(), current: root.join(format!("v{ABI_VERSION}")), lock: lock(root)? };
-        // Of other versions, too: they are removed once this one's rules are in force, which is too late to refuse.
+        // Checks other versions, too: they are removed once this one's rules are in force, which is too late
+        // to refuse.
         for (_, path) in versions(root)? {
             trusted::open_folder(&path).map_err(|error| refused(root, &path, &error))?;
         }
@@ -80,7 +82,7 @@ impl Pins {
         Ok(pins)
     }
 
-    /// Makes the directory of this version, and sees to it that nobody else has put something there.
+    /// Makes the directory of this version, and checks that no other user has put anything there.
     fn make_current(&self) -> anyhow::Result<()> {
         let refused = |path: &Path, error| refused(&self.root, path, &error);
         trusted::make_folder(&self.current).map_err(|error| refused(&self.current, error))?;
@@ -95,14 +97,14 @@ impl Pins {
         Ok(())
     }
 
-    /// Everything in the directory of this version.
+    /// Lists everything in the directory of this version.
     fn entries(&self) -> anyhow::Result<Vec<PathBuf>> {
         let entries = fs::read_dir(&self.current)
             .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>());
         entries.with_context(|| format!("cannot read {}", self.current.display()))
     }
 
-    /// Makes the directories anew if they were renamed, removed or replaced since they were opened.
+    /// Makes the directories again if they were renamed, removed or replaced since they were opened.
     pub(super) fn keep(&mut self) -> anyhow::Result<()> {
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
         let ours = self.lock.metadata().map(identity)?;
@@ -113,17 +115,18 @@ impl Pins {
         self.make_current()
     }
 
-    /// Where a map is pinned.
+    /// Returns the path of a map's pin.
     pub(super) fn map(&self, name: &str) -> PathBuf {
         self.current.join(name)
     }
 
-    /// Where the link of a hook is pinned.
+    /// Returns the path of the pin of a hook's link.
     pub(super) fn link(&self, hook: &str) -> PathBuf {
         self.current.join(format!("{LINK}{hook}"))
     }
 
-    /// Removes what is pinned if any of its maps is not of the shape that the object's is: aya would take it as it is.
+    /// Removes what is pinned if the shape of any of its maps is not the object's: aya would take the map as
+    /// it is.
     pub(super) fn discard_misshapen(&self, shapes: &[(String, Shape)]) -> anyhow::Result<()> {
         for (name, wanted) in shapes.iter().filter(|(name, _)| PINNED_MAPS.contains(&name.as_str())) {
             let path = self.map(name);
@@ -156,12 +159,13 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes everything of this version: what it serves ends.
+    /// Removes everything that this version has pinned, and ends what it serves.
     pub(super) fn clear(&self) -> anyhow::Result<()> {
         self.entries()?.iter().try_for_each(|pin| remove(pin))
     }
 
-    /// Removes what other versions pinned, once this one's is in force: until then both steer.
+    /// Removes what other versions pinned. Call this once this version's pins are in force: until then both
+    /// steer.
     pub(super) fn remove_other_versions(&self) -> anyhow::Result<()> {
         for (version, path) in versions(&self.root)? {
             if version != ABI_VERSION {
@@ -173,12 +177,12 @@ impl Pins {
     }
 }
 
-/// Whether what is always attached is pinned below `root`, and attached; without a change to anything.
+/// Returns true if what is always attached is pinned below `root`, and attached. Changes nothing.
 pub fn in_place(root: &Path) -> io::Result<bool> {
     let current = root.join(format!("v{ABI_VERSION}"));
     match trusted::open_folder(&current) {
         Ok(_) => {}
-        // What is in somebody else's folder is not the daemon's.
+        // A folder that others could change is not the daemon's, nor is anything in it.
         Err(error) if error.kind() == ErrorKind::NotFound || Untrusted::of(&error).is_some() => {
             return Ok(false);
         }
@@ -195,7 +199,8 @@ pub fn in_place(root: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Why the daemon would not use `root` although it is on a bpffs, and what to type.
+/// Returns why the daemon would not use `root` although it is on a bpffs, and what to type; `None` if it
+/// would.
 pub fn refusal(root: &Path) -> Option<(String, Option<String>)> {
     let error = [root, &root.join(format!("v{ABI_VERSION}"))]
         .into_iter()
@@ -204,7 +209,7 @@ pub fn refusal(root: &Path) -> Option<(String, Option<String>)> {
     Some((error.to_string(), remedy(root, &error)))
 }
 
-/// The ids of all links that are pinned below `root`, whatever version did that.
+/// Lists the ids of all links that are pinned below `root`, whichever version pinned them.
 pub(super) fn link_ids(root: &Path) -> BTreeSet<u32> {
     let versions = versions(root).unwrap_or_default();
     let pins = versions.iter().filter_map(|(_, path)| fs::read_dir(path).ok()).flatten().flatten();
@@ -212,11 +217,12 @@ pub(super) fn link_ids(root: &Path) -> BTreeSet<u32> {
     links.filter_map(|path| Some(Link::pinned(&path).ok()?.info().ok()?.id)).collect()
 }
 
-/// What accept rules let in, as the last daemon knew it, with the bits of each key that count.
+/// Reads what accept rules let in, as the last daemon knew it, each key with the number of its leading bits
+/// that count.
 ///
 /// # Errors
 ///
-/// If somebody else could change the folder; if the map cannot be read.
+/// If another user could change the folder; if the map cannot be read.
 pub fn accepted(root: &Path) -> anyhow::Result<BTreeSet<(AcceptedKey, u32)>> {
     let folder = root.join(format!("v{ABI_VERSION}"));
     match trusted::open_folder(&folder) {
@@ -234,7 +240,8 @@ pub fn accepted(root: &Path) -> anyhow::Result<BTreeSet<(AcceptedKey, u32)>> {
     read().with_context(|| format!("failed to read map {}", path.display()))
 }
 
-/// Removes everything that daemons pinned at `root`, and by that detaches it; whether there was anything. None may run.
+/// Removes everything that daemons pinned at `root`, which detaches it. Returns true if `root` was there. No
+/// daemon may run.
 pub fn remove_all(root: &Path) -> anyhow::Result<bool> {
     if !root.exists() {
         return Ok(false);
@@ -246,14 +253,14 @@ pub fn remove_all(root: &Path) -> anyhow::Result<bool> {
         remove_version(root, &path)?;
     }
     match fs::remove_dir(root) {
-        // What else is there is somebody else's.
+        // Anything else there belongs to somebody else.
         Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {}
         done => done.with_context(|| format!("cannot remove {}", root.display()))?,
     }
     Ok(true)
 }
 
-/// Why `path`, a part of the pin directory `root`, is not used, and what to type.
+/// Returns the error that `path`, a part of the pin directory `root`, is not used, with why and what to type.
 fn refused(root: &Path, path: &Path, error: &io::Error) -> anyhow::Error {
     match (Untrusted::of(error), remedy(root, error)) {
         (Some(refusal), Some(remedy)) => anyhow::anyhow!("{refusal}; type: {remedy}"),
@@ -278,13 +285,14 @@ fn remedy(root: &Path, error: &io::Error) -> Option<String> {
     })
 }
 
-/// Whether a path, or the folder that it is to be made in, is on a bpffs.
+/// Returns true if a path, or the folder that it is to be made in, is on a bpffs.
 pub fn on_bpffs(root: &Path) -> bool {
     let on_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
     on_bpffs(root) || on_bpffs(root.parent().unwrap_or(root))
 }
 
-/// What to type where [`on_bpffs`] is not so. Never to mount over a folder that may be something else's.
+/// Returns what to type if [`on_bpffs`] is false. Never says to mount over a folder that may be something
+/// else's.
 pub fn mount_one(root: &Path) -> &'static str {
     if root.starts_with("/sys/fs/bpf") {
         "mount -t bpf -o mode=700 bpf /sys/fs/bpf"
@@ -293,12 +301,12 @@ pub fn mount_one(root: &Path) -> &'static str {
     }
 }
 
-/// Whether `root` may be ours.
+/// Checks that `root` may be ours: it must be on a bpffs, and must not be a mount point.
 fn check(root: &Path) -> anyhow::Result<()> {
     if !on_bpffs(root) {
         bail!("{} is not on a bpffs: {}", root.display(), mount_one(root));
     }
-    // What else is on the file system is not ours to look at, let alone to remove.
+    // The rest of the file system is not ours to look at, let alone to remove.
     let is_mount_point = match (fs::metadata(root), fs::metadata(root.join(".."))) {
         (Ok(own), Ok(parent)) => own.dev() != parent.dev() || own.ino() == parent.ino(),
         _ => false,
@@ -309,7 +317,7 @@ fn check(root: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Held by the one daemon that uses the directory.
+/// Locks the directory for the one daemon that uses it.
 fn lock(root: &Path) -> anyhow::Result<Flock<File>> {
     Flock::lock(File::open(root)?, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
         Errno::EWOULDBLOCK => {
@@ -319,7 +327,7 @@ fn lock(root: &Path) -> anyhow::Result<Flock<File>> {
     })
 }
 
-/// The directories of each version, this one's and others'.
+/// Lists the directory of each version, this one's and others', with its version.
 fn versions(root: &Path) -> anyhow::Result<Vec<(u32, PathBuf)>> {
     let mut versions = vec![];
     for entry in fs::read_dir(root)? {
@@ -331,7 +339,7 @@ fn versions(root: &Path) -> anyhow::Result<Vec<(u32, PathBuf)>> {
     Ok(versions)
 }
 
-/// Removes the directory of a version, with all that is pinned in it; one that others could change is refused.
+/// Removes the directory of a version, with all that is pinned in it. Refuses one that others could change.
 fn remove_version(root: &Path, path: &Path) -> anyhow::Result<()> {
     trusted::open_folder(path).map_err(|error| refused(root, path, &error))?;
     let pins = fs::read_dir(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -343,14 +351,14 @@ fn is_link(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(LINK.as_bytes()))
 }
 
-/// Detaches the link that is pinned there, if it is one.
+/// Detaches the link that is pinned at `path`, if it is a link.
 fn detach_link(path: &Path) {
     if is_link(path) {
         links::detach(path);
     }
 }
 
-/// Removes a pin; none is as good. A link is detached by that.
+/// Removes a pin, if there is one. If it is a link's, the link is detached.
 pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
     if fs::symlink_metadata(path).is_ok() {
         detach_link(path);
@@ -358,7 +366,7 @@ pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
     unlink(path)
 }
 
-/// Removes a pin alone; none is as good. A link stays attached for as long as somebody has it open or pinned.
+/// Removes only a pin, if there is one. A link stays attached for as long as somebody has it open or pinned.
 pub(super) fn unlink(path: &Path) -> anyhow::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),

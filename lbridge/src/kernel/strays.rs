@@ -1,11 +1,12 @@
-//! Strays: programs of lbridge that are attached to this host though no pin of the daemon names their links. They are left
-//! where the folder of pins was renamed or removed, where another `--bpffs` was used, or another version. Nobody changes
-//! their maps any more, so they would serve for ever what was denied since.
+//! Strays: programs of lbridge that are attached to this host though no pin of the daemon names their links.
+//! They remain if the folder of pins was renamed or removed, or if another `--bpffs` or another version was
+//! used. Nobody changes their maps any more, so they would serve for ever what was denied since.
 //!
-//! A program is one of ours if its name, its hook and its maps are (`object::PROGRAMS`). It serves this host if it is attached to this
-//! network namespace; or, at a cgroup, which hosts may share, if its `HOST_NETNS` is this namespace's cookie; or, where that is
-//! not told, if it has maps in common with one that does. Every other program is left alone. So, where the kernel tells no cookies, may be
-//! `announce`, which serves nobody.
+//! A program is ours if its name, its hook and its maps are (`object::PROGRAMS`). It serves this host if it
+//! is attached to this network namespace. At a cgroup, which hosts may share, it serves this host if its
+//! `HOST_NETNS` is this namespace's cookie. If one of the two is not known, it does so if it has maps in
+//! common with a program that serves this host. Every other program is left alone. If the kernel reports no
+//! cookies, `announce` may be left alone, too; it serves nobody.
 
 use std::{collections::BTreeSet, fs::File, io, os::unix::fs::MetadataExt as _, path::Path};
 
@@ -18,15 +19,15 @@ use super::{
     pins,
 };
 
-/// The map of the object's read-only globals, of which `HOST_NETNS` is the only one in every version.
+/// Name of the map of the object's read-only globals, of which `HOST_NETNS` is the only one in every version.
 const GLOBALS: &[u8] = b".rodata";
 
-/// What "this host" is.
+/// Identity of this host.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Host {
-    /// The inode number of its network namespace.
+    /// Inode number of the host's network namespace.
     netns: u64,
-    /// That namespace's cookie, where the kernel tells it (Linux 5.14 and later).
+    /// Cookie of that namespace, if the kernel reports it (Linux 5.14 and later).
     cookie: Option<u64>,
 }
 
@@ -36,18 +37,18 @@ impl Host {
     }
 }
 
-/// A program of ours that no pin names.
+/// A program of ours whose link no pin names.
 #[derive(Debug)]
 pub struct Stray {
     name: &'static str,
     link: Link,
     id: u32,
-    /// The program's id.
+    /// Kernel id of the program.
     pub program: u32,
 }
 
 impl Stray {
-    /// Detaches it.
+    /// Detaches the stray from its hook at once.
     pub fn end(&self) -> anyhow::Result<()> {
         let Self { name, id, .. } = self;
         self.link.detach().with_context(|| {
@@ -56,29 +57,32 @@ impl Stray {
     }
 }
 
-/// Strays of the host whose network namespace is `netns`, but those that are pinned below `bpffs`, whatever version did that.
+/// Finds the strays of the host whose network namespace is `netns`. Links pinned below `bpffs`, by whichever
+/// version, are no strays.
 pub fn find(bpffs: &Path, netns: &File, cookie: Option<u64>) -> io::Result<Vec<Stray>> {
     let pinned = pins::link_ids(bpffs);
     Ok(Search::new(Host::new(netns, cookie)?).strays(&pinned))
 }
 
-/// Finds them again and again. A link that it has looked at is not looked at again: asking for the ids alone costs a microsecond or two
-/// each, so that a search at every look of the daemon is cheap on hosts with thousands of links.
+/// A search for strays that can be repeated. It does not look at a link twice: asking for the ids alone costs
+/// a microsecond or two each, so that a search at every pass of the daemon is cheap on hosts with thousands
+/// of links.
 #[derive(Debug)]
 pub(super) struct Search {
     host: Host,
-    /// Ids of links that are no strays, or that could not be detached. An id is not given to another link before two thousand million others were made.
+    /// Ids of links that are no strays, or that could not be detached. The kernel gives an id to another link
+    /// only after two thousand million others were made.
     seen: BTreeSet<u32>,
 }
 
-/// A program of ours.
+/// A program of ours that may be a stray.
 struct Candidate {
     name: &'static str,
     id: u32,
     link: Link,
     program: u32,
     maps: Vec<u32>,
-    /// Whether it serves this host; `None` where only its maps can tell.
+    /// True if the program serves this host; `None` if only its maps can tell.
     serves: Option<bool>,
 }
 
@@ -87,7 +91,7 @@ impl Search {
         Self { host, seen: BTreeSet::new() }
     }
 
-    /// Detaches every stray but the links with the ids `own`, and logs each.
+    /// Detaches every stray, and logs each. The links with the ids `own` are no strays.
     pub(super) fn end_strays(&mut self, own: &BTreeSet<u32>) {
         for stray in self.strays(own) {
             match stray.end() {
@@ -98,14 +102,14 @@ impl Search {
                 ),
                 Err(error) => {
                     tracing::error!("{error:#}");
-                    // Nor could it the next time.
+                    // Detaching it would fail the next time, too.
                     self.seen.insert(stray.id);
                 }
             }
         }
     }
 
-    /// Every stray but the links with the ids `own`.
+    /// Finds every stray. The links with the ids `own` are no strays.
     pub(super) fn strays(&mut self, own: &BTreeSet<u32>) -> Vec<Stray> {
         let all: BTreeSet<u32> = links::all_ids().into_iter().collect();
         self.seen.retain(|id| all.contains(id));
@@ -114,14 +118,14 @@ impl Search {
         if new.is_empty() {
             return vec![];
         }
-        // The daemon's own show by their maps whose others are.
+        // The maps of the daemon's own programs show which others serve this host.
         let looked_at = own.iter().chain(&new).map(|id| (*id, self.candidate(*id)));
         let mut candidates = vec![];
         for (id, candidate) in looked_at.collect::<Vec<_>>() {
             match candidate {
                 Ok(Some(candidate)) => candidates.push(candidate),
                 Ok(None) => drop(self.seen.insert(id)),
-                // Most likely it is gone by now; else it is looked at again.
+                // Most likely the link is gone by now; otherwise it is looked at again.
                 Err(error) => tracing::debug!("cannot look at link {id}: {error}"),
             }
         }
@@ -135,7 +139,7 @@ impl Search {
         ours.into_iter().map(stray).collect()
     }
 
-    /// The link of that id, if the program under it is one of ours.
+    /// Opens the link with this id, if the program under it is one of ours.
     fn candidate(&self, id: u32) -> io::Result<Option<Candidate>> {
         let link = Link::of_id(id)?;
         let info = link.info()?;
@@ -168,7 +172,8 @@ impl Search {
     }
 }
 
-/// Whoever has maps in common with one that serves this host serves it, too: maps are never shared between hosts.
+/// Finds the candidates that have maps in common with one that serves this host. They serve it, too: maps are
+/// never shared between hosts.
 fn settle(candidates: &mut [Candidate]) {
     let mut maps = BTreeSet::new();
     loop {
@@ -187,7 +192,7 @@ fn settle(candidates: &mut [Candidate]) {
     }
 }
 
-/// The cookie of the network namespace that a program was loaded for, if this map holds it.
+/// Returns the cookie of the network namespace that a program was loaded for, if this map holds it.
 fn host_netns(map: &MapInfo) -> Option<u64> {
     if map.name() != GLOBALS || map.value_size() != 8 {
         return None;

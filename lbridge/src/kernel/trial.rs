@@ -1,5 +1,5 @@
-//! A trial: loads the object as the daemon does, but pins nothing and attaches to nothing of the host. It is gone when this is
-//! dropped, or the process ends.
+//! Trial: loads the object as the daemon does, but pins nothing and attaches to nothing of the host.
+//! Everything is gone when the trial is dropped, or the process ends.
 
 use std::{fs::File, path::Path};
 
@@ -16,9 +16,9 @@ use super::{
 };
 use crate::planning::inventory::Abilities;
 
-/// Room in each map: a trial puts one entry.
+/// Capacity of each large map, in entries: a trial puts one.
 const ROOM: u32 = 8;
-/// Hooks of the cgroup that the daemon attaches to, but those that only UDP needs.
+/// Hooks of the cgroup that the daemon attaches to, except those that only UDP needs.
 const CGROUP_HOOKS: [bpf_attach_type; 7] = [
     bpf_attach_type::BPF_CGROUP_SOCK_OPS,
     bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
@@ -29,19 +29,19 @@ const CGROUP_HOOKS: [bpf_attach_type; 7] = [
     bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
 ];
 
-/// The object, loaded.
+/// The object, loaded for a trial.
 #[derive(Debug)]
 pub struct Trial {
-    /// What the kernel took.
+    /// Capabilities of this kernel, with the reason for each that it lacks.
     pub abilities: Abilities,
-    /// The maps.
+    /// Typed access to the maps.
     pub maps: Maps,
     steer: Option<&'static str>,
     object: Ebpf,
 }
 
 impl Trial {
-    /// Loads it. `cookie` is that of the host's namespace, where the kernel tells it.
+    /// Loads the object. `cookie` is that of the host's network namespace, if the kernel reports it.
     pub fn load(cookie: Option<u64>) -> anyhow::Result<Self> {
         raise_memlock();
         let bytes = object::bytes()?;
@@ -72,7 +72,7 @@ impl Trial {
         Ok(Self { abilities, maps: Maps::take(&mut object)?.0, steer: steer.ok(), object })
     }
 
-    /// Attaches the steering program to that namespace, which is one made for it.
+    /// Attaches the steering program to this network namespace, which was made for the trial.
     pub fn attach(&mut self, netns: &File) -> anyhow::Result<()> {
         let steer = self.steer.context("the kernel takes no steering program")?;
         match program_mut(&mut self.object, steer)? {
@@ -85,8 +85,8 @@ impl Trial {
     }
 }
 
-/// Whether the daemon could attach to this cgroup: it is one of cgroup2, the kernel has its hooks, and nobody has taken one for
-/// himself alone.
+/// Checks that the daemon could attach to this cgroup: it is one of cgroup2, the kernel has its hooks, and no
+/// other program holds one of them exclusively.
 pub fn check_cgroup(path: &Path) -> anyhow::Result<()> {
     let cgroup = open_cgroup(path)?;
     for hook in CGROUP_HOOKS {

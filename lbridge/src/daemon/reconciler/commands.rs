@@ -1,4 +1,4 @@
-//! What is asked of the daemon, one command of the control API after the other.
+//! Commands: carries out the commands of the control API, one after the other.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -27,7 +27,7 @@ use crate::{
 
 impl Reconciler {
     pub(super) async fn command(&mut self, command: Command) {
-        // Whoever asked may have gone; the change stands all the same.
+        // The client may have gone; the change stands all the same.
         match command {
             Command::Status(answer) => drop(answer.send(self.status().await)),
             Command::Reload(answer) => drop(answer.send(self.reload().await)),
@@ -64,7 +64,7 @@ impl Reconciler {
         let mut denied: Vec<_> =
             self.last.rules().into_iter().filter(|rule| ids.contains(&rule.id())).collect();
         self.change(rules, uid).await?;
-        // What a label asks for, too, is in force on.
+        // A rule that a label asks for, too, stays in force.
         let labels = self.labels.ids();
         let goes_on = |rule: &RuleStatus| ids.contains(&rule.id()) && labels.contains(&rule.id());
         for rule in self.last.rules().into_iter().filter(goes_on) {
@@ -77,7 +77,8 @@ impl Reconciler {
         }
     }
 
-    /// Saves first: what is in force and not on disk would be gone after a restart, unseen.
+    /// Puts rules in force. Saves them first: a rule in force but not on disk would be lost at a restart,
+    /// unseen.
     async fn change(&mut self, rules: Rules, uid: Option<u32>) -> Result<(), ApiError> {
         if rules != self.rules {
             self.store.save_rules(self.configuration.allowed(&rules)).map_err(|error| failed(&error))?;
@@ -89,7 +90,7 @@ impl Reconciler {
         self.pass().await.map_err(|error| failed(&error))
     }
 
-    /// Reads the configuration again. One that is of no use changes nothing.
+    /// Reads the configuration again. An invalid file is rejected, and changes nothing.
     async fn reload(&mut self) -> Result<Reloaded, ApiError> {
         let change = self.configuration.read_again(&self.rules, &self.store).inspect_err(|error| {
             tracing::error!("the configuration is not reloaded: {error}");
@@ -138,7 +139,8 @@ impl Reconciler {
         }
     }
 
-    /// Has Docker tell of labels, if it does not yet and is to.
+    /// Tells the Docker watcher whether to follow labels. If they were off before, waits until it has listed
+    /// them.
     async fn follow_labels(&mut self) {
         let Some(docker) = &self.docker else { return };
         let enabled = self.configuration.config().labels.enabled;
@@ -148,7 +150,8 @@ impl Reconciler {
         }
     }
 
-    /// Looks, and changes nothing: what is told is what is in force, whoever put it there.
+    /// Observes and explains, and changes nothing: the answer is about what is in force, whoever put it
+    /// there.
     async fn explain(&mut self, question: &Question) -> Result<Explanation, ApiError> {
         if question.port == 0 {
             let message = "port 0; ports are 1 to 65535".to_owned();
@@ -229,7 +232,7 @@ impl Reconciler {
     }
 }
 
-/// A rule for a process is for that one, not for the next that gets its number.
+/// Binds a rule for a process to the one that has the pid now, not to the next one that gets it.
 fn with_process(mut rule: Rule) -> Result<Rule, ApiError> {
     rule.process = match rule.network {
         Network::Process(pid) => {
