@@ -1,4 +1,5 @@
-//! Containers that have ended, or left a network, before the engine's lists say so.
+//! Ended containers: applies the engine's events about containers that have ended or left a network, before
+//! its lists show it.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -8,13 +9,14 @@ use tokio::sync::watch;
 
 use super::view::{Container, Sighting, View};
 
-/// Containers that have ended, or left a network, as the engine's events tell.
+/// The containers that have ended or left a network, according to the engine's events.
 #[derive(Debug, Default)]
 pub(super) struct Ended {
-    /// Those that have ended, by id, with the process that they had: the engine tells of the end before it says so of the
-    /// container, and gives its addresses to others meanwhile.
+    /// Maps the id of an ended container to the process it had. The engine reports the end before its
+    /// description of the container shows it, and gives the container's addresses to others in the meantime.
     processes: HashMap<String, u32>,
-    /// What was heard while somebody looked: what the look says of these containers may be of before.
+    /// The departures that were reported while a look was under way: the look may describe these containers
+    /// as they were before.
     meanwhile: Vec<Departure>,
 }
 
@@ -22,12 +24,12 @@ pub(super) struct Ended {
 #[derive(Debug)]
 struct Departure {
     container: String,
-    /// The network's id; `None` for all of them.
+    /// The network's id; `None` if the container has ended, and so left all networks.
     network: Option<String>,
 }
 
 impl Departure {
-    /// Takes away from what is known of a container what it has no more. True if that is news.
+    /// Removes what the container no longer has from its known state. Returns true if that changed anything.
     fn take_from(&self, its: &mut Container) -> bool {
         match &self.network {
             None => std::mem::take(&mut its.running),
@@ -40,16 +42,17 @@ impl Departure {
 }
 
 impl Ended {
-    /// A look begins: whatever was heard before is in there.
+    /// Marks the start of a look, which will include all events that were reported before.
     pub(super) fn begin_look(&mut self) {
         self.meanwhile.clear();
     }
 
-    /// What is gone is gone at once, without another look. What happened before the last look began, at `looked`, is in there.
+    /// Applies an event to the view at once, without another look. Ignores events from before the last look
+    /// began, at `looked`: that look includes them.
     pub(super) fn hear(&mut self, event: &EventMessage, looked: Timestamp, view: &watch::Sender<View>) {
         let after = |time: i64| i128::from(time) > looked.as_nanosecond();
         let Some(id) = event.actor.as_ref().and_then(|actor| actor.id.as_ref()) else { return };
-        // The process that was seen may be that of the start which came after the end, if a look took longer than both.
+        // The process that was seen may belong to the start after the end, if a look took longer than both.
         if event.action.as_deref() == Some("start") {
             self.processes.remove(id);
         }
@@ -61,7 +64,7 @@ impl Ended {
             (Some("disconnect"), Some(container)) => {
                 Departure { container: container.clone(), network: Some(id.clone()) }
             }
-            // Podman says "died".
+            // Podman calls the event "died".
             (Some("die" | "died"), _) => Departure { container: id.clone(), network: None },
             _ => return,
         };
@@ -74,7 +77,7 @@ impl Ended {
         self.meanwhile.push(departure);
     }
 
-    /// Tells the same of what was seen, until the engine does.
+    /// Applies the known departures to the result of a look, until the engine reports them itself.
     pub(super) fn apply(&mut self, containers: &mut BTreeMap<String, Sighting>) {
         let before = std::mem::take(&mut self.processes);
         for its in containers.values_mut().filter_map(|sighting| sighting.as_mut().ok()?.as_mut()) {
@@ -91,7 +94,7 @@ impl Ended {
     }
 }
 
-/// Changes what is known of a container.
+/// Applies `change` to the known state of a container, and notifies subscribers if it returns true.
 fn change(view: &watch::Sender<View>, id: &str, mut change: impl FnMut(&mut Container) -> bool) {
     view.send_if_modified(|view| {
         let known = view.containers.values_mut().filter_map(|sighting| sighting.as_mut().ok()?.as_mut());
@@ -130,7 +133,8 @@ mod tests {
         }
     }
 
-    /// What is known once `event` has been heard, at second 10, and whether that is news.
+    /// Returns the known state after `event` was reported, with the last look at second 10, and whether it
+    /// changed.
     fn heard(ended: &mut Ended, event: &EventMessage) -> (Container, bool) {
         let view = View {
             presence: Presence::Unknown,
@@ -164,7 +168,7 @@ mod tests {
     #[test]
     fn who_has_started_again_while_somebody_looked_runs() {
         let mut ended = Ended::default();
-        // It has its new process already.
+        // The view has the new process already.
         heard(&mut ended, &event("die", "c", 11));
         heard(&mut ended, &event("start", "c", 12));
         ended.begin_look();

@@ -1,4 +1,4 @@
-//! Which engine it is that answers.
+//! Engine: identifies the engine that answers, Docker or Podman.
 
 use std::collections::HashMap;
 
@@ -7,22 +7,23 @@ use bollard::Docker;
 use super::libpod::Libpod;
 use crate::planning::inventory::Product;
 
-/// What Podman says that it consists of, among others.
+/// The name of the component by which Podman's version answer is recognized.
 const PODMAN: &str = "Podman Engine";
 
-/// An engine, as it introduced itself.
+/// An engine, as it describes itself.
 #[derive(Debug, Clone)]
 pub(super) struct Engine {
     pub(super) product: Product,
     pub(super) version: String,
-    /// Whether it runs without root: its bridges are in a network namespace of its own, whatever the host's are called.
+    /// True if the engine runs without root. Its bridges are then in a network namespace of its own, whatever
+    /// bridges of the same name the host has.
     pub(super) rootless: bool,
-    /// Podman's own API, where it can be asked for networks.
+    /// Podman's own API, if it is new enough to list networks; `None` for Docker.
     pub(super) libpod: Option<Libpod>,
 }
 
 impl Engine {
-    /// Asks it.
+    /// Asks the engine for its product, its version and whether it is rootless.
     pub(super) async fn ask(docker: &Docker) -> anyhow::Result<Self> {
         if let Some(libpod) = Libpod::find(&super::look::address()).await {
             let Libpod { version, rootless, .. } = libpod.clone();
@@ -41,10 +42,10 @@ impl Engine {
         })
     }
 
-    /// Events that may mean another list: what makes, ends or renames something. Others are as frequent as the health checks
-    /// of every container.
+    /// Returns the filters for the events that may change the lists: those that create, end, connect or
+    /// rename something. Other events are as frequent as the health checks of every container.
     pub(super) fn events() -> HashMap<String, Vec<String>> {
-        // Podman 4 knows the end of a container by another name than it then tells.
+        // Podman 4 filters the end of a container under another name than it then reports.
         let actions =
             ["create", "destroy", "remove", "connect", "disconnect", "start", "die", "died", "rename"];
         HashMap::from([

@@ -1,5 +1,5 @@
-//! What dockerd writes for `host-gateway` in a container's hosts, if it was told: its configuration and its command line say. It
-//! tells nobody who asks its API.
+//! `host-gateway`: reads the addresses that dockerd was configured to write for it into containers' hosts
+//! files, from dockerd's configuration and command line. Its API does not report them.
 
 use std::{
     fs::{self, OpenOptions},
@@ -12,10 +12,12 @@ use std::{
 const CONFIGURATION: &str = "/etc/docker/daemon.json";
 const FLAG: &str = "host-gateway-ip";
 const CONFIGURATION_FLAG: &str = "config-file";
-/// A configuration that is longer is none, in bytes.
+/// The most bytes that are read of a configuration file; a longer one is cut off, and so counts as invalid.
 const LONGEST: u64 = 1 << 20;
 
-/// Of root's dockerd that shares this network namespace and sees this process; while there is none, of its configuration's usual place.
+/// Lists the configured addresses. Reads the command line of root's dockerd that shares this process's
+/// network and pid namespaces, and the configuration file that it names. Without such a dockerd, reads the
+/// configuration at its usual place.
 pub(super) fn told() -> Vec<IpAddr> {
     let arguments = command_line().unwrap_or_default();
     let file = values(&arguments, CONFIGURATION_FLAG).pop().map(PathBuf::from);
@@ -27,7 +29,8 @@ pub(super) fn told() -> Vec<IpAddr> {
     told
 }
 
-/// The text of a file. Whichever file a command line names: a device has no end, or acts; a FIFO waits for somebody.
+/// Reads the text of a regular file; `None` if it is something else. A command line may name any file: a
+/// device may be endless, or act when it is opened; a FIFO would block.
 fn read(path: &Path) -> Option<String> {
     fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
@@ -41,7 +44,8 @@ fn command_line() -> Option<Vec<String>> {
     let own = ["net", "pid"].map(|kind| namespace(Path::new("/proc/self"), kind));
     fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
         let process = entry.path();
-        // Anybody may call a program so, and a container may have an engine of its own, or the host's network.
+        // Any user may run a program of this name, and a container may have an engine of its own, or the
+        // host's network.
         let is_roots = fs::metadata(&process).ok()?.uid() == 0;
         let is_dockerd = fs::read_to_string(process.join("comm")).ok()? == "dockerd\n";
         let is_here = || ["net", "pid"].map(|kind| namespace(&process, kind)) == own;
@@ -53,13 +57,13 @@ fn command_line() -> Option<Vec<String>> {
     })
 }
 
-/// Which namespace of a kind a process is in.
+/// Returns device and inode of a process's namespace of this kind.
 fn namespace(process: &Path, kind: &str) -> Option<(u64, u64)> {
     let namespace = fs::metadata(process.join("ns").join(kind)).ok()?;
     Some((namespace.dev(), namespace.ino()))
 }
 
-/// `--flag VALUE` and `--flag=VALUE`, as often as it is given.
+/// Lists all values of a flag, given as `--flag VALUE` or `--flag=VALUE`.
 fn values(arguments: &[String], flag: &str) -> Vec<String> {
     let named =
         |word: &str| word.strip_prefix("--").and_then(|word| word.strip_prefix(flag)).map(str::to_owned);
@@ -74,7 +78,7 @@ fn values(arguments: &[String], flag: &str) -> Vec<String> {
     values
 }
 
-/// `host-gateway-ip`, and the list that newer versions take.
+/// Reads `host-gateway-ip`, and the list that newer versions accept (`host-gateway-ips`).
 fn configured(text: &str) -> Vec<IpAddr> {
     let Ok(file) = serde_json::from_str::<serde_json::Value>(text) else { return vec![] };
     let listed = file["host-gateway-ips"].as_array().into_iter().flatten();

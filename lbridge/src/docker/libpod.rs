@@ -1,5 +1,5 @@
-//! Podman's own API, beside Docker's on the same socket, for what Docker's words do not say: the bridges of networks, and whether
-//! Podman runs as root. Asked with hyper, since bollard speaks Docker's alone.
+//! Podman's own API (libpod), on the same socket as Docker's. Reads what Docker's API does not report: the
+//! bridges of networks, and whether Podman runs as root. Uses hyper, since bollard speaks only Docker's API.
 
 use std::{
     collections::BTreeMap,
@@ -14,30 +14,30 @@ use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::net::UnixStream;
 
-/// The oldest that says it in these words; every later one answers to them.
+/// The oldest major version of the API with these fields; every later one still serves it.
 const OLDEST: u32 = 4;
-/// Podman's alone, in every answer.
+/// The response header that only Podman sends, in every answer.
 const VERSION_HEADER: &str = "libpod-api-version";
-/// An answer that is longer is none.
+/// The longest answer that is accepted, in bytes.
 const LONGEST: usize = 64 << 20;
 
-/// Podman on a Unix socket.
+/// Podman's API on a Unix socket.
 #[derive(Debug, Clone)]
 pub(super) struct Libpod {
     path: PathBuf,
-    /// Its version.
+    /// The API version that Podman reports.
     pub(super) version: String,
-    /// Whether it runs without root.
+    /// True if the process that listens on the socket is not root's.
     pub(super) rootless: bool,
 }
 
-/// A network, in Podman's words.
+/// A network, as Podman's API describes it.
 #[derive(Debug, Deserialize)]
 pub(super) struct Network {
     pub(super) id: String,
     pub(super) name: String,
     driver: String,
-    /// The bridge of the bridge driver; with others a parent, which leads to the LAN.
+    /// The bridge, for the bridge driver; for other drivers a parent interface, which leads to the LAN.
     #[serde(default, rename = "network_interface")]
     interface: String,
     #[serde(default)]
@@ -45,18 +45,18 @@ pub(super) struct Network {
 }
 
 impl Network {
-    /// The bridge that belongs to this network alone.
+    /// Returns the bridge that belongs to this network alone; `None` if it has none, or shares it.
     pub(super) fn bridge(&self) -> Option<&str> {
         (self.driver == "bridge" && self.sharing().is_none() && !self.interface.is_empty())
             .then_some(&*self.interface)
     }
 
-    /// The driver, with what keeps it from having a bridge of its own.
+    /// Returns the driver's name, with the option that keeps it from having a bridge of its own.
     pub(super) fn driver(&self) -> String {
         self.sharing().map_or_else(|| self.driver.clone(), |option| format!("{} ({option})", self.driver))
     }
 
-    /// The option by which the bridge has others on it, the LAN perhaps.
+    /// Returns the option by which others, perhaps the LAN, are on the bridge; `None` if no option does that.
     fn sharing(&self) -> Option<String> {
         let option = |name: &str| self.options.get(name).map(String::as_str).filter(|text| !text.is_empty());
         match (option("mode"), option("vlan")) {
@@ -68,23 +68,24 @@ impl Network {
 }
 
 impl Libpod {
-    /// Podman at `DOCKER_HOST`, if it is Podman, and on a Unix socket.
+    /// Connects to the engine at `address`, in the form of `DOCKER_HOST`. Returns `None` if it is not Podman,
+    /// or not on a Unix socket.
     pub(super) async fn find(address: &str) -> Option<Self> {
         let path = PathBuf::from(address.strip_prefix("unix://")?);
         let (response, uid) = get(&path, "/_ping").await.ok()?;
-        // What Podman tells of itself takes it a second (it asks dpkg or rpm); this costs nothing, and whose process listens is
-        // the kernel's word.
+        // Podman's version and info answers take it a second (it asks dpkg or rpm). This request is cheap,
+        // and the kernel reports whose process listens.
         let version = response.headers().get(VERSION_HEADER)?.to_str().ok()?.to_owned();
         Some(Self { path, version, rootless: uid != 0 })
     }
 
-    /// Whether it is new enough to be asked for networks.
+    /// Returns true if this version of Podman reports the bridges of networks.
     pub(super) fn tells_bridges(&self) -> bool {
         let major = self.version.split('.').next().and_then(|major| major.parse().ok());
         major.is_some_and(|major: u32| major >= OLDEST)
     }
 
-    /// Its networks.
+    /// Lists Podman's networks.
     pub(super) async fn networks(&self) -> anyhow::Result<Vec<Network>> {
         let resource = format!("/v{OLDEST}.0.0/libpod/networks/json");
         let list = async {
@@ -99,12 +100,13 @@ impl Libpod {
     }
 }
 
-/// The answer, as far as its body, and whose process gives it.
+/// Sends a GET request. Returns the response, whose body is not read yet, and the user id of the process that
+/// listens on the socket.
 async fn get(socket: &Path, resource: &str) -> anyhow::Result<(Response<Incoming>, u32)> {
     let stream = UnixStream::connect(socket).await?;
     let uid = stream.peer_cred()?.uid();
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    // Ends with the sender and the answer.
+    // The task ends when the sender and the response are dropped.
     tokio::spawn(connection);
     let request = Request::get(resource).header(header::HOST, "lbridge").body(Empty::<Bytes>::new())?;
     Ok((sender.send_request(request).await?, uid))
@@ -127,7 +129,7 @@ mod tests {
             ",\"driver\":\"bridge\",\"network_interface\":\"podman1\",\"options\":{\"mtu\":\"1400\"}",
         );
         assert_eq!((own.bridge(), &*own.driver()), (Some("podman1"), "bridge"));
-        // Its parent is the way to the LAN.
+        // A macvlan's parent interface leads to the LAN.
         let macvlan = network(",\"driver\":\"macvlan\",\"network_interface\":\"eth0\"");
         assert_eq!((macvlan.bridge(), &*macvlan.driver()), (None, "macvlan"));
         for (option, value) in [("mode", "unmanaged"), ("vlan", "7")] {

@@ -1,4 +1,4 @@
-//! One look at the engine, for those who do not follow it.
+//! Look: asks the engine once, for commands that do not follow it.
 
 use std::{env, time::Duration};
 
@@ -15,38 +15,38 @@ use crate::planning::{
     labels::Labelled,
 };
 
-/// An engine that takes longer is as good as away.
+/// The longest wait for all answers; an engine that takes longer counts as away.
 const LIMIT: Duration = Duration::from_secs(5);
-/// What containers write for the address of the host.
+/// The word that containers are given in place of the host's address.
 const HOST_GATEWAY: &str = "host-gateway";
 
-/// What the engine says of itself.
+/// An engine, as it describes itself, and its networks.
 #[derive(Debug, Clone)]
 pub struct Engine {
-    /// Which it is.
+    /// Docker or Podman.
     pub product: Product,
-    /// Its version.
+    /// The engine's version, as it reports it.
     pub version: String,
-    /// Whether it runs without root, in namespaces of its own.
+    /// True if the engine runs without root, in namespaces of its own.
     pub rootless: bool,
-    /// Its networks.
+    /// The engine's networks, sorted by name.
     pub networks: Vec<DockerNetwork>,
 }
 
 /// A running container that has names for the host.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    /// Its name.
+    /// The container's name, without the leading slash.
     pub name: String,
-    /// The names of its networks.
+    /// The names of the container's networks, sorted.
     pub networks: Vec<String>,
-    /// The names that stand for the host: `host.docker.internal`.
+    /// The names that stand for the host in the container, such as `host.docker.internal`.
     pub host_names: Vec<String>,
-    /// Whether it has a default route: on internal networks alone it has none.
+    /// True if the container has a default route. A container that is only on internal networks has none.
     pub has_way_out: bool,
 }
 
-/// Where the engine is looked for.
+/// Returns the engine's address: `DOCKER_HOST`, or the default socket.
 pub fn address() -> String {
     env::var("DOCKER_HOST")
         .ok()
@@ -66,19 +66,19 @@ pub async fn engine() -> anyhow::Result<Engine> {
     .await
 }
 
-/// The networks and the running containers whose labels ask for something.
+/// Lists the networks and the running containers that have lbridge's labels.
 pub async fn labelled() -> anyhow::Result<Vec<Labelled>> {
     within(async { snapshot::labelled(&connect()?).await }).await
 }
 
-/// The running containers that were started with `--add-host NAME:host-gateway`.
+/// Lists the running containers that were started with `--add-host NAME:host-gateway`, sorted by name.
 pub async fn guests() -> anyhow::Result<Vec<Guest>> {
     within(async {
         let docker = connect()?;
         let mut guests = vec![];
         for container in docker.list_containers(None::<ListContainersOptions>).await? {
             let Some(id) = container.id else { continue };
-            // It may end meanwhile.
+            // The container may have ended in the meantime.
             let Ok(container) = docker.inspect_container(&id, None::<InspectContainerOptions>).await else {
                 continue;
             };
@@ -103,7 +103,7 @@ pub async fn guests() -> anyhow::Result<Vec<Guest>> {
     .await
 }
 
-/// `NAME:host-gateway`, or `NAME=host-gateway`.
+/// Returns NAME of `NAME:host-gateway` or `NAME=host-gateway`; `None` for any other entry.
 fn name_of_host(host: &str) -> Option<String> {
     let name = host.strip_suffix(HOST_GATEWAY)?;
     Some(name.strip_suffix(':').or_else(|| name.strip_suffix('='))?.to_owned())

@@ -1,14 +1,15 @@
-//! Docker, or Podman in its place: networks and containers, and the wake-ups when they change. The only room that knows bollard.
-//! Imports planning.
+//! Docker, or Podman in its place: lists networks and containers, and wakes the caller when they change. The
+//! only module that uses bollard. Imports planning.
 //!
-//! - [`watch`]: the task that follows the engine, and [`view`], what it knows;
-//! - `snapshot`: what the engine says of networks, containers and labels; `engine` and `libpod`: which engine it is, and what
-//!   only Podman's own words tell;
-//! - `ended`: what is gone before the engine's lists say so;
-//! - [`look`]: one look, for commands.
+//! - [`watch`]: the task that follows the engine, and [`view`], the state it publishes;
+//! - `snapshot`: lists networks, containers and labels; `engine` and `libpod`: identify the engine, and read
+//!   what only Podman's own API reports;
+//! - `ended`: containers that are gone before the engine's lists show it;
+//! - [`look`]: a single look at the engine, for commands.
 //!
-//! Level-triggered: an event only wakes, the list is read afresh. But that a container has ended or left a network is believed at
-//! once: the list says so later, when its address may be another's.
+//! Level-triggered: an event only wakes, then the list is read again. The exception is that a container has
+//! ended or left a network. This takes effect at once: the list shows it later, when another container may
+//! have its address.
 
 mod ended;
 mod engine;
@@ -19,7 +20,7 @@ mod snapshot;
 pub mod view;
 pub mod watch;
 
-/// The cause alone: what is around it tells of libraries' insides.
+/// Reduces an error to its root cause; the outer layers only describe the libraries' internals.
 fn plain(error: bollard::errors::Error) -> anyhow::Error {
     let error = anyhow::Error::from(error);
     match error.chain().len() {

@@ -1,4 +1,4 @@
-//! The engine's networks and containers, as the rest of the program wants them.
+//! Snapshot: lists the engine's networks and containers, and converts them to planning's types.
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -24,9 +24,9 @@ use super::{
 
 const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
 
-/// Lists the engine's networks, in order of name.
+/// Lists the engine's networks, sorted by name.
 pub(super) async fn networks(docker: &Docker, engine: &Engine) -> anyhow::Result<Vec<DockerNetwork>> {
-    // In this order, see `of_podman`.
+    // The bridges first, see `of_podman`.
     let bridges = match &engine.libpod {
         Some(libpod) => libpod.networks().await?.into_iter().map(seen).collect(),
         None => HashMap::new(),
@@ -46,22 +46,26 @@ fn of_docker(network: Network) -> Option<DockerNetwork> {
     let (id, name, driver) = (network.id?, network.name?, network.driver.unwrap_or_default());
     let chosen = network.options.unwrap_or_default().remove(BRIDGE_NAME).filter(|name| !name.is_empty());
     let bridge = match driver.as_str() {
-        // What the bridge driver does where the option names no bridge.
+        // The bridge driver's default name, if the option names no bridge.
         "bridge" => Some(chosen.unwrap_or_else(|| format!("br-{}", id.get(..12).unwrap_or(&id)))),
         _ => None,
     };
     Some(DockerNetwork { id, name, driver, bridge, ..DockerNetwork::default() })
 }
 
-/// A network of Podman's, by its id, with the index of the interface that has the name of its bridge now, 0 if none has.
+/// Pairs a Podman network, by its id, with the index of the interface that now has the name of its bridge; 0
+/// if none has.
 fn seen(network: libpod::Network) -> (String, (libpod::Network, u32)) {
     let index = network.bridge().and_then(|name| if_nametoindex(name).ok()).unwrap_or_default();
     (network.id.clone(), (network, index))
 }
 
-/// Podman makes a bridge with its network's first container, and names it podmanN, with the first N that is free: the next
-/// network may get the name, and nobody is told. But a network keeps its name for as long as it exists. So what was called that
-/// between two lists that both have the network is its bridge.
+/// Converts a network of Podman's.
+///
+/// Podman makes a bridge together with its network's first container, and names it podmanN with the first
+/// free N. The next network may get the name later, and Podman does not report that. But a network keeps its
+/// bridge's name for as long as the network exists. So the interface that had the name between two lists that
+/// both contain the network is its bridge.
 fn of_podman(
     network: Network,
     engine: &Engine,
@@ -72,7 +76,7 @@ fn of_podman(
         let driver = format!("{driver} (of Podman {}, which does not tell its bridge)", engine.version);
         return Some(DockerNetwork { id, name, driver, ..DockerNetwork::default() });
     }
-    // One that is newer than the first list is in the next.
+    // A network that is newer than the first list is in the next one.
     let (network, index) = bridges.get(&id)?;
     let bridge = network.bridge().map(str::to_owned);
     Some(DockerNetwork {
@@ -80,13 +84,14 @@ fn of_podman(
         driver: network.driver(),
         bridge_index: bridge.as_ref().map(|_| *index),
         bridge,
-        // The default network is called podman, in Docker's API bridge.
+        // The default network is called `podman`, and in Docker's API `bridge`.
         other_name: (name != network.name).then_some(name),
         name: network.name.clone(),
     })
 }
 
-/// The bridges of an engine without root are in a namespace of its own; here others may have their names.
+/// Removes the bridge from a network of a rootless engine. Its bridges are in a network namespace of its own;
+/// on the host, other interfaces may have their names.
 fn on_this_host(network: DockerNetwork, engine: &Engine) -> DockerNetwork {
     if !engine.rootless || network.bridge.is_none() {
         return network;
@@ -95,12 +100,12 @@ fn on_this_host(network: DockerNetwork, engine: &Engine) -> DockerNetwork {
     DockerNetwork { driver, bridge: None, bridge_index: None, ..network }
 }
 
-/// The networks and the running containers whose labels ask for something, in order.
+/// Lists the networks and the running containers that have lbridge's labels, sorted.
 pub(super) async fn labelled(docker: &Docker) -> anyhow::Result<Vec<Labelled>> {
     let filters = || Some(HashMap::from([("label".to_owned(), vec![ALLOW.to_owned()])]));
     let networks = docker.list_networks(Some(ListNetworksOptions { filters: filters() }));
     let networks = networks.await.context("cannot list the networks with labels")?;
-    // Without `all` only those that run, one that is being restarted among them.
+    // Without `all`, only running containers are listed, including one that is being restarted.
     let options = ListContainersOptions { filters: filters(), ..ListContainersOptions::default() };
     let containers = docker.list_containers(Some(options));
     let containers = containers.await.context("cannot list the containers with labels")?;
@@ -129,8 +134,8 @@ fn labelled_container(container: ContainerSummary) -> Option<Labelled> {
     Labelled::new(Kind::Container, (id, name), created, networks, &container.labels?)
 }
 
-/// The container of this name or id. What the engine has to say against one container is that one's state; an error
-/// is the engine's own.
+/// Looks up the container of this name or id. What the engine reports against a single container is part of
+/// the sighting; an error is a failure of the engine itself.
 pub(super) async fn container(docker: &Docker, engine: &Engine, name: &str) -> anyhow::Result<Sighting> {
     match docker.inspect_container(name, None::<InspectContainerOptions>).await {
         Ok(container) => Ok(meant(container, name).map(|container| as_trusted(container, engine))),
@@ -142,8 +147,9 @@ pub(super) async fn container(docker: &Docker, engine: &Engine, name: &str) -> a
     }
 }
 
-/// The engine takes any beginning of an id for its container: `db` is one in 256. Only what Docker prints of an id is one
-/// here, and a name that reads so is nobody's: it may be another's id.
+/// Checks that the engine found the container that was meant. The engine accepts any beginning of an id: `db`
+/// matches one container in 256. Here only the full id or its first 12 digits or more count as an id. A name
+/// that reads like an id is refused, since it may be another container's id.
 fn meant(container: ContainerInspectResponse, name: &str) -> Sighting {
     const SHORT_ID: usize = 12;
     let id = container.id.as_deref().unwrap_or_default();
@@ -159,8 +165,8 @@ fn meant(container: ContainerInspectResponse, name: &str) -> Sighting {
     }
 }
 
-/// An engine without root is its user's, and its networks are none of the host's: no service is to be shown addresses that
-/// mean another container there.
+/// Removes the addresses of a rootless engine's container. The engine's networks are not the host's: a
+/// service must not see addresses that mean another container on the host.
 fn as_trusted(container: Option<Container>, engine: &Engine) -> Option<Container> {
     container.map(|mut container| {
         if engine.rootless {
@@ -181,21 +187,21 @@ fn described(container: ContainerInspectResponse) -> Option<Container> {
 
 fn attachment(network: String, endpoint: &EndpointSettings) -> Attachment {
     let addresses = [&endpoint.ip_address, &endpoint.global_ipv6_address];
-    // The engine lets networks have any; none of these may be shown to a service.
+    // The engine accepts any subnet for a network; a service must not see these addresses.
     let is_a_containers = |ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast();
     let addresses = addresses.into_iter().flatten().filter_map(|text| text.parse().ok());
     let addresses = addresses.filter(is_a_containers).collect();
-    // Podman has the name there.
+    // Podman puts the network's name there.
     let id = endpoint.network_id.clone().filter(|id| !id.is_empty() && *id != network);
     Attachment { network, id, addresses }
 }
 
-/// The names of all containers, those that do not run, too.
+/// Lists the names of all containers, also of those that do not run, sorted.
 pub(super) async fn container_names(docker: &Docker) -> anyhow::Result<Vec<String>> {
     let options = ListContainersOptions { all: true, ..ListContainersOptions::default() };
     let containers =
         docker.list_containers(Some(options)).await.context("cannot list Docker's containers")?;
-    // Links of the old kind are names with a second slash.
+    // Legacy links are names with a second slash.
     let own = |name: &String| Some(name.strip_prefix('/')?.to_owned()).filter(|name| !name.contains('/'));
     let mut names: Vec<_> =
         containers.iter().filter_map(|c| c.names.iter().flatten().find_map(own)).collect();

@@ -1,4 +1,4 @@
-//! What is known of the engine.
+//! View: the last known state of the engine.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -9,64 +9,67 @@ use crate::planning::{
     labels::Labelled,
 };
 
-/// Whether the engine answers.
+/// The state of the connection to the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Presence {
-    /// Not asked yet.
+    /// The engine was not asked yet.
     Unknown,
-    /// It does.
+    /// The engine answers.
     Reachable {
-        /// Which it is.
+        /// Docker or Podman.
         engine: Product,
-        /// Its version.
+        /// The engine's version, as it reports it.
         version: String,
     },
-    /// It does not.
+    /// The engine does not answer.
     Away {
-        /// Which it was, when it last did.
+        /// Docker or Podman, as the engine last answered; Docker if it never did.
         engine: Product,
-        /// Since when.
+        /// The time of the first failure since the engine last answered.
         since: Timestamp,
-        /// Why.
+        /// The error of the latest attempt, in one line.
         error: String,
     },
 }
 
-/// What is known of the engine.
+/// The last known state of the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
-    /// Whether it answers.
+    /// The state of the connection to the engine.
     pub presence: Presence,
-    /// Its networks; the last known while it is away.
+    /// The engine's networks; the last known ones while it is away.
     pub networks: Vec<DockerNetwork>,
-    /// The containers that were asked for, by the name that was asked for; the last known while it is away.
+    /// The containers that were asked for, each under the name that was asked for; the last known ones while
+    /// the engine is away.
     pub containers: BTreeMap<String, Sighting>,
-    /// The names of all containers, where one that was asked for is nobody's.
+    /// The names of all containers, if one that was asked for does not exist; otherwise empty.
     pub container_names: Vec<String>,
-    /// What asks for something by labels, where these are followed; the last known while it is away.
+    /// The networks and containers with lbridge's labels, if labels are followed; the last known ones while
+    /// the engine is away.
     pub labelled: Vec<Labelled>,
-    /// What the engine gives containers for the host's address, where it was told to.
+    /// The addresses that the engine gives containers for `host-gateway`, if it was configured with any.
     pub host_gateways: Vec<IpAddr>,
 }
 
-/// What the engine says of a name: a container, none, or what is wrong with it.
+/// The engine's answer about a name: a container, `None` if there is none, or an error that concerns this
+/// name only.
 pub type Sighting = Result<Option<Container>, String>;
 
 /// A container as the engine describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Container {
-    /// 64 hexadecimal digits.
+    /// The engine's container id, 64 hexadecimal digits.
     pub id: String,
-    /// Its first process, in the engine's pid namespace, while it runs.
+    /// The number of its first process in the engine's pid namespace; `None` if the container does not run.
     pub pid: Option<u32>,
-    /// Whether it runs; not if the engine has told of its end.
+    /// True if the container runs; false as soon as the engine has reported its end.
     pub running: bool,
-    /// Its networks, in order of name.
+    /// The container's networks, sorted by name.
     pub attachments: Vec<Attachment>,
 }
 
 impl Container {
-    /// Its address on the first of its networks that gives it one.
+    /// Returns the container's address on the first of its networks that gives it one.
     pub fn address(&self) -> Option<IpAddr> {
         self.attachments.iter().flat_map(|there| &there.addresses).next().copied()
     }

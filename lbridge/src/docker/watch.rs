@@ -1,5 +1,6 @@
-//! Follows the engine: through its events, its absence and its return. On a thread of its own: whose address is revoked when a
-//! container ends depends on it, and nothing else that the daemon does is to come between.
+//! Watcher: follows the engine through its events, its absence and its return. Runs on a thread of its own:
+//! when a container ends its address must be revoked at once, and nothing else that the daemon does may delay
+//! that.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,19 +30,20 @@ use crate::planning::{
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
-/// The list is read without an event that often: an event that was lost is made up for.
+/// The interval at which the list is read without an event (resync), in case an event was lost.
 const RELIST: Duration = Duration::from_secs(60);
-/// Before 5.4 Podman does not tell of networks that come and go.
+/// The resync interval for Podman: before 5.4 it does not report networks that come and go.
 const RELIST_PODMAN: Duration = Duration::from_secs(10);
-/// The engine tells that a container has ended before its list leaves it out, by as long as tidying up takes: the list is read
-/// again after that time, after twice that time, and so on.
+/// The first pause before the list is read again after an event, while labels are followed; each further
+/// pause is twice as long. The engine reports that a container has ended before its list omits it, by as long
+/// as its cleanup takes.
 const LIST_LAGS: Duration = Duration::from_millis(250);
-/// The engine's events have whole seconds.
+/// The margin by which the request for events goes back in time: the engine's timestamps are whole seconds.
 const SINCE_BEFORE: Duration = Duration::from_secs(1);
-/// An engine that takes longer to answer is as good as away.
+/// The longest wait for an answer; an engine that takes longer counts as away.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Containers that are asked for at once.
+/// The most containers that are inspected at the same time.
 const AT_A_TIME: usize = 8;
 
 /// Follows the engine on a thread of its own, which ends when the watcher is dropped.
@@ -54,12 +56,13 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Starts to follow the engine at `DOCKER_HOST`, or at the default socket, and the containers of these names.
-    /// `last_known` serves until it answers, and `last_seen`; so does `labelled`, if there is any: then labels are followed.
+    /// Starts to follow the engine at `DOCKER_HOST`, or at the default socket, and the containers of these
+    /// names. `last_known` and `last_seen` are the state until it answers, and so is `labelled`; labels are
+    /// followed if that is `Some`.
     ///
     /// # Errors
     ///
-    /// If the thread cannot be started.
+    /// Fails if the thread or its event loop cannot be started.
     pub fn start(
         last_known: Vec<DockerNetwork>,
         containers: BTreeSet<String>,
@@ -89,17 +92,17 @@ impl Watcher {
         Ok(Self { view, wanted, labels, refresh })
     }
 
-    /// What is known, for somebody else to follow.
+    /// Returns a receiver of the view, for another task to follow.
     pub fn follow(&self) -> watch::Receiver<View> {
         self.view.clone()
     }
 
-    /// From now on labels are followed, or are not.
+    /// Starts or stops following labels.
     pub fn follow_labels(&self, whether: bool) {
         self.labels.send_if_modified(|labels| std::mem::replace(labels, whether) != whether);
     }
 
-    /// From now on the containers of these names are followed, too, and no others.
+    /// Follows the containers of these names from now on, and no others.
     pub fn want(&self, containers: BTreeSet<String>) {
         self.wanted.send_if_modified(|wanted| {
             let other = *wanted != containers;
@@ -108,26 +111,27 @@ impl Watcher {
         });
     }
 
-    /// What is known now.
+    /// Returns the current view.
     pub fn view(&self) -> View {
         self.view.borrow().clone()
     }
 
-    /// Waits until something else is known. Cancel-safe.
+    /// Waits until the view changes. Cancel-safe.
     pub async fn changed(&mut self) {
         if self.view.changed().await.is_err() {
-            // The thread never ends before this; do not spin should it have panicked.
+            // The thread never ends before this value; if it has panicked, do not spin.
             std::future::pending::<()>().await;
         }
     }
 
-    /// Waits until the engine has been asked once, for `limit` at most.
+    /// Waits until the first request to the engine has succeeded or failed, for `limit` at most.
     pub async fn first_answer(&mut self, limit: Duration) {
         let known = self.view.wait_for(|view| view.presence != Presence::Unknown);
         let _ = timeout(limit, known).await;
     }
 
-    /// Has the list read again, and waits until it was, for `limit` at most: an event may still be under way.
+    /// Has the list read again, since an event may still be on its way, and waits until that is done, for
+    /// `limit` at most.
     pub async fn refresh(&self, limit: Duration) {
         let (done, answer) = oneshot::channel();
         if self.refresh.try_send(done).is_ok() {
@@ -159,7 +163,7 @@ async fn follow(
                 true
             }
         });
-        // Whoever waits for a refresh gets what is known.
+        // A pending refresh ends with the view as it is.
         let pause = sleep(backoff);
         tokio::pin!(pause);
         loop {
@@ -175,7 +179,7 @@ async fn follow(
     }
 }
 
-/// Follows the engine for as long as it answers. `Ok` when nobody is interested any more.
+/// Follows the engine for as long as it answers. Returns `Ok` once the watcher is dropped.
 async fn session(
     view: &watch::Sender<View>,
     wanted: &mut watch::Receiver<BTreeSet<String>>,
@@ -187,8 +191,8 @@ async fn session(
         .context("no engine is found (is dockerd running, is DOCKER_HOST right?)")?;
     let engine = within(Engine::ask(&docker)).await?;
     let Engine { product, version, .. } = &engine;
-    // The request for events goes out when the first is waited for, after the list was read; so it asks for those since
-    // before. They may have happened already, which costs a look.
+    // The request for events is sent when the first event is awaited, after the list was read. So it asks for
+    // events from before that; those may be in the list already, which costs one more look.
     let since = Some((Timestamp::now() - SINCE_BEFORE).as_second().to_string());
     let options = EventsOptions { since, filters: Some(Engine::events()), ..EventsOptions::default() };
     let mut events = Events::new(&docker, options, *product);
@@ -196,15 +200,15 @@ async fn session(
         Product::Docker => RELIST,
         Product::Podman => RELIST_PODMAN,
     };
-    // Of the engine that has just begun to answer; it reads them when it starts.
+    // Read now, since the engine has just begun to answer: it reads its configuration when it starts.
     let host_gateways = host_gateway::told();
     let mut waiting: Option<oneshot::Sender<()>> = None;
     let mut ended = Ended::default();
     let mut again = relist;
-    // When the look began that the view is of.
+    // The time at which the look behind the current view began.
     let mut looked = Timestamp::now();
     loop {
-        // However many events there are, nobody waits for a look that has been.
+        // Serve a refresh with this look, however many events arrive.
         waiting = waiting.or_else(|| requests.try_recv().ok());
         let (begun, names) = (Timestamp::now(), wanted.borrow_and_update().clone());
         let follows_labels = *labels.borrow_and_update();
@@ -212,7 +216,8 @@ async fn session(
         let mut stale = false;
         let look = look(&docker, &engine, names, follows_labels);
         tokio::pin!(look);
-        // The engine keeps whoever asks for a container that it starts or tidies up waiting; another may end meanwhile.
+        // The engine delays requests about a container that it is starting or cleaning up; another container
+        // may end in the meantime.
         let Look { networks, mut containers, container_names, labelled } = loop {
             tokio::select! {
                 event = events.next(), if !events.is_broken() => {
@@ -248,7 +253,7 @@ async fn session(
         tokio::select! {
             event = events.next() => {
                 let mut next = Some(event);
-                // All that wait, in one look.
+                // Handle all pending events with one look.
                 while let Some(event) = next {
                     let Some(event) = event? else { break };
                     ended.hear(&event, looked, view);
@@ -271,7 +276,7 @@ async fn session(
     }
 }
 
-/// One look at the engine's lists.
+/// The result of one look at the engine's lists.
 struct Look {
     networks: Vec<DockerNetwork>,
     containers: BTreeMap<String, Sighting>,
@@ -297,13 +302,13 @@ async fn look(
     Ok(Look { networks, containers, container_names, labelled })
 }
 
-/// The engine's events.
+/// The stream of the engine's events.
 struct Events<'a> {
     docker: &'a Docker,
     options: EventsOptions,
     product: Product,
     stream: BoxStream<'static, Result<EventMessage, Error>>,
-    /// When to ask for them again, after they broke off.
+    /// The time to request the events again, after the stream broke; `None` while it works.
     again: Option<Instant>,
     pause: Duration,
 }
@@ -318,13 +323,14 @@ impl<'a> Events<'a> {
         self.again.is_some()
     }
 
-    /// The next one; `None` where Podman has broken them off: it is asked again then, after a pause. Cancel-safe.
+    /// Waits for the next event. `None` if Podman broke the stream off, and again after the pause when it is
+    /// requested again. Cancel-safe.
     async fn next(&mut self) -> anyhow::Result<Option<EventMessage>> {
         if let Some(again) = self.again {
             sleep_until(again).await;
             self.stream = self.docker.events(Some(self.options.clone())).boxed();
             self.again = None;
-            // Whether it is there the list says.
+            // The list shows whether the engine is there.
             return Ok(None);
         }
         match (self.stream.next().await, self.product) {
@@ -332,7 +338,7 @@ impl<'a> Events<'a> {
                 self.pause = FIRST_BACKOFF;
                 Ok(Some(event))
             }
-            // Podman 4 does that where it reads half a line of its own log.
+            // Podman 4 breaks the stream off when it reads half a line of its own log.
             (_, Product::Podman) => {
                 self.again = Some(Instant::now() + self.pause);
                 self.pause = (self.pause * 2).min(LAST_BACKOFF);

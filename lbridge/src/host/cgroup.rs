@@ -1,10 +1,10 @@
-//! Where cgroup2 is.
+//! cgroup2: finds its mount point.
 
 use std::path::PathBuf;
 
 use anyhow::Context as _;
 
-/// The mount point of cgroup2; on hybrid hosts that is not /sys/fs/cgroup.
+/// Returns the mount point of cgroup2, from /proc/mounts. On hybrid hosts that is not /sys/fs/cgroup.
 pub fn mount() -> anyhow::Result<PathBuf> {
     // Mount points are bytes; the kernel writes blanks in them as octal escapes (proc(5)).
     let mounts = std::fs::read("/proc/mounts").context("cannot look for cgroup2")?;

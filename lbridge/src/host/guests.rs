@@ -1,9 +1,11 @@
-//! Who is on which bridge: the network namespaces behind its ports, by their cookies. From netlink alone, so that it does not
-//! matter who made them; told at once, since a container's first connection follows within a fraction of a second.
+//! Guests: finds the network namespaces behind the ports of each bridge, by their cookies. Uses netlink
+//! alone, so it does not matter which program made them. Reports them at once, since a container's first
+//! connection follows within a fraction of a second.
 //!
-//! The kernel numbers the namespaces that this one has a link to, and says of a veth port which number the other end's has.
-//! Whose number that is can only be asked the other way round: of a namespace that is at hand, as a file. Runtimes keep those
-//! in well-known folders; whoever does not has a process inside.
+//! The kernel numbers the namespaces that this one has a link to (nsid), and reports for a veth port the
+//! number of the namespace that its peer is in. A number can be resolved only in the other direction, by
+//! asking for the number of a namespace that is open as a file. Runtimes keep such files in well-known
+//! folders; a namespace without one has a process inside.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -26,44 +28,46 @@ use rtnetlink::{Handle, MulticastGroup};
 use super::netns;
 use crate::planning::inventory::NamespaceId;
 
-/// Where Docker has its containers' namespaces; Podman, and `ip netns`, have theirs.
+/// The folders with namespace files: the first is Docker's, the second is shared by Podman and `ip netns`.
 const FOLDERS: [&str; 2] = ["/run/docker/netns", "/run/netns"];
 
-/// A veth end in this namespace.
+/// A veth interface of this namespace.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct BridgePort {
-    /// The bridge that it is on.
+    /// Interface index of the bridge that it is a port of; `None` if it is on no bridge.
     bridge: Option<u32>,
-    /// The number of the namespace that the other end is in, if that is another one.
+    /// The nsid of the namespace that its peer is in; `None` if the peer is in this namespace.
     namespace: Option<i32>,
 }
 
-/// All veth ends, and the namespaces behind them. For a thread of its own, which goes into namespaces for a moment. Nothing but
-/// changes is waited for: each question is answered before the call returns, so that nobody else gets to run meanwhile.
+/// Tracks all veth interfaces of the host's namespace, and the namespaces behind them.
+///
+/// Meant for a thread of its own, which enters other namespaces briefly. Only changes are awaited: every
+/// netlink request is answered before the call returns, so that no other task runs in between.
 pub struct BridgePorts {
     home: File,
     handle: Handle,
     questions: Socket,
     changes: BoxStream<'static, NetlinkMessage<RouteNetlinkMessage>>,
     ends: BTreeMap<u32, BridgePort>,
-    /// By number, for as long as the number is the namespace's.
+    /// Maps an nsid to the namespace's cookie, for as long as the namespace has that nsid.
     cookies: HashMap<i32, u64>,
-    /// Numbers of namespaces that were asked for, negative where there is none. An identity is given again, so it is forgotten
-    /// together with its number.
+    /// The nsids of namespaces that were asked for, negative if the namespace has none. The kernel reuses a
+    /// namespace's identity, so an entry is removed together with its nsid.
     known: HashMap<NamespaceId, i32>,
 }
 
-/// What a look came to.
+/// The guests that [`BridgePorts::guests`] found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// By cookie, the bridges that a namespace is on, in ascending order.
+    /// Maps a namespace's cookie to the interface indexes of the bridges that it is on, in ascending order.
     pub bridges: BTreeMap<u64, BTreeSet<u32>>,
-    /// Numbers of namespaces that are on one and were not found.
+    /// The nsids of namespaces that are on one of the bridges and whose cookies are not known.
     pub unknown: BTreeSet<i32>,
 }
 
 impl BridgePorts {
-    /// Begins to follow changes in `home`, the host's namespace, and looks.
+    /// Subscribes to changes in `home`, the host's namespace, and lists the links.
     pub async fn follow(home: &File) -> anyhow::Result<Self> {
         let home = home.try_clone()?;
         netns::go_home(&home)?;
@@ -81,7 +85,7 @@ impl BridgePorts {
         Ok(ports)
     }
 
-    /// Looks at everything anew.
+    /// Resyncs: forgets everything and lists the links again.
     pub async fn list(&mut self) -> anyhow::Result<()> {
         self.ends.clear();
         self.cookies.clear();
@@ -93,7 +97,8 @@ impl BridgePorts {
         Ok(())
     }
 
-    /// Waits until something has changed. Cancel-safe. An error where changes are told no more.
+    /// Waits for a change and applies it, with all others that are pending. Cancel-safe. Fails if the kernel
+    /// reports no more changes, or if a resync after lost messages fails.
     pub async fn changed(&mut self) -> anyhow::Result<()> {
         let mut message = Some(self.changes.next().await.context("the kernel tells of links no more")?);
         let mut is_lossy = false;
@@ -104,7 +109,7 @@ impl BridgePorts {
         if is_lossy { self.list().await } else { Ok(()) }
     }
 
-    /// Whether messages were lost.
+    /// Applies one change. Returns true if messages were lost.
     fn apply(&mut self, message: NetlinkPayload<RouteNetlinkMessage>) -> bool {
         let message = match message {
             NetlinkPayload::InnerMessage(message) => message,
@@ -112,7 +117,7 @@ impl BridgePorts {
             _ => return false,
         };
         match message {
-            // A bridge tells of its ports with messages of its own, which say less.
+            // A bridge reports its ports with messages of its own, which have fewer attributes.
             RouteNetlinkMessage::NewLink(link) if link.header.interface_family == AddressFamily::Unspec => {
                 match port(&link) {
                     Some((index, port)) => drop(self.ends.insert(index, port)),
@@ -121,14 +126,15 @@ impl BridgePorts {
             }
             RouteNetlinkMessage::DelLink(link) if link.header.interface_family == AddressFamily::Unspec => {
                 self.ends.remove(&link.header.index);
-                // An end that moves out of here is told of before it is up where it goes: the other end is known by that.
+                // When a veth leaves this namespace, this message comes before the veth is up in its new one:
+                // it already names the peer that stays here.
                 if let Some((other, namespace)) = moved(&link)
                     && let Some(port) = self.ends.get_mut(&other)
                 {
                     port.namespace = Some(namespace);
                 }
             }
-            // Who was asked for and had none may have it now.
+            // A namespace that had no nsid when it was asked for may have this one.
             RouteNetlinkMessage::NewNsId(_) => self.known.retain(|_, number| *number >= 0),
             RouteNetlinkMessage::DelNsId(message) => {
                 if let Some(gone) = number(&message) {
@@ -141,7 +147,8 @@ impl BridgePorts {
         false
     }
 
-    /// Who is on these bridges. Whoever is not found in the folders is looked for among all processes, if `everywhere`.
+    /// Finds the guests on these bridges. Namespaces that are not in the folders are looked for among all
+    /// processes if `everywhere` is true.
     pub fn guests(&mut self, bridges: &BTreeSet<u32>, everywhere: bool) -> Found {
         let ports = self.ends.values().filter_map(|port| Some((port.bridge?, port.namespace?)));
         let plugged: BTreeSet<_> = ports.filter(|(bridge, _)| bridges.contains(bridge)).collect();
@@ -166,7 +173,8 @@ impl BridgePorts {
         guests
     }
 
-    /// Finds the namespaces of `missing` numbers among these files.
+    /// Looks among these files for the namespaces with the `missing` nsids, and removes those it finds from
+    /// `missing`.
     fn look_at(&mut self, files: impl Iterator<Item = PathBuf>, missing: &mut BTreeSet<i32>) {
         for path in files {
             if missing.is_empty() {
@@ -184,7 +192,7 @@ impl BridgePorts {
     }
 
     fn learn(&mut self, path: &Path, missing: &mut BTreeSet<i32>) -> anyhow::Result<()> {
-        // What is no namespace is not opened.
+        // Files that are not network namespaces are skipped.
         let Ok(file) = netns::at_path(path, netns::Follow::Any) else { return Ok(()) };
         let id = netns::id_of(&file)?;
         let number = self.number_of(file.as_raw_fd())?;
@@ -196,7 +204,7 @@ impl BridgePorts {
         Ok(())
     }
 
-    /// The number of a namespace that is open, -1 if it has none.
+    /// Asks the kernel for the nsid of an open namespace; -1 if it has none.
     fn number_of(&self, file: i32) -> anyhow::Result<i32> {
         let mut question = NsidMessage::default();
         question.attributes.push(NsidAttribute::Fd(file.cast_unsigned()));
@@ -217,7 +225,8 @@ impl BridgePorts {
     }
 }
 
-/// A veth end, by its index. Other kinds of ports have no other end, or one that says nothing of who sends there.
+/// Returns a veth's interface index and its port; `None` for other kinds of links. Those have no peer, or one
+/// that does not show who sends there.
 fn port(link: &LinkMessage) -> Option<(u32, BridgePort)> {
     if !is_veth(link) {
         return None;
@@ -240,14 +249,15 @@ fn is_veth(link: &LinkMessage) -> bool {
     })
 }
 
-/// Of a veth end that leaves this namespace: the other end, and the number of where it goes.
+/// For a veth that leaves this namespace, returns the peer's interface index and the nsid of its new
+/// namespace.
 fn moved(link: &LinkMessage) -> Option<(u32, i32)> {
     let (mut other, mut namespace) = (None, None);
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::Link(index) => other = Some(*index),
             LinkAttribute::NewNetnsId(number) => namespace = Some(*number),
-            // The other end's index is that of another namespace.
+            // The peer is in another namespace, and its index is only valid there.
             LinkAttribute::LinkNetNsId(_) => return None,
             _ => {}
         }

@@ -1,4 +1,4 @@
-//! Interfaces and addresses, by rtnetlink; and the wake-ups when they change.
+//! Interfaces: lists them and their addresses with rtnetlink, and wakes the caller when they change.
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
@@ -17,7 +17,7 @@ use super::netns::LOOPBACK;
 use super::scratch;
 use crate::planning::inventory::Interface;
 
-/// Pause before a broken socket is replaced.
+/// The pause before a broken netlink socket is replaced.
 const REOPEN: Duration = Duration::from_secs(1);
 
 /// A connection to rtnetlink.
@@ -27,7 +27,8 @@ pub struct Interfaces {
 }
 
 impl Interfaces {
-    /// Connects. Whenever a link or an address changes, `wake` gets a unit; a full channel is a wake-up already.
+    /// Connects to rtnetlink and subscribes to changes. Every change of a link or an address sends a unit to
+    /// `wake`. If the channel is full a wake-up is pending already.
     pub fn connect(wake: mpsc::Sender<()>) -> anyhow::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
         tokio::spawn(connection);
@@ -35,8 +36,8 @@ impl Interfaces {
         Ok(Self { handle })
     }
 
-    /// Every interface of this namespace with its addresses; link-local ones are left out, since nothing routes a
-    /// container's connection there without naming an interface.
+    /// Lists the interfaces of this namespace with their addresses of global scope. Leaves out link-local
+    /// addresses, since nothing routes a container's connection there without naming an interface.
     pub async fn list(&self) -> anyhow::Result<Vec<Interface>> {
         let mut interfaces = BTreeMap::new();
         let mut links = self.handle.link().get().execute();
@@ -67,7 +68,8 @@ impl Interfaces {
             if address.header.scope != AddressScope::Universe {
                 continue;
             }
-            // IFA_LOCAL is the interface's own where IFA_ADDRESS may be a peer's (rtnetlink(7)); IPv6 has only the latter.
+            // IFA_LOCAL is the interface's own where IFA_ADDRESS may be a peer's (rtnetlink(7)); IPv6 has
+            // only the latter.
             let (mut local, mut other): (Option<IpAddr>, Option<IpAddr>) = (None, None);
             for attribute in &address.attributes {
                 match attribute {
@@ -79,14 +81,14 @@ impl Interfaces {
             interface.addresses.extend(local.or(other).map(|ip| (ip, address.header.prefix_len)));
         }
         for interface in interfaces.values_mut() {
-            // IPv4 first: it is what a container dials.
+            // IPv4 first: containers dial it.
             interface.addresses.sort_by_key(|(ip, _)| (ip.is_ipv6(), *ip));
         }
         Ok(interfaces.into_values().collect())
     }
 }
 
-/// Every interface of this thread's namespace, once.
+/// Lists the interfaces of this thread's network namespace over a connection of its own.
 pub async fn list() -> anyhow::Result<Vec<Interface>> {
     let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
     let connection = tokio::spawn(connection);
@@ -95,7 +97,7 @@ pub async fn list() -> anyhow::Result<Vec<Interface>> {
     interfaces
 }
 
-/// Sets this thread's loopback interface up.
+/// Brings up the loopback interface of this thread's network namespace.
 pub(super) fn loopback_up() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -119,7 +121,7 @@ fn is_scratch(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
     names.any(|name| scratch::is_link(name))
 }
 
-/// Wakes on every change, and goes on with a new socket should one break.
+/// Spawns a task that sends a wake-up for every change, and replaces the socket if it breaks.
 fn follow(wake: mpsc::Sender<()>) -> anyhow::Result<()> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
     let open = move || {
@@ -131,7 +133,7 @@ fn follow(wake: mpsc::Sender<()>) -> anyhow::Result<()> {
             let (task, _, mut messages) = connection;
             tokio::spawn(task);
             while let Some((message, _)) = messages.next().await {
-                // What lbridge makes for a moment is nothing new.
+                // Links of lbridge's own scratch namespaces do not count as changes.
                 if !is_scratch(&message) {
                     let _ = wake.try_send(());
                 }
@@ -144,7 +146,7 @@ fn follow(wake: mpsc::Sender<()>) -> anyhow::Result<()> {
                     Err(error) => tracing::warn!("{error:#}"),
                 }
             };
-            // What happened meanwhile was not told.
+            // Changes in the meantime were not reported.
             let _ = wake.try_send(());
         }
     });

@@ -1,4 +1,4 @@
-//! Listening sockets, by sock_diag; and taking hold of one, by pidfd.
+//! Listening sockets: lists them with sock_diag, and takes a descriptor of one with a pidfd.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -31,7 +31,7 @@ use crate::planning::{
     rule::Protocol,
 };
 
-/// Every listening TCP socket of this thread's network namespace, in order of inode.
+/// Lists the listening TCP sockets of this thread's network namespace, sorted by inode.
 pub fn tcp() -> anyhow::Result<Vec<Listener>> {
     let mut listeners = vec![];
     for family in [AF_INET, AF_INET6] {
@@ -41,7 +41,8 @@ pub fn tcp() -> anyhow::Result<Vec<Listener>> {
     Ok(listeners)
 }
 
-/// Every UDP socket of this thread's network namespace that is bound and not connected, in order of inode.
+/// Lists the UDP sockets of this thread's network namespace that are bound and not connected, sorted by
+/// inode.
 pub fn udp() -> anyhow::Result<Vec<Listener>> {
     let mut sockets = vec![];
     for family in [AF_INET, AF_INET6] {
@@ -51,10 +52,13 @@ pub fn udp() -> anyhow::Result<Vec<Listener>> {
     Ok(sockets)
 }
 
-/// The listening socket of this thread's network namespace that the kernel would give a connection, or the UDP socket that it
-/// would give a datagram, from `source` to `destination` that comes in on an interface, by its index. It is asked, not worked out: to find a socket by its ends the
-/// kernel does what it does for a SYN, steering programs included (`inet_lookup`, which `inet_diag_find_one_icsk` calls). No
-/// packet is sent, so no firewall has a say, and no route.
+/// Asks the kernel which listening socket of this thread's network namespace would get a connection, or which
+/// UDP socket a datagram, from `source` to `destination` that arrives on `interface` (an interface index).
+/// Returns `None` if there is no such socket.
+///
+/// The kernel finds a socket by its two addresses in the same way as it does for a SYN, steering programs
+/// included (`inet_lookup`, which `inet_diag_find_one_icsk` calls). No packet is sent, so neither firewalls
+/// nor routes affect the answer.
 pub fn lookup(
     protocol: Protocol,
     source: SocketAddr,
@@ -62,8 +66,8 @@ pub fn lookup(
     interface: u32,
 ) -> anyhow::Result<Option<Listener>> {
     let family = if destination.is_ipv4() { AF_INET } else { AF_INET6 };
-    // As of the socket that is looked for: its own end is the source. Of a UDP socket it is the destination
-    // (udp_dump_one() in net/ipv4/udp_diag.c: "src and dst are swapped for historical reasons").
+    // Seen from the socket that is looked for: its own address is the source. For a UDP socket it is the
+    // destination (udp_dump_one() in net/ipv4/udp_diag.c: "src and dst are swapped for historical reasons").
     let (kind, own, other) = match protocol {
         Protocol::Tcp => (ListenerKind::Tcp, destination, source),
         Protocol::Udp => (ListenerKind::Udp, source, destination),
@@ -74,7 +78,7 @@ pub fn lookup(
         source_address: own.ip(),
         destination_address: other.ip(),
         interface_id: interface,
-        // INET_DIAG_NOCOOKIE: any.
+        // INET_DIAG_NOCOOKIE: matches any socket.
         cookie: [0xff; 8],
     };
     let socket = ask(family, protocol.number(), socket_id, StateFlags::all(), 0)?;
@@ -93,7 +97,7 @@ pub fn lookup(
 }
 
 fn dump(family: u8, kind: ListenerKind, listeners: &mut Vec<Listener>) -> io::Result<()> {
-    // A UDP socket that is not connected is "closed".
+    // sock_diag reports a UDP socket that is not connected as "closed".
     let (protocol, states) = match kind {
         ListenerKind::Udp => (IPPROTO_UDP, StateFlags::CLOSE),
         _ => (IPPROTO_TCP, StateFlags::LISTEN),
@@ -101,16 +105,16 @@ fn dump(family: u8, kind: ListenerKind, listeners: &mut Vec<Listener>) -> io::Re
     for_each_socket(family, protocol, states, |response| listeners.push(listener(response, kind)))
 }
 
-/// The ends of every TCP connection of this thread's network namespace that has a socket with one of these addresses as its own,
-/// that first. Not those in TIME_WAIT, whose ends a SYN may have again.
+/// Lists the TCP connections of this thread's network namespace whose local address is in `own`, as pairs of
+/// local and remote address. Leaves out sockets in TIME_WAIT, whose pair of addresses a new SYN may reuse.
 ///
 /// # Errors
 ///
-/// If the sockets cannot be listed.
+/// Fails if the sockets cannot be listed.
 pub fn connections(own: &BTreeSet<SocketAddr>) -> io::Result<BTreeSet<(SocketAddr, SocketAddr)>> {
     let mut found = BTreeSet::new();
     let states = || StateFlags::all() - StateFlags::LISTEN - StateFlags::CLOSE - StateFlags::TIME_WAIT;
-    // An IPv6 socket may have an IPv4 connection.
+    // An IPv6 socket may carry an IPv4 connection (IPv4-mapped addresses).
     for family in [AF_INET, AF_INET6] {
         for_each_socket(family, IPPROTO_TCP, states(), |response| {
             let id = &response.header.socket_id;
@@ -124,7 +128,7 @@ pub fn connections(own: &BTreeSet<SocketAddr>) -> io::Result<BTreeSet<(SocketAdd
     Ok(found)
 }
 
-/// Lists sockets.
+/// Calls `each` for every socket of a family and protocol in one of these states.
 fn for_each_socket(
     family: u8,
     protocol: u8,
@@ -140,7 +144,7 @@ fn for_each_socket(
     })
 }
 
-/// Sends a request; its answer is to be received.
+/// Sends a sock_diag request on a new socket, and returns the socket for the answer to be read from.
 fn ask(family: u8, protocol: u8, socket_id: SocketId, states: StateFlags, flags: u16) -> io::Result<Socket> {
     let socket = netlink::connect(NETLINK_SOCK_DIAG)?;
     let mut header = NetlinkHeader::default();
@@ -159,15 +163,16 @@ fn listener(response: &InetResponse, kind: ListenerKind) -> Listener {
         uid: response.header.uid,
         single_family: v6_only || response.header.family == AF_INET,
         bound_interface: id.interface_id,
-        // sock_diag tells of MPTCP only beside tcp_info, whose length differs between kernels; the socket itself does too,
-        // once it is taken hold of.
+        // sock_diag reports MPTCP only together with tcp_info, whose length differs between kernels. The
+        // socket itself reports it too, once a descriptor of it is taken.
         kind,
     }
 }
 
-/// Those of `wanted` on which a Unix stream socket listens. The kernel shows the path that the service gave to bind(), so the
-/// files are compared: /var/run may be a link to /run. It lists sockets by network namespace, although anybody who gets at
-/// the file may connect; a service with `PrivateNetwork=` has one of its own.
+/// Returns those paths of `wanted` on which a Unix stream socket listens. The kernel shows the path that the
+/// service gave to bind(), so this compares the files: /var/run may be a link to /run. The kernel lists
+/// sockets by network namespace, although any process that can reach the file may connect; a service with
+/// `PrivateNetwork=` has a namespace of its own, so the other namespaces are searched too.
 pub fn unix(wanted: BTreeSet<PathBuf>) -> anyhow::Result<BTreeSet<PathBuf>> {
     let mut wanted: BTreeMap<PathBuf, PathBuf> = wanted
         .into_iter()
@@ -192,7 +197,7 @@ pub fn unix(wanted: BTreeSet<PathBuf>) -> anyhow::Result<BTreeSet<PathBuf>> {
             !listens
         });
     };
-    // Names are bytes: any process may bind one that is no text.
+    // Names are bytes: any process may bind one that is not UTF-8.
     let list = fs::read("/proc/thread-self/net/unix").context("cannot list Unix sockets")?;
     look(&list, &mut wanted);
     if !wanted.is_empty() {
@@ -206,7 +211,7 @@ pub fn unix(wanted: BTreeSet<PathBuf>) -> anyhow::Result<BTreeSet<PathBuf>> {
     Ok(found)
 }
 
-/// A process's folder in /proc for each network namespace that has one.
+/// Picks one process for each network namespace that has any, as a folder of /proc.
 fn one_of_each_netns() -> anyhow::Result<impl Iterator<Item = PathBuf>> {
     let mut namespaces = BTreeMap::new();
     for process in fs::read_dir("/proc").context("cannot list processes")?.flatten() {
@@ -217,7 +222,8 @@ fn one_of_each_netns() -> anyhow::Result<impl Iterator<Item = PathBuf>> {
     Ok(namespaces.into_values())
 }
 
-/// A line is `Num RefCount Protocol Flags Type St Inode Path` (net/unix/af_unix.c).
+/// Parses a line of /proc/net/unix, `Num RefCount Protocol Flags Type St Inode Path` (net/unix/af_unix.c).
+/// Returns the path of a listening stream socket, `None` for any other socket.
 fn listening_path(line: &[u8]) -> Option<&Path> {
     // __SO_ACCEPTCON, set in the flags of a listening socket (include/linux/net.h).
     const ACCEPTS: u32 = 0x0001_0000;
@@ -235,17 +241,19 @@ fn listening_path(line: &[u8]) -> Option<&Path> {
         .then(|| Path::new(OsStr::from_bytes(rest)))
 }
 
-/// Takes hold of listening sockets of other processes.
+/// Takes descriptors of listening sockets of other processes.
 #[derive(Debug, Default)]
 pub struct Taker {
-    /// Socket inode to the processes that have it, as found by one walk through /proc.
+    /// Maps a socket's inode to the processes that hold it and their descriptors, as one walk through /proc
+    /// found them. `None` before the walk.
     holders: Option<HashMap<u64, Vec<(Pid, i32)>>>,
 }
 
 impl Taker {
-    /// A descriptor of the socket with this inode. Needs `CAP_SYS_PTRACE` (`PTRACE_MODE_ATTACH`, pidfd_getfd(2)).
+    /// Returns a descriptor of the socket with this inode. Needs `CAP_SYS_PTRACE` (`PTRACE_MODE_ATTACH`,
+    /// pidfd_getfd(2)).
     ///
-    /// `wanted` are the inodes that this or later calls ask for: one walk through /proc finds them all.
+    /// `wanted` has the inodes that this call and later calls ask for: one walk through /proc finds them all.
     pub fn take(&mut self, inode: u64, wanted: &HashSet<u64>) -> anyhow::Result<OwnedFd> {
         let holders = match &mut self.holders {
             Some(holders) => holders,
@@ -257,7 +265,7 @@ impl Taker {
         let mut last = None;
         for (pid, fd) in holders {
             match pidfd_getfd(*pid, *fd) {
-                // The process may have closed it and got another one under the number.
+                // The process may have closed it and reused the descriptor's number.
                 Ok(taken) if socket_inode(&taken) == Some(inode) => return Ok(taken),
                 Ok(_) => {}
                 Err(error) => last = Some(error),
@@ -270,7 +278,8 @@ impl Taker {
     }
 }
 
-/// The socket, by inode, that keeps others of this thread's network namespace from listening on `address`.
+/// Returns the inode of the socket that keeps others in this thread's network namespace from listening on
+/// `address`; `None` if none does, or if the sockets cannot be listed.
 pub fn in_the_way(address: SocketAddr) -> Option<u64> {
     let in_the_way = |listener: &&Listener| {
         let there = listener.address;
@@ -280,8 +289,9 @@ pub fn in_the_way(address: SocketAddr) -> Option<u64> {
     Some(tcp().ok()?.iter().find(in_the_way)?.inode)
 }
 
-/// Who holds a socket of this thread's network namespace, for a person; most likely somebody inside. They may have more
-/// descriptors than can be looked through in a moment; then nobody is named.
+/// Returns the name and number of a process that holds a socket of this thread's network namespace, as text
+/// for a message. Processes inside the namespace are searched first. Stops after 20,000 descriptors, so that
+/// it does not take long, and then returns `None`.
 pub fn holder(inode: u64) -> Option<String> {
     const MAX_LOOKS: usize = 20_000;
     let own = fs::read_link("/proc/thread-self/ns/net").ok()?;
@@ -297,13 +307,13 @@ pub fn holder(inode: u64) -> Option<String> {
         fs::read_link(descriptor).is_ok_and(|link| link.as_os_str() == OsStr::new(&wanted))
     };
     let (process, _) = descriptors.take(MAX_LOOKS).find(is_it)?;
-    // A name is bytes, of whoever runs it.
+    // The user who runs the process chooses these bytes.
     let name = fs::read(process.join("comm")).unwrap_or_default();
     let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).escape_debug().to_string();
     Some(format!("{name} (process {})", process.file_name()?.display()))
 }
 
-/// Whether a process has a descriptor of the socket with this inode.
+/// Returns true if the process has a descriptor of the socket with this inode.
 pub fn is_held_by(inode: u64, pid: u32) -> bool {
     let wanted = format!("socket:[{inode}]");
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
@@ -312,12 +322,13 @@ pub fn is_held_by(inode: u64, pid: u32) -> bool {
     })
 }
 
-/// Whether a listening socket is MPTCP (`SO_PROTOCOL`).
+/// Returns true if a listening socket is an MPTCP socket (`SO_PROTOCOL`).
 pub fn is_mptcp(socket: &OwnedFd) -> bool {
     sockopt::socket_protocol(socket).is_ok_and(|protocol| protocol == Some(ipproto::MPTCP))
 }
 
-/// The processes that hold these sockets, as far as their descriptors can be seen.
+/// Maps the inodes of these sockets to the numbers of the processes that hold them. Finds only processes
+/// whose descriptors this one may inspect.
 pub fn processes_of(wanted: &BTreeSet<u64>) -> anyhow::Result<BTreeMap<u64, BTreeSet<u32>>> {
     let holders = holders_of(&wanted.iter().copied().collect())?.into_iter();
     let number = |(pid, _): (Pid, i32)| pid.as_raw_nonzero().get().unsigned_abs();
@@ -423,7 +434,7 @@ mod tests {
         let wanted = BTreeSet::from([path.clone(), by_link, directory.path().join("none")]);
         assert_eq!(unix(wanted.clone()).unwrap().len(), 2);
         drop(listener);
-        // A child that another test's thread has just forked has it open until it is another program.
+        // A child that another test's thread has just forked keeps the listener open until its exec.
         let gone = || unix(wanted.clone()).unwrap().is_empty();
         assert!((0..1000).any(|_| gone() || {
             thread::sleep(Duration::from_millis(5));

@@ -1,6 +1,8 @@
-//! What is there on the host: interfaces and their addresses, who is on which bridge, listening sockets, network namespaces,
-//! processes, users; throw-away neighbours of the host, to try things from; and paths that others cannot turn elsewhere. Netlink, /proc
-//! and pidfds; the only room that knows the netlink crates, but for the firewall's wake-ups and conntrack. Imports planning's inventory.
+//! Host: reads the host's actual state from netlink, /proc and pidfds. Covers interfaces and their addresses,
+//! guests on bridges, listening sockets, network namespaces, processes and users. Also makes throw-away
+//! neighbours of the host to test reachability from, and opens paths that other users cannot redirect. The
+//! only module that uses the netlink crates, except for the firewall's wake-ups and conntrack. Imports
+//! planning's inventory.
 
 pub mod cgroup;
 pub mod guests;

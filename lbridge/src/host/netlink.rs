@@ -1,18 +1,18 @@
-//! Requests to the kernel over netlink that are answered with a list or an acknowledgement.
+//! Netlink: sends requests to the kernel and reads the answer, which is a list (dump) or an acknowledgement.
 
 use std::{fmt::Debug, io};
 
 use netlink_packet_core::{NetlinkDeserializable, NetlinkMessage, NetlinkPayload, NetlinkSerializable};
 use netlink_sys::{Socket, SocketAddr};
 
-/// Enough for any datagram of a list: the kernel makes them at most 32 KiB.
+/// Size of the receive buffer in bytes. The kernel makes the datagrams of a dump at most 32 KiB.
 const BUFFER: usize = 64 * 1024;
 
-/// Opens a socket that speaks one of netlink's protocols with the kernel.
+/// Opens a netlink socket of the given protocol (such as `NETLINK_SOCK_DIAG`) and connects it to the kernel.
 ///
 /// # Errors
 ///
-/// Those of socket(2) and bind(2).
+/// Any error of socket(2), bind(2) or connect(2).
 pub fn connect(protocol: isize) -> io::Result<Socket> {
     let mut socket = Socket::new(protocol)?;
     socket.bind_auto()?;
@@ -20,11 +20,11 @@ pub fn connect(protocol: isize) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sends a request.
+/// Serializes a request and sends it to the kernel.
 ///
 /// # Errors
 ///
-/// Those of send(2).
+/// Any error of send(2).
 pub fn send<T: NetlinkSerializable + Debug>(
     socket: &Socket,
     mut message: NetlinkMessage<T>,
@@ -36,15 +36,16 @@ pub fn send<T: NetlinkSerializable + Debug>(
     Ok(())
 }
 
-/// Hands over what is answered, to the list's end or to the acknowledgement of a request without one.
+/// Calls `each` for every message of an answer, up to the end of the list, or up to the acknowledgement if
+/// the request is not answered with a list.
 ///
 /// # Errors
 ///
-/// The kernel's answer, if it is an error; an answer that cannot be understood.
+/// The error that the kernel answered with, any error of recv(2), or an answer that cannot be parsed.
 pub fn receive<T: NetlinkDeserializable + Debug>(socket: &Socket, mut each: impl FnMut(T)) -> io::Result<()> {
     let mut buffer = Vec::with_capacity(BUFFER);
     loop {
-        // netlink-sys takes a `BufMut` and fills what is free of it.
+        // netlink-sys takes a `BufMut` and fills its free space.
         buffer.clear();
         socket.recv(&mut buffer, 0)?;
         let mut rest = &buffer[..];
@@ -53,7 +54,7 @@ pub fn receive<T: NetlinkDeserializable + Debug>(socket: &Socket, mut each: impl
             let length = (message.header.length as usize).next_multiple_of(4);
             match message.payload {
                 NetlinkPayload::InnerMessage(inner) => each(inner),
-                // A protocol without a module has its error at the end of an empty list.
+                // If no kernel module serves the protocol, the error comes at the end of an empty list.
                 NetlinkPayload::Done(done) if done.code < 0 => {
                     return Err(io::Error::from_raw_os_error(-done.code));
                 }

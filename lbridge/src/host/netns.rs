@@ -1,4 +1,4 @@
-//! Network namespaces: the one that this process is in ("the host"), and others, entered for a moment.
+//! Network namespaces: identifies this process's own ("the host"), and opens and briefly enters others.
 
 use std::{
     fs::{self, File},
@@ -34,26 +34,28 @@ use crate::planning::{
     rule::ProcessStart,
 };
 
-/// `NSFS_MAGIC` (include/uapi/linux/magic.h).
+/// The magic number of nsfs: `NSFS_MAGIC` (include/uapi/linux/magic.h).
 const NSFS: FsWord = 0x6e73_6673;
-/// `LOOPBACK_IFINDEX` (include/net/flow.h): the first interface of every namespace, whatever it is called.
+/// Interface index of the loopback, the first interface of every namespace, whatever its name:
+/// `LOOPBACK_IFINDEX` (include/net/flow.h).
 pub const LOOPBACK: NonZeroU32 = NonZeroU32::MIN;
-/// How often a namespace that has a path is looked for there: nothing tells of the end of a bind mount.
+/// The interval at which a namespace's path is checked: the kernel does not report the end of a bind mount.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// The namespace of this process.
+/// The network namespace of this process.
 #[derive(Debug)]
 pub struct HostNetns {
-    /// Its handle.
+    /// The open namespace.
     pub file: File,
-    /// Its cookie, never used again (`SO_NETNS_COOKIE`, Linux 5.14 and later); `None` on older kernels.
+    /// The namespace's cookie, never reused (`SO_NETNS_COOKIE`, Linux 5.14 and later); `None` on older
+    /// kernels.
     pub cookie: Option<u64>,
-    /// Its identity among those that exist.
+    /// The namespace's identity, unique among the namespaces that exist.
     pub id: NamespaceId,
 }
 
 impl HostNetns {
-    /// Opens it.
+    /// Opens this process's network namespace, and reads its cookie and identity.
     pub fn open() -> anyhow::Result<Self> {
         let file = File::open("/proc/self/ns/net").context("cannot open this process's network namespace")?;
         let cookie = own_cookie()?;
@@ -62,27 +64,29 @@ impl HostNetns {
     }
 }
 
-/// Another namespace, held open: it exists for as long as this does, so this is not kept.
+/// Another network namespace. It is held open and exists at least as long as this value, so do not keep the
+/// value.
 #[derive(Debug)]
 pub struct Namespace {
     file: OwnedFd,
-    /// The process that is its entrance.
+    /// A pidfd of the process that is its entrance; `None` if the entrance is a path.
     process: Option<OwnedFd>,
-    /// How its path was followed, if it has one.
+    /// The rule by which its path was followed, if it has one.
     follow: Follow,
-    /// Which it is, and how it was found.
+    /// The namespace's identity and entrance.
     pub key: NamespaceKey,
 }
 
 impl Namespace {
-    /// Goes to the entrance, and sees what is there. `host` is this process's own namespace, which is none to relay into.
-    /// A path that somebody other than root can change is not followed ([`trusted::open_fixed`]).
+    /// Opens the namespace at an entrance. `host` is this process's own namespace, which is refused: there is
+    /// nothing to relay into. Follows no path that anybody but root and this process's user can change
+    /// ([`trusted::open_fixed`]).
     pub fn open(entrance: &Entrance, host: NamespaceId) -> Result<Self, Absence> {
         Self::open_by(entrance, host, Follow::Trusted)
     }
 
-    /// Opens the namespace at a path, whoever can change that: for a command whose user has just named it. The daemon, which
-    /// follows a path for as long as its rule is there, uses [`Namespace::open`].
+    /// Opens the namespace at a path, whoever can change that path. For commands whose user has just named
+    /// it; the daemon, which follows a path for as long as its rule exists, uses [`Namespace::open`].
     pub fn at(path: &Path, host: NamespaceId) -> Result<Self, Absence> {
         Self::open_by(&Entrance::Path(path.to_owned()), host, Follow::Any)
     }
@@ -103,43 +107,45 @@ impl Namespace {
         Ok(Self { file, process, follow, key: NamespaceKey { id, entrance: entrance.clone() } })
     }
 
-    /// One that was found by other means, with its process.
+    /// Wraps a namespace that was found by other means, with a pidfd of its process.
     pub fn of_process(file: OwnedFd, process: OwnedFd, pid: u32) -> io::Result<Self> {
         let entrance = Entrance::Process { pid, start: None, container: None };
         let key = NamespaceKey { id: id_of(&file)?, entrance };
         Ok(Self { file, process: Some(process), follow: Follow::Trusted, key })
     }
 
-    /// Its cookie, never used again; `None` before Linux 5.14.
+    /// Returns the namespace's cookie, which is never reused; `None` before Linux 5.14.
     pub fn cookie(&self) -> anyhow::Result<Option<u64>> {
         self.within(own_cookie)?
     }
 
-    /// Its handle.
+    /// Returns the open namespace.
     pub fn file(&self) -> impl AsFd {
         &self.file
     }
 
-    /// Runs `work` inside, on a thread of its own. Sockets that it makes stay inside; they can be used anywhere.
+    /// Runs `work` inside, on a thread of its own. Sockets that it makes stay in the namespace; any thread
+    /// can use them.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
         within(&self.file, work)
     }
 
-    /// The loopback addresses that can be dialled inside: 127.0.0.1 and ::1, as far as the loopback interface has them and is
-    /// up. Tried, not read: whoever is inside may have made a million others.
+    /// Lists the loopback addresses that can be dialled inside: those of 127.0.0.1 and ::1 that the loopback
+    /// interface has, if it is up. Tries them instead of listing addresses: a process inside may have added a
+    /// million others.
     pub fn loopback(&self) -> anyhow::Result<Vec<IpAddr>> {
         let localhost = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
         self.within(|| localhost.into_iter().filter(|ip| can_be_dialled(*ip).is_ok()).collect())
     }
 
-    /// Waits until its entrance has closed: the process has ended, or the path leads elsewhere. The namespace itself is
-    /// held by sockets inside, so that it never ends by itself.
+    /// Waits until its entrance has closed: the process has ended, or the path leads elsewhere. Sockets
+    /// inside keep the namespace itself alive, so it never ends by itself.
     pub async fn gone(self) {
         let Self { file, process, follow, key } = self;
         drop(file);
         match (process, key.entrance) {
             (Some(process), _) => {
-                // A pidfd gets readable when the process has ended (pidfd_open(2)).
+                // A pidfd becomes readable when the process has ended (pidfd_open(2)).
                 // SAFETY: the descriptor is owned, so nothing closes it before the registration ends.
                 let watched = unsafe { AsyncFd::register(process) };
                 let ended = async { watched.map_err(io::Error::from)?.readable().await.map(drop) };
@@ -157,7 +163,7 @@ impl Namespace {
     }
 }
 
-/// The cookie of this thread's network namespace; `None` before Linux 5.14.
+/// Returns the cookie of this thread's network namespace; `None` before Linux 5.14.
 fn own_cookie() -> anyhow::Result<Option<u64>> {
     // Any socket will do.
     let socket = UnixDatagram::unbound()?;
@@ -168,8 +174,8 @@ fn own_cookie() -> anyhow::Result<Option<u64>> {
     }
 }
 
-/// The cookie of a network namespace. This thread goes inside for a moment, so it is to be one that has nothing else to do:
-/// on a busy machine a thread for it would wait to run for longer than there is time.
+/// Returns the cookie of a network namespace. Enters it with the calling thread for a moment, so that thread
+/// must have nothing else to do. A thread of its own for this would start too late on a busy machine.
 pub(super) fn cookie_of(netns: impl AsFd, home: impl AsFd) -> anyhow::Result<u64> {
     setns(netns, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
     let cookie = own_cookie();
@@ -177,7 +183,7 @@ pub(super) fn cookie_of(netns: impl AsFd, home: impl AsFd) -> anyhow::Result<u64
     cookie?.context("this kernel tells no cookies of network namespaces (5.14 and later do)")
 }
 
-/// Has this thread be in the host's namespace.
+/// Moves this thread into the host's network namespace.
 pub(super) fn go_home(home: impl AsFd) -> anyhow::Result<()> {
     setns(home, CloneFlags::CLONE_NEWNET).context("cannot go back into the host's network namespace")
 }
@@ -191,18 +197,18 @@ pub fn within<T: Send>(netns: impl AsFd + Send, work: impl FnOnce() -> T + Send)
     })?
 }
 
-/// Runs `work` on a thread that ends with it, so that it may leave the namespace.
+/// Runs `work` on a new thread that ends with it, so that `work` may change the thread's namespace.
 pub(super) fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
     thread::scope(|scope| {
-        // Somebody may have used up all threads.
+        // The limit of threads may be reached.
         let inside = thread::Builder::new().name("inside".to_owned()).spawn_scoped(scope, work);
         let inside = inside.context("cannot start a thread to enter a network namespace")?;
         inside.join().map_err(|_| anyhow!("a thread in another network namespace panicked"))
     })
 }
 
-/// A new network namespace with nothing in it but the loopback, which is up. It goes when this is closed, or this process
-/// ends.
+/// Makes a network namespace that has only the loopback interface, which is up. It ends when the file is
+/// closed, or when this process ends.
 pub fn throw_away() -> anyhow::Result<File> {
     let netns = on_a_thread(|| {
         unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
@@ -212,7 +218,8 @@ pub fn throw_away() -> anyhow::Result<File> {
     Ok(netns)
 }
 
-/// Looks up a route, without sending anything: over the loopback interface there is one if it is up.
+/// Tests whether a loopback address can be dialled, by a route lookup that sends nothing: over the loopback
+/// interface there is a route if it is up.
 fn can_be_dialled(ip: IpAddr) -> io::Result<()> {
     const DISCARD: u16 = 9;
     let socket = Socket::new(Domain::for_address((ip, 0).into()), Type::DGRAM.cloexec(), None)?;
@@ -221,13 +228,14 @@ fn can_be_dialled(ip: IpAddr) -> io::Result<()> {
     socket.connect(&SocketAddr::new(ip, DISCARD).into())
 }
 
-/// A namespace's identity.
+/// Reads the identity of an open namespace.
 pub fn id_of(file: &impl AsFd) -> io::Result<NamespaceId> {
     let stat = fstat(file)?;
     Ok(NamespaceId { device: stat.st_dev, inode: stat.st_ino })
 }
 
-/// The network namespace of a process, and the process.
+/// Opens the network namespace of a process, and a pidfd of the process. Checks the process's start and
+/// container if these are given.
 fn of_process(
     pid: u32,
     start: Option<&ProcessStart>,
@@ -235,7 +243,8 @@ fn of_process(
 ) -> Result<(OwnedFd, OwnedFd), Absence> {
     let ended = || Absence::NotThere(format!("process {pid} has ended"));
     let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(ended)?;
-    // First hold the process, then look at what its number leads to, then see that it was still the one that is held.
+    // First take a pidfd, then look at what the number leads to, then check that the process has not ended:
+    // so the number meant this process all along.
     let process = pidfd_open(number, PidfdFlags::empty()).map_err(|_| ended())?;
     if start.is_some_and(|start| process_start(pid).ok().as_ref() != Some(start)) {
         return Err(ended());
@@ -259,8 +268,9 @@ fn of_process(
     Ok((file.into(), process))
 }
 
-/// Whether a process in these cgroups (/proc/PID/cgroup) is the container's: the first part of a path that holds an id
-/// holds this one. Who is in a container, or has a cgroup of its own, can make others below with any name.
+/// Returns true if a process in these cgroups (/proc/PID/cgroup) is the container's: on each path, the first
+/// part that contains an id contains this one. A process that is in a container, or has a cgroup of its own,
+/// can make cgroups below that with any name.
 fn is_in_container(cgroups: &str, container: &str) -> bool {
     let ids = cgroups.lines().filter_map(|line| {
         let path = without_pod(line.splitn(3, ':').nth(2)?);
@@ -271,8 +281,9 @@ fn is_in_container(cgroups: &str, container: &str) -> bool {
     is_id(container) && !ids.is_empty() && ids.iter().all(|id| *id == container)
 }
 
-/// Where Podman makes cgroups itself, a pod has one around those of its containers, named by its id alone; below a folder at the
-/// top, where nobody but root makes any.
+/// Strips a pod from a cgroup's path. Where Podman makes cgroups itself, a pod's cgroup encloses those of its
+/// containers, and its name is the pod's id alone. It is below a folder at the top, where only root can make
+/// any.
 fn without_pod(path: &str) -> &str {
     let inside = path.strip_prefix("/libpod_parent/").and_then(|path| path.split_once('/'));
     inside.filter(|(pod, _)| is_id(pod)).map_or(path, |(_, container)| container)
@@ -288,16 +299,17 @@ fn has_ended(process: &OwnedFd) -> bool {
     poll(&mut ready, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-/// Which links and folders a path may go through.
+/// The links and folders that a path may go through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Follow {
-    /// All.
+    /// All links and folders.
     Any,
-    /// Those that only root and this process's user can change.
+    /// Only those that nobody but root and this process's user can change.
     Trusted,
 }
 
-/// The namespace at a path. Whatever else is there is not opened: a FIFO would wait, a device might act.
+/// Opens the network namespace at a path. Does not open any other file: a FIFO would block, a device might
+/// act.
 pub(super) fn at_path(path: &Path, follow: Follow) -> Result<OwnedFd, Absence> {
     let shown = path.display();
     let seen = match follow {
@@ -314,7 +326,7 @@ pub(super) fn at_path(path: &Path, follow: Follow) -> Result<OwnedFd, Absence> {
     })?;
     if !fstatfs(&seen).is_ok_and(|fs| fs.f_type == NSFS) {
         return Err(match fstat(&seen) {
-            // `ip netns add` makes the file first, and mounts the namespace there.
+            // `ip netns add` creates the file first, and mounts the namespace on it.
             Ok(stat) if stat.st_size == 0 => Absence::NotThere(format!("{shown} is no namespace")),
             _ => Absence::Unsuitable(format!("{shown} is no namespace")),
         });
@@ -327,13 +339,14 @@ pub(super) fn at_path(path: &Path, follow: Follow) -> Result<OwnedFd, Absence> {
     Ok(file.into())
 }
 
-/// `CLONE_NEW...` (ioctl_ns(2)).
+/// Returns the type of a namespace, one of the `CLONE_NEW...` flags (ioctl_ns(2)).
 fn kind_of(file: &File) -> io::Result<i32> {
     // SAFETY: the request takes no argument.
     Ok(Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::NS_GET_NSTYPE) })?)
 }
 
-/// Which process that number means now.
+/// Returns the start of the process that has this number now, which tells it from other processes with the
+/// number.
 pub fn process_start(pid: u32) -> io::Result<ProcessStart> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The second field is the program's name in parentheses, and may hold anything.
@@ -349,7 +362,7 @@ mod option {
     use nix::{getsockopt_impl, libc, sockopt_impl};
 
     sockopt_impl!(
-        /// Cookie of the socket's network namespace.
+        /// The cookie of the socket's network namespace.
         NetnsCookie,
         GetOnly,
         libc::SOL_SOCKET,
@@ -381,7 +394,7 @@ mod tests {
         let path = Path::new("/proc/self/ns/net");
         assert_eq!(at(path).unwrap().key.id, host.id);
         assert!(matches!(Namespace::at(path, host.id), Err(Absence::Unsuitable(_))));
-        // Where nobody looks at it again, a number may be another's by then.
+        // The path is not checked again, and the number may be another process's by then.
         let by_number = open(&Entrance::Path(path.to_owned()));
         assert!(matches!(by_number, Err(Absence::Unsuitable(why)) if why.contains("pid:N")));
     }
@@ -427,7 +440,7 @@ mod tests {
             (format!("0::/machine.slice/libpod-{own}.scope/container\n"), true),
             (format!("0::/system.slice/a.service/libpod-payload-{own}\n"), true),
             (format!("0::/libpod_parent/libpod-{own}\n"), true),
-            // In a pod, and what somebody in a container may make of that.
+            // In a pod, and what a process in a container may make of that.
             (format!("0::/libpod_parent/{other}/libpod-{own}\n"), true),
             (format!("0::/machine.slice/machine-libpod_pod_{other}.slice/libpod-{own}.scope\n"), true),
             (format!("0::/libpod_parent/libpod-{other}/libpod-{own}\n"), false),

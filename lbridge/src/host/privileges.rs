@@ -1,5 +1,6 @@
-//! What of root's privileges the daemon keeps. `docs/adr/0008-the-units-privileges.md` says what each is for;
-//! `packaging/lbridge.service` bounds them to the same.
+//! Privileges: drops the capabilities of root that the daemon does not need.
+//! `docs/adr/0008-the-units-privileges.md` explains what each remaining one is for;
+//! `packaging/lbridge.service` limits the service to the same set.
 
 use std::io;
 
@@ -8,7 +9,8 @@ use rustix::{
     thread::{CapabilitySet, capabilities, remove_capability_from_bounding_set, set_capabilities},
 };
 
-/// Programs, maps and namespaces; the firewall; other processes' sockets and files; ports below 1024.
+/// The capabilities that the daemon keeps: for eBPF programs, maps and namespaces; for the firewall; for
+/// other processes' sockets and files; and for ports below 1024.
 const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::NET_ADMIN)
     .union(CapabilitySet::NET_RAW)
@@ -16,24 +18,25 @@ const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::SYS_PTRACE)
     .union(CapabilitySet::DAC_OVERRIDE);
 
-/// Gives up what is needed at the start alone, for this thread and those that it will start (capset(2) is of one thread).
-/// What they run has no more either: root's programs get what is in the bounding set.
+/// Drops the capabilities that are needed only at the start, for this thread and for the threads that it will
+/// start (capset(2) applies to a single thread). Programs that these threads run get no more either: root's
+/// programs get only what is in the bounding set.
 ///
 /// # Errors
 ///
-/// If the kernel refuses it.
+/// Fails if the kernel refuses one of the calls.
 pub fn give_up() -> io::Result<()> {
     let mut sets = capabilities(None)?;
-    // Without it a service manager has bounded them already.
+    // Without CAP_SETPCAP, a service manager has limited the bounding set already.
     if sets.effective.contains(CapabilitySet::SETPCAP) {
-        // Those, too, that are newer than this program.
+        // All 64 bits, to include capabilities that are newer than this program.
         for bit in 0..u64::BITS {
             let capability = CapabilitySet::from_bits_retain(1 << bit);
             if KEPT.contains(capability) {
                 continue;
             }
             match remove_capability_from_bounding_set(capability) {
-                // The first that this kernel does not know.
+                // EINVAL: the first capability that this kernel does not know.
                 Err(Errno::INVAL) => break,
                 removed => removed?,
             }

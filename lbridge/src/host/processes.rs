@@ -1,22 +1,24 @@
-//! Processes, as /proc tells of them: their names, their command lines, and the units that they belong to.
+//! Processes: reads names, command lines and the systemd units they belong to from /proc.
 
 use std::fs;
 
-/// A unit of systemd.
+/// A systemd service unit.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Unit {
-    /// `ollama.service`.
+    /// The unit's full name, such as `ollama.service`.
     pub name: String,
-    /// Whether it is one of a user's own manager.
+    /// True if the unit belongs to a user's service manager (`user@UID.service`), not to the system's.
     pub of_user: bool,
 }
 
-/// The service that a process belongs to; a container's process belongs to none.
+/// Returns the systemd service that a process belongs to; `None` for a container's process and for a process
+/// that belongs to no service.
 pub fn unit(pid: u32) -> Option<Unit> {
     unit_in(&fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?)
 }
 
-/// From the text of /proc/PID/cgroup: of systemd's own hierarchy where that says something, else of cgroup2.
+/// Finds the service in the text of /proc/PID/cgroup. systemd's own hierarchy (`name=systemd`) decides where
+/// it names an owner, otherwise cgroup2.
 fn unit_in(cgroups: &str) -> Option<Unit> {
     let path = |controllers: &str| {
         let rest = cgroups.lines().filter_map(|line| line.split_once(':').map(|(_, rest)| rest));
@@ -30,14 +32,14 @@ fn unit_in(cgroups: &str) -> Option<Unit> {
     }
 }
 
-/// Whose a cgroup is.
+/// The owner of a cgroup.
 enum Owner {
     Service(Unit),
-    /// A container's, a session's.
+    /// A container, a session or a user's service manager.
     Other,
 }
 
-/// `None` where the path says nothing.
+/// Derives the owner from a cgroup's path; `None` if no folder of the path names one.
 fn owner(path: &str) -> Option<Owner> {
     let is_manager = |name: &str| name.starts_with("user@");
     let mut name = None;
@@ -60,15 +62,15 @@ fn owner(path: &str) -> Option<Owner> {
     Some(Owner::Service(Unit { name: name.to_owned(), of_user }))
 }
 
-/// What a process calls itself.
+/// Returns the name of a process (/proc/PID/comm); `None` if it cannot be read.
 pub fn name(pid: u32) -> Option<String> {
-    // Bytes, of whoever runs it.
+    // The user who runs the process chooses these bytes; they need not be UTF-8.
     let name = fs::read(format!("/proc/{pid}/comm")).ok()?;
     Some(String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).into_owned())
 }
 
-/// Another process of this program's name that has one of these eBPF programs open, by the programs' ids. As far as processes can be
-/// seen.
+/// Returns the number of another process that has the same name as this one and holds one of these eBPF
+/// programs open; `ids` are the programs' ids. Finds only processes that this one may inspect.
 pub fn with_program(ids: &[u32]) -> Option<u32> {
     let own = std::process::id();
     let numbers = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -89,18 +91,19 @@ fn has_program(pid: u32, ids: &[u32]) -> bool {
     programs.filter_map(id).any(|id| ids.contains(&id))
 }
 
-/// A process.
+/// A process with a command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
-    /// Its number.
+    /// Process number (PID).
     pub pid: u32,
-    /// Its parent's.
+    /// Process number of the parent.
     pub parent: u32,
-    /// Its command line.
+    /// The words of the command line; bytes that are not UTF-8 are replaced.
     pub words: Vec<String>,
 }
 
-/// Every process of this network namespace that has a command line, as far as it can be seen.
+/// Lists the processes in this process's network namespace that have a command line. Processes that this one
+/// may not inspect are left out.
 pub fn all() -> Vec<Process> {
     let numbers = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -136,7 +139,7 @@ mod tests {
             unit("4:pids:/x\n1:name=systemd:/\n0::/system.slice/d.service\n"),
             named("d.service", false)
         );
-        // Hybrid: the controllers' hierarchies say something else.
+        // Hybrid hierarchy: the controllers' hierarchies name something else.
         assert_eq!(
             unit("5:cpu:/\n1:name=systemd:/system.slice/c.service\n0::/\n"),
             named("c.service", false)

@@ -1,9 +1,9 @@
-//! Files that are reached over nobody else's links. A path's folders may belong to the service's user, who may put a symbolic
-//! link there to something that only root may use; the kernel guards against that in sticky folders alone
-//! (fs.protected_symlinks, proc_sys_fs(5)).
+//! Trusted paths: opens files without following symbolic links that belong to other users. The folders of a
+//! path may belong to the service's user, who could put a symbolic link there to something that only root may
+//! use. The kernel guards against that only in sticky folders (fs.protected_symlinks, proc_sys_fs(5)).
 //!
-//! [`open_fixed`] is stricter: it takes only paths that nobody but root and this process's user can change. [`open_folder`] and
-//! [`make_folder`] also see to what is in a folder.
+//! [`open_fixed`] is stricter: it accepts only paths that nobody but root and this process's user can change.
+//! [`open_folder`] and [`make_folder`] also check who can add files to the folder.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -19,50 +19,50 @@ use rustix::{
     process::geteuid,
 };
 
-/// As many links as the kernel follows (`MAXSYMLINKS`, include/linux/namei.h).
+/// The most symbolic links in one path; the kernel follows as many (`MAXSYMLINKS`, include/linux/namei.h).
 const MAX_LINKS: usize = 40;
 
-/// `PROC_SUPER_MAGIC` (include/uapi/linux/magic.h).
+/// The magic number of procfs: `PROC_SUPER_MAGIC` (include/uapi/linux/magic.h).
 const PROC: FsWord = 0x9fa0;
 
-/// Why a path is refused: somebody else can make it lead elsewhere. Found in the `PermissionDenied` errors of this module by
-/// [`Untrusted::of`].
+/// The reason why a path is refused: another user can make it lead elsewhere. The `PermissionDenied` errors
+/// of this module carry it; [`Untrusted::of`] returns it.
 #[derive(Debug, thiserror::Error)]
 pub enum Untrusted {
-    /// A symbolic link of another user.
+    /// A symbolic link on the path belongs to another user.
     #[error("{} is a link of user {uid}, which may lead anywhere", path.display())]
     Link {
-        /// The link.
+        /// Path of the link.
         path: PathBuf,
-        /// Its owner's id.
+        /// User id of the link's owner.
         uid: u32,
     },
-    /// A file or folder of another user.
+    /// A file or folder on the path belongs to another user.
     #[error("{} belongs to user {uid}, who can change what is there", path.display())]
     Owner {
-        /// The file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
-        /// Its owner's id.
+        /// User id of its owner.
         uid: u32,
     },
-    /// A file or folder that other users can write to.
+    /// Users other than root can write to a file or folder.
     #[error("users other than root may write to {}", path.display())]
     Writable {
-        /// The file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
     },
-    /// A path through /proc.
+    /// The path leads through /proc.
     #[error("it is a process's, whose number may be given again")]
     Process,
 }
 
 impl Untrusted {
-    /// The refusal behind an error of this module, if it is one.
+    /// Returns the refusal that an error of this module carries; `None` for other errors.
     pub fn of(error: &io::Error) -> Option<&Self> {
         error.get_ref()?.downcast_ref()
     }
 
-    /// What to do about it.
+    /// Returns the command that removes the cause, or the advice to choose another path.
     fn remedy(&self) -> String {
         match self {
             Self::Link { path, .. } => format!("type: rm {}", path.display()),
@@ -73,7 +73,7 @@ impl Untrusted {
     }
 }
 
-/// Why `what`, at `path`, is not used, and what to do: in one line.
+/// Builds the one-line error that says why `what`, at `path`, is not used, and how to fix it.
 pub fn refused(what: &str, path: &Path, error: &io::Error) -> anyhow::Error {
     let path = path.display();
     match Untrusted::of(error) {
@@ -88,20 +88,20 @@ impl From<Untrusted> for io::Error {
     }
 }
 
-/// Opens the file at an absolute path, for its place in the file system alone (`O_PATH`). Links on the way must be root's
-/// or this process's user's.
+/// Opens the file at an absolute path as a location only (`O_PATH`). Symbolic links on the path must belong
+/// to root or to this process's user.
 pub fn open(path: &Path) -> io::Result<OwnedFd> {
     walk(path, |_, _, _| Ok(()))
 }
 
-/// As [`open`]; every folder on the way must also belong to root or to this process's user, and be sticky if others may write
-/// there. Whoever owns a folder, or may write to one that is not sticky, can rename what is in it and so exchange one file for
-/// another without any link.
+/// Opens a file like [`open`], and checks every folder on the path. Each must belong to root or to this
+/// process's user, and be sticky if others may write to it. A user who owns a folder, or may write to one
+/// that is not sticky, can rename its entries, and so replace a file by another without any link.
 ///
 /// # Errors
 ///
-/// `PermissionDenied`, naming the link or folder, if others can change the path; also if it goes through /proc, where another
-/// process gets the same number later.
+/// `PermissionDenied`, with the link or folder in the message, if others can change the path. Also if the
+/// path leads through /proc, where another process may later get the same number.
 pub fn open_fixed(path: &Path) -> io::Result<OwnedFd> {
     walk(path, |folder, stat, shown| {
         if !is_own(stat) {
@@ -117,11 +117,11 @@ pub fn open_fixed(path: &Path) -> io::Result<OwnedFd> {
     })
 }
 
-/// As [`open_fixed`], for a folder that nobody else can add anything to either, sticky or not.
+/// Opens a folder like [`open_fixed`], and checks that nobody else can add entries to it, sticky or not.
 ///
 /// # Errors
 ///
-/// Those of [`open_fixed`]; `NotADirectory`.
+/// Any error of [`open_fixed`]; `NotADirectory` if the path names something else.
 pub fn open_folder(path: &Path) -> io::Result<OwnedFd> {
     let folder = open_fixed(&std::path::absolute(path)?)?;
     let stat = fstat(&folder)?;
@@ -134,12 +134,13 @@ pub fn open_folder(path: &Path) -> io::Result<OwnedFd> {
     Ok(folder)
 }
 
-/// As [`open_folder`]; where only the last component of the path is missing it is made, with mode 0700.
+/// Opens a folder like [`open_folder`]. If only the last component of the path is missing, creates it with
+/// mode 0700.
 pub fn make_folder(path: &Path) -> io::Result<OwnedFd> {
     let path = std::path::absolute(path)?;
     if let (Some(parent), Some(name)) = (path.parent(), path.file_name()) {
         match mkdirat(open_fixed(parent)?, name, Mode::RWXU) {
-            // Whoever has made it: it is checked now.
+            // Another process may have created it; `open_folder` checks it below.
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => return Err(error.into()),
         }
@@ -147,31 +148,32 @@ pub fn make_folder(path: &Path) -> io::Result<OwnedFd> {
     open_folder(&path)
 }
 
-/// As [`open_fixed`], for the part of a folder's path that is there: who makes the rest owns it.
+/// Checks the existing part of a folder's path like [`open_fixed`]. The process that creates the rest will
+/// own it.
 ///
 /// # Errors
 ///
-/// Those of [`open_fixed`].
+/// Any error of [`open_fixed`].
 pub fn check_way(path: &Path) -> io::Result<()> {
     let path = std::path::absolute(path)?;
-    // A link that leads nowhere is there.
+    // A dangling link counts as existing.
     let there = path.ancestors().find(|path| path.symlink_metadata().is_ok());
     there.map_or(Ok(()), |there| open_fixed(there).map(drop))
 }
 
-/// Checks a file that root is to act by: as [`open_fixed`], and nobody else may own it or write to it. One that is not there is
-/// as good.
+/// Checks a file that root will act on: like [`open_fixed`], and nobody else may own the file or write to it.
+/// A missing file passes.
 ///
 /// # Errors
 ///
-/// Those of [`open_fixed`].
+/// Any error of [`open_fixed`].
 pub fn check_file(path: &Path) -> io::Result<()> {
     let file = match open_fixed(&std::path::absolute(path)?) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         opened => opened?,
     };
     let stat = fstat(&file)?;
-    // /dev/null is everybody's.
+    // Everybody may write to /dev/null.
     if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice {
         return Ok(());
     }
@@ -184,13 +186,14 @@ pub fn check_file(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns true if users other than root can write there.
+/// Returns true if the mode lets users other than the owner and root's group write.
 fn is_open_to_others(stat: &Stat) -> bool {
     let mode = Mode::from_raw_mode(stat.st_mode);
     mode.contains(Mode::WOTH) || mode.contains(Mode::WGRP) && stat.st_gid != 0
 }
 
-/// Goes to an absolute path step by step. `check` is called for every folder on the way, with its metadata and its path.
+/// Resolves an absolute path one component at a time, and opens it. Calls `check` for every folder on the
+/// path, with its descriptor, its metadata and its path.
 fn walk(path: &Path, check: impl Fn(&OwnedFd, &Stat, &Path) -> io::Result<()>) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let root = || -> io::Result<(OwnedFd, PathBuf)> {
@@ -222,7 +225,7 @@ fn walk(path: &Path, check: impl Fn(&OwnedFd, &Stat, &Path) -> io::Result<()>) -
                 }
                 continue;
             }
-            // For messages alone; `..` is kept, so that they show which way was taken.
+            // Only for messages. `..` is kept, so that they show the path that was taken.
             FileType::Directory => {
                 shown.push(&part);
                 check(&next, &stat, &shown)?;
@@ -238,19 +241,19 @@ fn is_own(stat: &Stat) -> bool {
     is_trusted(stat.st_uid)
 }
 
-/// Returns true if a user is root or this process's own.
+/// Returns true if `uid` is root or this process's effective user.
 pub fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == geteuid().as_raw()
 }
 
-/// Which of these paths lead over links that are not followed, and why.
+/// Lists the paths that lead through links which are not followed, each with the reason.
 pub fn untrusted<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> BTreeMap<PathBuf, String> {
     let refusal =
         |path: &Path| open(path).err().filter(|error| error.kind() == io::ErrorKind::PermissionDenied);
     paths.into_iter().filter_map(|path| Some((path.clone(), refusal(path)?.to_string()))).collect()
 }
 
-/// `/` for the root, then names and `..`.
+/// Splits a path into its parts: `/` for the root, then names and `..`.
 fn parts(path: &Path) -> VecDeque<OsString> {
     let name = |component: Component<'_>| component.as_os_str().to_owned();
     path.components().filter(|component| *component != Component::CurDir).map(name).collect()
@@ -293,7 +296,7 @@ mod tests {
             assert_eq!(inode(&at("real/file")).unwrap(), file);
         }
     }
-    /// Whoever owns a folder can have another file by the same name there without any link.
+    /// The owner of a folder can put another file there under the same name, without any link.
     #[test]
     fn folders_of_others_fix_nothing() {
         let place = tempfile::tempdir_in("/run").or_else(|_| tempfile::tempdir()).unwrap();
@@ -334,7 +337,7 @@ mod tests {
             assert!(refused("link/file").contains("link is a link of user 54321"));
         }
     }
-    /// Nobody else may add anything to it, whatever he can rename.
+    /// A folder is accepted only if nobody else may add entries to it, whatever others can rename.
     #[test]
     fn folders_are_made_where_nobody_can_exchange_them() {
         let place = tempfile::tempdir_in("/run").or_else(|_| tempfile::tempdir()).unwrap();

@@ -1,4 +1,4 @@
-//! Users by name.
+//! Users: looks up user names by uid.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,16 +9,16 @@ use std::{
 use nix::unistd::{Uid, User};
 use tokio::{sync::oneshot, time::timeout};
 
-/// Waits no longer for a name. Users may be listed on another host (LDAP), which may not answer.
+/// The longest wait for a name. The name service may ask another host (LDAP), which may not answer.
 const PATIENCE: Duration = Duration::from_millis(250);
 
-/// Returns the name of a user; `None` for a uid without one, or where the list of users cannot be read. May take as long as the
-/// host's name service does.
+/// Returns the name of a user; `None` if the uid has none, or if the list of users cannot be read. May take
+/// as long as the host's name service does.
 pub fn name(uid: u32) -> Option<String> {
     Some(User::from_uid(Uid::from_raw(uid)).ok()??.name)
 }
 
-/// Names of users, each looked up once for as long as it is of interest.
+/// A cache of user names. Each is looked up once, and kept until [`Users::look`] drops it.
 #[derive(Debug, Default)]
 pub struct Users {
     names: BTreeMap<u32, Lookup>,
@@ -31,13 +31,14 @@ enum Lookup {
 }
 
 impl Users {
-    /// Looks up who is new among `uids`, and forgets all others. A name that takes long is told later.
+    /// Looks up the uids that are not cached yet, and forgets all that are not in `uids`. A name that takes
+    /// longer than a quarter of a second appears with a later call.
     pub async fn look(&mut self, uids: &BTreeSet<u32>) {
         self.names.retain(|uid, _| uids.contains(uid));
         self.look_too(uids).await;
     }
 
-    /// As [`Users::look`], and forgets nobody.
+    /// Looks up names like [`Users::look`], but forgets none.
     pub async fn look_too(&mut self, uids: &BTreeSet<u32>) {
         for uid in uids {
             let begun = !self.names.contains_key(uid);
@@ -57,7 +58,7 @@ impl Users {
         }
     }
 
-    /// The name of a user who was looked up.
+    /// Returns the name of a user that was looked up; `None` if there is none, or none yet.
     pub fn name(&self, uid: u32) -> Option<&str> {
         match self.names.get(&uid)? {
             Lookup::Done(name) => name.as_deref(),
@@ -66,7 +67,7 @@ impl Users {
     }
 }
 
-/// On a thread of its own: whoever ends the program does not wait for it.
+/// Starts a lookup on a thread of its own, so that ending the program does not wait for it.
 fn look_up(uid: u32) -> Lookup {
     let (tell, told) = oneshot::channel();
     let thread = thread::Builder::new().name("user".to_owned()).spawn(move || drop(tell.send(name(uid))));
@@ -79,7 +80,7 @@ mod tests {
 
     #[tokio::test]
     async fn names_are_looked_up() {
-        // An id that no list of users has.
+        // A uid that no list of users has.
         const STRANGER: u32 = 0xffff_fff0;
         let mut users = Users::default();
         users.look(&[0, STRANGER].into()).await;

@@ -1,5 +1,6 @@
-//! One relay: listens where the kernel's entry leads, or on the gateway itself before Linux 5.17, bound to the bridge; or on
-//! loopback in a namespace. Checks who comes, and connects to the service.
+//! Listener: one relay. Listens where the kernel's entry leads; or on the gateway itself, bound to the
+//! bridge, before Linux 5.17; or on loopback in a namespace. Checks the client's address, and connects to the
+//! service.
 
 use std::{
     collections::HashMap,
@@ -42,45 +43,45 @@ use crate::planning::{
     rule::{ProxyProtocol, Source},
 };
 
-/// How long handshakes that began before the kernel took over may take to end.
+/// The time that handshakes which began before the kernel took over have to complete.
 const LINGER: Duration = Duration::from_secs(1);
-/// Pause after a failed accept(): the usual reason is that there are no descriptors left, and trying again at once
-/// would only burn the CPU.
+/// The pause after a failed accept(). The usual cause is that no descriptors are left, and an immediate retry
+/// would only burn CPU time.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
-/// As a busy service would have it; the kernel caps it at net.core.somaxconn.
+/// The backlog of a busy service; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
-/// Ports that neither services are given (IANA registers none of them, RFC 6335) nor, unless the administrator has said
-/// otherwise, connections (`net.ipv4.ip_local_port_range` ends at 60999).
+/// Ports that neither services nor connections use: IANA registers none of them (RFC 6335), and
+/// `net.ipv4.ip_local_port_range` ends at 60999 unless the administrator has changed it.
 const UNUSED_PORTS: RangeInclusive<u16> = 61_000..=65_535;
-/// Below 127.128.0.0/9, from which relays connect.
+/// The first IPv4 address for listeners; below 127.128.0.0/9, from which relays connect.
 const LOOPBACK_V4: Ipv4Addr = Ipv4Addr::new(127, 64, 0, 0);
 const LOOPBACK_V4_HOSTS: u32 = 0x003f_ffff;
 const DISCARD_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0);
 
-/// What happens again and again is logged that often.
+/// The interval at which a repeated event is logged.
 const LOG_PAUSE: Duration = Duration::from_secs(60);
-/// How long a service on loopback may take to answer: it does at once, or its backlog is full.
+/// The longest wait for a service on loopback to answer: it answers at once, unless its backlog is full.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often an idle time-out looks whether bytes have moved, of its length.
+/// The number of checks, within one idle timeout, for bytes that have moved.
 const IDLE_LOOKS: u32 = 4;
-/// Descriptors of a connection: its two sockets.
+/// Descriptors per connection: its two sockets.
 const DESCRIPTORS: usize = 2;
-/// Descriptors that connections leave to pipes and to the rest of the daemon; half of all, where there are few.
+/// Descriptors that are reserved for pipes and for the rest of the daemon; half of all, if there are few.
 const RESERVED_DESCRIPTORS: usize = 1280;
 
-/// Whether a relay takes new connections.
+/// The connections that a relay still accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// Yes.
+    /// All new connections.
     Open,
-    /// Only those that began before the kernel took over.
+    /// Only those whose handshake began before the kernel took over.
     Lingering,
-    /// Only those that wait to be accepted already.
+    /// Only those that already wait to be accepted.
     Closing,
 }
 
-/// Places for connections, as the limit of open files has it.
+/// The places for connections, as many as the limit of open files allows.
 #[derive(Debug, Clone)]
 pub(super) struct Places {
     free: Arc<Semaphore>,
@@ -93,18 +94,19 @@ impl Places {
             .current
             .map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
         let reserved = RESERVED_DESCRIPTORS.min(limit / 2);
-        // Half of what is reserved, at two descriptors each.
+        // Pipes may take half of the reserved descriptors, at two descriptors each.
         splice::limit_pipes(reserved / 4);
-        // Each may have a name in the kernel's map.
+        // At most as many as the kernel's map of peer names has entries.
         let all = ((limit - reserved) / DESCRIPTORS).clamp(1, MAX_RELAY_PEERS as usize);
         Self { free: Arc::new(Semaphore::new(all)), all }
     }
 
-    /// A place for a connection of a rule that may have `max`, and has those of `statistics`.
+    /// Takes a place for a connection of the rule that `statistics` belongs to and that may have `max`
+    /// connections. `None` if a limit is reached.
     fn take(&self, statistics: &Arc<Statistics>, max: u32) -> Option<Permit> {
         let shared = self.free.clone().try_acquire_owned().ok()?;
-        // Of what others leave, an eighth stays free: for them, however many rules a network has.
-        // Without the place that was taken just now.
+        // A network may use what other networks leave, less one eighth, which stays free for them however
+        // many rules the network has. The place taken just now does not count.
         let taken = (self.all - self.free.available_permits()).saturating_sub(1);
         let of_network = statistics.of_network.load(Ordering::Relaxed) as usize;
         let left = self.all - taken.saturating_sub(of_network);
@@ -120,7 +122,7 @@ impl Places {
     }
 }
 
-/// One connection's place, given back when it ends.
+/// The place of one connection, freed when dropped.
 struct Permit {
     _shared: OwnedSemaphorePermit,
     statistics: Arc<Statistics>,
@@ -133,31 +135,31 @@ impl Drop for Permit {
     }
 }
 
-/// Counts of one rule.
+/// The counters of one rule.
 #[derive(Debug, Default)]
 pub(super) struct Statistics {
-    /// Connections that are open.
+    /// Open connections of the rule.
     pub(super) open: AtomicU32,
-    /// Connections refused for want of a place.
+    /// Connections of the rule that were refused because a limit was reached.
     pub(super) refused: AtomicU64,
-    /// Connections that are open, of all rules of the network.
+    /// Open connections of all rules of the network.
     pub(super) of_network: Arc<AtomicU32>,
-    /// When a failure was told last.
+    /// The time at which a failure was last logged.
     failed: Mutex<Pause>,
     traffic: Mutex<Meter>,
 }
 
-/// Bytes of a rule's connections.
+/// The byte counts of a rule's connections.
 #[derive(Debug, Default)]
 struct Meter {
-    /// Of those that have ended, to the service and back.
+    /// Bytes of the connections that have ended, to the service and back.
     ended: (u64, u64),
-    /// Of those that are open, each under a number of its own.
+    /// Counters of the open connections, each under a number of its own.
     open: HashMap<u64, Arc<splice::Traffic>>,
     next: u64,
 }
 
-/// A connection whose bytes count for its rule.
+/// A connection whose bytes count for its rule; dropping it adds them to the rule's total.
 struct Metered {
     statistics: Arc<Statistics>,
     number: u64,
@@ -192,7 +194,7 @@ impl Statistics {
         Metered { statistics: self, number, traffic }
     }
 
-    /// Bytes moved to the service and back, over all connections there ever were.
+    /// Returns the bytes moved to the service and back, over all connections of the rule so far.
     pub(super) fn bytes(&self) -> (u64, u64) {
         let meter = self.meter();
         let add = |(there, back): (u64, u64), traffic: &Arc<splice::Traffic>| {
@@ -202,27 +204,28 @@ impl Statistics {
     }
 }
 
-/// What a relay is to do.
+/// The desired state of a relay.
 #[derive(Debug)]
 pub(super) struct Orders {
     pub(super) spec: RelaySpec,
     pub(super) statistics: Arc<Statistics>,
 }
 
-/// What a relay needs of its surroundings.
+/// The handles that all relays share.
 #[derive(Debug, Clone)]
 pub(super) struct Surroundings {
-    /// How services are told who is behind a connection, where there is a way.
+    /// The way to make services see the container as their peer; `None` if there is none.
     pub(super) names: Option<Arc<dyn PeerNames>>,
-    /// Gets a unit when a service turns out not to be there: the relay should not be either, then.
+    /// Gets a unit when a connection fails: if the service is not there, the relay should not be there
+    /// either.
     pub(super) wake: mpsc::Sender<()>,
-    /// Places for the connections of all relays.
+    /// The places for the connections of all relays.
     pub(super) places: Places,
-    /// The connections of all relays.
+    /// The tasks of all relays' connections.
     pub(super) connections: TaskTracker,
 }
 
-/// Whether the namespace that a relay is for has gone; never, of the host's own.
+/// A receiver that turns true when a relay's namespace has gone; `None` for the host's own, which never goes.
 #[derive(Debug, Clone)]
 pub(super) struct Gone(pub(super) Option<watch::Receiver<bool>>);
 
@@ -236,50 +239,50 @@ impl Gone {
     }
 }
 
-/// A socket that listens, and has the options that a relay's connections are to inherit.
+/// A listening socket with the options that a relay's connections inherit.
 #[derive(Debug)]
 pub struct Listening(std::net::TcpListener);
 
 impl Listening {
-    /// Begins to listen on a bound socket.
+    /// Sets the options of a bound socket, and starts to listen on it.
     pub fn begin(socket: impl Into<OwnedFd>) -> io::Result<Self> {
         let socket = Socket::from(socket.into());
-        // Before the first connection, which could not be cut off with a reset otherwise.
+        // Before the first connection: without the options it could not be cut off with a reset.
         splice::prepare(&socket)?;
         socket.listen(BACKLOG)?;
         Ok(Self(socket.into()))
     }
 
-    /// One that listens since before.
+    /// Wraps a socket that already listens, and sets its options.
     pub fn inherited(socket: std::net::TcpListener) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         splice::prepare(&socket)?;
         Ok(Self(socket))
     }
 
-    /// In the event loop that is entered.
+    /// Registers the socket with the current event loop.
     pub(super) fn register(self) -> io::Result<TcpListener> {
         TcpListener::from_std(self.0)
     }
 }
 
-/// Listens in this thread's network namespace. Both the address and the device are bound: the address alone would let in
-/// the LAN, which may route packets for it to the host (the weak host model).
+/// Listens in this thread's network namespace, bound to both the address and the interface. The address alone
+/// would let in the LAN, which may route packets for it to the host (the weak host model).
 pub fn listen(address: SocketAddr, interface: NonZeroU32) -> io::Result<Listening> {
     Listening::begin(bound(address, interface)?)
 }
 
-/// Listens in this thread's network namespace where only the kernel's entry leads: for `dialled`, on an address that no packet can
-/// name, bound to the bridge. Of the host's ports it takes one that services do not use, so that a service which listens on
-/// every address can have the dialled port.
+/// Listens in this thread's network namespace on an address that no packet can name, bound to the bridge, so
+/// that only the kernel's entry for `dialled` leads there. Takes a port of the host that services do not use,
+/// so that a service which listens on every address can have the dialled port.
 ///
 /// # Errors
 ///
-/// Any of socket(2), bind(2) and listen(2); `AddrInUse` if none of the ports is free.
+/// Any error of socket(2), bind(2) and listen(2); `AddrInUse` if none of the ports is free.
 pub fn listen_by_entry(dialled: SocketAddr, interface: NonZeroU32) -> io::Result<Listening> {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     let mut last = io::ErrorKind::AddrInUse.into();
-    // A local user can have all of them; the kernel finds another one then.
+    // A local user may occupy all of them; the kernel picks another port then.
     for port in UNUSED_PORTS.chain([0]) {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let address: IpAddr = match dialled {
@@ -301,9 +304,9 @@ pub fn listen_by_entry(dialled: SocketAddr, interface: NonZeroU32) -> io::Result
 fn bound(address: SocketAddr, interface: NonZeroU32) -> io::Result<Socket> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
-    // By its index: a name can be given to another interface.
+    // By its index: the name may pass to another interface.
     socket.bind_device_by_index_v4(Some(interface))?;
-    // An IPv6 address is tentative until the bridge has its first port, which is when it has its first container.
+    // An IPv6 address is tentative until the bridge has its first port, that is until its first container.
     if address.is_ipv6() && !address.ip().is_loopback() {
         socket.set_freebind_v6(true)?;
     }
@@ -313,21 +316,22 @@ fn bound(address: SocketAddr, interface: NonZeroU32) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// One relay at work.
+/// A running relay.
 pub(super) struct Listener {
     pub(super) socket: Arc<TcpListener>,
-    /// Address and port that its clients dial.
+    /// The address and port that its clients dial.
     pub(super) dialled: SocketAddr,
     pub(super) orders: watch::Receiver<Arc<Orders>>,
     pub(super) modes: watch::Receiver<Mode>,
     pub(super) gone: Gone,
-    /// Connections that this relay took.
+    /// The number of connections that this relay took.
     pub(super) taken: Arc<AtomicU64>,
     pub(super) surroundings: Surroundings,
 }
 
 impl Listener {
-    /// Accepts until told otherwise. Connections are tasks of their own, and outlive this one.
+    /// Accepts connections until the mode or the end of the namespace stops it. Connections are tasks of
+    /// their own, and outlive this one.
     pub(super) async fn serve(mut self) {
         let (mut deadline, mut refused, mut failed) = (None, Pause::default(), Pause::default());
         loop {
@@ -375,7 +379,7 @@ impl Listener {
     fn take(&self, client: TcpStream, peer: SocketAddr, refused: &mut Pause) {
         let orders = self.orders.borrow().clone();
         let Orders { spec, statistics } = &*orders;
-        // A socket of the daemon before this one may hold connections to what another rule had.
+        // An inherited socket of an earlier daemon may hold connections to the address of another rule.
         if !client.local_addr().is_ok_and(|own| {
             own.port() == self.dialled.port() && own.ip().to_canonical() == self.dialled.ip().to_canonical()
         }) {
@@ -383,7 +387,7 @@ impl Listener {
             return reset(&client);
         }
         let container = match &spec.clients {
-            // The host's own processes come from the gateway's address.
+            // The host's own processes connect from the gateway's address.
             Clients::Subnet(subnet)
                 if !subnet.contains(peer.ip())
                     || peer.ip().to_canonical() == self.dialled.ip().to_canonical() =>
@@ -429,12 +433,13 @@ impl Listener {
     }
 }
 
-/// Keeps a thing that may happen a thousand times a second from being told as often.
+/// Limits how often a frequent event is logged; holds the time of the last log entry.
 #[derive(Debug, Default)]
 struct Pause(Option<Instant>);
 
 impl Pause {
-    /// Whether the last time is long enough ago; this is one, then.
+    /// Returns true if the last log entry is at least [`LOG_PAUSE`] ago, and then counts this one as the
+    /// last.
     fn is_over(&mut self) -> bool {
         let over = self.0.is_none_or(|last| last.elapsed() >= LOG_PAUSE);
         if over {
@@ -485,8 +490,8 @@ async fn carry(
     Ok(())
 }
 
-/// What `relaying` comes to; `None` if no byte moved for `limit`, or for up to a quarter longer. It is dropped then, which
-/// resets both ends.
+/// Awaits `relaying` and returns its result. Returns `None` if no byte moved for `limit`, or up to a quarter
+/// longer, and drops `relaying`, which resets both ends.
 async fn or_idle<T>(
     relaying: impl Future<Output = T>,
     traffic: &splice::Traffic,
@@ -508,9 +513,9 @@ async fn or_idle<T>(
     }
 }
 
-/// Tells the service who connects, in the PROXY protocol's header.
+/// Builds the PROXY protocol header that tells the service the client's address.
 fn proxy_header(version: ProxyProtocol, client: SocketAddr, dialled: SocketAddr) -> anyhow::Result<Vec<u8>> {
-    // Both are of one family there.
+    // The protocol needs both addresses in one family.
     let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
     let mapped = |address: SocketAddr| match address.ip() {
         IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()),
@@ -536,12 +541,13 @@ async fn introduce(service: &mut (impl AsyncWrite + Unpin), header: &[u8]) -> an
     Ok(())
 }
 
-/// Makes the coming close a reset: what the client sent was not delivered, and it must not think so.
+/// Makes the coming close a reset: the client's bytes were not delivered, and an orderly close would hide
+/// that.
 fn reset(client: &TcpStream) {
     let _ = client.set_zero_linger();
 }
 
-/// A name that the service is to be told: withdrawn if it comes to nothing, whatever the reason.
+/// An announced name; withdrawn when dropped, unless it was confirmed.
 #[derive(Debug)]
 struct Announced {
     names: Arc<dyn PeerNames>,
@@ -588,8 +594,8 @@ async fn connect(
     if source == Source::Container {
         if service.is_ipv4() {
             let own = stand_in(container.ip());
-            // The port is chosen by connect(): one that bind() has chosen is lost to every other program's connect(), and
-            // a container could use them all up.
+            // connect() chooses the port: one that bind() has chosen is lost to every other program's
+            // connect(), and a container could use them all up.
             setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
             net::bind(&socket, &SocketAddr::from((own, 0)))
                 .with_context(|| format!("cannot connect from {own}"))?;
@@ -610,8 +616,9 @@ async fn connect(
     Ok(stream)
 }
 
-/// Waits for a connect() that was begun. On loopback the handshake is over when it returns, although it says that it has
-/// only begun; asked again it tells, and the event loop need not be gone through.
+/// Waits for a connect() that has begun. On loopback the handshake is complete when connect() returns,
+/// although it returns EINPROGRESS; a second connect() then reports the outcome, without a round through the
+/// event loop.
 async fn connected(
     socket: OwnedFd,
     service: SocketAddr,
@@ -632,8 +639,8 @@ async fn connected(
     Ok(stream)
 }
 
-/// By its file, which is looked for with care: whoever owns a folder on the way could have put a link there to a socket that
-/// only this process may connect to.
+/// Connects to a Unix socket through its file, opened with [`trusted::open`]. The owner of a folder on the
+/// path could have put a link there to a socket that only this process may connect to.
 async fn connect_unix(path: &Path) -> anyhow::Result<UnixStream> {
     let file = trusted::open(path).with_context(|| format!("cannot connect to {}", path.display()))?;
     let file_path = format!("/proc/self/fd/{}", file.as_raw_fd());

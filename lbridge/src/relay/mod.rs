@@ -1,9 +1,10 @@
-//! The relay: carries what the kernel cannot steer. Imports planning, and of host how to find the Unix socket that a rule means.
+//! Relay: carries the connections that the kernel cannot steer. Imports planning, and from host the function
+//! that opens the Unix socket of a rule.
 //!
-//! - [`set`]: which relays are open;
-//! - [`listener`]: one of them: accepts, checks, connects;
+//! - [`set`]: the relays that are open;
+//! - [`listener`]: one relay: accepts, checks, connects;
 //! - [`splice`]: moves the bytes of one connection;
-//! - [`workers`]: the threads that it all runs on.
+//! - [`workers`]: the threads that relays run on.
 
 pub mod listener;
 pub mod set;
@@ -16,12 +17,13 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::{host::trusted, planning::policy::stand_in_for_container as stand_in};
 
-/// Tells the service who is behind a relayed connection, where the kernel can (name hooks).
+/// Makes the service see the container as the peer of a relayed connection, where the kernel can (name
+/// hooks).
 pub trait PeerNames: Send + Sync + std::fmt::Debug {
-    /// The socket of this cookie is about to connect on behalf of `container`.
+    /// Announces that the socket with this cookie will connect on behalf of `container`.
     fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()>;
-    /// Its connect() has returned; an error where the service may see another peer than `container`. `relay` is where it
-    /// connected from.
+    /// Confirms that its connect() has returned. `relay` is the address it connected from. Fails if the
+    /// service may see a peer other than `container`.
     fn confirm(
         &self,
         cookie: u64,
@@ -29,12 +31,13 @@ pub trait PeerNames: Send + Sync + std::fmt::Debug {
         service: SocketAddr,
         container: SocketAddr,
     ) -> anyhow::Result<()>;
-    /// It will not connect, or not be confirmed.
+    /// Withdraws an announcement: the socket will not connect, or not be confirmed.
     fn withdraw(&self, cookie: u64);
 }
 
-/// A relayed connection takes two descriptors, or four; the soft limit is 1,024 nearly everywhere, for the sake of
-/// programs that use select(2).
+/// Raises the soft limit of open files to the hard limit. A relayed connection takes two descriptors, and two
+/// more for each direction that holds bytes in a pipe. The soft limit is 1,024 nearly everywhere, for the
+/// sake of programs that use select(2).
 pub fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;

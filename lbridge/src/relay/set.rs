@@ -1,4 +1,5 @@
-//! The relays that are open. Changed by one owner: the executor, or the foreground.
+//! Relay set: opens, changes and closes the relays of this process. A single owner changes it: the executor,
+//! or the foreground.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -34,7 +35,7 @@ pub struct RelaySet {
     relays: BTreeMap<RelayKey, Relay>,
     /// Shared by the relays of a rule and by their connections, which may outlive them.
     statistics: HashMap<RuleId, Weak<Statistics>>,
-    /// Connections that are open, of each network.
+    /// The number of open connections of each network.
     networks: HashMap<Network, Weak<AtomicU32>>,
     surroundings: Surroundings,
     workers: Workers,
@@ -45,36 +46,36 @@ struct Relay {
     orders: watch::Sender<Arc<Orders>>,
     mode: watch::Sender<Mode>,
     taken: Arc<AtomicU64>,
-    /// Shared with the task.
+    /// The listening socket, shared with the task.
     socket: Arc<tokio::net::TcpListener>,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Relay {
-    /// Listening, and not about to end.
+    /// Returns true if the relay listens and is not about to end.
     fn is_open(&self) -> bool {
         *self.mode.borrow() == Mode::Open && !self.task.is_finished()
     }
 }
 
-/// What a relay has done.
+/// The counters of a relay and of its rule.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Connections taken since it was opened.
+    /// Connections that this relay took since it was opened.
     pub connections: u64,
-    /// Connections of its rule that were refused for want of a place.
+    /// Connections of its rule that were refused because a limit was reached.
     pub refused: u64,
-    /// Connections of its rule that are open.
+    /// Open connections of its rule.
     pub open: u32,
-    /// Bytes of its rule's connections, to the service.
+    /// Bytes of its rule's connections, from the clients to the service.
     pub to_service: u64,
-    /// And back.
+    /// Bytes of its rule's connections, from the service to the clients.
     pub to_client: u64,
 }
 
 impl RelaySet {
-    /// Relays name their containers through `names`, where there is a way; `wake` gets a unit when a service turns out
-    /// not to be there, or a namespace has gone.
+    /// Makes an empty set. Relays report their containers' names through `names`, if there is a way to.
+    /// `wake` gets a unit when a connection to a service fails, or a namespace has gone.
     pub fn new(names: Option<Arc<dyn PeerNames>>, wake: mpsc::Sender<()>) -> anyhow::Result<Self> {
         let surroundings =
             Surroundings { names, wake, places: Places::new(), connections: TaskTracker::new() };
@@ -88,7 +89,8 @@ impl RelaySet {
         })
     }
 
-    /// Relays otherwise from the next connection on, where a relay listens; else false.
+    /// Has an open relay follow `spec` from the next connection on. Returns false if the relay does not
+    /// listen.
     pub fn change(&mut self, key: &RelayKey, spec: &RelaySpec) -> bool {
         let orders = self.orders(spec.clone());
         let Some(relay) = self.relays.get(key).filter(|relay| !relay.task.is_finished()) else {
@@ -99,8 +101,8 @@ impl RelaySet {
         true
     }
 
-    /// Relays what connects to `socket`, which listens already. When `gone` comes to its end, so do the relay and its
-    /// connections, at once: nobody is there any more.
+    /// Opens a relay on `socket`, which already listens. When `gone` completes, the relay and its connections
+    /// end at once: nobody is left in the namespace.
     pub fn open(
         &mut self,
         key: &RelayKey,
@@ -144,8 +146,8 @@ impl RelaySet {
         Arc::new(Orders { spec, statistics })
     }
 
-    /// Stops listening; connections go on. Once the kernel has taken over, what is in the middle of its handshake is
-    /// completed first, so that nothing is reset.
+    /// Stops listening; open connections continue. If the kernel has taken over (`handed_over`), handshakes
+    /// that have begun are completed first, so that none is reset.
     pub async fn close(&mut self, key: &RelayKey, handed_over: bool) {
         if handed_over {
             if let Some(relay) = self.relays.get(key) {
@@ -158,19 +160,22 @@ impl RelaySet {
         }
     }
 
-    /// The sockets that listen, and whether the kernel's entry leads to them ([`RelaySpec::by_entry`]).
+    /// Lists the listening sockets of the open relays. The bool is true if the kernel's entry leads to the
+    /// socket ([`RelaySpec::by_entry`]).
     pub fn sockets(&self) -> impl Iterator<Item = (&RelayKey, bool, BorrowedFd<'_>)> {
         let open = self.relays.iter().filter(|(_, relay)| relay.is_open());
         open.map(|(key, relay)| (key, relay.orders.borrow().spec.by_entry, relay.socket.as_fd()))
     }
 
-    /// The socket of a relay, if it listens.
+    /// Returns the socket of a relay in the set, even if the relay only lingers; `None` if the set has no
+    /// such relay.
     pub fn socket(&self, key: &RelayKey) -> Option<BorrowedFd<'_>> {
         self.relays.get(key).map(|relay| relay.socket.as_fd())
     }
 
-    /// Stops listening everywhere, once what waits to be accepted has been, and returns when every connection has ended,
-    /// or after `limit`. Those that are left then are reset when their tasks are dropped. How many they are.
+    /// Stops listening everywhere, after accepting the connections that wait. Returns when every connection
+    /// has ended, or after `limit`, with the number of connections that are left. Those are reset when their
+    /// tasks are dropped.
     pub async fn drain(&mut self, limit: Duration) -> usize {
         for relay in self.relays.values() {
             relay.mode.send_replace(Mode::Closing);
@@ -184,20 +189,20 @@ impl RelaySet {
         connections.len()
     }
 
-    /// What is open, and what it does.
+    /// Lists the open relays, with their specs. Forgets those that have ended.
     pub fn specs(&mut self) -> BTreeMap<RelayKey, RelaySpec> {
         self.relays.retain(|_, relay| !relay.task.is_finished());
         let open = self.relays.iter().filter(|(_, relay)| relay.is_open());
         open.map(|(key, relay)| (key.clone(), relay.orders.borrow().spec.clone())).collect()
     }
 
-    /// Those that only complete what had begun when the kernel took over.
+    /// Lists the relays that only complete the handshakes which had begun when the kernel took over.
     pub fn lingering(&self) -> BTreeSet<RelayKey> {
         let lingering = self.relays.iter().filter(|(_, relay)| !relay.is_open() && !relay.task.is_finished());
         lingering.map(|(key, _)| key.clone()).collect()
     }
 
-    /// What a relay has done.
+    /// Returns the counters of a relay and of its rule; zeros if the set has no such relay.
     pub fn counts(&self, key: &RelayKey) -> Counts {
         let Some(relay) = self.relays.get(key) else { return Counts::default() };
         let statistics = relay.orders.borrow().statistics.clone();
@@ -212,7 +217,8 @@ impl RelaySet {
     }
 }
 
-/// Whether `gone` has come to its end. Waits for it only for as long as somebody wants to know.
+/// Returns a receiver that turns true when `gone` completes. Polls `gone` only for as long as there are
+/// receivers.
 fn watch_for(
     gone: impl Future<Output = ()> + Send + 'static,
     wake: mpsc::Sender<()>,
@@ -223,7 +229,7 @@ fn watch_for(
             () = gone => {
                 sender.send_replace(true);
                 let _ = wake.try_send(());
-                // Whoever asks later must hear it, too.
+                // Keep the sender, so that later receivers see the value, too.
                 sender.closed().await;
             }
             () = sender.closed() => {}

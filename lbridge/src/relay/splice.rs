@@ -1,15 +1,16 @@
-//! The relay's data plane: moves the bytes of one connection between two sockets that are already connected.
+//! Splice: the relay's data plane, which moves the bytes of one connection between two connected sockets.
 //!
-//! Owns everything between accept/connect and close: both directions, their ends, resets, counters, and the options
-//! of both sockets. It knows nothing of rules, listeners or namespaces and imports nothing of the crate.
+//! Owns everything between accept/connect and close: both directions, their ends, resets, counters, and the
+//! options of both sockets. Knows nothing of rules, listeners or namespaces, and imports nothing of the
+//! crate.
 //!
-//! What holds:
-//! - Each direction ends by itself. An end of file is passed on as one, and the other direction goes on.
+//! Invariants:
+//! - Each direction ends by itself. An end of file is passed on as one, and the other direction continues.
 //! - A reset is passed on as a reset, never as an end of file, after the bytes that came before it.
-//! - A direction holds at most one buffer or one pipe of bytes, and only while its destination is full. A connection
-//!   with nothing to move holds neither.
-//! - Dropping the future closes both sockets at once, with a reset: a stream that was cut must not look finished.
-//!   The kernel does the same when the process is killed.
+//! - A direction holds at most one buffer or one pipe of bytes, and only while its destination is full. A
+//!   connection with nothing to move holds neither.
+//! - Dropping the future closes both sockets at once, with a reset: a stream that was cut must not look
+//!   finished. The kernel does the same when the process is killed.
 //!
 //! SIGPIPE must be ignored, as the Rust runtime does by default: splice(2) has no `MSG_NOSIGNAL`.
 
@@ -31,8 +32,9 @@ pub(crate) use pipe::limit_pipes;
 pub(crate) use pump::Early;
 use pump::{Broken, Flow, Watch};
 
-/// How long, after one leg broke, its last bytes may take to reach the other one before that is reset too. The
-/// bytes are few (a receive queue and a pipe); only a peer that has stopped reading needs this long.
+/// The time that one leg's last bytes may take to reach the other leg after the first one broke; then the
+/// other is reset too. The bytes are few (a receive queue and a pipe); only a peer that has stopped reading
+/// needs this long.
 const LAST_BYTES: Duration = Duration::from_secs(1);
 
 /// One end of a relayed connection.
@@ -40,12 +42,12 @@ const LAST_BYTES: Duration = Duration::from_secs(1);
 pub(crate) enum Side {
     /// The container or sandbox that dialled.
     Client,
-    /// The service it wants.
+    /// The service that the client dialled.
     Service,
 }
 
 impl Side {
-    /// The opposite side.
+    /// Returns the opposite side.
     pub(crate) fn other(self) -> Self {
         match self {
             Self::Client => Self::Service,
@@ -54,8 +56,8 @@ impl Side {
     }
 }
 
-/// The bytes one connection has moved so far: those its destinations have accepted. Counted per call, so they can be
-/// read at any time.
+/// The number of bytes that one connection has moved so far: those that its destinations have accepted.
+/// Updated on every call, so that it can be read at any time.
 #[derive(Debug, Default)]
 pub(crate) struct Traffic {
     to_service: AtomicU64,
@@ -63,21 +65,21 @@ pub(crate) struct Traffic {
 }
 
 impl Traffic {
-    /// Bytes from the client to the service.
+    /// Returns the bytes moved from the client to the service.
     pub(crate) fn to_service(&self) -> u64 {
         self.to_service.load(Ordering::Relaxed)
     }
 
-    /// Bytes from the service to the client.
+    /// Returns the bytes moved from the service to the client.
     pub(crate) fn to_client(&self) -> u64 {
         self.to_client.load(Ordering::Relaxed)
     }
 }
 
-/// How a relayed connection ended.
+/// The way in which a relayed connection ended.
 #[derive(Debug)]
 pub(crate) enum Outcome {
-    /// Both sides ended their stream, and each was told of the other's end.
+    /// Both sides ended their streams, and each end was passed on to the other side.
     Finished,
     /// This side's peer reset the connection; the other side was reset too.
     Reset(Side),
@@ -85,8 +87,9 @@ pub(crate) enum Outcome {
     Failed(Side, io::Error),
 }
 
-/// Moves bytes between `client` and `service` until both have ended or one has broken, and closes both. `early` was
-/// read from the client before. A TCP socket must have been [prepared](prepare), or have been accepted from one that was.
+/// Moves bytes between `client` and `service` until both have ended or one has broken, then closes both.
+/// `early` has bytes that were read from the client before. A TCP socket must have been [prepared](prepare),
+/// or accepted from one that was.
 pub(crate) async fn relay<C: Leg, S: Leg>(client: C, early: Early, service: S, traffic: &Traffic) -> Outcome {
     let mut to_service = Flow::new(Side::Client, &traffic.to_service).with(early);
     let mut to_client = Flow::new(Side::Service, &traffic.to_client);
@@ -109,8 +112,8 @@ pub(crate) async fn relay<C: Leg, S: Leg>(client: C, early: Early, service: S, t
     if leg::is_reset(&error) { Outcome::Reset(side) } else { Outcome::Failed(side, error) }
 }
 
-/// Runs both directions to their ends. When one has ended, nobody reads from its source any more, so that socket is
-/// watched for a reset while the other direction goes on.
+/// Runs both directions to their ends. After one direction has ended nothing reads from its source any more,
+/// so that socket is watched for a reset while the other direction continues.
 async fn both<C: Leg, S: Leg>(
     to_service: &mut Flow<'_>,
     to_client: &mut Flow<'_>,
@@ -143,21 +146,21 @@ async fn both<C: Leg, S: Leg>(
     }
 }
 
-/// Passes on the end of the other side's stream.
+/// Passes on the end of the other side's stream, by shutting down writes.
 fn end(to: &impl Leg, side: Side) -> Result<(), Broken> {
     to.shutdown_write().map_err(|error| {
-        // Not connected any more: the reset that came in between says why.
+        // ENOTCONN: the pending error has the reset that came in between.
         Broken { side, error: to.take_error().ok().flatten().unwrap_or(error) }
     })
 }
 
-/// Delivers what `dead` had sent before it broke: a peer connected directly would have had it in its own queue, and
-/// could read it even after the reset.
+/// Delivers what `dead` had sent before it broke: a peer connected directly would have had it in its own
+/// queue, and could read it even after the reset.
 async fn deliver_last_bytes(flow: &mut Flow<'_>, dead: &impl Leg, live: &impl Leg, error: &io::Error) {
     let deliver = async {
         match pump::transfer(flow, dead, live, Watch::Nothing).await {
-            // The error is taken already, so the end looks like an end of file whether there was one or not. The
-            // kernel tells them apart: after the peer's FIN a reset is EPIPE, otherwise ECONNRESET.
+            // The error was taken already, so the end looks like an end of file even if there was none. The
+            // kernel's error code tells: after the peer's FIN a reset is EPIPE, otherwise ECONNRESET.
             Ok(()) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
                 // If this fails, `live` is broken too, and has nothing left to be delivered.
                 let _ = live.shutdown_write();

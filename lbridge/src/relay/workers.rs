@@ -1,5 +1,6 @@
-//! The threads that relays run on. A relay and its connections stay on one: waking a task on another thread costs more than
-//! a small message does, and what floods a relay does not keep the control API from answering.
+//! Workers: the threads that relays run on. A relay and its connections stay on one thread: waking a task on
+//! another thread costs more than a small message does. A flooded relay also does not keep the control API
+//! from answering.
 
 use std::{io, thread};
 
@@ -8,10 +9,10 @@ use tokio::{
     sync::oneshot,
 };
 
-/// More would not make relays faster, and each costs memory.
+/// The most threads. More would not make relays faster, and each costs memory.
 const MAX: usize = 4;
 
-/// Threads with an event loop each. What runs there ends when this is dropped.
+/// Threads with one event loop each. Dropping this ends everything that runs on them.
 #[derive(Debug)]
 pub(super) struct Workers {
     threads: Vec<Worker>,
@@ -21,20 +22,20 @@ pub(super) struct Workers {
 #[derive(Debug)]
 struct Worker {
     handle: Handle,
-    /// Dropped to end the thread.
+    /// Dropping it ends the thread.
     stop: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Workers {
-    /// One for each CPU that this process may use, up to a point.
+    /// Starts one thread for each CPU that this process may use, up to [`MAX`].
     pub(super) fn start() -> io::Result<Self> {
         let count = thread::available_parallelism().map_or(1, usize::from).min(MAX);
         let threads = (0..count).map(|_| Worker::start()).collect::<io::Result<_>>()?;
         Ok(Self { threads, next: 0 })
     }
 
-    /// The one whose turn it is.
+    /// Returns the event loop of the next thread, round robin.
     pub(super) fn next(&mut self) -> Handle {
         self.next = (self.next + 1) % self.threads.len();
         self.threads[self.next].handle.clone()
@@ -57,7 +58,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // Its connections are closed when this returns.
+            // The thread's connections are closed when this returns.
             let _ = thread.join();
         }
     }

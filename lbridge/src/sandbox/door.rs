@@ -1,12 +1,14 @@
-//! The way in: a child process that has joined a sandbox's namespaces and makes listening sockets there. A socket stays
-//! in the namespace that it was made in, so this process can use what the child hands out.
+//! Door: the way into a sandbox, a child process that has joined its namespaces and makes listening sockets
+//! there. A socket stays in the namespace in which it was made, so this process can use the sockets that the
+//! child hands out.
 //!
-//! A child, because setns(2) lets only a process with one thread into a user namespace, and lets it never leave.
+//! This needs a child, because only a process with a single thread may join a user namespace by setns(2), and
+//! it can never leave it.
 //!
-//! The child must not become a way out. Who has all capabilities in the sandbox's user namespace may trace processes of
-//! that namespace, and look through `/proc/PID/root` at their files, which for the child are the host's. What keeps them
-//! off is that it is not dumpable: then `__ptrace_may_access` (kernel/ptrace.c) demands the capability in the user
-//! namespace of the *program*, which is ours.
+//! The child must not become a way out. A process with all capabilities in the sandbox's user namespace may
+//! trace processes of that namespace, and read their files through `/proc/PID/root`, which for the child are
+//! the host's. The protection is that the child is not dumpable: then `__ptrace_may_access` (kernel/ptrace.c)
+//! requires the capability in the user namespace of the *program*, which is ours.
 
 use std::{
     convert::Infallible,
@@ -40,9 +42,9 @@ use rustix::net::{
 
 use super::{id_at, id_of};
 
-/// How long the child may take to answer.
+/// The longest wait for the child to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// An IP address as IPv6 has it, and a port.
+/// The size of a request in bytes: an IPv6 address (IPv4 is mapped), then a port in native byte order.
 const REQUEST: usize = 16 + 2;
 
 /// A child process that has joined a sandbox's user and network namespace, and makes listening sockets there.
@@ -52,7 +54,7 @@ pub struct Door {
     child: Pid,
 }
 
-/// How far the child got.
+/// The steps of the child; its reply names the one that failed, or `Inside`.
 #[derive(Debug, Clone, Copy)]
 #[repr(u8)]
 enum Step {
@@ -64,12 +66,13 @@ enum Step {
 }
 
 impl Door {
-    /// Joins the user namespace that owns `netns`, then `netns`; brings the loopback up where it is down. Forks: the
-    /// child does nothing but system calls, so other threads do no harm; but it dies with the thread that called this.
+    /// Starts a child that joins the user namespace that owns `netns`, then `netns`, and brings up the
+    /// loopback if it is down. The fork is safe with other threads, since the child makes only system calls.
+    /// But the child dies with the thread that called this.
     pub fn open(netns: &impl AsFd) -> anyhow::Result<Self> {
         let netns = netns.as_fd();
         let owner = owner(netns)?;
-        // Our own cannot be joined (EINVAL), and need not be.
+        // Joining our own user namespace fails (EINVAL), and is not needed.
         let own = id_at("/proc/thread-self/ns/user").context("cannot tell this process's user namespace")?;
         let owner = if id_of(&owner)? == own { None } else { Some(owner) };
         let (socket, theirs) =
@@ -91,7 +94,7 @@ impl Door {
             ForkResult::Parent { child } => {
                 let door = Self { socket: Mutex::new(socket), child };
                 drop(theirs);
-                // It may be stopped by those inside, and is not waited for longer than this.
+                // Processes inside may stop it, so the wait is limited.
                 let socket = door.socket.lock().unwrap_or_else(PoisonError::into_inner);
                 set_socket_timeout(&*socket, Timeout::Recv, Some(PATIENCE))?;
                 drop(socket);
@@ -101,7 +104,8 @@ impl Door {
         }
     }
 
-    /// Waits until the child is inside.
+    /// Waits until the child is inside, or reports the step that failed. `of_another` is true if the
+    /// namespace belongs to a user namespace other than this process's.
     fn joined(&self, of_another: bool) -> anyhow::Result<()> {
         let mut reply = [0; 5];
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
@@ -129,14 +133,15 @@ impl Door {
         }
     }
 
-    /// The child's number.
+    /// Returns the child's process number (PID).
     pub fn pid(&self) -> u32 {
         self.child.as_raw().unsigned_abs()
     }
 
-    /// A TCP socket that is bound inside to `address`, for connections over the loopback alone, and does not listen yet. It
-    /// is nonblocking. Errors carry the errno from inside: EADDRINUSE, EADDRNOTAVAIL or EAFNOSUPPORT where there is no
-    /// IPv6; EPIPE if the child is gone.
+    /// Makes a TCP socket inside that is bound to `address` and to the loopback interface, so that it takes
+    /// only connections over the loopback. It does not listen yet, and is nonblocking. Errors carry the errno
+    /// from inside: EADDRINUSE, EADDRNOTAVAIL, or EAFNOSUPPORT if there is no IPv6; EPIPE if the child is
+    /// gone.
     pub fn bind(&self, address: SocketAddr) -> io::Result<OwnedFd> {
         let ip = match address.ip() {
             IpAddr::V4(ip) => ip.to_ipv6_mapped(),
@@ -153,7 +158,7 @@ impl Door {
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received =
             recvmsg(&*socket, &mut [IoSliceMut::new(&mut errno)], &mut ancillary, RecvFlags::CMSG_CLOEXEC);
-        // Whether it was killed before it read the request or after: a reset, or nothing.
+        // The child was killed: a reset if it had not read the request, otherwise an empty read.
         if !received.is_ok_and(|received| received.bytes == errno.len()) {
             return Err(Errno::EPIPE.into());
         }
@@ -172,7 +177,8 @@ impl Door {
 
 impl Drop for Door {
     fn drop(&mut self) {
-        // The child ends when it sees the socket closed; unless those inside, who may signal it, have stopped it.
+        // The child ends when it sees the socket closed, unless processes inside, which may signal it, have
+        // stopped it.
         let _ = kill(self.child, Signal::SIGKILL);
         let socket = self.socket.get_mut().unwrap_or_else(PoisonError::into_inner);
         let _ = rustix::net::shutdown(&*socket, rustix::net::Shutdown::Both);
@@ -184,8 +190,8 @@ fn not_yours() -> anyhow::Error {
     anyhow!("the sandbox belongs to another user; run as the user who started it, or as root")
 }
 
-/// The user namespace that owns a network namespace: whose capabilities count there. bubblewrap nests user namespaces,
-/// and the processes inside are not always in the owning one.
+/// Opens the user namespace that owns a network namespace: its capabilities count there. bubblewrap nests
+/// user namespaces, and the processes inside are not always in the owning one.
 fn owner(netns: BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {
     // SAFETY: the request takes no argument.
     match Errno::result(unsafe { libc::ioctl(netns.as_raw_fd(), libc::NS_GET_USERNS) }) {
@@ -197,7 +203,7 @@ fn owner(netns: BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {
     }
 }
 
-/// The child. As other threads may have held locks when it was forked, it allocates nothing, and must not panic.
+/// Runs the child. It must not allocate or panic, since other threads may have held locks when it was forked.
 fn inside(
     socket: BorrowedFd<'_>,
     netns: BorrowedFd<'_>,
@@ -209,13 +215,14 @@ fn inside(
     SigSet::all().thread_set_mask().map_err(at(Step::Privacy))?;
     let owner_or_socket = owner.map_or(socket.as_raw_fd(), |owner| owner.as_raw_fd());
     close_all_but([socket.as_raw_fd(), netns.as_raw_fd(), owner_or_socket]).map_err(at(Step::Privacy))?;
-    // Before it can be seen inside.
+    // Before processes inside can see it.
     prctl::set_dumpable(false).map_err(at(Step::Privacy))?;
     if let Some(owner) = owner {
         setns(owner, CloneFlags::CLONE_NEWUSER).map_err(at(Step::User))?;
     }
     setns(netns, CloneFlags::CLONE_NEWNET).map_err(at(Step::Net))?;
-    // A change of credentials resets both (commit_creds in kernel/cred.c): to join a namespace of another user is one.
+    // A change of credentials resets both settings (commit_creds in kernel/cred.c), and joining a namespace
+    // of another user is such a change.
     prctl::set_dumpable(false).map_err(at(Step::Privacy))?;
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(at(Step::Privacy))?;
     if prctl::get_dumpable() != Ok(false) || getppid() != parent {
@@ -229,7 +236,7 @@ fn inside(
     serve(socket)
 }
 
-/// Makes sockets until the parent closes its end.
+/// Answers requests for sockets until the parent closes its end.
 fn serve(socket: BorrowedFd<'_>) -> ! {
     let mut request = [0; REQUEST];
     while let Ok((_, REQUEST)) = recv(socket, &mut request, RecvFlags::empty()) {
@@ -263,7 +270,7 @@ fn bound(request: [u8; REQUEST]) -> nix::Result<OwnedFd> {
     };
     let done = |error: rustix::io::Errno| Errno::from_raw(error.raw_os_error());
     let socket: OwnedFd = make().map_err(done)?;
-    // By its index, which is 1 in every namespace: whoever is inside may give its name to another interface.
+    // By its index, which is 1 in every namespace: a process inside may give its name to another interface.
     let lo = socket2::SockRef::from(&socket).bind_device_by_index_v4(Some(NonZeroU32::MIN));
     lo.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EINVAL)))?;
     bind(&socket, &address).map_err(done)?;
@@ -299,7 +306,7 @@ fn bring_up_loopback() -> nix::Result<()> {
     .map(drop)
 }
 
-/// Closes all descriptors but these three, which may be the same.
+/// Closes all descriptors but these three, some of which may be equal.
 fn close_all_but(mut kept: [RawFd; 3]) -> nix::Result<()> {
     kept.sort_unstable();
     let mut first = 0;
@@ -314,6 +321,7 @@ fn close_all_but(mut kept: [RawFd; 3]) -> nix::Result<()> {
 }
 
 fn close_range(first: u32, last: u32) -> nix::Result<()> {
-    // SAFETY: whoever owned the descriptors was left behind in the parent; nothing here uses or closes them again.
+    // SAFETY: the owners of the descriptors were left behind in the parent; nothing here uses or closes them
+    // again.
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) }).map(drop)
 }

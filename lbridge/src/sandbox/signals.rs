@@ -1,4 +1,4 @@
-//! Passes signals that this process gets on to the command that it runs.
+//! Signals: forwards signals that this process gets to the command that it runs.
 
 use std::{
     io::PipeWriter,
@@ -17,12 +17,14 @@ use nix::{
     },
 };
 
-/// What service managers, shells and users send to end a program or to tell it something. Signals of job control are
-/// not among them: they reach the process group, and the command is in it.
+/// The signals that are forwarded: those that service managers, shells and users send to end a program or to
+/// notify it. Job control's signals are not among them: they reach the process group, and the command is in
+/// it.
 const PASSED: [Signal; 6] =
     [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGUSR1, Signal::SIGUSR2];
 
-/// Keeps the signals back. Threads that the calling one starts from now on inherit that.
+/// Blocks the signals in the calling thread until dropped. Threads that it starts from now on inherit the
+/// mask.
 #[derive(Debug)]
 pub(super) struct Blocked {
     before: SigSet,
@@ -36,7 +38,7 @@ impl Blocked {
         Ok(Self { before })
     }
 
-    /// The mask as it was before.
+    /// Returns the signal mask as it was before.
     pub(super) fn before(&self) -> &SigSet {
         &self.before
     }
@@ -44,23 +46,23 @@ impl Blocked {
 
 impl Drop for Blocked {
     fn drop(&mut self) {
-        // What came meanwhile is delivered now.
+        // Signals that arrived in the meantime are delivered now.
         let _ = self.before.thread_set_mask();
     }
 }
 
-/// A thread that passes the signals on, until this is dropped.
+/// A thread that forwards the signals, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Passing {
-    /// Closed to stop the thread.
+    /// Write end of a pipe; closing it stops the thread.
     stop: Option<PipeWriter>,
     thread: Option<thread::JoinHandle<()>>,
-    /// Dropped last: signals do not reach this process while the thread runs.
+    /// Dropped last, so that signals do not reach this process while the thread runs.
     _blocked: Blocked,
 }
 
 impl Passing {
-    /// Signals that came since they were blocked are passed on as well.
+    /// Starts the thread. Signals that arrived since they were blocked are forwarded as well.
     pub(super) fn start(blocked: Blocked, command: Arc<OwnedFd>) -> anyhow::Result<Self> {
         let signals: SigSet = PASSED.into_iter().collect();
         let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
@@ -77,7 +79,8 @@ impl Passing {
                     // All signals but the fatal ones are blocked or have no handler: nothing interrupts this.
                     let _ = poll(&mut sources, PollTimeout::NONE);
                     while let Ok(Some(signal)) = signals.read_signal() {
-                        // A terminal sends to every process of its foreground group: the command has it already.
+                        // A terminal sends to every process of its foreground group: the command has it
+                        // already.
                         if signal.ssi_code != libc::SI_KERNEL {
                             pass(&command, signal.ssi_signo);
                         }

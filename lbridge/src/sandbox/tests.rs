@@ -1,4 +1,5 @@
-//! On real namespaces, made with unshare(1). Sandboxes of real users, and bubblewrap's, are in `tests/suites/sandbox`.
+//! Tests: run on real namespaces, made with unshare(1). Sandboxes of real users, and bubblewrap's, are in
+//! `tests/suites/sandbox`.
 
 use std::{
     collections::BTreeSet,
@@ -30,7 +31,7 @@ use super::{
 
 const ROLE: &str = "LBRIDGE_TEST_ROLE";
 
-/// This program again, in one of the roles below.
+/// Returns the command that runs this program again, in one of the roles below.
 fn role(role: &str) -> Vec<OsString> {
     let mut command: Vec<OsString> = vec!["env".into(), format!("{ROLE}={role}").into()];
     command.push(env::current_exe().unwrap().into());
@@ -38,7 +39,7 @@ fn role(role: &str) -> Vec<OsString> {
     command
 }
 
-/// What runs inside sandboxes: "connect PORT", "pry PID", "pry-in PID".
+/// Plays a role inside a sandbox: "connect PORT", "pry PID", "pry-in PID".
 #[test]
 fn plays_a_role() {
     let Ok(role) = env::var(ROLE) else { return };
@@ -55,7 +56,7 @@ fn plays_a_role() {
     }
 }
 
-/// Tries to get at what a process has: its files, its memory, its descriptors, itself.
+/// Tries to access a process: its files, its memory, its working directory, its descriptors, and tracing it.
 fn pry(pid: i32) -> [bool; 5] {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     assert!(status.contains("CapEff:\t000001ffffffffff"), "all capabilities: {status}");
@@ -70,7 +71,7 @@ fn pry(pid: i32) -> [bool; 5] {
     ]
 }
 
-/// A process in a sandbox of its own, until this is dropped.
+/// A process in a sandbox of its own; killed when dropped.
 struct Sandbox(process::Child);
 
 impl Sandbox {
@@ -88,7 +89,7 @@ impl Sandbox {
         namespace_of(self.0.id()).unwrap().netns
     }
 
-    /// Another process inside, with all capabilities there.
+    /// Starts another process inside, with all capabilities there.
     fn run(&self, command: &[OsString]) -> process::Child {
         let target = self.0.id().to_string();
         let options = ["-t", &target, "-U", "-n", "--preserve-credentials"];
@@ -107,7 +108,7 @@ fn address(ip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip.parse().unwrap(), port)
 }
 
-/// Both listeners, as the relay has them.
+/// Makes both listeners (IPv4 and IPv6), as the relay has them.
 fn listen(door: &Door, port: u16) -> [TcpListener; 2] {
     ["127.0.0.1", "::1"].map(|ip| {
         let socket = door.bind(address(ip, port)).unwrap();
@@ -169,7 +170,7 @@ fn a_door_listens_inside() {
     assert_eq!(taken.raw_os_error(), Some(libc::EADDRINUSE));
     let elsewhere = door.bind(address("192.0.2.1", 5432)).unwrap_err();
     assert_eq!(elsewhere.raw_os_error(), Some(libc::EADDRNOTAVAIL));
-    // Below 1024 the capabilities inside count.
+    // Ports below 1024 need the capabilities inside.
     listen(&door, 80);
 }
 
@@ -188,7 +189,7 @@ fn a_door_leaves_nothing() {
     let sandbox = Sandbox::new("-rn");
     let door = Door::open(&sandbox.netns()).unwrap();
     let pid = door.pid();
-    // What a terminal sends, and what would stop it.
+    // Signals that a terminal sends, and one that would stop the child.
     for signal in [Signal::SIGINT, Signal::SIGTSTP, Signal::SIGHUP, Signal::SIGTERM] {
         kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
     }
@@ -199,7 +200,7 @@ fn a_door_leaves_nothing() {
     }
     drop(door);
     assert!(!fs::exists(format!("/proc/{pid}")).unwrap());
-    // They need no door to go on.
+    // The listeners continue without the door.
     assert!(sandbox.run(&role("connect 5432")).wait().unwrap().success());
     drop(listeners);
 }
@@ -212,7 +213,7 @@ fn a_door_that_was_killed_is_an_error() {
     assert_eq!(door.bind(address("127.0.0.1", 80)).unwrap_err().raw_os_error(), Some(libc::EPIPE));
 }
 
-/// Whoever is almighty inside gets at the processes there, but not through the door.
+/// A process with all capabilities inside can access the processes there, but not the door's child.
 #[test]
 fn a_door_is_no_way_out() {
     let sandbox = Sandbox::new("-rn");
@@ -238,7 +239,7 @@ fn a_program_finds_its_ports() {
     assert!(listeners.iter().all(|listener| listener.accept().is_ok()));
 }
 
-/// Standard streams, descriptors, mask, group and tracer are as without lbridge.
+/// Checks that standard streams, descriptors, signal mask, process group and tracer are as without lbridge.
 #[test]
 fn a_program_finds_nothing_of_ours() {
     let line = |status: &str, name: &str| {
@@ -265,7 +266,7 @@ fn a_program_finds_nothing_of_ours() {
     let (theirs, rest) = report.split_once("\n\n").unwrap();
     assert_eq!(line(theirs, "TracerPid"), "TracerPid: 0");
     assert_eq!(line(theirs, "SigBlk"), line(&status, "SigBlk"));
-    // But for SIGPIPE, which Rust ignores here: number 13, bit 12.
+    // Except for SIGPIPE, which Rust ignores here: number 13, bit 12.
     let ignored = |status: &str| {
         let line = line(status, "SigIgn");
         u64::from_str_radix(line.trim_start_matches("SigIgn: "), 16).unwrap()
@@ -273,7 +274,7 @@ fn a_program_finds_nothing_of_ours() {
     assert_eq!(ignored(theirs), ignored(&status) & !(1 << 12));
     let mut rest = rest.lines();
     let fds: BTreeSet<String> = rest.next().unwrap().split_whitespace().map(str::to_owned).collect();
-    // Shells keep their own from 10 on.
+    // Shells keep their own descriptors from 10 on.
     let more = fds.difference(&own).filter(|fd| fd.parse::<u32>().unwrap() < 10);
     assert_eq!(more.count(), 0, "{fds:?}, {own:?}");
     let group = rest.next().unwrap().split(' ').nth(4).unwrap().parse().unwrap();
@@ -288,7 +289,7 @@ fn commands_without_a_sandbox_end() {
     // The last real-time signal.
     assert_eq!(ended(&shell("kill -64 $$")).signal(), Some(64));
     assert_eq!(ended(&shell("(sh -c 'exit 4') | sh -c 'exit 5'")).code(), Some(5));
-    // What is left in the background goes on, untraced, and does not keep us.
+    // Background processes continue, untraced, and do not delay the return.
     let begin = Instant::now();
     assert!(ended(&shell("sleep 600 & echo $! > /dev/null; kill -0 $! && (sleep 1; kill $!) &")).success());
     assert!(begin.elapsed() < Duration::from_millis(900));
@@ -330,11 +331,11 @@ fn a_sandbox_is_not_held_while_it_is_being_made() {
 
 #[test]
 fn what_is_stopped_stays_so_until_it_is_continued() {
-    // A stopped process while tracing, which is let go in its stop.
+    // A process that stops while it is traced, and is detached while stopped.
     let script = "sleep 600 & kill -STOP $!; unshare -rn true; grep -q 'T (stopped)' /proc/$!/status || exit 1; \
                   kill -CONT $!; sleep 0.1; grep -q 'S (sleeping)' /proc/$!/status || exit 2; kill $!";
     assert_eq!(held(&shell(script)).release().unwrap().wait().unwrap().code(), Some(0));
-    // One that is continued while tracing goes on.
+    // One that is continued while it is traced.
     let script = "sh -c 'kill -STOP $$; exit 6' & sleep 0.2; kill -CONT $!; wait $!; test $? = 6 && exec unshare -rn true";
     assert_eq!(held(&shell(script)).release().unwrap().wait().unwrap().code(), Some(0));
 }
@@ -346,7 +347,7 @@ fn a_command_that_is_not_released_is_killed() {
         let held = held(&command);
         let pid = held.pid();
         drop(held);
-        // Whose parent was killed as well is init's to reap.
+        // A process whose parent was killed as well is init's to reap.
         let state = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         assert!(state.is_empty() || state.contains("State:\tZ"), "{state}");
     }
@@ -370,7 +371,7 @@ fn the_mask_is_restored() {
 
 #[test]
 fn namespaces_are_found() {
-    // By a process above it.
+    // Found through an ancestor.
     let mut above = Command::new("sh").args(["-c", "unshare -rn sleep 600 & wait"]).spawn().unwrap();
     let mut found = None;
     let begin = Instant::now();

@@ -1,5 +1,5 @@
-//! The calls of ptrace(2) that [`launch`](super::launch) needs. nix has most of them, but knows no real-time signals: a
-//! tracee that gets one could neither be waited for nor be let on.
+//! Trace: the ptrace(2) calls that [`launch`](super::launch) needs. nix has most of them, but no real-time
+//! signals: it could neither wait for nor continue a tracee that gets one.
 
 use std::{os::unix::process::ExitStatusExt as _, process::ExitStatus, ptr};
 
@@ -10,44 +10,45 @@ use nix::{
     unistd::Pid,
 };
 
-/// What became of a tracee.
+/// A change of a tracee's state.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Change {
-    /// It stopped, and stays so until it is let on or let go.
+    /// The tracee has stopped, until it is continued or detached.
     Stopped(Stop),
-    /// It is gone.
+    /// The tracee has ended, with this exit status.
     Ended(ExitStatus),
 }
 
-/// Why a tracee stopped.
+/// The reason why a tracee stopped.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Stop {
-    /// It runs a new program, of which no instruction has run. It was the thread `before`, and has the process's number
-    /// from now on.
+    /// An exec: a new program is loaded, and none of its instructions has run. The thread `before` called it;
+    /// from now on the thread has the process's number.
     Exec {
-        /// The thread's number before.
+        /// The number that the thread had before the exec.
         before: Pid,
     },
-    /// It has made a process or thread, which is traced as well.
+    /// The tracee has made this process or thread, which is traced as well.
     Birth(Pid),
-    /// A signal is about to be delivered.
+    /// This signal, by its number, is about to be delivered.
     Signal(i32),
-    /// Job control has stopped it.
+    /// A group stop: job control has stopped the tracee.
     Group,
-    /// It is new, was interrupted, or goes on after job control had stopped it.
+    /// The tracee is new, was interrupted, or continues after a group stop.
     Trap,
 }
 
-/// Whether to wait for a change.
+/// The way in which [`wait`] waits for a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wait {
-    /// Until there is one.
+    /// Block until there is a change.
     Until,
-    /// No: say what has happened already.
+    /// Do not block: report only a change that is pending.
     Peek,
 }
 
-/// Begins to trace `pid` and all that come of it. They die with this thread: a command without its ports must not run.
+/// Starts to trace `pid` and all its descendants. They die with this thread: a command must not run without
+/// its ports.
 pub(super) fn seize(pid: Pid) -> nix::Result<()> {
     let options = Options::PTRACE_O_TRACEEXEC
         | Options::PTRACE_O_TRACEFORK
@@ -62,7 +63,8 @@ pub(super) fn interrupt(pid: Pid) -> nix::Result<()> {
     ptrace::interrupt(pid)
 }
 
-/// Lets a tracee on after a stop. What stopped it takes its course: a signal is delivered, job control keeps it.
+/// Continues a tracee after a stop. The cause of the stop takes effect: a signal is delivered, a group stop
+/// lasts.
 pub(super) fn go_on(pid: Pid, stop: Stop) -> nix::Result<()> {
     match stop {
         Stop::Group => request(libc::PTRACE_LISTEN, pid, 0),
@@ -71,8 +73,8 @@ pub(super) fn go_on(pid: Pid, stop: Stop) -> nix::Result<()> {
     }
 }
 
-/// Stops tracing a tracee after a stop. As with [`go_on`], what stopped it takes its course: the kernel goes on with a
-/// group stop by itself (`__ptrace_unlink` in kernel/ptrace.c).
+/// Detaches a tracee after a stop. As with [`go_on`], the cause of the stop takes effect: the kernel
+/// continues a group stop by itself (`__ptrace_unlink` in kernel/ptrace.c).
 pub(super) fn let_go(pid: Pid, stop: Stop) -> nix::Result<()> {
     let signal = if let Stop::Signal(signal) = stop { signal } else { 0 };
     request(libc::PTRACE_DETACH, pid, signal)
@@ -90,7 +92,8 @@ fn request(request: Request, pid: Pid, signal: i32) -> nix::Result<()> {
         .map(drop)
 }
 
-/// The next change, of `pid` or of any: of this thread's tracees and children, not of those that other threads have.
+/// Returns the next change, of `pid` or of any tracee or child of this thread; not of those that other
+/// threads have. `None` if there is none yet and `wait` is [`Wait::Peek`].
 pub(super) fn wait(pid: Option<Pid>, wait: Wait) -> nix::Result<Option<(Pid, Change)>> {
     let flags = libc::__WALL | libc::__WNOTHREAD | if wait == Wait::Peek { libc::WNOHANG } else { 0 };
     let mut status = 0;
@@ -122,7 +125,7 @@ pub(super) fn wait(pid: Option<Pid>, wait: Wait) -> nix::Result<Option<(Pid, Cha
     Ok(Some((pid, Change::Stopped(stop))))
 }
 
-/// The process that an event is about; `None` if the tracee has been killed since.
+/// Returns the process that an event is about; `None` if the tracee has been killed since.
 fn message(pid: Pid) -> Option<Pid> {
     let message = ptrace::getevent(pid).ok()?;
     i32::try_from(message).ok().filter(|&pid| pid > 0).map(Pid::from_raw)

@@ -1,4 +1,5 @@
-//! Addresses that nobody has: of a bridge's subnet, of subnets that are kept for documentation, and of the links themselves.
+//! Free addresses: picks unused ones in a bridge's subnet, in the subnets reserved for documentation, and for
+//! the links themselves (MAC addresses).
 
 use std::{
     collections::BTreeSet,
@@ -10,12 +11,13 @@ use anyhow::anyhow;
 
 use super::netlink::{Neighbour, Netlink, forget};
 
-/// More addresses of a subnet are not looked at, one after the other.
+/// The most addresses of a subnet that are probed, one after the other.
 const MAX_LOOKS: usize = 64;
 
-/// An address of a gateway's subnet that nobody seems to use on that bridge; `None` where there is none to be had. Docker
-/// gives addresses from the bottom, so the search begins at the top; an address counts as used if it is `taken`, one of the
-/// host's, or if somebody has it now: the host asks for it, by ARP or neighbour discovery, as it would before it sends there.
+/// Returns an address of a gateway's subnet that nobody seems to use on that bridge; `None` if none is found.
+/// Docker assigns addresses from the bottom, so the search begins at the top. An address counts as used if it
+/// is in `taken`, if the host has it, or if a neighbour answers for it now. The host asks for it by ARP or
+/// neighbour discovery, as it would before it sends there.
 pub async fn free_address(
     bridge: u32,
     gateway: IpAddr,
@@ -28,7 +30,7 @@ pub async fn free_address(
     used.insert(gateway);
     for neighbour in host.neighbours(bridge).await?.into_iter().filter(Neighbour::is_there) {
         if neighbour.mac == mac(neighbour.ip) {
-            // One of ours, left by a process that was killed; or one that is in use, and will answer.
+            // An address of ours that a killed process left behind, or one in use, which will answer.
             let _ = forget(bridge, neighbour.ip);
         } else {
             used.insert(neighbour.ip);
@@ -42,7 +44,7 @@ pub async fn free_address(
     Ok(None)
 }
 
-/// A subnet's addresses that a host may have, from the top.
+/// Iterates over the host addresses of a subnet, from the top.
 fn candidates(gateway: IpAddr, prefix: u8) -> impl Iterator<Item = IpAddr> {
     let (bits, number): (u8, u128) = match gateway {
         IpAddr::V4(ip) => (32, u32::from(ip).into()),
@@ -51,8 +53,8 @@ fn candidates(gateway: IpAddr, prefix: u8) -> impl Iterator<Item = IpAddr> {
     let size = bits.saturating_sub(prefix);
     let last = 1_u128.checked_shl(size.into()).unwrap_or(0).wrapping_sub(1);
     let base = number & !last;
-    // The first is the network's (the routers' in IPv6), the last one the broadcast address; IPv6 keeps the last 128 for
-    // anycast (RFC 2526).
+    // Skipped: the first, which is the network's (the routers' in IPv6), and the last, the broadcast address.
+    // IPv6 reserves the last 128 for anycast (RFC 2526).
     let top = if gateway.is_ipv6() && size > 8 { last - 128 } else { last.saturating_sub(1) };
     (1..=top).rev().map(move |offset| match gateway {
         IpAddr::V4(_) => Ipv4Addr::from(u32::try_from(base | offset).unwrap_or_default()).into(),
@@ -60,7 +62,8 @@ fn candidates(gateway: IpAddr, prefix: u8) -> impl Iterator<Item = IpAddr> {
     })
 }
 
-/// First addresses of a /30 and a /126 kept for documentation, which overlap with none of these subnets.
+/// Picks a /30 and a /126 of the ranges reserved for documentation that overlap with no subnet in `used`, and
+/// returns the first address of each, as numbers.
 pub(super) fn unused_subnets(used: &[(IpAddr, u8)]) -> anyhow::Result<(u32, u128)> {
     // TEST-NET-1, 2 and 3.
     const TEST_NETS: [Ipv4Addr; 3] =
@@ -78,7 +81,7 @@ pub(super) fn unused_subnets(used: &[(IpAddr, u8)]) -> anyhow::Result<(u32, u128
         })
     };
     let random = random();
-    // Anywhere in there: another process may do the same now.
+    // Start at a random place: another process may be doing the same now.
     let start = u32::try_from(random % 64).unwrap_or(0);
     let v4 = TEST_NETS
         .into_iter()
@@ -91,21 +94,23 @@ pub(super) fn unused_subnets(used: &[(IpAddr, u8)]) -> anyhow::Result<(u32, u128
     Ok((v4, v6.unwrap_or(DOCUMENTATION.into())))
 }
 
-/// Not secret, only unlikely to be somebody else's.
+/// Returns a random number, which is not secret, only unlikely to be in use elsewhere.
 pub(super) fn random() -> u64 {
     RandomState::new().hash_one(())
 }
 
-/// The address of a veth inside: a local one, as the second bit of the first byte says.
+/// Derives the MAC address of the veth inside from its IP address. It is locally administered, as the second
+/// bit of the first byte says.
 pub(super) fn mac(ip: IpAddr) -> Vec<u8> {
-    // Without random keys.
+    // `DefaultHasher::new` has no random keys, so the result is always the same.
     let mut hasher = DefaultHasher::new();
     ip.hash(&mut hasher);
     mac_of(0x02, hasher.finish())
 }
 
-/// A bridge takes the lowest address of its ports for its own, unless it was given one. Were this one the lowest the bridge
-/// would change its address, and change it back, and containers would send to the wrong one meanwhile; so it is high.
+/// Makes the MAC address of the host's veth, a high one. A bridge takes the lowest MAC address of its ports
+/// as its own, unless it was given one. If this one were the lowest, the bridge would change its address and
+/// change it back, and containers would send to the wrong address in the meantime.
 pub(super) fn host_mac(random: u64) -> Vec<u8> {
     let [.., a, b, c] = random.to_be_bytes();
     vec![0xfe, 0xff, 0xff, a, b, c]

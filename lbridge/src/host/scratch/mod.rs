@@ -1,11 +1,11 @@
-//! Throw-away network namespaces of this process, each linked to the host by a veth pair: somebody on a bridge, or a
-//! neighbour on a link of its own, to try what reaches whom.
+//! Scratch namespaces: throw-away network namespaces of this process, each linked to the host by a veth pair.
+//! One acts as a guest on a bridge, or as a neighbour on a link of its own, to test what can reach what.
 //!
-//! Nothing names such a namespace but a descriptor of this process. However the process ends, the kernel closes that, and
-//! the namespace goes, and with its end of the link the host's end.
+//! Only a descriptor of this process keeps such a namespace. However the process ends, the kernel closes the
+//! descriptor and removes the namespace, with its veth and the host's peer.
 //!
-//! - [`addresses`]: which are free, of both kinds;
-//! - [`netlink`]: what is asked of rtnetlink, on the host and inside.
+//! - [`addresses`]: picks free IP and MAC addresses;
+//! - [`netlink`]: requests to rtnetlink, on the host and inside.
 
 mod addresses;
 mod netlink;
@@ -31,42 +31,44 @@ pub use addresses::free_address;
 use addresses::{host_mac, mac, random, unused_subnets};
 use netlink::{Netlink, forget, request};
 
-/// The end inside.
+/// Name of the veth inside.
 const INSIDE: &str = "eth0";
-/// What the host's ends begin with, for whoever sees one; eight hexadecimal digits follow.
+/// Prefix of the names of the host's veths, so that people recognize them; eight hexadecimal digits follow.
 const PREFIX: &str = "lbr";
 
-/// Whether a link of this name is a scratch namespace's.
+/// Returns true if a link of this name belongs to a scratch namespace.
 pub(super) fn is_link(name: &str) -> bool {
     let digits = name.strip_prefix(PREFIX);
     digits.is_some_and(|digits| digits.len() == 8 && digits.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
-/// How long a bridge may take to forward what comes from a new port. Most do at once; one with a spanning tree takes
-/// twice its forward delay, which is 2 s at least, and 15 s unless somebody has set it.
+/// The longest wait for a bridge to forward frames from a new port. Most do at once. One with a spanning tree
+/// takes twice its forward delay, which is at least 2 s, and 15 s by default.
 const READY: Duration = Duration::from_secs(6);
-/// How long a neighbour that is there may take to answer. The kernel asks each second.
+/// The longest wait for a neighbour to answer. The kernel asks once per second.
 const MEETS: Duration = Duration::from_millis(2500);
 
-/// A namespace. Dropping it removes the link to it at once.
+/// A scratch namespace. Dropping it removes the link to it at once.
 #[derive(Debug)]
 pub struct Scratch {
     file: OwnedFd,
     link: Link,
     /// A connection to rtnetlink inside.
     inside: Netlink,
-    /// Index of the end inside.
+    /// Interface index of the veth inside.
     inside_index: u32,
-    /// Whether it has an IPv6 address.
+    /// True if the namespace has an IPv6 address.
     ipv6: bool,
 }
 
 impl Scratch {
-    /// On a bridge of the host, as a container would be, with these addresses. Returns when frames can pass, and when the
-    /// host's own addresses there can be dialled: a bridge that had no port tests its IPv6 addresses for duplicates only now.
+    /// Makes a namespace that is on a bridge of the host with these addresses, as a container would be.
+    /// Returns when frames can pass, and when the host's own addresses on the bridge can be dialled: a bridge
+    /// that had no port begins duplicate address detection for its IPv6 addresses only now.
     pub async fn on_bridge(bridge: u32, addresses: &[(IpAddr, u8)]) -> anyhow::Result<Self> {
         let host = Netlink::connect()?;
-        // The same for the same address: the host may remember it from the last time, and believes nobody else within a second.
+        // The same MAC for the same address: the host may remember it from the last time, and accepts no
+        // other for a second.
         let first = addresses.first().map_or(Ipv6Addr::UNSPECIFIED.into(), |(ip, _)| *ip);
         let mut scratch = Self::link(&host, mac(first)).await?;
         scratch.link.known_as = addresses.iter().map(|(ip, _)| (bridge, *ip)).collect();
@@ -79,7 +81,7 @@ impl Scratch {
         let enslaved = host.handle.link().change(enslaved).execute().await;
         enslaved.with_context(|| format!("cannot plug a veth into the bridge with index {bridge}"))?;
         let mut patience = Patience::new();
-        // A bridge that had no port comes up with this one, and drops what it is to send until it has.
+        // A bridge that had no port comes up with this one, and until then drops what it should send.
         while !(scratch.is_up(&host).await?
             && host.is_up(bridge).await?
             && host.forwards(scratch.link.index).await?
@@ -95,9 +97,9 @@ impl Scratch {
         Ok(scratch)
     }
 
-    /// A neighbour of the host on a link of its own, standing for the LAN: everything it sends goes to the host, even what is
-    /// for 127.0.0.0/8 and ::1. Its addresses are of those that are kept for documentation (RFC 5737, RFC 3849), of a
-    /// subnet that the host has no address in.
+    /// Makes a neighbour of the host on a link of its own, in place of a machine on the LAN. It sends
+    /// everything to the host, even packets for 127.0.0.0/8 and ::1. Its addresses come from the ranges
+    /// reserved for documentation (RFC 5737, RFC 3849), from a subnet in which the host has no address.
     pub async fn beside() -> anyhow::Result<Self> {
         let host = Netlink::connect()?;
         let used: Vec<_> = host.addresses().await?.into_iter().map(|(_, ip, prefix)| (ip, prefix)).collect();
@@ -107,16 +109,16 @@ impl Scratch {
         host.add_address(scratch.link.index, hosts.into(), 30).await?;
         scratch.add_address(own.into(), 30).await?;
         let (hosts6, own6) = (Ipv6Addr::from(v6 + 1), Ipv6Addr::from(v6 + 2));
-        // Where IPv6 is off nobody can come by it.
+        // Where IPv6 is off, nothing can arrive over it.
         let both = match host.add_address(scratch.link.index, hosts6.into(), 126).await {
             Ok(()) => scratch.add_address(own6.into(), 126).await,
             Err(error) => Err(error),
         };
-        // The loopback interface stays down: no address of its is local then, and the kernel here has to be told that they may
-        // be dialled over a wire.
+        // The loopback interface stays down, so that none of its addresses are local. The kernel must be told
+        // that these addresses may be reached over a wire.
         scratch
             .within(|| {
-                // A namespace has the reverse path filter of the machine it is made on.
+                // A new namespace inherits the reverse path filter of the machine.
                 let settings = [("all", "rp_filter", "0"), (INSIDE, "rp_filter", "0")];
                 let settings = settings.into_iter().chain([(INSIDE, "route_localnet", "1")]);
                 settings.into_iter().try_for_each(|(interface, name, value)| {
@@ -145,11 +147,12 @@ impl Scratch {
         Ok(scratch)
     }
 
-    /// Waits until a neighbour, an address of the host's usually, has answered for itself, by ARP or neighbour discovery.
-    /// Then frames pass both ways, and only then does silence mean anything.
+    /// Waits until a neighbour, usually an address of the host, has answered ARP or neighbour discovery. Only
+    /// then do frames pass both ways, and only then does silence mean anything.
     pub async fn meets(&self, neighbour: IpAddr) -> anyhow::Result<()> {
         const DISCARD: u16 = 9;
-        // Something to send: without link-local addresses the kernel does not just ask for an IPv6 neighbour.
+        // A datagram is needed: without link-local addresses the kernel does not ask for an IPv6 neighbour by
+        // itself.
         self.within(|| {
             let any = if neighbour.is_ipv4() {
                 IpAddr::from(Ipv4Addr::UNSPECIFIED)
@@ -165,17 +168,17 @@ impl Scratch {
         Ok(())
     }
 
-    /// Whether it has an IPv6 address; where IPv6 is off a neighbour has none.
+    /// Returns true if the namespace has an IPv6 address. A neighbour has none where IPv6 is off.
     pub fn has_ipv6(&self) -> bool {
         self.ipv6
     }
 
-    /// Index of the host's end, which what is sent from beside comes in on.
+    /// Returns the interface index of the host's veth, on which the host receives what a neighbour sends.
     pub fn host_index(&self) -> u32 {
         self.link.index
     }
 
-    /// Sends what is for none of its neighbours to one of them.
+    /// Adds a default route via one of its neighbours.
     pub async fn route_via(&self, gateway: IpAddr) -> anyhow::Result<()> {
         let route = match gateway {
             IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new()
@@ -193,19 +196,21 @@ impl Scratch {
         added.with_context(|| format!("cannot add a route via {gateway} in a namespace"))
     }
 
-    /// Runs `work` inside, on a thread of its own. Sockets that it makes stay inside; they can be used anywhere.
+    /// Runs `work` inside, on a thread of its own. Sockets that it makes stay in the namespace; any thread
+    /// can use them.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
         netns::within(&self.file, work)
     }
 
-    /// Makes the namespace and the link to it, both ends down.
+    /// Makes the namespace and the veth pair, both ends down.
     async fn link(host: &Netlink, mac: Vec<u8>) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Handle::current();
-        // The socket belongs to the namespace of the thread that makes it, and to the runtime here.
+        // The socket belongs to the namespace of the thread that makes it, and is registered with the runtime
+        // here.
         let made = netns::on_a_thread(move || {
             unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
             let file = File::open("/proc/thread-self/ns/net").context("cannot open a network namespace")?;
-            // Of new namespaces a machine may have been told that they have none; without IPv6 there is no such file.
+            // A machine may disable IPv6 in new namespaces by default; without IPv6 there is no such file.
             let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "0");
             let _runtime = runtime.enter();
             anyhow::Ok((OwnedFd::from(file), Netlink::connect()?))
@@ -213,7 +218,8 @@ impl Scratch {
         let (file, inside) = made??;
         let random = random();
         let name = format!("{PREFIX}{:08x}", random & 0xffff_ffff);
-        // Before there is one: whoever waits for it may be told to stop.
+        // Before the link exists: the caller may be cancelled while it waits, and the drop must remove the
+        // link.
         let mut link = Link { name: name.clone(), index: 0, known_as: vec![] };
         let peer = LinkMessageBuilder::<LinkUnspec>::new().name(INSIDE).address(mac);
         let peer = peer.setns_by_fd(file.as_raw_fd()).build();
@@ -226,7 +232,7 @@ impl Scratch {
         let inside_index = inside.index_of(INSIDE).await?;
         host.without_link_local(link.index).await;
         inside.without_link_local(inside_index).await;
-        // A neighbour that was asked a moment too early is to be asked again soon, not after a second.
+        // Ask a neighbour that did not answer again soon, not after a second.
         netns::within(&file, || {
             for family in ["ipv4", "ipv6"] {
                 for (name, value) in [("retrans_time_ms", "50"), ("mcast_solicit", "60")] {
@@ -237,7 +243,7 @@ impl Scratch {
         Ok(Self { file, link, inside, inside_index, ipv6: false })
     }
 
-    /// Frames sent before that are lost.
+    /// Returns true once both ends are up. Frames sent before are lost.
     async fn is_up(&self, host: &Netlink) -> anyhow::Result<bool> {
         Ok(host.is_up(self.link.index).await? && self.inside.is_up(self.inside_index).await?)
     }
@@ -249,7 +255,7 @@ impl Scratch {
     }
 }
 
-/// Pauses between two looks at something that should be so soon.
+/// The pauses between two checks of a condition, doubling up to 20 ms, until [`READY`] has passed.
 struct Patience {
     limit: Instant,
     next: Duration,
@@ -260,7 +266,7 @@ impl Patience {
         Self { limit: Instant::now() + READY, next: Duration::from_millis(1) }
     }
 
-    /// `false` if it should have been so by now.
+    /// Sleeps until the next check is due. Returns false once the time is up.
     async fn pause(&mut self) -> bool {
         tokio::time::sleep(self.next).await;
         self.next = (self.next * 2).min(Duration::from_millis(20));
@@ -268,12 +274,12 @@ impl Patience {
     }
 }
 
-/// The host's end of a link; goes with this, and with it the end inside, and what the host knows of it.
+/// The host's end of a veth pair. Dropping it removes both ends, and the host's neighbour entries for it.
 #[derive(Debug)]
 struct Link {
     name: String,
     index: u32,
-    /// Addresses, each with the interface that the host has seen it on.
+    /// Addresses inside, each with the index of the interface that the host has seen it on.
     known_as: Vec<(u32, IpAddr)>,
 }
 
@@ -281,13 +287,13 @@ impl Drop for Link {
     fn drop(&mut self) {
         let mut link = LinkMessage::default();
         link.attributes.push(LinkAttribute::IfName(self.name.clone()));
-        // Not in a runtime, which may be gone.
+        // Not on the tokio runtime, which may be gone.
         if let Err(error) = request(RouteNetlinkMessage::DelLink(link)) {
-            // The kernel does so, a little later, when the namespace goes.
+            // The kernel removes it a little later, together with the namespace.
             tracing::debug!("cannot remove a veth: {error:#}");
         }
         for (interface, ip) in &self.known_as {
-            // It may never have been heard of.
+            // The host may have no such entry.
             let _ = forget(*interface, *ip);
         }
     }

@@ -1,4 +1,4 @@
-//! What is asked of rtnetlink, on the host and inside a namespace.
+//! rtnetlink: the requests that scratch namespaces need, on the host and inside.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -18,10 +18,10 @@ use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_ROUTE};
 use rtnetlink::{Handle, LinkUnspec};
 use tokio::{task::JoinHandle, time::Instant};
 
-/// How long whoever has an address on a bridge may take to answer for it.
+/// The longest wait for a neighbour on a bridge to answer for its address.
 const ANSWERS: Duration = Duration::from_millis(50);
 
-/// A connection to rtnetlink in some namespace.
+/// A connection to rtnetlink in the namespace of the thread that opened it.
 #[derive(Debug)]
 pub(super) struct Netlink {
     pub(super) handle: Handle,
@@ -35,7 +35,7 @@ impl Drop for Netlink {
 }
 
 impl Netlink {
-    /// In the namespace of this thread.
+    /// Connects in this thread's network namespace.
     pub(super) fn connect() -> anyhow::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
         Ok(Self { handle, connection: tokio::spawn(connection) })
@@ -56,18 +56,19 @@ impl Netlink {
         self.handle.link().change(LinkUnspec::new_with_index(index).up().build()).execute().await
     }
 
-    /// Nobody is to hear of the interface before it speaks: no link-local address, and so no routers asked for.
+    /// Disables the link-local address of an interface. So nobody hears of the interface before it sends
+    /// something: the kernel sends no router solicitations.
     pub(super) async fn without_link_local(&self, index: u32) {
         let none = vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)])];
         let none = LinkAttribute::AfSpecUnspec(none);
         let link = LinkUnspec::new_with_index(index).append_extra_attribute(none).build();
-        // Where IPv6 is off the kernel refuses, and there is nothing to keep quiet.
+        // Where IPv6 is off the kernel refuses this, and sends nothing anyway.
         if let Err(error) = self.handle.link().change(link).execute().await {
             tracing::debug!("a veth keeps its link-local address: {error}");
         }
     }
 
-    /// Without duplicate address detection, which takes a second or two.
+    /// Adds an address to an interface. Skips duplicate address detection, which takes a second or two.
     pub(super) async fn add_address(&self, index: u32, ip: IpAddr, prefix: u8) -> anyhow::Result<()> {
         let mut request = self.handle.address().add(index, ip, prefix);
         if ip.is_ipv6() {
@@ -76,7 +77,7 @@ impl Netlink {
         request.execute().await.with_context(|| format!("cannot give a veth the address {ip}"))
     }
 
-    /// Whether the bridge that a port belongs to lets its frames through.
+    /// Returns true if the bridge forwards frames of this port.
     pub(super) async fn forwards(&self, port: u32) -> anyhow::Result<bool> {
         let link = self.link(port).await?;
         let infos = link.attributes.iter().filter_map(|attribute| match attribute {
@@ -96,14 +97,14 @@ impl Netlink {
         Ok(link.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::OperState(State::Up))))
     }
 
-    /// Every address, with the index of its interface and the length of its prefix.
+    /// Lists all addresses of the namespace, each with its interface index and prefix length.
     pub(super) async fn addresses(&self) -> anyhow::Result<Vec<(u32, IpAddr, u8)>> {
         let mut found = vec![];
         let mut addresses = self.handle.address().get().execute();
         while let Some(address) = addresses.try_next().await.context("cannot list addresses")? {
             let header = &address.header;
             for attribute in &address.attributes {
-                // IPv4 has both, and the second is a peer's, if there is one.
+                // IPv4 has both attributes; the second is the peer's address, if there is a peer.
                 if let AddressAttribute::Local(ip) | AddressAttribute::Address(ip) = attribute {
                     found.push((header.index, *ip, header.prefix_len));
                 }
@@ -127,7 +128,7 @@ impl Netlink {
         Ok(tentative)
     }
 
-    /// The neighbours on that interface that the host knows of, or has asked for.
+    /// Lists the entries of the neighbour table for an interface, including those that have not answered.
     pub(super) async fn neighbours(&self, index: u32) -> anyhow::Result<Vec<Neighbour>> {
         let mut found = vec![];
         let mut neighbours = self.handle.neighbours().get().execute();
@@ -150,7 +151,8 @@ impl Netlink {
         Ok(found)
     }
 
-    /// Whether somebody on that interface answers for an address.
+    /// Asks for an address on an interface, by ARP or neighbour discovery. Returns true if a neighbour
+    /// answers in time.
     pub(super) async fn answers(&self, index: u32, ip: IpAddr) -> anyhow::Result<bool> {
         let ask = self.handle.neighbours().add(index, ip);
         let ask = ask.state(NeighbourState::None).flags(NeighbourFlags::Use).replace();
@@ -162,7 +164,8 @@ impl Netlink {
         Ok(answers)
     }
 
-    /// Waits until it is known who has an address on that interface.
+    /// Waits until a neighbour has answered for an address on an interface. Returns false if none has after
+    /// `within`.
     pub(super) async fn learns(&self, index: u32, ip: IpAddr, within: Duration) -> anyhow::Result<bool> {
         let limit = Instant::now() + within;
         loop {
@@ -178,7 +181,7 @@ impl Netlink {
     }
 }
 
-/// Somebody on an interface, as the host knows it.
+/// An entry of the neighbour table.
 #[derive(Debug)]
 pub(super) struct Neighbour {
     pub(super) ip: IpAddr,
@@ -187,14 +190,14 @@ pub(super) struct Neighbour {
 }
 
 impl Neighbour {
-    /// Whether it has answered, if not just now.
+    /// Returns true if the neighbour has answered, though perhaps not just now.
     pub(super) fn is_there(&self) -> bool {
         let (asked, in_vain) = (NeighbourState::Incomplete, NeighbourState::Failed);
         ![NeighbourState::None, asked, in_vain].contains(&self.state)
     }
 }
 
-/// Removes a neighbour from the host's table.
+/// Removes an entry from the neighbour table of this thread's network namespace.
 pub(super) fn forget(interface: u32, ip: IpAddr) -> anyhow::Result<()> {
     let mut neighbour = NeighbourMessage::default();
     neighbour.header.ifindex = interface;
@@ -207,7 +210,7 @@ pub(super) fn forget(interface: u32, ip: IpAddr) -> anyhow::Result<()> {
     request(RouteNetlinkMessage::DelNeighbour(neighbour))
 }
 
-/// Asks rtnetlink in this thread's namespace for something, and waits until it is done.
+/// Sends a request to rtnetlink in this thread's network namespace, and waits until it is acknowledged.
 pub(super) fn request(message: RouteNetlinkMessage) -> anyhow::Result<()> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;

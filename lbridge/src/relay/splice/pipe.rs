@@ -1,4 +1,5 @@
-//! The pipe between two splices: it holds references to a socket's pages, so bulk bytes are never copied.
+//! Pipe: the pipe between two splices. It holds references to a socket's pages, so bulk bytes are never
+//! copied.
 //!
 //! Owns the spare pipes of each thread. May import nothing of the crate.
 
@@ -10,24 +11,25 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
 
-/// The most one splice takes from a socket, and so what a reader that has stopped pins at most. Larger ones cost less: with
-/// 256 KiB a GiB took 490 ms of CPU where it took 340 with 1 MiB.
+/// The most bytes that one splice takes from a socket, and so the most that a reader which has stopped pins.
+/// Larger chunks cost less: a GiB took 490 ms of CPU with 256 KiB, and 340 ms with 1 MiB.
 const CHUNK: usize = 512 * 1024;
 
-/// The size that is asked for: room for 256 pieces. A piece may be 32 KiB of a socket's memory or a single segment, and
-/// the default, 16 pieces, is often full long before `CHUNK` bytes are in it. An empty pipe holds no pages.
+/// The requested size of a pipe in bytes: room for 256 pieces. A piece may be 32 KiB of a socket's memory or
+/// a single segment, and the default, 16 pieces, is often full long before `CHUNK` bytes are in it. An empty
+/// pipe holds no pages.
 const SLOTS_IN_BYTES: i32 = 1024 * 1024;
 
-/// How many empty pipes a thread keeps. A direction needs one only while bytes are in it, and most of the time it
-/// is empty again before the next direction is served, so few serve many connections.
+/// The most empty pipes that a thread keeps. A direction needs one only while bytes are in it, and most of
+/// the time it is empty again before the next direction is served, so that a few serve many connections.
 const SPARES: usize = 8;
 
-/// Pipes that there are, and how many there may be.
+/// The number of pipes in this process, and its limit.
 static PIPES: AtomicUsize = AtomicUsize::new(0);
 static MAX_PIPES: AtomicUsize = AtomicUsize::new(usize::MAX);
 
-/// From now on there are at most so many pipes in this process: each takes two descriptors, and is held for as long as its
-/// reader does not read. Directions that get none copy.
+/// Limits the number of pipes in this process from now on. Each takes two descriptors, and is held for as
+/// long as its reader does not read. Directions that get none copy through a buffer.
 pub(crate) fn limit_pipes(max: usize) {
     MAX_PIPES.store(max, Ordering::Relaxed);
 }
@@ -36,7 +38,7 @@ thread_local! {
     static EMPTY: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A pipe, and how many bytes are in it.
+/// A pipe, and the number of bytes in it.
 pub(super) struct Pipe {
     pub(super) read: OwnedFd,
     pub(super) write: OwnedFd,
@@ -44,7 +46,7 @@ pub(super) struct Pipe {
     _count: Count,
 }
 
-/// One of the pipes that there may be.
+/// A place under the limit of pipes, freed when dropped.
 struct Count;
 
 impl Count {
@@ -63,7 +65,7 @@ impl Drop for Count {
 }
 
 impl Pipe {
-    /// Takes an empty pipe, a spare one if there is any.
+    /// Takes an empty pipe: one of the thread's spares, or else a new one.
     pub(super) fn take() -> io::Result<Self> {
         if let Some(spare) = EMPTY.with_borrow_mut(Vec::pop) {
             return Ok(spare);
@@ -75,7 +77,8 @@ impl Pipe {
         Ok(Self { read, write, level: 0, _count: count })
     }
 
-    /// Gives the pipe back. One with bytes in it is closed: they must never reach another connection.
+    /// Returns the pipe to the thread's spares. One with bytes in it is closed instead: they must never reach
+    /// another connection.
     pub(super) fn give_back(self) {
         if self.level == 0 {
             EMPTY.with_borrow_mut(|empty| {
@@ -90,7 +93,7 @@ impl Pipe {
         self.level == 0
     }
 
-    /// Splices from a socket. Only an empty pipe is filled: then, and only then, `WouldBlock` cannot mean that the
+    /// Splices from a socket into the pipe, which must be empty: only then can `WouldBlock` not mean that the
     /// pipe is full.
     pub(super) fn fill(&mut self, from: &impl AsFd) -> io::Result<usize> {
         debug_assert_eq!(self.level, 0, "EAGAIN would be ambiguous");
@@ -99,7 +102,8 @@ impl Pipe {
         Ok(moved)
     }
 
-    /// Splices what is in the pipe to a socket. The pipe is not empty, so `WouldBlock` means that the socket is full.
+    /// Splices the pipe's bytes to a socket. The pipe must not be empty, so `WouldBlock` means that the
+    /// socket is full.
     pub(super) fn drain(&mut self, to: &impl AsFd) -> io::Result<usize> {
         let moved = splice(&self.read, None, to, None, self.level, flags())?;
         self.level -= moved;
@@ -107,7 +111,8 @@ impl Pipe {
     }
 }
 
-/// Never `SPLICE_F_MORE`: it makes TCP hold back the last segment for up to a second when no more comes.
+/// Returns the flags of every splice. Never `SPLICE_F_MORE`: it makes TCP hold back the last segment for up
+/// to a second when no more bytes come.
 fn flags() -> SpliceFFlags {
     SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK
 }

@@ -1,11 +1,11 @@
-//! One direction of a relayed connection.
+//! Pump: moves one direction of a relayed connection.
 //!
-//! Owns the choice between the two ways to move bytes: through a buffer (one copy, two system calls for a small
-//! message) and through a pipe with splice(2) (no copy). May import `leg` and `pipe` beside it.
+//! Owns the choice between the two ways to move bytes: through a buffer (one copy, two system calls for a
+//! small message) and through a pipe with splice(2) (no copy). May import `leg` and `pipe` beside it.
 //!
-//! Neither a buffer nor a pipe belongs to a direction while it waits for something to read: the buffer is the
-//! thread's, the pipe one of the thread's spares. A direction keeps bytes only while its destination does not take
-//! them, and reads nothing more until it has.
+//! While a direction waits for something to read it owns neither a buffer nor a pipe: the buffer is the
+//! thread's, the pipe one of the thread's spares. A direction holds bytes only while its destination does not
+//! accept them, and reads nothing more until it has.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -19,36 +19,38 @@ use super::Side;
 use super::leg::Leg;
 use super::pipe::Pipe;
 
-/// The size of the thread's buffer: what one buffered read takes, and what a direction holds at most when its
-/// destination is full.
+/// The size of the thread's buffer in bytes: what one buffered read takes at most, and what a direction holds
+/// at most when its destination is full.
 const BUFFER: usize = 16 * 1024;
 
-/// After this many reads in a row that filled the buffer, a direction splices.
+/// The number of reads in a row that fill the buffer after which a direction splices.
 const FULL_READS: u8 = 4;
 
-/// A splice that moves less than this would have been cheaper through the buffer...
+/// A splice that moves fewer bytes than this would have been cheaper through the buffer.
 const SMALL_SPLICE: usize = BUFFER / 2;
 
-/// ...and after this many in a row the direction goes back to it.
+/// The number of such splices in a row after which the direction returns to the buffer.
 const SMALL_SPLICES: u8 = 8;
 
-/// How many moves a direction makes before the other one, and the other connections, get their turn. Well below
-/// tokio's budget for one poll (128): a direction that used it up would keep the other from ever being ready.
+/// The number of moves that a direction makes before the other direction, and the other connections, get
+/// their turn. Well below tokio's budget for one poll (128): a direction that used it up would keep the other
+/// from ever being ready.
 const TURN: u32 = 32;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
 }
 
-/// What a client had sent before its connection was relayed.
+/// The bytes that a client sent before its connection was relayed; `None` if it had sent none.
 #[derive(Debug, Default)]
 pub(crate) struct Early(Option<Box<[u8]>>);
 
 impl Early {
-    /// Reads what is there already; most clients speak first, and at once. An error says that the connection is broken.
+    /// Reads what has arrived already; most clients speak first, and at once. Fails if the connection is
+    /// broken.
     pub(crate) fn read(from: &impl Leg) -> io::Result<Self> {
         SCRATCH.with_borrow_mut(|buffer| match from.read_now(buffer) {
-            // The end of the stream will be seen again.
+            // The relay's first read will see the end of the stream again.
             Ok(0) => Ok(Self(None)),
             Ok(read) => Ok(Self(Some(buffer[..read].into()))),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Self(None)),
@@ -56,21 +58,21 @@ impl Early {
         })
     }
 
-    /// There is nothing.
+    /// Returns true if nothing had arrived.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_none()
     }
 }
 
-/// A connection is broken: on which side, and how.
+/// The failure of a connection: the side that broke, and the error.
 #[derive(Debug)]
 pub(super) struct Broken {
     pub(super) side: Side,
     pub(super) error: io::Error,
 }
 
-/// The state of one direction. It outlives the future that moves it, so that bytes taken from a source are still
-/// there when the other direction finds the connection broken.
+/// The state of one direction. It outlives the future that moves it, so that bytes taken from a source are
+/// still there when the other direction finds the connection broken.
 pub(super) struct Flow<'a> {
     from: Side,
     moved: &'a AtomicU64,
@@ -96,23 +98,23 @@ enum Mode {
     BufferedOnly,
 }
 
-/// How one attempt to move bytes ended.
+/// The result of one attempt to move bytes.
 enum Step {
-    /// Some were moved; there may be more.
+    /// Bytes were moved; there may be more.
     Moved,
-    /// Nothing to read.
+    /// There is nothing to read.
     Empty,
-    /// The destination takes nothing more; something is held.
+    /// The destination is full; bytes are held.
     Blocked,
-    /// The source has ended; nothing is held.
+    /// The source is at its end of file; no bytes are held.
     End,
 }
 
-/// Whether a wait for the destination also ends when the source breaks.
+/// The condition that also ends a wait for the destination.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Watch {
     Source,
-    /// The source is known to be broken; what it left is being delivered.
+    /// None: the source is known to be broken, and the bytes that it left are being delivered.
     Nothing,
 }
 
@@ -121,7 +123,7 @@ impl<'a> Flow<'a> {
         Self { from, moved, held: Held::Nothing, mode: Mode::Buffered { full_reads: 0 } }
     }
 
-    /// Begins with bytes that were read before.
+    /// Makes the flow begin with bytes that were read before.
     pub(super) fn with(self, early: Early) -> Self {
         let held = match early.0 {
             Some(bytes) => Held::Bytes { bytes, written: 0 },
@@ -130,7 +132,7 @@ impl<'a> Flow<'a> {
         Self { held, ..self }
     }
 
-    /// The side this direction reads from.
+    /// Returns the side that this direction reads from.
     pub(super) fn from(&self) -> Side {
         self.from
     }
@@ -140,8 +142,9 @@ impl<'a> Flow<'a> {
     }
 
     fn destination(&self, error: io::Error) -> Broken {
-        // A write to a socket that was reset may say EPIPE: the error itself was consumed by a write before, which could
-        // tell of a part that it had written. Only a read tells whether the peer's FIN came before the reset.
+        // A write to a socket that was reset may return EPIPE: an earlier write consumed the error itself,
+        // but reported only the part that it had written. Only a read tells whether the peer's FIN came
+        // before the reset.
         let reset = error.raw_os_error() == Some(Errno::EPIPE as i32);
         let error = if reset { Errno::ECONNRESET.into() } else { error };
         Broken { side: self.from.other(), error }
@@ -151,10 +154,10 @@ impl<'a> Flow<'a> {
         self.moved.fetch_add(moved as u64, Ordering::Relaxed);
     }
 
-    /// Moves bytes once, if it can be done without waiting.
+    /// Moves bytes once, if that does not block.
     ///
-    /// `Step::Empty` is always the answer of a plain read. A splice says `WouldBlock` for more reasons than an empty
-    /// socket (before an urgent byte, for one), and waiting on its word could mean waiting for ever.
+    /// Only a plain read yields `Step::Empty`. A splice returns `WouldBlock` for more reasons than an empty
+    /// socket (an urgent byte ahead, for one), and waiting on that could mean waiting for ever.
     fn step(&mut self, src: &impl Leg, dst: &impl Leg) -> Result<Step, Broken> {
         if !self.flush(dst)? {
             return Ok(Step::Blocked);
@@ -181,10 +184,10 @@ impl<'a> Flow<'a> {
         })
     }
 
-    /// Splices from the source into a pipe; false if that gave nothing.
+    /// Splices from the source into a pipe. Returns false if that moved nothing.
     fn fill(&mut self, src: &impl Leg) -> Result<bool, Broken> {
         let Ok(mut pipe) = Pipe::take() else {
-            // Out of descriptors, or of those that pipes may have: slower is better than not at all.
+            // No descriptors left, or no pipes under the limit: slow is better than not at all.
             self.mode = Mode::Buffered { full_reads: 0 };
             return Ok(false);
         };
@@ -203,7 +206,7 @@ impl<'a> Flow<'a> {
         Ok(false)
     }
 
-    /// Writes what is held; true if nothing is left.
+    /// Writes the held bytes. Returns true if none are left.
     fn flush(&mut self, dst: &impl Leg) -> Result<bool, Broken> {
         match std::mem::replace(&mut self.held, Held::Nothing) {
             Held::Nothing => Ok(true),
@@ -218,7 +221,7 @@ impl<'a> Flow<'a> {
             Held::Piped(mut pipe) => {
                 while !pipe.is_empty() {
                     match dst.try_io(Interest::WRITABLE, || pipe.drain(&dst.as_fd())) {
-                        // Not a thing a socket does; but to try again for ever would be the worst answer.
+                        // A socket does not do that, but retrying for ever would be worse.
                         Ok(0) => return Err(self.destination(Errno::EPIPE.into())),
                         Ok(moved) => self.count(moved),
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -234,7 +237,7 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// Writes as much of `bytes` as the destination takes.
+    /// Writes as much of `bytes` as the destination accepts, and returns how much that was.
     fn write(&self, dst: &impl Leg, bytes: &[u8]) -> Result<usize, Broken> {
         let mut written = 0;
         while written < bytes.len() {
@@ -304,7 +307,7 @@ pub(super) async fn transfer(
                     writable.await.map_err(|error| flow.destination(error))?;
                     continue;
                 }
-                // Nobody reads from the source now, so its reset would go unnoticed for as long as the
+                // Nothing reads from the source now, so its reset would go unnoticed for as long as the
                 // destination does not read.
                 tokio::select! {
                     biased;
@@ -316,7 +319,7 @@ pub(super) async fn transfer(
     }
 }
 
-/// Waits until the leg breaks, without reading from it.
+/// Waits until the leg breaks, without reading from it, and returns the error.
 pub(super) async fn broken(leg: &impl Leg) -> io::Error {
     match leg.error_raised().await.and_then(|()| leg.take_error()) {
         Ok(error) => error.unwrap_or_else(|| Errno::ECONNRESET.into()),
@@ -324,7 +327,8 @@ pub(super) async fn broken(leg: &impl Leg) -> io::Error {
     }
 }
 
-/// Whether a splice failed for want of support: by the kind of socket, or by a sandbox that emulates the kernel.
+/// Returns true if a splice failed because it is not supported, by this kind of socket or by a sandbox that
+/// emulates the kernel.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM))
 }

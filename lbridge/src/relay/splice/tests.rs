@@ -1,4 +1,4 @@
-//! The data plane over real sockets of the loopback interface.
+//! Tests: run the data plane over real sockets of the loopback interface.
 
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
@@ -15,10 +15,10 @@ use tokio::time::{sleep, timeout};
 use super::pipe::Pipe;
 use super::*;
 
-/// Longer than anything here takes, shorter than a stuck test is tolerable.
+/// The longest wait in a test: longer than anything here takes, and short enough for a stuck test.
 const PATIENCE: Duration = Duration::from_secs(8);
 
-/// Both ends of a connection over loopback.
+/// Makes both ends of a connection over loopback.
 async fn tcp_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -26,7 +26,7 @@ async fn tcp_pair() -> (TcpStream, TcpStream) {
     (dialled.unwrap(), accepted.unwrap().0)
 }
 
-/// As [`tcp_pair`], of which the accepted one is for a relay.
+/// Makes a pair like [`tcp_pair`], of which the accepted socket is for a relay.
 async fn client_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     prepare(&listener).unwrap();
@@ -35,14 +35,14 @@ async fn client_pair() -> (TcpStream, TcpStream) {
     (dialled.unwrap(), accepted.unwrap().0)
 }
 
-/// As [`tcp_pair`], of which the dialled one is for a relay.
+/// Makes a pair like [`tcp_pair`], of which the dialled socket is for a relay.
 async fn service_pair() -> (TcpStream, TcpStream) {
     let (dialled, accepted) = tcp_pair().await;
     prepare(&dialled).unwrap();
     (dialled, accepted)
 }
 
-/// The relay relies on it: nothing is set on what it accepts.
+/// The relay relies on inheritance: it sets no options on accepted sockets.
 #[tokio::test]
 async fn accepted_sockets_inherit_their_options() {
     let (_client, accepted) = client_pair().await;
@@ -64,7 +64,7 @@ fn small_buffers(socket: &TcpStream) {
     setsockopt(socket, sockopt::RcvBuf, &(32 * 1024)).unwrap();
 }
 
-/// A relay at work between two sockets that the test holds the other ends of.
+/// A running relay between two sockets; the test holds their other ends.
 struct Bridge<S> {
     client: TcpStream,
     service: S,
@@ -109,10 +109,10 @@ async fn outcome(task: JoinHandle<Outcome>) -> Outcome {
     timeout(PATIENCE, task).await.expect("the relay ends").unwrap()
 }
 
-/// The longest part of the pattern that is looked at in one go.
+/// The longest part of the pattern that is compared at once, in bytes.
 const PART: usize = 512 * 1024;
 
-/// The pattern repeats after a prime number of bytes, so a shift by any power of two is visible.
+/// The length of the pattern in bytes; a prime, so that a shift by any power of two is visible.
 const PERIOD: usize = 65_521;
 
 static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -121,7 +121,7 @@ static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
     period.iter().copied().cycle().take(PERIOD + PART).collect()
 });
 
-/// Part of a stream of bytes in which a shifted, lost or repeated piece is visible.
+/// Returns a part of a byte stream in which a shifted, lost or repeated piece is visible.
 fn pattern(position: usize, length: usize) -> &'static [u8] {
     &PATTERN[position % PERIOD..][..length]
 }
@@ -147,7 +147,8 @@ async fn write_pattern(to: &mut (impl AsyncWrite + Unpin), from: usize, length: 
     Ok(())
 }
 
-/// Reads to the end; checks each byte. Returns how many came, and the error if the end was one.
+/// Reads to the end and checks each byte. Returns the number of bytes, and the error if the stream ended with
+/// one.
 async fn read_pattern(from: &mut (impl AsyncRead + Unpin)) -> (usize, Option<ErrorKind>) {
     let mut buffer = vec![0; PART];
     let mut position = 0;
@@ -163,7 +164,7 @@ async fn read_pattern(from: &mut (impl AsyncRead + Unpin)) -> (usize, Option<Err
     }
 }
 
-/// Writes until nothing more is taken for a while; returns how much was.
+/// Writes until nothing more is accepted for 100 ms, and returns the number of bytes written.
 async fn write_until_blocked(to: &TcpStream, limit: usize) -> usize {
     let mut position = 0;
     while position < limit {
@@ -185,7 +186,7 @@ fn thread_cpu() -> Duration {
     Duration::from_nanos(stat.split_whitespace().next().unwrap().parse().unwrap())
 }
 
-/// Lets the relay come to rest, then checks that it does.
+/// Lets the relay become idle, then checks that it uses no CPU time.
 async fn assert_no_cpu(what: &str) {
     sleep(Duration::from_millis(50)).await;
     let before = thread_cpu();
@@ -225,7 +226,7 @@ async fn client_ends_its_stream_and_reads_64_mib_from_a_unix_socket() {
     half_close(unix_bridge().await).await;
 }
 
-/// What is read before the service is connected comes first, and once. A reset that is found then is told.
+/// Bytes read before the service is connected arrive first, and once. A reset that is found then is reported.
 #[tokio::test]
 async fn early_bytes_are_relayed() {
     let (mut client, client_leg) = client_pair().await;
@@ -269,7 +270,7 @@ async fn service_ends_first_and_still_reads_everything() {
     assert!(matches!(outcome(bridge.task).await, Outcome::Finished));
 }
 
-/// Bulk goes by splice to a Unix socket too, and the reader there need not be quick.
+/// Bulk bytes are spliced to a Unix socket too, even if the reader is slow.
 #[tokio::test]
 async fn upload_to_a_unix_socket() {
     let mut bridge = unix_bridge().await;
@@ -343,7 +344,8 @@ async fn unix_service_that_closes_with_unread_bytes_resets_the_client() {
     assert!(matches!(outcome(bridge.task).await, Outcome::Reset(Side::Service)));
 }
 
-/// An orderly close of the whole socket is an end of file first, and a reset for what is sent after it.
+/// An orderly close of the whole socket is first an end of file, then a reset for bytes that are sent after
+/// it.
 #[tokio::test]
 async fn service_that_is_gone_resets_what_comes_later() {
     let mut bridge = bridge().await;
@@ -356,7 +358,7 @@ async fn service_that_is_gone_resets_what_comes_later() {
     assert!(matches!(outcome(bridge.task).await, Outcome::Reset(Side::Service)));
 }
 
-/// Nobody reads from the client's leg after its end of file, yet its reset must be noticed.
+/// Nothing reads from the client's leg after its end of file, yet its reset must be noticed.
 #[tokio::test]
 async fn reset_after_the_end_of_file_is_noticed() {
     let mut bridge = bridge().await;
@@ -368,7 +370,7 @@ async fn reset_after_the_end_of_file_is_noticed() {
     assert!(matches!(outcome(bridge.task).await, Outcome::Reset(Side::Client)));
 }
 
-/// Nor does anybody read from it while the service takes nothing.
+/// Nothing reads from the client's leg while the service is full, yet its reset must be noticed.
 #[tokio::test]
 async fn reset_behind_a_full_destination_is_noticed() {
     let mut bridge = bridge_with_small_buffers().await;
@@ -383,7 +385,8 @@ async fn reset_behind_a_full_destination_is_noticed() {
     assert_eq!(end, Some(ErrorKind::ConnectionReset));
 }
 
-/// If the service reads after all, it gets what the client's kernel had handed over before the reset.
+/// If the service reads after all, it gets the bytes that the client's kernel had handed over before the
+/// reset.
 #[tokio::test]
 async fn bytes_received_before_a_reset_are_delivered_to_a_slow_reader() {
     let mut bridge = bridge_with_small_buffers().await;
@@ -393,7 +396,7 @@ async fn bytes_received_before_a_reset_are_delivered_to_a_slow_reader() {
     drop(bridge.client);
     sleep(Duration::from_millis(100)).await;
     let (received, end) = timeout(PATIENCE, read_pattern(&mut bridge.service)).await.expect("a reset");
-    // What was held in the relay and in its receive queue comes on top of what it had written.
+    // The bytes held in the relay and in its receive queue come on top of those it had written.
     assert!(received > before, "{received} received, {before} written before");
     assert_eq!(received as u64, bridge.traffic.to_service());
     assert_eq!(end, Some(ErrorKind::ConnectionReset));
@@ -428,8 +431,9 @@ async fn single_bytes_go_back_and_forth() {
     assert_eq!((bridge.traffic.to_service(), bridge.traffic.to_client()), (3000, 3000));
 }
 
-/// The last segment of a message that was spliced is not held back for more that never comes. The messages after the
-/// first are small enough that nothing else is in flight: an acknowledgement would set a held segment free.
+/// The last segment of a spliced message must not be held back for bytes that never come. The messages after
+/// the first are small enough that nothing else is in flight: an acknowledgement would release a held
+/// segment.
 #[tokio::test]
 async fn end_of_a_spliced_message_is_not_held_back() {
     let mut bridge = bridge().await;
@@ -451,7 +455,7 @@ async fn end_of_a_spliced_message_is_not_held_back() {
     }
 }
 
-/// Both directions at full speed, on one thread: neither keeps the other waiting for long.
+/// With both directions at full speed on one thread, neither keeps the other waiting for long.
 #[tokio::test]
 async fn directions_share_the_thread() {
     let bridge = bridge().await;
@@ -577,7 +581,7 @@ fn pipes_close_on_exec_and_go_back_empty() {
     pipe.give_back();
     assert!(
         !std::fs::exists(format!("/proc/self/fd/{number}")).unwrap() || {
-            // Another test may have got the number meanwhile; what must not be is a spare.
+            // Another test may have got the number in the meantime; but it must not be a spare pipe.
             let spare = Pipe::take().unwrap();
             spare.is_empty() && spare.read.as_raw_fd() != number
         }
@@ -603,7 +607,7 @@ enum End {
     Reset,
 }
 
-/// What one peer does: how its stream ends, and the writes and pauses before.
+/// The actions of one peer: its writes and pauses, and the end of its stream.
 struct Script {
     writes: Vec<(usize, Option<Duration>)>,
     end: End,
@@ -634,16 +638,16 @@ impl Script {
     }
 }
 
-/// What one peer saw.
+/// The observations of one peer.
 #[derive(Debug)]
 struct Seen {
-    /// Written and accepted by its own kernel.
+    /// Bytes written, as accepted by its own kernel.
     sent: usize,
     received: usize,
     end: Result<(), ErrorKind>,
-    /// It was reset before it had written everything.
+    /// True if it was reset before it had written everything.
     cut: bool,
-    /// It has reset the connection itself.
+    /// True if it has reset the connection itself.
     has_reset: bool,
 }
 
@@ -706,16 +710,16 @@ async fn play(mut socket: TcpStream, script: &Script) -> Seen {
     Seen { sent, received: 0, end: Ok(()), cut, has_reset: true }
 }
 
-/// What one peer may have seen, given what the other did.
+/// Checks the observations of one peer against those of the other, whose stream ended with `other_end`.
 fn check(seen: &Seen, other: &Seen, other_end: End) {
     assert!(seen.received <= other.sent, "bytes from nowhere");
     if seen.has_reset {
         return;
     }
     match (seen.end, other_end) {
-        // Its write has taken the error, so its read can no longer tell.
+        // Its write has taken the error, so its read no longer sees it.
         (Ok(()), _) if seen.cut => assert_ne!(other_end, End::Fin, "a reset from nowhere"),
-        // The end of a stream, and so all of it.
+        // An end of file, so every byte must have arrived.
         (Ok(()), End::Fin | End::FinThenReset) => {
             assert_eq!(seen.received, other.sent, "cut short");
             assert!(!other.cut, "an end of file for a stream that was cut");
