@@ -1,5 +1,6 @@
-//! `lbridge relay`: the daemon's loop on a small scale, for one sandbox, without privileges and without a kernel half. Looks,
-//! decides with the same planning, opens and closes relays. Imports planning, host, relay and sandbox.
+//! foreground: `lbridge relay`, the daemon's loop on a small scale, for one sandbox, without privileges and
+//! without kernel programs. Observes, decides with the same planning, opens and closes relays. Imports
+//! planning, host, relay and sandbox.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -47,44 +48,45 @@ use crate::{
     },
 };
 
-/// Without the daemon's events looking is the only way to know of services that come and go.
+/// Polling interval: without the daemon's events, polling is the only way to notice services that come and
+/// go.
 const POLL: Duration = Duration::from_millis(500);
-/// Least distance between two looks that a relay asks for.
+/// Debounce: minimum time between two passes that a relay asks for.
 const BREATH: Duration = Duration::from_millis(50);
 
-/// How long relayed connections may take to end after SIGTERM.
+/// Time that relayed connections have to end after SIGTERM.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Which sandbox.
+/// The sandbox to serve.
 #[derive(Debug, Clone)]
 pub enum Sandbox {
-    /// That of a process, or of the first of its descendants that is in one.
+    /// The sandbox of this process, or of the first of its descendants that is in one.
     Process(u32),
-    /// A network namespace's file.
+    /// The network namespace at this path.
     Path(PathBuf),
-    /// The one that a command makes.
+    /// The sandbox that this command creates.
     Command(Vec<OsString>),
 }
 
-/// What `lbridge relay` was told.
+/// The options of `lbridge relay`.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Which sandbox.
+    /// The sandbox to serve.
     pub sandbox: Sandbox,
-    /// Its ports.
+    /// The ports to open inside the sandbox, with their targets.
     pub ports: Vec<PortSpec>,
-    /// What services see.
+    /// The source address that services see.
     pub source: Source,
-    /// Connections to a port at a time, at most.
+    /// Maximum number of connections to a port at the same time; `None` for no limit.
     pub max_connections: Option<NonZeroU32>,
-    /// A connection that has been without a byte for that long is reset.
+    /// Idle time after which a connection without traffic is reset; `None` for never.
     pub idle_timeout: Option<Duration>,
-    /// Tell the service who connects.
+    /// Version of the PROXY protocol header that carries the client's address; `None` if none is sent.
     pub proxy_protocol: Option<ProxyProtocol>,
 }
 
-/// Relays until the sandbox has ended, or a signal asks for it. The exit status is the command's, where there is one: 128
-/// and the signal's number if that ended it.
+/// Relays until the sandbox has ended or a signal arrives. Returns the command's exit status, if there is a
+/// command: 128 plus the signal's number if a signal ended it.
 pub fn run(options: &Options) -> anyhow::Result<u8> {
     match &options.sandbox {
         Sandbox::Command(command) => run_command(options, command),
@@ -114,9 +116,9 @@ fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
             return Ok(exit_status(status));
         }
     };
-    // Not before: the command has its own limit.
+    // Not earlier: the command keeps its own limit.
     relay::raise_descriptor_limit();
-    // Everything is open before the command goes on.
+    // Everything is open before the command continues.
     let door = Door::open(&held.netns())?;
     let entrance = Entrance::Process { pid: held.pid(), start: None, container: None };
     let key = NamespaceKey { id: netns::id_of(&held.netns())?, entrance };
@@ -131,7 +133,7 @@ fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
     Ok(exit_status(child.wait()?))
 }
 
-/// To a sandbox that is there.
+/// Serves an existing sandbox.
 fn attach(options: &Options, namespace: netns::Namespace, network: Network) -> anyhow::Result<u8> {
     relay::raise_descriptor_limit();
     let door = Door::open(&namespace.file())?;
@@ -171,14 +173,14 @@ async fn ended(process: OwnedFd) -> io::Result<()> {
     watched.map_err(io::Error::from)?.readable().await.map(drop)
 }
 
-/// As a shell has it.
+/// Returns the exit status as a shell reports it.
 fn exit_status(status: ExitStatus) -> u8 {
     let code = status.code().or(status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
 }
 
 impl Options {
-    /// What is wrong with them, whatever the sandbox. To be asked before anything is started.
+    /// Checks the options, whatever the sandbox. Call it before anything is started.
     pub fn check(&self) -> Result<(), String> {
         let mut ports = BTreeSet::new();
         for spec in &self.ports {
@@ -216,7 +218,7 @@ impl Options {
     }
 }
 
-/// The ports of one sandbox.
+/// The open ports of one sandbox.
 #[derive(Debug)]
 struct Session {
     door: Door,
@@ -226,12 +228,12 @@ struct Session {
     relays: RelaySet,
     wakes: mpsc::Receiver<()>,
     incumbents: Incumbents,
-    /// What was told of each address last.
+    /// The last message for each address.
     told: BTreeMap<SocketAddr, String>,
 }
 
 impl Session {
-    /// Serves through the door of that namespace. To be called in a runtime.
+    /// Creates a session that serves through the door of that network namespace. Must be called in a runtime.
     fn new(door: Door, key: NamespaceKey, network: Network, options: &Options) -> anyhow::Result<Self> {
         let rules = options.rules(&network)?;
         let localhost = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
@@ -250,7 +252,7 @@ impl Session {
         Ok(Self { door, rules, network, namespace, relays, wakes, incumbents, told })
     }
 
-    /// Looks, and makes what is open what should be.
+    /// Observes, and makes the actual state match the desired one.
     async fn pass(&mut self) -> anyhow::Result<()> {
         let unix: BTreeSet<_> = self
             .rules
@@ -285,7 +287,7 @@ impl Session {
                     }
                 }
                 Step::CloseRelay { key, .. } => self.relays.close(&key, false).await,
-                // The policy of a namespace has no steps for the kernel half.
+                // The policy of a namespace has no steps for the kernel programs.
                 step => tracing::debug!(?step, "left out"),
             }
         }
@@ -307,7 +309,7 @@ impl Session {
         self.relays.open(key, spec, socket, None::<Pending<()>>)
     }
 
-    /// What changes is told once; what works, only to those who want to know.
+    /// Logs the state of an address when it changes; a first success only at info level.
     fn tell(&mut self, address: SocketAddr, state: State, why: &str) {
         let text = format!("{state:?} {why}");
         if self.told.get(&address) == Some(&text) {
@@ -324,7 +326,7 @@ impl Session {
         self.told.insert(address, text);
     }
 
-    /// Serves until `end` comes to its end.
+    /// Serves until `end` completes.
     async fn run<T>(&mut self, end: impl Future<Output = T>) -> anyhow::Result<T> {
         tokio::pin!(end);
         let mut looked = Instant::now();
@@ -334,7 +336,7 @@ impl Session {
                 _ = self.wakes.recv() => sleep_until(looked + BREATH).await,
                 () = sleep(POLL) => {}
             }
-            // Too few descriptors, say: the sandbox is not to pay for it with what it has.
+            // For example too few descriptors: the sandbox must keep what it has.
             if let Err(error) = self.pass().await {
                 tracing::warn!("cannot look at the host, trying again: {error:#}");
             }

@@ -1,5 +1,6 @@
-//! `lbridge import`: turns socat units into rules. Looks, and says what is to be asked of the daemon; what is the
-//! administrator's, units and firewall rules, it leaves alone. Imports recipes, host, docker, planning and the API's words.
+//! import: `lbridge import` turns socat units into rules. It inspects, and decides what to ask of the daemon;
+//! it leaves alone what is the administrator's, units and firewall rules. Imports recipes, host, docker,
+//! planning and the API's protocol.
 
 use std::{collections::BTreeMap, net::IpAddr, path::Path};
 
@@ -20,40 +21,40 @@ use crate::{
     },
 };
 
-/// What becomes of the units.
+/// The result for each unit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Those that become rules.
+    /// Units that become rules.
     pub taken: Vec<Taken>,
-    /// Those that do not, and why.
+    /// Units that do not, each with the reason.
     pub left: Vec<(String, String)>,
 }
 
-/// A unit's socat as a rule.
+/// A unit whose socat becomes a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Taken {
-    /// The unit.
+    /// The unit's name.
     pub unit: String,
-    /// Whether the unit runs nothing else.
+    /// True if the unit runs nothing else.
     pub alone: bool,
-    /// Its rule.
+    /// The rule that replaces the socat.
     pub rule: Rule,
-    /// What containers dial, before and after.
+    /// The address that containers dial, before and after.
     pub gateway: IpAddr,
-    /// How that stands to the rules there are.
+    /// The rule's relation to the existing rules.
     pub standing: Standing,
-    /// UFW's rules for it, as `ufw` takes them.
+    /// UFW's rules for it, in the form that `ufw` takes.
     pub ufw: Vec<String>,
 }
 
-/// How a rule stands to those there are.
+/// The relation of a rule to the existing ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
-    /// It is to be made.
+    /// The rule has yet to be made.
     New,
-    /// One that leads there is there.
+    /// An existing rule leads to the same target.
     There,
-    /// One that leads elsewhere is there.
+    /// An existing rule leads elsewhere; describes the conflict.
     Conflict(String),
 }
 
@@ -62,11 +63,11 @@ pub enum Standing {
 struct Bridges {
     interfaces: Vec<Interface>,
     networks: Vec<DockerNetwork>,
-    /// Why Docker's networks are not known, where they should be.
+    /// The reason why Docker's networks are unknown although they should be known; `None` otherwise.
     without_docker: Option<String>,
 }
 
-/// Reads units and firewall rules, and compares with the daemon's rules.
+/// Reads units and firewall rules, and compares them with the daemon's rules.
 pub async fn plan(source: Source, status: &Status) -> anyhow::Result<Plan> {
     let services = unit::services(&unit::FOLDERS.map(Path::new)).context("cannot read the units")?;
     let mut bridges = Bridges { interfaces: interfaces::list().await?, ..Bridges::default() };
@@ -101,7 +102,7 @@ fn turned(
                 Ok(words) if words.iter().any(|word| word.contains("socat")) => {
                     Err("it runs socat through another program".to_owned())
                 }
-                // Whether that is a socat is not known either; its name says what it was meant for.
+                // It is also unknown whether this is a socat; its name tells what it was meant for.
                 Err(why) if service.name.contains("socat") => Err(why.clone()),
                 Ok(_) | Err(_) => continue,
             };
@@ -132,7 +133,7 @@ fn turned(
     plan
 }
 
-/// The rule that does what a socat does, the address that is dialled, and the bridge.
+/// Returns the rule that replaces a socat, the address that is dialled, and the bridge.
 fn rule(
     forward: &Forward,
     bridges: &Bridges,
@@ -142,7 +143,7 @@ fn rule(
     let (network, gateway, bridge) = network(forward, bridges)?;
     let spec = PortSpec { port: forward.port, protocol: Protocol::Tcp, target: forward.target.clone() };
     let rule = Rule {
-        // The service would see root as its peer: the daemon wants that said.
+        // The service would see root as its peer; the daemon requires the rule to say so.
         source: if matches!(forward.target, Target::Unix(_)) { Source::Loopback } else { source },
         comment: Some(format!("was {}", unit.escape_debug())),
         ..Rule::new(network, spec)
@@ -182,7 +183,7 @@ fn network(forward: &Forward, bridges: &Bridges) -> Result<(Network, IpAddr, Str
         &bridges.without_docker,
     ) {
         (Some(network), _) => Network::Docker(network.name.clone()),
-        // What Docker calls its bridges.
+        // The names that Docker gives its bridges.
         (None, Some(why)) if name == "docker0" || name.starts_with("br-") => {
             return Err(format!("{name} may be of a Docker network, and Docker does not answer: {why}"));
         }
@@ -193,7 +194,7 @@ fn network(forward: &Forward, bridges: &Bridges) -> Result<(Network, IpAddr, Str
 
 fn standing(rule: &Rule, rules: &[RuleStatus]) -> Standing {
     let target = rule.spec.target.to_string();
-    // What a label asks for goes with it, and after rules that are made.
+    // A rule from a label is removed with its label, and ranks below rules that were made explicitly.
     let mut made = rules.iter().filter(|other| other.origin != Origin::Label);
     match made.find(|other| other.network == rule.network && other.port == rule.spec.port) {
         None => Standing::New,

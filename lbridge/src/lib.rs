@@ -1,13 +1,15 @@
-//! lbridge lets containers reach services that listen only on the host's loopback, per allowlisted network and port.
+//! lbridge lets containers reach services that listen only on the host's loopback, per allowlisted network
+//! and port.
 //!
 //! ```text
 //! lbridge_common <- planning <- { store docker host firewall kernel relay sandbox recipes api }
 //!   <- { daemon foreground verify doctor import service } <- cli
 //! ```
 //!
-//! The shells in the first braces do not import each other, but that `firewall` tries things with `host`, `relay` finds
-//! Unix sockets with it, and `kernel` the folder of pins.
-//! `docs/architecture.md` has the map, `docs/data-path.md` follows a connection, a datagram and a connect() to localhost.
+//! The shells in the first braces do not import each other, with these exceptions: `firewall` tests with
+//! `host`, `relay` uses it to find Unix sockets, and `kernel` to find the pin directory.
+//! `docs/architecture.md` has the map, `docs/data-path.md` follows a connection, a datagram and a connect()
+//! to localhost.
 
 pub mod api;
 pub mod cli;

@@ -1,4 +1,4 @@
-//! The CLI's end of the control API.
+//! client: the CLI's end of the control API.
 
 use std::{
     io,
@@ -19,55 +19,55 @@ use super::protocol::{
 };
 use crate::planning::explain::{Explanation, Question};
 
-/// Longest wait for an answer. The largest change there is, 131,072 rules, takes some seconds.
+/// Maximum wait for an answer. The largest possible change, 131,072 rules, takes some seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What can go wrong.
+/// The ways in which a request to the daemon can fail.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody there.
+    /// No daemon accepts connections at the socket.
     #[error(
         "no lbridge daemon at {}: {error}; `systemctl start lbridge`, or `lbridge run` as root; \
          `lbridge doctor` says more",
         path.display()
     )]
     Unreachable {
-        /// Where.
+        /// The path of the control socket.
         path: PathBuf,
-        /// Why.
+        /// The error that connect() returned.
         error: io::Error,
     },
-    /// There is one, which does not let us in.
+    /// The socket's permissions do not admit this user.
     #[error("{} may be used by root and the group lbridge only; use sudo", path.display())]
     Forbidden {
-        /// Where.
+        /// The path of the control socket.
         path: PathBuf,
     },
-    /// It took the request and says nothing.
+    /// The daemon accepted the request, but did not answer in time.
     #[error("the daemon at {} does not answer; its log may say why", path.display())]
     Silent {
-        /// Where.
+        /// The path of the control socket.
         path: PathBuf,
     },
     /// The daemon's answer is an error.
     #[error(transparent)]
     Api(#[from] ApiError),
-    /// It answered, and ended.
+    /// The daemon ended while its events were followed.
     #[error("the daemon at {} has ended", path.display())]
     Ended {
-        /// Where.
+        /// The path of the control socket.
         path: PathBuf,
     },
-    /// It took the request, and ended without an answer.
+    /// The daemon accepted the request, but ended without an answer.
     #[error(
         "the daemon at {} ended before it answered; once it runs again `lbridge status` says what is in force",
         path.display()
     )]
     Unanswered {
-        /// Where.
+        /// The path of the control socket.
         path: PathBuf,
     },
-    /// It answered something else.
+    /// The daemon's answer could not be parsed; holds the reason.
     #[error("the daemon's answer cannot be understood: {0}; is it of this version?")]
     Garbled(String),
 }
@@ -79,49 +79,50 @@ pub struct Client {
 }
 
 impl Client {
-    /// Speaks to the daemon that listens at `path`.
+    /// Creates a client for the daemon that listens at `path`. Does not connect yet.
     pub fn new(path: &Path) -> Self {
         Self { path: path.to_owned() }
     }
 
-    /// Where the daemon is looked for.
+    /// Returns the path of the daemon's control socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Everything.
+    /// Fetches the daemon's whole status.
     pub async fn status(&self) -> Result<Status, ClientError> {
         self.request::<(), _>(Method::GET, STATUS, None).await
     }
 
-    /// The daemon's process, as the kernel tells it.
+    /// Returns the daemon's process id, as the kernel reports it; `None` if it is unknown or in another pid
+    /// namespace.
     pub async fn daemon(&self) -> Option<u32> {
         let peer = UnixStream::connect(&self.path).await.ok()?.peer_cred().ok()?;
-        // A process of another pid namespace has no number here.
+        // A process in another pid namespace has no id here.
         u32::try_from(peer.pid()?).ok().filter(|pid| *pid != 0)
     }
 
-    /// Adds rules; returns them as they then are.
+    /// Adds rules; returns their status after the change.
     pub async fn allow(&self, allow: &Allow) -> Result<Vec<RuleStatus>, ClientError> {
         self.request(Method::POST, ALLOW, Some(allow)).await
     }
 
-    /// Removes rules; returns them as they were.
+    /// Removes rules; returns their status before the change.
     pub async fn deny(&self, deny: &Deny) -> Result<Vec<RuleStatus>, ClientError> {
         self.request(Method::POST, DENY, Some(deny)).await
     }
 
-    /// Has the configuration read again.
+    /// Makes the daemon read its configuration again; returns the changes.
     pub async fn reload(&self) -> Result<Reloaded, ClientError> {
         self.request::<(), _>(Method::POST, RELOAD, None).await
     }
 
-    /// What would become of a connection.
+    /// Asks what would happen to a connection.
     pub async fn explain(&self, question: &Question) -> Result<Explanation, ClientError> {
         self.request(Method::POST, EXPLAIN, Some(question)).await
     }
 
-    /// Hands over what happens, from now on, until `event` breaks.
+    /// Calls `event` for each event from now on, until it returns `Break`.
     pub async fn follow<B>(&self, mut event: impl FnMut(Event) -> ControlFlow<B>) -> Result<B, ClientError> {
         let sent = tokio::time::timeout(ANSWER_TIMEOUT, self.send::<()>(Method::GET, EVENTS, None));
         let response = sent.await.unwrap_or_else(|_| Err(ClientError::Silent { path: self.path.clone() }))?;
@@ -131,7 +132,7 @@ impl Client {
             return Err(refusal(&body.collect().await.map_err(|e| self.broken_off(&e))?.to_bytes()));
         }
         let mut rest = vec![];
-        // A daemon that is killed breaks off.
+        // The connection breaks off if the daemon is killed.
         while let Some(Ok(frame)) = body.frame().await {
             rest.extend_from_slice(&frame.into_data().unwrap_or_default());
             while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
@@ -171,7 +172,7 @@ impl Client {
         }
     }
 
-    /// The answer, as far as its body.
+    /// Sends a request; returns the response, without its body.
     async fn send<B: Serialize>(
         &self,
         method: Method,
@@ -199,7 +200,7 @@ impl Client {
         sender.send_request(request).await.map_err(|e| self.broken_off(&e))
     }
 
-    /// What an error of the connection means: what came was no HTTP, or the connection ended.
+    /// Converts a connection error: the answer was not HTTP, or the connection ended.
     fn broken_off(&self, error: &hyper::Error) -> ClientError {
         if error.is_parse() { garbled(error) } else { ClientError::Unanswered { path: self.path.clone() } }
     }
@@ -209,7 +210,7 @@ fn garbled(error: &dyn std::fmt::Display) -> ClientError {
     ClientError::Garbled(error.to_string())
 }
 
-/// An answer that is no success.
+/// Parses the body of an answer whose status is not a success.
 fn refusal(answer: &[u8]) -> ClientError {
     serde_json::from_slice::<ApiError>(answer).map_or_else(|e| garbled(&e), ClientError::Api)
 }

@@ -1,5 +1,5 @@
-//! What happens, to whoever listens: each subscriber reads from one shared buffer of fixed length, and is told how much it
-//! has missed if it is too slow. Nobody is waited for.
+//! events: the event bus. Each subscriber reads from one shared buffer of fixed length, and learns how many
+//! events it has missed if it is too slow. The daemon never waits for a subscriber.
 
 use std::sync::Arc;
 
@@ -14,41 +14,42 @@ use tokio::sync::{
 
 use super::protocol::{Event, Happening};
 
-/// Events that a slow subscriber may be behind.
+/// Maximum number of events that a slow subscriber may be behind.
 const BUFFER: usize = 1024;
-/// Subscribers at a time.
+/// Maximum number of subscribers at the same time.
 const SUBSCRIBERS: usize = 32;
 
-/// Where events are told.
+/// The event bus, shared by everything in the daemon that publishes events.
 #[derive(Debug, Clone)]
 pub struct News {
-    /// Lines of JSON: written once, for all.
+    /// The events as lines of JSON: serialized once, for all subscribers.
     lines: broadcast::Sender<Bytes>,
     places: Arc<Semaphore>,
     wake: mpsc::Sender<()>,
 }
 
 impl News {
-    /// `wake` gets a unit when somebody begins to listen.
+    /// Creates an event bus. `wake` gets a unit when a subscriber connects.
     pub fn new(wake: mpsc::Sender<()>) -> Self {
         let places = Arc::new(Semaphore::new(SUBSCRIBERS));
         Self { lines: broadcast::Sender::new(BUFFER), places, wake }
     }
 
-    /// Whether anybody listens: what nobody hears need not be put together.
+    /// Returns true if at least one subscriber is connected: without one, the caller need not build an event.
     pub fn is_heard(&self) -> bool {
         self.lines.receiver_count() > 0
     }
 
-    /// Tells everybody who listens.
+    /// Publishes an event to all subscribers.
     pub fn tell(&self, what: Happening) {
         if self.is_heard() {
-            // The last listener may have gone just now.
+            // The last subscriber may have left just now.
             let _ = self.lines.send(line(what));
         }
     }
 
-    /// Everything from now on, as lines of JSON; `None` where too many listen already. It ends with the daemon.
+    /// Subscribes to all events from now on, as lines of JSON; `None` if there are too many subscribers. The
+    /// stream ends with the daemon.
     pub(super) fn subscribe(&self) -> Option<impl Stream<Item = Bytes> + Send + 'static> {
         let place = self.places.clone().try_acquire_owned().ok()?;
         let first = Happening::Following { version: env!("CARGO_PKG_VERSION").to_owned() };

@@ -1,7 +1,7 @@
-//! The control API: HTTP/1.1 and JSON on a Unix socket.
+//! api: the control API: HTTP/1.1 and JSON on a Unix socket.
 //!
-//! - [`protocol`]: what is said, plain data;
-//! - [`events`]: what happens, to whoever listens;
+//! - [`protocol`]: the requests and answers, plain data;
+//! - [`events`]: the event bus;
 //! - [`server`]: the daemon's end;
 //! - [`client`]: the CLI's end.
 

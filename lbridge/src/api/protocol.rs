@@ -1,4 +1,5 @@
-//! What client and daemon say to each other. Additions are compatible, so unknown fields are ignored.
+//! protocol: the requests and answers of the control API. Additions are compatible: unknown fields are
+//! ignored.
 
 use std::{collections::BTreeSet, fmt, net::IpAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
@@ -14,86 +15,89 @@ use crate::planning::{
     rule::{Network, Origin, PathChoice, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
 
-/// `GET`: a [`Status`].
+/// `GET`: returns a [`Status`].
 pub const STATUS: &str = "/v1/status";
-/// `POST` an [`Allow`]: a list of [`RuleStatus`], as it then is.
+/// `POST` an [`Allow`]: returns a list of [`RuleStatus`], after the change.
 pub const ALLOW: &str = "/v1/allow";
-/// `POST` a [`Deny`]: a list of [`RuleStatus`], as it was; as it now is, where a label asks for it, too.
+/// `POST` a [`Deny`]: returns a list of [`RuleStatus`], before the change. A rule that a label still asks for
+/// is listed as it is after the change.
 pub const DENY: &str = "/v1/deny";
-/// `POST` a [`Question`](crate::planning::explain::Question): an [`Explanation`](crate::planning::explain::Explanation).
+/// `POST` a [`Question`](crate::planning::explain::Question): returns an
+/// [`Explanation`](crate::planning::explain::Explanation).
 pub const EXPLAIN: &str = "/v1/explain";
 
-/// `POST` nothing: a [`Reloaded`].
+/// `POST` without a body: returns a [`Reloaded`].
 pub const RELOAD: &str = "/v1/reload";
-/// `GET`: [`Event`]s, a line of JSON each, for as long as somebody reads.
+/// `GET`: streams [`Event`]s, one line of JSON each, until the client disconnects.
 pub const EVENTS: &str = "/v1/events";
 
-/// Everything at once.
+/// The daemon's whole status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The daemon's version.
     pub version: String,
-    /// The kernel half.
+    /// The status of the kernel programs.
     pub kernel: KernelStatus,
-    /// The Docker Engine.
+    /// The status of the Docker Engine, or Podman.
     pub docker: DockerStatus,
-    /// The host's firewall.
+    /// The status of the host's firewall.
     #[serde(default)]
     pub firewall: FirewallStatus,
-    /// The engine's networks; the last known while it is away.
+    /// The engine's networks; the last known ones while it is unreachable.
     #[serde(default)]
     pub docker_networks: Vec<DockerNetwork>,
-    /// Labels of containers and networks.
+    /// The status of the labels of containers and networks.
     #[serde(default)]
     pub labels: LabelStatus,
-    /// In order of network and port.
+    /// The rules, sorted by network and port.
     pub rules: Vec<RuleStatus>,
-    /// The configuration file is not what is in force.
+    /// A configuration file that was refused and is therefore not in force; `None` if the file is in force.
     #[serde(default)]
     pub refused_reload: Option<RefusedReload>,
 }
 
-/// Labels of containers and networks, and what is wrong with them.
+/// Labels of containers and networks, and the problems with them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LabelStatus {
-    /// Whether they are read.
+    /// True if lbridge reads labels.
     pub enabled: bool,
-    /// What is wrong with labels, of the first that are.
+    /// The first of the problems with labels.
     pub problems: Vec<labels::Problem>,
-    /// How many problems there are beside.
+    /// Number of further problems that are not listed.
     pub more_problems: usize,
 }
 
-/// A configuration file that was read again and is of no use.
+/// A configuration file that was read again and is invalid; the previous configuration stays active.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefusedReload {
-    /// Of the first of several in a row.
+    /// Time of the first refusal of several in a row.
     pub since: Timestamp,
-    /// What is wrong, where; of the last.
+    /// The problem and its place in the file, for the last refusal.
     pub error: String,
 }
 
-/// What another configuration has brought about. Of rules that the file has, and had, and has otherwise.
+/// The changes made by reading the configuration again. The lists hold only rules of the file: those that are
+/// new, gone or different.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reloaded {
-    /// As they now are.
+    /// New rules, after the change.
     pub added: Vec<RuleStatus>,
-    /// As they now are.
+    /// Changed rules, after the change.
     pub changed: Vec<RuleStatus>,
-    /// As they were.
+    /// Removed rules, before the change.
     pub removed: Vec<RuleStatus>,
-    /// Everything that is no rule.
+    /// Changed settings: everything in the file that is not a rule.
     pub settings: Vec<SettingChange>,
 }
 
-/// A setting that is another.
+/// A setting whose value has changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SettingChange {
-    /// As in the file.
+    /// The name of the setting in the file.
     pub name: String,
-    /// As one would write it.
+    /// The old value, as written in the file.
     pub before: String,
-    /// As one would write it.
+    /// The new value, as written in the file.
     pub now: String,
 }
 
@@ -103,71 +107,72 @@ impl fmt::Display for SettingChange {
     }
 }
 
-/// The host's firewall, in front of what rules open.
+/// The host's firewall, which filters packets before the rules see them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FirewallStatus {
-    /// Whether accept rules are kept where they are needed.
+    /// The configured mode: whether lbridge keeps accept rules where they are needed.
     pub mode: FirewallMode,
-    /// Firewalls with a chain that may deny.
+    /// Firewalls with a chain that may deny packets.
     pub firewalls: Vec<String>,
-    /// Accept rules of lbridge's.
+    /// Number of lbridge's own accept rules.
     pub accept_rules: usize,
-    /// Why the ruleset, or a part of it, could not be read.
+    /// The reason why the ruleset, or a part of it, could not be read; `None` if it was read.
     pub unreadable: Option<String>,
-    /// Why it could not be tried what arrives; for the first rule of which this is so.
+    /// The reason why the daemon could not test whether packets arrive, for the first rule that is affected;
+    /// `None` if it could.
     pub untried: Option<String>,
 }
 
-/// How the kernel takes part.
+/// The kernel's part in serving connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KernelPath {
     /// Connections are steered by `sk_lookup`.
     Steer,
-    /// It does not.
+    /// The kernel programs are not in use.
     None,
 }
 
-/// The kernel half.
+/// The status of the kernel programs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelStatus {
-    /// How it takes part.
+    /// The kernel's part in serving connections.
     pub path: KernelPath,
-    /// Why it does not.
+    /// The reason for [`KernelPath::None`].
     pub why: Option<String>,
-    /// Whether the ingress interface is checked, not the source subnet alone.
+    /// True if the ingress interface is checked; false if only the source subnet is.
     pub interface_check: bool,
-    /// Whether the kernel registers a service that starts while the daemon is down.
+    /// True if the kernel registers a service that starts while the daemon is down.
     pub registers_listeners: bool,
-    /// Outcomes since the programs were loaded first; `None` where there is no kernel half.
+    /// Outcomes since the programs were first loaded; `None` if no kernel programs are in use.
     pub counters: Option<Counters>,
 }
 
-/// How often outcomes came about in the kernel.
+/// Number of times that each outcome occurred in the kernel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
-    /// Connections given to their listener.
+    /// Connections that were given to their listener.
     pub steered: u64,
-    /// Connections to a rule's gateway and port from outside of its subnet, left alone.
+    /// Connections to a rule's gateway and port from outside its subnet, left alone.
     pub foreign_source: u64,
-    /// Connections refused since nothing was registered.
+    /// Connections refused because no listener was registered.
     pub no_listener: u64,
-    /// Connections refused since the kernel did not take the listener.
+    /// Connections refused because the kernel did not accept the listener.
     pub assign_failed: u64,
-    /// Listeners registered by the kernel program.
+    /// Listeners that the kernel program registered.
     pub registered: u64,
-    /// Listeners that the kernel refused.
+    /// Listeners that the kernel refused to register.
     pub register_refused: u64,
-    /// Connections of a rule's subnet that the rule does not admit, left alone.
+    /// Connections from a rule's subnet that the rule does not admit, left alone.
     #[serde(default)]
     pub not_listed: u64,
-    /// Connections of a rule's subnet that the rule does not admit and that only lbridge's accept rule let in, refused.
+    /// Connections that no rule admits and that only lbridge's accept rule let in, refused.
     #[serde(default)]
     pub denied: u64,
-    /// Connections refused because a service that takes them would see a local peer.
+    /// Connections refused because the service that takes them would see a local peer.
     #[serde(default)]
     pub looks_local: u64,
-    /// Connections given to a relay.
+    /// Connections that were given to a relay.
     #[serde(default)]
     pub relayed: u64,
 }
@@ -176,91 +181,92 @@ pub struct Counters {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "lowercase")]
 pub enum DockerStatus {
-    /// `--no-docker`.
+    /// The daemon runs with `--no-docker`.
     Off,
-    /// It answers.
+    /// The engine answers.
     Reachable {
-        /// Which it is.
+        /// The product: Docker or Podman.
         #[serde(default)]
         engine: Product,
-        /// Its version.
+        /// The engine's version.
         version: String,
     },
-    /// It does not; rules in force stay in force.
+    /// The engine does not answer; rules in force stay in force.
     Away {
-        /// Which it was.
+        /// The product: Docker or Podman.
         #[serde(default)]
         engine: Product,
-        /// Since when; `None` while it was not asked yet.
+        /// Time since which it has not answered; `None` if it was not asked yet.
         since: Option<Timestamp>,
-        /// Why.
+        /// The reason why it does not answer.
         error: String,
     },
 }
 
-/// A rule, and what becomes of it.
+/// A rule and its status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleStatus {
-    /// Network, as the rule names it.
+    /// The network, as the rule names it.
     pub network: Network,
-    /// Dialled port.
+    /// The dialled port.
     pub port: u16,
-    /// What is spoken there.
+    /// The IP protocol that the rule serves.
     #[serde(default)]
     pub protocol: Protocol,
-    /// Where it leads.
+    /// The target: the rule's loopback service.
     pub target: String,
-    /// Names of the containers that it is for; for all of the network, if there is none.
+    /// Names of the containers that may use the rule; if empty, the whole network may.
     #[serde(default)]
     pub from: BTreeSet<String>,
-    /// Whether the port of the containers' own localhost leads there, too.
+    /// True if the port on the containers' own localhost leads to the target, too.
     #[serde(default)]
     pub localhost: bool,
-    /// What the service sees.
+    /// The source address that the service sees.
     pub source: Source,
-    /// Which way was asked for.
+    /// The path that the rule asks for.
     pub path: PathChoice,
-    /// Connections at a time, at most, where the rule says.
+    /// Maximum number of connections at the same time; `None` if the rule sets none.
     #[serde(default)]
     pub max_connections: Option<NonZeroU32>,
-    /// A connection that has been without a byte for that long is reset.
+    /// Idle time after which a connection without traffic is reset; `None` if the rule sets none.
     #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
     pub idle_timeout: Option<Duration>,
-    /// Version of the header that tells the service who connects.
+    /// Version of the PROXY protocol header that carries the client's address; `None` if none is sent.
     #[serde(default)]
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// The administrator's remark.
+    /// The administrator's comment.
     pub comment: Option<String>,
-    /// Who made it.
+    /// The origin of the rule: who or what made it.
     pub origin: Origin,
-    /// The worst of the gateways'.
+    /// The worst state of its gateways and dials; aliases do not count.
     pub state: State,
-    /// Why, for a person.
+    /// The reason for the state, as text; `None` if there is nothing to say.
     pub why: Option<String>,
-    /// The same, for a program.
+    /// The reasons for the state, for programs.
     #[serde(default)]
     pub reasons: Vec<ReasonStatus>,
-    /// Connections that its relays refused since there were too many.
+    /// Number of connections that its relays refused because there were too many.
     #[serde(default)]
     pub refused: u64,
-    /// Connections that its relays carry now.
+    /// Number of connections that its relays carry now.
     #[serde(default)]
     pub open: u32,
-    /// Bytes that its relays have moved to the service; of what the kernel steers nobody knows.
+    /// Bytes that its relays have moved to the service. Bytes of steered connections are not counted
+    /// anywhere.
     #[serde(default)]
     pub to_service: u64,
-    /// And back.
+    /// Bytes that its relays have moved to the client.
     #[serde(default)]
     pub to_client: u64,
-    /// One for each address that a container can dial.
+    /// The status of each address that a container can dial.
     pub gateways: Vec<GatewayStatus>,
-    /// One for each address of the containers' own localhost that leads to a gateway.
+    /// The status of each address of the containers' own localhost that leads to a gateway.
     #[serde(default)]
     pub dials: Vec<DialStatus>,
 }
 
 impl RuleStatus {
-    /// What tells it from others.
+    /// Returns the rule's identity: network, port and protocol.
     pub fn id(&self) -> RuleId {
         RuleId { network: self.network.clone(), port: self.port, protocol: self.protocol }
     }
@@ -268,7 +274,7 @@ impl RuleStatus {
 
 #[cfg(test)]
 impl RuleStatus {
-    /// Steered, as `allow` makes it without options.
+    /// Creates a steered rule, as `allow` without options makes it.
     pub fn example(network: &str, port: u16, target: &str, gateways: Vec<GatewayStatus>) -> Self {
         Self {
             network: network.parse().unwrap(),
@@ -297,42 +303,44 @@ impl RuleStatus {
     }
 }
 
-/// What becomes of one of a rule's gateways.
+/// The status of one of a rule's gateways.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GatewayStatus {
-    /// What containers dial.
+    /// The address that containers dial.
     pub address: IpAddr,
-    /// The bridge; `lo` inside a namespace.
+    /// The bridge's name; `lo` inside a network namespace.
     pub interface: String,
-    /// Which namespace that is, if it is not the host's.
+    /// The network namespace that the interface is in; `None` for the host's.
     #[serde(default)]
     pub namespace: Option<NamespaceStatus>,
-    /// What it is, if it is no address of the network's own bridge. Says nothing of the rule's state.
+    /// The alias, if this is not an address of the network's own bridge. An alias does not count for the
+    /// rule's state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias: Option<Alias>,
-    /// The addresses that are served there now, of a rule for some containers; absent if it is for all.
+    /// The source addresses that are served there now, for a rule for some containers; absent if it is for
+    /// all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sources: Option<BTreeSet<IpAddr>>,
-    /// The user who owns the service's listener, while connections are led to one; of a Unix socket that is not known.
+    /// The user who owns the service's listener, while connections are led to one; unknown for a Unix socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listener_user: Option<ListenerUser>,
-    /// As observed.
+    /// The state, as observed.
     pub state: State,
-    /// Why, for a person.
+    /// The reason for the state, as text; `None` if there is nothing to say.
     pub why: Option<String>,
-    /// The same, for a program.
+    /// The reasons for the state, for programs.
     #[serde(default)]
     pub reasons: Vec<ReasonStatus>,
-    /// Connections served since the entry was put or the relay opened.
+    /// Number of connections served since the entry was put or the relay opened.
     pub connections: u64,
 }
 
-/// One of the reasons for a state.
+/// A reason for a state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReasonStatus {
-    /// Its name, such as `nothing_listens`. It stays the same when the words change.
+    /// A stable code, such as `nothing_listens`. It does not change when the text does.
     pub code: String,
-    /// The words.
+    /// The reason as text.
     pub why: String,
 }
 
@@ -342,12 +350,12 @@ impl From<&Reason> for ReasonStatus {
     }
 }
 
-/// A user of the host.
+/// A user of the host who owns a listener.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerUser {
-    /// The user's number.
+    /// The user's uid.
     pub uid: u32,
-    /// The user's name, if there is one and the host's list of users told it in time.
+    /// The user's name; `None` if there is none or the host's user database did not answer in time.
     #[serde(default)]
     pub name: Option<String>,
 }
@@ -361,22 +369,22 @@ impl fmt::Display for ListenerUser {
     }
 }
 
-/// What becomes of connections to the containers' own localhost.
+/// The status of an address of the containers' own localhost.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DialStatus {
-    /// What containers dial.
+    /// The address that containers dial.
     pub address: IpAddr,
-    /// The bridge that they are on.
+    /// The bridge that the containers are on.
     pub interface: String,
-    /// The gateway that it leads to.
+    /// The gateway that the address leads to.
     pub gateway: Option<IpAddr>,
-    /// Network namespaces whose localhost that is: containers, or what containers share.
+    /// Number of network namespaces whose localhost this is. Containers may share one.
     pub containers: usize,
-    /// As observed; the gateway's, where it leads there.
+    /// The state, as observed; the gateway's state if the address leads there.
     pub state: State,
-    /// Why, for a person.
+    /// The reason for the state, as text; `None` if there is nothing to say.
     pub why: Option<String>,
-    /// The same, for a program.
+    /// The reasons for the state, for programs.
     #[serde(default)]
     pub reasons: Vec<ReasonStatus>,
 }
@@ -384,175 +392,175 @@ pub struct DialStatus {
 /// A network namespace other than the host's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NamespaceStatus {
-    /// Where it is found.
+    /// The path of the namespace's file.
     pub path: PathBuf,
-    /// Its inode there.
+    /// The inode of that file.
     pub inode: u64,
 }
 
-/// Rules to add.
+/// The body of a request to add rules.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allow {
-    /// All or none.
+    /// The rules to add. Either all are added or none.
     pub rules: Vec<Rule>,
 }
 
-/// Rules to remove.
+/// The body of a request to remove rules.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deny {
-    /// From this network
+    /// The network whose rules are removed.
     pub network: Network,
-    /// All or none, by TCP.
+    /// The TCP ports to remove. Either all rules are removed or none.
     #[serde(default)]
     pub ports: Vec<u16>,
-    /// And by UDP.
+    /// The UDP ports to remove.
     #[serde(default)]
     pub udp_ports: Vec<u16>,
 }
 
-/// Something that has happened.
+/// An event, published to every subscriber.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// When it was noticed.
+    /// The time at which the daemon noticed it.
     pub at: Timestamp,
-    /// What.
+    /// The event itself.
     #[serde(flatten)]
     pub what: Happening,
 }
 
-/// What can happen.
+/// The kinds of event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Happening {
-    /// The first line: from now on everything is told.
+    /// The first line of the stream: every later event follows.
     Following {
         /// The daemon's version.
         version: String,
     },
-    /// A rule was made.
+    /// A rule was added.
     Allowed {
-        /// Its network.
+        /// The rule's network.
         network: Network,
-        /// Its port.
+        /// The rule's port.
         port: u16,
-        /// What is spoken there.
+        /// The rule's IP protocol.
         #[serde(default)]
         protocol: Protocol,
-        /// The user who made it, where that is known.
+        /// The uid of the user who added it; `None` if that is unknown.
         uid: Option<u32>,
     },
     /// A rule was removed.
     Denied {
-        /// Its network.
+        /// The rule's network.
         network: Network,
-        /// Its port.
+        /// The rule's port.
         port: u16,
-        /// What is spoken there.
+        /// The rule's IP protocol.
         #[serde(default)]
         protocol: Protocol,
-        /// The user who removed it, where that is known.
+        /// The uid of the user who removed it; `None` if that is unknown.
         uid: Option<u32>,
     },
-    /// A label asks for a rule that nobody else has made, or none does any more.
+    /// A label now asks for a rule that nobody else has made, or no label does any more.
     Labelled {
         /// The rule's network.
         network: Network,
         /// The rule's port.
         port: u16,
-        /// What is spoken there.
+        /// The rule's IP protocol.
         #[serde(default)]
         protocol: Protocol,
-        /// Whether one does.
+        /// True if a label asks for the rule now.
         asked: bool,
     },
-    /// A label that cannot be followed.
+    /// lbridge cannot follow a label.
     BadLabel(labels::Problem),
     /// A rule is in another state than before.
     State {
-        /// Its network.
+        /// The rule's network.
         network: Network,
-        /// Its port.
+        /// The rule's port.
         port: u16,
-        /// What is spoken there.
+        /// The rule's IP protocol.
         #[serde(default)]
         protocol: Protocol,
-        /// As observed.
+        /// The new state, as observed.
         state: State,
-        /// Why, for a person.
+        /// The reason for the state, as text; `None` if there is nothing to say.
         why: Option<String>,
-        /// The same, for a program.
+        /// The reasons for the state, for programs.
         #[serde(default)]
         reasons: Vec<ReasonStatus>,
     },
-    /// A socket listens on a port that a rule leads to.
+    /// A socket has started to listen on a port that a rule leads to.
     Listening {
-        /// Its port.
+        /// The listener's port.
         port: u16,
     },
-    /// As before, and the kernel refused to register it.
+    /// A socket has started to listen on such a port, but the kernel refused to register it.
     Unregistered {
-        /// Its port.
+        /// The listener's port.
         port: u16,
-        /// Why.
+        /// The kernel's error, as text.
         error: String,
     },
-    /// A socket listens no more.
+    /// A socket has stopped listening.
     Closed {
-        /// Its port.
+        /// The listener's port.
         port: u16,
     },
-    /// The Docker Engine answers, or does not any more.
+    /// The Docker Engine, or Podman, has started or stopped answering.
     Docker {
-        /// Which it is.
+        /// The product: Docker or Podman.
         #[serde(default)]
         engine: Product,
-        /// Its version; `None` while it is away.
+        /// The engine's version; `None` while it does not answer.
         version: Option<String>,
-        /// Why it is away.
+        /// The reason why it does not answer.
         error: Option<String>,
     },
-    /// Relays have refused connections since there were too many.
+    /// Relays have refused connections because there were too many.
     Refused {
         /// The rule's network.
         network: Network,
         /// The rule's port.
         port: u16,
-        /// What is spoken there.
+        /// The rule's IP protocol.
         #[serde(default)]
         protocol: Protocol,
-        /// How many, since this was told last.
+        /// Number of refused connections since the last such event.
         connections: u64,
     },
-    /// More has happened than this subscriber has read.
+    /// This subscriber was too slow and has missed events.
     Missed {
-        /// How many events it lost, the oldest.
+        /// Number of events lost, the oldest ones.
         events: u64,
     },
-    /// Something that this version does not know of.
+    /// An event that this version does not know.
     #[serde(other)]
     Unknown,
 }
 
-/// What went wrong; stable, so that scripts can tell.
+/// The kind of an error. The codes are stable, so that scripts can rely on them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
-    /// The daemon could not do it.
+    /// The daemon could not carry out the request.
     Failed,
-    /// The request makes no sense.
+    /// The request is invalid.
     Usage,
-    /// The request contradicts a rule there is.
+    /// The request contradicts an existing rule.
     Conflict,
     /// There is no such rule.
     NoSuchRule,
 }
 
-/// The body of every answer that is no success.
+/// The body of every answer whose status is not a success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
-    /// For programs.
+    /// The error's code, for programs.
     pub code: ErrorCode,
-    /// For people: what, and what to do.
+    /// The error's text, for people: the problem, and what to do.
     pub message: String,
 }

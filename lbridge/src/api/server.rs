@@ -1,4 +1,5 @@
-//! The daemon's end of the control API. Imports planning; turns requests into commands for the reconciler.
+//! server: the daemon's end of the control API. Turns requests into commands for the reconciler. Imports
+//! planning.
 
 use std::{
     convert::Infallible,
@@ -42,28 +43,29 @@ use super::{
 };
 use crate::planning::explain::{Explanation, Question};
 
-/// Who besides root may speak to the daemon.
+/// The group whose members may use the socket; besides them only root may.
 const GROUP: &str = "lbridge";
 
-/// Longest request: a rule is some 100 bytes of JSON, and there may be as many as the kernel's map holds.
+/// Maximum length of a request in bytes. A rule takes some 100 bytes of JSON, and there may be as many rules
+/// as the kernel's map holds.
 const MAX_BODY: usize = 32 * 1024 * 1024;
 
-/// A request and where its answer goes.
+/// A request to the reconciler, with the channel for its answer.
 #[derive(Debug)]
 pub enum Command {
-    /// Tell everything.
+    /// Report the whole status.
     Status(oneshot::Sender<Result<Status, ApiError>>),
     /// Read the configuration again.
     Reload(oneshot::Sender<Result<Reloaded, ApiError>>),
-    /// Add rules, for this user.
+    /// Add rules on behalf of the user with this uid; `None` if the uid is unknown.
     Allow(Allow, Option<u32>, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
-    /// Remove rules, for this user.
+    /// Remove rules on behalf of the user with this uid; `None` if the uid is unknown.
     Deny(Deny, Option<u32>, oneshot::Sender<Result<Vec<RuleStatus>, ApiError>>),
-    /// Tell what would become of a connection.
+    /// Explain what would happen to a connection.
     Explain(Question, oneshot::Sender<Result<Explanation, ApiError>>),
 }
 
-/// The socket; its file is removed when this is dropped.
+/// The control socket; its file is removed when this is dropped.
 #[derive(Debug)]
 pub struct ControlSocket {
     path: PathBuf,
@@ -71,7 +73,7 @@ pub struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Listens at `path`. A file that a dead daemon left is replaced; a living daemon's is not.
+    /// Listens at `path`. Replaces a socket that a dead daemon left, but not that of a running daemon.
     pub fn bind(path: &Path) -> anyhow::Result<Self> {
         if let Some(directory) = path.parent() {
             fs::DirBuilder::new()
@@ -92,7 +94,7 @@ impl ControlSocket {
             }
             Err(_) => {}
         }
-        // From its first moment nobody but us may connect: the mode is widened only afterwards.
+        // From the start only the daemon's own user may connect: the mode is widened only afterwards.
         let mask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
         let bound = UnixListener::bind(path);
         nix::sys::stat::umask(mask);
@@ -100,7 +102,7 @@ impl ControlSocket {
         if let Ok(Some(group)) = Group::from_name(GROUP) {
             match chown(path, None, Some(group.gid)) {
                 Ok(()) => fs::set_permissions(path, fs::Permissions::from_mode(0o660))?,
-                // A service manager that withholds the privilege may do it itself; the unit does.
+                // A service manager that withholds the privilege may set the group itself; the unit does.
                 Err(Errno::EPERM) => tracing::debug!("{} is not given to {GROUP}", path.display()),
                 Err(error) => bail!("cannot give {} to {GROUP}: {error}", path.display()),
             }
@@ -108,7 +110,7 @@ impl ControlSocket {
         Ok(Self { path: path.to_owned(), listener: Some(listener) })
     }
 
-    /// Serves until dropped.
+    /// Serves requests until dropped.
     pub async fn serve(mut self, commands: mpsc::Sender<Command>, news: News) -> anyhow::Result<()> {
         let Some(listener) = self.listener.take() else { return Ok(()) };
         let router = Router::new()
@@ -139,7 +141,8 @@ impl Drop for ControlSocket {
     }
 }
 
-/// Whether a connection's other end may speak to us; the file's mode says the same, this holds if it was changed.
+/// The other end of a connection, and whether it is permitted. The file's mode enforces the same; this check
+/// still holds if somebody has changed the mode.
 #[derive(Debug, Clone, Copy)]
 struct Peer {
     permitted: bool,
@@ -163,12 +166,13 @@ impl Connected<IncomingStream<'_, UnixListener>> for Peer {
     }
 }
 
-/// NGROUPS_MAX (include/uapi/linux/limits.h) would be 65,536; a user in more groups than this is asked to use root.
+/// Maximum number of groups that are read. NGROUPS_MAX (include/uapi/linux/limits.h) would be 65,536; a user
+/// in more groups than this one has to use root.
 const MAX_GROUPS: usize = 1024;
 #[expect(clippy::cast_possible_truncation, reason = "four thousand")]
 const GROUPS_LENGTH: libc::socklen_t = (MAX_GROUPS * size_of::<libc::gid_t>()) as libc::socklen_t;
 
-/// Supplementary groups of the other end (`SO_PEERGROUPS`, Linux 4.13 and later).
+/// Returns the supplementary groups of the other end (`SO_PEERGROUPS`, Linux 4.13 and later).
 fn peer_groups(stream: &tokio::net::UnixStream) -> io::Result<Vec<Gid>> {
     let mut groups = [0 as libc::gid_t; MAX_GROUPS];
     let mut length = GROUPS_LENGTH;

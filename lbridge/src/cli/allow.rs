@@ -1,4 +1,4 @@
-//! `lbridge allow`
+//! `lbridge allow`: adds rules.
 
 use clap::Args;
 

@@ -1,4 +1,5 @@
-//! `lbridge check-config`: what `lbridge run` and `lbridge reload` would make of the file. Needs no daemon.
+//! `lbridge check-config`: reports how `lbridge run` and `lbridge reload` would read the file. Needs no
+//! daemon.
 
 use std::path::PathBuf;
 
@@ -25,7 +26,7 @@ pub(super) struct CheckConfigArgs {
 pub(super) fn handle(args: &CheckConfigArgs) -> Result<(), Failure> {
     let there = args.config.try_exists().map_err(anyhow::Error::from)?;
     let config = Config::load(&args.config).map_err(|error| {
-        // That it cannot be read is nothing to mend in it.
+        // If the file cannot be read, nothing in it needs fixing.
         let remedy = match error.downcast_ref::<std::io::Error>() {
             Some(_) if is_forbidden(&error) => "; use sudo",
             Some(_) => "",
@@ -34,7 +35,7 @@ pub(super) fn handle(args: &CheckConfigArgs) -> Result<(), Failure> {
         anyhow!("{error:#}{remedy}")
     })?;
     let store = Store::at(&args.state_dir);
-    // Mostly root's alone.
+    // The directory usually belongs to root alone.
     let (allowed, unreadable) = match store.rules() {
         Ok(allowed) => (allowed, false),
         Err(error) if is_forbidden(&error) => (vec![], true),

@@ -1,4 +1,4 @@
-//! `lbridge completions`
+//! `lbridge completions`: prints a completion script for a shell.
 
 use clap::Args;
 use clap_complete::Shell;
@@ -13,7 +13,7 @@ pub(super) struct CompletionsArgs {
 }
 
 pub(super) fn handle(args: &CompletionsArgs, command: &mut clap::Command) -> Result<(), Failure> {
-    // Into memory first: clap_complete panics where standard output is closed (`| head`).
+    // Generated in memory first: clap_complete panics if standard output is closed (`| head`).
     let mut script = vec![];
     clap_complete::generate(args.shell, command, "lbridge", &mut script);
     render::script(&script)

@@ -1,4 +1,4 @@
-//! `lbridge deny`
+//! `lbridge deny`: removes rules.
 
 use clap::Args;
 

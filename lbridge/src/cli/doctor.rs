@@ -1,4 +1,4 @@
-//! `lbridge doctor`
+//! `lbridge doctor`: diagnoses this host and its rules.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -31,7 +31,7 @@ pub(super) struct DoctorArgs {
     json: bool,
 }
 
-/// Exits with 1 where something is a problem.
+/// Prints the report; exits with 1 if there is a problem.
 pub(super) fn handle(args: DoctorArgs, client: &Client) -> Result<ExitCode, Failure> {
     let options =
         Options { state_dir: args.state_dir, config: args.config, bpffs: args.bpffs, cgroup: args.cgroup };

@@ -1,4 +1,4 @@
-//! `lbridge events`
+//! `lbridge events`: prints the daemon's events.
 
 use std::ops::ControlFlow;
 
@@ -9,7 +9,7 @@ pub(super) async fn handle(args: &OutputArgs, client: &Client) -> Result<(), Fai
     let told = client.follow(|event| {
         match if args.json { render::json_line(&event) } else { render::event(&event) } {
             Ok(true) => ControlFlow::Continue(()),
-            // Nobody reads any more.
+            // The reader of standard output has gone.
             Ok(false) => ControlFlow::Break(Ok(())),
             Err(failure) => ControlFlow::Break(Err(failure)),
         }

@@ -1,4 +1,4 @@
-//! `lbridge explain`
+//! `lbridge explain`: asks the daemon what would happen to a connection, step by step.
 
 use std::net::IpAddr;
 
@@ -30,7 +30,7 @@ pub(super) struct ExplainArgs {
     json: bool,
 }
 
-/// A port that is dialled, one alone.
+/// Parses a single dialled port.
 pub(super) fn parse_port(text: &str) -> Result<(u16, Protocol), String> {
     match PortSpec::parse_many(text).as_deref() {
         Ok([PortSpec { port, protocol, target }]) if *target == Target::Port(*port) => Ok((*port, *protocol)),

@@ -1,4 +1,4 @@
-//! `lbridge import`
+//! `lbridge import`: turns socat units into rules.
 
 use clap::Args;
 

@@ -1,4 +1,4 @@
-//! `lbridge list`
+//! `lbridge list`: lists the rules.
 
 use super::{Failure, OutputArgs, render};
 use crate::api::client::Client;

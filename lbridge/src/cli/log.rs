@@ -1,9 +1,10 @@
-//! The log of `lbridge run` and `lbridge relay`, on standard error. A thread of its own writes it, since a write may block for
-//! ever (a full pipe whose reader sleeps) or fail (a closed pipe, a full disk), and the daemon must go on in either case. Lines
-//! that are lost are counted, and a line says how many as soon as one can be written again.
+//! log: the log of `lbridge run` and `lbridge relay`, on standard error. A thread of its own writes it, since
+//! a write may block forever (a full pipe whose reader sleeps) or fail (a closed pipe, a full disk), and the
+//! daemon must keep running in either case. Lines that are lost are counted, and a line reports their number
+//! as soon as one can be written again.
 //!
-//! tracing-appender does not fit: its `ErrorCounter` counts the lines that its queue had no room for, but not those whose write
-//! failed, and its guard prints on standard output, which panics if that is closed.
+//! tracing-appender does not fit: its `ErrorCounter` counts the lines that its queue had no room for, but not
+//! those whose write failed, and its guard prints on standard output, which panics if that is closed.
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
@@ -42,7 +43,8 @@ use crate::{host::privileges, planning::text::shown};
 const QUEUE: usize = 1 << 20;
 /// The time that the process waits at its end for the last lines to be written.
 const LAST_LINES: Duration = Duration::from_secs(2);
-/// The time that a panic waits for its message to be written. The process is aborted only afterwards, so this is short.
+/// Time that a panic waits for its message to be written. The process is aborted only afterwards, so this is
+/// short.
 const PANIC_LINES: Duration = Duration::from_millis(500);
 
 /// The log, once [`start`] has been called.
@@ -51,11 +53,12 @@ static LOG: OnceLock<Log> = OnceLock::new();
 /// The text at the start of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Style {
-    /// For the journal, which knows the time, and takes the severity from what a line begins with (sd-daemon(3)).
+    /// For the journal, which records the time itself and takes the severity from a line's prefix
+    /// (sd-daemon(3)).
     Journal,
-    /// Time and severity.
+    /// With time and severity.
     Timed,
-    /// Severity, and which part of the program it is.
+    /// With severity and the part of the program.
     Plain,
 }
 
@@ -95,7 +98,8 @@ pub(super) fn start(style: Style, filter: &str) -> anyhow::Result<()> {
 
 /// Starts the writer's thread, which runs until the process ends.
 fn start_writer(queue: Arc<Queue>, style: Style) -> anyhow::Result<()> {
-    // A signal goes to any thread that does not block it; `lbridge relay` blocks and passes on those that are for its command.
+    // A signal goes to any thread that does not block it; `lbridge relay` blocks and passes on those that are
+    // for its command.
     let before = SigSet::all().thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_SETMASK)?;
     let started = thread::Builder::new().name("log".to_owned()).spawn(move || {
         // Capabilities are per thread, and the daemon's main thread needs more at its start.
@@ -108,8 +112,8 @@ fn start_writer(queue: Arc<Queue>, style: Style) -> anyhow::Result<()> {
     started.map(drop).map_err(anyhow::Error::from)
 }
 
-/// Prints a line on standard error, after everything logged before. A line that cannot be written is dropped: there is no other
-/// place to report it.
+/// Prints a line on standard error, after everything logged before. A line that cannot be written is dropped:
+/// there is no other place to report it.
 pub(super) fn say(line: &str) {
     match LOG.get() {
         Some(log) => log.queue.push(&stamped(log.style, line)),
@@ -124,7 +128,8 @@ pub(super) fn finish() {
     }
 }
 
-/// The panic hook. Std's own writes to standard error itself, and would block on a full pipe instead of letting the process abort.
+/// The panic hook. Std's own hook writes to standard error itself, and would block on a full pipe instead of
+/// letting the process abort.
 fn tell_panic(panic: &PanicHookInfo<'_>) {
     let Some(log) = LOG.get() else { return };
     let thread = thread::current();
@@ -145,7 +150,7 @@ fn stamped(style: Style, line: &str) -> String {
     }
 }
 
-/// As in syslog(3).
+/// Returns the severity's number, as in syslog(3).
 fn severity(level: Level) -> u8 {
     match level {
         Level::ERROR => 3,
@@ -155,7 +160,8 @@ fn severity(level: Level) -> u8 {
     }
 }
 
-/// The line that stands for `lost` others. `why` is the error of the last write; `None` if the queue was full.
+/// Returns the line that stands for `lost` other lines. `why` is the error of the last write; `None` if the
+/// queue was full.
 fn gap(style: Style, lost: u64, why: Option<Errno>) -> String {
     let lines = if lost == 1 { "line was" } else { "lines were" };
     let why = match why {
@@ -175,21 +181,21 @@ fn gap(style: Style, lost: u64, why: Option<Errno>) -> String {
     }
 }
 
-/// Lines that wait to be written.
+/// The queue of lines that wait to be written.
 #[derive(Debug)]
 struct Queue {
     waiting: Mutex<Waiting>,
     changed: Condvar,
-    /// Bytes, at most.
+    /// Maximum number of bytes that may wait.
     limit: usize,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
     lines: VecDeque<Line>,
-    /// Bytes of these lines.
+    /// Total length of these lines in bytes.
     bytes: usize,
-    /// Lines lost since the last that was added.
+    /// Number of lines lost since the last line that was added.
     lost: u64,
     /// True while a line is being written.
     writing: bool,
@@ -197,9 +203,9 @@ struct Waiting {
 
 #[derive(Debug, Default)]
 struct Line {
-    /// With its end.
+    /// The line, with its line end.
     text: String,
-    /// Lines lost between the one before and this one.
+    /// Number of lines lost between the previous line and this one.
     lost: u64,
 }
 
@@ -209,7 +215,7 @@ impl Queue {
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        // Nothing that is done under the lock can panic half-way.
+        // Nothing that runs under the lock can panic half-way.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -226,8 +232,8 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// Waits for the next line; it counts as being written until the next call. A line with an empty text stands for lines that
-    /// were lost at the end of the queue.
+    /// Waits for the next line, which counts as being written until the next call. A line with an empty text
+    /// stands for lines that were lost at the end of the queue.
     fn next(&self) -> Line {
         let mut waiting = self.lock();
         waiting.writing = false;
@@ -320,7 +326,8 @@ impl io::Write for Tail {
     }
 }
 
-/// Formats an event's fields as by default, and escapes what could start a new line or act on a terminal.
+/// Formats an event's fields in the default way, and escapes what could start a new line or act on a
+/// terminal.
 struct Fields;
 
 impl<'writer> FormatFields<'writer> for Fields {
@@ -331,7 +338,7 @@ impl<'writer> FormatFields<'writer> for Fields {
     }
 }
 
-/// See [`Style::Journal`].
+/// The event format of [`Style::Journal`].
 struct Journal<F>(F);
 
 impl<S, N, F> FormatEvent<S, N> for Journal<F>
@@ -363,7 +370,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    /// A thread that writes there, for as long as the test runs.
+    /// Starts a thread that writes to `out` for as long as the test runs.
     fn writing_to(out: impl Into<OwnedFd>, limit: usize) -> Arc<Queue> {
         let (queue, out) = (Arc::new(Queue::new(limit)), out.into());
         let queued = queue.clone();
@@ -371,7 +378,7 @@ mod tests {
         queue
     }
 
-    /// A pipe with room for one page.
+    /// Creates a pipe with room for one page.
     fn pipe() -> (PipeReader, OwnedFd) {
         let (reader, writer) = io::pipe().unwrap();
         // SAFETY: the descriptor is open; the argument is a number.
@@ -405,7 +412,7 @@ mod tests {
                 break;
             }
         }
-        // Ten of them find room.
+        // Ten more lines fit.
         push(300);
         let pushed = pushed;
         let mut lines = BufReader::new(reader).lines().map(Result::unwrap);
@@ -421,7 +428,7 @@ mod tests {
         };
         assert_eq!(seen + lost, pushed, "all are accounted for");
         assert!(lost >= 285 && seen >= 40, "{seen} {lost}");
-        // Nothing is missing from then on.
+        // From then on no line is lost.
         queue.push(&line(pushed));
         assert_eq!(lines.next().unwrap() + "\n", line(pushed));
         queue.wait_until_written(PATIENCE);
@@ -471,7 +478,8 @@ mod tests {
         assert!(lines.enumerate().all(|(number, said)| said + "\n" == line(number)));
     }
 
-    /// The process is to be aborted by it: while it waits to say why, it goes on in an undefined state.
+    /// A panic must abort the process: while it waits to report the reason, it keeps running in an undefined
+    /// state.
     #[test]
     fn a_panic_waits_for_nobody() {
         const HERE: &str = "cli::log::tests::a_panic_waits_for_nobody";

@@ -1,5 +1,5 @@
-//! The command line. One file per command with a `handle()`; every word of output comes from [`render`]. Speaks to the
-//! daemon through the control API only.
+//! cli: the command line. Each command has a file with a `handle()`; all output comes from [`render`]. Talks
+//! to the daemon only through the control API.
 
 mod allow;
 mod check_config;
@@ -33,19 +33,19 @@ use crate::{
     planning::rule::{Invalid, Network, PathChoice, PortSpec, ProxyProtocol, Source, container_name},
 };
 
-/// Exit status of the contract.
+/// The exit statuses that scripts can rely on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
-    /// Done.
+    /// The command succeeded.
     Done = 0,
-    /// Failed, or standard output could not be written to.
+    /// The command failed, or standard output could not be written to.
     Failed = 1,
-    /// The command makes no sense.
+    /// The command line is invalid.
     Usage = 2,
     /// The daemon is not reachable.
     NoDaemon = 3,
-    /// No such rule, or a conflict with one.
+    /// There is no such rule, or it conflicts with another.
     Rule = 4,
 }
 
@@ -55,7 +55,7 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// What one needs most.
+/// The commands that a new user needs most.
 const FIRST_STEPS: &str = "\
 First steps:
   lbridge doctor               what is wrong with this host or a rule, and what to type
@@ -137,7 +137,7 @@ struct Limits {
     proxy_protocol: Option<ProxyProtocol>,
 }
 
-/// A failed command: what to say and how to exit.
+/// A failed command: the message and the exit status.
 #[derive(Debug)]
 struct Failure {
     exit: Exit,
@@ -168,12 +168,13 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-/// What `--help`, the completion scripts and the man pages are made from.
+/// Returns the definition of the command line, from which `--help`, the completion scripts and the man pages
+/// are made.
 pub fn command() -> clap::Command {
     Cli::command()
 }
 
-/// Reads the command line, does what it says.
+/// Parses the command line and runs the command.
 pub fn main() -> ExitCode {
     let exit = run();
     log::finish();
@@ -196,7 +197,7 @@ fn run() -> ExitCode {
         Command::CheckConfig(args) => check_config::handle(&args),
         Command::Verify(args) => match block_on(verify::handle(args, &client)) {
             Ok(true) => Ok(()),
-            // What is wrong has been printed.
+            // The command has printed the problem.
             Ok(false) => return Exit::Failed.into(),
             Err(failure) => Err(failure),
         },
@@ -222,7 +223,7 @@ fn failed(failure: &Failure) -> ExitCode {
     failure.exit.into()
 }
 
-/// What networks that are none of Docker's begin with.
+/// Prefixes of the networks that are not Docker's.
 const NETWORKS: [&str; 4] = ["bridge:", "container:", "netns:", "pid:"];
 
 fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
@@ -235,7 +236,8 @@ fn parse_network(text: &str) -> Result<Network, String> {
     text.parse().map_err(|error: Invalid| error.to_string())
 }
 
-/// As [`parse_network`], where a slip would make a rule for a Docker network that there will never be: `pid 29 8080`.
+/// Like [`parse_network`], but rejects slips that would make a rule for a Docker network that can never
+/// exist: `pid 29 8080`.
 fn parse_new_network(text: &str) -> Result<Network, String> {
     match NETWORKS.iter().find(|kind| kind.strip_suffix(':') == Some(text)) {
         // Docker has a network of that name.
@@ -266,7 +268,7 @@ fn parse_connections(text: &str) -> Result<NonZeroU32, String> {
     text.parse().map_err(|_| "write a number of connections, at least 1".to_owned())
 }
 
-/// A time that is not zero, as in a configuration file: `30s`, `10m`.
+/// Parses a non-zero duration in the format of a configuration file: `30s`, `10m`.
 fn parse_time(text: &str) -> Result<Duration, String> {
     let time = jiff::SignedDuration::from_str(text).ok().and_then(|time| Duration::try_from(time).ok());
     time.filter(|time| !time.is_zero())
@@ -277,6 +279,6 @@ fn parse_ports(text: &str) -> Result<Ports, String> {
     PortSpec::parse_many(text).map(Ports).map_err(|error| error.to_string())
 }
 
-/// One argument; a range is several ports.
+/// The ports of one argument; a range has several.
 #[derive(Debug, Clone)]
 struct Ports(Vec<PortSpec>);

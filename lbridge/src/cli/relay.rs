@@ -1,4 +1,4 @@
-//! `lbridge relay`: in the foreground, without the daemon and without privileges.
+//! `lbridge relay`: relays in the foreground, without the daemon and without privileges.
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
@@ -49,9 +49,9 @@ fn parse_pid(text: &str) -> Result<u32, String> {
     }
 }
 
-/// The exit status is the command's, if there is one.
+/// Relays; returns the command's exit status, if there is a command.
 pub(super) fn handle(args: RelayArgs) -> Result<ExitCode, Failure> {
-    // The command's own output is not to be mixed with ours while all is well.
+    // Our log must not mix with the command's own output while all is well.
     let level = if args.command.is_empty() { "info" } else { "warn" };
     log::start(Style::Plain, level)?;
     let sandbox = match (args.pid, args.netns) {

@@ -1,4 +1,4 @@
-//! `lbridge reload`
+//! `lbridge reload`: makes the daemon read its configuration again.
 
 use super::{Failure, OutputArgs, render};
 use crate::api::client::Client;

@@ -1,4 +1,4 @@
-//! `lbridge run`
+//! `lbridge run`: runs the daemon.
 
 use std::path::PathBuf;
 
@@ -35,7 +35,7 @@ pub(super) struct RunArgs {
 }
 
 pub(super) fn handle(args: RunArgs, socket: PathBuf) -> Result<(), Failure> {
-    // Set by systemd where standard error is its journal (systemd.exec(5)).
+    // systemd sets this if standard error is its journal (systemd.exec(5)).
     let style = if std::env::var_os("JOURNAL_STREAM").is_some() { Style::Journal } else { Style::Timed };
     log::start(style, "info")?;
     let options = Options {
@@ -46,11 +46,11 @@ pub(super) fn handle(args: RunArgs, socket: PathBuf) -> Result<(), Failure> {
         cgroup: args.cgroup,
         docker: !args.no_docker,
     };
-    // One for the API beside the loop; relays have threads of their own.
+    // One worker for the API beside the loop; relays have threads of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
-        // What is needed at the start alone is done on this thread.
+        // Only the main thread does what needs privileges at the start.
         .on_thread_start(|| {
             if let Err(error) = privileges::give_up() {
                 tracing::warn!("a thread keeps its privileges: {error}");

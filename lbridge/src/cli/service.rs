@@ -1,4 +1,4 @@
-//! `lbridge service`
+//! `lbridge service`: installs lbridge as a systemd service, or removes it.
 
 use std::path::PathBuf;
 

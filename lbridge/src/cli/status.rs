@@ -1,4 +1,4 @@
-//! `lbridge status`
+//! `lbridge status`: prints the daemon's whole status.
 
 use super::{Failure, OutputArgs, render};
 use crate::api::client::Client;

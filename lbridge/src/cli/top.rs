@@ -1,4 +1,4 @@
-//! `lbridge top`: what `status` counts, again and again.
+//! `lbridge top`: shows the counts of `status`, repeatedly.
 
 use std::{
     collections::BTreeMap,
@@ -37,46 +37,46 @@ pub(super) struct TopArgs {
     json: bool,
 }
 
-/// One look.
+/// One sample of all rules.
 #[derive(Debug, Serialize)]
 pub(super) struct Look {
-    /// When.
+    /// The time of the sample.
     pub(super) at: Timestamp,
-    /// The busiest first.
+    /// The load of each rule, the busiest first.
     pub(super) rules: Vec<Load>,
 }
 
-/// What a rule has to do.
+/// The load of a rule.
 #[derive(Debug, Serialize)]
 pub(super) struct Load {
-    /// Its network.
+    /// The rule's network.
     pub(super) network: Network,
-    /// Its port.
+    /// The rule's dialled port.
     pub(super) port: u16,
-    /// What is spoken there.
+    /// The rule's IP protocol.
     pub(super) protocol: Protocol,
-    /// What becomes of it.
+    /// The rule's state.
     pub(super) state: State,
-    /// New connections per second, since the look before.
+    /// New connections per second since the previous sample.
     pub(super) per_second: f64,
-    /// All connections since the entry was put or the relay opened.
+    /// Number of connections since the entry was put or the relay opened.
     pub(super) connections: u64,
-    /// What only relays know; `None` where nothing was relayed.
+    /// The counts that only relays have; `None` if nothing was relayed.
     pub(super) relayed: Option<Relayed>,
 }
 
-/// What a rule's relays have to do.
+/// The load of a rule's relays.
 #[derive(Debug, Serialize)]
 pub(super) struct Relayed {
-    /// Connections now.
+    /// Number of connections that are open now.
     pub(super) open: u32,
-    /// Bytes to the service.
+    /// Bytes moved to the service.
     pub(super) to_service: u64,
-    /// And back.
+    /// Bytes moved to the client.
     pub(super) to_client: u64,
 }
 
-/// Connections of each rule, at a look.
+/// The number of connections of each rule in one sample.
 type Counts = BTreeMap<RuleId, u64>;
 
 fn connections(rule: &RuleStatus) -> u64 {
@@ -87,12 +87,12 @@ fn counts(rules: &[RuleStatus]) -> Counts {
     rules.iter().map(|rule| (rule.id(), connections(rule))).collect()
 }
 
-/// What has come since `before`, in `time`. A rule that was not there then has just been made.
+/// Computes the load since `before`, over `time`. A rule that is not in `before` was just made.
 fn look(rules: Vec<RuleStatus>, before: &Counts, time: Duration, at: Timestamp) -> Look {
     let load = |rule: RuleStatus| {
         let connections = connections(&rule);
         let id = rule.id();
-        // The count starts anew with a new entry.
+        // A new entry starts its count at 0.
         let since = before.get(&id).filter(|then| **then <= connections).copied().unwrap_or(0);
         let new = u32::try_from(connections - since).unwrap_or(u32::MAX);
         let has_relayed =
@@ -112,7 +112,7 @@ fn look(rules: Vec<RuleStatus>, before: &Counts, time: Duration, at: Timestamp) 
         }
     };
     let mut rules: Vec<_> = rules.into_iter().map(load).collect();
-    // Those of the same load stay in their order.
+    // Rules with the same load stay in their order.
     rules.sort_by(|a, b| b.per_second.total_cmp(&a.per_second));
     Look { at, rules }
 }
@@ -172,7 +172,7 @@ mod tests {
         let now = vec![rule(80, 10), rule(81, 30), rule(82, 4), rule(83, 0)];
         let look = look(now, &before, Duration::from_secs(2), Timestamp::UNIX_EPOCH);
         let seen: Vec<_> = look.rules.iter().map(|rule| (rule.port, rule.per_second)).collect();
-        // The entry of 82 was put anew.
+        // The entry of 82 was put again.
         assert_eq!(seen, [(81, 10.0), (82, 2.0), (80, 0.0), (83, 0.0)]);
         assert!(look.rules.iter().all(|rule| rule.relayed.is_none()));
     }

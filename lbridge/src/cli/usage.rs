@@ -1,4 +1,4 @@
-//! A command line that cannot be understood: one line that says what is wrong, where clap prints a paragraph.
+//! usage: reports an invalid command line in one line, where clap prints a paragraph.
 
 use std::error::Error as _;
 
@@ -10,7 +10,7 @@ use clap::{
 use super::{Cli, Exit, NETWORKS, render};
 use crate::planning::rule::PortSpec;
 
-/// Prints help to standard output, or an error to standard error; the exit status.
+/// Prints help to standard output, or an error to standard error; returns the exit status.
 pub(super) fn handle(error: &clap::Error) -> std::process::ExitCode {
     if !error.use_stderr() {
         return match render::help(error) {
@@ -18,7 +18,7 @@ pub(super) fn handle(error: &clap::Error) -> std::process::ExitCode {
             Err(failure) => super::failed(&failure),
         };
     }
-    // Neither command nor argument: whoever types that wants to see what there is.
+    // Neither command nor argument: the user wants to see what commands exist.
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         let _ = error.print();
         return Exit::Usage.into();
@@ -37,7 +37,7 @@ pub(super) fn handle(error: &clap::Error) -> std::process::ExitCode {
     Exit::Usage.into()
 }
 
-/// What clap knows of an error.
+/// Returns the strings that clap recorded for an error.
 fn context(error: &clap::Error, kind: ContextKind) -> Vec<String> {
     match error.get(kind) {
         Some(ContextValue::String(text)) => vec![text.clone()],
@@ -46,7 +46,7 @@ fn context(error: &clap::Error, kind: ContextKind) -> Vec<String> {
     }
 }
 
-/// What is wrong.
+/// Describes the error in one line.
 fn wrong(error: &clap::Error) -> String {
     let of = |kind| context(error, kind).join(" ");
     let argument = || of(ContextKind::InvalidArg);
@@ -71,7 +71,7 @@ fn wrong(error: &clap::Error) -> String {
             let why = error.source().map_or_else(String::new, |why| format!(": {why}"));
             format!("invalid value '{}' for '{}'{why}", of(ContextKind::InvalidValue), argument())
         }
-        // The others come about by no command line of lbridge's, as far as is known.
+        // As far as is known, no lbridge command line causes the other errors.
         _ => {
             let text = error.to_string();
             text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
@@ -79,7 +79,7 @@ fn wrong(error: &clap::Error) -> String {
     }
 }
 
-/// What could be typed instead, as clap sees it.
+/// Returns clap's suggestion, if any.
 fn instead(error: &clap::Error) -> String {
     for (kind, what) in
         [(ContextKind::SuggestedArg, "argument"), (ContextKind::SuggestedSubcommand, "subcommand")]
@@ -94,7 +94,7 @@ fn instead(error: &clap::Error) -> String {
     }
 }
 
-/// What was meant, as far as lbridge can tell.
+/// Returns lbridge's own suggestion, if it recognizes the mistake.
 fn hint(error: &clap::Error, command: Option<&str>, words: &[String]) -> String {
     let has = |kind, part: &str| context(error, kind).iter().any(|text| text.contains(part));
     let is_network = || NETWORKS.iter().any(|kind| has(ContextKind::InvalidValue, kind));
@@ -111,19 +111,19 @@ fn hint(error: &clap::Error, command: Option<&str>, words: &[String]) -> String 
         Some("explain" | "verify") if port_comes_first(words) => {
             "; the network goes before the port".to_owned()
         }
-        // `bridge lab0 80`: the name was taken for a port.
+        // As in `bridge lab0 80`: the name was taken for a port.
         Some("allow" | "deny" | "explain") => one_word(words).unwrap_or_default(),
         _ => String::new(),
     }
 }
 
-/// Whether what stands where the network belongs is a port.
+/// Returns true if a port stands in the network's place.
 fn port_comes_first(words: &[String]) -> bool {
     let mut rest = words.iter().skip_while(|word| Cli::command().find_subcommand(word).is_none()).skip(1);
     rest.find(|word| !word.starts_with('-')).is_some_and(|word| word.parse::<PortSpec>().is_ok())
 }
 
-/// A network that was written in two words.
+/// Returns a suggestion if the network was written as two words.
 fn one_word(words: &[String]) -> Option<String> {
     let pairs =
         words.windows(2).filter(|pair| NETWORKS.iter().any(|kind| kind.strip_suffix(':') == Some(&pair[0])));

@@ -1,4 +1,4 @@
-//! `lbridge verify`
+//! `lbridge verify`: tests with real connections that each rule is open to its containers and to nobody else.
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,7 +24,7 @@ pub(super) struct VerifyArgs {
     json: bool,
 }
 
-/// Whether everything was as it should be.
+/// Returns true if every check passed.
 pub(super) async fn handle(args: VerifyArgs, client: &Client) -> Result<bool, Failure> {
     if !nix::unistd::geteuid().is_root() {
         let message = "verify makes network namespaces on the bridges, so it needs root; use sudo".to_owned();
@@ -42,7 +42,7 @@ pub(super) async fn handle(args: VerifyArgs, client: &Client) -> Result<bool, Fa
     let daemon = client.daemon().await;
     let mut terminate = signal(SignalKind::terminate()).map_err(anyhow::Error::from)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
-    // What it has made goes with it, at whatever point it is dropped.
+    // Dropping the future at any point removes everything that it has created.
     let report = tokio::select! {
         report = verify(&status, daemon, wanted.as_ref()) => report?,
         _ = terminate.recv() => return Err(interrupted()),

@@ -1,4 +1,4 @@
-//! The daemon: whether it runs, how, and what it has to say of its rules.
+//! daemon: checks whether the daemon runs, how it runs, and what it reports of its rules.
 
 use std::{os::unix::net::UnixStream, path::Path};
 
@@ -15,7 +15,7 @@ use crate::{
     planning::{policy::State, rule::PathChoice},
 };
 
-/// Where a unit may be.
+/// Paths at which the unit may be installed.
 const UNIT_FILES: [&str; 3] = [
     "/etc/systemd/system/lbridge.service",
     "/usr/lib/systemd/system/lbridge.service",
@@ -29,10 +29,10 @@ pub(super) struct Daemon {
     unit: Option<Unit>,
 }
 
-/// Who listens at the control socket, and what it says.
+/// Finds the process that listens at the control socket, and fetches its status.
 pub(super) async fn look(client: &Client) -> (Option<Daemon>, Result<Status, ClientError>) {
     let daemon = UnixStream::connect(client.path()).ok().and_then(|stream| {
-        // Who called listen(); 0 for a process that cannot be seen from here.
+        // The process that called listen(); 0 for a process that is not visible from here.
         let pid = getsockopt(&stream, PeerCredentials).ok()?.pid();
         let pid = u32::try_from(pid).ok().filter(|pid| *pid != 0)?;
         Some(Daemon { pid, unit: processes::unit(pid) })
@@ -40,13 +40,14 @@ pub(super) async fn look(client: &Client) -> (Option<Daemon>, Result<Status, Cli
     (daemon, client.status().await)
 }
 
-/// A rule as `status` tells it.
+/// Converts a rule from its status; `None` if the target cannot be parsed.
 pub(super) fn wanted(rule: &RuleStatus) -> Option<Wanted> {
     let limited =
         rule.max_connections.is_some() || rule.idle_timeout.is_some() || rule.proxy_protocol.is_some();
     Some(Wanted {
         network: rule.network.clone(),
-        // The target alone is `127.0.0.1:80` for a port of either family; whose addresses are no matter here.
+        // A target `127.0.0.1:80` may stand for a port of either family; the address family does not matter
+        // here.
         spec: format!("{}={}{}", rule.port, rule.target, rule.protocol.suffix()).parse().ok()?,
         steerable: rule.path != PathChoice::Relay && !limited && !rule.network.is_namespace(),
         user: rule.gateways.iter().find_map(|gateway| Some(gateway.listener_user.as_ref()?.uid)),
@@ -147,7 +148,7 @@ fn about_rule(rule: &RuleStatus) -> Option<Finding> {
     Some(Finding::new("rules", level, format!("rule {} {state}: {why}", rule.id())))
 }
 
-/// What starts a daemon on this host.
+/// Returns the command that starts a daemon on this host.
 pub(super) fn start() -> &'static str {
     if UNIT_FILES.iter().any(|file| Path::new(file).exists()) {
         "systemctl start lbridge.service"

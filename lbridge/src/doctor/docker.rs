@@ -1,4 +1,5 @@
-//! The Docker Engine, and containers that know the host by an address that their rules do not serve.
+//! docker: checks the Docker Engine, and containers that know the host by an address that their rules do not
+//! serve.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +15,7 @@ use crate::{
     },
 };
 
-/// Asks the engine.
+/// Checks whether the engine answers.
 pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engine>, Vec<Finding>) {
     const CHECK: &str = "docker";
     let followed = status.map(|status| &status.docker);
@@ -38,7 +39,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
                 (Some(DockerStatus::Reachable { engine, version }), false) => {
                     Finding::ok(CHECK, format!("{engine} {version} answers the daemon"))
                 }
-                // Who may not ask the engine may not ask the daemon either, and knows of no rule.
+                // A user who may not ask the engine may not ask the daemon either, and knows of no rule.
                 (None, false) => Finding::needs_root(CHECK, "Docker"),
                 _ => {
                     let level = if needed { Level::Problem } else { Level::Note };
@@ -58,7 +59,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
         }
     };
     let mut bridges = engine.networks.iter().filter_map(|network| network.bridge.as_ref()).peekable();
-    // Podman makes a bridge with its first container.
+    // Podman creates a bridge only with its first container.
     let none = engine.product == Product::Docker
         && bridges.peek().is_some()
         && !bridges.any(|bridge| host.interfaces.iter().any(|interface| interface.name == *bridge));
@@ -74,7 +75,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
     (Some(engine), vec![finding])
 }
 
-/// Labels that nobody reads.
+/// Reports labels that the daemon does not read.
 pub(super) async fn unread_labels(status: Option<&Status>) -> Option<Finding> {
     let unread = status.is_some_and(|status| !status.labels.enabled);
     let labelled = if unread { look::labelled().await.ok()? } else { vec![] };
@@ -87,22 +88,23 @@ pub(super) async fn unread_labels(status: Option<&Status>) -> Option<Finding> {
     Some(Finding::new("labels", Level::Note, what).because(why).type_this(["lbridge reload"]))
 }
 
-/// Whether a rule serves docker0's address, too.
+/// Returns true if a rule also serves docker0's address.
 fn serves_docker0(status: Option<&Status>, network: &Network, port: u16) -> bool {
-    // Without a daemon nothing is served at all.
+    // Without a daemon nothing is served anyway.
     let Some(status) = status else { return true };
     let mut rules = status.rules.iter().filter(|rule| rule.network == *network && rule.port == port);
     rules.any(|rule| rule.gateways.iter().any(|g| g.alias.is_some() && g.state != State::Blocked))
 }
 
-/// Containers that were started with `--add-host host.docker.internal:host-gateway` dial docker0's address. That is served as
-/// the gateway is, but from an internal network there is no way to it.
+/// Reports containers that were started with `--add-host host.docker.internal:host-gateway`, and therefore
+/// dial docker0's address. That address is served like the gateway, but an internal network has no route to
+/// it.
 pub(super) async fn guests(host: &Host, status: Option<&Status>) -> Vec<Finding> {
     let Ok(guests) = look::guests().await else { return vec![] };
     let docker0 = host.bridge(&Network::Docker(DEFAULT_NETWORK.to_owned()));
     let docker0 = docker0.and_then(|bridge| bridge.addresses.first()).map(|(address, _)| address.to_string());
     let docker0 = docker0.unwrap_or_else(|| "docker0's address".to_owned());
-    // By network: its ports, and the containers.
+    // By network: its ports and the containers.
     let mut misled: BTreeMap<&str, (Vec<String>, Vec<String>, &str)> = BTreeMap::new();
     for rule in &host.rules {
         let Network::Docker(name) = &rule.network else { continue };

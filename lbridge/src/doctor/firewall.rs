@@ -1,4 +1,5 @@
-//! What keeps packets from lbridge: netfilter's INPUT comes before. Tried, from the bridges of the rules.
+//! firewall: checks what keeps packets from lbridge: netfilter's INPUT chains come first. Tested from the
+//! bridges of the rules.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +16,7 @@ use crate::{
 
 const CHECK: &str = "firewall";
 
-/// Rules whose packets the firewall drops. `status` is the daemon's, if it runs.
+/// Reports rules whose packets the firewall drops. `status` is the daemon's, if it runs.
 pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Finding> {
     if !nix::unistd::geteuid().is_root() {
         return vec![Finding::needs_root(CHECK, "whether the firewall lets the rules' packets in")];
@@ -84,7 +85,7 @@ fn openings(host: &Host) -> BTreeMap<Opening, Link> {
             .flat_map(move |bridge| planning::firewall::openings(bridge, protocol, port))
             .collect::<Vec<_>>()
     };
-    // Whether datagrams arrive only the daemon can tell, and it does: `status` has it.
+    // Only the daemon can tell whether datagrams arrive, and it does: `status` reports it.
     let tcp = host.rules.iter().filter(|rule| rule.spec.protocol == Protocol::Tcp);
     tcp.flat_map(of_rule).collect()
 }

@@ -1,5 +1,5 @@
-//! What the kernel takes: every program loaded without a trace, and one connection steered in a namespace made for it.
-//! Nothing is guessed from a version.
+//! kernel: checks what the kernel supports. Loads every program without leaving a trace, and steers one
+//! connection in a network namespace created for it. Guesses nothing from a version.
 
 use std::{
     collections::HashSet,
@@ -28,9 +28,9 @@ use crate::{
     planning::{hooks::HookSet, inventory::Steering},
 };
 
-/// Relays of a daemon with fewer descriptors carry few connections.
+/// Lower limit of open files below which the daemon's relays can carry only few connections.
 const FEW_DESCRIPTORS: u64 = 4096;
-/// A connection over a namespace's own loopback takes less than that.
+/// Maximum time that a connection over a namespace's own loopback takes.
 const CONNECT: Duration = Duration::from_secs(2);
 
 pub(super) fn findings(options: &Options, daemon: Option<&Daemon>) -> Vec<Finding> {
@@ -53,7 +53,7 @@ fn about_cgroup(options: &Options, root: bool) -> Finding {
     const WHY: &str =
         "A program at its root notices services that start; lbridge run does not start without.";
     let Ok(path) = options.cgroup.clone().map_or_else(cgroup::mount, Ok) else {
-        // Hybrid: what is there is a tmpfs with the controllers of cgroup v1.
+        // Hybrid: this path is a tmpfs with the controllers of cgroup v1.
         let hybrid = ["memory", "systemd"].iter().any(|name| Path::new("/sys/fs/cgroup").join(name).exists());
         let remedy = if hybrid {
             "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
@@ -161,7 +161,7 @@ fn refused(what: String) -> Finding {
     Finding::new("steering", Level::Warning, what).because(why)
 }
 
-/// What may be behind a refusal.
+/// Returns a likely cause of a refusal, if one is found.
 fn restriction() -> Option<String> {
     // CAP_NET_ADMIN, CAP_SYS_ADMIN (include/uapi/linux/capability.h). CAP_BPF is part of the latter.
     const NEEDED: u64 = 1 << 12 | 1 << 21;
@@ -176,7 +176,8 @@ fn restriction() -> Option<String> {
     Some(format!("The kernel is locked down ({mode}), which restricts BPF."))
 }
 
-/// A connection from 127.0.0.2 to a port of 127.0.0.1 where nobody listens must reach the listener on 127.0.0.3.
+/// Tests that a connection from 127.0.0.2 to a port of 127.0.0.1 where nothing listens reaches the listener
+/// on 127.0.0.3.
 fn steer_one(trial: &mut Trial, netns: &File, steering: Steering) -> anyhow::Result<()> {
     let [gateway, source, target] = [1, 2, 3].map(|last| IpAddr::from(Ipv4Addr::new(127, 0, 0, last)));
     let listener = netns::within(netns, || TcpListener::bind((target, 0)))?.context("cannot listen there")?;
@@ -199,7 +200,7 @@ fn steer_one(trial: &mut Trial, netns: &File, steering: Steering) -> anyhow::Res
     .context("the connection did not reach its listener")
 }
 
-/// As the daemon does it with services that ran before it.
+/// Tests taking over a listener, as the daemon does with services that were started before it.
 fn take_one(netns: &File) -> anyhow::Result<()> {
     let listener = netns::within(netns, || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
     let inode = nix::sys::stat::fstat(listener.as_fd())?.st_ino;
@@ -233,7 +234,7 @@ fn about_descriptors(daemon: Option<&Daemon>) -> Vec<Finding> {
     findings
 }
 
-/// The hard limit, to which the daemon raises its own.
+/// Returns the hard limit of open files, to which the daemon raises its own soft limit.
 fn open_files_limit(pid: u32) -> Option<u64> {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;

@@ -1,4 +1,4 @@
-//! What was used before lbridge, and is still there.
+//! leftovers: finds what was used before lbridge and is still there.
 
 use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path};
 
@@ -28,7 +28,7 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
     findings
 }
 
-/// The names of those units that run one.
+/// Reports units that run a socat; returns their names.
 fn socat_units(socats: &[u32], findings: &mut Vec<Finding>) -> BTreeSet<String> {
     const CHECK: &str = "socat";
     let folders = unit::FOLDERS.map(Path::new);
@@ -46,7 +46,7 @@ fn socat_units(socats: &[u32], findings: &mut Vec<Finding>) -> BTreeSet<String> 
         let runs = |command: &Result<Vec<String>, String>| {
             command.as_ref().is_ok_and(|words| socat::is_socat(words) && socat::leads_to_loopback(words))
         };
-        // Commands that cannot be told are the importer's to explain.
+        // The importer explains commands that cannot be determined.
         let untold = service.name.starts_with("socat") && service.commands.iter().any(Result::is_err);
         if !untold && !service.commands.iter().any(runs) {
             continue;
@@ -79,7 +79,7 @@ fn socat_processes(all: &[Process], units: &BTreeSet<String>, findings: &mut Vec
         return findings.push(Finding::needs_root("socat", "the socat processes of others"));
     }
     for process in all {
-        // One that forks has a child for each connection.
+        // A socat that forks has a child for each connection.
         let is_child = all.iter().any(|other| other.pid == process.parent && other.words == process.words);
         let unit = processes::unit(process.pid);
         if is_child || unit.as_ref().is_some_and(|unit| units.contains(&unit.name)) {
@@ -106,7 +106,7 @@ fn route_localnet(findings: &mut Vec<Finding>) {
     });
     let mut on: Vec<_> = on.filter_map(|interface| interface.file_name().into_string().ok()).collect();
     on.sort();
-    // The loopback itself needs no such thing to be reached.
+    // The loopback interface needs none of this to be reachable.
     on.retain(|interface| interface != "lo");
     if on.is_empty() {
         return;
@@ -125,7 +125,8 @@ fn route_localnet(findings: &mut Vec<Finding>) {
     );
 }
 
-/// Rules of UFW's for a bridge's address and a port that neither a rule of ours nor anything that listens has a use for.
+/// Reports UFW's rules for a bridge's address and a port that neither one of our rules nor any listener
+/// needs.
 fn ufw_rules(host: &Host, findings: &mut Vec<Finding>) {
     const CHECK: &str = "ufw";
     let Ok(allowed) = ufw::allowed(Path::new(ufw::FOLDER)) else {

@@ -1,13 +1,14 @@
-//! `lbridge doctor`: what this host can and cannot do, and what to do about it. Looks, and tries in namespaces of its own;
-//! changes nothing of the host, and leaves nothing behind, however it ends. Works without root and without the daemon, as far
-//! as that goes: a check that could not be made says so.
+//! doctor: `lbridge doctor` diagnoses what this host can and cannot do, and what to do about it. It inspects,
+//! and tests in network namespaces of its own; it changes nothing on the host, and leaves nothing behind,
+//! however it ends. It works without root and without the daemon as far as possible: a check that could not
+//! be made says so.
 //!
-//! - [`kernel`]: the programs, tried; cgroup2, bpffs, descriptors;
-//! - [`daemon`]: the daemon and its rules, as `status` has them;
+//! - [`kernel`]: the programs, tested; cgroup2, bpffs, descriptors;
+//! - [`daemon`]: the daemon and its rules, as `status` reports them;
 //! - [`docker`]: the engine, and containers that know the host by another address;
-//! - [`firewall`]: what keeps packets from lbridge;
+//! - [`firewall`]: firewalls that keep packets from lbridge;
 //! - [`services`]: the listeners that rules lead to;
-//! - [`owners`]: the users who own those;
+//! - [`owners`]: the users who own those listeners;
 //! - [`leftovers`]: what was used before lbridge.
 
 mod daemon;
@@ -32,49 +33,49 @@ use crate::{
     store::{Store, config::Config},
 };
 
-/// Where the daemon has its things.
+/// The paths that the daemon uses.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// The state directory.
     pub state_dir: PathBuf,
     /// The configuration file.
     pub config: PathBuf,
-    /// The pin directory.
+    /// The pin directory, on a bpffs.
     pub bpffs: PathBuf,
-    /// The cgroup2 whose sockets are watched; `None`: the mount point.
+    /// The cgroup2 whose sockets are watched; `None` for the mount point.
     pub cgroup: Option<PathBuf>,
 }
 
-/// How bad it is.
+/// The severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// As it should be.
+    /// Everything is as it should be.
     Ok,
-    /// To know.
+    /// Something to know; no action is needed.
     Note,
-    /// It works, but not as well or as safely as it could.
+    /// Something works, but not as well or as safely as it could.
     Warning,
     /// Something does not work.
     Problem,
 }
 
-/// What was found. The fields are what `--json` prints.
+/// A finding. The fields are what `--json` prints.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What was looked at: a word that stays the same.
+    /// The name of the check: a word that stays the same.
     pub check: &'static str,
-    /// How bad it is.
+    /// The severity of the finding.
     pub level: Level,
-    /// What is the case.
+    /// A description of what was found.
     pub what: String,
-    /// Why that matters.
+    /// The reason why it matters; `None` if that needs no words.
     pub why: Option<String>,
-    /// What to type, line by line.
+    /// The remedy: what to type, one line each.
     pub remedy: Vec<String>,
 }
 
-/// What to type where only root could check.
+/// The remedy of a check that only root can make.
 const AS_ROOT: &str = "sudo lbridge doctor";
 
 impl Finding {
@@ -86,12 +87,12 @@ impl Finding {
         Self::new(check, Level::Ok, what)
     }
 
-    /// A check that was not made since the user may not.
+    /// Creates a finding for a check that was not made because it needs root.
     fn needs_root(check: &'static str, what: &str) -> Self {
         Self::new(check, Level::Note, format!("{what}: not checked, that needs root")).type_this([AS_ROOT])
     }
 
-    /// Whether it says that only root could check.
+    /// Returns true if the finding says that only root can make the check.
     pub fn is_for_root(&self) -> bool {
         self.remedy == [AS_ROOT]
     }
@@ -107,25 +108,25 @@ impl Finding {
     }
 }
 
-/// Everything that was found, in the order of the checks.
+/// All findings, in the order of the checks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// The version of this program.
     pub version: &'static str,
-    /// The worst of the findings' levels.
+    /// The worst severity among the findings.
     pub worst: Level,
-    /// What was found.
+    /// The findings, in the order of the checks.
     pub findings: Vec<Finding>,
 }
 
-/// A rule, from whoever could tell.
+/// A rule, as reported by the daemon or read from its files.
 #[derive(Debug, Clone)]
 struct Wanted {
     network: Network,
     spec: PortSpec,
-    /// Whether the kernel could have its connections, as far as the rule goes.
+    /// True if the kernel could steer its connections, as far as the rule goes.
     steerable: bool,
-    /// The uid of the service's owner, where the daemon has told it.
+    /// The uid of the service's owner; `None` unless the daemon reported it.
     user: Option<u32>,
 }
 
@@ -135,12 +136,12 @@ impl Wanted {
         Self { network: rule.network.clone(), spec: rule.spec.clone(), steerable, user: None }
     }
 
-    /// `app_net 5432`.
+    /// Formats the rule as in `app_net 5432`.
     fn told(&self) -> String {
         format!("{} {}{}", self.network, self.spec.port, self.spec.protocol.suffix())
     }
 
-    /// Whether a TCP listener at this address is the rule's service.
+    /// Returns true if a TCP listener at this address is the rule's service.
     fn leads_to(&self, address: IpAddr, port: u16) -> bool {
         match &self.spec.target {
             _ if self.spec.protocol == Protocol::Udp => false,
@@ -153,7 +154,7 @@ impl Wanted {
     }
 }
 
-/// What several checks look at.
+/// The facts that several checks use.
 #[derive(Debug, Default)]
 struct Host {
     rules: Vec<Wanted>,
@@ -162,7 +163,7 @@ struct Host {
 }
 
 impl Host {
-    /// The bridge of a rule's network.
+    /// Returns the bridge of a rule's network.
     fn bridge(&self, network: &Network) -> Option<&Interface> {
         let name = match network {
             Network::Bridge(name) => name,
@@ -176,7 +177,7 @@ impl Host {
     }
 }
 
-/// Looks at everything.
+/// Runs every check.
 pub async fn examine(options: &Options, client: &Client) -> Report {
     let mut findings = vec![];
     let (daemon, status) = daemon::look(client).await;
@@ -199,7 +200,7 @@ pub async fn examine(options: &Options, client: &Client) -> Report {
     findings.extend(about_engine);
     if let Some(engine) = engine {
         host.networks = engine.networks;
-        // To Podman the host is the gateway of the container's own network.
+        // For Podman's containers the host is the gateway of their own network.
         if engine.product == Product::Docker {
             findings.extend(docker::guests(&host, status.as_ref().ok()).await);
         }
@@ -213,7 +214,7 @@ pub async fn examine(options: &Options, client: &Client) -> Report {
     Report { version: env!("CARGO_PKG_VERSION"), worst, findings }
 }
 
-/// The rules in the files, while the daemon cannot be asked.
+/// Reads the rules from the files, for when the daemon does not answer.
 fn stored(options: &Options) -> Result<Vec<Wanted>, Finding> {
     let read = || {
         let store = Store::at(&options.state_dir);
@@ -230,7 +231,7 @@ fn stored(options: &Options) -> Result<Vec<Wanted>, Finding> {
     }
 }
 
-/// Several names for people: the first few, and how many more.
+/// Lists several names for people: the first few, and the number of the others.
 fn listed(names: &[String]) -> String {
     const MOST: usize = 4;
     let mut text = names.iter().take(MOST).cloned().collect::<Vec<_>>().join(", ");
@@ -240,7 +241,7 @@ fn listed(names: &[String]) -> String {
     text
 }
 
-/// A word for a shell, which may be somebody else's choice.
+/// Quotes a word for a shell; somebody else may have chosen it.
 pub(crate) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! The owners of the listeners that rules lead to: people, and other users on the same port.
+//! owners: checks who owns the listeners that rules lead to: people, and other users on the same port.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use crate::{
 
 pub(super) fn findings(host: &Host) -> Vec<Finding> {
     let has_udp = host.rules.iter().any(|rule| rule.spec.protocol == Protocol::Udp);
-    // What cannot be listed the checks of services and the daemon tell of.
+    // If the listeners cannot be listed, the checks of services and the daemon report it.
     let inventory = Inventory {
         listeners: listeners::tcp().unwrap_or_default(),
         udp_sockets: if has_udp { listeners::udp().unwrap_or_default() } else { vec![] },
@@ -27,7 +27,7 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
     };
     let owned: Vec<_> = host.rules.iter().filter_map(|wanted| Some((wanted, user_of(wanted)?))).collect();
     let mut findings = people(&owned);
-    // A port that several rules lead to is told once.
+    // A port that several rules lead to is reported once.
     let mut strangers: BTreeMap<_, (&Listener, Vec<String>)> = BTreeMap::new();
     for (wanted, owner) in &owned {
         let beside = |socket: &&Listener| is_beside(wanted, *owner, socket);
@@ -40,11 +40,12 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
     findings
 }
 
-/// Returns true if a socket has the port of a rule's service, and is another user's.
+/// Returns true if a socket has the port of a rule's service but belongs to another user.
 fn is_beside(wanted: &Wanted, owner: u32, socket: &Listener) -> bool {
     let port = match wanted.spec.target {
         Target::Port(port) => port,
-        // As the daemon tells of a port of either family. Of [::1] it is told where the rule names that.
+        // The daemon shows a port of either family with this address. It shows [::1] only if the rule names
+        // it.
         Target::Address(target) if target.is_ipv4() => target.port(),
         Target::Address(_) | Target::Unix(_) => return false,
     };
@@ -53,7 +54,7 @@ fn is_beside(wanted: &Wanted, owner: u32, socket: &Listener) -> bool {
     bound.port() == port && reaches_localhost && socket.bound_interface == 0 && socket.uid != owner
 }
 
-/// One finding for each person whose listeners rules lead to.
+/// Reports each person whose listeners rules lead to, in one finding.
 fn people(owned: &[(&Wanted, u32)]) -> Vec<Finding> {
     let mut people: BTreeMap<u32, Vec<&Wanted>> = BTreeMap::new();
     for (wanted, uid) in owned.iter().filter(|(_, uid)| is_regular(*uid)) {

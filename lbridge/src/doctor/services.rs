@@ -1,4 +1,4 @@
-//! The services that rules lead to: how they listen, and who else reaches them.
+//! services: checks the services that rules lead to: how they listen, and who else can reach them.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -11,9 +11,9 @@ use crate::{
     planning::inventory::Listener,
 };
 
-/// Who holds a listener.
+/// The process that holds a listener.
 struct Holder {
-    /// For people.
+    /// A description of the process for people.
     name: String,
     unit: Option<Unit>,
     program: Option<String>,
@@ -126,7 +126,7 @@ fn exposed(listener: &Listener, holder: &Holder) -> Finding {
     finding.type_this([Some(see), edit].into_iter().flatten())
 }
 
-/// With `userland-proxy: false` the engine listens on published ports to keep them, and never accepts.
+/// With `userland-proxy: false` the engine listens on published ports to reserve them, but never accepts.
 fn held_by_dockerd(listener: &Listener, rules: &[String]) -> Finding {
     let what = format!("dockerd itself holds {}: its userland proxy is off", listener.address);
     Finding::new("docker-proxy", Level::Warning, what)

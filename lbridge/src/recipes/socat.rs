@@ -1,6 +1,7 @@
-//! socat's command line: which port leads where. socat(1), "ADDRESS SPECIFICATIONS".
+//! socat: reads socat's command line: which port leads where. socat(1), "ADDRESS SPECIFICATIONS".
 //!
-//! An option that has no counterpart is a reason not to take the command line over: a rule must not admit more than it did.
+//! An option without a counterpart is a reason not to take over the command line: a rule must not admit more
+//! than socat did.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -9,7 +10,7 @@ use std::{
 
 use crate::planning::rule::Target;
 
-/// Options of listening and of connecting addresses that change nothing of who gets where. Names and short names.
+/// Options of listening and connecting addresses that do not affect who reaches what. Full and short names.
 const HARMLESS: [&str; 38] = [
     "fork",
     "reuseaddr",
@@ -50,31 +51,32 @@ const HARMLESS: [&str; 38] = [
     "su-d",
     "substuser-delayed",
 ];
-/// Options of the command that say how it logs and copies; those of the second list take an argument.
+/// Options of the command that control how it logs and copies; those of the second list take an argument.
 const SWITCHES: [&str; 14] =
     ["-d", "-dd", "-ddd", "-dddd", "-d0", "-d1", "-d2", "-d3", "-d4", "-v", "-x", "-ly", "-lh", "-lu"];
 const WITH_ARGUMENT: [&str; 4] = ["-b", "-t", "-L", "-W"];
 
-/// What a socat forwards.
+/// A forwarding from a port to a target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Forward {
-    /// `bind=`: where it listens.
+    /// The address that it listens on (`bind=`); `None` for any.
     pub address: Option<IpAddr>,
-    /// `so-bindtodevice=`.
+    /// The interface that it listens on (`so-bindtodevice=`); `None` for any.
     pub interface: Option<String>,
     /// The port that it listens on.
     pub port: u16,
-    /// Where that leads.
+    /// The target of the connections.
     pub target: Target,
 }
 
-/// Whether these words are a command that runs socat, itself.
+/// Returns true if these words are a command that runs socat itself.
 pub fn is_socat(words: &[String]) -> bool {
     let program = words.first().and_then(|program| Path::new(program).file_name()?.to_str());
     matches!(program, Some("socat" | "socat1"))
 }
 
-/// Whether a socat listens on TCP and leads to this host's loopback or to a Unix socket, whatever its options.
+/// Returns true if a socat listens on TCP and leads to this host's loopback or to a Unix socket, whatever its
+/// options.
 pub fn leads_to_loopback(words: &[String]) -> bool {
     let addresses: Vec<_> =
         addresses(words).into_iter().flatten().filter_map(|text| Address::parse(text).ok()).collect();
@@ -82,7 +84,7 @@ pub fn leads_to_loopback(words: &[String]) -> bool {
     listens.is_listening() && connects.target().is_ok()
 }
 
-/// What a socat forwards, or why that is no rule of lbridge's.
+/// Returns what a socat forwards, or the reason why lbridge has no such rule.
 pub fn forward(words: &[String]) -> Result<Forward, String> {
     let addresses = addresses(words)?;
     let [listens, connects] = addresses[..] else {
@@ -111,7 +113,7 @@ pub fn forward(words: &[String]) -> Result<Forward, String> {
     Ok(Forward { address, interface: interface.map(str::to_owned), port, target })
 }
 
-/// The words that are addresses: what follows the options.
+/// Returns the words that are addresses: those that follow the options.
 fn addresses(words: &[String]) -> Result<Vec<&str>, String> {
     let mut rest = words.iter().skip(1).map(String::as_str).peekable();
     while let Some(option) = rest.next_if(|word| word.starts_with('-') && word.len() > 1) {
@@ -130,10 +132,10 @@ fn addresses(words: &[String]) -> Result<Vec<&str>, String> {
     Ok(rest.collect())
 }
 
-/// `KEYWORD:PARAMETER:...,OPTION,OPTION=VALUE...`
+/// A parsed `KEYWORD:PARAMETER:...,OPTION,OPTION=VALUE...`
 #[derive(Debug)]
 struct Address {
-    /// In capitals.
+    /// The keyword, in capitals.
     keyword: String,
     parameters: Vec<String>,
     options: Vec<(String, String)>,
@@ -167,7 +169,7 @@ impl Address {
         self.options.iter().rev().find(|(its, _)| its == name).map(|(_, value)| value.as_str())
     }
 
-    /// No option but these, and those that make no difference.
+    /// Returns an error if the address has an option other than `known` and the harmless ones.
     fn only(&self, known: &[&str]) -> Result<(), String> {
         let other = self
             .options
@@ -182,7 +184,7 @@ impl Address {
         }
     }
 
-    /// Where it connects to, if that is on this host's loopback or a Unix socket.
+    /// Returns the target, if it is on this host's loopback or a Unix socket.
     fn target(&self) -> Result<Target, String> {
         match (self.keyword.as_str(), &self.parameters[..]) {
             ("TCP" | "TCP-CONNECT" | "TCP4" | "TCP4-CONNECT" | "TCP6" | "TCP6-CONNECT", [host, port]) => {
@@ -203,7 +205,7 @@ impl Address {
                 }
             }
             ("UNIX-CONNECT" | "UNIX-CLIENT" | "UNIX" | "LOCAL", [path]) => {
-                // The daemon has another folder to start from.
+                // The daemon has another working directory.
                 if !Path::new(path).is_absolute() {
                     return Err(format!("the path of its Unix socket, {path}, is not absolute"));
                 }
@@ -253,7 +255,7 @@ fn split(text: &str, separator: char) -> Result<Vec<String>, String> {
     Ok(parts)
 }
 
-/// Without quotes and backslashes.
+/// Removes quotes and backslashes.
 fn unquoted(text: &str) -> Result<String, String> {
     let mut plain = String::new();
     let mut chars = text.chars();
@@ -261,7 +263,7 @@ fn unquoted(text: &str) -> Result<String, String> {
         match c {
             '"' | '\'' => {}
             '\\' => match chars.next() {
-                // They stand for control characters.
+                // These stand for control characters.
                 Some(c) if c.is_ascii_alphanumeric() => {
                     return Err(format!("\\{c} in {text:?} is not read here"));
                 }

@@ -1,28 +1,29 @@
-//! UFW's rules, as it keeps them: a comment `### tuple ###` for each in `user.rules`, of which it makes the lines that follow.
+//! ufw: reads UFW's rules as it stores them: a comment `### tuple ###` for each rule in `user.rules`, from
+//! which UFW generates the lines that follow.
 
 use std::{fmt::Write as _, net::IpAddr, path::Path};
 
 use lbridge_common::wire::Address;
 
-/// Where UFW keeps its settings.
+/// The folder of UFW's settings.
 pub const FOLDER: &str = "/etc/ufw";
 
 /// A rule that lets packets in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Allowed {
-    /// `tcp` or `any`.
+    /// The protocol: `tcp` or `any`.
     protocol: String,
-    /// A port, a list, a range or `any`.
+    /// The destination port: a port, a list, a range or `any`.
     port: String,
-    /// An address, a subnet, or one that means any.
+    /// The destination: an address, a subnet, or one that means any.
     to: String,
     from: String,
     interface: Option<String>,
-    /// Whether it is one for a source port or an application, whose command is another.
+    /// True if the rule is for a source port or an application; its command has another form.
     special: bool,
 }
 
-/// The rules that let TCP in, or what keeps from reading them. No UFW has none.
+/// Lists the rules that let TCP in. Without UFW there are none. Returns an error if they cannot be read.
 pub fn allowed(folder: &Path) -> Result<Vec<Allowed>, std::io::Error> {
     let mut rules = vec![];
     for file in ["user.rules", "user6.rules"] {
@@ -35,8 +36,9 @@ pub fn allowed(folder: &Path) -> Result<Vec<Allowed>, std::io::Error> {
     Ok(rules)
 }
 
-/// `### tuple ### allow tcp 5432 172.18.0.1 any 0.0.0.0/0 in_br-app`: action, protocol, port, destination, source port,
-/// source, perhaps two applications, direction and interface, perhaps a comment.
+/// Parses `### tuple ### allow tcp 5432 172.18.0.1 any 0.0.0.0/0 in_br-app`: action, protocol, port,
+/// destination, source port, source, optionally two applications, direction and interface, optionally a
+/// comment.
 fn parse(line: &str) -> Option<Allowed> {
     let fields: Vec<_> = line
         .strip_prefix("### tuple ###")?
@@ -61,16 +63,16 @@ fn parse(line: &str) -> Option<Allowed> {
 }
 
 impl Allowed {
-    /// Whether it lets the containers of that bridge in to this address and port.
+    /// Returns true if the rule lets the containers of that bridge reach this address and port.
     pub fn admits(&self, interface: &str, address: IpAddr, port: u16) -> bool {
         self.interface.as_deref().is_none_or(|its| its == interface)
             && self.is_for_port(port)
             && includes(&self.to, address)
-            // The containers are in the gateway's subnet; where less is let in, that is somebody's intention.
+            // The containers are in the gateway's subnet; a rule that lets in less was somebody's intention.
             && (includes(&self.from, address) || !is_any(&self.from))
     }
 
-    /// The address and the port, where it is for one of each.
+    /// Returns the address and the port, if the rule is for one of each.
     pub fn endpoint(&self) -> Option<(IpAddr, u16)> {
         Some((self.to.parse().ok()?, self.port.parse().ok()?))
     }
@@ -85,7 +87,7 @@ impl Allowed {
         })
     }
 
-    /// The rule as `ufw` takes it; `None` for one whose words are others.
+    /// Returns the rule in the form that `ufw` takes; `None` if its command has another form.
     pub fn words(&self) -> Option<String> {
         if self.special {
             return None;
@@ -113,7 +115,7 @@ fn is_any(text: &str) -> bool {
     matches!(text, "any" | "0.0.0.0/0" | "::/0")
 }
 
-/// Whether an address is in `ADDRESS` or `ADDRESS/BITS`.
+/// Returns true if an address is in `ADDRESS` or `ADDRESS/BITS`.
 fn includes(subnet: &str, address: IpAddr) -> bool {
     let (base, bits) = match subnet.split_once('/') {
         Some((base, bits)) => (base.parse::<IpAddr>(), bits.parse::<u8>().ok()),

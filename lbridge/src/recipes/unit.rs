@@ -1,5 +1,6 @@
-//! systemd's service units, as far as it takes to know which commands they start: systemd.syntax(7), systemd.unit(5),
-//! systemd.service(5). What depends on more than the files (variables, most specifiers) is an error that says so.
+//! unit: reads systemd's service units, as far as needed to know the commands that they start:
+//! systemd.syntax(7), systemd.unit(5), systemd.service(5). If a command depends on more than the files
+//! (variables, most specifiers), returns an error that says so.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,25 +9,25 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Where an administrator's units are, the first before the others.
+/// The administrator's unit folders, in order of precedence.
 pub const FOLDERS: [&str; 2] = ["/etc/systemd/system", "/run/systemd/system"];
 
-/// A longer file is no unit.
+/// Maximum length of a unit file in bytes; a longer file is not a unit.
 const MAX_LENGTH: u64 = 1024 * 1024;
 
-/// A service, and what it starts.
+/// A service and the commands that it starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
-    /// `socat-app.service`.
+    /// The unit's name: `socat-app.service`.
     pub name: String,
-    /// Whether something that is started wants it.
+    /// True if a unit that is started wants it.
     pub enabled: bool,
-    /// The words of each command of `ExecStart=`, in order; or why they cannot be told.
+    /// The words of each command of `ExecStart=`, in order; or the reason why they cannot be determined.
     pub commands: Vec<Result<Vec<String>, String>>,
 }
 
-/// The services in these folders, in order of name; templates by their instances that are enabled there. A folder that does
-/// not exist has none.
+/// Lists the services in these folders, sorted by name; templates by their instances that are enabled there.
+/// A folder that does not exist has none.
 pub fn services(folders: &[&Path]) -> io::Result<Vec<Service>> {
     let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
     let mut enabled: BTreeSet<String> = BTreeSet::new();
@@ -57,12 +58,12 @@ pub fn services(folders: &[&Path]) -> io::Result<Vec<Service>> {
     Ok(services)
 }
 
-/// `service` of `socat.service`.
+/// Returns `service` for `socat.service`.
 fn kind(name: &str) -> &str {
     name.rsplit_once('.').map_or("", |(_, kind)| kind)
 }
 
-/// `socat@.service` of `socat@app.service`.
+/// Returns `socat@.service` for `socat@app.service`.
 fn template_of(name: &str) -> Option<String> {
     let (prefix, instance) = name.strip_suffix(".service")?.split_once('@')?;
     (!instance.is_empty()).then(|| format!("{prefix}@.service"))
@@ -75,19 +76,20 @@ fn entries(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
         }
         entries => entries?,
     };
-    // A name that is no text is no unit's.
+    // A name that is not valid UTF-8 is not a unit's.
     let entries = entries.flatten().filter_map(|e| Some((e.file_name().into_string().ok()?, e.path())));
     Ok(entries.collect())
 }
 
-/// Another name of a unit: a link to a unit that is called otherwise.
+/// Returns true if this is an alias of a unit: a link to a unit with another name.
 fn is_alias(name: &str, path: &Path) -> bool {
     let target = fs::read_link(path).ok();
     let target = target.as_deref().and_then(Path::file_name).and_then(|target| target.to_str());
     target.is_some_and(|target| target != name && kind(target) == "service")
 }
 
-/// The drop-ins of a unit, in the order in which they count: by their own name, wherever they are.
+/// Lists the drop-ins of a unit in the order in which they apply: by their own name, in whichever folder they
+/// are.
 fn drop_ins(folders: &[&Path], name: &str, template: Option<&str>) -> io::Result<Vec<PathBuf>> {
     let mut found: BTreeMap<String, PathBuf> = BTreeMap::new();
     for unit in [Some(name), template].into_iter().flatten() {
@@ -112,7 +114,7 @@ fn read(path: &Path) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&fs::read(path).map_err(cannot)?).into_owned())
 }
 
-/// The commands that a unit starts, from its file and its drop-ins.
+/// Returns the commands that a unit starts, from its file and its drop-ins.
 fn commands(texts: &[String], name: &str) -> Vec<Result<Vec<String>, String>> {
     let mut commands = vec![];
     for text in texts {
@@ -133,7 +135,7 @@ fn commands(texts: &[String], name: &str) -> Vec<Result<Vec<String>, String>> {
     commands
 }
 
-/// (section, key, value) of every assignment.
+/// Lists (section, key, value) of every assignment.
 fn assignments(text: &str) -> Vec<(String, String, String)> {
     let mut found = vec![];
     let mut section = String::new();
@@ -162,7 +164,7 @@ fn assignments(text: &str) -> Vec<(String, String, String)> {
     found
 }
 
-/// The words of each command of one `ExecStart=`; ` ; ` stands between two.
+/// Splits one `ExecStart=` into commands and their words; ` ; ` separates commands.
 fn split(value: &str) -> Result<Vec<Vec<String>>, String> {
     let mut commands = vec![vec![]];
     let mut rest = value.trim_start();
@@ -187,7 +189,7 @@ fn split(value: &str) -> Result<Vec<Vec<String>>, String> {
     Ok(commands)
 }
 
-/// The first word, without its quotes and escapes, and what follows.
+/// Returns the first word, without its quotes and escapes, and the rest of the text.
 fn word(text: &str) -> Result<(String, &str), String> {
     let mut word = String::new();
     let mut quote = None;
@@ -213,8 +215,8 @@ fn word(text: &str) -> Result<(String, &str), String> {
     Ok((word, ""))
 }
 
-/// What an escape stands for, `text` being what follows the backslash, and how many characters of that belong to it. One that
-/// means nothing is a backslash, as with systemd.
+/// Returns the character of an escape, and how many characters of `text`, which follows the backslash, belong
+/// to it. An unknown escape is a backslash, as in systemd.
 fn unescaped(text: &str) -> (char, usize) {
     let number = |from: usize, length: usize, radix| {
         let digits =
@@ -241,13 +243,14 @@ fn unescaped(text: &str) -> (char, usize) {
     found.unwrap_or(('\\', 0))
 }
 
-/// A command as it is run: without the prefixes of its program, its specifiers and dollar signs replaced.
+/// Returns a command as it is run: without the prefixes of its program, and with its specifiers and dollar
+/// signs replaced.
 fn expanded(mut words: Vec<String>, unit: &str) -> Result<Vec<String>, String> {
     let Some(program) = words.first_mut() else { return Ok(words) };
     let prefixes: String = program.chars().take_while(|c| "-@:+!|".contains(*c)).collect();
     program.drain(..prefixes.len());
     if prefixes.contains('@') && words.len() > 1 {
-        // What the program is to see as its own name.
+        // The name that the program sees as its own.
         words.remove(1);
     }
     for word in &mut words {
@@ -272,7 +275,7 @@ fn specified(word: &str, unit: &str) -> Result<String, String> {
         match chars.next() {
             Some('%') | None => text.push('%'),
             Some('i') => text += instance,
-            // Escaped, it is something else.
+            // Escaped, the instance would be different.
             Some('I') if !instance.contains(['-', '\\']) => text += instance,
             Some('n') => text += unit,
             Some('N') => text += bare,
@@ -312,7 +315,7 @@ mod tests {
         let text = "# [Service]\n[Unit]\nExecStart=/bin/no\n[Service]\n  ExecStart = /usr/bin/socat \\\n\
                     # a comment between\n    ; another\n  one \\\n two  \nExecStartPre=/bin/no\n";
         assert_eq!(commands(&[text.to_owned()], "a.service"), [Ok(words("/usr/bin/socat one two"))]);
-        // The end of the file ends the line, an empty line does, two backslashes are one.
+        // The end of the file ends the line, and so does an empty line; two backslashes are one.
         assert_eq!(of("ExecStart=a \\\n\nb"), [Ok(words("a"))]);
         assert_eq!(of("ExecStart=a \\\\\nExecStart=b"), [Ok(words("a \\")), Ok(words("b"))]);
     }
@@ -362,7 +365,7 @@ mod tests {
             of(&value);
         }
 
-        /// Whatever a word holds, quoted it comes back.
+        /// Quoting any word and reading it again returns the word.
         #[test]
         fn what_is_quoted_comes_back(word in "[^\u{0}\n\r]*") {
             let quoted: String = word.chars().flat_map(|c| match c {

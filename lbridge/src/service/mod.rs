@@ -1,5 +1,5 @@
-//! lbridge as a service of systemd on this host, and taking back everything of it. Imports the shells; the daemon is not
-//! needed for any of it, and must not run when its traces are removed.
+//! service: lbridge as a systemd service on this host, and its complete removal. Imports the shells. Does not
+//! need the daemon, which must not run when its traces are removed.
 
 mod systemd;
 
@@ -20,26 +20,26 @@ use crate::{
     store::Store,
 };
 
-/// Where the daemon has things, unless it is told otherwise: the control socket.
+/// The daemon's default control socket.
 pub const SOCKET: &str = "/run/lbridge/lbridge.sock";
-/// The directory of the rules that `allow` makes.
+/// The default directory of the rules that `allow` makes.
 pub const STATE_DIR: &str = "/var/lib/lbridge";
-/// The configuration file.
+/// The default configuration file.
 pub const CONFIG: &str = "/etc/lbridge/lbridge.toml";
-/// Where what the kernel serves is pinned.
+/// The default directory on a bpffs for the pins.
 pub const BPFFS: &str = "/sys/fs/bpf/lbridge";
 
-/// A configuration to start from.
+/// An example configuration to start from.
 const EXAMPLE: &str = include_str!("../../../packaging/lbridge.toml");
 
-/// Where a daemon may have left something.
+/// The paths at which a daemon may have left something.
 #[derive(Debug, Clone)]
 pub struct Traces {
-    /// Its control socket.
+    /// The control socket.
     pub socket: PathBuf,
     /// The state directory.
     pub state_dir: PathBuf,
-    /// The pin directory.
+    /// The pin directory, on a bpffs.
     pub bpffs: PathBuf,
 }
 
@@ -49,10 +49,10 @@ impl Default for Traces {
     }
 }
 
-/// A step by name, and what it does; it tells what has changed, if anything has.
+/// A named step. It returns the change that it made; `None` if there was nothing to do.
 type Step<'a> = (&'static str, Box<dyn FnOnce() -> anyhow::Result<Option<String>> + 'a>);
 
-/// Takes steps in their order; what they changed. An error says what is left to do.
+/// Takes the steps in order; returns the changes. An error names the steps that are left.
 fn take(steps: Vec<Step<'_>>) -> anyhow::Result<Vec<String>> {
     let names: Vec<_> = steps.iter().map(|(name, _)| *name).collect();
     let mut changed = vec![];
@@ -65,12 +65,13 @@ fn take(steps: Vec<Step<'_>>) -> anyhow::Result<Vec<String>> {
     Ok(changed)
 }
 
-/// Has systemd run this program, now and at every boot. Done again it changes what has become different.
+/// Makes systemd run this program, now and at every boot. If run again, it applies only what has changed
+/// since.
 pub fn install() -> anyhow::Result<Vec<String>> {
     needs_root("install")?;
     let unit = systemd::Unit::for_this_program()?;
     if !unit.runs_already()? {
-        // Else the start would fail, for a reason that only the journal has.
+        // Otherwise the start would fail, with a reason that only the journal shows.
         no_daemon(Path::new(STATE_DIR))?;
     }
     take(vec![
@@ -81,7 +82,7 @@ pub fn install() -> anyhow::Result<Vec<String>> {
     ])
 }
 
-/// Takes back what [`install`] did and what the daemon left; with `purge` rules and configuration, too.
+/// Undoes [`install`] and removes what the daemon left; with `purge` also rules and configuration.
 pub fn uninstall(purge: bool) -> anyhow::Result<Vec<String>> {
     needs_root("uninstall")?;
     systemd::may_be_removed()?;
@@ -108,12 +109,13 @@ pub fn uninstall(purge: bool) -> anyhow::Result<Vec<String>> {
     Ok(changes)
 }
 
-/// Removes what a daemon leaves so that it stays in force without it. Rules and configuration stay.
+/// Removes what the daemon leaves in the kernel so that it works without the daemon. Rules and configuration
+/// stay.
 pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
     needs_root("cleanup")?;
     let _lock = no_daemon(&traces.state_dir)?;
     take(vec![
-        // First: what they let in, the kernel programs keep from the host's other services.
+        // First, while the kernel programs still keep what these rules let in from the host's other services.
         ("remove the firewall's accept rules", Box::new(|| accept_rules(&traces.bpffs))),
         (
             "detach the kernel programs",
@@ -129,13 +131,13 @@ pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
                 })
             }),
         ),
-        // A tool that a killed daemon had started may have put one meanwhile.
+        // A tool that a killed daemon had started may have added one meanwhile.
         ("look for accept rules once more", Box::new(|| accept_rules(&traces.bpffs))),
         ("remove the control socket", Box::new(|| remove_socket(&traces.socket))),
     ])
 }
 
-/// What serves this network namespace though no pin names it; how many programs that were.
+/// Ends programs that serve this network namespace though no pin names them; returns their number.
 fn end_strays(bpffs: &Path) -> anyhow::Result<usize> {
     let netns = HostNetns::open()?;
     let strays = strays::find(bpffs, &netns.file, netns.cookie)?;
@@ -148,12 +150,12 @@ fn end_strays(bpffs: &Path) -> anyhow::Result<usize> {
 }
 
 fn accept_rules(bpffs: &Path) -> anyhow::Result<Option<String>> {
-    // What accept rules let in, or did when the daemon last looked.
+    // The packets that accept rules let in, or did when the daemon last looked.
     let mut accepted = pins::accepted(bpffs)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (removed, let_in) = runtime.block_on(firewall::remove_all(bpffs.exists()))?;
     accepted.extend(let_in);
-    // Whatever comes of it, nothing more can be done about flows.
+    // If this fails, nothing more can be done about flows.
     let flows = match conntrack::forget(&accepted) {
         Ok(()) => String::new(),
         Err(error) => {
@@ -174,7 +176,7 @@ fn needs_root(command: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// None runs for as long as the lock is held.
+/// Takes the daemon's lock: no daemon runs while it is held.
 fn no_daemon(state_dir: &Path) -> anyhow::Result<Option<impl Drop + use<>>> {
     state_dir.is_dir().then(|| Store::at(state_dir).lock()).transpose()
 }
@@ -188,7 +190,7 @@ fn write_example() -> anyhow::Result<Option<String>> {
     Ok(Some(format!("wrote {CONFIG}, an example")))
 }
 
-/// Of this program, for everybody to read; all of it or nothing.
+/// Writes a file of this program that everybody can read, atomically.
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     use std::{io::Write as _, os::unix::fs::PermissionsExt as _};
 
@@ -205,7 +207,7 @@ fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     write().with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// And its folder, if that is the one of its own, which systemd removes when the unit stops.
+/// Removes the socket, and its folder if that is lbridge's own, which systemd removes when the unit stops.
 fn remove_socket(path: &Path) -> anyhow::Result<Option<String>> {
     let mut removed = is_done(path, fs::remove_file(path))?;
     if let Some(folder) = path.parent().filter(|folder| Some(*folder) == Path::new(SOCKET).parent()) {
@@ -218,7 +220,7 @@ fn remove_tree(path: &Path) -> anyhow::Result<bool> {
     is_done(path, fs::remove_dir_all(path))
 }
 
-/// Whether something was removed; that there was nothing is as good.
+/// Returns true if something was removed; false if there was nothing to remove.
 fn is_done(path: &Path, removed: io::Result<()>) -> anyhow::Result<bool> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),

@@ -1,4 +1,5 @@
-//! The unit: written for the program that runs, never over one that somebody else wrote.
+//! systemd: the unit. It is written for the program that runs, and never over a unit that somebody else
+//! wrote.
 
 use std::{
     fs,
@@ -11,27 +12,28 @@ use anyhow::{Context as _, bail};
 
 const NAME: &str = "lbridge.service";
 const FILE: &str = "/etc/systemd/system/lbridge.service";
-/// Of the administrator.
+/// The administrator's folder of drop-ins.
 pub(super) const DROP_INS: &str = "/etc/systemd/system/lbridge.service.d";
-/// Of packages; the former is the latter on most hosts.
+/// The paths of a package's unit; on most hosts both are the same file.
 const OF_PACKAGES: [&str; 2] =
     ["/usr/lib/systemd/system/lbridge.service", "/lib/systemd/system/lbridge.service"];
-/// Tells a unit of ours from an administrator's.
+/// First line of the units that lbridge writes; tells them from an administrator's.
 const MARK: &str = "# Written by `lbridge service install`, and removed by `lbridge service uninstall`.\n";
 const TEXT: &str = include_str!("../../../packaging/lbridge.service");
-/// What the text calls the program.
+/// The path of the program in the packaged unit's text.
 const PACKAGED_PROGRAM: &str = "/usr/bin/lbridge ";
 
-/// The unit as it is to be.
+/// The unit that should be installed.
 pub(super) struct Unit {
     text: String,
-    /// What is there, if anything is.
+    /// The text of the installed unit; `None` if there is none.
     before: Option<String>,
     program: PathBuf,
 }
 
 impl Unit {
-    /// Refuses where the unit would not be ours, or would run as root what others can change.
+    /// Creates the unit for this program. Returns an error if the installed unit is not ours, or if the unit
+    /// would run as root what other users can change.
     pub(super) fn for_this_program() -> anyhow::Result<Self> {
         if !is_booted() {
             bail!("systemd does not run here; have your service manager start `lbridge run`");
@@ -45,7 +47,7 @@ impl Unit {
         Ok(Self { text, before: own()?, program })
     }
 
-    /// Writes it where it is not there as it is to be.
+    /// Writes the unit if it is missing or different; returns the change.
     pub(super) fn write(&self) -> anyhow::Result<Option<String>> {
         if self.is_there() {
             return Ok(None);
@@ -54,12 +56,12 @@ impl Unit {
         Ok(Some(format!("wrote {FILE}")))
     }
 
-    /// Whether systemd runs lbridge by this unit.
+    /// Returns true if systemd runs lbridge with a unit of ours.
     pub(super) fn runs_already(&self) -> anyhow::Result<bool> {
         Ok(self.before.is_some() && property("ActiveState")? == "active")
     }
 
-    /// Starts it, or has this program and this unit take over from what runs.
+    /// Starts the unit, or makes this program and this unit replace what runs.
     pub(super) fn start(&self) -> anyhow::Result<Option<String>> {
         let runs = self.runs_already()?;
         if runs && self.is_there() && self.is_program_of(&property("MainPID")?) {
@@ -74,7 +76,7 @@ impl Unit {
         self.before.as_ref() == Some(&self.text)
     }
 
-    /// A file that was replaced has another number.
+    /// Returns true if the process runs this program's file. A file that was replaced has another inode.
     fn is_program_of(&self, pid: &str) -> bool {
         let file = |path: &Path| fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
         file(&self.program).is_some()
@@ -82,7 +84,8 @@ impl Unit {
     }
 }
 
-/// Nobody but root may change what root will run, the folders on the way included.
+/// Returns an error unless only root can change the program that root will run, including the folders on its
+/// path.
 fn check(program: &Path) -> anyhow::Result<()> {
     let shown = program.display();
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-' | '+');
@@ -102,7 +105,7 @@ fn check(program: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Our unit's text; an error if somebody else wrote the one that is there.
+/// Returns the text of our unit; an error if somebody else wrote the unit that is there.
 fn own() -> anyhow::Result<Option<String>> {
     match fs::read_to_string(FILE) {
         Ok(text) if text.starts_with(MARK) => Ok(Some(text)),
@@ -116,7 +119,7 @@ fn of_package() -> Option<&'static str> {
     OF_PACKAGES.into_iter().find(|path| Path::new(path).exists())
 }
 
-/// Refuses where the unit is not ours.
+/// Returns an error if the unit is not ours.
 pub(super) fn may_be_removed() -> anyhow::Result<()> {
     if own()?.is_none()
         && let Some(path) = of_package()
@@ -126,7 +129,7 @@ pub(super) fn may_be_removed() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes the unit known, and part of every boot.
+/// Makes the unit known to systemd, and starts it at every boot.
 pub(super) fn enable() -> anyhow::Result<Option<String>> {
     systemctl(&["daemon-reload"])?;
     let was = systemctl(&["is-enabled", NAME]).is_ok();
@@ -149,7 +152,7 @@ pub(super) fn remove() -> anyhow::Result<Option<String>> {
     Ok(removed.then(|| format!("removed {FILE}")))
 }
 
-/// sd_booted(3).
+/// Returns true if systemd runs as the init system, as in sd_booted(3).
 fn is_booted() -> bool {
     sd_notify::booted().unwrap_or(false)
 }

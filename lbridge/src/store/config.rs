@@ -1,4 +1,4 @@
-//! `lbridge.toml`: reads it, and says what is wrong with it, where, and what to write instead.
+//! config: reads `lbridge.toml`, and reports what is wrong with it, where, and what to write instead.
 
 use std::{
     collections::BTreeSet,
@@ -33,10 +33,11 @@ use crate::planning::{
     },
 };
 
-/// How long relayed connections may take to end when the daemon is stopped, unless the file says otherwise.
+/// Default time that relayed connections have to end when the daemon is stopped.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the file may set, and each of its rules. Kept beside the types below: serde does not tell them.
+/// The keys that the file and each of its rules may have. Kept next to the types below, since serde does not
+/// expose them.
 const SETTINGS: [&str; 8] = [
     "drain_timeout",
     "firewall",
@@ -61,37 +62,37 @@ const RULE: [&str; 11] = [
     "comment",
 ];
 
-/// What the file says.
+/// The contents of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// How long relayed connections may take to end when the daemon is stopped.
+    /// Time that relayed connections have to end when the daemon is stopped.
     pub drain_timeout: Duration,
-    /// What may be done to the host's firewall.
+    /// The changes that lbridge may make to the host's firewall.
     pub firewall: FirewallMode,
     /// Other addresses of the host that containers dial.
     pub aliases: BTreeSet<IpAddr>,
-    /// What labels of containers and networks may do.
+    /// The permissions of labels on containers and networks.
     pub labels: labels::Settings,
-    /// Read-only to the CLI.
+    /// The file's rules, which the CLI cannot change.
     rules: Vec<Entry>,
-    /// As the user knows it.
+    /// The file's name, as shown to the user.
     name: String,
 }
 
-/// A rule, and where it is.
+/// A rule and its position in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
     rule: Rule,
     place: String,
 }
 
-/// Why rules of the file cannot be in force; what is wrong, and where.
+/// The reason why the file's rules cannot be in force: what is wrong, and where.
 #[derive(Debug, thiserror::Error)]
 pub enum Unfit {
-    /// By themselves.
+    /// The rules are invalid on their own.
     #[error("{0}")]
     Rule(String),
-    /// Beside what `allow` made.
+    /// The rules contradict those that `allow` made.
     #[error("{0}")]
     Contradiction(String),
 }
@@ -137,7 +138,7 @@ struct FileRule {
     comment: Option<String>,
 }
 
-/// An address that containers may dial.
+/// An address of the host that containers may dial.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Alias(IpAddr);
 
@@ -179,7 +180,7 @@ impl<'de> Deserialize<'de> for LabelPorts {
     }
 }
 
-/// `5432`, or what `allow` takes as PORT.
+/// Ports of a rule: `5432`, or what `allow` takes as PORT.
 struct Ports(Vec<PortSpec>);
 
 impl<'de> Deserialize<'de> for Ports {
@@ -207,7 +208,7 @@ impl<'de> Deserialize<'de> for Ports {
 }
 
 impl Config {
-    /// Reads the file; none is as good as an empty one. An error names line and column.
+    /// Reads the file; a missing file counts as an empty one. An error names line and column.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         let name = path.display().to_string();
         match read(path) {
@@ -244,17 +245,17 @@ impl Config {
         Ok(Self { drain_timeout, firewall: file.firewall, aliases, labels, rules, name })
     }
 
-    /// How many rules it has.
+    /// Returns the number of the file's rules.
     pub fn len(&self) -> usize {
         self.rules.len()
     }
 
-    /// Whether it has no rules.
+    /// Returns true if the file has no rules.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
     }
 
-    /// The settings that are no rules, as one would write them.
+    /// Lists the settings other than rules, as written in the file.
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let time = jiff::SignedDuration::try_from(self.drain_timeout).unwrap_or_default();
         let aliases: Vec<_> = self.aliases.iter().map(|ip| format!("\"{ip}\"")).collect();
@@ -277,7 +278,7 @@ impl Config {
         ]
     }
 
-    /// Its rules, and those of `allow`, which are in the file `allowed_in`.
+    /// Combines the file's rules with those of `allow`, which are in the file `allowed_in`.
     pub fn rules_with(&self, allowed: Vec<Rule>, allowed_in: &Path) -> Result<Rules, Unfit> {
         let rules = self.rules.iter().map(|entry| entry.rule.clone());
         let rules = Rules::default().allow(rules, Origin::Config).map_err(|refused| match &refused {
@@ -292,7 +293,7 @@ impl Config {
             | Refused::Contradiction { id, .. }
             | Refused::Invalid { id, .. }
             | Refused::ProcessUnknown { id } => {
-                // As it is written here; they are told as the command has it.
+                // In the file's notation; the errors use the command's.
                 let refused = refused
                     .to_string()
                     .replace("allow it with --source loopback", "add source = \"loopback\"")
@@ -342,12 +343,12 @@ impl FileRule {
     }
 }
 
-/// A port as the file has it: a number goes without quotes.
+/// Formats a port as in the file: a number has no quotes.
 fn written(port: &str) -> String {
     if port.bytes().all(|b| b.is_ascii_digit()) { port.to_owned() } else { format!("{port:?}") }
 }
 
-/// What serde and the parser say, in words for those who write the file.
+/// Translates a message of serde or the parser for people who write the file.
 fn plain(message: &str) -> String {
     if message.contains("duration format") {
         return "no time; write one like \"30s\" or \"10m\"".to_owned();
@@ -362,7 +363,7 @@ fn plain(message: &str) -> String {
         .replace("unknown variant ", "there is no ")
 }
 
-/// Names that mean nothing, and the slips that people make; where, and what to write.
+/// Finds unknown keys and common mistakes; returns the position and what to write.
 fn check(file: &DeTable<'_>) -> Result<(), (usize, String)> {
     for (key, value) in file {
         let (name, start) = (key.get_ref().as_ref(), key.span().start);
@@ -396,7 +397,7 @@ fn check(file: &DeTable<'_>) -> Result<(), (usize, String)> {
 }
 
 fn known(name: &str, here: &[&str], elsewhere: &[&str], there: &str) -> Result<(), String> {
-    /// As similar as a letter in three.
+    /// Minimum similarity for a suggestion: about one letter in three may differ.
     const SIMILAR: f64 = 0.66;
     if here.contains(&name) {
         return Ok(());
@@ -412,7 +413,7 @@ fn known(name: &str, here: &[&str], elsewhere: &[&str], there: &str) -> Result<(
     })
 }
 
-/// Nobody waits for the other end of a pipe.
+/// Reads the file without waiting for a writer, should it be a pipe.
 fn read(path: &Path) -> io::Result<String> {
     let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
     if file.metadata()?.file_type().is_fifo() {

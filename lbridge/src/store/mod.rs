@@ -1,7 +1,8 @@
-//! Files: the rules that `allow` made, the networks, containers and labels last seen, the configuration ([`config`]). Owns
-//! their format; imports planning.
+//! store: the files. These are the rules that `allow` made, the networks, containers and labels last seen,
+//! and the configuration ([`config`]). Owns their format; imports planning.
 //!
-//! Writes are atomic and durable: a new file beside the old one, synced, renamed over it, the directory synced.
+//! Writes are atomic and durable: a new file is written next to the old one, synced and renamed over it, then
+//! the directory is synced.
 
 pub mod config;
 
@@ -25,7 +26,7 @@ use crate::planning::{
     rule::Rule,
 };
 
-/// Format of the files in the state directory.
+/// Version of the format of the files in the state directory.
 const VERSION: u32 = 1;
 const RULES_FILE: &str = "rules.toml";
 
@@ -47,7 +48,7 @@ struct RulesFile {
 #[serde(deny_unknown_fields)]
 struct NetworksFile {
     version: u32,
-    /// Since when the indices of interfaces count.
+    /// The id of the boot in which the interface indices are valid.
     #[serde(default)]
     boot: String,
     #[serde(default, rename = "network", skip_serializing_if = "Vec::is_empty")]
@@ -71,7 +72,8 @@ struct ContainersFile {
 }
 
 impl Store {
-    /// Opens the directory; makes it, for its owner alone, where it is not there. The daemon has seen to whose the path is.
+    /// Opens the directory; creates it with access for its owner only if it does not exist. The daemon has
+    /// checked who owns the path.
     pub fn open(directory: &Path) -> anyhow::Result<Self> {
         DirBuilder::new()
             .recursive(true)
@@ -81,14 +83,14 @@ impl Store {
         Ok(Self::at(directory))
     }
 
-    /// The directory as it is, to be read.
+    /// Uses the directory as it is, for reading.
     pub fn at(directory: &Path) -> Self {
         Self { directory: directory.to_owned() }
     }
 
-    /// Held by the one daemon that uses the directory.
+    /// Takes the lock, which the one daemon that uses the directory holds.
     pub fn lock(&self) -> anyhow::Result<Flock<File>> {
-        // A file of our own: a directory can be locked by whoever may read it.
+        // A separate file: everyone who may read a directory can lock it.
         let path = self.path("lock");
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
         let file = file.with_context(|| format!("cannot open {}", path.display()))?;
@@ -100,13 +102,13 @@ impl Store {
         })
     }
 
-    /// Where the rules that `allow` made are.
+    /// Returns the path of the file with the rules that `allow` made.
     pub fn rules_file(&self) -> PathBuf {
         self.path(RULES_FILE)
     }
 
-    /// The rules that `allow` made. A file that cannot be understood is an error that names the line: starting without
-    /// its rules would cut off what they serve.
+    /// Reads the rules that `allow` made. If the file cannot be parsed, returns an error that names the line:
+    /// a start without its rules would cut off the connections that they serve.
     pub fn rules(&self) -> anyhow::Result<Vec<Rule>> {
         let path = self.rules_file();
         let file: RulesFile = match read_toml(&path)? {
@@ -123,20 +125,20 @@ impl Store {
         Ok(file.rules)
     }
 
-    /// Replaces the rules.
+    /// Replaces the rules that `allow` made.
     pub fn save_rules(&self, rules: Vec<Rule>) -> anyhow::Result<()> {
         self.write(RULES_FILE, &toml::to_string(&RulesFile { version: VERSION, rules })?)
     }
 
-    /// Docker's networks as last seen, for a start while the engine is away. They are a help, so that a file which
-    /// cannot be read is as good as none.
+    /// Reads Docker's networks as last seen, for a start while the engine is unreachable. They are only an
+    /// aid, so an unreadable file counts as an empty one.
     pub fn networks(&self) -> Vec<DockerNetwork> {
         match read_toml::<NetworksFile>(&self.path("networks.toml")) {
             Ok(Some(file)) if file.version == VERSION => {
                 let of_now = !file.boot.is_empty() && file.boot == boot();
                 let mut networks = file.networks;
                 let indices = networks.iter_mut().filter_map(|network| network.bridge_index.as_mut());
-                // After a reboot an index is another interface's.
+                // After a reboot the index may be another interface's.
                 indices.filter(|_| !of_now).for_each(|index| *index = 0);
                 networks
             }
@@ -154,8 +156,8 @@ impl Store {
         self.write("networks.toml", &toml::to_string(&file)?)
     }
 
-    /// The containers that rules name, as last seen; as [`Store::networks`]. They are what they were for as long as their
-    /// processes are there.
+    /// Reads the containers that rules name, as last seen; see [`Store::networks`]. An entry stays valid for
+    /// as long as its process exists.
     pub fn containers(&self) -> Vec<SeenContainer> {
         match read_toml::<ContainersFile>(&self.path("containers.toml")) {
             Ok(Some(file)) if file.version == VERSION => file.containers,
@@ -172,7 +174,7 @@ impl Store {
         self.write("containers.toml", &toml::to_string(&ContainersFile { version: VERSION, containers })?)
     }
 
-    /// What asked for something by labels as last seen; as [`Store::networks`].
+    /// Reads what asked for something by labels, as last seen; see [`Store::networks`].
     pub fn labelled(&self) -> Vec<Labelled> {
         match read_toml::<LabelsFile>(&self.path("labels.toml")) {
             Ok(Some(file)) if file.version == VERSION => file.labelled,
@@ -207,7 +209,8 @@ impl Store {
     }
 }
 
-/// Of this boot, of no other; empty where that is not told, as in files of before that was asked.
+/// Returns the id of this boot; empty if the kernel does not provide it, as in files of versions that did not
+/// store it.
 fn boot() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id");
     id.map(|id| id.trim().to_owned()).unwrap_or_default()
@@ -225,7 +228,7 @@ fn read_toml<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {
     })
 }
 
-/// `:LINE:COLUMN` of a byte.
+/// Returns `:LINE:COLUMN` of a byte offset.
 fn place(text: &str, start: usize) -> String {
     let before = text.get(..start).unwrap_or(text);
     let line = before.matches('\n').count() + 1;

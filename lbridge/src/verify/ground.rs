@@ -1,4 +1,5 @@
-//! Where things are tried: throw-away namespaces, and those that rules name. All that is sent is sent from there.
+//! ground: the places to test from: throw-away network namespaces, and those that rules name. Everything that
+//! verify sends, it sends from there.
 
 use std::{
     collections::BTreeMap,
@@ -27,60 +28,61 @@ use crate::{
     },
 };
 
-/// How long somebody who should not answer may take to. On one machine an answer takes a millisecond.
+/// Maximum wait for a service that should not answer. On one machine an answer takes a millisecond.
 const CLOSED: Duration = Duration::from_secs(1);
-/// How long somebody who should answer, if only with a refusal, may take to.
+/// Maximum wait for an answer that should come, even a refusal.
 const ANSWERS: Duration = Duration::from_secs(3);
-/// How long a relay may take to find out that its service is not there, and to reset what it has accepted.
+/// Maximum time that a relay needs to find that its service is not there, and to reset a connection that it
+/// has accepted.
 const STAYS: Duration = Duration::from_millis(200);
 
-/// What a connection is to show.
+/// The purpose of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Aim {
-    /// That nobody takes it.
+    /// To show that no socket takes it.
     Closed,
-    /// That it is answered, if only with a refusal.
+    /// To show that it is answered, even with a refusal.
     Answered,
-    /// That a relay takes it, and finds its service.
+    /// To show that a relay takes it and finds its service.
     Relayed,
 }
 
-/// What came of a connection.
+/// The result of a connection.
 #[derive(Debug, Clone)]
 pub(super) enum Dialled {
-    /// Somebody took it, and who would take another one.
+    /// The connection was accepted; holds the listener that would take another one.
     Open(Option<Listener>),
-    /// Refused, or reset.
+    /// The connection was refused or reset.
     Refused,
-    /// No way there.
+    /// The address was unreachable.
     Unreachable,
-    /// No answer.
+    /// There was no answer in time.
     TimedOut,
-    /// It could not be tried.
+    /// The connection could not be attempted; holds the reason.
     NotTried(String),
 }
 
-/// Somewhere to try things from.
+/// A prepared place to test from.
 #[derive(Debug)]
 enum Ground {
     Scratch {
         scratch: Scratch,
-        /// The host's interface that packets from there come in on.
+        /// Index of the host's interface on which its packets arrive.
         ingress: u32,
-        /// The interface's subnets that it has an address in, each with that address.
+        /// The interface's subnets in which it has an address, each with that address.
         addresses: Vec<(IpAddr, IpAddr)>,
-        /// The bridge, if it is on one.
+        /// The bridge that it is attached to; `None` if it is on none.
         bridge: Option<Interface>,
     },
     Namespace(Namespace),
 }
 
-/// All of them.
+/// All prepared places, or the reason why one could not be prepared.
 #[derive(Debug)]
 pub(super) struct Grounds(BTreeMap<Place, Result<Ground, String>>);
 
 impl Grounds {
-    /// Makes, and finds, what a plan needs.
+    /// Creates or opens the places that a plan needs.
     pub(super) async fn make(plan: &Plan) -> anyhow::Result<Self> {
         let host = HostNetns::open()?;
         let needed = |place: &Place| {
@@ -118,7 +120,7 @@ impl Grounds {
         }
     }
 
-    /// Dials.
+    /// Makes a connection from a place, for the purpose `aim`.
     pub(super) async fn dial(&self, from: &Place, to: SocketAddr, aim: Aim) -> Dialled {
         match self.try_dial(from, to, aim).await {
             Ok(dialled) => dialled,
@@ -142,18 +144,18 @@ impl Grounds {
         {
             return not_connected(error);
         }
-        // Another port: this one's connection is found first.
+        // With another source port: a lookup with this one would find this connection first.
         let local = stream.local_addr()?;
         let other = SocketAddr::new(local.ip(), local.port() ^ 1);
         Ok(Dialled::Open(ground.lookup(Protocol::Tcp, other, to)?))
     }
 
-    /// Who would get a connection, if it came through.
+    /// Returns the listener that would get a connection, if it arrived.
     pub(super) fn taker(&self, from: &Place, to: SocketAddr) -> Option<Listener> {
         self.asked(Protocol::Tcp, from, to).ok()?
     }
 
-    /// Who would get a connection or a datagram, if it came through.
+    /// Returns the socket that would get a connection or a datagram, if it arrived.
     pub(super) fn asked(
         &self,
         protocol: Protocol,
@@ -168,7 +170,8 @@ impl Grounds {
         ask().map_err(|error| format!("{error:#}"))
     }
 
-    /// Who would get a connection that comes in from `at`, with the address that the namespace on `of` has.
+    /// Returns the socket that would get a connection that arrives from `at` with the address of the
+    /// namespace on `of`.
     pub(super) fn borrowed(
         &self,
         protocol: Protocol,
@@ -181,7 +184,7 @@ impl Grounds {
         self.taker_of(protocol, source, at, to).map(|found| (source, found))
     }
 
-    /// Who would get a connection that comes in from `at`, with that address.
+    /// Returns the socket that would get a connection that arrives from `at` with this source address.
     pub(super) fn taker_of(
         &self,
         protocol: Protocol,
@@ -197,7 +200,8 @@ impl Grounds {
         found.map_err(|error| format!("{error:#}"))
     }
 
-    /// Who would get a connection that comes in from `at`, with an address that is none of that network's; and the address.
+    /// Returns the socket that would get a connection that arrives from `at` with a source address outside
+    /// its network, and that address.
     pub(super) fn foreign(
         &self,
         protocol: Protocol,
@@ -215,7 +219,8 @@ impl Grounds {
         found.map(|found| (source, found)).map_err(|error| format!("{error:#}"))
     }
 
-    /// Who would get a connection to localhost of a namespace that comes in on another interface than its loopback one.
+    /// Returns the socket that would get a connection to a namespace's localhost that arrives on an interface
+    /// other than its loopback.
     pub(super) fn wire(&self, within: &Place, to: SocketAddr) -> Result<Option<Listener>, String> {
         let Ground::Namespace(namespace) = self.get(within)? else { return Ok(None) };
         let [source, _] = documentation(to);
@@ -242,7 +247,7 @@ impl Ground {
         }
     }
 
-    /// The address to dial from, where it matters.
+    /// Returns the address to dial from, where it matters; else `None`.
     fn source(&self, to: SocketAddr) -> anyhow::Result<Option<IpAddr>> {
         let Self::Scratch { scratch, addresses, bridge, .. } = self else { return Ok(None) };
         let Some(bridge) = bridge else {
@@ -264,7 +269,7 @@ impl Ground {
         }
     }
 
-    /// Who would get a connection or a datagram from there.
+    /// Returns the socket that would get a connection or a datagram from this place.
     fn lookup(
         &self,
         protocol: Protocol,
@@ -280,7 +285,7 @@ impl Ground {
     }
 }
 
-/// Addresses that nobody has (RFC 5737, RFC 3849).
+/// Returns addresses that no host has (RFC 5737, RFC 3849).
 fn documentation(to: SocketAddr) -> [IpAddr; 2] {
     match to {
         SocketAddr::V4(_) => [Ipv4Addr::new(192, 0, 2, 1).into(), Ipv4Addr::new(198, 51, 100, 1).into()],
@@ -329,7 +334,8 @@ fn open(namespace: &NamespaceStatus, host: &HostNetns) -> anyhow::Result<Namespa
     Ok(opened)
 }
 
-/// Closed by a reset, so that nothing is left of the connection at either end when the namespace goes.
+/// Creates a socket that closes with a reset, so that nothing is left of the connection at either end when
+/// the namespace is removed.
 fn socket(source: Option<IpAddr>, to: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(
         Domain::for_address(to),

@@ -1,20 +1,22 @@
-//! `lbridge verify`: tries, with real connections, that each rule is open to whom it should be, and to nobody else. Makes
-//! throw-away namespaces on the bridges and one that stands for the LAN, and dials from there. Runs in the process of the
-//! command, as root.
+//! verify: `lbridge verify` tests with real connections that each rule is open to its containers and to
+//! nobody else. It creates throw-away network namespaces on the bridges and one that stands for the LAN, and
+//! dials from there. Runs in the command's own process, as root.
 //!
-//! What can be proved, and how:
+//! The following can be proved:
 //!
-//! - that a rule is open: by a connection. That the right one takes it: the kernel is asked which listener it would give such
-//!   a connection to, see [`listeners::lookup`]; for a steered rule that must be the service's, for a relayed one a socket that
-//!   the daemon holds. That the relay's service is there: the relay does not reset the connection.
-//! - that it is closed to others: by connections that come to nothing. Refused, reset, unreachable and no answer are one.
-//! - that a source address of the network does not help those elsewhere: the kernel is asked as above, since whoever lies
-//!   about the source never sees an answer.
+//! - A rule is open: a connection succeeds. For the right listener it asks the kernel which one would get
+//!   such a connection, see [`listeners::lookup`]; for a steered rule that must be the service's, for a
+//!   relayed one a socket that the daemon holds. For the relay's service, it checks that the relay does not
+//!   reset the connection.
+//! - A rule is closed to others: their connections fail. Refused, reset, unreachable and no answer count the
+//!   same.
+//! - A source address of the network does not help a sender elsewhere: it asks the kernel as above, since a
+//!   sender with a forged source never sees an answer.
 //!
-//! Nothing of UDP is sent: only the service could answer, to whom a datagram of ours may mean anything. The kernel is asked who
-//! would get one.
+//! Nothing is sent by UDP: only the service could answer, and a datagram of ours may mean anything to it. The
+//! kernel is asked which socket would get one.
 //!
-//! What cannot be tried is not verified, and counts as a failure does.
+//! A check that could not be made is unverified, and counts as a failure.
 
 mod ground;
 mod plan;
@@ -44,91 +46,91 @@ use crate::{
 use ground::{Aim, Dialled, Grounds};
 use plan::{Attempt, By, Place, Plan, Trial, plan};
 
-/// Connections at a time; the soft limit of open files is 1,024 nearly everywhere.
+/// Maximum number of connections at the same time; the soft limit of open files is 1,024 nearly everywhere.
 const AT_A_TIME: usize = 256;
 const FIREWALL: &str =
     "a firewall drops it; `nft list ruleset` or `iptables -vnL INPUT` shows the rule whose count grows";
 const REJECTS: &str =
     "a firewall rejects it; `nft list ruleset` or `iptables -vnL INPUT` shows the rule whose count grows";
 
-/// What should come of a check.
+/// The expected result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Expected {
-    /// Somebody answers, and it is the rule's service or relay.
+    /// The rule's service or relay answers.
     Open,
-    /// Refused at once.
+    /// The connection is refused at once.
     Refused,
-    /// Nobody answers.
+    /// No service takes the connection.
     Closed,
 }
 
-/// What came of it.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Found {
-    /// Somebody answered.
+    /// A service or relay answered.
     Open,
-    /// Refused, or reset.
+    /// The connection was refused or reset.
     Refused,
-    /// No way there.
+    /// The address was unreachable.
     Unreachable,
-    /// No answer.
+    /// There was no answer in time.
     TimedOut,
-    /// The kernel, asked, has nobody who would get it.
+    /// The kernel reports that no socket would get the packet.
     Nobody,
-    /// It was not tried.
+    /// The check was not made.
     NotTried,
 }
 
-/// Whether that is as it should be.
+/// The comparison of result and expectation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// It is.
+    /// The result is as expected.
     Ok,
-    /// It is not.
+    /// The result is not as expected.
     Failed,
-    /// It could not be tried.
+    /// The check could not be made.
     Unverified,
 }
 
-/// One thing that was tried.
+/// One check and its result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Check {
     /// The rule's network.
     pub network: Network,
     /// The rule's dialled port.
     pub port: u16,
-    /// What is spoken there.
+    /// The rule's IP protocol.
     pub protocol: Protocol,
-    /// From where.
+    /// The place or source that was dialled from.
     pub from: String,
-    /// What was dialled.
+    /// The address that was dialled.
     pub to: String,
-    /// What should have come of it.
+    /// The expected result.
     pub expected: Expected,
-    /// What did.
+    /// The actual result.
     pub found: Found,
-    /// Whether that is as it should be.
+    /// The comparison of the two.
     pub verdict: Verdict,
-    /// Why not.
+    /// The reason for a verdict other than ok; `None` if there is nothing to say.
     pub why: Option<String>,
 }
 
-/// Everything that was tried.
+/// All checks and the overall result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// Whether everything is as it should be.
+    /// True if every result is as expected.
     pub verified: bool,
-    /// In order of the rules.
+    /// The checks, in the order of the rules.
     pub checks: Vec<Check>,
 }
 
-/// Verifies all rules of `status`, or one. `daemon` is the daemon's process.
+/// Verifies all rules of `status`, or only `wanted`. `daemon` is the daemon's process id.
 pub async fn verify(status: &Status, daemon: Option<u32>, wanted: Option<&RuleId>) -> anyhow::Result<Report> {
     is_the_daemons_host(daemon)?;
-    // A channel that nobody reads: one look is all there is.
+    // A channel without a reader: the interfaces are listed only once.
     let interfaces = Interfaces::connect(mpsc::channel(1).0)?.list().await?;
     let plan = plan(status, &interfaces, wanted);
     let grounds = Grounds::make(&plan).await?;
@@ -141,7 +143,7 @@ pub async fn verify(status: &Status, daemon: Option<u32>, wanted: Option<&RuleId
     Ok(Report { verified, checks })
 }
 
-/// In another network namespace everything would be closed.
+/// Returns an error in a network namespace other than the daemon's, where everything would be closed.
 fn is_the_daemons_host(daemon: Option<u32>) -> anyhow::Result<()> {
     let Some(pid) = daemon else { return Ok(()) };
     let of = |process: &str| {
@@ -156,7 +158,7 @@ fn is_the_daemons_host(daemon: Option<u32>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Several rules may ask for the same.
+/// Makes every connection of the plan once: several trials may need the same one.
 async fn dial_all(plan: &Plan, grounds: &Grounds) -> BTreeMap<(Place, SocketAddr), Dialled> {
     let mut wanted = BTreeMap::new();
     for trial in &plan.trials {
@@ -182,9 +184,9 @@ struct Judge<'a> {
     daemon: Option<u32>,
     grounds: &'a Grounds,
     dialled: BTreeMap<(Place, SocketAddr), Dialled>,
-    /// Of the host.
+    /// The host's TCP listeners.
     listeners: Vec<Listener>,
-    /// The host's, of UDP.
+    /// The host's UDP sockets.
     sockets: Vec<Listener>,
 }
 
@@ -323,8 +325,9 @@ impl Judge<'_> {
         }
     }
 
-    /// Nobody answers the LAN, but somebody listens there. What a firewall does about an interface that was made just now it
-    /// may not do about the LAN's. Localhost over the wire is not for a firewall to stop, but for the kernel.
+    /// Explains a connection from the LAN that nobody answers although a listener exists. A firewall may
+    /// treat a newly created interface differently from the LAN's. Localhost over the wire is excluded: the
+    /// kernel stops it, not a firewall.
     fn behind_a_firewall(&self, from: &Place, to: SocketAddr) -> Option<String> {
         if *from != Place::Lan || to.ip().is_loopback() {
             return None;
@@ -336,7 +339,7 @@ impl Judge<'_> {
         ))
     }
 
-    /// Whether whoever takes the connections to `to` is who should.
+    /// Returns an error with the reason unless the right socket takes the connections to `to`.
     fn is_right(&self, by: Option<&By>, taker: Option<&Listener>, to: SocketAddr) -> Result<(), String> {
         let Some(taker) = taker else { return Err(who_answers(None, to)) };
         match by {
@@ -353,7 +356,8 @@ impl Judge<'_> {
         }
     }
 
-    /// Whether it is what a client on the host would reach there: a listener at that address, or else at a wildcard one.
+    /// Returns true if `taker` is the socket that a client on the host would reach at `target`: a listener on
+    /// that address, or else on a wildcard address.
     fn serves(&self, taker: &Listener, target: SocketAddr) -> bool {
         let at = |ip: IpAddr| -> Vec<_> {
             let there = SocketAddr::new(ip, target.port());
@@ -387,7 +391,7 @@ fn found(dialled: &Dialled) -> Found {
     }
 }
 
-/// Somebody answers who should not.
+/// Describes the socket that answers although it should not.
 fn who_answers(taker: Option<&Listener>, to: SocketAddr) -> String {
     let port = to.port();
     match taker {

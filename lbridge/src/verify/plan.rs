@@ -1,4 +1,4 @@
-//! What is to be tried, given what the daemon says and what the host has. Pure.
+//! plan: decides what to test, given the daemon's status and the host's interfaces. Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,116 +16,118 @@ use crate::{
 
 use super::Expected;
 
-/// From where something is tried.
+/// A place to test from.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Place {
-    /// A neighbour of the host, which knows no better than to send it everything.
+    /// A neighbour of the host on the LAN, which sends everything to the host.
     Lan,
-    /// A bridge of the host, by its name.
+    /// A bridge of the host, by name.
     Bridge(String),
-    /// Any other interface of the host's. Nothing is sent there; the kernel is asked.
+    /// Any other interface of the host. Nothing is sent there; the kernel is asked.
     Interface {
-        /// Its name.
+        /// The interface's name.
         name: String,
-        /// Its index.
+        /// The interface's index in the host's network namespace.
         index: u32,
     },
-    /// The namespace of a rule.
+    /// The network namespace of a rule.
     Inside(RuleId),
 }
 
-/// Something to try.
+/// A test, and what it should show.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Trial {
-    /// For which rule.
+    /// The rule that is tested.
     pub(super) rule: RuleId,
-    /// What.
+    /// The attempt to make.
     pub(super) attempt: Attempt,
-    /// What should come of it.
+    /// The expected result.
     pub(super) expected: Expected,
 }
 
-/// How it is tried.
+/// The kinds of attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Attempt {
-    /// A connection. If it should be open the kernel is asked as well who gets it.
+    /// Make a connection. If it should succeed, also ask the kernel which socket gets it.
     Connect {
-        /// From there.
+        /// The place to dial from.
         from: Place,
-        /// To there.
+        /// The address to dial.
         to: SocketAddr,
-        /// Who is to get it; `None` where nobody is.
+        /// The socket that must get it; `None` if none may.
         by: Option<By>,
     },
-    /// Nothing is sent: the kernel is asked who would get a datagram.
+    /// Send nothing; ask the kernel which socket would get a datagram.
     Ask {
-        /// From there.
+        /// The place that it would come from.
         from: Place,
-        /// To there.
+        /// The address that it would go to.
         to: SocketAddr,
-        /// Who is to get it; `None` where nobody is.
+        /// The socket that must get it; `None` if none may.
         by: Option<By>,
     },
-    /// An address of the rule's network on packets that come in elsewhere. Who sends them never sees an answer, so the kernel
-    /// is asked who would get the first.
+    /// Use an address of the rule's network on packets that arrive elsewhere. Their sender never sees an
+    /// answer, so the kernel is asked which socket would get the first packet.
     Borrow {
-        /// The bridge that the address is of.
+        /// The bridge whose address is used.
         of: String,
-        /// There they come in.
+        /// The place where the packets arrive.
         at: Place,
-        /// To there.
+        /// The address that they go to.
         to: SocketAddr,
     },
-    /// The address of a container that the rule is for; asked like the above, since somebody has it.
+    /// Use the address of a container that the rule is for. Asked like [`Attempt::Borrow`], since a container
+    /// already has the address.
     Listed {
-        /// Which.
+        /// The container's address.
         source: IpAddr,
-        /// There packets come in.
+        /// The place where the packets arrive.
         at: Place,
-        /// To there.
+        /// The address that they go to.
         to: SocketAddr,
-        /// Who is to get it; `None` where nobody is.
+        /// The socket that must get it; `None` if none may.
         by: Option<By>,
     },
-    /// An address that is none of the network's, on its bridge; asked like the above.
+    /// Use an address outside the network, on its bridge; asked like [`Attempt::Borrow`].
     Foreign {
-        /// The bridge.
+        /// The bridge where the packets arrive.
         at: Place,
-        /// To there.
+        /// The address that they go to.
         to: SocketAddr,
     },
-    /// Localhost of a namespace, dialled at an interface other than its loopback one. Asked like the above.
+    /// Dial the localhost of a namespace through an interface other than its loopback. Asked like
+    /// [`Attempt::Borrow`].
     Wire {
-        /// In there.
+        /// The namespace.
         within: Place,
-        /// To there.
+        /// The localhost address.
         to: SocketAddr,
     },
-    /// Nothing can be tried, and why.
+    /// Nothing can be tested.
     Nothing {
-        /// What would have been dialled.
+        /// A description of what would have been dialled.
         what: String,
-        /// Why not.
+        /// The reason why it cannot be.
         why: String,
     },
 }
 
-/// Who is to get a connection.
+/// The socket that must get a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum By {
-    /// The service's own listener, there or at the wildcard address that stands for it.
+    /// The service's own listener, at this address or at the wildcard address that covers it.
     Service(SocketAddr),
     /// A relay of the daemon.
     Relay,
 }
 
-/// The trials, and where they take place.
+/// The trials and the places that they need.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     pub(super) trials: Vec<Trial>,
     /// The bridges, by name.
     pub(super) bridges: BTreeMap<String, Interface>,
-    /// The namespaces of rules.
+    /// The network namespaces of rules, by rule.
     pub(super) namespaces: BTreeMap<RuleId, NamespaceStatus>,
 }
 
@@ -167,10 +169,10 @@ fn dialled_at<'a>(bridge: &'a str, to: SocketAddr, rule: &RuleStatus) -> (&'a st
 }
 
 struct Planner<'a> {
-    /// What some rule has containers of a bridge dial.
+    /// The addresses that some rule makes a bridge's containers dial.
     dialled: BTreeSet<(&'a str, SocketAddr, Protocol)>,
-    /// Interfaces with addresses, and bridges that neither a rule nor Docker knows: nothing is plugged into those, behind which
-    /// the LAN may be.
+    /// Interfaces with addresses, and bridges that neither a rule nor Docker knows. Nothing is plugged into
+    /// those; the LAN may be behind them.
     uplinks: Vec<Place>,
     /// Every address of the host.
     host: BTreeSet<IpAddr>,
@@ -201,7 +203,7 @@ impl Planner<'_> {
         self.add(rule, attempt(rule, from.clone(), to, None), Expected::Closed);
     }
 
-    /// What the rule is for.
+    /// Adds the trials for what the rule is meant to open.
     fn meant(&mut self, rule: &RuleStatus) {
         if rule.gateways.is_empty() {
             let what = format!("port {}", rule.port);
@@ -221,7 +223,7 @@ impl Planner<'_> {
                 State::Steered => (target(rule, gateway).map(By::Service), Expected::Open),
                 State::Relayed => (Some(By::Relay), Expected::Open),
                 State::Waiting => (None, Expected::Refused),
-                // Said by `status`; it is not promised.
+                // `status` reports it; a blocked alias is not promised to work.
                 State::Blocked if gateway.alias.is_some() => continue,
                 State::Blocked => {
                     let why = format!("blocked: {}", gateway.why.as_deref().unwrap_or_default());
@@ -238,19 +240,20 @@ impl Planner<'_> {
                 let attempt = Attempt::Listed { source: *source, at: from.clone(), to, by: by.clone() };
                 self.add(rule, attempt, Expected::Open);
             }
-            // What is tried has another address; a relay accepts it, and resets it.
+            // The test has another source address; a relay accepts it and resets it.
             let by = by.filter(|by| *by == By::Relay);
             self.add(rule, attempt(rule, from, to, by), Expected::Refused);
         }
     }
 
-    /// The dialled port and the service's on every address of the host, and localhost over the wire.
+    /// Adds trials from the LAN: the dialled port and the service's port on every address of the host, and
+    /// localhost over the wire.
     fn lan(&mut self, rule: &RuleStatus) {
-        // What a namespace dials is nothing of the host's.
+        // The address that a namespace dials is not the host's.
         let ports =
             if rule.network.is_namespace() { service_port(rule).into_iter().collect() } else { ports(rule) };
         let localhost = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
-        // The kernel, asked, does not say that it drops such packets before it looks for anybody.
+        // For UDP the kernel's answer does not show that it drops such packets before it looks up a socket.
         let localhost = if rule.protocol == Protocol::Udp { &[][..] } else { &localhost[..] };
         for port in ports {
             for ip in self.host.clone().into_iter().chain(localhost.iter().copied()) {
@@ -259,8 +262,9 @@ impl Planner<'_> {
         }
     }
 
-    /// From each bridge to everything that no rule opens for it: a rule's own gateways from other bridges, and of the
-    /// host's addresses those on that bridge; from the rule's bridge every address of the host.
+    /// Adds trials from each bridge to everything that no rule opens for it. From other bridges these are the
+    /// rule's gateways and the host's addresses on that bridge; from the rule's own bridge, every address of
+    /// the host.
     fn bridges(&mut self, rule: &RuleStatus) {
         let own: BTreeSet<_> = rule.gateways.iter().map(|gateway| gateway.interface.as_str()).collect();
         let gateways: BTreeSet<_> = rule.gateways.iter().map(|gateway| gateway.address).collect();
@@ -274,7 +278,7 @@ impl Planner<'_> {
             };
             for port in ports(rule) {
                 for to in targets.iter().map(|ip| SocketAddr::new(*ip, port)) {
-                    // Without an address of that family there is no way there, and none back.
+                    // Without an address of that family there is no route there, and none back.
                     let has_family = bridge.addresses.iter().any(|(ip, _)| ip.is_ipv4() == to.is_ipv4());
                     if has_family && !self.dialled.contains(&dialled_at(&bridge.name, to, rule)) {
                         self.closed(rule, &Place::Bridge(bridge.name.clone()), to);
@@ -284,7 +288,8 @@ impl Planner<'_> {
         }
     }
 
-    /// Addresses of the network's elsewhere, and those of others there. A relay accepts the latter and resets them.
+    /// Adds trials with false source addresses: those of the network elsewhere, and foreign ones on the
+    /// network's bridge. A relay accepts the latter and resets them.
     fn false_addresses(&mut self, rule: &RuleStatus) {
         for gateway in &rule.gateways {
             let to = SocketAddr::new(gateway.address, rule.port);
@@ -292,7 +297,8 @@ impl Planner<'_> {
                 let at = Place::Bridge(gateway.interface.clone());
                 self.add(rule, Attempt::Foreign { at, to }, Expected::Closed);
             }
-            // Where the kernel does not tell the interface the documentation says what such packets get.
+            // If the kernel does not check the interface, the documentation says what happens to such
+            // packets.
             let checked = match gateway.state {
                 State::Steered => self.interface_check,
                 State::Relayed => true,
@@ -304,7 +310,7 @@ impl Planner<'_> {
             let others = self.plan.bridges.keys().filter(|name| **name != gateway.interface);
             let others = others.map(|name| Place::Bridge(name.clone())).chain([Place::Lan]);
             let places: Vec<_> = others.chain(self.uplinks.iter().cloned()).collect();
-            // Any other address is refused anyway.
+            // The rule refuses any other address anyway.
             let listed = gateway.sources.as_ref().and_then(|sources| sources.first().copied());
             for at in places {
                 let attempt = match listed {
@@ -324,7 +330,7 @@ impl Planner<'_> {
     }
 }
 
-/// How it is tried who gets what comes from there.
+/// Builds the attempt for the rule's protocol.
 fn attempt(rule: &RuleStatus, from: Place, to: SocketAddr, by: Option<By>) -> Attempt {
     match rule.protocol {
         Protocol::Tcp => Attempt::Connect { from, to, by },
@@ -332,13 +338,13 @@ fn attempt(rule: &RuleStatus, from: Place, to: SocketAddr, by: Option<By>) -> At
     }
 }
 
-/// Where the rule's service is, for those who dial that gateway.
+/// Returns the address of the rule's service for clients of that gateway.
 fn target(rule: &RuleStatus, gateway: &GatewayStatus) -> Option<SocketAddr> {
     let target: SocketAddr = rule.target.parse().ok()?;
     if target.is_ipv4() == gateway.address.is_ipv4() {
         return Some(target);
     }
-    // A rule that names a port alone means that of either family, and is shown with the first.
+    // A rule that names only a port means either family; its status shows the first.
     Some(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), target.port()))
 }
 
@@ -346,12 +352,12 @@ fn service_port(rule: &RuleStatus) -> Option<u16> {
     rule.target.parse().ok().map(|target: SocketAddr| target.port())
 }
 
-/// Ports at which somebody else might come by the service.
+/// Returns the ports at which others might reach the service.
 fn ports(rule: &RuleStatus) -> BTreeSet<u16> {
     service_port(rule).into_iter().chain([rule.port]).collect()
 }
 
-/// The subnet of an interface's that an address belongs to.
+/// Returns the interface's subnet that an address belongs to, as address and prefix length.
 pub(super) fn subnet(interface: &Interface, ip: IpAddr) -> Option<(IpAddr, u8)> {
     let fits = |(gateway, prefix): &&(IpAddr, u8)| {
         gateway.is_ipv4() == ip.is_ipv4() && Subnet::of(*gateway, *prefix).contains(ip)

@@ -92,7 +92,8 @@ fn a_rule_is_open_to_its_network_and_closed_to_all_others() {
     let app = rule("app", 80, "127.0.0.1:3000", vec![gateway("10.7.0.1", "br-app", State::Steered)]);
     let plan = plan(&status(vec![app]), &host(), None);
     assert_eq!(connects(&plan, &bridge("br-app"), Expected::Open), ["10.7.0.1:80"]);
-    // The service's own port, its network's other address and what other networks dial are not open to it.
+    // The service's own port, the network's other address and the addresses that other networks dial are
+    // closed to it.
     let from_app = connects(&plan, &bridge("br-app"), Expected::Closed);
     for to in ["10.7.0.1:3000", "[fd07::1]:80", "10.8.0.1:80", "203.0.113.5:80", "203.0.113.5:3000"] {
         assert!(from_app.contains(&to.to_owned()), "{to} in {from_app:?}");
@@ -106,7 +107,7 @@ fn a_rule_is_open_to_its_network_and_closed_to_all_others() {
     for to in ["203.0.113.5:3000", "10.7.0.1:80", "[fd07::1]:80", "127.0.0.1:3000", "[::1]:80"] {
         assert!(lan.contains(&to.to_owned()), "{to} in {lan:?}");
     }
-    // Nobody's business: neither Docker's nor a rule's.
+    // Not tested: neither Docker nor a rule knows this bridge.
     assert!(!plan.bridges.contains_key("br-lan"));
 }
 
@@ -198,7 +199,7 @@ fn a_namespace_is_dialled_from_inside() {
     let id = Rule::new("pid:7".parse().unwrap(), PortSpec::same(80)).id();
     assert_eq!(connects(&plan, &Place::Inside(id.clone()), Expected::Open), ["127.0.0.1:80"]);
     assert!(plan.trials.iter().any(|trial| matches!(trial.attempt, Attempt::Wire { .. })));
-    // The port is dialled inside, the service is the host's.
+    // The port is dialled inside the namespace; the service is the host's.
     let lan = connects(&plan, &Place::Lan, Expected::Closed);
     assert!(lan.contains(&"203.0.113.5:3000".to_owned()) && !lan.contains(&"203.0.113.5:80".to_owned()));
     assert_eq!(plan.namespaces.keys().collect::<Vec<_>>(), [&id]);

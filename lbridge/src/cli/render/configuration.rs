@@ -1,11 +1,11 @@
-//! What has been changed, or would be: `reload`, `check-config`, `service`.
+//! `reload`, `check-config`, `service`: prints the changes that were made, or would be.
 
 use std::{fmt::Write as _, path::Path};
 
 use super::{print, rules::states_text, shown};
 use crate::{api::protocol::Reloaded, cli::Failure, store::config::Config};
 
-/// What `reload` brought about.
+/// Prints the changes that `reload` made.
 pub(in crate::cli) fn reloaded(reloaded: &Reloaded) -> Result<(), Failure> {
     let Reloaded { added, changed, removed, settings } = reloaded;
     let mut text = states_text(added, "added    ");
@@ -20,7 +20,7 @@ pub(in crate::cli) fn reloaded(reloaded: &Reloaded) -> Result<(), Failure> {
     print(if text.is_empty() { "nothing has changed\n" } else { &text })
 }
 
-/// What `check-config` found. `unread` are rules that could not be compared.
+/// Prints the result of `check-config`. `unread` are rules that could not be compared.
 pub(in crate::cli) fn config(
     path: &Path,
     there: bool,
@@ -34,7 +34,7 @@ pub(in crate::cli) fn config(
         (true, 1) => write!(text, ": 1 rule"),
         (true, count) => write!(text, ": {count} rules"),
     };
-    // What labels may is no matter where they are off.
+    // The settings for labels do not matter while labels are off.
     let matters = |name: &str| match name {
         "aliases" => !config.aliases.is_empty(),
         _ => config.labels.enabled || !name.starts_with("label"),
@@ -50,7 +50,7 @@ pub(in crate::cli) fn config(
     print(&text)
 }
 
-/// What `service` has changed, one line for each.
+/// Prints the changes that `service` made, one per line.
 pub(in crate::cli) fn changes(changes: &[String]) -> Result<(), Failure> {
     if changes.is_empty() {
         return print("nothing had to be changed\n");

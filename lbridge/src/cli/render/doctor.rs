@@ -1,4 +1,4 @@
-//! `doctor`: findings, each with what to type.
+//! `doctor`: prints the findings, each with its remedy.
 
 use std::{cmp::Reverse, fmt::Write as _};
 
@@ -8,7 +8,7 @@ use crate::{
     doctor::{Finding, Level, Report},
 };
 
-/// What the doctor found, the worst first, each with what to type.
+/// Prints the findings, the worst first, each with its remedy.
 pub(in crate::cli) fn examination(report: &Report) -> Result<(), Failure> {
     let mut text = String::new();
     let mut findings: Vec<_> = report.findings.iter().collect();

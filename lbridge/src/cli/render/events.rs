@@ -1,4 +1,4 @@
-//! `events`: one line each.
+//! `events`: prints one line per event.
 
 use nix::unistd::User;
 
@@ -9,7 +9,7 @@ use crate::{
     planning::rule::{Network, Protocol},
 };
 
-/// An event in one line, with the local time; whether anybody reads on.
+/// Prints an event in one line, with the local time; returns true if standard output still has a reader.
 pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
     let rule = |network: &Network, port: &u16, protocol: &Protocol| {
         format!("{} {port}{}", shown(&network.to_string()), protocol.suffix())

@@ -1,4 +1,4 @@
-//! `explain`: a connection, step by step.
+//! `explain`: prints the steps of a connection.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,7 @@ use crate::{
     planning::explain::{Answer, Explanation, Stage, Step},
 };
 
-/// A connection, step by step.
+/// Prints the steps of a connection.
 pub(in crate::cli) fn explanation(explanation: &Explanation) -> Result<(), Failure> {
     let mut text = String::new();
     let steps = |text: &mut String, steps: &[Step]| {

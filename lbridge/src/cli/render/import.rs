@@ -1,4 +1,4 @@
-//! `import`: what it would do or has done, and what is left to type.
+//! `import`: prints what an import would do or has done, and what is left to type.
 
 use std::{collections::BTreeSet, fmt::Write as _, net::SocketAddr};
 
@@ -11,7 +11,7 @@ use crate::{
     planning::policy::State,
 };
 
-/// What an import would do, and what to type.
+/// Prints what an import would do, and what to type.
 pub(in crate::cli) fn import_plan(plan: &Plan) -> Result<(), Failure> {
     let mut text = String::new();
     for taken in &plan.taken {
@@ -36,7 +36,7 @@ pub(in crate::cli) fn import_plan(plan: &Plan) -> Result<(), Failure> {
         text += "No socat unit is to be turned into a rule.\n";
         return print(&text);
     }
-    // Done already, but for what is the administrator's.
+    // Everything is done, except for the administrator's part.
     if plan.taken.iter().all(|taken| taken.standing == Standing::There) {
         text += "\nThe rules are there. Connections that socat carries end with it; stop it when they may:\n";
         text += &disable(plan.taken.iter());
@@ -53,7 +53,7 @@ pub(in crate::cli) fn import_plan(plan: &Plan) -> Result<(), Failure> {
     print(&text)
 }
 
-/// What an import did, and what is left to type. `made` are the new rules, `all` those there are.
+/// Prints what an import did, and what is left to type. `made` are the new rules, `all` the existing ones.
 pub(in crate::cli) fn imported(plan: &Plan, made: &[RuleStatus], all: &[RuleStatus]) -> Result<(), Failure> {
     states(made)?;
     let mut text = left(plan);
@@ -92,7 +92,7 @@ fn disable<'a>(taken: impl Iterator<Item = &'a Taken>) -> String {
 }
 
 fn disable_line(unit: &str, alone: bool) -> String {
-    // What systemd-escape makes has backslashes, which a shell would take away.
+    // The output of systemd-escape contains backslashes, which a shell would remove.
     let unit = quoted(unit);
     let unit = shown(&unit);
     if alone {

@@ -1,5 +1,5 @@
-//! All output, in a file for each kind; here is what they share. Names come from elsewhere (networks, remarks), so whatever
-//! could act on a terminal is escaped.
+//! render: all output, with one file for each kind and the shared parts here. Names come from elsewhere
+//! (networks, comments), so everything that could act on a terminal is escaped.
 
 mod configuration;
 mod doctor;
@@ -38,18 +38,19 @@ pub(super) use {
 
 const NO_RULES: &str = "No rules. Allow a network's containers a port: lbridge allow NETWORK PORT\n";
 
-/// Prints lines, whose cells have been [`shown`]; what was forgotten cannot act on a terminal all the same.
+/// Prints lines whose cells were already escaped with [`shown`]. Escapes again, so that a cell that was
+/// forgotten cannot act on a terminal.
 fn print(text: &str) -> Result<(), Failure> {
     print_on(text).map(drop)
 }
 
-/// As [`print()`]; returns true if anybody reads on.
+/// Like [`print()`]; returns true if standard output still has a reader.
 fn print_on(text: &str) -> Result<bool, Failure> {
     let lines: Vec<_> = text.split('\n').map(shown).collect();
     write(lines.join("\n").as_bytes())
 }
 
-/// Writes to standard output, as it is; returns true if anybody reads on.
+/// Writes bytes to standard output unchanged; returns true if it still has a reader.
 fn write(bytes: &[u8]) -> Result<bool, Failure> {
     let mut out = io::stdout().lock();
     read_on(out.write_all(bytes).and_then(|()| out.flush()))
@@ -58,41 +59,42 @@ fn write(bytes: &[u8]) -> Result<bool, Failure> {
 fn read_on(written: io::Result<()>) -> Result<bool, Failure> {
     match written {
         Ok(()) => Ok(true),
-        // `| head` has seen enough.
+        // The reader, such as `| head`, has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
         Err(error) => Err(anyhow::Error::new(error).context("cannot write to standard output").into()),
     }
 }
 
-/// What went wrong: one line, whatever the message holds.
+/// Prints an error in one line, whatever the message contains.
 pub(super) fn error(message: &str) {
     log::say(&format!("lbridge: {}", shown(&message.replace(['\n', '\r'], " "))));
 }
 
-/// What `--help` and `--version` ask for, in colour where clap takes that to be right.
+/// Prints the output of `--help` and `--version`, in colour where clap decides so.
 pub(super) fn help(help: &clap::Error) -> Result<(), Failure> {
     read_on(help.print().and_then(|()| io::stdout().flush())).map(drop)
 }
 
-/// A shell's script.
+/// Prints a shell's completion script.
 pub(super) fn script(script: &[u8]) -> Result<(), Failure> {
     write(script).map(drop)
 }
 
-/// JSON, for programs.
+/// Prints JSON for programs.
 pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
     write((escaped(&text) + "\n").as_bytes()).map(drop)
 }
 
-/// JSON in one line, of many; whether anybody reads on.
+/// Prints one line of a JSON stream; returns true if standard output still has a reader.
 pub(super) fn json_line(value: &impl Serialize) -> Result<bool, Failure> {
     let text = serde_json::to_string(value).map_err(anyhow::Error::from)?;
     write((escaped(&text) + "\n").as_bytes())
 }
 
-/// JSON that nothing is lost of, and that cannot act on a terminal. Serde escapes what JSON demands, which is C0 alone; what it
-/// leaves is within strings, since nothing else in JSON is of such characters.
+/// Escapes JSON without loss, so that it cannot act on a terminal. Serde escapes only what JSON demands,
+/// which is C0. The other control characters occur only within strings, since JSON has none of them
+/// elsewhere.
 fn escaped(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
     for c in json.chars() {
@@ -124,7 +126,7 @@ fn time(at: Timestamp) -> impl Display {
     at.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S")
 }
 
-/// Columns as wide as their widest cell, the last one free.
+/// A table whose columns are as wide as their widest cell; the last column is not padded.
 struct Table {
     rows: Vec<Vec<String>>,
 }

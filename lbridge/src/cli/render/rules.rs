@@ -1,4 +1,4 @@
-//! The rules, and what became of them: `allow`, `deny`, `list`. Ports that follow each other are folded into a range.
+//! `allow`, `deny`, `list`: prints the rules and their status. Consecutive ports are folded into a range.
 
 use std::{
     collections::BTreeMap,
@@ -16,13 +16,14 @@ use crate::{
     },
 };
 
-/// What `allow` brought about, one line for each gateway.
+/// Prints the result of `allow`, one line per gateway.
 pub(in crate::cli) fn states(rules: &[RuleStatus]) -> Result<(), Failure> {
     let notes = listener_notes(rules).into_iter().map(|note| format!("note: {note}\n"));
     print(&(states_text(rules, "") + &notes.collect::<String>()))
 }
 
-/// Which rules lead to listeners of people: one note for each user, whose rules are named, the first few.
+/// Returns the rules that lead to listeners owned by people: one note per user, which names the first few
+/// rules.
 pub(super) fn listener_notes(rules: &[RuleStatus]) -> Vec<String> {
     const MAX: usize = 4;
     let mut users: BTreeMap<u32, (&ListenerUser, Vec<Range<'_>>)> = BTreeMap::new();
@@ -73,7 +74,7 @@ pub(super) fn states_text(rules: &[RuleStatus], prefix: &str) -> String {
     text
 }
 
-/// Localhost, and whose.
+/// Returns the localhost address of a dial, and whose localhost it is.
 pub(super) fn dialled(dial: &DialStatus, port: impl std::fmt::Display) -> String {
     let address = match dial.address {
         IpAddr::V4(ip) => ip.to_string(),
@@ -83,7 +84,7 @@ pub(super) fn dialled(dial: &DialStatus, port: impl std::fmt::Display) -> String
     format!("{address}:{port} in {} {containers}", dial.containers)
 }
 
-/// What `deny` took back.
+/// Prints the rules that `deny` removed.
 pub(in crate::cli) fn denied(rules: &[RuleStatus]) -> Result<(), Failure> {
     let mut text = String::new();
     for range in ranges(rules, |_| ()) {
@@ -96,7 +97,7 @@ pub(in crate::cli) fn denied(rules: &[RuleStatus]) -> Result<(), Failure> {
     print(&text)
 }
 
-/// The rules, as they were given.
+/// Prints the rules as the administrator gave them.
 pub(in crate::cli) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
     if rules.is_empty() {
         return print(NO_RULES);
@@ -130,26 +131,26 @@ pub(in crate::cli) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
     print(&table.to_text())
 }
 
-/// Rules of one network for ports that follow each other, which are the same but for that.
+/// Rules of one network for consecutive ports that are otherwise the same.
 pub(super) struct Range<'a> {
     pub(super) first: &'a RuleStatus,
     pub(super) all: &'a [RuleStatus],
 }
 
 impl Range<'_> {
-    /// `8000-8010`, or a port alone.
+    /// Returns `8000-8010`, or a single port.
     pub(super) fn ports(&self) -> String {
         self.to_last(self.first.port) + self.first.protocol.suffix()
     }
 
-    /// What containers dial at `gateway`, in the same way.
+    /// Returns the endpoints that containers dial at `gateway`, as a range.
     pub(super) fn dialled(&self, gateway: IpAddr) -> String {
         let first = SocketAddr::new(gateway, self.first.port).to_string();
         let ports = self.to_last(self.first.port);
         first + ports.strip_prefix(&self.first.port.to_string()).unwrap_or_default()
     }
 
-    /// Where it leads, in the same way.
+    /// Returns the targets, as a range.
     pub(super) fn target(&self) -> String {
         shown(&self.said(&self.first.target))
     }
@@ -161,13 +162,13 @@ impl Range<'_> {
         }
     }
 
-    /// A text of the first rule's, which may name its ports, said of all of them.
+    /// Adapts a text of the first rule, which may name its ports, to all rules of the range.
     pub(super) fn said(&self, text: &str) -> String {
         with_ports(self.first, text, |port| self.to_last(port))
     }
 }
 
-/// As [`ranges`], where they are in the same state.
+/// Like [`ranges`], but folds only rules in the same state.
 pub(super) fn states_of(rules: &[RuleStatus]) -> Vec<Range<'_>> {
     let why = |rule: &RuleStatus, why: &Option<String>| {
         why.as_ref().map(|why| with_ports(rule, why, |_| String::new()))
@@ -184,7 +185,7 @@ pub(super) fn states_of(rules: &[RuleStatus]) -> Vec<Range<'_>> {
     ranges(rules, state)
 }
 
-/// With other words for the rule's ports, wherever `text` names one behind an address.
+/// Replaces the rule's ports by other words, wherever `text` has one after an address.
 pub(super) fn with_ports(rule: &RuleStatus, text: &str, words: impl Fn(u16) -> String) -> String {
     let target = rule.target.parse::<SocketAddr>().ok().map(|target| target.port());
     let ports = target.into_iter().chain((target != Some(rule.port)).then_some(rule.port));
@@ -193,7 +194,7 @@ pub(super) fn with_ports(rule: &RuleStatus, text: &str, words: impl Fn(u16) -> S
         let mut pieces = text.split(&named);
         let mut told = pieces.next().unwrap_or_default().to_owned();
         for piece in pieces {
-            // `:80` is no part of `:8080`.
+            // `:80` does not match within `:8080`.
             let is_other = piece.starts_with(|c: char| c.is_ascii_digit());
             let words = if is_other { port.to_string() } else { words(port) };
             told.extend([":", &words, piece]);
@@ -202,9 +203,10 @@ pub(super) fn with_ports(rule: &RuleStatus, text: &str, words: impl Fn(u16) -> S
     })
 }
 
-/// Folds rules, in their order. `more` is what has to be the same beside what they were given.
+/// Folds rules into ranges, in their order. Rules are folded only if they and their `more` values are the
+/// same.
 pub(super) fn ranges<K: PartialEq>(rules: &[RuleStatus], more: impl Fn(&RuleStatus) -> K) -> Vec<Range<'_>> {
-    // As it would be, were it the port before.
+    // True if `rule` is what `before` would be, one port further.
     let follows = |before: &RuleStatus, rule: &RuleStatus| {
         let target = |rule: &RuleStatus| rule.target.parse::<SocketAddr>().ok();
         let leads_on = match (target(before), target(rule)) {
@@ -223,7 +225,7 @@ pub(super) fn ranges<K: PartialEq>(rules: &[RuleStatus], more: impl Fn(&RuleStat
     runs.filter_map(|all| Some(Range { first: all.first()?, all })).collect()
 }
 
-/// What else was asked for, as `allow` takes it.
+/// Returns the rule's other options, as `allow` takes them.
 fn options(rule: &RuleStatus) -> String {
     let localhost = rule.localhost.then(|| "--localhost".to_owned());
     let from: Vec<_> = rule.from.iter().map(|name| shown(name)).collect();

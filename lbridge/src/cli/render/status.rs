@@ -1,4 +1,4 @@
-//! `status`.
+//! `status`: prints the daemon's whole status.
 
 use std::fmt::Write as _;
 
@@ -13,7 +13,7 @@ use crate::{
     planning::firewall::FirewallMode,
 };
 
-/// Everything, for a person at 3 a.m.
+/// Prints the whole status, for a person at 3 a.m.
 pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
     let mut text = format!("lbridge {}\n", shown(&status.version));
     let kernel = &status.kernel;
@@ -97,7 +97,7 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
                 network.clone(),
                 dialled(dial, range.ports()),
                 target.clone(),
-                // Its gateway counts.
+                // The gateway counts these connections.
                 "-".to_owned(),
                 described(dial.state, why.as_deref()),
             ]);
@@ -107,7 +107,7 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
     print(&text)
 }
 
-/// What is wrong with labels, the first few; nothing where all are well.
+/// Lists the problems with labels, the first few; empty if there are none.
 fn label_lines(status: &LabelStatus) -> String {
     const MAX: usize = 10;
     let mut text = String::new();
@@ -121,7 +121,7 @@ fn label_lines(status: &LabelStatus) -> String {
     text
 }
 
-/// What stands in front of the rules, in a line.
+/// Describes the firewall in one line.
 fn firewall_line(status: &FirewallStatus) -> String {
     let mut line = match &status.firewalls[..] {
         [] => "firewall nothing that denies".to_owned(),

@@ -1,4 +1,4 @@
-//! `top`, and the screen that it is drawn on.
+//! `top`: prints the table, and the screen that it is drawn on.
 
 use std::io;
 
@@ -8,12 +8,12 @@ use crate::cli::{
     top::{Look, Relayed},
 };
 
-/// Which rules are in use; whether anybody reads on.
+/// Prints the rules by load; returns true if standard output still has a reader.
 pub(in crate::cli) fn load(look: &Look) -> Result<bool, Failure> {
     print_on(&(load_text(look) + "\n"))
 }
 
-/// As [`load`], over what the [`Screen`] showed before, as far as it reaches.
+/// Like [`load`], but draws over the previous table on the [`Screen`], as far as its height allows.
 pub(in crate::cli) fn load_in_place(look: &Look) -> Result<bool, Failure> {
     let text = load_text(look);
     let lines: Vec<_> = text.lines().take(terminal_height()).map(shown).collect();
@@ -44,23 +44,24 @@ fn load_text(look: &Look) -> String {
     )
 }
 
-/// `512`, `1.5 KiB`, `3.0 GiB`.
+/// Formats a number of bytes: `512`, `1.5 KiB`, `3.0 GiB`.
 fn bytes(count: u64) -> String {
     let units = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let Some(unit) = (1..=units.len()).rev().find(|unit| count >> (10 * unit) > 0) else {
         return count.to_string();
     };
-    // In tenths, which need no floating point.
+    // Computed in tenths, without floating point.
     let tenths = (u128::from(count) * 10) >> (10 * unit);
     format!("{}.{} {}", tenths / 10, tenths % 10, units[unit - 1])
 }
 
-/// The other screen of a terminal, cursor hidden, long lines cut off (xterm's control sequences, console_codes(4)).
+/// Control sequences for a terminal's alternate screen, with the cursor hidden and long lines cut off
+/// (xterm's control sequences, console_codes(4)).
 const ENTERED: &str = "\x1b[?1049h\x1b[?25l\x1b[?7l";
 const LEFT: &str = "\x1b[?7h\x1b[?25h\x1b[?1049l";
 const CLEARED: &str = "\x1b[H\x1b[2J";
 
-/// A terminal that is drawn on; as it was before when this is dropped.
+/// A terminal that is drawn on; restored when this is dropped.
 pub(in crate::cli) struct Screen;
 
 impl Screen {
@@ -72,15 +73,15 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        // Whoever it belongs to has gone with it, where this fails.
+        // If this fails, the terminal's owner is gone, too.
         let _ = write(LEFT.as_bytes());
     }
 }
 
-/// Lines that fit.
+/// Returns the number of lines that fit on the terminal.
 fn terminal_height() -> usize {
     let size = rustix::termios::tcgetwinsize(io::stdout());
-    // A terminal that does not tell is taken for the smallest usual one.
+    // If the terminal does not report its size, assume the smallest usual one.
     size.ok().map(|size| usize::from(size.ws_row)).filter(|rows| *rows > 0).unwrap_or(24)
 }
 

@@ -1,4 +1,4 @@
-//! `verify`: a table of what was tried.
+//! `verify`: prints a table of the checks.
 
 use std::{collections::BTreeSet, fmt::Write as _};
 
@@ -8,7 +8,7 @@ use crate::{
     verify::{Check, Expected, Found, Report, Verdict},
 };
 
-/// What `verify` has tried. What should be closed is told in one line for each place and finding.
+/// Prints the checks of `verify`. Checks that expect a closed port share one line for each place and finding.
 pub(in crate::cli) fn verification(report: &Report) -> Result<(), Failure> {
     if report.checks.is_empty() {
         return print(NO_RULES);
