@@ -1,7 +1,7 @@
-//! Tests of `lbridge` against real parts. What the suites share is the [`harness`], which `cargo xtask run --lab` and
-//! `cargo xtask bench` use as well.
+//! lbridge-tests: tests of `lbridge` against real parts. The suites share the [`harness`], which
+//! `cargo xtask run --lab` and `cargo xtask bench` use as well.
 //!
-//! | suite | what is real | needs |
+//! | suite | real parts | needs |
 //! |---|---|---|
 //! | `harness` | namespaces: that packets flow, and nothing leaks | root, cgroup2 |
 //! | `kernel` | the kernel's hooks, on the kernel that runs | and a built lbridge |
@@ -15,7 +15,7 @@
 //! | `packages` | packages that are installed, upgraded and removed | and systemd, dpkg, rpm; `cargo xtask test` makes them |
 //! | `vm` | the `kernel` suite on Debian's 5.10 and 6.1 | qemu, kernels; no root |
 //!
-//! A suite is a program of its own (`cargo test -p lbridge-tests --test kernel -- restart`). To look around where the
-//! tests run: `cargo run -p lbridge-tests --example sandbox -- bash`.
+//! A suite is a program of its own (`cargo test -p lbridge-tests --test kernel -- restart`). To look around
+//! where the tests run: `cargo run -p lbridge-tests --example sandbox -- bash`.
 
 pub mod harness;

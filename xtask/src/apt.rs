@@ -1,4 +1,5 @@
-//! Debian's packages: which are there, how to get more without losing any, and where the mirror is.
+//! apt: Debian's packages: which are installed, how to install more without removing any, and where the
+//! mirror is.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +14,7 @@ use crate::workspace::{has_program, output, run};
 /// The keys of every Debian release that is still signed.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Those of `packages` that are not installed.
+/// Lists those of `packages` that are not installed.
 pub(crate) fn missing(packages: &[&'static str]) -> Vec<&'static str> {
     let is_installed = |package: &&&str| {
         output(Command::new("dpkg-query").args(["--show", "--showformat", "${db:Status-Status}", package]))
@@ -28,14 +29,14 @@ pub(crate) fn install(packages: &[&'static str]) -> Result<()> {
     ensure!(has_program("apt-get"), "no apt-get here; on Debian it would be: {command_line}");
     ensure!(nix::unistd::geteuid().is_root(), "only root can install packages: {command_line}");
     if let Err(error) = run(apt_get().args(["--quiet", "update"])) {
-        // One source of several may be out of order without being needed.
+        // One of several sources may fail without being needed.
         eprintln!("{error:#}; going on with what apt knows");
     }
     let obstacles = removed_by(packages, &[])?;
     if obstacles.is_empty() {
         return install_now(packages, &[]);
     }
-    // A machine may have one of QEMU's packages from backports, which the release's own QEMU would replace.
+    // A machine may have one of QEMU's packages from backports; the release's own QEMU would replace it.
     let release = release()?;
     let folder = tempfolder("backports")?;
     let source = State::new(&folder, &[format!("{release}-backports main")], Status::Real)?;
@@ -59,9 +60,9 @@ fn install_now(packages: &[&str], options: &[String]) -> Result<()> {
         .args(packages))
 }
 
-/// apt's option for the PATH of packages' own scripts. With `postgresql` Debian makes a database and starts it, by this
-/// program; the tests make their own, and the machine shall have none that nobody asked for. One that is there already is
-/// left alone.
+/// Returns apt's option for the PATH of the packages' own scripts. When `postgresql` is installed, Debian
+/// creates and starts a database with the program that this PATH shadows. The tests create their own, and the
+/// machine must not get one that nobody asked for. An existing one is left alone.
 fn shadowed_path() -> Result<String> {
     let folder = tempfolder("shadows")?;
     let program = folder.join("pg_createcluster");
@@ -70,7 +71,7 @@ fn shadowed_path() -> Result<String> {
     Ok(format!("-o=DPkg::Path={}:/usr/sbin:/usr/bin:/sbin:/bin", folder.display()))
 }
 
-/// What apt would remove to install `packages`, apart from a `busybox` that makes way for its static self.
+/// Lists what apt would remove to install `packages`, apart from a `busybox` that `busybox-static` replaces.
 fn removed_by(packages: &[&str], options: &[String]) -> Result<BTreeSet<String>> {
     let plan = output(
         apt_get().args(options).args(["--simulate", "--no-install-recommends", "install"]).args(packages),
@@ -82,7 +83,7 @@ fn removed_by(packages: &[&str], options: &[String]) -> Result<BTreeSet<String>>
     Ok(removed)
 }
 
-/// Reads the plan that `apt-get --simulate` prints.
+/// Parses the plan that `apt-get --simulate` prints.
 fn removals(plan: &str) -> BTreeSet<String> {
     plan.lines()
         .filter_map(|line| line.strip_prefix("Remv ")?.split_whitespace().next())
@@ -102,7 +103,7 @@ fn apt_get() -> Command {
     apt_get
 }
 
-/// The code name of the running release.
+/// Returns the code name of the running release.
 fn release() -> Result<String> {
     let text = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
     text.lines()
@@ -118,16 +119,16 @@ fn tempfolder(name: &str) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Where Debian's packages come from.
+/// The addresses of Debian's package archives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Mirror {
     pub(crate) main: String,
-    /// Where the updates of old releases are, too.
+    /// The archive of security updates, if it is known; it has the updates of old releases, too.
     pub(crate) security: Option<String>,
 }
 
 impl Mirror {
-    /// The mirror that apt uses already, or `LBRIDGE_DEBIAN_MIRROR`.
+    /// Returns the mirror that apt already uses, or `LBRIDGE_DEBIAN_MIRROR`.
     pub(crate) fn find() -> Result<Mirror> {
         if let Ok(main) = env::var("LBRIDGE_DEBIAN_MIRROR") {
             return Ok(Mirror { main, security: None });
@@ -154,28 +155,29 @@ impl Mirror {
     }
 }
 
-/// Whether apt shall see what is installed.
+/// The installation status that apt works with: the machine's own, or an empty one.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Status {
     Real,
     Empty,
 }
 
-/// apt's state in a folder of ours, with sources of ours: the machine's own stays as it is, and root is not needed.
+/// An apt state in a folder of ours, with sources of ours: the machine's own stays unchanged, and root is not
+/// needed.
 #[derive(Debug)]
 pub(crate) struct State {
     options: Vec<String>,
 }
 
 impl State {
-    /// `suites` are suites of the main mirror with their components (`bookworm main`).
+    /// Creates a state from suites of the main mirror with their components (`bookworm main`).
     fn new(folder: &Path, suites: &[String], status: Status) -> Result<State> {
         let mirror = Mirror::find()?;
         let sources: Vec<_> = suites.iter().map(|suite| format!("{} {suite}", mirror.main)).collect();
         State::with_sources(folder, &sources, status)
     }
 
-    /// `sources` are addresses with a suite and its components.
+    /// Creates a state from addresses with a suite and its components.
     pub(crate) fn with_sources(folder: &Path, sources: &[String], status: Status) -> Result<State> {
         ensure!(Path::new(KEYRING).exists(), "no {KEYRING} (Debian package debian-archive-keyring)");
         for part in ["lists/partial", "cache/archives/partial"] {
@@ -190,12 +192,12 @@ impl State {
             format!("-o=Dir::Cache={}", folder.join("cache").display()),
             "-o=APT::Sandbox::User=root".to_owned(),
             "-o=Acquire::Languages=none".to_owned(),
-            // A release whose support has ended is not signed afresh any more.
+            // The signatures of a release whose support has ended are no longer renewed.
             "-o=Acquire::Check-Valid-Until=false".to_owned(),
         ];
         match status {
             Status::Real => {
-                // The machine's own sources count too: dependencies may be satisfied from either.
+                // The machine's own sources are used, too: dependencies may be satisfied from either.
                 let parts = folder.join("sources.list.d");
                 fs::create_dir_all(&parts)?;
                 fs::copy(&list, parts.join("lbridge.list"))?;
@@ -213,7 +215,7 @@ impl State {
         Ok(State { options })
     }
 
-    /// Fetches the lists of packages.
+    /// Fetches the package lists.
     pub(crate) fn update(&self) -> Result<()> {
         let mut command = apt_get();
         let output =
@@ -226,7 +228,7 @@ impl State {
         Ok(())
     }
 
-    /// The packages that `package` depends on and whose names start with one of `prefixes`.
+    /// Lists the packages that `package` depends on and whose names start with one of `prefixes`.
     pub(crate) fn depends(&self, package: &str, prefixes: &[&str]) -> Result<Vec<String>> {
         let text = output(Command::new("apt-cache").args(&self.options).args(["depends", package]))?;
         Ok(text

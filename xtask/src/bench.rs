@@ -1,5 +1,6 @@
-//! `cargo xtask bench`: what a path costs, compared with a service that is bound on the gateway itself, and what the
-//! daemon costs. Rounds are interleaved and compared with `direct` of the same round: a noisy machine is noisy for all.
+//! bench: `cargo xtask bench` measures the cost of each path, compared with a service that is bound on the
+//! gateway itself, and the cost of the daemon. Rounds are interleaved, and each is compared with `direct` of
+//! the same round: a noisy machine is noisy for all.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -22,14 +23,14 @@ use crate::run::enter_lab;
 use crate::workspace::{build_release, has_program};
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
-/// A relay that only listens as a unit, or as the program here pretends.
+/// A relay that only listens as a systemd unit, or as this program imitates one.
 const SOCKET_PROXYD: &str = "/lib/systemd/systemd-socket-proxyd";
 const ACTIVATE: &str = "systemd-socket-activate";
-/// How often `allow` is timed.
+/// Number of times that `allow` is timed.
 const REPEATS: usize = 20;
-/// How many connections are held open at a time, where the limits of open files allow it.
+/// Number of connections held open at the same time, if the limits of open files permit.
 const CONNECTIONS: usize = 10_000;
-/// How long the daemon is watched doing nothing.
+/// Time for which the idle daemon is observed.
 const IDLE: Duration = Duration::from_secs(5);
 
 /// Options of `cargo xtask bench`.
@@ -55,7 +56,7 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
         return enter_lab();
     }
     if arguments.one_cpu {
-        // Inherited by every process that is started from here.
+        // Inherited by every process started from here.
         let mut cpus = CpuSet::new();
         cpus.set(0)?;
         sched_setaffinity(Pid::from_raw(0), &cpus)?;
@@ -67,7 +68,7 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     outcome.inspect_err(|_| logs::dump())
 }
 
-/// A way from the container to the service, by the port that it is on.
+/// A path from the container to the service; each has its own port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Direct,
@@ -75,7 +76,7 @@ enum Way {
     /// The container dials its own localhost.
     Localhost,
     Relay,
-    /// As the other proxies do: without telling the service who connects.
+    /// A relay like the other proxies: it does not tell the service who connects.
     RelayLoopback,
     Socat,
     Haproxy,
@@ -120,20 +121,20 @@ impl Way {
         9000 + self as u16
     }
 
-    /// What the container dials.
+    /// Returns the address that the container dials.
     fn address(self) -> SocketAddr {
         let dialled = if self == Way::Localhost { Ipv4Addr::LOCALHOST } else { GATEWAY };
         SocketAddr::from((dialled, self.port()))
     }
 
-    /// Where the service listens.
+    /// Returns the address that the service listens on.
     fn service(self) -> SocketAddr {
         let address = if self == Way::Direct { GATEWAY } else { Ipv4Addr::LOCALHOST };
         SocketAddr::from((address, self.port()))
     }
 }
 
-/// Debian has it outside of a user's `PATH`.
+/// Finds HAProxy, which Debian installs outside a user's `PATH`.
 fn haproxy() -> Option<PathBuf> {
     if has_program("haproxy") {
         return Some("haproxy".into());
@@ -141,7 +142,7 @@ fn haproxy() -> Option<PathBuf> {
     Some(PathBuf::from("/usr/sbin/haproxy")).filter(|path| path.is_file())
 }
 
-/// A process that ends with its handle.
+/// A process that is killed when this is dropped.
 #[derive(Debug)]
 struct Process(Child);
 
@@ -171,7 +172,7 @@ impl Place {
         let bridge = lab.add_bridge("lab0", "10.7.0.1/24")?;
         let container = lab.container(&bridge, "10.7.0.2/24")?;
         for netns in [lab.host(), &container] {
-            // Thousands of closed connections a second would use up the ports, or the time to find one.
+            // Thousands of closed connections per second would use up the ports, or the time to find one.
             netns.sysctl("net/ipv4/tcp_max_tw_buckets", "1000")?;
             netns.sysctl("net/ipv4/ip_local_port_range", "10000 65000")?;
         }
@@ -203,7 +204,7 @@ fn options(name: &str) -> Options {
     Options { bpffs: Path::new(sandbox::BPFFS).join(name), ..Options::default() }
 }
 
-/// The first table.
+/// Prints the first table: the paths.
 fn paths(rounds: usize, time: Duration) -> Result<()> {
     const MEASURES: [Measure; 3] = [Measure::RoundTrips, Measure::Connections, Measure::Stream];
     let ways: Vec<Way> = Way::ALL.into_iter().filter(|way| way.is_possible()).collect();
@@ -211,7 +212,7 @@ fn paths(rounds: usize, time: Duration) -> Result<()> {
     let _service = place.serve(ways.iter().map(|way| way.service()))?;
     let daemon = place.daemon("lbridge")?;
     let network = place.bridge.network();
-    // By a process inside a namespace without a name is found; where localhost leads depends on that.
+    // lbridge finds a namespace without a name by a process inside it; the localhost path depends on that.
     let _occupant = Process::start(place.container.command("sleep").arg("infinity"))?;
     daemon.allow(&[&network, &Way::Steer.port().to_string(), "--path", "steer"])?;
     daemon.allow(&[&network, &Way::Localhost.port().to_string(), "--path", "steer", "--localhost"])?;
@@ -225,13 +226,13 @@ fn paths(rounds: usize, time: Duration) -> Result<()> {
             .with_context(|| way.title())?;
     }
 
-    // By measure, way and round.
+    // Indexed by measure, path and round.
     let mut results = vec![vec![Vec::new(); ways.len()]; MEASURES.len()];
     for round in 0..rounds {
         eprintln!("paths, round {} of {rounds}", round + 1);
         for (results, measure) in results.iter_mut().zip(MEASURES) {
             for turn in 0..ways.len() {
-                // Nobody is always first.
+                // The order rotates, so that no path is always first.
                 let index = (turn + round) % ways.len();
                 results[index].push(place.measure(measure, ways[index].address(), time)?);
             }
@@ -259,7 +260,7 @@ fn paths(rounds: usize, time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// What is compared with, if it is a process of its own.
+/// Starts the program that a path is compared with, if it is a process of its own.
 fn start_other(way: Way, place: &Place) -> Result<Option<Process>> {
     let (address, service) = (way.address(), way.service());
     let mut command = match way {
@@ -285,7 +286,7 @@ fn start_other(way: Way, place: &Place) -> Result<Option<Process>> {
         }
         Way::SocketProxyd => {
             let mut command = place.lab.host().command(ACTIVATE);
-            // It becomes the other program with the first connection.
+            // It becomes the other program on the first connection.
             command.args(["-l", &address.to_string(), SOCKET_PROXYD, &service.to_string()]);
             command
         }
@@ -304,7 +305,7 @@ fn wait_for(mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
     }
 }
 
-/// The second table.
+/// Prints the second table: the daemon.
 fn daemon(rounds: usize, time: Duration) -> Result<()> {
     println!("| the daemon | |\n|---|---|");
     let place = Place::new()?;
@@ -348,7 +349,7 @@ fn daemon(rounds: usize, time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// The third table.
+/// Prints the third table: idle relayed connections.
 fn idle_connections() -> Result<()> {
     println!("| idle relayed connections | |\n|---|---|");
     let place = Place::new()?;
@@ -376,7 +377,8 @@ fn idle_connections() -> Result<()> {
     Ok(())
 }
 
-/// Two hosts side by side, one with a single rule and one with as many as an address has ports, and one more.
+/// Compares two hosts side by side: one with a single rule, and one with as many rules as an address has
+/// ports, plus one.
 fn many_rules(one: &Place, rounds: usize, time: Duration) -> Result<()> {
     let many = Place::new()?;
     let other = many.lab.add_bridge("lab1", "10.8.0.1/24")?;
@@ -396,7 +398,7 @@ fn many_rules(one: &Place, rounds: usize, time: Duration) -> Result<()> {
     for round in 0..rounds {
         eprintln!("rules, round {} of {rounds}", round + 1);
         let rate = |place: &Place| place.measure(Measure::Connections, address, time);
-        // Nobody is always first.
+        // The order alternates, so that neither host is always first.
         let (few, many) = if round % 2 == 0 {
             let few = rate(one)?;
             (few, rate(&many)?)
@@ -428,12 +430,12 @@ fn timed(work: impl FnOnce() -> Result<()>) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-/// The median, in milliseconds.
+/// Formats the median in milliseconds.
 fn milliseconds(times: impl IntoIterator<Item = Duration>) -> String {
     format!("{:.1}", median(times.into_iter().map(|time| time.as_secs_f64() * 1e3)))
 }
 
-/// Resident memory of a process, in MiB.
+/// Returns the resident memory of a process, in MiB.
 fn resident(pid: u32) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kibibytes: f64 = status
@@ -443,11 +445,11 @@ fn resident(pid: u32) -> Result<f64> {
     Ok(kibibytes / 1024.0)
 }
 
-/// What a process' threads have used so far; those that have ended do not count.
+/// Returns the CPU time that a process's threads have used; threads that have ended do not count.
 fn cpu_time(pid: u32) -> Result<Duration> {
     let mut total = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        // One that ends while it is looked at does not count either.
+        // A thread that ends during the loop does not count either.
         let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
         let Some(nanoseconds) = text.split(' ').next().and_then(|word| word.parse::<u64>().ok()) else {
             bail!("schedstat: {text}");
@@ -467,12 +469,12 @@ fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     }
 }
 
-/// A rate with commas.
+/// Formats a rate, rounded, with commas.
 fn thousands(value: f64) -> String {
     with_commas(&format!("{value:.0}"))
 }
 
-/// A number with commas.
+/// Formats a number with commas.
 fn thousands_of(value: usize) -> String {
     with_commas(&value.to_string())
 }

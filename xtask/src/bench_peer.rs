@@ -1,4 +1,5 @@
-//! Both ends of a measured connection. The server is a process of its own, the client a thread of the benchmark.
+//! bench_peer: both ends of a measured connection. The server is a process of its own, the client a thread of
+//! the benchmark.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -7,30 +8,30 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-/// Bytes of a message.
+/// Length of a message in bytes.
 const MESSAGE: usize = 64;
-/// First byte of a message that is to be sent back.
+/// First byte of a message that the server sends back.
 const ECHO: u8 = b'E';
 /// First byte of a message that announces a stream.
 const STREAM: u8 = b'S';
-/// Threads that accept and serve, for each listener. One for each connection would cost more than the path does; a
-/// single one would wait for a proxy to close the connection before.
+/// Number of threads that accept and serve, per listener. One per connection would cost more than the
+/// measured path; a single one would wait for a proxy to close the previous connection.
 const ACCEPTORS: usize = 4;
-/// First byte of the message after which the connection is kept, and nothing more is done with it.
+/// First byte of the message after which the connection is kept open and idle.
 const HOLD: u8 = b'H';
 /// First byte of a stream's last chunk.
 const LAST: u8 = b'L';
-/// A stream is so many bytes, and as many again.
+/// Size of a chunk in bytes. A stream consists of chunks.
 const CHUNK: usize = 256 * 1024;
 
-/// What is measured.
+/// The quantities that can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Measure {
-    /// Messages there and back on one connection, per second.
+    /// Round trips of a message on one connection, per second.
     RoundTrips,
-    /// Connections with one message there and back, per second.
+    /// Connections with one round trip each, per second.
     Connections,
-    /// Bits in one direction on one connection, in units of 10⁹ per second.
+    /// Throughput in one direction on one connection, in units of 10⁹ bits per second.
     Stream,
 }
 
@@ -42,7 +43,7 @@ pub(crate) struct Arguments {
     addresses: Vec<SocketAddr>,
 }
 
-/// Serves until killed. A line on the standard output says that all listeners are there.
+/// Serves until killed. Prints a line to standard output when all listeners are ready.
 pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     let mut threads = Vec::new();
     for address in &arguments.addresses {
@@ -53,7 +54,7 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
                 for stream in listener.incoming().flatten() {
                     // The client measures, and knows what went wrong.
                     if let Ok(Some(held)) = serve(stream) {
-                        // For as long as this process lives.
+                        // Kept open for as long as this process lives.
                         std::mem::forget(held);
                     }
                 }
@@ -62,13 +63,13 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     }
     println!("ready");
     for thread in threads {
-        // They serve for ever.
+        // These threads serve forever.
         drop(thread.join());
     }
     Ok(())
 }
 
-/// Serves until the client ends the connection, or is served no longer and the connection kept.
+/// Serves until the client ends the connection; returns the connection if it must be kept open instead.
 fn serve(mut stream: TcpStream) -> io::Result<Option<TcpStream>> {
     stream.set_nodelay(true)?;
     let mut message = [0; MESSAGE];
@@ -85,7 +86,7 @@ fn serve(mut stream: TcpStream) -> io::Result<Option<TcpStream>> {
                 if length == 0 {
                     break;
                 }
-                // Of what comes in one read, at most one byte is a chunk's first.
+                // At most one byte of a read is the first of a chunk.
                 let first = received.next_multiple_of(CHUNK);
                 if first < received + length && chunk[first - received] == LAST {
                     end = Some(first + CHUNK);
@@ -102,7 +103,8 @@ fn serve(mut stream: TcpStream) -> io::Result<Option<TcpStream>> {
     }
 }
 
-/// Opens so many connections, each with a message there and back, and leaves them open; and why there are fewer, if so.
+/// Opens `count` connections, each with one round trip, and keeps them open. If there are fewer, also returns
+/// the error.
 pub(crate) fn hold(address: SocketAddr, count: usize) -> (Vec<TcpStream>, Option<io::Error>) {
     let mut connections = Vec::with_capacity(count);
     let open = || {
@@ -121,7 +123,7 @@ pub(crate) fn hold(address: SocketAddr, count: usize) -> (Vec<TcpStream>, Option
     (connections, None)
 }
 
-/// Measures for so long, from the calling thread's network namespace.
+/// Measures for `time`, from the calling thread's network namespace.
 pub(crate) fn measure(measure: Measure, address: SocketAddr, time: Duration) -> Result<f64> {
     match measure {
         Measure::RoundTrips => round_trips(address, time),
@@ -134,7 +136,7 @@ pub(crate) fn measure(measure: Measure, address: SocketAddr, time: Duration) -> 
 fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(address)?;
     stream.set_nodelay(true)?;
-    // Nothing here takes that long, unless it never ends.
+    // Nothing here takes that long, unless it hangs.
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     stream.set_write_timeout(Some(Duration::from_secs(10)))?;
     Ok(stream)
@@ -182,7 +184,7 @@ fn send(address: SocketAddr, time: Duration) -> Result<f64> {
         stream.write_all(&chunk)?;
         sent += chunk.len() as u64;
     }
-    // Not every proxy passes on the end of one direction alone.
+    // Not every proxy passes on the end of only one direction.
     chunk[0] = LAST;
     stream.write_all(&chunk)?;
     sent += chunk.len() as u64;

@@ -1,6 +1,6 @@
-//! The compiler of the kernel programs: Debian's `rustc-web` with the library sources that match it, LLVM's tools, and
-//! a `bpf-linker` of our own that uses the same LLVM. Rust's stable releases come without the sources' means to build
-//! `core` for BPF, and a nightly's bytes differ from day to day.
+//! bpf_toolchain: the compiler of the kernel programs: Debian's `rustc-web` with the matching library
+//! sources, LLVM's tools, and a `bpf-linker` built here that uses the same LLVM. Rust's stable releases do
+//! not include what is needed to build `core` for BPF, and a nightly's output differs from day to day.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -13,28 +13,28 @@ use serde::{Deserialize, Serialize};
 
 use crate::workspace::{cargo, output, run, target};
 
-/// What `apt-get` has to install.
+/// Packages that `apt-get` has to install.
 pub(crate) const PACKAGES: [&str; 3] = ["rustc-web", "rust-web-src", "llvm-22"];
 
-/// What the kernel programs are compiled for.
+/// The compilation target of the kernel programs.
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
 
 const RUSTC: &str = "/usr/bin/rustc";
 const OBJCOPY: &str = "llvm-objcopy-22";
-/// The major version of LLVM that the three share; `bpf-linker` has a feature for each.
+/// The major version of LLVM that compiler, tools and linker share; `bpf-linker` has a feature for each.
 const LLVM: u32 = 22;
 const BPF_LINKER: &str = "0.13.0";
 
-/// A toolchain that is there and fits together.
+/// A complete toolchain whose parts fit together.
 #[derive(Debug)]
 pub(crate) struct Toolchain {
     pub(crate) bpf_linker: PathBuf,
-    /// Where the compiler reads `core` from.
+    /// The folder from which the compiler reads `core`.
     pub(crate) library_sources: PathBuf,
     pub(crate) versions: Versions,
 }
 
-/// What decides the object's bytes, apart from the sources.
+/// Everything besides the sources that determines the object's bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct Versions {
@@ -45,7 +45,7 @@ pub(crate) struct Versions {
 }
 
 impl Toolchain {
-    /// Finds the toolchain, and builds `bpf-linker` if it is not there yet.
+    /// Finds the toolchain; builds `bpf-linker` if it is missing.
     pub(crate) fn find() -> Result<Toolchain> {
         let missing = missing();
         ensure!(
@@ -78,8 +78,8 @@ impl Toolchain {
     }
 }
 
-/// Cargo as it has to be for this toolchain: with Debian's compiler, which may use unstable features, and without what
-/// the user's environment says about building.
+/// Returns Cargo set up for this toolchain: with Debian's compiler, which may use unstable features, and
+/// without the user's environment variables for builds.
 pub(crate) fn bpf_cargo() -> Result<Command> {
     let mut cargo = clean_cargo();
     cargo
@@ -92,14 +92,16 @@ pub(crate) fn bpf_cargo() -> Result<Command> {
     Ok(cargo)
 }
 
-/// Set for this program when it is to be Cargo's compiler.
+/// Environment variable, set if Cargo runs this program as its compiler.
 const WRAPPER: &str = "LBRIDGE_XTASK_IS_RUSTC";
 
-/// To be called before anything else in `main`: does not return where Cargo runs this program instead of the compiler.
+/// Runs the compiler, and does not return, if Cargo runs this program in its place. Call it before anything
+/// else in `main`.
 ///
-/// Cargo tells crates apart by a hash in which, for a package beside the workspace, is the absolute path of the checkout.
-/// The hash gets into the names of functions, their names into the order in which LLVM works on them, and that into
-/// the registers and stack slots that it picks. Name and version are enough to tell apart what is built here.
+/// Cargo tells crates apart by a hash. For a package outside the workspace that hash includes the absolute
+/// path of the checkout. The hash gets into the names of functions, the names into the order in which LLVM
+/// processes them, and the order into the registers and stack slots that it picks. Name and version are
+/// enough to tell apart what is built here.
 pub(crate) fn wrapper_hook() {
     if std::env::var_os(WRAPPER).is_none() {
         return;
@@ -113,7 +115,7 @@ pub(crate) fn wrapper_hook() {
     std::process::exit(1);
 }
 
-/// The compiler's arguments with another `-C metadata=`.
+/// Replaces the compiler's `-C metadata=` argument by one without paths.
 fn without_paths(mut arguments: Vec<OsString>, version: &str) -> Vec<OsString> {
     let name_follows = |pair: &[OsString]| pair[0] == "--crate-name";
     let name =
@@ -127,13 +129,14 @@ fn without_paths(mut arguments: Vec<OsString>, version: &str) -> Vec<OsString> {
     arguments
 }
 
-/// Removes the debug information of `raw`, of no use to the kernel or the loader, into `stripped`. BTF stays.
+/// Removes the debug information of `raw`, which neither the kernel nor the loader uses, and writes the
+/// result to `stripped`. BTF stays.
 pub(crate) fn strip(raw: &Path, stripped: &Path) -> Result<()> {
     // GNU objcopy refuses BPF files.
     run(Command::new(OBJCOPY).arg("--strip-debug").arg(raw).arg(stripped))
 }
 
-/// What of the packages is not there.
+/// Lists the packages that are missing.
 pub(crate) fn missing() -> Vec<&'static str> {
     let mut missing = Vec::new();
     if !Path::new(RUSTC).exists() {
@@ -150,7 +153,7 @@ pub(crate) fn missing() -> Vec<&'static str> {
 }
 
 impl Versions {
-    /// What is recorded in `self` and other in `here`, one line each.
+    /// Lists the differences between the recorded versions `self` and `here`, one line each.
     pub(crate) fn differences(&self, here: &Versions) -> Vec<String> {
         [
             ("rustc", &self.rustc, &here.rustc),
@@ -179,10 +182,10 @@ struct Rustc<'a> {
 }
 
 impl Rustc<'_> {
-    /// Reads the output of `rustc -vV`.
+    /// Parses the output of `rustc -vV`.
     fn parse(text: &str) -> Option<Rustc<'_>> {
         let first = text.lines().next()?.strip_prefix("rustc ")?;
-        // "1.96.0 (ac68faa20 2026-05-25) (built from a source tarball)": how it was packaged is of no interest.
+        // "1.96.0 (ac68faa20 2026-05-25) (built from a source tarball)": the packaging does not matter.
         let release = first.split_inclusive(')').next()?;
         Some(Rustc { release, llvm: word_after(text, "LLVM version:")? })
     }
@@ -192,19 +195,20 @@ fn word_after<'a>(text: &'a str, words: &str) -> Option<&'a str> {
     text.split_once(words)?.1.split_whitespace().next()
 }
 
-/// Where the compiler looks for the library sources.
+/// Returns the folder where the compiler looks for the library sources.
 fn sources() -> Result<PathBuf> {
     let sysroot = output(Command::new(RUSTC).args(["--print", "sysroot"]))?;
     Ok(Path::new(sysroot.trim_end()).join("lib/rustlib/src/rust"))
 }
 
-/// Debian patches the library now and then without a new version of Rust.
+/// Returns the version of a Debian package: Debian patches the library now and then without a new version of
+/// Rust.
 fn package_version(package: &str) -> String {
     output(Command::new("dpkg-query").args(["--show", "--showformat", "${Version}", package]))
         .unwrap_or_else(|_| "not a package".to_owned())
 }
 
-/// LLVM's shared library; Debian has it in the folder of the machine's architecture.
+/// Returns LLVM's shared library; Debian has it in the folder of the machine's architecture.
 fn llvm_library() -> Result<PathBuf> {
     let prefix = format!("libLLVM.so.{LLVM}.");
     let mut folders = vec![PathBuf::from(format!("/usr/lib/llvm-{LLVM}/lib"))];
@@ -218,7 +222,7 @@ fn llvm_library() -> Result<PathBuf> {
         .with_context(|| format!("no {prefix}* in /usr/lib"))
 }
 
-/// The linker, built if it is missing or another version.
+/// Returns the linker; builds it if it is missing or has another version.
 fn bpf_linker() -> Result<PathBuf> {
     let folder = target().join("bpf-toolchain");
     let program = folder.join("bin/bpf-linker");
@@ -228,7 +232,7 @@ fn bpf_linker() -> Result<PathBuf> {
         return Ok(program);
     }
     eprintln!("building bpf-linker {BPF_LINKER}, once (a minute or two)");
-    // The linker's build looks for `libLLVM.so`, a name that Debian has in a development package of 200 MB only.
+    // The linker's build needs `libLLVM.so`, a name that Debian has only in a development package of 200 MB.
     let prefix = folder.join("llvm");
     let link = prefix.join("lib/libLLVM.so");
     fs::create_dir_all(prefix.join("lib")).with_context(|| format!("make {}", prefix.display()))?;
@@ -246,7 +250,7 @@ fn bpf_linker() -> Result<PathBuf> {
     Ok(program)
 }
 
-/// Cargo without the variables that change what it builds and where.
+/// Returns Cargo without the environment variables that change what it builds and where.
 fn clean_cargo() -> Command {
     let mut cargo = cargo();
     for (name, _) in std::env::vars_os() {
@@ -271,7 +275,7 @@ fn clean_cargo() -> Command {
     cargo
 }
 
-/// The version of a package that `lock`, a `Cargo.lock`, names.
+/// Returns the version of a package in `lock`, the text of a `Cargo.lock`.
 pub(crate) fn locked_version(lock: &str, package: &str) -> Result<String> {
     let lock: toml::Table = lock.parse().context("read Cargo.lock")?;
     let packages = lock.get("package").and_then(toml::Value::as_array).map_or(&[][..], Vec::as_slice);

@@ -1,5 +1,6 @@
-//! `cargo xtask build-ebpf`: the object with the kernel programs, byte for byte the same on every machine that has the
-//! same toolchain. It is committed, with what made it, so that users need neither.
+//! build_ebpf: `cargo xtask build-ebpf` builds the object with the kernel programs, byte for byte the same on
+//! every machine that has the same toolchain. The object is committed, together with a record of its
+//! toolchain, so that users need no toolchain.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -13,11 +14,11 @@ use sha2::{Digest, Sha256};
 use crate::bpf_toolchain::{TARGET, Toolchain, Versions, bpf_cargo, locked_version, strip};
 use crate::workspace::{hex, replace, root, run, target};
 
-/// The folder of the object and of the file beside it, from the checkout's root.
+/// The folder of the object and of its record, relative to the checkout's root.
 const FOLDER: &str = "lbridge/bpf";
 const OBJECT: &str = "lbridge.bpf.o";
 const RECORD: &str = "lbridge.bpf.toml";
-/// What the object is made of.
+/// The sources of the object.
 const SOURCES: [&str; 5] = [
     "lbridge-common/Cargo.toml",
     "lbridge-common/src",
@@ -38,7 +39,7 @@ pub(crate) struct Arguments {
     log: bool,
 }
 
-/// The file beside the object.
+/// The record next to the object.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct Record {
@@ -61,7 +62,7 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     }
 }
 
-/// Builds and replaces what is committed.
+/// Builds the object, and replaces what is committed.
 fn update() -> Result<()> {
     let toolchain = Toolchain::find()?;
     let object = build(&toolchain, &[], &target().join("bpf").join(OBJECT))?;
@@ -82,7 +83,7 @@ fn update() -> Result<()> {
     Ok(())
 }
 
-/// Builds and compares with what is committed.
+/// Builds the object, and compares it with what is committed.
 fn check() -> Result<()> {
     let folder = root().join(FOLDER);
     let read = |name: &str| {
@@ -138,7 +139,7 @@ fn build(toolchain: &Toolchain, options: &[&str], stripped: &Path) -> Result<Vec
         cargo.current_dir(root().join(CRATE)).args([subcommand, "--locked", "--quiet"]);
         anyhow::Ok(cargo)
     };
-    // The registry's folder has to exist before its path can be remapped.
+    // The registry's folder must exist before its path can be remapped.
     run(&mut in_crate("fetch")?)?;
     run(in_crate("build")?
         .args(["--release", "-Zbuild-std=core", "--target", TARGET])
@@ -150,12 +151,13 @@ fn build(toolchain: &Toolchain, options: &[&str], stripped: &Path) -> Result<Vec
     fs::read(stripped).with_context(|| format!("read {}", stripped.display()))
 }
 
-/// The compiler's flags, separated as Cargo wants them. Paths get into BTF's line information, so every one that
-/// differs between machines is mapped to a fixed one.
+/// Returns the compiler's flags, separated as Cargo requires. Paths get into BTF's line information, so every
+/// path that differs between machines is mapped to a fixed one.
 fn flags(toolchain: &Toolchain, target: &Path) -> Result<OsString> {
     let mut flags: Vec<OsString> = vec![
         "--cfg".into(),
-        // Decides on the layout of a traced kernel's registers, which no program here reads: the same everywhere.
+        // Determines the register layout of a traced kernel, which no program here reads; fixed, to be the
+        // same everywhere.
         r#"bpf_target_arch="x86_64""#.into(),
         "-Cdebuginfo=2".into(),
         "-Clink-arg=--btf".into(),
@@ -163,7 +165,7 @@ fn flags(toolchain: &Toolchain, target: &Path) -> Result<OsString> {
     let mut linker = OsString::from("-Clinker=");
     linker.push(&toolchain.bpf_linker);
     flags.push(linker);
-    // Of several that fit, the last one counts: the target folder may be inside the checkout.
+    // If several fit, the last one applies: the target folder may be inside the checkout.
     let mut remap = |from: &Path, to: &str| {
         for path in [Some(from.to_path_buf()), fs::canonicalize(from).ok()].into_iter().flatten() {
             let mut flag = OsString::from("--remap-path-prefix=");
@@ -184,7 +186,7 @@ fn flags(toolchain: &Toolchain, target: &Path) -> Result<OsString> {
     Ok(flags.join(std::ffi::OsStr::new("\x1f")))
 }
 
-/// Where Cargo unpacks packages: one folder for each registry.
+/// Lists the folders where Cargo unpacks packages, one for each registry.
 fn registries() -> Result<Vec<PathBuf>> {
     let home = match env::var_os("CARGO_HOME") {
         Some(home) => PathBuf::from(home),
@@ -198,7 +200,7 @@ fn registries() -> Result<Vec<PathBuf>> {
     Ok(registries)
 }
 
-/// A digest of the sources' names and contents.
+/// Computes a digest of the sources' names and contents.
 fn source_digest(root: &Path) -> Result<String> {
     let mut files = Vec::new();
     for source in SOURCES {
@@ -233,12 +235,12 @@ fn collect(root: &Path, path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// What a loader sees of an object.
+/// The parts of an object that a loader sees.
 #[derive(Debug, PartialEq, Eq)]
 struct Interface {
-    /// The section, which names the hook, by the program's name.
+    /// The section, which names the hook, by program name.
     programs: BTreeMap<String, String>,
-    /// Type, size of key, size of value, number of entries and flags, by the map's name.
+    /// Type, key size, value size, number of entries and flags, by map name.
     maps: BTreeMap<String, [u32; 5]>,
 }
 
@@ -253,7 +255,7 @@ impl Interface {
         let maps = object
             .maps
             .iter()
-            // Those that hold the program's variables: their size is the compiler's choice.
+            // Without the maps that hold the program's variables: the compiler chooses their size.
             .filter(|(name, _)| !name.starts_with('.'))
             .map(|(name, map)| {
                 let shape =

@@ -1,4 +1,5 @@
-//! The kernels of other Debian releases, unpacked for the suite that boots them in a virtual machine.
+//! kernels: the kernels of other Debian releases, unpacked for the suite that boots them in a virtual
+//! machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,14 +10,14 @@ use anyhow::{Context, Result};
 use crate::apt::{Mirror, State, Status};
 use crate::workspace::vm_folder;
 
-/// Releases, and the kernels that they have: 5.10 does not tell a program the interface that a packet came in by and
-/// has no MPTCP, 6.1 is the oldest with both that Debian supports.
+/// Debian releases. The kernel of the first, 5.10, gives programs no ingress interface and has no MPTCP; that
+/// of the second, 6.1, is the oldest with both that Debian supports.
 const RELEASES: [&str; 2] = ["bullseye", "bookworm"];
 
-/// The kernel for virtual machines: small, and quick to boot.
+/// The package of the kernel for virtual machines: small and quick to boot.
 const PACKAGE: &str = "linux-image-cloud-amd64";
 
-/// Fetches the kernels that are not there yet into `target/vm/RELEASE/{vmlinuz,modules}`.
+/// Fetches missing kernels into `target/vm/RELEASE/{vmlinuz,modules}`.
 pub(crate) fn fetch() -> Result<()> {
     let missing: Vec<_> = RELEASES.into_iter().filter(|release| !is_there(release)).collect();
     if missing.is_empty() {
@@ -57,7 +58,7 @@ fn fetch_one(release: &str, mirror: &Mirror) -> Result<()> {
     let modules =
         child(&unpacked.join("lib/modules"), "").or_else(|_| child(&unpacked.join("usr/lib/modules"), ""))?;
     fs::rename(modules, folder.join("modules"))?;
-    // The last step: with the kernel there, the release counts as fetched.
+    // The last step: a release whose kernel is in place counts as fetched.
     fs::rename(kernel, folder.join("vmlinuz"))?;
     fs::remove_dir_all(&apt)?;
     fs::remove_dir_all(&unpacked)?;
@@ -65,7 +66,7 @@ fn fetch_one(release: &str, mirror: &Mirror) -> Result<()> {
     Ok(())
 }
 
-/// Finds the newest kernel of a release, among its security updates if the mirror still has them.
+/// Finds the newest kernel of a release, including its security updates if the mirror still has them.
 fn find_image(release: &str, mirror: &Mirror, apt: &Path) -> Result<(State, String)> {
     let released = format!("{} {release} main", mirror.main);
     let updates = mirror.security.as_ref().map(|security| format!("{security} {release}-security main"));
@@ -97,7 +98,7 @@ fn find_image_in(sources: &[String], apt: &Path) -> Result<(State, String)> {
     Ok((state, image.with_context(|| format!("{PACKAGE} depends on no kernel"))?))
 }
 
-/// The entry of a folder whose name starts with `prefix`.
+/// Returns the entry of a folder whose name starts with `prefix`.
 fn child(folder: &Path, prefix: &str) -> Result<PathBuf> {
     fs::read_dir(folder)
         .with_context(|| format!("list {}", folder.display()))?

@@ -1,4 +1,4 @@
-//! The project's own tools, run with `cargo xtask`.
+//! xtask: the project's own tools, run with `cargo xtask`.
 
 use std::process::ExitCode;
 
@@ -45,7 +45,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    // Neither returns in a process that was started to be something else.
+    // These do not return in a process that was started to be something else.
     bpf_toolchain::wrapper_hook();
     lbridge_tests::harness::sandbox::hook();
     match dispatch(Cli::parse().command) {

@@ -1,6 +1,6 @@
-//! `cargo xtask package`: what people install. A Debian package, an RPM package, and an archive with a static binary, of
-//! one stage: the binary, and what is made from the definition of its command line. Their metadata is in
-//! `lbridge/Cargo.toml`, the unit and the scripts are in `packaging/`.
+//! package: `cargo xtask package` builds what people install: a Debian package, an RPM package, and an
+//! archive with a static binary. All use one stage: the binary, and what is generated from the definition of
+//! its command line. Their metadata is in `lbridge/Cargo.toml`, the unit and the scripts are in `packaging/`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,12 +11,12 @@ use sha2::{Digest, Sha256};
 
 use crate::workspace::{build_release, cargo, hex, output, root, run, target};
 
-/// Cargo's subcommands that make packages: from the registry, in a version that is known to do what is wanted.
+/// Cargo's subcommands that build packages, from the registry, in versions that are known to work.
 const CARGO_DEB: Tool = Tool { name: "cargo-deb", version: "3.8.0" };
 const CARGO_RPM: Tool = Tool { name: "cargo-generate-rpm", version: "0.21.1" };
 const CARGO_CYCLONEDX: Tool = Tool { name: "cargo-cyclonedx", version: "0.5.9" };
 
-/// For a binary that needs nothing of the machine but its kernel.
+/// Target of a binary that needs nothing of the machine but its kernel.
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Options of `cargo xtask package`.
@@ -37,14 +37,14 @@ pub(crate) struct Arguments {
     sbom: bool,
 }
 
-/// Makes what is asked for, or everything, in `target/package`.
+/// Builds what the arguments name, or everything, in `target/package`.
 pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     let all = !(arguments.deb || arguments.rpm || arguments.musl || arguments.sbom);
     let results = folder();
     let stage = results.join("stage");
     fs::create_dir_all(&results).with_context(|| format!("make {}", results.display()))?;
     let mut made = Vec::new();
-    // The archive has it, too.
+    // The archive contains it, too.
     let sbom = if all || arguments.sbom || arguments.musl { Some(sbom(&results)?) } else { None };
     made.extend(sbom.clone());
     if all || arguments.deb || arguments.rpm {
@@ -69,28 +69,28 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     checksums(&results)
 }
 
-/// As in the packages' metadata.
+/// The maintainer, as in the packages' metadata.
 const MAINTAINER: &str = "The lbridge authors <maintainers@lbridge.invalid>";
 
-/// The workspace's packages have one.
+/// The version that the workspace's packages share.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 fn folder() -> PathBuf {
     target().join("package")
 }
 
-/// Where the suite `packages` finds what [`for_tests`] made.
+/// Returns the folder where the suite `packages` finds what [`for_tests`] built.
 pub(crate) fn test_folder() -> PathBuf {
     folder().join("test")
 }
 
-/// Builds the tools that [`for_tests`] needs, if they are not there yet.
+/// Builds the tools that [`for_tests`] needs, if they are missing.
 pub(crate) fn install_test_tools() -> Result<()> {
     CARGO_DEB.find()?;
     CARGO_RPM.find().map(drop)
 }
 
-/// Makes packages of the built debug binary, each in two versions, for an upgrade. Nothing without the tools.
+/// Builds packages of the debug binary, each in two versions, for an upgrade. Builds none without the tools.
 pub(crate) fn for_tests() -> Result<()> {
     let results = test_folder();
     drop(fs::remove_dir_all(&results));
@@ -102,7 +102,7 @@ pub(crate) fn for_tests() -> Result<()> {
     fill(&stage, &target().join("debug/lbridge"))?;
     for release in ["1", "2"] {
         let version = format!("{VERSION}-{release}");
-        // Compressed in a hurry.
+        // Compressed quickly rather than well.
         let options = ["--fast", "--deb-version", &version];
         deb(&stage, &results.join(format!("{release}.deb")), &options)?;
         let release_is = format!("release = \"{release}\"");
@@ -112,8 +112,8 @@ pub(crate) fn for_tests() -> Result<()> {
     Ok(())
 }
 
-/// Fills a folder that packagers take for Cargo's target folder, since they look for the binary and for what is built in
-/// `release/` there.
+/// Fills a folder that packagers take for Cargo's target folder: they look in `release/` there for the binary
+/// and for generated files.
 fn fill(stage: &Path, binary: &Path) -> Result<()> {
     let folder = stage.join("release");
     drop(fs::remove_dir_all(&folder));
@@ -121,7 +121,7 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
     let staged = folder.join("lbridge");
     fs::copy(binary, &staged).with_context(|| format!("copy {}", binary.display()))?;
     run(Command::new("strip").arg("--strip-debug").arg(&staged))?;
-    // Debian wants a changelog in a form of its own.
+    // Debian requires a changelog in a format of its own.
     let changelog = folder.join("changelog.Debian");
     let written =
         output(Command::new("date").args(["--utc", "--rfc-email", "--date", &format!("@{}", date()?)]))?;
@@ -131,7 +131,7 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
     fs::write(&changelog, text).with_context(|| format!("write {}", changelog.display()))?;
     let manual_folder = folder.join("manual");
     manual(&manual_folder)?;
-    // As both kinds of distribution want their man pages; without a time stamp.
+    // Both kinds of distribution require compressed man pages; without a time stamp.
     let mut gzip = Command::new("gzip");
     gzip.args(["--best", "--no-name"]).arg(&changelog);
     for entry in fs::read_dir(&manual_folder)? {
@@ -143,7 +143,7 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
     run(&mut gzip)
 }
 
-/// Man pages and completion scripts. The program that writes them knows nothing of profiles.
+/// Generates man pages and completion scripts. The program that writes them does not depend on the profile.
 fn manual(folder: &Path) -> Result<()> {
     run(cargo().args(["run", "--quiet", "--package", "lbridge", "--example", "manual", "--"]).arg(folder))
 }
@@ -157,12 +157,12 @@ fn deb(stage: &Path, package: &Path, options: &[&str]) -> Result<()> {
 
 fn rpm(stage: &Path, package: &Path, options: &[&str]) -> Result<()> {
     let mut cargo_rpm = dated(Command::new(CARGO_RPM.find()?))?;
-    // By `ldd`: the same with and without the machine's own rpm.
+    // With `builtin` instead of the machine's own rpm, the result is the same with and without it.
     cargo_rpm.current_dir(root().join("lbridge")).args(["generate-rpm", "--auto-req=builtin"]);
     run(cargo_rpm.arg("--target-dir").arg(stage).args(options).arg("--output").arg(package))
 }
 
-/// The archive for every other distribution.
+/// Builds the archive for every other distribution.
 fn archive(results: &Path, sbom: &Path) -> Result<PathBuf> {
     let name = format!("lbridge-{VERSION}-x86_64-linux");
     let folder = results.join("archive").join(&name);
@@ -188,7 +188,7 @@ fn archive(results: &Path, sbom: &Path) -> Result<PathBuf> {
             .with_context(|| format!("copy {file}"))?;
     }
     fs::copy(sbom, folder.join("lbridge.cdx.json"))?;
-    // What no package manager knows belongs there.
+    // /usr/local is for programs that no package manager installed.
     let unit = fs::read_to_string(root().join("packaging/lbridge.service"))?;
     fs::write(folder.join("lbridge.service"), unit.replace("/usr/bin/lbridge", "/usr/local/bin/lbridge"))?;
 
@@ -213,7 +213,7 @@ fn build_static() -> Result<PathBuf> {
     Ok(target().join(STATIC_TARGET).join("release/lbridge"))
 }
 
-/// Every crate in the binary, with its version and licence.
+/// Writes a list of every crate in the binary, with its version and licence.
 fn sbom(results: &Path) -> Result<PathBuf> {
     let mut cyclonedx = dated(Command::new(CARGO_CYCLONEDX.find()?))?;
     let name = "lbridge-sbom";
@@ -221,13 +221,13 @@ fn sbom(results: &Path) -> Result<PathBuf> {
     cyclonedx.args(["--manifest-path=lbridge/Cargo.toml", "--override-filename", name]);
     let done = run(&mut cyclonedx);
     let file = results.join(format!("lbridge-{VERSION}.cdx.json"));
-    // It writes one beside each manifest of the workspace.
+    // The tool writes one next to each manifest of the workspace.
     for entry in fs::read_dir(root())? {
         let folder = entry?.path();
         let written = folder.join(name).with_extension("json");
         if folder.ends_with("lbridge") && done.is_ok() {
             let text = fs::read_to_string(&written).with_context(|| format!("read {}", written.display()))?;
-            // Where the checkout is concerns nobody.
+            // The path of the checkout does not belong in it.
             let text = text.replace(&format!("file://{}/", root().display()), "file:///");
             fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
         }
@@ -238,7 +238,7 @@ fn sbom(results: &Path) -> Result<PathBuf> {
     done.map(|()| file)
 }
 
-/// In the form of `sha256sum`, so that `sha256sum --check SHA256SUMS` reads it.
+/// Writes checksums in the format of `sha256sum`, so that `sha256sum --check SHA256SUMS` reads them.
 fn checksums(results: &Path) -> Result<()> {
     const LIST: &str = "SHA256SUMS";
     let mut names = Vec::new();
@@ -259,13 +259,13 @@ fn checksums(results: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Has a packager take the last commit's time for every file's.
+/// Makes a packager use the last commit's time for every file.
 fn dated(mut command: Command) -> Result<Command> {
     command.env("SOURCE_DATE_EPOCH", date()?);
     Ok(command)
 }
 
-/// The last commit's time, unless the environment says otherwise.
+/// Returns the last commit's time, unless the environment sets another.
 fn date() -> Result<String> {
     if let Ok(date) = std::env::var("SOURCE_DATE_EPOCH") {
         return Ok(date);
@@ -274,7 +274,7 @@ fn date() -> Result<String> {
     Ok(date.context("not a checkout of git: set SOURCE_DATE_EPOCH")?.trim_end().to_owned())
 }
 
-/// A program of a package from the registry.
+/// A program from a package of the registry.
 struct Tool {
     name: &'static str,
     version: &'static str,
@@ -285,7 +285,7 @@ impl Tool {
         target().join("tools")
     }
 
-    /// Whether it is installed in this version.
+    /// Returns true if the program is installed in this version.
     fn is_there(&self) -> bool {
         let Tool { name, version } = self;
         // Cargo's own record of what it has installed there.
@@ -293,15 +293,15 @@ impl Tool {
         record.contains(&format!("\"{name} {version} ("))
     }
 
-    /// The program, built if it is missing or another version.
+    /// Returns the program; builds it if it is missing or has another version.
     fn find(&self) -> Result<PathBuf> {
         let Tool { name, version } = self;
         if !self.is_there() {
             eprintln!("building {name} {version}, once (a minute or two)");
             let mut install = cargo();
             install.args(["install", name, "--version", version, "--locked", "--force", "--quiet"]);
-            // For a few runs: that they are built quickly counts for more than that they are quick. What they have in
-            // common is built once.
+            // The programs run only a few times, so a fast build matters more than a fast program. Their
+            // common dependencies are built once.
             install.env("CARGO_TARGET_DIR", Tool::root().join("build"));
             install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_LTO", "off");
             run(install.arg("--root").arg(Tool::root()))?;

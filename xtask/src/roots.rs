@@ -1,4 +1,4 @@
-//! Root file systems of other Debian releases, for the suite that installs packages in them.
+//! roots: root file systems of other Debian releases, for the suite that installs packages in them.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,18 +9,18 @@ use anyhow::{Context, Result};
 use crate::apt::Mirror;
 use crate::workspace::{output, target};
 
-/// Newer than what the tests run on.
+/// Debian releases newer than the one that the tests run on.
 const RELEASES: [&str; 1] = ["trixie"];
 
-/// What a host has on which somebody would install lbridge, beside what every Debian has.
+/// Packages of a host on which somebody would install lbridge, in addition to what every Debian has.
 const PACKAGES: &str = "dbus,firewalld,iproute2,iptables,nftables,systemd,systemd-sysv";
 
-/// Where they are kept.
+/// Returns the folder that holds the root file systems.
 pub(crate) fn roots_folder() -> PathBuf {
     target().join("roots")
 }
 
-/// Makes those that are not there yet, or were made of other packages, in `target/roots/RELEASE`.
+/// Builds in `target/roots/RELEASE` those that are missing or were built from other packages.
 pub(crate) fn make() -> Result<()> {
     RELEASES.into_iter().try_for_each(|release| {
         make_one(release).with_context(|| format!("make a root file system of Debian {release}"))
@@ -39,7 +39,7 @@ fn make_one(release: &str) -> Result<()> {
     let mut mmdebstrap = Command::new("mmdebstrap");
     mmdebstrap.args(["--variant=minbase", "--quiet", &format!("--include={PACKAGES}"), release]);
     output(mmdebstrap.arg(&folder).arg(&mirror.main))?;
-    // The last step: with the record there, it counts as made.
+    // The last step: a folder with this record counts as complete.
     fs::write(&record, PACKAGES)?;
     println!("{}", folder.display());
     Ok(())

@@ -1,5 +1,6 @@
-//! `cargo xtask run`: the main job on this machine. With a Docker Engine the daemon follows it; without one a private
-//! host, container and service are made, and the container fetches the service's page.
+//! run: `cargo xtask run` demonstrates the main job on this machine. With a Docker Engine, the daemon follows
+//! it. Without one, this creates a private host, container and service, and the container fetches the
+//! service's page.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -57,7 +58,7 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     }
 }
 
-/// Goes on as the daemon; returns only if that fails.
+/// Replaces this process with the daemon; returns only if that fails.
 fn with_docker(engine: &Engine, program: &Path, options: &[String]) -> Result<()> {
     let shown = program.strip_prefix(root()).unwrap_or(program).display();
     println!(
@@ -78,7 +79,7 @@ fn with_docker(engine: &Engine, program: &Path, options: &[String]) -> Result<()
 /// A Docker Engine that answers.
 #[derive(Debug)]
 struct Engine {
-    /// The bridges, those that a user has made first.
+    /// The names of the bridge networks, those created by a user first.
     networks: Vec<String>,
 }
 
@@ -104,7 +105,7 @@ impl Engine {
     }
 }
 
-/// What an engine answers to a GET request.
+/// Returns an engine's answer to a GET request.
 fn get(address: &str, path: &str) -> Result<String> {
     let limit = Some(Duration::from_secs(2));
     let mut stream: Box<dyn Stream> = if let Some(path) = address.strip_prefix("unix://") {
@@ -118,7 +119,7 @@ fn get(address: &str, path: &str) -> Result<String> {
     } else {
         bail!("neither unix:// nor tcp://: {address}");
     };
-    // 1.0: no chunks in the answer.
+    // HTTP 1.0: the answer is not chunked.
     write!(stream, "GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
@@ -127,7 +128,7 @@ fn get(address: &str, path: &str) -> Result<String> {
     Ok(body.to_owned())
 }
 
-/// Starts this program again, in private namespaces; returns only if that fails.
+/// Starts this program again in private namespaces; returns only if that fails.
 pub(crate) fn enter_lab() -> Result<()> {
     // SAFETY: nothing has started another thread yet.
     unsafe { env::set_var("LBRIDGE_BIN", target().join("release/lbridge")) };
@@ -141,7 +142,7 @@ extern "C" fn stop(_signal: libc::c_int) {
     STOPPED.store(true, Ordering::Relaxed);
 }
 
-/// A handler, unlike a mask, is not inherited by the programs started from here.
+/// Installs a signal handler: unlike a mask, programs started from here do not inherit it.
 fn handle_signals() -> Result<()> {
     let action = SigAction::new(SigHandler::Handler(stop), SaFlags::SA_RESTART, SigSet::empty());
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
@@ -151,7 +152,7 @@ fn handle_signals() -> Result<()> {
     Ok(())
 }
 
-/// Inside: host, container, service and daemon.
+/// Runs the lab inside: host, container, service and daemon.
 fn lab(once: bool) -> Result<()> {
     handle_signals()?;
     let lab = Lab::new()?;
@@ -215,7 +216,8 @@ fn allow_and_fetch(daemon: &Daemon, network: &str, container: &NetNs, gateway: S
     Ok(())
 }
 
-/// Not so if its parent, this process, has only to learn that it ended.
+/// Returns true if the daemon runs. A process that has ended and that its parent, this process, has not
+/// waited for does not count.
 fn is_running(daemon: &Daemon) -> bool {
     let status = |pid| std::fs::read_to_string(format!("/proc/{pid}/status"));
     daemon.pid().is_some_and(|pid| status(pid).is_ok_and(|status| !status.contains("\nState:\tZ")))
@@ -234,7 +236,7 @@ fn print_what_next(daemon: &Daemon, network: &str) {
     println!("  sudo LBRIDGE_SOCKET={} {program} deny {network} {PORT}", socket.display());
 }
 
-/// Lets a person at the terminal see what a command has changed.
+/// Fetches the page again on Enter, so that a person at the terminal sees what a command has changed.
 fn fetch_on_enter(container: NetNs, gateway: SocketAddr) {
     println!("\nEnter, here, fetches the page again.");
     thread::spawn(move || {
@@ -247,12 +249,12 @@ fn fetch_on_enter(container: NetNs, gateway: SocketAddr) {
     });
 }
 
-/// A web server with one page.
+/// Serves a single page on the host's loopback.
 fn serve_page(host: &NetNs) -> Result<()> {
     let listener = host.run(|| TcpListener::bind(("127.0.0.1", PORT)).context("listen"))?;
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            // A client that leaves early is its own affair.
+            // A client that leaves early does not matter.
             thread::spawn(move || drop(answer(stream)));
         }
     });
@@ -273,7 +275,7 @@ fn answer(stream: TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// The page, fetched from within `netns`, and how long that took.
+/// Fetches the page from within `netns`; returns it and the time taken.
 fn fetch(netns: &NetNs, address: SocketAddr) -> Result<(String, Duration)> {
     netns.run(|| {
         let start = Instant::now();

@@ -1,11 +1,11 @@
-//! `cargo xtask setup`: everything that the tests and the check of the object need, on Debian.
+//! setup: `cargo xtask setup` installs everything that the tests and the check of the object need, on Debian.
 
 use anyhow::Result;
 
 use crate::bpf_toolchain::{self, Toolchain};
 use crate::{apt, kernels, package, roots};
 
-/// What the suites use, apart from the toolchain of the kernel programs.
+/// Packages that the suites use, in addition to the toolchain of the kernel programs.
 const PACKAGES: [&str; 28] = [
     "aardvark-dns",   // Podman's names
     "apache2-bin",    // a web server, without the service that the package apache2 is
@@ -37,7 +37,7 @@ const PACKAGES: [&str; 28] = [
     "xz-utils", // kernel modules are compressed
 ];
 
-/// Does nothing, and needs no root, where everything is there already.
+/// Installs what is missing. If everything is installed already, it does nothing and needs no root.
 pub(crate) fn handle() -> Result<()> {
     let packages: Vec<_> = PACKAGES.into_iter().chain(bpf_toolchain::PACKAGES).collect();
     let missing = apt::missing(&packages);

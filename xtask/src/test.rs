@@ -1,4 +1,5 @@
-//! `cargo xtask test`: the unit tests of every package, then the suites of `lbridge-tests`, one summary for all.
+//! test: `cargo xtask test` runs the unit tests of every package, then the suites of `lbridge-tests`, and
+//! prints one summary.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::ops::AddAssign;
@@ -12,7 +13,7 @@ use crate::roots::roots_folder;
 use crate::workspace::{cargo, root, run, target, vm_folder};
 use crate::{package, setup};
 
-/// The unit tests' name on the command line.
+/// The name of the unit tests on the command line.
 const UNIT: &str = "unit";
 /// The suite that installs packages.
 const PACKAGES: &str = "packages";
@@ -28,7 +29,7 @@ pub(crate) struct Arguments {
     suites: Vec<String>,
 }
 
-/// Runs the tests; whether all passed.
+/// Runs the tests; returns true if all passed.
 pub(crate) fn handle(arguments: &Arguments) -> Result<bool> {
     let known = suites(&fs::read_to_string(root().join("tests/Cargo.toml"))?)?;
     for suite in &arguments.suites {
@@ -37,7 +38,7 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<bool> {
     if arguments.setup {
         setup::handle()?;
     }
-    // Everything at once: packages that are selected together are built with the same features, once.
+    // All at once: packages that are selected together are built with the same features, once.
     run(cargo().args(["build", "--workspace", "--all-targets"]))?;
 
     let wanted = known.iter().filter(|suite| arguments.suites.is_empty() || arguments.suites.contains(suite));
@@ -47,7 +48,7 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<bool> {
         let prepared = if suite == PACKAGES { package::for_tests() } else { Ok(()) };
         let counts = match prepared {
             Ok(()) => run_suite(suite)?,
-            // The other suites have something to say all the same.
+            // The other suites are still worth running.
             Err(error) => {
                 println!("\n== {suite}\nno packages to test: {error:#}: counted as a failure");
                 Counts { failed: 1, ..Counts::default() }
@@ -86,7 +87,7 @@ fn run_suite(suite: &str) -> Result<Counts> {
     Ok(counts)
 }
 
-/// Runs a test command, passes on to `out` what it prints, and counts what its summaries say.
+/// Runs a test command, copies its output to `out`, and counts the results in its summaries.
 fn run_counted(command: &mut Command, out: &mut impl Write) -> Result<Counts> {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("run cargo test")?;
     let mut lines = BufReader::new(child.stdout.take().context("no pipe")?);
@@ -103,7 +104,7 @@ fn run_counted(command: &mut Command, out: &mut impl Write) -> Result<Counts> {
         line.clear();
     }
     let status = child.wait()?;
-    // A test program that was killed or never built has no summary to say so.
+    // A test program that was killed or never built prints no summary.
     if (!status.success() && counts.failed == 0) || summaries == 0 {
         writeln!(
             out,
@@ -114,7 +115,7 @@ fn run_counted(command: &mut Command, out: &mut impl Write) -> Result<Counts> {
     Ok(counts)
 }
 
-/// The names of the suites: the unit tests, and the test targets that a manifest lists.
+/// Lists the names of the suites: the unit tests, and the test targets in a manifest.
 fn suites(manifest: &str) -> Result<Vec<String>> {
     let manifest: toml::Table = manifest.parse().context("read tests/Cargo.toml")?;
     let targets = manifest.get("test").and_then(toml::Value::as_array).map_or(&[][..], Vec::as_slice);
@@ -122,7 +123,7 @@ fn suites(manifest: &str) -> Result<Vec<String>> {
     Ok(std::iter::once(UNIT).chain(names).map(str::to_owned).collect())
 }
 
-/// How many tests came to which end.
+/// Numbers of tests by result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counts {
     passed: u64,
@@ -131,7 +132,7 @@ struct Counts {
 }
 
 impl Counts {
-    /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+    /// Parses `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
     fn parse(line: &str) -> Option<Counts> {
         let (_, counts) = line.trim_start().strip_prefix("test result: ")?.split_once(". ")?;
         let count = |what: &str| {
@@ -172,7 +173,7 @@ mod tests {
     use super::*;
 
     fn shell(script: &str) -> Counts {
-        // Not to this program's own output, where the summaries would count for real.
+        // Not to this program's own output, where the summaries would be counted.
         run_counted(Command::new("sh").args(["-c", script]), &mut io::sink()).unwrap()
     }
 

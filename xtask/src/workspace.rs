@@ -1,4 +1,4 @@
-//! Where things are in the checkout, and how other programs are run.
+//! workspace: the paths of the checkout, and functions that run other programs.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -7,26 +7,27 @@ use std::{env, fs};
 
 use anyhow::{Context, Result, bail};
 
-/// The checkout.
+/// Returns the root of the checkout.
 pub(crate) fn root() -> PathBuf {
-    // Cargo says where the package is now; the path at build time serves a binary that is started by hand.
+    // At run time Cargo sets where the package is now; the path at build time serves a binary that is started
+    // by hand.
     let package =
         env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
     package.parent().map_or(package.clone(), Path::to_path_buf)
 }
 
-/// Cargo's target folder.
+/// Returns Cargo's target folder.
 pub(crate) fn target() -> PathBuf {
-    // `join` keeps an absolute path as it is.
+    // `join` keeps an absolute path unchanged.
     root().join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
-/// Where Debian's kernels for the virtual machines are kept.
+/// Returns the folder that holds Debian's kernels for the virtual machines.
 pub(crate) fn vm_folder() -> PathBuf {
     target().join("vm")
 }
 
-/// Cargo, the one that runs this program.
+/// Returns the Cargo that runs this program.
 pub(crate) fn cargo() -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(root());
@@ -48,7 +49,8 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command and returns what it printed; an exit status other than 0 is an error that says what it complained of.
+/// Runs a command and returns its standard output; an exit status other than 0 is an error with the command's
+/// own message.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("run {}", name(command)))?;
     if !output.status.success() {
@@ -62,7 +64,7 @@ fn name(command: &Command) -> String {
     command.get_program().display().to_string()
 }
 
-/// The command as a person would type it.
+/// Formats the command as a person would type it.
 fn line(command: &Command) -> String {
     std::iter::once(command.get_program())
         .chain(command.get_args())
@@ -71,12 +73,12 @@ fn line(command: &Command) -> String {
         .join(" ")
 }
 
-/// The program is somewhere on `PATH`.
+/// Returns true if the program is somewhere on `PATH`.
 pub(crate) fn has_program(name: &str) -> bool {
     env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(name).is_file()))
 }
 
-/// Replaces a file in one step, so that nobody sees half of it, and leaves it alone if it is the same already.
+/// Replaces a file atomically; does nothing if its content is the same already.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     if fs::read(path).is_ok_and(|old| old == bytes) {
         return Ok(());
@@ -86,7 +88,7 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::rename(&new, path).with_context(|| format!("rename {} into place", new.display()))
 }
 
-/// A digest as `sha256sum` prints it.
+/// Formats a digest as `sha256sum` prints it.
 pub(crate) fn hex(digest: impl AsRef<[u8]>) -> String {
     use std::fmt::Write as _;
     digest.as_ref().iter().fold(String::new(), |mut text, byte| {

@@ -1,4 +1,4 @@
-//! What a container does: dial, and look at who answers.
+//! client: the container's side: dials, and checks who answers.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -14,35 +14,35 @@ use serde_json::Value;
 use super::netns::NetNs;
 use super::{kernel, patience};
 
-/// What a [`super::service::Service`] says of itself and of the connection.
+/// A [`super::service::Service`]'s greeting: its name, and what it sees of the connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Greeting {
     /// The service's name.
     pub service: String,
-    /// The peer, from `accept()`.
+    /// The peer that `accept()` returned.
     pub accept: SocketAddr,
-    /// The peer, from `getpeername()`.
+    /// The peer that `getpeername()` returned.
     pub peer: SocketAddr,
-    /// The service's own end, from `getsockname()`.
+    /// The service's own end, as `getsockname()` returned it.
     pub local: SocketAddr,
 }
 
-/// A connection to a service that has greeted.
+/// A connection to a service that has sent its greeting.
 #[derive(Debug)]
 pub struct Connection {
-    /// What the service said first.
+    /// The service's greeting.
     pub greeting: Greeting,
     stream: BufReader<TcpStream>,
 }
 
-/// What came of an attempt to reach a service.
+/// The result of an attempt to reach a service.
 #[derive(Debug)]
 pub enum Attempt {
-    /// Somebody greeted.
+    /// A service sent its greeting.
     Served(Greeting),
-    /// ECONNREFUSED (or a reset), after this long.
+    /// The connection was refused (ECONNREFUSED) or reset, after this time.
     Refused(Duration),
-    /// Neither: time-out, unreachable, closed without a greeting.
+    /// Neither: a time-out, an unreachable address, or a close without a greeting.
     Nothing(io::Error),
 }
 
@@ -80,7 +80,7 @@ fn dial_here(source: Option<IpAddr>, to: SocketAddr, limit: Duration) -> io::Res
     Ok(stream)
 }
 
-/// An MPTCP client socket, connected from within `netns`.
+/// Connects an MPTCP client socket from within `netns`.
 pub fn dial_mptcp(netns: &NetNs, to: SocketAddr) -> Result<TcpStream> {
     netns.run(|| {
         let fd = kernel::stream_socket(to.is_ipv6(), true)?;
@@ -121,12 +121,12 @@ fn attempt_for(netns: &NetNs, source: Option<IpAddr>, to: SocketAddr, limit: Dur
     }
 }
 
-/// Tries to reach a service.
+/// Tries to reach a service, from any source address.
 pub fn attempt(netns: &NetNs, to: SocketAddr) -> Attempt {
     attempt_from(netns, None, to)
 }
 
-/// The greeting of the service at `to`, whose name must be `service`, after a few bytes went there and back.
+/// Requires that the service at `to` has the name `service` and echoes a few bytes; returns its greeting.
 pub fn served_by(netns: &NetNs, to: SocketAddr, service: &str) -> Result<Greeting> {
     let mut connection = connect(netns, to)?;
     ensure!(connection.greeting.service == service, "{to} is {:?}, not {service}", connection.greeting);
@@ -134,7 +134,7 @@ pub fn served_by(netns: &NetNs, to: SocketAddr, service: &str) -> Result<Greetin
     Ok(connection.greeting)
 }
 
-/// `to` must refuse at once.
+/// Requires that `to` refuses at once.
 pub fn refused(netns: &NetNs, to: SocketAddr) -> Result<()> {
     match attempt(netns, to) {
         Attempt::Refused(after) => {
@@ -145,9 +145,9 @@ pub fn refused(netns: &NetNs, to: SocketAddr) -> Result<()> {
     }
 }
 
-/// `to` may refuse or be silent, but must not serve.
+/// Requires that `to` does not serve: it may refuse or be silent.
 pub fn not_served(netns: &NetNs, source: Option<IpAddr>, to: SocketAddr) -> Result<()> {
-    // Where nothing answers the whole time is waited, on slow machines, too.
+    // Without an answer this takes the whole time, so it is not multiplied on slow machines.
     match attempt_for(netns, source, to, Duration::from_secs(2)) {
         Attempt::Served(greeting) => bail!("{to} should not have served {source:?}: {greeting:?}"),
         Attempt::Refused(_) | Attempt::Nothing(_) => Ok(()),
@@ -155,7 +155,7 @@ pub fn not_served(netns: &NetNs, source: Option<IpAddr>, to: SocketAddr) -> Resu
 }
 
 impl Connection {
-    /// Reads the greeting of a fresh connection. An [`io::Error`] is the connection's own.
+    /// Reads the greeting of a new connection. An [`io::Error`] is the connection's own.
     pub fn greeted(stream: TcpStream) -> Result<Connection> {
         stream.set_read_timeout(Some(patience::seconds(5)))?;
         stream.set_write_timeout(Some(patience::seconds(5)))?;
@@ -175,7 +175,7 @@ impl Connection {
         Ok(Connection { greeting, stream })
     }
 
-    /// Sends bytes and expects them back.
+    /// Sends bytes and expects the same bytes back.
     pub fn echo(&mut self, bytes: &[u8]) -> Result<()> {
         self.stream.get_mut().write_all(bytes).context("send")?;
         let mut back = vec![0; bytes.len()];
@@ -184,12 +184,12 @@ impl Connection {
         Ok(())
     }
 
-    /// The socket, for tests that do their own reading and writing. Nothing is buffered between two echoes.
+    /// Returns the socket, for tests that read and write themselves. Nothing is buffered between two echoes.
     pub fn stream(&self) -> &TcpStream {
         self.stream.get_ref()
     }
 
-    /// Sends a FIN, and returns everything that comes until the peer's.
+    /// Sends a FIN; returns everything that arrives until the peer's FIN.
     pub fn finish(mut self) -> Result<Vec<u8>> {
         self.stream.get_ref().shutdown(std::net::Shutdown::Write)?;
         let mut rest = Vec::new();
@@ -199,7 +199,7 @@ impl Connection {
         Ok(rest)
     }
 
-    /// The connection must have been reset, or be so soon: it was cut off, and must not look finished.
+    /// Requires that the connection is reset, now or soon: it was cut off, and must not look finished.
     pub fn must_be_reset(mut self) -> Result<()> {
         match self.stream.read(&mut [0]) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
@@ -207,7 +207,7 @@ impl Connection {
         }
     }
 
-    /// The peer must have closed or reset the connection, or do so soon.
+    /// Requires that the peer closes or resets the connection, now or soon.
     pub fn must_be_over(mut self) -> Result<()> {
         let mut byte = [0];
         match self.stream.read(&mut byte) {

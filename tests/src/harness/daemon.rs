@@ -1,4 +1,5 @@
-//! The program under test: `lbridge run` in a host's namespace, with private paths, and the commands that talk to it.
+//! daemon: the program under test: `lbridge run` in a host's namespace, with private paths, and the commands
+//! that talk to it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -22,7 +23,7 @@ use super::logs::Log;
 use super::netns::NetNs;
 use super::{patience, sandbox};
 
-/// The program: `LBRIDGE_BIN`, or the one built beside the current program.
+/// Returns the path of the program: `LBRIDGE_BIN`, or the one built next to the current program.
 pub fn binary() -> Result<PathBuf> {
     if let Some(path) = env::var_os("LBRIDGE_BIN") {
         return Ok(path.into());
@@ -37,24 +38,24 @@ pub fn binary() -> Result<PathBuf> {
         .context("no lbridge beside the current program: cargo build -p lbridge, or set LBRIDGE_BIN")
 }
 
-/// How to start a daemon. All paths are private to the instance.
+/// Options for starting a daemon. All paths are private to the instance.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Look for a Docker Engine.
+    /// True to look for a Docker Engine.
     pub docker: bool,
     /// Text of the configuration file.
     pub config: String,
-    /// More environment.
+    /// Additional environment variables.
     pub env: Vec<(String, String)>,
-    /// Where socket, state and configuration go; a new private folder if `None`.
+    /// Folder for socket, state and configuration; `None` for a new private folder.
     pub folder: Option<PathBuf>,
     /// The cgroup2 root.
     pub cgroup: PathBuf,
     /// The folder for pins.
     pub bpffs: PathBuf,
-    /// The hard limit of open files; the test's own if `None`.
+    /// The hard limit of open files; `None` for the test's own.
     pub open_files: Option<u64>,
-    /// Standard error; the [`Daemon::log`] if `None`.
+    /// Destination of standard error; `None` for the [`Daemon::log`].
     pub stderr: Option<Arc<File>>,
 }
 
@@ -73,7 +74,7 @@ impl Default for Options {
     }
 }
 
-/// A daemon, running or not, and its paths. The process is killed when this goes.
+/// A daemon, running or not, and its paths. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Daemon {
     host: NetNs,
@@ -81,18 +82,18 @@ pub struct Daemon {
     folder: PathBuf,
     process: Option<Child>,
     log: Log,
-    /// Keeps the private folder.
+    /// Keeps the private folder until the daemon is dropped.
     _temporary: Option<TempDir>,
 }
 
-/// What a command printed, and its exit status.
+/// The output of a command, and its exit status.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// The exit status, -1 for a signal.
+    /// The exit status; -1 for a signal.
     pub status: i32,
-    /// Standard output.
+    /// The standard output, as text.
     pub stdout: String,
-    /// Standard error.
+    /// The standard error, as text.
     pub stderr: String,
 }
 
@@ -106,19 +107,19 @@ impl From<std::process::Output> for Output {
     }
 }
 
-/// A rule's state as `status` tells it.
+/// A rule's state as `status` reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleState {
-    /// `steered`, `relayed`, `waiting` or `blocked`.
+    /// The state: `steered`, `relayed`, `waiting` or `blocked`.
     pub state: String,
-    /// Why, where there is something to say.
+    /// The reason as text; `None` if there is nothing to say.
     pub why: Option<String>,
-    /// The codes of the reasons, the one that decided first.
+    /// The codes of the reasons; the deciding one comes first.
     pub reasons: Vec<String>,
 }
 
 impl RuleState {
-    /// An error unless this is the reason that decided.
+    /// Returns an error unless this is the deciding reason.
     pub fn must_be_because(&self, code: &str) -> Result<()> {
         ensure!(self.reasons.first().is_some_and(|first| first == code), "not because {code}: {self:?}");
         Ok(())
@@ -131,14 +132,14 @@ impl Daemon {
         Daemon::start_with(host, Options::default())
     }
 
-    /// As [`Daemon::start`], with options.
+    /// Like [`Daemon::start`], with options.
     pub fn start_with(host: &NetNs, options: Options) -> Result<Daemon> {
         let mut daemon = Daemon::prepare(host, options)?;
         daemon.restart()?;
         Ok(daemon)
     }
 
-    /// Everything but the process.
+    /// Prepares everything but the process.
     pub fn prepare(host: &NetNs, options: Options) -> Result<Daemon> {
         let (folder, temporary) = if let Some(folder) = &options.folder {
             (folder.clone(), None)
@@ -152,8 +153,8 @@ impl Daemon {
         Ok(Daemon { host: host.clone(), options, folder, process: None, log, _temporary: temporary })
     }
 
-    /// Stops the process, if there is one, with SIGTERM, starts another on the same paths and waits until it is
-    /// ready.
+    /// Stops the process, if there is one, with SIGTERM, starts another on the same paths and waits until it
+    /// is ready.
     pub fn restart(&mut self) -> Result<()> {
         if self.process.is_some() {
             self.terminate()?;
@@ -162,7 +163,7 @@ impl Daemon {
         self.wait_until_ready(&ready)
     }
 
-    /// Starts the process, expecting it to refuse and end by itself; what it said.
+    /// Starts the process, which must refuse to run and end by itself; returns its output.
     pub fn start_refused(&mut self) -> Result<Output> {
         ensure!(self.process.is_none(), "a daemon is running");
         let child = self.run_command()?.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
@@ -239,46 +240,46 @@ impl Daemon {
         }
     }
 
-    /// The control socket.
+    /// Returns the path of the control socket.
     pub fn socket(&self) -> PathBuf {
         self.folder.join("lbridge.sock")
     }
 
-    /// The folder of the rules file.
+    /// Returns the folder of the rules file.
     pub fn state_dir(&self) -> PathBuf {
         self.folder.join("state")
     }
 
-    /// The rules file.
+    /// Returns the path of the rules file.
     pub fn rules_file(&self) -> PathBuf {
         self.state_dir().join("rules.toml")
     }
 
-    /// The configuration file.
+    /// Returns the path of the configuration file.
     pub fn config(&self) -> PathBuf {
         self.folder.join("lbridge.toml")
     }
 
-    /// The folder of the pins.
+    /// Returns the folder of the pins.
     pub fn bpffs(&self) -> &Path {
         &self.options.bpffs
     }
 
-    /// The process, while there is one.
+    /// Returns the process id, while the process runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(Child::id)
     }
 
-    /// What the daemon said so far.
+    /// Returns what the daemon has logged so far.
     pub fn log(&self) -> String {
         self.log.text()
     }
 
-    /// An `lbridge` command that talks to this daemon.
+    /// Creates an `lbridge` command that talks to this daemon.
     pub fn command(&self) -> Result<Command> {
         let mut command = self.host.command(binary()?);
         command.env("LBRIDGE_SOCKET", self.socket()).stdin(Stdio::null());
-        // Those that ask the engine themselves ask the daemon's.
+        // Commands that query the engine themselves use the daemon's engine.
         command.envs(self.options.env.iter().filter(|(name, _)| name == "DOCKER_HOST").cloned());
         Ok(command)
     }
@@ -290,12 +291,12 @@ impl Daemon {
         Ok(output)
     }
 
-    /// `lbridge allow`, which must succeed.
+    /// Runs `lbridge allow`, which must succeed.
     pub fn allow(&self, arguments: &[&str]) -> Result<Output> {
         self.succeed("allow", arguments)
     }
 
-    /// `lbridge deny`, which must succeed.
+    /// Runs `lbridge deny`, which must succeed.
     pub fn deny(&self, arguments: &[&str]) -> Result<Output> {
         self.succeed("deny", arguments)
     }
@@ -306,21 +307,21 @@ impl Daemon {
         Ok(output)
     }
 
-    /// `lbridge status --json`.
+    /// Returns the output of `lbridge status --json`.
     pub fn status(&self) -> Result<Value> {
         let output: Output = self.command()?.args(["status", "--json"]).output()?.into();
         ensure!(output.status == 0, "lbridge status --json: {output:?}");
         serde_json::from_str(&output.stdout).with_context(|| format!("not JSON: {}", output.stdout))
     }
 
-    /// The rule's whole entry in `status --json`, if it is there.
+    /// Returns the rule's whole entry in `status --json`; `None` if there is none.
     pub fn rule(&self, network: &str, port: u16) -> Result<Option<Value>> {
         let status = self.status()?;
         let rules = status["rules"].as_array().context("status has no list of rules")?;
         Ok(rules.iter().find(|rule| rule["network"] == network && rule["port"] == port).cloned())
     }
 
-    /// The rule's state; an error if there is no such rule.
+    /// Returns the rule's state; an error if there is no such rule.
     pub fn rule_state(&self, network: &str, port: u16) -> Result<RuleState> {
         let rule =
             self.rule(network, port)?.with_context(|| format!("status has no rule {network} {port}"))?;
@@ -344,7 +345,7 @@ impl Daemon {
         .with_context(|| format!("last state: {last:?}"))
     }
 
-    /// SIGKILL; returns when the process is gone.
+    /// Sends SIGKILL; returns when the process is gone.
     pub fn kill9(&mut self) -> Result<()> {
         let mut process = self.process.take().context("no daemon to kill")?;
         self.log.note("[harness] kill -9");
@@ -353,24 +354,25 @@ impl Daemon {
         Ok(())
     }
 
-    /// SIGTERM; returns the exit status when the process is gone.
+    /// Sends SIGTERM; returns the exit status when the process is gone.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.signal(Signal::SIGTERM)?;
         self.wait_for_end()
     }
 
-    /// Sends a signal.
+    /// Sends a signal to the process.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = self.pid().context("no daemon to signal")?;
         self.log.note(&format!("[harness] {signal}"));
         Ok(kill(Pid::from_raw(pid.cast_signed()), signal)?)
     }
 
-    /// Runs `work` while the process stands still: it neither looks nor answers, but what it listens on takes connections.
+    /// Runs `work` while the process is stopped: it does nothing and answers nothing, but its listeners
+    /// accept connections.
     pub fn paused<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         self.signal(Signal::SIGSTOP)?;
         let pid = Pid::from_raw(self.pid().context("no daemon to stop")?.cast_signed());
-        // Told once all of its threads do.
+        // Reported once all of its threads have stopped.
         let stopped =
             waitid(Id::Pid(pid), WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)?;
         ensure!(matches!(stopped, WaitStatus::Stopped(..)), "the daemon does not stand still: {stopped:?}");
@@ -379,12 +381,12 @@ impl Daemon {
         done
     }
 
-    /// The daemon's whole answer to a GET, for who is to be told by somebody else.
+    /// Returns the daemon's raw answer to a GET, for another program to parse.
     pub fn raw_answer(&self, resource: &str) -> Result<Vec<u8>> {
         self.exchange(&format!("GET {resource} HTTP/1.1\r\nHost: lbridge\r\nConnection: close\r\n\r\n"))
     }
 
-    /// The daemon's whole answer to a POST of JSON, as whoever does without the commands sends it.
+    /// Returns the daemon's whole answer to a POST of JSON, sent as a client without the commands does.
     pub fn post(&self, resource: &str, body: &Value) -> Result<String> {
         let body = body.to_string();
         let length = body.len();
@@ -403,12 +405,12 @@ impl Daemon {
         Ok(answer)
     }
 
-    /// Whether the process has not ended.
+    /// Returns true if the process has not ended.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.process.as_mut().context("no daemon")?.try_wait()?.is_none())
     }
 
-    /// Waits until the process has ended by itself, or by a signal; its exit status.
+    /// Waits until the process has ended by itself or by a signal; returns its exit status.
     pub fn wait_for_end(&mut self) -> Result<ExitStatus> {
         let process = self.process.as_mut().context("no daemon to wait for")?;
         let status = patience::until("the daemon ends", || Ok(process.try_wait()?))?;

@@ -1,4 +1,5 @@
-//! A real Docker Engine in the [`super::sandbox`], with its default socket. No image is pulled: one is made of busybox.
+//! docker: a real Docker Engine in the [`super::sandbox`], on its default socket. No image is pulled: the
+//! image is made of busybox.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,13 +16,13 @@ use super::netns::NetNs;
 use super::suite::find_program;
 use super::{patience, sandbox};
 
-/// The image that [`Engine::run`] uses.
+/// Name of the image that [`Engine::run`] uses.
 const IMAGE: &str = "lab";
 const SOCKET: &str = "/run/docker.sock";
-/// On the sandbox' tmpfs, so that nothing is left on the machine.
+/// The engine's data folder, on the sandbox's tmpfs, so that nothing is left on the machine.
 const DATA: &str = "/run/docker-data";
 
-/// The Engine, running or stopped.
+/// A Docker Engine, running or stopped.
 #[derive(Debug)]
 pub struct Engine {
     process: Option<Child>,
@@ -43,9 +44,9 @@ impl Engine {
         Ok(engine)
     }
 
-    /// An Engine that was never started; the first [`Engine::up`] has no image yet.
+    /// Prepares an Engine without starting it; the first [`Engine::up`] has no image yet.
     pub fn prepare(live_restore: bool) -> Result<Engine> {
-        // A key goes to one, containerd's folders to the other; nothing may stay on the machine.
+        // A key is written to the first, containerd's folders to the second; nothing may stay on the machine.
         sandbox::shadow("/etc")?;
         sandbox::shadow("/opt")?;
         Ok(Engine { process: None, live_restore, log: Log::new("dockerd") })
@@ -81,13 +82,13 @@ impl Engine {
         patience::until("dockerd ends after SIGTERM", || Ok(process.try_wait()?)).map(drop)
     }
 
-    /// Stops and starts.
+    /// Stops the Engine and starts it again.
     pub fn restart(&mut self) -> Result<()> {
         self.down()?;
         self.up()
     }
 
-    /// Makes the image of busybox that [`Engine::run`] uses.
+    /// Builds the busybox image that [`Engine::run`] uses.
     pub fn import_image(&self) -> Result<()> {
         let root = tempfile::Builder::new().prefix("image.").tempdir_in("/run")?;
         for folder in ["bin", "etc", "tmp", "root"] {
@@ -107,7 +108,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Runs a `docker` command that must succeed; its standard output without the newline.
+    /// Runs a `docker` command that must succeed; returns its standard output without the newline.
     pub fn docker(&self, arguments: &[&str]) -> Result<String> {
         let output = docker(arguments)?;
         self.log.note(&format!(
@@ -125,7 +126,7 @@ impl Engine {
         self.network(&id)
     }
 
-    /// Looks at a network, by name or id.
+    /// Inspects a network, by name or id.
     pub fn network(&self, name: &str) -> Result<Network> {
         let text = self.docker(&["network", "inspect", "--", name])?;
         let networks: serde_json::Value = serde_json::from_str(&text)?;
@@ -140,7 +141,7 @@ impl Engine {
         Ok(Network { id, name, gateway })
     }
 
-    /// Removes a network.
+    /// Removes a network by name or id.
     pub fn remove_network(&self, name: &str) -> Result<()> {
         self.docker(&["network", "rm", "--", name]).map(drop)
     }
@@ -152,7 +153,7 @@ impl Engine {
         Ok(Container { id })
     }
 
-    /// The container's network namespace as it is now.
+    /// Returns the container's current network namespace.
     pub fn netns(&self, container: &Container) -> Result<NetNs> {
         let pid = self.docker(&["inspect", "--format", "{{.State.Pid}}", &container.id])?;
         NetNs::of_process(pid.parse()?)
@@ -179,21 +180,21 @@ impl Drop for Engine {
     }
 }
 
-/// A network as the Engine tells it.
+/// A network, as the Engine reports it.
 #[derive(Clone, Debug)]
 pub struct Network {
-    /// The whole id.
+    /// Docker's network id, in full.
     pub id: String,
-    /// The name.
+    /// The network's name.
     pub name: String,
     /// The address that containers dial.
     pub gateway: std::net::IpAddr,
 }
 
-/// A container.
+/// A running or stopped container.
 #[derive(Clone, Debug)]
 pub struct Container {
-    /// The whole id.
+    /// Docker's container id, in full.
     pub id: String,
 }
 

@@ -1,4 +1,4 @@
-//! What `lbridge doctor --json` found.
+//! doctor: the report of `lbridge doctor --json`.
 
 use std::path::Path;
 
@@ -7,27 +7,27 @@ use serde_json::Value;
 
 use super::daemon::{Daemon, Output};
 
-/// A doctor's report.
+/// A parsed report of the doctor.
 #[derive(Debug)]
 pub struct Report {
-    /// The exit status.
+    /// The exit status of the command.
     pub status: i32,
     findings: Vec<Value>,
 }
 
-/// One finding.
+/// A finding of the doctor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// `ok`, `note`, `warning` or `problem`.
+    /// The severity: `ok`, `note`, `warning` or `problem`.
     pub level: String,
-    /// What it says, the reason included.
+    /// The finding's text, with the reason.
     pub text: String,
-    /// What to type.
+    /// The remedy: what to type, one line each.
     pub remedy: Vec<String>,
 }
 
 impl Report {
-    /// From what a command printed. The exit status must fit what was found.
+    /// Parses the output of a command. The exit status must agree with the findings.
     pub fn read(output: &Output) -> Result<Report> {
         let report: Value = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;
         let findings = report["findings"].as_array().context("findings")?.clone();
@@ -37,14 +37,14 @@ impl Report {
         Ok(Report { status: output.status, findings })
     }
 
-    /// Of the daemon's host, and with its paths.
+    /// Runs the doctor on the daemon's host and with its paths.
     pub fn of(daemon: &Daemon) -> Result<Report> {
         let paths = paths(daemon);
         let arguments = ["doctor", "--json"].into_iter().chain(paths.iter().map(String::as_str));
         Report::read(&daemon.cli(&arguments.collect::<Vec<_>>())?)
     }
 
-    /// What a check found, in order.
+    /// Returns the findings of a check, in order.
     pub fn of_check(&self, check: &str) -> Vec<Finding> {
         let found = self.findings.iter().filter(|finding| finding["check"] == check);
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -57,7 +57,7 @@ impl Report {
             .collect()
     }
 
-    /// The one finding of a check, which must be of this level.
+    /// Requires that a check has one finding, of this level; returns it.
     pub fn must(&self, check: &str, level: &str) -> Result<Finding> {
         match &self.of_check(check)[..] {
             [finding] if finding.level == level => Ok(finding.clone()),
@@ -65,20 +65,20 @@ impl Report {
         }
     }
 
-    /// A check must have found nothing.
+    /// Requires that a check has found nothing.
     pub fn must_not(&self, check: &str) -> Result<()> {
         ensure!(self.of_check(check).is_empty(), "{check}: {self:?}");
         Ok(())
     }
 
-    /// Everything that is worse than a note, by check.
+    /// Lists every finding worse than a note.
     pub fn complaints(&self) -> Vec<String> {
         let bad = |finding: &&Value| finding["level"] == "warning" || finding["level"] == "problem";
         self.findings.iter().filter(bad).map(ToString::to_string).collect()
     }
 }
 
-/// Options that tell the doctor the daemon's paths.
+/// Returns options that give the doctor the daemon's paths.
 pub fn paths(daemon: &Daemon) -> [String; 3] {
     let option = |name: &str, path: &Path| format!("--{name}={}", path.display());
     [

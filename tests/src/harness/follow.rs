@@ -1,4 +1,4 @@
-//! A program that goes on and on, line by line.
+//! follow: a long-running program, read line by line.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -11,29 +11,29 @@ use nix::unistd::Pid;
 
 use super::patience;
 
-/// A program whose standard output is read as it comes. Killed when this goes.
+/// A program whose standard output is read as it arrives. Dropping it kills the program.
 #[derive(Debug)]
 pub struct Follow {
     child: Child,
     lines: Receiver<String>,
-    /// What was read so far.
+    /// The lines read so far.
     seen: Vec<String>,
 }
 
 impl Follow {
-    /// Starts it.
+    /// Starts the program.
     pub fn start(mut command: Command) -> Result<Follow> {
         let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("{command:?}"))?;
         let output = BufReader::new(child.stdout.take().context("no pipe")?);
         let (sender, lines) = channel();
         thread::spawn(move || {
-            // Whoever waited for them may have seen enough.
+            // The receiver may have seen enough and be gone.
             output.lines().map_while(Result::ok).all(|line| sender.send(line).is_ok())
         });
         Ok(Follow { child, lines, seen: Vec::new() })
     }
 
-    /// Waits for a line of which `wanted` makes something; lines before it are passed over.
+    /// Waits for a line for which `wanted` returns a value; skips the lines before it.
     pub fn until<T>(&mut self, what: &str, mut wanted: impl FnMut(&str) -> Option<T>) -> Result<T> {
         let (lines, seen) = (&self.lines, &mut self.seen);
         patience::until(what, || {
@@ -54,12 +54,12 @@ impl Follow {
         .with_context(|| format!("seen: {:#?}", self.seen))
     }
 
-    /// Sends a signal.
+    /// Sends a signal to the program.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill(Pid::from_raw(self.child.id().cast_signed()), signal)?)
     }
 
-    /// Waits until it has ended by itself, or by a signal.
+    /// Waits until the program has ended by itself or by a signal.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         patience::until("the program ends", || Ok(self.child.try_wait()?))
     }

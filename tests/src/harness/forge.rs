@@ -1,4 +1,5 @@
-//! Packets with a source of the attacker's choice, as only root in a container's namespace can send them.
+//! forge: packets with a source of the attacker's choice, which only root in a container's namespace can
+//! send.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
@@ -42,7 +43,7 @@ pub fn datagram(netns: &NetNs, source: SocketAddr, to: SocketAddr, payload: &[u8
     })
 }
 
-/// The Internet checksum over pseudo-header and datagram (RFC 768; RFC 8200, section 8.1).
+/// Computes the Internet checksum over pseudo-header and datagram (RFC 768; RFC 8200, section 8.1).
 fn checksum(source: IpAddr, to: IpAddr, datagram: &[u8]) -> u16 {
     let octets = |ip: IpAddr| match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
@@ -55,7 +56,7 @@ fn checksum(source: IpAddr, to: IpAddr, datagram: &[u8]) -> u16 {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
-    // Zero would say that there is none.
+    // Zero would mean that there is no checksum.
     match !u16::try_from(sum).unwrap_or_default() {
         0 => 0xffff,
         sum => sum,

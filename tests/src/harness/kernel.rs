@@ -1,4 +1,4 @@
-//! What the running kernel can do, found without asking the daemon under test.
+//! kernel: features of the running kernel, determined without the daemon under test.
 
 use std::fs;
 use std::io;
@@ -6,14 +6,14 @@ use std::os::fd::{FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
-/// The kernel's version, `(6, 1)` for 6.1.176.
+/// Returns the kernel's version, `(6, 1)` for 6.1.176.
 pub fn version() -> (u32, u32) {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|text| text.parse().ok());
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-/// A stream socket for IPv6 or IPv4, of MPTCP or TCP.
+/// Creates a stream socket for IPv6 or IPv4, of MPTCP or TCP.
 pub fn stream_socket(v6: bool, mptcp: bool) -> io::Result<OwnedFd> {
     let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
     let protocol = if mptcp { libc::IPPROTO_MPTCP } else { libc::IPPROTO_TCP };
@@ -24,18 +24,18 @@ pub fn stream_socket(v6: bool, mptcp: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// MPTCP sockets can be made.
+/// Returns true if MPTCP sockets can be created.
 pub fn has_mptcp() -> bool {
     stream_socket(false, true).is_ok()
 }
 
-/// `sk_lookup` programs see the interface that a packet came in by.
+/// Returns true if `sk_lookup` programs can read a packet's ingress interface.
 pub fn has_ingress_ifindex() -> bool {
     version() >= (5, 17)
 }
 
-/// Socket programs can tell the host's listeners from a container's by themselves, so that a service that restarts
-/// is taken up again without the daemon.
+/// Returns true if socket programs can tell the host's listeners from a container's by themselves, so that a
+/// restarted service is registered again without the daemon.
 pub fn registers_listeners_alone() -> bool {
     version() >= (5, 15)
 }

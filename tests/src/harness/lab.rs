@@ -1,4 +1,4 @@
-//! A host in a network namespace, with bridges, containers on them, and a LAN on another link.
+//! lab: a host in a network namespace, with bridges, containers on them, and a LAN on another link.
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 
 use super::netns::NetNs;
 
-/// A host and what is plugged into it. Gone, with all its links, when the last handle on its namespaces goes.
+/// A host and everything attached to it. It is removed, with all its links, when the last handle on its
+/// namespaces is dropped.
 #[derive(Debug)]
 pub struct Lab {
     host: NetNs,
@@ -21,14 +22,14 @@ pub struct Bridge {
     addresses: Vec<Prefix>,
 }
 
-/// An address with the length of its prefix: `10.7.0.1/24`.
+/// An address with its prefix length: `10.7.0.1/24`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Prefix {
     address: IpAddr,
     length: u8,
 }
 
-/// Blank-separated: `10.7.0.1/24 fd07::1/64`.
+/// Parses addresses separated by blanks: `10.7.0.1/24 fd07::1/64`.
 fn prefixes(text: &str) -> Result<Vec<Prefix>> {
     text.split_whitespace()
         .map(|word| {
@@ -40,7 +41,7 @@ fn prefixes(text: &str) -> Result<Vec<Prefix>> {
 }
 
 impl Prefix {
-    /// The next address of the same network.
+    /// Returns the next address of the same network.
     fn next(self) -> Prefix {
         let address = match self.address {
             IpAddr::V4(address) => IpAddr::V4((u32::from(address) + 1).into()),
@@ -57,40 +58,40 @@ impl Prefix {
 }
 
 impl Bridge {
-    /// The interface's name.
+    /// Returns the interface's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The network as lbridge's commands take it.
+    /// Returns the network in the form that lbridge's commands take.
     pub fn network(&self) -> String {
         format!("bridge:{}", self.name)
     }
 
-    /// The first address: what a container dials.
+    /// Returns the first address, which containers dial.
     pub fn gateway(&self) -> IpAddr {
         self.addresses[0].address
     }
 }
 
 impl Lab {
-    /// A host in a namespace of its own, that forwards packets and drops none.
+    /// Creates a host in a new namespace that forwards packets and drops none.
     pub fn new() -> Result<Lab> {
         let host = NetNs::new()?;
         host.sysctl("net/ipv4/ip_forward", "1")?;
         host.sysctl("net/ipv6/conf/all/forwarding", "1")?;
-        // A reverse path filter would refuse some attackers before lbridge has to.
+        // A reverse path filter would drop some attacks before they reach lbridge.
         host.sysctl("net/ipv4/conf/all/rp_filter", "0")?;
         host.sysctl("net/ipv4/conf/default/rp_filter", "0")?;
         Ok(Lab::with_host(host))
     }
 
-    /// A lab around an existing namespace, whose settings are left as they are.
+    /// Creates a lab around an existing namespace, and leaves its settings unchanged.
     pub fn with_host(host: NetNs) -> Lab {
         Lab { host, links: AtomicU32::new(0) }
     }
 
-    /// The host's namespace.
+    /// Returns the host's network namespace.
     pub fn host(&self) -> &NetNs {
         &self.host
     }
@@ -106,7 +107,8 @@ impl Lab {
         Ok(bridge)
     }
 
-    /// Plugs a container into a bridge: a namespace with `eth0`, and default routes to the bridge's addresses.
+    /// Attaches a container to a bridge: a namespace with `eth0`, and default routes to the bridge's
+    /// addresses.
     pub fn container(&self, bridge: &Bridge, addresses: &str) -> Result<NetNs> {
         let netns = NetNs::new()?;
         let host_end = self.plug(&netns, &prefixes(addresses)?)?;
@@ -117,8 +119,9 @@ impl Lab {
         Ok(netns)
     }
 
-    /// A LAN on a link of its own: the host has the given addresses there, the LAN host (which is returned) the ones
-    /// that follow them, and it sends everything through the host, packets for a bridge's gateway included.
+    /// Adds a LAN on a link of its own, and returns the LAN host. The host has the given addresses there; the
+    /// LAN host has the ones that follow them. It sends everything through the host, even packets for a
+    /// bridge's gateway.
     pub fn lan(&self, host_addresses: &str) -> Result<NetNs> {
         let netns = NetNs::new()?;
         let hosts = prefixes(host_addresses)?;
@@ -130,10 +133,10 @@ impl Lab {
         Ok(netns)
     }
 
-    /// Joins `netns`, as its `eth0`, to the host, and returns the name of the host's end.
+    /// Connects `netns` to the host through its `eth0`; returns the name of the host's end.
     fn plug(&self, netns: &NetNs, addresses: &[Prefix]) -> Result<String> {
         let host_end = format!("veth{}", self.links.fetch_add(1, Ordering::Relaxed));
-        // The other end is moved through this process' descriptor, since the namespace has no name.
+        // The other end is moved through a descriptor of this process, since the namespace has no name.
         let pid = std::process::id();
         let fd = std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(netns));
         self.host.ip(&format!("link add {host_end} type veth peer name eth0 netns /proc/{pid}/fd/{fd}"))?;

@@ -1,4 +1,4 @@
-//! Links of kernel programs, asked and changed behind the back of whoever made them.
+//! links: links of kernel programs, inspected and changed behind the back of the program that made them.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use super::netns::NetNs;
 use super::pins::{bpf, get_info, open};
 
-/// Commands of include/uapi/linux/bpf.h.
+/// Commands (include/uapi/linux/bpf.h).
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_LINK_CREATE: libc::c_long = 28;
@@ -20,11 +20,11 @@ const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const BPF_LINK_GET_NEXT_ID: libc::c_long = 31;
 const BPF_LINK_DETACH: libc::c_long = 34;
-/// Types of links.
+/// Types of links (include/uapi/linux/bpf.h).
 const CGROUP: u32 = 3;
 const NETNS: u32 = 5;
 
-/// A link, open.
+/// An open link.
 #[derive(Debug)]
 pub struct Link {
     fd: OwnedFd,
@@ -37,22 +37,22 @@ pub struct LinkInfo {
     kind: u32,
     /// The link's id.
     pub id: u32,
-    /// The id of the program under it.
+    /// The id of the attached program.
     pub program: u32,
     padding: u32,
-    /// A cgroup's id; or a network namespace's inode, and its hook.
+    /// A cgroup's id; or a network namespace's inode and its hook.
     place: [u32; 2],
     /// A cgroup's hook.
     more: [u32; 2],
 }
 
 impl LinkInfo {
-    /// Whether it has not been detached, and what it was attached to is there.
+    /// Returns true if the link has not been detached and the object that it was attached to still exists.
     pub fn is_attached(&self) -> bool {
         self.place() != 0
     }
 
-    /// The inode of what it is attached to; 0 for nothing.
+    /// Returns the cgroup's id or the network namespace's inode; 0 if it is attached to nothing.
     fn place(&self) -> u64 {
         let [low, high] = self.place.map(u64::from);
         if self.kind == NETNS { low } else { high << 32 | low }
@@ -82,30 +82,30 @@ fn descriptor(fd: i32) -> OwnedFd {
 }
 
 impl Link {
-    /// The one that is pinned there.
+    /// Opens the link that is pinned at `path`.
     pub fn pinned(path: &Path) -> Result<Link> {
         Ok(Link { fd: open(path)? })
     }
 
-    /// What it is attached to, and what runs there.
+    /// Returns the kernel's information about the link: its program and what it is attached to.
     pub fn info(&self) -> Result<LinkInfo> {
         get_info(&self.fd).context("ask a link")
     }
 
-    /// Detaches it, as `bpftool link detach` does.
+    /// Detaches the link, as `bpftool link detach` does.
     pub fn detach(&self) -> Result<()> {
         words(BPF_LINK_DETACH, [self.raw(), 0, 0]).context("detach a link")?;
         ensure!(!self.info()?.is_attached(), "it is detached");
         Ok(())
     }
 
-    /// Puts another program under it.
+    /// Replaces the link's program.
     pub fn replace(&self, program: &Program) -> Result<()> {
         let program = program.fd.as_raw_fd().cast_unsigned();
         words(BPF_LINK_UPDATE, [self.raw(), program, 0]).context("update a link").map(drop)
     }
 
-    /// Attaches the program under it once more, to the same hook of that network namespace or cgroup.
+    /// Attaches the link's program once more, to the same hook of that network namespace or cgroup.
     pub fn attach_again(&self, netns: &NetNs, cgroup: &File) -> Result<Link> {
         let info = self.info()?;
         let fd = descriptor(words(BPF_PROG_GET_FD_BY_ID, [info.program, 0, 0]).context("open a program")?);
@@ -125,21 +125,21 @@ pub struct Program {
     hook: u32,
 }
 
-/// Where a program that does nothing can be attached.
+/// Hooks that a program that does nothing can be attached to.
 #[derive(Clone, Copy, Debug)]
 pub enum Hook {
-    /// `sk_lookup`.
+    /// The `sk_lookup` hook of a network namespace.
     SkLookup,
-    /// `sock_ops`.
+    /// The `sock_ops` hook of a cgroup.
     SockOps,
 }
 
 impl Program {
-    /// Loads one of that name.
+    /// Loads a program with that name.
     pub fn load(name: &str, hook: Hook) -> Result<Program> {
-        /// `r0 = 1; exit`.
+        /// The instructions `r0 = 1; exit`.
         const INSTRUCTIONS: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
-        /// `union bpf_attr` for BPF_PROG_LOAD, its first fields.
+        /// The first fields of `union bpf_attr` for BPF_PROG_LOAD.
         #[repr(C)]
         struct Load {
             kind: u32,
@@ -157,7 +157,7 @@ impl Program {
             Hook::SkLookup => (30, 36),
             Hook::SockOps => (13, 3),
         };
-        // Before 5.11 programs count against it; on later kernels it does not matter that it may fail.
+        // Before 5.11 programs count against this limit; on later kernels it does not matter if this fails.
         let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
         // SAFETY: setrlimit is a plain system call.
         unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
@@ -178,7 +178,7 @@ impl Program {
         Ok(Program { fd: descriptor(bpf(BPF_PROG_LOAD, &mut load).context("load a program")?), hook })
     }
 
-    /// Attaches it to that network namespace or cgroup.
+    /// Attaches the program to that network namespace or cgroup.
     pub fn attach(&self, to: &impl AsFd) -> Result<Link> {
         let (program, to) = (self.fd.as_raw_fd().cast_unsigned(), to.as_fd().as_raw_fd().cast_unsigned());
         let fd = words(BPF_LINK_CREATE, [program, to, self.hook]).context("attach a program")?;
@@ -186,7 +186,7 @@ impl Program {
     }
 }
 
-/// `struct bpf_prog_info` until the name.
+/// `struct bpf_prog_info` up to the name.
 #[repr(C)]
 #[derive(Default)]
 struct ProgramInfo {
@@ -194,7 +194,7 @@ struct ProgramInfo {
     name: [u8; 16],
 }
 
-/// The links of programs with one of these names that are attached to a network namespace or a cgroup.
+/// Lists the ids of links that attach a program with one of these names to a network namespace or a cgroup.
 pub fn attached(names: &[&str], netns: &NetNs, cgroup: &Path) -> Result<BTreeSet<u32>> {
     let netns = File::from(netns.as_fd().try_clone_to_owned()?).metadata()?.ino();
     let cgroup = cgroup.metadata()?.ino();
@@ -206,7 +206,7 @@ pub fn attached(names: &[&str], netns: &NetNs, cgroup: &Path) -> Result<BTreeSet
             other => other.context("next link")?,
         };
         id = next.second;
-        // Other tests' may go at any moment.
+        // Links of other tests may disappear at any moment.
         let Ok(link) = words(BPF_LINK_GET_FD_BY_ID, [id, 0, 0]) else { continue };
         let info = Link { fd: descriptor(link) }.info()?;
         let here = match info.kind {

@@ -1,10 +1,10 @@
-//! What the processes of a test said, kept to be printed if the test fails.
+//! logs: the output of a test's processes, kept to be printed if the test fails.
 
 use std::io::{BufRead, BufReader, Read};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-/// One process' output.
+/// The output of one process.
 #[derive(Clone, Debug)]
 pub struct Log {
     name: String,
@@ -18,7 +18,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Log {
-    /// An empty log that [`dump`] will print.
+    /// Creates an empty log that [`dump`] will print.
     pub fn new(name: impl Into<String>) -> Log {
         let log = Log { name: name.into(), text: Arc::default() };
         lock(&ALL).push(log.clone());
@@ -38,20 +38,20 @@ impl Log {
         });
     }
 
-    /// Adds a line of the test's own.
+    /// Adds a line from the test itself.
     pub fn note(&self, line: &str) {
         let mut text = lock(&self.text);
         text.push_str(line);
         text.push('\n');
     }
 
-    /// What was said so far.
+    /// Returns everything logged so far.
     pub fn text(&self) -> String {
         lock(&self.text).clone()
     }
 }
 
-/// Prints every log of this process on stderr.
+/// Prints every log of this process to standard error.
 pub fn dump() {
     for log in lock(&ALL).iter() {
         let text = log.text();

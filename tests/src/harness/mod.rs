@@ -1,8 +1,8 @@
-//! A host to break things on: a [`sandbox`] that nothing leaks from, a [`lab`] of network namespaces inside it,
-//! [`service`]s that say who they are and whom they see, and the [`daemon`] under test.
+//! harness: a host for tests: a [`sandbox`] that nothing leaks from, a [`lab`] of network namespaces inside
+//! it, [`service`]s that report their name and the peer that they see, and the [`daemon`] under test.
 //!
-//! Every test runs in a sandbox, thus in a process, of its own: what it leaves behind dies with it, and a test that
-//! hangs can be killed.
+//! Every test runs in a sandbox, and thus in a process, of its own: what it leaves behind dies with it, and a
+//! test that hangs can be killed.
 
 pub mod client;
 pub mod daemon;

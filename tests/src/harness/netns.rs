@@ -1,4 +1,4 @@
-//! Network namespaces: made, entered by threads and by processes, never named in the file system.
+//! netns: network namespaces: created, entered by threads and by processes, never named in the file system.
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
@@ -14,14 +14,14 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use super::daemon::Output;
 
-/// A network namespace, alive as long as this handle or a clone of it, or anything inside.
+/// A network namespace. It lives as long as this handle or a clone of it, or anything inside.
 #[derive(Clone, Debug)]
 pub struct NetNs {
     fd: Arc<OwnedFd>,
 }
 
 impl NetNs {
-    /// A new namespace with its loopback up.
+    /// Creates a namespace with its loopback up.
     pub fn new() -> Result<NetNs> {
         let netns = on_a_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET).context("unshare a network namespace (needs root)")?;
@@ -31,25 +31,26 @@ impl NetNs {
         Ok(netns)
     }
 
-    /// The namespace of the calling thread.
+    /// Returns the namespace of the calling thread.
     pub fn current() -> Result<NetNs> {
         let fd = File::open("/proc/thread-self/ns/net").context("open /proc/thread-self/ns/net")?;
         Ok(NetNs { fd: Arc::new(fd.into()) })
     }
 
-    /// The namespace of a process.
+    /// Returns the namespace of a process.
     pub fn of_process(pid: u32) -> Result<NetNs> {
         NetNs::at(Path::new(&format!("/proc/{pid}/ns/net")))
     }
 
-    /// The namespace that a file stands for.
+    /// Opens the namespace that a file refers to.
     pub fn at(path: &Path) -> Result<NetNs> {
         let fd = File::open(path).with_context(|| format!("open {}", path.display()))?;
         Ok(NetNs { fd: Arc::new(fd.into()) })
     }
 
-    /// Runs `work` inside and returns what it returns. It runs on a thread of its own: `setns` is per thread, and a
-    /// socket stays in the namespace that it was made in, so whatever `work` opens can be used anywhere.
+    /// Runs `work` inside and returns its result. It runs on a thread of its own: `setns` applies to a
+    /// thread, and a socket stays in the namespace in which it was created, so whatever `work` opens can be
+    /// used anywhere.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         on_a_thread(|| {
             setns(self.as_fd(), CloneFlags::CLONE_NEWNET).context("enter a network namespace")?;
@@ -57,11 +58,12 @@ impl NetNs {
         })
     }
 
-    /// A command that will run inside.
+    /// Creates a command that will run inside.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
         let fd = Arc::clone(&self.fd);
-        // SAFETY: setns is a plain system call; the closure neither allocates nor locks. It owns the descriptor.
+        // SAFETY: setns is a plain system call; the closure neither allocates nor locks. It owns the
+        // descriptor.
         unsafe {
             command.pre_exec(move || {
                 if libc::setns(fd.as_raw_fd(), libc::CLONE_NEWNET) == 0 {
@@ -79,7 +81,7 @@ impl NetNs {
         self.ip_output(arguments).map(drop)
     }
 
-    /// As [`NetNs::ip`], and returns what it printed.
+    /// Like [`NetNs::ip`]; returns the output.
     pub fn ip_output(&self, arguments: &str) -> Result<String> {
         let output = self.command("ip").args(arguments.split_whitespace()).output().context("run ip")?;
         if !output.status.success() {
@@ -88,7 +90,7 @@ impl NetNs {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Runs a shell command inside, which must succeed; what it printed.
+    /// Runs a shell command inside, which must succeed; returns its output.
     pub fn shell(&self, command: &str) -> Result<String> {
         let output = self.command("sh").args(["-c", command]).output().context("run a shell")?;
         let output = Output::from(output);
@@ -96,12 +98,12 @@ impl NetNs {
         Ok(output.stdout)
     }
 
-    /// Whether a TCP or MPTCP socket listens on exactly this address.
+    /// Returns true if a TCP or MPTCP socket listens on exactly this address.
     pub fn listens(&self, address: SocketAddr) -> Result<bool> {
         Ok(self.listening()?.contains(&address))
     }
 
-    /// Whether a relay listens where only the kernel's entries lead: 127.64.0.0/10 and 100::/64.
+    /// Returns true if a relay listens where only the kernel's entries lead: 127.64.0.0/10 and 100::/64.
     pub fn has_hidden_relays(&self) -> Result<bool> {
         let is_hidden = |address: &SocketAddr| match address.ip() {
             IpAddr::V4(ip) => ip.octets()[0] == 127 && ip.octets()[1] & 0xc0 == 64,
@@ -110,7 +112,7 @@ impl NetNs {
         Ok(self.listening()?.iter().any(is_hidden))
     }
 
-    /// Where TCP and MPTCP sockets listen.
+    /// Lists the addresses on which TCP and MPTCP sockets listen.
     fn listening(&self) -> Result<Vec<SocketAddr>> {
         let mut found = Vec::new();
         for table in ["tcp", "tcp6"] {
@@ -118,7 +120,7 @@ impl NetNs {
             let table = self.run(|| fs::read_to_string(&path).with_context(|| format!("read {path}")))?;
             for line in table.lines() {
                 let fields: Vec<_> = line.split_whitespace().collect();
-                // 0A is TCP_LISTEN.
+                // The state 0A is TCP_LISTEN.
                 if let (Some(local), Some(&"0A")) = (fields.get(1), fields.get(3)) {
                     found.push(socket_address(local).with_context(|| format!("in {path}: {line}"))?);
                 }
@@ -147,7 +149,7 @@ fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// An address as /proc/net/tcp has it: words of the kernel's byte order, as numbers.
+/// Parses an address of /proc/net/tcp: words in the kernel's byte order, written as numbers.
 fn socket_address(text: &str) -> Option<SocketAddr> {
     let (ip, port) = text.split_once(':')?;
     let word = |at| Some(u32::from_str_radix(ip.get(at..at + 8)?, 16).ok()?.to_ne_bytes());

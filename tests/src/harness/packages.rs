@@ -1,18 +1,20 @@
-//! What `cargo xtask` makes for tests that install: packages, and root file systems of other Debian releases.
+//! packages: what `cargo xtask` makes for tests that install lbridge: packages, and root file systems of
+//! other Debian releases.
 
 use std::env;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-/// A package by its file's name, `1.deb`: the first version; `2.deb` is the upgrade. Looked for under
-/// `LBRIDGE_PACKAGES_DIR`, or `package/test` in the target folder.
+/// Returns the path of a package by its file name: `1.deb` is the first version, `2.deb` the upgrade. Looks
+/// under `LBRIDGE_PACKAGES_DIR`, or `package/test` in the target folder.
 pub fn package(name: &str) -> Result<PathBuf> {
     find("LBRIDGE_PACKAGES_DIR", "package/test", name)
         .with_context(|| format!("no package {name}: cargo xtask test --setup packages"))
 }
 
-/// The root file system of a Debian release. Looked for under `LBRIDGE_ROOTS_DIR`, or `roots` in the target folder.
+/// Returns the root file system of a Debian release. Looks under `LBRIDGE_ROOTS_DIR`, or `roots` in the
+/// target folder.
 pub fn root(release: &str) -> Result<PathBuf> {
     find("LBRIDGE_ROOTS_DIR", "roots", release)
         .with_context(|| format!("no root file system of {release}: cargo xtask test --setup"))

@@ -1,21 +1,21 @@
-//! How long to wait for what should happen at once: an emulated machine gets a multiple.
+//! patience: time limits for what should happen at once; on an emulated machine they are multiplied.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// Multiplies every time-out: `LBRIDGE_TEST_PATIENCE=8`.
+/// Environment variable that multiplies every time-out: `LBRIDGE_TEST_PATIENCE=8`.
 const VARIABLE: &str = "LBRIDGE_TEST_PATIENCE";
 
-/// `seconds`, times the machine's slowness.
+/// Returns `seconds`, multiplied by the machine's factor.
 pub fn seconds(seconds: u64) -> Duration {
     let factor = std::env::var(VARIABLE).ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     Duration::from_secs(seconds * factor)
 }
 
-/// Asks again and again, until there is an answer or ten (patient) seconds are over. `Err` from `ask` ends it at
-/// once; `Ok(None)` asks again.
+/// Calls `ask` repeatedly until it returns a value or ten seconds, multiplied by the factor, have passed.
+/// `Err` ends the wait at once; `Ok(None)` continues it.
 pub fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let limit = seconds(10);
     let start = Instant::now();

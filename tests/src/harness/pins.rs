@@ -1,4 +1,4 @@
-//! What is pinned, read from the kernel, not from whoever pinned it.
+//! pins: reads and writes pinned maps through the kernel, not through the program that pinned them.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -10,7 +10,7 @@ use std::{fs, io};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 
-/// Commands and map types of include/uapi/linux/bpf.h.
+/// Commands and map types (include/uapi/linux/bpf.h).
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
@@ -22,12 +22,12 @@ const SOCKHASH: u32 = 18;
 
 pub(super) fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
     let (pointer, size) = (std::ptr::from_mut(attributes), size_of::<T>());
-    // SAFETY: the attributes are as long as we say, and what they point to outlives the call.
+    // SAFETY: the length of the attributes is correct, and what they point to outlives the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, pointer, size) };
     Ok(i32::try_from(Errno::result(result)?).unwrap_or(i32::MAX))
 }
 
-/// `struct bpf_map_info`, its first fields.
+/// The first fields of `struct bpf_map_info`.
 #[repr(C)]
 #[derive(Default)]
 struct MapInfo {
@@ -55,7 +55,7 @@ fn map_info(fd: &OwnedFd) -> io::Result<MapInfo> {
     get_info(fd)
 }
 
-/// What the kernel tells of an object, as far as `T` takes it.
+/// Returns the kernel's information about an object, as many bytes as `T` has.
 pub(super) fn get_info<T: Default>(fd: &OwnedFd) -> io::Result<T> {
     #[repr(C)]
     struct GetInfo {
@@ -93,7 +93,7 @@ fn count(fd: &OwnedFd, key_size: usize) -> Result<usize> {
     }
 }
 
-/// A pinned map, to be read and written by whoever means harm.
+/// A pinned map, which a test reads and writes as an attacker would.
 #[derive(Debug)]
 pub struct Map {
     fd: OwnedFd,
@@ -101,7 +101,7 @@ pub struct Map {
     value_size: usize,
 }
 
-/// `union bpf_attr`, for commands on elements.
+/// `union bpf_attr` for commands on elements.
 #[repr(C)]
 struct Element {
     fd: u32,
@@ -112,7 +112,7 @@ struct Element {
 }
 
 impl Map {
-    /// Opens it.
+    /// Opens the map that is pinned at `path`.
     pub fn open(path: &Path) -> Result<Map> {
         let fd = open(path)?;
         let info = map_info(&fd)?;
@@ -123,20 +123,20 @@ impl Map {
         })
     }
 
-    /// How many entries it holds.
+    /// Returns the number of entries.
     ///
     /// # Errors
     ///
-    /// If the kernel does not let the map be read.
+    /// If the kernel does not permit reading the map.
     pub fn len(&self) -> Result<usize> {
         count(&self.fd, self.key_size)
     }
 
-    /// True if it holds no entry.
+    /// Returns true if the map has no entry.
     ///
     /// # Errors
     ///
-    /// As of [`Map::len`].
+    /// See [`Map::len`].
     pub fn is_empty(&self) -> Result<bool> {
         Ok(self.len()? == 0)
     }
@@ -151,7 +151,7 @@ impl Map {
         Map::open(&path.with_context(|| format!("no pinned map {map}"))?)
     }
 
-    /// The value under a key.
+    /// Returns the value of a key.
     pub fn get(&self, key: &[u8]) -> Result<Vec<u8>> {
         let mut value = vec![0; self.value_size];
         self.element(BPF_MAP_LOOKUP_ELEM, key, value.as_mut_ptr() as u64).context("look up")?;
@@ -164,7 +164,7 @@ impl Map {
         self.element(BPF_MAP_UPDATE_ELEM, key, value.as_ptr() as u64).context("update")
     }
 
-    /// Removes a key, if it is there.
+    /// Removes a key, if it exists.
     pub fn remove(&self, key: &[u8]) -> Result<()> {
         match self.element(BPF_MAP_DELETE_ELEM, key, 0) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
@@ -180,16 +180,16 @@ impl Map {
     }
 }
 
-/// Attaches a program that does nothing to a cgroup's `sock_ops` hook, without a link and for itself alone. It stays until the
-/// cgroup goes.
+/// Attaches a program that does nothing to a cgroup's `sock_ops` hook, without a link and exclusively. It
+/// stays until the cgroup is removed.
 pub fn take_sock_ops(cgroup: &Path) -> Result<()> {
-    /// `r0 = 1; exit`.
+    /// The instructions `r0 = 1; exit`.
     const INSTRUCTIONS: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
     attach_sock_ops(cgroup, &INSTRUCTIONS, 0)
 }
 
-/// Attaches a program to a cgroup's `sock_ops` hook, beside others, that asks for that initial time-out of a SYN, in jiffies, as
-/// data centres do. It stays until the cgroup goes.
+/// Attaches a program to a cgroup's `sock_ops` hook, next to others, that requests an initial SYN time-out of
+/// `jiffies`, as data centres do. It stays until the cgroup is removed.
 pub fn ask_for_timeout(cgroup: &Path, jiffies: u8) -> Result<()> {
     const BPF_F_ALLOW_MULTI: u32 = 2;
     let reply = 0x0000_0000_0000_03b7 | u64::from(jiffies) << 32;
@@ -206,7 +206,7 @@ pub fn ask_for_timeout(cgroup: &Path, jiffies: u8) -> Result<()> {
 }
 
 fn attach_sock_ops(cgroup: &Path, instructions: &[u64], flags: u32) -> Result<()> {
-    // Of include/uapi/linux/bpf.h.
+    // From include/uapi/linux/bpf.h.
     const BPF_PROG_LOAD: libc::c_long = 5;
     const BPF_PROG_ATTACH: libc::c_long = 8;
     const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
@@ -231,7 +231,7 @@ fn attach_sock_ops(cgroup: &Path, instructions: &[u64], flags: u32) -> Result<()
         instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
     };
-    // Before 5.11 programs count against it; later it does not matter that it cannot be raised.
+    // Before 5.11 programs count against this limit; later kernels do not mind if it cannot be raised.
     let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: the limits outlive the call, which reads them.
     let _ = Errno::result(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) });
@@ -245,12 +245,12 @@ fn attach_sock_ops(cgroup: &Path, instructions: &[u64], flags: u32) -> Result<()
     bpf(BPF_PROG_ATTACH, &mut attach).context("attach a program").map(drop)
 }
 
-/// Puts an entry into the pinned map of that name under a folder, behind the back of whoever pinned it.
+/// Puts an entry into the pinned map of that name under a folder, bypassing the program that pinned it.
 pub fn put(folder: &Path, map: &str, key: &[u8], value: &[u8]) -> Result<()> {
     Map::named(folder, map)?.put(key, value)
 }
 
-/// All files under a folder.
+/// Lists all files under a folder.
 pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let entries = match fs::read_dir(folder) {
@@ -269,12 +269,12 @@ pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// How many entries each pinned hash map and socket map under a folder holds, by file name.
+/// Returns the number of entries of each pinned hash map and socket map under a folder, by file name.
 pub fn entries(folder: &Path) -> Result<BTreeMap<String, usize>> {
     let mut found = BTreeMap::new();
     for path in files(folder)? {
         let fd = open(&path)?;
-        // Links and programs answer with a structure of their own; their descriptors tell them apart.
+        // Links and programs return other structures; their descriptors tell them apart.
         let what = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
         if what.as_os_str() != "anon_inode:bpf-map" {
             continue;

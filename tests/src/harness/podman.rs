@@ -1,4 +1,5 @@
-//! A real Podman in the [`super::sandbox`], with the service that speaks Docker's API. No image is pulled: one is made of busybox.
+//! podman: a real Podman in the [`super::sandbox`], with the service that provides Docker's API. No image is
+//! pulled: the image is made of busybox.
 
 use std::fs;
 use std::net::IpAddr;
@@ -19,12 +20,12 @@ use super::netns::NetNs;
 use super::suite::find_program;
 use super::{patience, sandbox};
 
-/// The image that [`Podman::run`] uses.
+/// Name of the image that [`Podman::run`] uses.
 const IMAGE: &str = "localhost/lab";
-/// All that is Podman's own, on the sandbox' tmpfs, so that nothing is left on the machine.
+/// Folder of everything that is Podman's own, on the sandbox's tmpfs, so that nothing is left on the machine.
 const FOLDER: &str = "/run/podman-lab";
 
-/// Podman, and its service, running or stopped. Containers do not need the service.
+/// Podman and its service, running or stopped. Containers do not need the service.
 #[derive(Debug)]
 pub struct Podman {
     folder: PathBuf,
@@ -33,32 +34,32 @@ pub struct Podman {
     log: Log,
 }
 
-/// Who runs it without root; nobody of the machine's.
+/// The uid of the user who runs it without root; no user of the machine has it.
 const USER: u32 = 4711;
-/// The cgroup that is the user's.
+/// The user's cgroup.
 const USER_CGROUP: &str = "/sys/fs/cgroup/user/session";
 
 impl Podman {
-    /// With the service running, and the image.
+    /// Starts Podman as root, with the service running and the image built.
     pub fn start() -> Result<Podman> {
         Podman::start_as(false)
     }
 
-    /// As [`Podman::start`], run by a user without privileges, who has a cgroup.
+    /// Like [`Podman::start`], run by a user without privileges, who has a cgroup.
     pub fn rootless() -> Result<Podman> {
         admit_user()?;
         give_to_user(Path::new(USER_CGROUP).parent().context("a parent")?)?;
         Podman::start_as(true)
     }
 
-    /// As [`Podman::rootless`], but the cgroup is root's.
+    /// Like [`Podman::rootless`], but the cgroup belongs to root.
     pub fn rootless_without_cgroup() -> Result<Podman> {
         admit_user()?;
         Podman::start_as(true)
     }
 
     fn start_as(rootless: bool) -> Result<Podman> {
-        // A cache of images' layers goes there, whatever the configuration says.
+        // A cache of the images' layers is written there, whatever the configuration says.
         sandbox::shadow("/var/lib")?;
         let folder = PathBuf::from(FOLDER);
         fs::create_dir_all(&folder)?;
@@ -73,7 +74,8 @@ impl Podman {
         Ok(podman)
     }
 
-    /// Nothing of the machine's: not its configuration, not its storage. No limits, whose controllers may be on cgroup v1.
+    /// Writes a configuration that uses nothing of the machine's: neither its configuration nor its storage.
+    /// Sets no limits, whose controllers may be on cgroup v1.
     fn configure(&self) -> Result<()> {
         let folder = self.folder.display();
         fs::write(
@@ -113,7 +115,7 @@ impl Podman {
         command
     }
 
-    /// What `DOCKER_HOST` is to be.
+    /// Returns the value for `DOCKER_HOST`.
     pub fn address(&self) -> String {
         format!("unix://{}", self.socket().display())
     }
@@ -142,7 +144,7 @@ impl Podman {
         })
     }
 
-    /// Stops the service and waits until it is gone. Containers run on.
+    /// Stops the service and waits until it is gone. Containers keep running.
     pub fn down(&mut self) -> Result<()> {
         let mut service = self.service.take().context("the service is not running")?;
         kill(Pid::from_raw(service.id().cast_signed()), Signal::SIGTERM)?;
@@ -168,7 +170,8 @@ impl Podman {
         Ok(())
     }
 
-    /// Runs a `podman` command that must succeed; its standard output without the newline. It does not need the service.
+    /// Runs a `podman` command that must succeed; returns its standard output without the newline. Does not
+    /// need the service.
     pub fn podman(&self, arguments: &[&str]) -> Result<String> {
         let output = self.attempt(arguments)?;
         ensure!(output.status == 0, "podman {arguments:?}: {}", output.stderr.trim());
@@ -188,7 +191,7 @@ impl Podman {
         self.network(name)
     }
 
-    /// Looks at a network.
+    /// Inspects a network.
     pub fn network(&self, name: &str) -> Result<Network> {
         let networks: Value = serde_json::from_str(&self.podman(&["network", "inspect", name])?)?;
         let word = |value: &Value| value.as_str().map(str::to_owned).context("a word");
@@ -208,7 +211,7 @@ impl Podman {
         Ok(Container { id })
     }
 
-    /// The container's network namespace as it is now.
+    /// Returns the container's current network namespace.
     pub fn netns(&self, container: &Container) -> Result<NetNs> {
         let pid = self.podman(&["inspect", "--format", "{{.State.Pid}}", &container.id])?;
         NetNs::of_process(pid.parse()?)
@@ -225,7 +228,7 @@ impl Podman {
     }
 }
 
-/// Makes the user, with numbers for containers, and a way to make interfaces.
+/// Creates the user, with id ranges for containers and access to /dev/net/tun.
 fn admit_user() -> Result<()> {
     sandbox::shadow("/etc")?;
     let add = |file: &str, line: String| -> Result<()> {
@@ -238,7 +241,7 @@ fn admit_user() -> Result<()> {
         fs::write(file, "lab:200000:65536\n")?;
     }
     fs::create_dir_all(USER_CGROUP)?;
-    // The machine's may be root's alone.
+    // The machine's device may belong to root alone.
     let (tun, there) = ("/run/tun", "/dev/net/tun");
     mknod(tun, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(10, 200))?;
     fs::set_permissions(tun, fs::Permissions::from_mode(0o666))?;
@@ -268,22 +271,22 @@ impl Drop for Podman {
     }
 }
 
-/// A network as Podman tells it.
+/// A network, as Podman reports it.
 #[derive(Clone, Debug)]
 pub struct Network {
-    /// The whole id.
+    /// Podman's network id, in full.
     pub id: String,
-    /// The name.
+    /// The network's name.
     pub name: String,
-    /// The bridge, which exists while a container is on it.
+    /// The bridge's name; the bridge exists while a container is on it.
     pub bridge: String,
     /// The address that containers dial.
     pub gateway: IpAddr,
 }
 
-/// A container.
+/// A running or stopped container.
 #[derive(Clone, Debug)]
 pub struct Container {
-    /// The whole id.
+    /// Podman's container id, in full.
     pub id: String,
 }

@@ -1,5 +1,5 @@
-//! Small eBPF programs of somebody else's, at the hooks that lbridge uses. Written in the kernel's instructions, so that no
-//! toolchain is needed.
+//! programs: small eBPF programs, as other software might attach them, at the hooks that lbridge uses. They
+//! are written in the kernel's instructions, so that no toolchain is needed.
 
 use std::fs::File;
 use std::io;
@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 
-// Of include/uapi/linux/bpf.h.
+// From include/uapi/linux/bpf.h.
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
@@ -19,12 +19,12 @@ const BPF_CGROUP_UDP4_SENDMSG: u32 = 14;
 const BPF_CGROUP_INET4_GETPEERNAME: u32 = 29;
 const BPF_SK_LOOKUP: u32 = 36;
 
-/// `r0 = 1`.
+/// The instruction `r0 = 1`.
 const ONE: u64 = 0x0000_0001_0000_00b7;
-/// `exit`.
+/// The instruction `exit`.
 const EXIT: u64 = 0x0000_0000_0000_0095;
 
-/// A program at its hook, for as long as this lives.
+/// A program attached to its hook until this is dropped.
 #[derive(Debug)]
 pub struct Attached {
     _link: OwnedFd,
@@ -34,15 +34,15 @@ pub struct Attached {
 /// Hooks whose programs change the port of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddressHook {
-    /// What connect(2) is given.
+    /// Changes the address given to connect(2).
     Connect,
-    /// What sendto(2) is given.
+    /// Changes the address given to sendto(2).
     Sendmsg,
-    /// What getpeername(2) answers.
+    /// Changes the address that getpeername(2) returns.
     Getpeername,
 }
 
-/// Attaches a program that makes port `from` port `to`.
+/// Attaches a program that changes port `from` to port `to`.
 pub fn change_port(cgroup: &Path, hook: AddressHook, from: u16, to: u16) -> Result<Attached> {
     let attach = match hook {
         AddressHook::Connect => BPF_CGROUP_INET4_CONNECT,
@@ -62,7 +62,7 @@ pub fn change_port(cgroup: &Path, hook: AddressHook, from: u16, to: u16) -> Resu
     attach_program(BPF_PROG_TYPE_CGROUP_SOCK_ADDR, attach, &instructions, &File::open(cgroup)?)
 }
 
-/// Attaches a program to a network namespace that refuses what is dialled at a port, whatever listens there.
+/// Attaches a program to a network namespace that refuses connections to a port, whatever listens there.
 pub fn refuse_port(netns: &impl AsFd, port: u16) -> Result<Attached> {
     // `local_port` of `struct bpf_sk_lookup`, in host byte order, is at 60; SK_DROP is 0.
     let instructions = [
@@ -109,7 +109,7 @@ fn attach_program(kind: u32, attach: u32, instructions: &[u64], to: &impl AsFd) 
 
 fn descriptor<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
     let (pointer, size) = (std::ptr::from_mut(attributes), size_of::<T>());
-    // SAFETY: the attributes are as long as we say, and what they point to outlives the call.
+    // SAFETY: the length of the attributes is correct, and what they point to outlives the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, pointer, size) };
     let fd = i32::try_from(Errno::result(result)?).unwrap_or(i32::MAX);
     // SAFETY: the kernel has just made this descriptor for us.

@@ -1,17 +1,18 @@
-//! Private namespaces to run a process in, so that nothing of it reaches the machine or outlives it.
+//! sandbox: private namespaces to run a process in, so that nothing of it reaches the machine or outlives it.
 //!
-//! Inside are a network namespace of its own with the loopback up, a tmpfs on `/run`, fresh `/proc` and `/sys`, a
-//! private root of cgroup2 on `/sys/fs/cgroup` and a private bpffs on `/sys/fs/bpf`. Three processes make it:
+//! Inside are a network namespace of its own with the loopback up, a tmpfs on `/run`, fresh `/proc` and
+//! `/sys`, a private root of cgroup2 on `/sys/fs/cgroup` and a private bpffs on `/sys/fs/bpf`. Three
+//! processes make it:
 //!
 //! ```text
 //! outside   makes a cgroup, starts the next, forwards signals, removes the cgroup and the shared folder
 //!  └ door   unshares the namespaces, starts the next, forwards signals, passes on the exit status
-//!     └ init   PID 1 inside: mounts, starts the command, reaps whatever dies
+//!     └ init   PID 1 inside: mounts, starts the command, reaps every process that dies
 //!        └ the command
 //! ```
 //!
-//! Door and init are the current program, started again: a program that uses this module calls [`hook`] first thing
-//! in `main`. Each dies with its parent, and with init dies everything inside.
+//! Door and init are the current program, started again: a program that uses this module calls [`hook`] first
+//! thing in `main`. Each dies with its parent, and with init dies everything inside.
 
 use std::ffi::OsString;
 use std::fs;
@@ -33,16 +34,16 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
-/// Set for door and init: the cgroup to live in.
+/// Environment variable of door and init: the cgroup to live in.
 const DOOR: &str = "LBRIDGE_SANDBOX_CGROUP";
-/// Set for the command inside: the folder that both sides see.
+/// Environment variable of the command inside: the folder that both sides see.
 const INSIDE: &str = "LBRIDGE_SANDBOX_FOLDER";
-/// Names of cgroups and folders: `lbridge-sandbox.PID.…`.
+/// Prefix of the names of cgroups and folders: `lbridge-sandbox.PID.…`.
 const PREFIX: &str = "lbridge-sandbox.";
-/// What a terminal or a service manager sends.
+/// Signals that a terminal or a service manager sends.
 const SIGNALS: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
 
-/// A process inside, seen from outside.
+/// A process in a sandbox, seen from outside.
 #[derive(Debug)]
 struct Sandbox {
     door: process::Child,
@@ -57,7 +58,7 @@ fn open() -> MutexGuard<'static, Option<Vec<Pid>>> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// To be called before anything else in `main`: in the door and in init it does their work and never returns.
+/// Does the work of the door and of init, and never returns there. Call it before anything else in `main`.
 pub fn hook() {
     let Some(cgroup) = env::var_os(DOOR) else { return };
     let status = door(Path::new(&cgroup)).unwrap_or_else(|error| {
@@ -67,13 +68,13 @@ pub fn hook() {
     process::exit(status);
 }
 
-/// Whether this process is inside a sandbox.
+/// Returns true if this process is inside a sandbox.
 pub fn is_inside() -> bool {
     env::var_os(INSIDE).is_some()
 }
 
-/// The folder under the system's temporary folder that is the same inside and outside, and removed in the end. Inside
-/// only.
+/// Returns the folder under the system's temporary folder that is the same inside and outside, and removed in
+/// the end. Only works inside.
 pub fn shared_folder() -> Result<PathBuf> {
     env::var_os(INSIDE).map(PathBuf::from).context("not inside a sandbox")
 }
@@ -83,9 +84,9 @@ pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// The bpffs inside.
 pub const BPFFS: &str = "/sys/fs/bpf";
 
-/// Returns inside a sandbox: the current program is started again, there, with the same arguments, and this process
-/// waits for it, cleans up and exits with its status. SIGINT, SIGTERM, SIGHUP and SIGQUIT reach the program inside.
-/// Call [`hook`] before.
+/// Enters a sandbox; returns only inside. The current program is started again there, with the same
+/// arguments; this process waits for it, cleans up and exits with its status. SIGINT, SIGTERM, SIGHUP and
+/// SIGQUIT are passed to the program inside. Call [`hook`] before.
 pub fn enter() -> Result<()> {
     if is_inside() {
         return Ok(());
@@ -99,9 +100,10 @@ pub fn enter() -> Result<()> {
     process::exit(exit_code(status.context("wait for the sandbox")?));
 }
 
-/// Runs a command in a sandbox of its own, for `limit` at most, and returns its status and output, `None` for the
-/// status if the time was over and it was killed. Of `command`, program, arguments, environment and working folder
-/// count. Call [`hook`] at the start of `main` and [`kill_on_signals`] before the first run.
+/// Runs a command in a sandbox of its own, for `limit` at most. Returns its output and status; the status is
+/// `None` if the limit was reached and it was killed. Of `command` only the program, arguments, environment
+/// and working folder are used. Call [`hook`] at the start of `main` and [`kill_on_signals`] before the first
+/// run.
 pub fn run(command: &Command, limit: Duration, capture: bool) -> Result<(Option<ExitStatus>, Output)> {
     let out = || if capture { Stdio::piped() } else { Stdio::inherit() };
     let mut sandbox = Sandbox::start(command, Stdio::null(), out(), out())?;
@@ -119,15 +121,15 @@ fn collect(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u
     thread::spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut pipe) = pipe {
-            // What was read before an error is still worth showing.
+            // If reading fails, show what was read before.
             drop(pipe.read_to_end(&mut bytes));
         }
         bytes
     })
 }
 
-/// From now on a signal to this process ends every sandbox, removes what belongs to it and then ends the process. To
-/// be called while the process has one thread.
+/// From now on, a signal to this process ends every sandbox, removes what belongs to it and then ends the
+/// process. Must be called while the process has one thread.
 pub fn kill_on_signals() -> Result<()> {
     forward_signals(OnSignal::KillAll)
 }
@@ -146,7 +148,7 @@ fn forward_signals(reaction: OnSignal) -> Result<()> {
             let Ok((signal, from_terminal)) = next_signal(&signals) else { continue };
             let mut open = open();
             match reaction {
-                // A terminal sends to every process of its foreground group, the one inside included.
+                // A terminal signals every process of its foreground group, including the one inside.
                 OnSignal::Forward if from_terminal => {}
                 OnSignal::Forward => open.iter().flatten().for_each(|&door| send(door, signal)),
                 OnSignal::KillAll => {
@@ -162,7 +164,7 @@ fn forward_signals(reaction: OnSignal) -> Result<()> {
     Ok(())
 }
 
-/// Waits for one of `signals`, which must be blocked; true if a terminal sent it.
+/// Waits for one of `signals`, which must be blocked. The flag is true if a terminal sent it.
 fn next_signal(signals: &SigSet) -> Result<(Signal, bool)> {
     // SAFETY: an all-zero siginfo_t is a valid value of the C structure.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
@@ -171,7 +173,7 @@ fn next_signal(signals: &SigSet) -> Result<(Signal, bool)> {
     Ok((Signal::try_from(Errno::result(number)?)?, info.si_code == libc::SI_KERNEL))
 }
 
-/// Signals a process that may have ended by itself.
+/// Signals a process that may already have ended.
 fn send(process: Pid, signal: Signal) {
     kill(process, signal).ok();
 }
@@ -217,7 +219,7 @@ impl Sandbox {
         }
     }
 
-    /// Waits for the end; kills and returns `None` when that takes longer than `limit`.
+    /// Waits for the end; kills the process and returns `None` if that takes longer than `limit`.
     fn wait(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
         let start = Instant::now();
         loop {
@@ -233,7 +235,7 @@ impl Sandbox {
         }
     }
 
-    /// Removes what is left outside of a sandbox that has ended.
+    /// Removes what a sandbox that has ended left outside.
     fn remove(self) {
         if let Some(open) = open().as_mut() {
             open.retain(|&door| door != pid_of(&self.door));
@@ -245,13 +247,14 @@ impl Sandbox {
     }
 }
 
-/// A temporary folder that is removed with this process at the latest, or by the next one that uses this module.
+/// Creates a temporary folder that is removed at the latest with this process, or by the next one that uses
+/// this module.
 pub fn temporary_folder() -> Result<tempfile::TempDir> {
     let prefix = format!("{PREFIX}{}.", process::id());
     tempfile::Builder::new().prefix(&prefix).tempdir().context("make a temporary folder")
 }
 
-/// Where cgroup2 is mounted; on hybrid hosts that is not `/sys/fs/cgroup`.
+/// Returns the mount point of cgroup2; on hybrid hosts that is not `/sys/fs/cgroup`.
 pub fn cgroup2_mount() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/mounts").context("read /proc/mounts")?;
     mounts
@@ -262,7 +265,7 @@ pub fn cgroup2_mount() -> Result<PathBuf> {
         .context("cgroup2 is not mounted")
 }
 
-/// Removes a cgroup and those in it; its processes are dying.
+/// Removes a cgroup and its children; their processes are dying.
 fn remove_cgroup(cgroup: &Path) {
     let start = Instant::now();
     while let Err(error) = remove_tree(cgroup) {
@@ -288,7 +291,8 @@ fn remove_tree(cgroup: &Path) -> std::io::Result<()> {
     fs::remove_dir(cgroup)
 }
 
-/// Removes what processes left that were killed before they could, and what is this process' own if it is `ending`.
+/// Removes what processes left that were killed before they could clean up; if `ending`, also what this
+/// process owns.
 fn sweep(ending: bool) {
     let owner = |name: &std::ffi::OsStr| name.to_str()?.strip_prefix(PREFIX)?.split('.').next()?.parse().ok();
     let list = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
@@ -298,7 +302,7 @@ fn sweep(ending: bool) {
         if ending && pid == process::id() {
             remove_cgroup(&entry.path());
         } else if gone(pid) {
-            // Fails for one that is in use after all, which is as it should be.
+            // Fails if it is still in use, which is right.
             drop(remove_tree(&entry.path()));
         }
     }
@@ -317,7 +321,7 @@ fn exit_code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
-/// The door: unshares, starts init, and waits.
+/// Runs the door: unshares, starts init, and waits.
 fn door(cgroup: &Path) -> Result<i32> {
     let signals: SigSet = SIGNALS.into_iter().chain([Signal::SIGCHLD]).collect();
     pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&signals), None)?;
@@ -338,7 +342,8 @@ fn door(cgroup: &Path) -> Result<i32> {
     }
 }
 
-/// Forwards signals to `child` and reaps whatever dies, until `child` does; its exit status.
+/// Forwards signals to `child` and reaps every process that dies, until `child` does; returns its exit
+/// status.
 fn tend(child: Pid, signals: &SigSet) -> Result<i32> {
     loop {
         let (signal, from_terminal) = next_signal(signals)?;
@@ -360,7 +365,7 @@ fn tend(child: Pid, signals: &SigSet) -> Result<i32> {
     }
 }
 
-/// PID 1 inside.
+/// Runs PID 1 inside the sandbox.
 fn init(cgroup: &Path, signals: &SigSet) -> Result<i32> {
     fs::write(cgroup.join("cgroup.procs"), "0").with_context(|| format!("enter {}", cgroup.display()))?;
     unshare(CloneFlags::CLONE_NEWCGROUP).context("make a cgroup namespace")?;
@@ -398,7 +403,7 @@ fn private_mounts() -> Result<()> {
     fresh("bpf", BPFFS)?;
     fresh("tmpfs", "/run")?;
     fs::create_dir("/run/lock")?;
-    // No process may sit in the root of a tree that hands on controllers.
+    // The root of a cgroup tree that delegates controllers must not have processes.
     let init = Path::new(CGROUP_ROOT).join("init");
     fs::create_dir(&init)?;
     fs::write(init.join("cgroup.procs"), "0")?;
@@ -420,7 +425,7 @@ fn loopback_up() -> Result<()> {
     Ok(())
 }
 
-/// Makes a folder of the machine writable inside the sandbox without anything being written outside.
+/// Makes a folder of the machine writable inside the sandbox; nothing is written outside.
 pub fn shadow(folder: &str) -> Result<()> {
     let layers = Path::new("/run/shadow").join(folder.trim_start_matches('/'));
     let (upper, work) = (layers.join("upper"), layers.join("work"));

@@ -1,4 +1,4 @@
-//! The usual scene: a host with a bridge, a container on it, and a daemon without Docker.
+//! scene: the usual setup: a host with a bridge, a container on it, and a daemon without Docker.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,38 +11,38 @@ use super::netns::NetNs;
 use super::patience;
 use super::service::{self, Service};
 
-/// What most tests start from.
+/// The setup that most tests start from.
 #[derive(Debug)]
 pub struct Scene {
     /// The host and its links.
     pub lab: Lab,
-    /// `lab0`.
+    /// The bridge `lab0`.
     pub bridge: Bridge,
-    /// On `lab0`.
+    /// The network namespace of the container on `lab0`.
     pub container: NetNs,
-    /// Its first address.
+    /// The container's first address.
     pub container_ip: IpAddr,
-    /// In the host's namespace.
+    /// The daemon in the host's namespace.
     pub daemon: Daemon,
 }
 
-/// Addresses of the bridge and of the container on it.
+/// IPv4 addresses of the bridge and of the container on it.
 pub const V4: (&str, &str) = ("10.7.0.1/24", "10.7.0.2/24");
-/// As [`V4`], with IPv6.
+/// IPv6 addresses of the bridge and of the container on it.
 pub const V6: (&str, &str) = ("fd07::1/64", "fd07::2/64");
 
 impl Scene {
-    /// An IPv4 bridge: gateway 10.7.0.1, container 10.7.0.2.
+    /// Sets up an IPv4 bridge: gateway 10.7.0.1, container 10.7.0.2.
     pub fn new() -> Result<Scene> {
         Scene::with(V4, Options::default())
     }
 
-    /// An IPv6 bridge: gateway `fd07::1`, container `fd07::2`.
+    /// Sets up an IPv6 bridge: gateway `fd07::1`, container `fd07::2`.
     pub fn v6() -> Result<Scene> {
         Scene::with(V6, Options::default())
     }
 
-    /// Addresses of bridge and container, and the daemon's options.
+    /// Sets up a scene with these addresses of bridge and container, and these options for the daemon.
     pub fn with((gateway, container): (&str, &str), options: Options) -> Result<Scene> {
         let lab = Lab::new()?;
         let bridge = lab.add_bridge("lab0", gateway)?;
@@ -52,7 +52,7 @@ impl Scene {
         Ok(Scene { lab, bridge, container, container_ip, daemon })
     }
 
-    /// The gateway, at a port.
+    /// Returns the gateway's endpoint at a port.
     pub fn gateway(&self, port: u16) -> SocketAddr {
         SocketAddr::new(self.bridge.gateway(), port)
     }
@@ -67,34 +67,34 @@ impl Scene {
         Service::start_with(self.lab.host(), options)
     }
 
-    /// `lbridge allow bridge:lab0 …`.
+    /// Runs `lbridge allow bridge:lab0 …`.
     pub fn allow(&self, arguments: &[&str]) -> Result<()> {
         self.daemon.allow(&[&["bridge:lab0"], arguments].concat()).map(drop)
     }
 
-    /// `lbridge deny bridge:lab0 …`.
+    /// Runs `lbridge deny bridge:lab0 …`.
     pub fn deny(&self, arguments: &[&str]) -> Result<()> {
         self.daemon.deny(&[&["bridge:lab0"], arguments].concat()).map(drop)
     }
 
-    /// The state of the rule for a port must be this one, now.
+    /// Requires that the rule for a port is in this state now.
     pub fn must_be(&self, port: u16, state: &str) -> Result<RuleState> {
         let now = self.daemon.rule_state("bridge:lab0", port)?;
         ensure!(now.state == state, "port {port} should be {state}: {now:?}");
         Ok(now)
     }
 
-    /// Waits for a state of the rule for a port.
+    /// Waits until the rule for a port is in this state.
     pub fn wait_for(&self, port: u16, state: &str) -> Result<RuleState> {
         self.daemon.wait_for_state("bridge:lab0", port, state)
     }
 
-    /// The container dials the gateway and must reach the service of that name.
+    /// Requires that the container reaches the service of that name when it dials the gateway.
     pub fn served(&self, port: u16, service: &str) -> Result<Greeting> {
         client::served_by(&self.container, self.gateway(port), service)
     }
 
-    /// As [`Scene::served`], where the daemon may have to notice something first.
+    /// Like [`Scene::served`], for when the daemon may have to notice a change first.
     pub fn soon_served(&self, port: u16, service: &str) -> Result<Greeting> {
         let mut last = None;
         patience::until(&format!("{service} serves port {port}"), || {
@@ -103,7 +103,7 @@ impl Scene {
         .map_err(|error| error.context(format!("last: {last:?}")))
     }
 
-    /// The container dials the gateway and must be refused at once.
+    /// Requires that the container is refused at once when it dials the gateway.
     pub fn refused(&self, port: u16) -> Result<()> {
         client::refused(&self.container, self.gateway(port))
     }

@@ -1,4 +1,5 @@
-//! Services to be reached: each greets with its name and with what it sees of its peer, then echoes.
+//! service: services to connect to: each sends a greeting with its name and what it sees of its peer, then
+//! echoes.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -16,38 +17,39 @@ use serde_json::json;
 use super::kernel;
 use super::netns::NetNs;
 
-/// What a service does with a connection.
+/// A service's behaviour on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// Greets, then echoes.
+    /// Sends the greeting, then echoes.
     Echo,
     /// Echoes without a greeting.
     SilentEcho,
-    /// Greets, reads everything up to the peer's FIN, then sends so many bytes of [`pattern`].
+    /// Sends the greeting, reads everything up to the peer's FIN, then sends this number of bytes of
+    /// [`pattern`].
     AfterFin(usize),
 }
 
-/// What to listen on, and how.
+/// The address to listen on, and the socket's options.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// What the service calls itself.
+    /// The service's name, which the greeting contains.
     pub name: String,
-    /// Where it listens; port 0 for any.
+    /// The address that it listens on; port 0 for any.
     pub address: SocketAddr,
-    /// `SO_REUSEPORT`.
+    /// True to set `SO_REUSEPORT`.
     pub reuse_port: bool,
-    /// An MPTCP socket, as Go 1.24 makes them.
+    /// True for an MPTCP socket, as Go 1.24 creates them.
     pub mptcp: bool,
-    /// `IPV6_V6ONLY`.
+    /// True to set `IPV6_V6ONLY`.
     pub v6_only: bool,
-    /// Whose it is, by uid; root's if not said.
+    /// The uid of the socket's owner; `None` for root's.
     pub uid: Option<u32>,
-    /// What it does.
+    /// The behaviour on a connection.
     pub answer: Answer,
 }
 
 impl Options {
-    /// An echo service by that name.
+    /// Creates options for an echo service with that name.
     pub fn new(name: &str, address: &str) -> Result<Options> {
         let address = address.parse().with_context(|| format!("address {address}"))?;
         let name = name.to_owned();
@@ -63,12 +65,12 @@ impl Options {
     }
 }
 
-/// A service that listens. Dropping it closes the listener; connections go on until their peers end them.
+/// A service that listens. Dropping it closes the listener; connections continue until their peers end them.
 #[derive(Debug)]
 pub struct Service {
     address: SocketAddr,
     accepted: Arc<AtomicUsize>,
-    /// Closing it ends the thread.
+    /// The thread's end signal: closing it ends the thread.
     stop: Option<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -79,7 +81,7 @@ impl Service {
         Service::start_with(netns, &Options::new(name, address)?)
     }
 
-    /// Starts a service.
+    /// Starts a service with these options in `netns`.
     pub fn start_with(netns: &NetNs, options: &Options) -> Result<Service> {
         let listener = netns
             .run(|| listen(options))
@@ -93,17 +95,17 @@ impl Service {
         Ok(Service { address, accepted, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// Where it listens.
+    /// Returns the address that it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// How many connections it has accepted.
+    /// Returns the number of connections accepted.
     pub fn accepted(&self) -> usize {
         self.accepted.load(Ordering::SeqCst)
     }
 
-    /// Closes the listener. Once this returns the port is free.
+    /// Closes the listener. The port is free when this returns.
     pub fn stop(mut self) {
         self.close();
     }
@@ -111,7 +113,7 @@ impl Service {
     fn close(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been printed; a test would miss its connections.
+            // A panic of the thread has been printed, and a test would miss its connections.
             drop(thread.join());
         }
     }
@@ -140,11 +142,11 @@ fn listen(options: &Options) -> Result<TcpListener> {
     Ok(TcpListener::from(fd))
 }
 
-/// Has this thread, which ends before long, make its sockets as that user: a socket's owner is the file system's uid of whoever
-/// calls socket(2).
+/// Makes this thread, which ends soon, create its sockets as that user: a socket's owner is the file system
+/// uid of the thread that calls socket(2).
 pub(super) fn become_user(uid: u32) -> Result<()> {
     setfsuid(Uid::from_raw(uid));
-    // Tells of the one before, and changes nothing where the number is none.
+    // Returns the previous uid, and changes nothing if the argument is not a uid.
     let now = setfsuid(Uid::from_raw(u32::MAX));
     ensure!(now.as_raw() == uid, "this thread cannot become user {uid}");
     Ok(())
@@ -162,11 +164,11 @@ fn serve(listener: &TcpListener, stopped: &OwnedFd, options: &Options, accepted:
         if events[1].any() == Some(true) {
             return;
         }
-        // A client that has gone before it was accepted is not an event.
+        // A client that left before it was accepted does not count.
         let Ok((stream, peer)) = listener.accept() else { continue };
         accepted.fetch_add(1, Ordering::SeqCst);
         let options = options.clone();
-        // The peer may leave whenever it wants.
+        // The peer may leave at any time.
         thread::spawn(move || drop(answer(stream, peer, &options)));
     }
 }
@@ -198,7 +200,8 @@ fn answer(mut stream: TcpStream, accept: SocketAddr, options: &Options) -> io::R
     stream.shutdown(std::net::Shutdown::Both)
 }
 
-/// Bytes `from .. from + length` of an endless sequence in which a lost, doubled or moved block shows.
+/// Returns bytes `from .. from + length` of an endless sequence in which a lost, doubled or moved block is
+/// noticeable.
 pub fn pattern(from: usize, length: usize) -> Vec<u8> {
     let byte = |at: usize| (at ^ (at >> 8).wrapping_mul(31) ^ (at >> 16).wrapping_mul(131)).to_le_bytes()[0];
     (from..from + length).map(byte).collect()

@@ -1,7 +1,8 @@
-//! Runs a suite: every test in a [`sandbox`] of its own, with a time limit, its output shown if it fails.
+//! suite: runs a suite: every test in a [`sandbox`] of its own, with a time limit. Shows the output of a test
+//! that fails.
 //!
-//! A machine that lacks what a suite needs does not fail it: the tests are ignored, loudly. Where `CI` is set in the
-//! environment they fail instead.
+//! If a machine lacks what a suite needs, the tests are not failed but ignored, with a notice. If `CI` is set
+//! in the environment they fail instead.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,13 +14,13 @@ use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
 use super::{daemon, kernel, logs, packages, patience, sandbox, systemd, vm};
 
-/// The test to run in this process, set by the parent.
+/// Environment variable that the parent sets: the test to run in this process.
 const TEST: &str = "LBRIDGE_TEST";
 
-/// Something that a machine may lack.
+/// A requirement that a machine may not meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Need {
-    /// To be root.
+    /// Root privileges.
     Root,
     /// A cgroup2 mount.
     Cgroup2,
@@ -35,15 +36,15 @@ pub enum Need {
     Mptcp,
     /// A kernel to boot, by the name of its folder.
     Kernel(&'static str),
-    /// A package that was made for tests, by the name of its file.
+    /// A package made for tests, by its file name.
     Package(&'static str),
     /// The root file system of a Debian release.
     DebianRoot(&'static str),
     /// A kernel where socket programs can tell namespaces apart (5.15).
     RegistersAlone,
-    /// A kernel that tells a network namespace's cookie to programs outside of it (5.14).
+    /// A kernel that gives a network namespace's cookie to programs outside of it (5.14).
     NamesNamespaces,
-    /// A kernel that tells by which interface a packet came in (5.17).
+    /// A kernel that tells programs a packet's ingress interface (5.17).
     TellsInterfaces,
     /// A kernel that lets a socket choose its range of ports (6.3).
     PortRanges,
@@ -52,7 +53,7 @@ pub enum Need {
 }
 
 impl Need {
-    /// Why it is not met, and what to do about it.
+    /// Returns the reason why the need is not met and what to do about it; `None` if it is met.
     fn missing(self) -> Option<String> {
         match self {
             Need::Root if !nix::unistd::geteuid().is_root() => Some("not root: run as root".to_owned()),
@@ -89,13 +90,14 @@ impl Need {
     }
 }
 
-/// A program on the PATH.
+/// Finds a program on the PATH.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH")?;
     env::split_paths(&path).map(|folder| folder.join(name)).find(|path| path.is_file())
 }
 
-/// Where the programs of PostgreSQL's server are, the newest if there are several. Debian keeps them off the PATH.
+/// Returns the folder with the programs of PostgreSQL's server, the newest if there are several. Debian keeps
+/// them off the PATH.
 pub fn postgres_folder() -> Option<PathBuf> {
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let folders = versions.map(|version| version.path().join("bin"));
@@ -104,14 +106,14 @@ pub fn postgres_folder() -> Option<PathBuf> {
     folders.filter(|folder| folder.join("initdb").is_file()).max_by_key(version).or_else(on_the_path)
 }
 
-/// One test.
+/// A test of a suite.
 #[derive(Clone, Debug)]
 pub struct Test {
-    /// Its name, the function's.
+    /// The test's name: its function's name.
     pub name: &'static str,
-    /// What it needs beside the suite's needs.
+    /// The test's needs, in addition to the suite's.
     pub needs: &'static [Need],
-    /// What it does.
+    /// The function that runs the test.
     pub run: fn() -> Result<()>,
 }
 
@@ -127,32 +129,33 @@ macro_rules! tests {
     };
 }
 
-/// A suite and how to run it.
+/// A suite, and how to run it.
 #[derive(Clone, Debug)]
 pub struct Suite {
-    /// What every test needs.
+    /// The needs of every test.
     pub needs: &'static [Need],
-    /// How many tests run at once, unless the command line says otherwise.
+    /// Number of tests that run at the same time, unless the command line says otherwise.
     pub threads: usize,
-    /// How many seconds a test may take.
+    /// Time limit of a test, in seconds.
     pub limit: u64,
-    /// Whether the tests run in sandboxes; a suite that brings machines of its own needs none.
+    /// True if the tests run in sandboxes; a suite that brings machines of its own needs none.
     pub sandboxed: bool,
-    /// The tests.
+    /// The tests of the suite.
     pub tests: Vec<Test>,
 }
 
 impl Suite {
-    /// Tests in sandboxes, two at a time, a minute for each.
+    /// Creates a suite of sandboxed tests, two at a time, with a limit of a minute each.
     pub fn new(needs: &'static [Need], tests: Vec<Test>) -> Suite {
         Suite { needs, threads: 2, limit: 60, sandboxed: true, tests }
     }
 
-    /// The suite's `main`, which ends the process.
+    /// Runs the suite as its `main`, and ends the process.
     pub fn main(self) -> ! {
-        // Programs go on ignoring what they were started ignoring, as by nohup(1) or in a script's background, and a shell cannot catch it.
+        // A program keeps ignoring the signals that were ignored when it was started, as by nohup(1) or in a
+        // script's background, and a shell cannot catch them.
         for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
-            // SAFETY: the default action is no function.
+            // SAFETY: the default action is not a function.
             unsafe { libc::signal(signal, libc::SIG_DFL) };
         }
         sandbox::hook();
@@ -211,7 +214,7 @@ impl Suite {
     }
 }
 
-/// In the process that is the test.
+/// Runs a test in this process; returns the exit status.
 fn run_here(test: &Test) -> i32 {
     let outcome = panic::catch_unwind(test.run);
     match outcome {
@@ -232,7 +235,7 @@ fn run_sandboxed(name: &str, limit: u64, capture: bool) -> Result<(), Failed> {
     let limit = patience::seconds(limit);
     let mut command = Command::new(env::current_exe().context("find the current program")?);
     command.env(TEST, name);
-    // A panic is worth its trace; an error tells its story in its context.
+    // A panic deserves its backtrace; an error's context is enough.
     command.env("RUST_LIB_BACKTRACE", "0");
     command.current_dir(Path::new("/"));
     let (status, output) = sandbox::run(&command, limit, capture)?;
@@ -242,7 +245,8 @@ fn run_sandboxed(name: &str, limit: u64, capture: bool) -> Result<(), Failed> {
     };
     match status {
         Some(status) if status.success() => Ok(()),
-        // Of the test's own process, not of a command that it ran; what was wrong is the last thing it said.
+        // The status of the test's own process, not of a command that it ran; the problem is in the last
+        // lines of its output.
         Some(status) => Err(Failed::from(format!("the test ended with {status}\n{}", said()))),
         None => Err(Failed::from(format!("killed after {limit:?}\n{}", said()))),
     }

@@ -1,5 +1,6 @@
-//! Debian's real systemd as PID 1 of a host of its own, inside a [`sandbox`]: its own pid, mount, network, uts, ipc and
-//! cgroup namespaces, over a copy-on-write view of the machine's root file system.
+//! systemd: Debian's real systemd as PID 1 of a host of its own, inside a [`sandbox`]: with its own pid,
+//! mount, network, uts, ipc and cgroup namespaces, over a copy-on-write view of the machine's root file
+//! system.
 //!
 //! ```text
 //! the test, in a sandbox
@@ -7,9 +8,10 @@
 //!     └ services
 //! ```
 //!
-//! The root of its cgroups is the sandbox', so that what the test runs in this host's network namespace is noticed as the
-//! host's. Its processes are not seen from inside, though: who wants to take sockets from them cannot. One at a time.
-//! With the handle goes PID 1, and with that everything inside; the sandbox removes the rest.
+//! The root of its cgroups is the sandbox's, so that what the test runs in this host's network namespace
+//! counts as the host's. Its processes are not visible from inside, though: code that wants to take their
+//! sockets cannot. Only one systemd can run at a time. Dropping the handle kills PID 1, and with it
+//! everything inside; the sandbox removes the rest.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -33,11 +35,11 @@ use super::netns::NetNs;
 use super::suite::Need;
 use super::{patience, sandbox};
 
-/// Where Debian has it.
+/// Path of systemd's program on Debian.
 const SYSTEMD: &str = "/lib/systemd/systemd";
-/// Where units find the built `lbridge`.
+/// Path at which units find the built `lbridge`.
 pub const LBRIDGE: &str = "/usr/local/bin/lbridge";
-/// What this module needs of a machine.
+/// The requirements of this module.
 pub const NEEDS: [Need; 7] = [
     Need::Root,
     Need::Cgroup2,
@@ -47,12 +49,13 @@ pub const NEEDS: [Need; 7] = [
     Need::Program("systemctl"),
     Need::Program(SYSTEMD),
 ];
-/// Set for the process that becomes systemd: the folder for its root.
+/// Environment variable of the process that becomes systemd: the folder for its root.
 const BECOME: &str = "LBRIDGE_SYSTEMD_FOLDER";
-/// Set as well where it is not to be the machine's root, with the built `lbridge` in it: what lies below.
+/// Environment variable, set if the root is not the machine's with the built `lbridge` in it: the lower layer
+/// of the root.
 const LOWER: &str = "LBRIDGE_SYSTEMD_LOWER";
 
-/// A booted systemd.
+/// A booted systemd. Everything inside ends when this is dropped.
 #[derive(Debug)]
 pub struct Systemd {
     init: Child,
@@ -62,7 +65,8 @@ pub struct Systemd {
     folder: TempDir,
 }
 
-/// To be called early in `main`, after [`sandbox::hook`]: in the process that becomes systemd it never returns.
+/// Turns the process that should become systemd into it, and never returns there. Call it early in `main`,
+/// after [`sandbox::hook`].
 pub fn hook() {
     let Some(folder) = env::var_os(BECOME) else { return };
     let error = match become_systemd(Path::new(&folder)) {
@@ -74,12 +78,13 @@ pub fn hook() {
 }
 
 impl Systemd {
-    /// Starts systemd, and returns when it is up. No unit of the machine's administrator is there.
+    /// Starts systemd; returns when it is up. The units of the machine's administrator are absent.
     pub fn boot() -> Result<Systemd> {
         Systemd::boot_over(None)
     }
 
-    /// As [`Systemd::boot`], over another root file system, or over the machine's (`/`) without the built `lbridge` in it.
+    /// Like [`Systemd::boot`], over another root file system, or over the machine's (`/`) without the built
+    /// `lbridge` in it.
     pub fn boot_root(lower: &Path) -> Result<Systemd> {
         Systemd::boot_over(Some(lower))
     }
@@ -104,7 +109,7 @@ impl Systemd {
         let mut init = spawned.map_err(|_| anyhow!("the thread that starts systemd panicked"))??;
         init.stdout.take().into_iter().for_each(|pipe| log.follow(pipe));
         init.stderr.take().into_iter().for_each(|pipe| log.follow(pipe));
-        // From here on it is ended if anything fails.
+        // From here on it is killed if anything fails.
         let mut systemd = Systemd { init, journal: None, netns: NetNs::current()?, log, folder };
         systemd.wait_until_up()?;
         systemd.netns = NetNs::of_process(systemd.init.id())?;
@@ -119,12 +124,12 @@ impl Systemd {
                 bail!("systemd ended: {status}: {}", self.log.text());
             }
             let state = self.systemctl(&["is-system-running"])?.stdout;
-            // Degraded: something of the machine's failed to start, which is no business of the test.
+            // Degraded: something of the machine's failed to start, which does not concern the test.
             Ok(matches!(state.trim(), "running" | "degraded").then_some(()))
         })
     }
 
-    /// For the log of a test that fails.
+    /// Copies the journal to the log of the test, which is printed if the test fails.
     fn follow_journal(&mut self) -> Result<()> {
         let mut command = self.command("journalctl");
         command.args(["--follow", "--no-tail", "--quiet", "--output=short-monotonic", "--no-hostname"]);
@@ -135,12 +140,12 @@ impl Systemd {
         Ok(())
     }
 
-    /// Its network namespace.
+    /// Returns the host's network namespace.
     pub fn netns(&self) -> &NetNs {
         &self.netns
     }
 
-    /// A path inside, as this process can open it.
+    /// Returns a path by which this process can open a path inside.
     pub fn path(&self, inside: impl AsRef<Path>) -> PathBuf {
         let inside = inside.as_ref();
         Path::new("/proc")
@@ -149,12 +154,12 @@ impl Systemd {
             .join(inside.strip_prefix("/").unwrap_or(inside))
     }
 
-    /// The network namespace of a process, by its number inside.
+    /// Returns the network namespace of a process, given its pid inside.
     pub fn netns_of(&self, pid: &str) -> Result<NetNs> {
         NetNs::at(&self.path(format!("/proc/{pid}/ns/net")))
     }
 
-    /// The number, here, of a process that has this one inside.
+    /// Returns the outer pid of a process, given its pid inside.
     pub fn seen_from_outside(&self, inside: u32) -> Result<i32> {
         let pid_namespace = |path: PathBuf| fs::read_link(path.join("ns/pid")).ok();
         let of_systemd = pid_namespace(format!("/proc/{}", self.init.id()).into());
@@ -168,29 +173,29 @@ impl Systemd {
         number.with_context(|| format!("no process is {inside} inside"))
     }
 
-    /// A command that will run inside, in every namespace, with nothing on its standard input.
+    /// Creates a command that will run inside, in every namespace, with an empty standard input.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
-        // Not into its cgroup: what the test starts is none of systemd's.
+        // Not in its cgroup: what the test starts must not count as systemd's.
         command.args(["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wd=/"]);
         command.args(["--target", &self.init.id().to_string(), "--"]).arg(program).stdin(Stdio::null());
         command
     }
 
-    /// Runs a command inside, to its end.
+    /// Runs a command inside to completion.
     pub fn run(&self, program: &str, arguments: &[&str]) -> Result<Output> {
         let output = self.command(program).args(arguments).output();
         Ok(output.with_context(|| format!("run {program} beside systemd"))?.into())
     }
 
-    /// Runs a shell command inside, which must succeed; what it printed.
+    /// Runs a shell command inside, which must succeed; returns its output.
     pub fn shell(&self, command: &str) -> Result<String> {
         let output = self.run("sh", &["-c", command])?;
         ensure!(output.status == 0, "{command}: {output:?}");
         Ok(output.stdout)
     }
 
-    /// Files and folders below `inside` that are not as they were before it was booted, or new.
+    /// Lists files and folders below `inside` that are new or have changed since the boot.
     pub fn written(&self, inside: &str) -> Result<BTreeSet<PathBuf>> {
         fn list(upper: &Path, folder: &Path, into: &mut BTreeSet<PathBuf>) -> Result<()> {
             for entry in fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
@@ -211,28 +216,28 @@ impl Systemd {
         Ok(written)
     }
 
-    /// Writes a unit and has it known. One that is there already is replaced.
+    /// Writes a unit and makes it known to systemd. Replaces an existing one.
     pub fn install_unit(&self, name: &str, text: &str) -> Result<()> {
         fs::write(self.path("/etc/systemd/system").join(name), text)
             .with_context(|| format!("write {name}"))?;
         self.must(&["daemon-reload"]).map(drop)
     }
 
-    /// `systemctl …`.
+    /// Runs `systemctl …`.
     pub fn systemctl(&self, arguments: &[&str]) -> Result<Output> {
         let output = self.run("systemctl", arguments)?;
         self.log.note(&format!("[harness] systemctl {} -> {output:?}", arguments.join(" ")));
         Ok(output)
     }
 
-    /// `systemctl …`, which must succeed.
+    /// Runs `systemctl …`, which must succeed.
     pub fn must(&self, arguments: &[&str]) -> Result<Output> {
         let output = self.systemctl(arguments)?;
         ensure!(output.status == 0, "systemctl {arguments:?}: {output:?}");
         Ok(output)
     }
 
-    /// A property of a unit, as `systemctl show` tells it.
+    /// Returns a property of a unit, as `systemctl show` prints it.
     pub fn property(&self, unit: &str, name: &str) -> Result<String> {
         let output = self.run("systemctl", &["show", "--value", "--property", name, unit])?;
         ensure!(output.status == 0, "systemctl show {unit}: {output:?}");
@@ -249,7 +254,7 @@ impl Systemd {
         .with_context(|| format!("last: {last:?}"))
     }
 
-    /// What a unit said so far.
+    /// Returns what a unit has logged so far.
     pub fn journal(&self, unit: &str) -> Result<String> {
         // What systemd has read from the unit's pipe may not have been written yet.
         self.run("journalctl", &["--sync"])?;
@@ -261,7 +266,7 @@ impl Systemd {
 
 impl Drop for Systemd {
     fn drop(&mut self) {
-        // With PID 1 the kernel ends every process of its namespace, before the wait is over.
+        // When PID 1 ends, the kernel kills every process of its namespace before the wait returns.
         for process in [Some(&mut self.init), self.journal.as_mut()].into_iter().flatten() {
             drop(process.kill());
             drop(process.wait());
@@ -269,9 +274,10 @@ impl Drop for Systemd {
     }
 }
 
-/// PID 1 before it is systemd.
+/// Prepares PID 1 and executes systemd in it.
 fn become_systemd(folder: &Path) -> Result<std::convert::Infallible> {
-    // In the root, where a container's first process is; systemd makes a group of its own and goes there.
+    // In the root cgroup, where a container's first process is; systemd makes a group of its own and moves
+    // there.
     fs::write(Path::new(sandbox::CGROUP_ROOT).join("cgroup.procs"), "0").context("enter the root cgroup")?;
     unshare(
         CloneFlags::CLONE_NEWNS
@@ -297,18 +303,19 @@ fn become_systemd(folder: &Path) -> Result<std::convert::Infallible> {
     pivot_root(".", ".").context("change the root")?;
     umount2(".", MntFlags::MNT_DETACH).context("detach the old root")?;
     chdir("/")?;
-    // As container managers do: what is mounted later (`ip netns add`) is to be seen by services with mounts of their own.
+    // Like container managers: services with mounts of their own must see what is mounted later (`ip netns
+    // add`).
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none)
         .context("share mounts with services")?;
-    // A terminal's signals are not for it, and what is blocked would stay blocked for every service.
+    // It must not receive a terminal's signals, and blocked signals would stay blocked for every service.
     setsid().context("start a session")?;
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
     give_up_capabilities()?;
     let mut command = Command::new(SYSTEMD);
     command.args(["--system", "--unit=basic.target", "--show-status=no"]).env_clear();
     command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
-    // As container managers do: it leaves the clock, the console and the like alone.
+    // Like container managers: systemd then leaves the clock, the console and so on alone.
     command.env("container", "lbridge-tests").env("TERM", "dumb");
     Err(std::os::unix::process::CommandExt::exec(&mut command)).context("become systemd")
 }
@@ -331,7 +338,7 @@ fn read_only(at: &Path) -> Result<()> {
     mount(none, at, none, flags, none).with_context(|| format!("make {} read-only", at.display()))
 }
 
-/// A root file system; what is written goes to `folder`, a tmpfs.
+/// Mounts a root file system; writes go to `folder`, a tmpfs.
 fn overlay(lower: &Path, folder: &Path, root: &Path) -> Result<()> {
     let (upper, work) = (folder.join("upper"), folder.join("work"));
     fs::create_dir(&upper)?;
@@ -341,14 +348,14 @@ fn overlay(lower: &Path, folder: &Path, root: &Path) -> Result<()> {
     mount_new("overlay", root, MsFlags::empty(), &options)
 }
 
-/// Writable are only those that belong to the namespaces.
+/// Mounts the kernel's file systems. Only those that belong to the namespaces are writable.
 fn kernel_file_systems(root: &Path) -> Result<()> {
     let at = |path: &str| root.join(path);
     mount_new("proc", &at("proc"), MsFlags::empty(), "")?;
     bind(&at("proc/sys"), &at("proc/sys"))?;
     bind(&at("proc/sys/net"), &at("proc/sys/net"))?;
     read_only(&at("proc/sys"))?;
-    // Where the kernel has it.
+    // If the kernel has it.
     if at("proc/sysrq-trigger").exists() {
         bind(&at("proc/sysrq-trigger"), &at("proc/sysrq-trigger"))?;
         read_only(&at("proc/sysrq-trigger"))?;
@@ -389,7 +396,7 @@ fn devices(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes away what the machine's administrator has set up: units, mounts, an installed lbridge's files.
+/// Removes what the machine's administrator has set up: units, mounts, an installed lbridge's files.
 fn bare(root: &Path) -> Result<()> {
     let absent = |result: io::Result<()>| match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -402,19 +409,20 @@ fn bare(root: &Path) -> Result<()> {
     for file in ["fstab", "crypttab"] {
         absent(fs::remove_file(etc.join(file)))?;
     }
-    // It forbids packages to start services, on machines that are images in the making.
+    // On machines that are images in the making, this file forbids packages to start services.
     absent(fs::remove_file(root.join("usr/sbin/policy-rc.d")))?;
     absent(fs::remove_file(root.join(LBRIDGE.trim_start_matches('/'))))?;
     fs::create_dir_all(etc.join("systemd/system"))?;
-    // Without one it would be a first boot, which enables units.
+    // Without a machine id this would be a first boot, which enables units.
     absent(fs::remove_file(etc.join("machine-id")))?;
     fs::write(etc.join("machine-id"), "1bd1dce0000000000000000000000001\n")?;
     Ok(())
 }
 
-/// Capabilities over the machine as a whole that no service here has a use for.
+/// Drops capabilities over the machine as a whole that no service here needs.
 fn give_up_capabilities() -> Result<()> {
-    // CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_TIME, CAP_AUDIT_CONTROL, CAP_SYSLOG (include/uapi/linux/capability.h).
+    // CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_TIME, CAP_AUDIT_CONTROL, CAP_SYSLOG
+    // (include/uapi/linux/capability.h).
     for capability in [16, 17, 25, 30, 34] {
         // SAFETY: prctl is a plain system call.
         let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };

@@ -1,4 +1,4 @@
-//! Clients that connect again and again, and remember what went wrong.
+//! traffic: clients that connect repeatedly, and record what went wrong.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use super::netns::NetNs;
 use super::{client, patience};
 
 const CLIENTS: usize = 4;
-/// Between two connections of a client: there are others who want the processor.
+/// Pause between two connections of a client, so that others get the processor.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Clients at work.
+/// Running clients.
 #[derive(Debug)]
 pub struct Traffic {
     stop: Arc<AtomicBool>,
@@ -24,7 +24,8 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// Starts clients, each with one connection at a time, that must be greeted by `service` and get back what they send.
+    /// Starts clients, each with one connection at a time, that must be greeted by `service` and get back
+    /// what they send.
     pub fn start(netns: &NetNs, to: SocketAddr, service: &'static str) -> Traffic {
         let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let client = || {
@@ -45,7 +46,7 @@ impl Traffic {
         Traffic { stop, served, clients }
     }
 
-    /// Returns when so many more connections were served.
+    /// Returns when `connections` more connections were served.
     pub fn flows(&self, connections: usize) -> Result<()> {
         let wanted = self.served.load(Ordering::SeqCst) + connections;
         patience::until("connections are served", || {
@@ -53,7 +54,7 @@ impl Traffic {
         })
     }
 
-    /// Ends it. What failed, each connection on its own.
+    /// Stops the clients; returns the failures, one for each connection.
     pub fn failures(self) -> Result<Vec<String>> {
         self.stop.store(true, Ordering::SeqCst);
         let join = |client: JoinHandle<Vec<String>>| client.join().map_err(|_| anyhow!("a client panicked"));
@@ -61,7 +62,7 @@ impl Traffic {
         Ok(failures.concat())
     }
 
-    /// Ends it. Nothing may have failed.
+    /// Stops the clients; returns an error if anything failed.
     pub fn all_served(self) -> Result<()> {
         let served = Arc::clone(&self.served);
         let failures = self.failures()?;

@@ -1,4 +1,4 @@
-//! UDP: services that answer each datagram, and clients that ask.
+//! udp: UDP services that answer each datagram, and clients that query them.
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -15,7 +15,7 @@ use super::netns::NetNs;
 use super::patience;
 use super::service::become_user;
 
-/// A service that answers each datagram with its name and whom it saw.
+/// A service that answers each datagram with its name and the source that it saw.
 #[derive(Debug)]
 pub struct Echo {
     received: Arc<AtomicUsize>,
@@ -24,12 +24,12 @@ pub struct Echo {
 }
 
 impl Echo {
-    /// Starts one in `netns`, with `SO_REUSEPORT`.
+    /// Starts a service in `netns`, with `SO_REUSEPORT`.
     pub fn start(netns: &NetNs, name: &'static str, address: &str) -> Result<Echo> {
         Echo::start_as(netns, 0, name, address)
     }
 
-    /// As [`Echo::start`], of a user; one for IPv6 takes IPv6 alone.
+    /// Like [`Echo::start`], owned by a user; an IPv6 service accepts only IPv6.
     pub fn start_as(netns: &NetNs, uid: u32, name: &'static str, address: &str) -> Result<Echo> {
         let address: SocketAddr = address.parse()?;
         let socket = netns.run(|| {
@@ -48,14 +48,14 @@ impl Echo {
                 let Ok((length, peer)) = socket.recv_from(&mut buffer) else { continue };
                 counter.fetch_add(1, Ordering::SeqCst);
                 let text = String::from_utf8_lossy(&buffer[..length]);
-                // What cannot be answered is missed by whoever asked.
+                // A lost answer is noticed by the client.
                 let _ = socket.send_to(format!("{name} {} {text}", peer.ip()).as_bytes(), peer);
             }
         });
         Ok(Echo { received, stop, thread: Some(thread) })
     }
 
-    /// How many datagrams it has got.
+    /// Returns the number of datagrams received.
     pub fn received(&self) -> usize {
         self.received.load(Ordering::SeqCst)
     }
@@ -82,7 +82,7 @@ fn bind(address: SocketAddr, v6_only: bool) -> Result<UdpSocket> {
     Ok(UdpSocket::from(fd))
 }
 
-/// Asks, with an unconnected or a connected socket; what is answered, by whom.
+/// Sends a query from an unconnected or a connected socket; returns the answer and its source.
 pub fn ask_from(
     netns: &NetNs,
     source: Option<IpAddr>,
@@ -107,7 +107,7 @@ pub fn ask_from(
     Ok(exchange())
 }
 
-/// Both kinds of client must get the answer of that service, from where they have asked.
+/// Requires that both kinds of client get the answer of that service, from the address that they queried.
 pub fn served_by(netns: &NetNs, ip: IpAddr, to: SocketAddr, service: &str) -> Result<()> {
     for connected in [false, true] {
         let (text, from) = ask_from(netns, None, to, connected, patience::seconds(2))?
@@ -118,7 +118,7 @@ pub fn served_by(netns: &NetNs, ip: IpAddr, to: SocketAddr, service: &str) -> Re
     Ok(())
 }
 
-/// A connected client is told at once.
+/// Requires that a connected client is refused at once.
 pub fn refused(netns: &NetNs, to: SocketAddr) -> Result<()> {
     let begun = Instant::now();
     match ask_from(netns, None, to, true, patience::seconds(2))? {
@@ -130,7 +130,7 @@ pub fn refused(netns: &NetNs, to: SocketAddr) -> Result<()> {
     }
 }
 
-/// Nobody may answer. Whether somebody got it the service counts.
+/// Requires that nobody answers. The service's counter shows whether it received the datagram.
 pub fn silent(netns: &NetNs, source: Option<IpAddr>, to: SocketAddr) -> Result<()> {
     match ask_from(netns, source, to, false, Duration::from_millis(700))? {
         Err(_) => Ok(()),

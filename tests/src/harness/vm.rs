@@ -1,8 +1,9 @@
-//! Other kernels in qemu: an initramfs of busybox, the current program, lbridge and `ip`, and a console to read.
+//! vm: boots other kernels in qemu, with an initramfs of busybox, the current program, lbridge and `ip`, and
+//! reads the console.
 //!
-//! Kernels are looked for under `LBRIDGE_VM_DIR`, or `vm` in the target folder: `NAME/vmlinuz` and `NAME/modules`, as
-//! `cargo xtask test --setup` fetches them. To look at one test there, `LBRIDGE_VM_ARGUMENTS` holds arguments for the
-//! suite inside, and `LBRIDGE_LOG` goes to the daemons inside.
+//! Kernels are found under `LBRIDGE_VM_DIR`, or `vm` in the target folder: `NAME/vmlinuz` and `NAME/modules`,
+//! as `cargo xtask test --setup` fetches them. To look at one test there, set `LBRIDGE_VM_ARGUMENTS` to
+//! arguments for the suite inside; `LBRIDGE_LOG` is passed to the daemons inside.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -21,21 +22,21 @@ use nix::sys::signal::Signal;
 use super::suite::find_program;
 use super::{daemon, sandbox};
 
-/// Set inside.
+/// Environment variable that is set inside a guest.
 const INSIDE: &str = "LBRIDGE_TEST_GUEST";
-/// What the lab and the daemon need; what is built in is not found, and what they depend on is added.
+/// Modules that the lab and the daemon need. Built-in ones are not found, and dependencies are added.
 const MODULES: [&str; 7] = ["veth", "bridge", "tcp_diag", "udp_diag", "mptcp_diag", "unix_diag", "inet_diag"];
-/// Emulated machines are slow.
+/// Factor for every time-out in a guest: emulated machines are slow.
 const PATIENCE: u32 = 6;
-/// For the whole suite in an emulated machine.
+/// Time limit for the whole suite in an emulated machine.
 const LIMIT: Duration = Duration::from_secs(1800);
 
-/// Whether this process runs in a guest.
+/// Returns true if this process runs in a guest.
 pub fn is_inside() -> bool {
     env::var_os(INSIDE).is_some()
 }
 
-/// The folder of a kernel, if it was fetched.
+/// Returns the folder of a kernel, if it was fetched.
 pub fn kernel(name: &str) -> Option<PathBuf> {
     let folder = match env::var_os("LBRIDGE_VM_DIR") {
         Some(folder) => PathBuf::from(folder),
@@ -45,16 +46,16 @@ pub fn kernel(name: &str) -> Option<PathBuf> {
     Some(folder.join(name)).filter(|folder| folder.join("vmlinuz").is_file())
 }
 
-/// A booted machine's report.
+/// The report of a booted machine.
 #[derive(Debug)]
 pub struct Guest {
     /// The kernel's release.
     pub release: String,
-    /// The program's exit status, if it ended.
+    /// The program's exit status; `None` if it did not end.
     pub status: Option<i32>,
-    /// Tests passed, failed and ignored, if it said so.
+    /// Numbers of tests passed, failed and ignored; `None` if the suite did not report them.
     pub counts: Option<(usize, usize, usize)>,
-    /// Everything on the console.
+    /// Everything printed on the console.
     pub console: String,
     /// Time from start to end.
     pub took: Duration,
@@ -108,7 +109,7 @@ impl Guest {
     }
 }
 
-/// `ok. 57 passed; 0 failed; 3 ignored; …`
+/// Parses `ok. 57 passed; 0 failed; 3 ignored; …`.
 fn counts(result: &str) -> Option<(usize, usize, usize)> {
     let number = |word: &str| -> Option<usize> {
         result.split(word).next()?.trim_end().rsplit([' ', ';']).next()?.parse().ok()
@@ -120,7 +121,7 @@ fn read_on_a_thread(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHan
     thread::spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut pipe) = pipe {
-            // What came before an error is what there is to show.
+            // If reading fails, show what was read before.
             drop(pipe.read_to_end(&mut bytes));
         }
         bytes
@@ -131,14 +132,14 @@ fn join(thread: thread::JoinHandle<Vec<u8>>) -> String {
     String::from_utf8_lossy(&thread.join().unwrap_or_default()).into_owned()
 }
 
-/// `/dev/kvm` may exist and be of no use.
+/// Returns true if KVM works: `/dev/kvm` may exist and be unusable.
 fn has_kvm() -> bool {
     let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let capable = processor.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
     capable && File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
-/// A cpio archive of the `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
+/// A cpio archive in the `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
 struct Initramfs<'a> {
     archive: BufWriter<File>,
     folders: BTreeSet<PathBuf>,
@@ -197,7 +198,8 @@ impl<'a> Initramfs<'a> {
         Ok(())
     }
 
-    /// A program, without its debug information where that can be left out, and the libraries it is linked with.
+    /// Adds a program, without its debug information if that can be removed, and the libraries that it is
+    /// linked with.
     fn program(&mut self, path: &Path, to: &str) -> Result<()> {
         let stripped = self.scratch.join("stripped");
         let strip = Command::new("strip").arg("-o").arg(&stripped).arg(path).stderr(Stdio::null()).status();
@@ -234,8 +236,8 @@ impl<'a> Initramfs<'a> {
         let size = u32::try_from(content.len()).context("a file of 4 GiB")?;
         let name_size = u32::try_from(name.len() + 1)?;
         let inode = u32::try_from(self.files.len())?;
-        // Magic, then ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize,
-        // check.
+        // Magic, then ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor,
+        // namesize, check.
         write!(self.archive, "070701")?;
         for field in [inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0] {
             write!(self.archive, "{field:08X}")?;
@@ -253,7 +255,7 @@ fn pad(archive: &mut impl Write, written: usize) -> io::Result<()> {
     archive.write_all(&[0; 3][..(4 - written % 4) % 4])
 }
 
-/// Modules of a kernel, each after those it depends on.
+/// The modules of a kernel, each after those that it depends on.
 struct Modules {
     all: Vec<PathBuf>,
     seen: BTreeSet<String>,
