@@ -1,4 +1,4 @@
-//! The one place where map types are declared plain data for aya.
+//! pod: declares the map types as plain data for aya. No other module does.
 
 use crate::wire::{
     AcceptedKey, Address, Dial, DialKey, Endpoint, Guest, ListenerKey, LoopbackView, ProberKey, RelayPeer,
@@ -8,7 +8,8 @@ use crate::wire::{
 macro_rules! pod {
     ($($type:ty),+ $(,)?) => {
         $(
-            // SAFETY: `repr(C)` integers only, every byte initialised; the const asserts of `wire` rule out padding.
+            // SAFETY: `repr(C)` integers only, every byte initialised; the const asserts of `wire` rule out
+            // padding.
             unsafe impl aya::Pod for $type {}
         )+
     };

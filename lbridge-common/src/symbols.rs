@@ -1,70 +1,76 @@
-//! Names of the object's maps and programs, as the loader asks for them.
+//! symbols: names of the object's maps and programs, by which the loader finds them.
 //!
-//! A program must not have its section's name (`fn sk_lookup` in section `sk_lookup` fails at link).
+//! A program must not be named like its section (`fn sk_lookup` in section `sk_lookup` fails to link).
 
-/// Rules, [`crate::wire::RuleKey`] to [`crate::wire::RuleValue`].
+/// Rules: [`crate::wire::RuleKey`] to [`crate::wire::RuleValue`].
 pub const RULES: &str = "RULES";
-/// Who may use rules that are not for all: [`crate::wire::SourceKey`] to 1 (`u8`).
+/// Sources that may use a rule with [`crate::wire::RuleValue::LISTED`]: [`crate::wire::SourceKey`] to 1
+/// (`u8`).
 pub const SOURCES: &str = "SOURCES";
-/// What accept rules let through the firewall: [`crate::wire::AcceptedKey`] to 1 (`u8`).
+/// Packets that lbridge's accept rules let through the firewall: [`crate::wire::AcceptedKey`] to 1 (`u8`).
 pub const ACCEPTED: &str = "ACCEPTED";
 /// Bound addresses and ports whose listeners are registered: [`crate::wire::TargetKey`] to 1 (`u8`).
 pub const TARGETS: &str = "TARGETS";
-/// Registered listeners, [`crate::wire::ListenerKey`] to socket.
+/// Registered listeners: [`crate::wire::ListenerKey`] to socket.
 pub const LISTENERS: &str = "LISTENERS";
-/// Listening sockets of relays, [`crate::wire::RuleKey`] to socket.
+/// Listening sockets of relays: [`crate::wire::RuleKey`] to socket.
 pub const RELAYS: &str = "RELAYS";
-/// Gateways whose connections look local, [`crate::wire::ViewKey`] to [`crate::wire::LoopbackView`].
+/// Gateways whose connections look local: [`crate::wire::ViewKey`] to [`crate::wire::LoopbackView`].
 pub const LOOPBACK_VIEWS: &str = "LOOPBACK_VIEWS";
-/// Namespaces whose localhost may lead to the host: cookie (`u64`) to [`crate::wire::Guest`].
+/// Network namespaces whose localhost may lead to the host: cookie (`u64`) to [`crate::wire::Guest`].
 pub const GUESTS: &str = "GUESTS";
-/// Where it leads, [`crate::wire::DialKey`] to [`crate::wire::Dial`].
+/// Dials, which lead from a guest's localhost to a gateway: [`crate::wire::DialKey`] to
+/// [`crate::wire::Dial`].
 pub const DIALS: &str = "DIALS";
-/// Sources of UDP services' datagrams: [`crate::wire::ReplyKey`] to [`crate::wire::Reply`].
+/// Source addresses for the datagrams of UDP services: [`crate::wire::ReplyKey`] to [`crate::wire::Reply`].
 pub const REPLIES: &str = "REPLIES";
-/// Sources of the daemon's own probes: [`crate::wire::ProberKey`] to 1 (`u8`).
+/// Source addresses of the daemon's own probes: [`crate::wire::ProberKey`] to 1 (`u8`).
 pub const PROBERS: &str = "PROBERS";
-/// UDP rules that the daemon probes the firewall for: [`crate::wire::RuleKey`] to the datagrams that arrived (`u64`).
+/// UDP rules that the daemon probes the firewall for: [`crate::wire::RuleKey`] to the number of datagrams
+/// that arrived (`u64`).
 pub const PROBES: &str = "PROBES";
-/// Relays' sockets that are about to connect: socket cookie (`u64`) to the container's [`crate::wire::Endpoint`].
+/// Sockets of relays that are about to connect: socket cookie (`u64`) to the container's
+/// [`crate::wire::Endpoint`].
 pub const RELAY_CONNECTS: &str = "RELAY_CONNECTS";
-/// Relayed connections, [`crate::wire::RelayPeerKey`] to [`crate::wire::RelayPeer`].
+/// Relayed connections: [`crate::wire::RelayPeerKey`] to [`crate::wire::RelayPeer`].
 pub const RELAY_PEERS: &str = "RELAY_PEERS";
-/// The container's [`crate::wire::Endpoint`], in the storage of the service's own socket.
+/// Socket storage of the service's own socket: the container's [`crate::wire::Endpoint`].
 pub const PEER_NAMES: &str = "PEER_NAMES";
-/// What a service's own socket is shown as its end: [`crate::wire::LoopbackView::target`], in the socket's storage.
+/// Socket storage of the service's own socket: the [`crate::wire::LoopbackView::target`] that it sees as its
+/// own end.
 pub const LOOPBACK_NAMES: &str = "LOOPBACK_NAMES";
-/// What a container's socket dialled: [`crate::wire::Dial`], in the socket's storage.
+/// Socket storage of a container's socket: the [`crate::wire::Dial`] that it used.
 pub const DIALLED: &str = "DIALLED";
-/// Outcomes, per CPU, indexed by [`crate::wire::Counter`].
+/// Counters of outcomes, per CPU, indexed by [`crate::wire::Counter`].
 pub const COUNTERS: &str = "COUNTERS";
 /// Ring buffer of [`crate::wire::ListenerEvent`].
 pub const EVENTS: &str = "EVENTS";
 
-/// Read-only global: cookie of the network namespace that is "the host", 0 where the kernel does not tell it.
+/// Read-only global: cookie of the host's network namespace; 0 if the kernel does not provide it.
 pub const HOST_NETNS: &str = "HOST_NETNS";
 
-/// `sk_lookup`, checks the ingress interface (Linux 5.17 and later).
+/// `sk_lookup` program that checks the ingress interface (Linux 5.17 and later).
 pub const STEER: &str = "steer";
-/// `sk_lookup` without `ingress_ifindex`; its rules have interface 0.
+/// `sk_lookup` program that does not read `ingress_ifindex`; its rules have interface 0.
 pub const STEER_ANY_INTERFACE: &str = "steer_any_interface";
-/// `sock_ops` that registers listeners (needs `bpf_get_netns_cookie` in `sock_ops`, Linux 5.15 and later).
+/// `sock_ops` program that registers listeners (needs `bpf_get_netns_cookie` in `sock_ops`, Linux 5.15 and
+/// later).
 pub const REGISTER: &str = "register";
-/// `sock_ops` that only tells the daemon of listeners.
+/// `sock_ops` program that only reports listeners to the daemon.
 pub const ANNOUNCE: &str = "announce";
-/// `cgroup/getpeername4`.
+/// `cgroup/getpeername4` program.
 pub const PEERNAME4: &str = "peername4";
-/// `cgroup/getpeername6`.
+/// `cgroup/getpeername6` program.
 pub const PEERNAME6: &str = "peername6";
-/// `cgroup/getsockname4`.
+/// `cgroup/getsockname4` program.
 pub const SOCKNAME4: &str = "sockname4";
-/// `cgroup/getsockname6`.
+/// `cgroup/getsockname6` program.
 pub const SOCKNAME6: &str = "sockname6";
-/// `cgroup/connect4`.
+/// `cgroup/connect4` program.
 pub const CONNECT4: &str = "dial4";
-/// `cgroup/connect6`.
+/// `cgroup/connect6` program.
 pub const CONNECT6: &str = "dial6";
-/// `cgroup/sendmsg4`.
+/// `cgroup/sendmsg4` program.
 pub const REPLY4: &str = "reply4";
-/// `cgroup/sendmsg6`.
+/// `cgroup/sendmsg6` program.
 pub const REPLY6: &str = "reply6";

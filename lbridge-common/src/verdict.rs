@@ -1,44 +1,52 @@
-//! The decision: which connection is steered, and to which registered listener. Pure. The kernel program runs all of
-//! it, and `lbridge explain` runs the same code over the maps as they were read.
+//! verdict: decides whether a connection is steered, and to which registered listener. Pure. The kernel
+//! program runs all of it, and `lbridge explain` runs the same code over a copy of the maps.
 
 use crate::wire::{Address, Endpoint, ListenerKey, RuleValue, SLOTS, TCP};
 
 /// The verdict on a packet that no socket has claimed yet: a SYN, or a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// No entry, or the host itself: the kernel goes on as if lbridge were not there.
+    /// No entry matches, or the host itself sent the packet: the kernel's own lookup continues as it would
+    /// without lbridge.
     NotOurs,
-    /// An entry, but the source is outside of its subnet: passes as [`Verdict::NotOurs`] does, and is counted.
+    /// An entry matches, but the source is outside its subnet: passes like [`Verdict::NotOurs`], and is
+    /// counted.
     ForeignSource,
-    /// An entry that does not admit this source of its subnet: passes, and is counted.
+    /// An entry matches and the source is in its subnet, but the entry does not admit it: passes, and is
+    /// counted.
     NotListed,
-    /// The packet would pass, but lbridge's accept rule lets it through the firewall, so that it may have arrived only because of
-    /// that: refused.
+    /// The packet would pass, but lbridge's accept rule lets it through the firewall. It may have arrived
+    /// only because of that rule, so it is refused.
     Denied,
-    /// The packet would pass, and whoever takes the connection would see a local peer (`--source loopback`): refused.
+    /// The packet would pass, but the service that takes the connection would see a local peer (`--source
+    /// loopback`): refused.
     LooksLocal,
-    /// One of the daemon's own datagrams: counted for the daemon, and dropped.
+    /// The packet is one of the daemon's own probe datagrams: counted for the daemon, and dropped.
     Probe,
-    /// To be given to the relay whose listening socket has the entry's key; without one, refused.
+    /// The packet goes to the relay whose listening socket has the entry's key. If there is none, it is
+    /// refused.
     Relay,
-    /// To be given to the first of [`first_candidate`]'s keys that is registered and that the kernel takes. Without one, refused:
-    /// letting it pass could hand it to another service that listens on every address.
+    /// The packet goes to the first of [`first_candidate`]'s keys that is registered and that the kernel
+    /// accepts. If there is none, it is refused: letting it pass could hand it to another service that
+    /// listens on every address.
     Steer,
 }
 
-/// The map lookups of the decision, at most once each, and only where the answer matters.
+/// The map lookups of the decision. Each is made at most once, and only where its answer matters.
 pub trait Lookups {
     /// Returns true if the daemon sent the packet itself, to probe the firewall.
     fn is_probe(&self) -> bool;
     /// Returns true if the entry lists the packet's source.
     fn is_listed(&self) -> bool;
-    /// Returns true if an accept rule of lbridge's covers the packet's source, address and port, by whichever interface it came.
+    /// Returns true if one of lbridge's accept rules covers the packet's source, address and port, regardless
+    /// of the ingress interface.
     fn is_accepted(&self) -> bool;
-    /// Returns true if the name hooks would show a connection with these ends as a local one.
+    /// Returns true if the name hooks would present a connection with these ends as a local one.
     fn looks_local(&self) -> bool;
 }
 
-/// Decides on a packet from `source` to `dialled`, for which the lookup of (ingress interface, address, port, protocol) gave `entry`.
+/// Decides on a packet from `source` to `dialled`. `entry` is the result of the lookup of (ingress interface,
+/// address, port, protocol).
 #[inline(always)]
 pub fn decide(
     entry: Option<&RuleValue>,
@@ -47,11 +55,12 @@ pub fn decide(
     protocol: u8,
     lookups: &impl Lookups,
 ) -> Verdict {
-    // The host itself: for a local destination the kernel names the interface that has the address, not `lo`.
+    // The host sent it: for a local destination the kernel reports the interface that has the address, not
+    // `lo`.
     if *source == dialled.address {
         return Verdict::NotOurs;
     }
-    // Without an entry, too: whether a firewall lets something through is known before it is served.
+    // Checked even if there is no entry: the daemon probes the firewall before a rule is served.
     if protocol != TCP && lookups.is_probe() {
         return Verdict::Probe;
     }
@@ -63,12 +72,13 @@ pub fn decide(
         }
         Some(_) => Verdict::NotListed,
     };
-    // Asked whichever the interface: the one that the accept rule names may be another since the entry was put.
+    // Checked whatever the interface: the accept rule's bridge may have another index since the entry was
+    // put.
     if lookups.is_accepted() {
         return Verdict::Denied;
     }
-    // `sock_ops` knows no interface when a connection is established: a container on another bridge, with an address of the
-    // network, would look local to whoever listens on every address.
+    // When a connection is established, `sock_ops` does not know the interface. A container on another bridge
+    // that uses an address of this network would look local to any service that listens on every address.
     if protocol == TCP && lookups.looks_local() { Verdict::LooksLocal } else { passes }
 }
 
@@ -78,18 +88,19 @@ fn admits(entry: &RuleValue, source: &Address, lookups: &impl Lookups) -> bool {
     !source.is_broadcast(&entry.mask) && (!entry.has(RuleValue::LISTED) || lookups.is_listed())
 }
 
-/// Bound addresses of the listeners that serve `target`, best first: the loopback address itself, then the wildcards.
-/// An IPv4 connection may be given to a dual-stack `[::]`; the kernel refuses it where the socket is v6-only.
+/// Lists the bound addresses of the listeners that serve `target`, best first: the loopback address itself,
+/// then the wildcards. An IPv4 connection may go to a dual-stack `[::]`; the kernel refuses it if the socket
+/// is v6-only.
 pub fn listening_addresses(target: &Address) -> impl Iterator<Item = Address> {
     let addresses = [Some(*target), target.is_v4().then_some(Address::ANY_V4), Some(Address::ANY_V6)];
     addresses.into_iter().flatten()
 }
 
-/// Offers `attempt` the keys under which a listener for (`target`, `port`) may be registered, best first, until it
-/// returns something.
+/// Calls `attempt` with each key under which a listener for (`target`, `port`) may be registered, best first,
+/// until it returns `Some`.
 ///
-/// Written out, not a loop: before Linux 6.3 the verifier takes no loop whose head follows a helper's call ("back-edge
-/// from insn 302 to 303").
+/// The attempts are written out instead of looped: before Linux 6.3 the verifier rejects a loop whose head
+/// follows a helper call ("back-edge from insn 302 to 303").
 #[inline(always)]
 pub fn first_candidate<R>(
     target: &Address,
@@ -141,7 +152,7 @@ mod tests {
         }
     }
 
-    /// Answers of the maps; `None` where the decision must not ask.
+    /// Answers of the maps; `None` where the decision must not make the lookup.
     #[derive(Clone, Copy, Default)]
     struct Answers {
         probe: Option<bool>,
@@ -168,7 +179,7 @@ mod tests {
         }
     }
 
-    /// A SYN to the entry's gateway, or to 172.18.0.1 where there is none.
+    /// Decides on a SYN to the entry's gateway, or to 172.18.0.1 if there is no entry.
     fn syn(entry: Option<&RuleValue>, source: &str, answers: Answers) -> Verdict {
         let gateway = entry.map_or(address("172.18.0.1"), |entry| entry.key.gateway);
         decide(entry, &address(source), &Endpoint::new(gateway, 80), TCP, &answers)

@@ -1,81 +1,84 @@
-//! Map keys and values. Fixed layout, no implicit padding, no `bool`, `Option` or enum: a stray padding byte is a
-//! lookup that misses.
+//! wire: map keys and values. They have a fixed layout, no implicit padding, and no `bool`, `Option` or enum:
+//! a stray padding byte makes a lookup miss.
 //!
-//! Addresses are IPv6; IPv4 is v4-mapped (`::ffff:a.b.c.d`), so that one key serves both families. A v4-mapped address
-//! in a real IPv6 packet never reaches a lookup: the kernel program leaves such packets alone.
+//! Addresses are IPv6; IPv4 is v4-mapped (`::ffff:a.b.c.d`), so that one key serves both families. A
+//! v4-mapped address in a real IPv6 packet never reaches a lookup: the kernel program ignores such packets.
 
 use core::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-/// Changes with every change of a layout below or of a map's meaning. Part of the pin directory's name, so that a
-/// daemon never adopts maps that it would misread.
+/// Version of the layouts below and of what the maps mean; every change to either increments it. It is part
+/// of the pin directory's name, so that a daemon never adopts maps that it would misread.
 pub const ABI_VERSION: u32 = 3;
 
-/// Most entries (interface, address, port, protocol) in force at a time.
+/// Maximum number of entries (interface, address, port, protocol) in force at the same time.
 pub const MAX_RULES: u32 = 131_072;
-/// Most namespaces whose localhost leads to the host.
+/// Maximum number of network namespaces whose localhost leads to the host.
 pub const MAX_GUESTS: u32 = 65_536;
-/// Bridges of one namespace whose rules its localhost may lead to.
+/// Maximum number of bridges per network namespace whose rules its localhost may lead to.
 pub const BRIDGES: usize = 4;
-/// Most relayed connections that are named at a time.
+/// Maximum number of relayed connections whose client is recorded at the same time.
 pub const MAX_RELAY_PEERS: u32 = 65_536;
-/// Most addresses and ports whose listeners are registered: four for each port that a rule can lead to.
+/// Maximum number of addresses and ports whose listeners are registered: four for each port that a rule can
+/// lead to.
 pub const MAX_TARGETS: u32 = 4 * 65_536;
-/// Most registered listening sockets.
+/// Maximum number of registered listening sockets.
 pub const MAX_LISTENERS: u32 = 65_536;
-/// Sockets of one `SO_REUSEPORT` group that are registered, so that another takes over when one closes. Steering onto
-/// any member spreads connections over the whole group: the kernel selects among all of its members.
+/// Number of sockets of one `SO_REUSEPORT` group that are registered, so that another takes over when one
+/// closes. Steering to any member spreads connections over the whole group: the kernel selects among all its
+/// members.
 pub const SLOTS: u8 = 4;
 
-/// Most interfaces that the daemon probes from at a time.
+/// Maximum number of interfaces that the daemon probes from at the same time.
 pub const MAX_PROBERS: u32 = 4096;
 
-/// Source port of the daemon's own SYNs and datagrams, with which it probes whether a firewall lets packets through. A packet
-/// is a probe only if its source is in the map of probers, too: a container can choose any port.
+/// Source port of the SYNs and datagrams with which the daemon probes whether a firewall lets packets
+/// through. A container can choose any port, so a packet is a probe only if its source address is also in the
+/// map of probers.
 ///
-/// SYNs are steered like any other, but not counted as connections. The arrival of a datagram is counted, and no service
-/// gets it.
+/// Probe SYNs are steered like any other, but are not counted as connections. Probe datagrams are counted on
+/// arrival, and no service receives them.
 pub const PROBE_PORT: u16 = 1023;
 
-/// `IPPROTO_TCP`, as keys hold it (include/uapi/linux/in.h).
+/// `IPPROTO_TCP`, in the form used by keys (include/uapi/linux/in.h).
 pub const TCP: u8 = 6;
-/// `IPPROTO_UDP`.
+/// `IPPROTO_UDP`, in the form used by keys (include/uapi/linux/in.h).
 pub const UDP: u8 = 17;
 
 const V4_MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 
-/// An IP address as four 32-bit words in network byte order, as the kernel's BPF contexts hold them.
+/// An IP address as four 32-bit words in network byte order, the form used by the kernel's BPF contexts.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address(pub [u32; 4]);
 
 impl Address {
-    /// `0.0.0.0`.
+    /// The IPv4 wildcard, `0.0.0.0`.
     pub const ANY_V4: Self = Self::from_v4_word(0);
-    /// `::`.
+    /// The IPv6 wildcard, `::`.
     pub const ANY_V6: Self = Self([0; 4]);
 
-    /// From an IPv4 address in network byte order, as in `bpf_sk_lookup.local_ip4`.
+    /// Converts an IPv4 address in network byte order, as in `bpf_sk_lookup.local_ip4`.
     #[inline(always)]
     pub const fn from_v4_word(word: u32) -> Self {
         Self([0, 0, V4_MAPPED, word])
     }
 
-    /// Whether this stands for an IPv4 address.
+    /// Returns true if this is an IPv4 address (v4-mapped).
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
         self.0[0] == 0 && self.0[1] == 0 && self.0[2] == V4_MAPPED
     }
 
-    /// The last word: all of an IPv4 address, in network byte order.
+    /// Returns the last word, in network byte order: all of an IPv4 address.
     #[inline(always)]
     pub const fn v4_word(&self) -> u32 {
         self.0[3]
     }
 
-    /// `127.0.0.0/8` or `::1`.
+    /// Returns true for an address in `127.0.0.0/8` and for `::1`.
     #[inline(always)]
     pub const fn is_loopback(&self) -> bool {
         if self.is_v4() {
@@ -85,13 +88,14 @@ impl Address {
         }
     }
 
-    /// `0.0.0.0` or `::`.
+    /// Returns true for `0.0.0.0` and `::`.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {
         self.0[3] == 0 && self.0[0] == 0 && self.0[1] == 0 && (self.0[2] == 0 || self.0[2] == V4_MAPPED)
     }
 
-    /// The netmask of `prefix` bits for the family that `self` belongs to; of an IPv4 prefix the 96 bits before it too.
+    /// Returns the netmask of `prefix` bits for the family of `self`. For IPv4, the 96 bits of the v4-mapped
+    /// prefix are set, too.
     #[must_use]
     pub fn mask(&self, prefix: u8) -> Self {
         let bits = u32::from(prefix) + if self.is_v4() { 96 } else { 0 };
@@ -99,13 +103,14 @@ impl Address {
         Self::from(Ipv6Addr::from(ones))
     }
 
-    /// Returns true if this is the broadcast address of an IPv4 subnet with that netmask. A /31 and a /32 have none (RFC 3021).
+    /// Returns true if this is the broadcast address of an IPv4 subnet with this netmask. A /31 and a /32
+    /// have none (RFC 3021).
     #[inline(always)]
     pub const fn is_broadcast(&self, mask: &Self) -> bool {
         self.is_v4() && u32::from_be(!mask.0[3]) > 1 && self.0[3] | mask.0[3] == u32::MAX
     }
 
-    /// The bits of `self` that are set in `mask`.
+    /// Returns `self` with only the bits that are set in `mask`.
     #[inline(always)]
     #[must_use]
     pub const fn masked(&self, mask: &Self) -> Self {
@@ -153,50 +158,52 @@ impl From<Address> for IpAddr {
     }
 }
 
-/// What a container dials, where the packet came in: the key of a rule.
+/// Key of a rule: the address and port that a container dials, and the interface on which the packet arrives.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RuleKey {
     /// The host's address on the bridge.
     pub gateway: Address,
-    /// The bridge's interface index, 0 where the kernel program cannot check it.
+    /// The bridge's interface index; 0 if the kernel program cannot check it.
     pub ifindex: u32,
-    /// Dialled port, host byte order.
+    /// The dialled port, in host byte order.
     pub port: u16,
-    /// [`TCP`] or [`UDP`].
+    /// The IP protocol: [`TCP`] or [`UDP`].
     pub protocol: u16,
 }
 
-/// Where a rule leads, and from where it may be used.
+/// Value of a rule: the target, and the sources that may use it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RuleValue {
-    /// The entry's own key. The kernel may reuse a removed element's memory at once, so a value that was looked up may
-    /// have become another key's; whoever copies it compares.
+    /// The entry's own key. The kernel may reuse the memory of a removed element at once, so a value that was
+    /// looked up may since belong to another key. Code that copies the value must compare this key.
     pub key: RuleKey,
-    /// The network's subnet: source addresses outside of it are not served.
+    /// The network's subnet: source addresses outside it are not served.
     pub subnet: Address,
-    /// Netmask of `subnet`.
+    /// The netmask of `subnet`.
     pub mask: Address,
     /// The loopback address that the service listens on.
     pub target: Address,
-    /// The service's port, host byte order. 0 leads to nobody: what the entry admits is refused, unless it goes to a relay.
+    /// The service's port, in host byte order. With 0 the entry leads to no service: what it admits is
+    /// refused, unless it goes to a relay.
     pub target_port: u16,
-    /// Bits: [`RuleValue::LISTED`], [`RuleValue::RELAYED`].
+    /// Flag bits: [`RuleValue::LISTED`], [`RuleValue::RELAYED`].
     pub flags: u16,
-    /// Always 0.
+    /// Explicit padding, always 0.
     pub reserved: [u16; 2],
-    /// Connections steered since the entry was put. Added to by the kernel program.
+    /// Number of connections steered since the entry was put. The kernel program increments it.
     pub steered: u64,
 }
 
 impl RuleValue {
-    /// Only sources that have a [`SourceKey`] may use the entry, not the whole subnet.
+    /// Flag: only sources with a [`SourceKey`] may use the entry, not the whole subnet.
     pub const LISTED: u16 = 1;
-    /// Connections go to the daemon's relay, whose listening socket has the entry's key in the map of relays.
+    /// Flag: connections go to the daemon's relay, whose listening socket has the entry's key in the map of
+    /// relays.
     pub const RELAYED: u16 = 1 << 1;
 
-    /// Returns true if both lead the same sources to the same place.
+    /// Returns true if both values lead the same sources to the same place. Ignores `steered`.
     pub fn leads_as(&self, other: &Self) -> bool {
         let comparable = |it: &Self| Self { steered: 0, ..*it };
         comparable(self) == comparable(other)
@@ -208,7 +215,7 @@ impl RuleValue {
         self.flags & flags == flags
     }
 
-    /// [`TCP`] or [`UDP`].
+    /// Returns the entry's IP protocol: [`TCP`] or [`UDP`].
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "an IP protocol's number is a byte")]
     pub const fn protocol(&self) -> u8 {
@@ -216,7 +223,7 @@ impl RuleValue {
     }
 }
 
-/// An address that may use a rule with [`RuleValue::LISTED`].
+/// Key of a source that may use a rule with [`RuleValue::LISTED`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SourceKey {
@@ -226,36 +233,37 @@ pub struct SourceKey {
     pub source: Address,
 }
 
-/// What an accept rule of lbridge's lets through the host's firewall, by whichever interface: a rule names its bridge, and the
-/// next bridge of that name has another index. Nothing of it may reach a service that no entry leads it to. The key of a
-/// longest-prefix match: the rule's sources are its end.
+/// Key of the packets that one of lbridge's accept rules lets through the host's firewall, by any interface:
+/// an accept rule names its bridge, and the next bridge of that name has another index. No such packet may
+/// reach a service unless an entry leads it there. The key is a longest-prefix match; it ends with the rule's
+/// sources.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AcceptedKey {
-    /// What is dialled.
+    /// The dialled address.
     pub gateway: Address,
-    /// Dialled port, host byte order.
+    /// The dialled port, in host byte order.
     pub port: u16,
-    /// [`TCP`] or [`UDP`].
+    /// The IP protocol: [`TCP`] or [`UDP`].
     pub protocol: u16,
-    /// The first of the sources; in a lookup the packet's.
+    /// The first address of the sources; in a lookup, the packet's source.
     pub source: Address,
 }
 
 impl AcceptedKey {
-    /// All bits, as a lookup has them.
+    /// Length of the key in bits, as used in a lookup.
     pub const BITS: u32 = Self::DIALLED_BITS + 128;
 
     const DIALLED_BITS: u32 = 160;
 
-    /// Bits that must be the same, where the netmask of the sources is this.
+    /// Returns the number of bits that must match if the sources have the netmask `mask`.
     #[must_use]
     pub fn prefix_len(mask: &Address) -> u32 {
         let ones: u32 = mask.0.iter().map(|word| word.count_ones()).sum();
         Self::DIALLED_BITS + ones
     }
 
-    /// Returns true if a lookup with the key `packet` finds this one, where `prefix_len` bits must be the same.
+    /// Returns true if a lookup with the key `packet` finds this key, which was put with `prefix_len` bits.
     #[must_use]
     pub fn matches(&self, prefix_len: u32, packet: &Self) -> bool {
         let mask = Address::ANY_V6.mask(u8::try_from(prefix_len - Self::DIALLED_BITS).unwrap_or(128));
@@ -263,60 +271,61 @@ impl AcceptedKey {
     }
 }
 
-/// The address a listener must be bound to for a rule to lead to it. Listeners at other addresses of the port are not registered:
-/// any user of the host may listen on all of 127.0.0.0/8.
+/// Key of an address that a listener must be bound to for a rule to lead to it. Listeners on other addresses
+/// of the port are not registered: any user of the host may listen on all of 127.0.0.0/8.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TargetKey {
-    /// Bound address: a loopback address, `0.0.0.0` or `::`.
+    /// The bound address: a loopback address, `0.0.0.0` or `::`.
     pub address: Address,
-    /// Port, host byte order.
+    /// The bound port, in host byte order.
     pub port: u16,
-    /// [`TCP`] or [`UDP`].
+    /// The IP protocol: [`TCP`] or [`UDP`].
     pub protocol: u16,
 }
 
-/// A registered listening socket of the host's network namespace.
+/// Key of a registered listening socket in the host's network namespace.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ListenerKey {
-    /// Address it is bound to.
+    /// The address that the socket is bound to.
     pub address: Address,
-    /// Port, host byte order.
+    /// The port that the socket is bound to, in host byte order.
     pub port: u16,
-    /// Which of the group's registered sockets, below [`SLOTS`].
+    /// Index of the socket among the group's registered sockets, less than [`SLOTS`].
     pub slot: u8,
-    /// [`TCP`] or [`UDP`].
+    /// The IP protocol: [`TCP`] or [`UDP`].
     pub protocol: u8,
 }
 
-/// An address and a port.
+/// An IP address and a port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Endpoint {
-    /// Address.
+    /// The IP address; IPv4 is v4-mapped.
     pub address: Address,
-    /// Port, host byte order.
+    /// The port, in host byte order.
     pub port: u16,
-    /// Always 0.
+    /// Explicit padding, always 0.
     pub reserved: u16,
 }
 
 impl Endpoint {
-    /// From its two parts.
+    /// Creates an endpoint from an address and a port in host byte order.
     #[inline(always)]
     pub const fn new(address: Address, port: u16) -> Self {
         Self { address, port, reserved: 0 }
     }
 }
 
-/// A relay's connection to a service, by both of its ends.
+/// Key of a relay's connection to a service: both of its ends.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RelayPeerKey {
-    /// The relay's end. Another socket of the host may have the same address and port, connected to another service.
+    /// The relay's end. Another socket of the host may have the same address and port and be connected to
+    /// another service.
     pub relay: Endpoint,
-    /// The service's end.
+    /// The service's end of the connection.
     pub service: Endpoint,
 }
 
@@ -324,51 +333,52 @@ pub struct RelayPeerKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RelayPeer {
-    /// The entry's own key: as [`RuleValue::key`].
+    /// The entry's own key, to detect a reused element: see [`RuleValue::key`].
     pub key: RelayPeerKey,
-    /// Cookie of the relay's socket. The entry goes when that socket closes.
+    /// Cookie of the relay's socket. The entry is removed when that socket closes.
     pub cookie: u64,
-    /// The container's end.
+    /// The container's end of the relayed connection.
     pub container: Endpoint,
-    /// Always 0.
+    /// Explicit padding, always 0.
     pub reserved: u32,
 }
 
-/// A source that the daemon sends probes from.
+/// Key of a source from which the daemon sends probes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProberKey {
-    /// Source address.
+    /// The source address of the probes.
     pub source: Address,
-    /// Ingress interface, 0 where the kernel program cannot check it.
+    /// The ingress interface's index; 0 if the kernel program cannot check it.
     pub ifindex: u32,
 }
 
-/// `--source loopback`: connections to `gateway` from a subnet look as if they came from and to loopback. The key of a
-/// longest-prefix match: the subnet is its end.
+/// Key of a view (`--source loopback`): connections to `gateway` from a subnet look as if they came from and
+/// went to loopback. The key is a longest-prefix match; it ends with the subnet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ViewKey {
-    /// What is dialled.
+    /// The dialled address and port.
     pub gateway: Endpoint,
-    /// The network's subnet; in a lookup the container.
+    /// The network's subnet; in a lookup, the container's address.
     pub peer: Address,
 }
 
 impl ViewKey {
-    /// All bits, as a lookup has them.
+    /// Length of the key in bits, as used in a lookup.
     pub const BITS: u32 = Self::GATEWAY_BITS + 128;
 
     const GATEWAY_BITS: u32 = 160;
 
-    /// Bits that must be the same, where the subnet's mask is this.
+    /// Returns the number of bits that must match if the subnet has the netmask `mask`.
     #[must_use]
     pub fn prefix_len(mask: &Address) -> u32 {
         let ones: u32 = mask.0.iter().map(|word| word.count_ones()).sum();
         Self::GATEWAY_BITS + ones
     }
 
-    /// Whether a lookup for a connection to `gateway` from `peer` finds it, where `prefix_len` bits must be the same.
+    /// Returns true if a lookup for a connection to `gateway` from `peer` finds this key, which was put with
+    /// `prefix_len` bits.
     #[must_use]
     pub fn matches(&self, prefix_len: u32, gateway: &Endpoint, peer: &Address) -> bool {
         let mask = Address::ANY_V6.mask(u8::try_from(prefix_len - Self::GATEWAY_BITS).unwrap_or(128));
@@ -376,136 +386,138 @@ impl ViewKey {
     }
 }
 
-/// How such connections look.
+/// A view: the ends that such a connection presents to the service.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LoopbackView {
-    /// The key's: as [`RuleValue::key`].
+    /// The `gateway` of the entry's key, to detect a reused element: see [`RuleValue::key`].
     pub gateway: Endpoint,
-    /// What `getsockname()` answers, and whose address `getpeername()` does.
+    /// The endpoint that `getsockname()` returns. `getpeername()` returns its address.
     pub target: Endpoint,
 }
 
-/// Which of a UDP service's datagrams leave with a gateway as their source: those to a subnet. The key of a longest-prefix
-/// match: the subnet is its end.
+/// Key of the datagrams of a UDP service that leave with a gateway as their source: those to a subnet. The
+/// key is a longest-prefix match; it ends with the subnet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ReplyKey {
-    /// Loopback address and port that the service is bound to.
+    /// The loopback address and port that the service is bound to.
     pub service: Endpoint,
-    /// The network's subnet; in a lookup the container.
+    /// The network's subnet; in a lookup, the container's address.
     pub peer: Address,
 }
 
 impl ReplyKey {
-    /// All bits, as a lookup has them.
+    /// Length of the key in bits, as used in a lookup.
     pub const BITS: u32 = ViewKey::BITS;
 
-    /// Bits that must be the same, where the subnet's mask is this.
+    /// Returns the number of bits that must match if the subnet has the netmask `mask`.
     #[must_use]
     pub fn prefix_len(mask: &Address) -> u32 {
         ViewKey::prefix_len(mask)
     }
 }
 
-/// The source that they leave with.
+/// The source address with which a service's datagrams to a subnet leave.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Reply {
-    /// The key's: as [`RuleValue::key`].
+    /// The `service` of the entry's key, to detect a reused element: see [`RuleValue::key`].
     pub service: Endpoint,
-    /// What the containers dial; unspecified for addresses of the host itself, to which nothing is changed.
+    /// The gateway that the containers dial. Unspecified for addresses of the host itself: datagrams to them
+    /// are not changed.
     pub gateway: Address,
 }
 
-/// The bridges of the host that a network namespace is on, whose localhost may lead to the host. Its key is the
-/// namespace's cookie.
+/// A guest: a network namespace whose localhost may lead to the host, with the host's bridges that it is
+/// attached to. Its key is the namespace's cookie.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Guest {
-    /// The entry's own key: as [`RuleValue::key`].
+    /// The entry's own key, to detect a reused element: see [`RuleValue::key`].
     pub netns: u64,
-    /// Interface indices in the host's namespace, in the order in which they are asked; 0 for none.
+    /// Interface indices in the host's namespace, in lookup order; 0 marks an unused slot.
     pub bridges: [u32; BRIDGES],
 }
 
-/// What a process in a [`Guest`] dials that leads to another address.
+/// Key of a dial: an address and port that a process in a [`Guest`] dials and that lead to another address.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DialKey {
-    /// Address that is dialled: `127.0.0.1`, `::1`.
+    /// The dialled address: `127.0.0.1` or `::1`.
     pub address: Address,
     /// The bridge's interface index.
     pub ifindex: u32,
-    /// Port that is dialled, host byte order.
+    /// The dialled port, in host byte order.
     pub port: u16,
-    /// [`TCP`] or [`UDP`].
+    /// The IP protocol: [`TCP`] or [`UDP`].
     pub protocol: u16,
-    /// Cookie of the one namespace that this is for; 0 for all on the bridge.
+    /// Cookie of the one network namespace that the dial applies to; 0 for every guest on the bridge.
     pub netns: u64,
 }
 
-/// Where that leads.
+/// A dial: the gateway that the dialled address leads to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Dial {
-    /// The entry's own key: as [`RuleValue::key`].
+    /// The entry's own key, to detect a reused element: see [`RuleValue::key`].
     pub key: DialKey,
     /// The network's gateway.
     pub gateway: Endpoint,
-    /// Always 0.
+    /// Explicit padding, always 0.
     pub reserved: u32,
 }
 
-/// What happened to a listener of a targeted port.
+/// An event of a listener on a targeted port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListenerEvent {
-    /// One of the constants below.
+    /// The kind of event: one of the constants below.
     pub kind: u32,
-    /// Port, host byte order.
+    /// The listener's port, in host byte order.
     pub port: u32,
-    /// Why the kernel refused to register it: a negative errno, as the helper returned it; else 0.
+    /// The kernel's reason for refusing to register the listener: a negative errno, as the helper returned
+    /// it; otherwise 0.
     pub error: i32,
 }
 
 impl ListenerEvent {
-    /// It listens now.
+    /// The socket has started to listen.
     pub const LISTENING: u32 = 1;
-    /// It listens now; the kernel refused to register it.
+    /// The socket has started to listen, but the kernel refused to register it.
     pub const REFUSED: u32 = 2;
-    /// It listens no more.
+    /// The socket has stopped listening.
     pub const CLOSED: u32 = 3;
 }
 
-/// Index of an outcome in the counters.
+/// Index of an outcome in [`crate::symbols::COUNTERS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Counter {
     /// A connection was given to its listener.
     Steered = 0,
-    /// An entry matched, the source is outside of its network's subnet: left alone.
+    /// An entry matched, but the source is outside its network's subnet: left alone.
     ForeignSource = 1,
-    /// An entry matched, no listener is registered for it: refused.
+    /// An entry matched, but no listener is registered for it: refused.
     NoListener = 2,
-    /// An entry matched, the kernel refused every listener: refused.
+    /// An entry matched, but the kernel refused every listener: refused.
     AssignFailed = 3,
     /// A listener was registered.
     Registered = 4,
     /// The kernel refused to register a listener.
     RegisterRefused = 5,
-    /// An entry matched, which does not admit the source: left alone.
+    /// An entry matched, but it does not admit the source: left alone.
     NotListed = 6,
-    /// No entry admits the packet, and lbridge's accept rule lets it through the firewall: refused.
+    /// No entry admits the packet, but lbridge's accept rule lets it through the firewall: refused.
     Denied = 7,
-    /// A connection that nobody steers would look local to the service: refused.
+    /// A connection that is not steered would look local to the service: refused.
     LooksLocal = 8,
     /// A connection was given to a relay.
     Relayed = 9,
 }
 
 impl Counter {
-    /// Number of counters.
+    /// The number of counters.
     pub const COUNT: u32 = 10;
 }
 

@@ -1,5 +1,5 @@
-//! Localhost: what a container dials that leads to its network's gateway, where a rule says so. Opens nothing: the gateway's
-//! rule decides, as for whoever dials the gateway itself.
+//! connect: leads what a container dials on its localhost to its network's gateway, where a rule says so.
+//! This opens nothing: the gateway's rule decides, as it does for a container that dials the gateway itself.
 
 use aya_ebpf::programs::SockAddrContext;
 use lbridge_common::wire::{BRIDGES, Dial, DialKey, Endpoint, TCP};
@@ -14,7 +14,7 @@ pub fn dial_v4(ctx: &SockAddrContext) {
     if ctx::connects_tcp(ctx)
         && let Some(netns) = container(ctx)
         && let Some(mut dial) = leads(netns, &ctx::name_v4(ctx))
-        // An IPv4 socket gets to IPv4 gateways alone.
+        // An IPv4 socket can only reach an IPv4 gateway.
         && dial.gateway.address.is_v4()
         && !ctx::is_bound_v4(ctx)
         && !ctx::is_listened_on(ctx, &dialled(&dial))
@@ -24,7 +24,8 @@ pub fn dial_v4(ctx: &SockAddrContext) {
     }
 }
 
-/// An IPv4 gateway of what is dialled by IPv6 is v4-mapped, as sockets take it unless they are for IPv6 alone.
+/// Redirects a dial by IPv6. An IPv4 gateway is given as v4-mapped, which sockets accept unless they are
+/// IPv6-only.
 #[inline(always)]
 pub fn dial_v6(ctx: &SockAddrContext) {
     if ctx::connects_tcp(ctx)
@@ -38,21 +39,21 @@ pub fn dial_v6(ctx: &SockAddrContext) {
     }
 }
 
-/// What a dial leads away from.
+/// Returns the original destination: the address and port that the container dialled.
 #[inline(always)]
 pub fn dialled(dial: &Dial) -> Endpoint {
     Endpoint::new(dial.key.address, dial.key.port)
 }
 
-/// The caller's namespace, unless it is the host's. Where userspace cannot learn namespaces' cookies (before 5.14) nobody is
-/// a container.
+/// Returns the cookie of the caller's network namespace; `None` for the host's. Before Linux 5.14 userspace
+/// cannot learn namespace cookies, so no caller counts as a container.
 #[inline(always)]
 fn container(ctx: &SockAddrContext) -> Option<u64> {
     let (host, own) = (host_netns(), ctx::sock_addr_netns(ctx));
     (host != 0 && own != host).then_some(own)
 }
 
-/// Where that leads from the first of the namespace's bridges that has something for it.
+/// Returns the dial for `name` from the first of the namespace's bridges that has one.
 #[inline(always)]
 fn leads(netns: u64, name: &Endpoint) -> Option<Dial> {
     const _: () = assert!(BRIDGES == 4, "as many bridges as are written out below");

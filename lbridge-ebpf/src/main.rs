@@ -1,13 +1,13 @@
-//! lbridge's kernel programs. Entries only: each calls its hook's file and turns the answer into the kernel's return
-//! code. One file per hook:
+//! lbridge-ebpf: lbridge's kernel programs. This file holds only the entry points: each calls the file of its
+//! hook and turns the result into the kernel's return code. There is one file per hook:
 //!
 //! - [`sk_lookup`]: picks the listener of a connection;
-//! - [`sock_ops`]: registers the listeners to pick from, and notes who is behind a relayed connection;
-//! - [`connect`]: where a container's localhost leads;
-//! - [`peername`]: what the service, and such a container, sees as its peer;
-//! - [`replies`]: what a container sees as the source of a UDP service's datagrams.
+//! - [`sock_ops`]: registers the listeners to pick from, and records the client of a relayed connection;
+//! - [`connect`]: redirects a container's localhost to its gateway;
+//! - [`peername`]: the peer that the service, and such a container, sees;
+//! - [`replies`]: the source that a container sees on a UDP service's datagrams.
 //!
-//! The maps are in [`maps`], every read of a kernel context in [`ctx`].
+//! The maps are in [`maps`], every read of a kernel context is in [`ctx`].
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics, stmt_expr_attributes)]
@@ -33,7 +33,7 @@ use crate::{ctx::Side, sk_lookup::Outcome, sock_ops::Variant};
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
 
-/// Logs to the daemon, in debug objects only.
+/// Logs to the daemon, only in debug objects.
 macro_rules! log {
     ($ctx:expr, $($message:tt)+) => {
         #[cfg(feature = "log")]
@@ -46,8 +46,8 @@ fn verdict(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> u32 {
     log!(ctx, "sk_lookup interface={} {}", ifindex, outcome.name());
     match outcome {
         Outcome::Untouched | Outcome::Assigned => SK_PASS,
-        // No socket: the kernel answers a SYN with RST, a datagram with ICMP's "port unreachable"; the container gets
-        // ECONNREFUSED.
+        // No socket: the kernel answers a SYN with RST, and a datagram with ICMP "port unreachable". The
+        // container gets ECONNREFUSED.
         Outcome::Refused => SK_DROP,
     }
 }
@@ -58,8 +58,8 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
     verdict(&ctx, ctx::ingress_ifindex(&ctx), protocol)
 }
 
-/// For kernels before 5.17, whose verifier refuses a read of `ingress_ifindex`. Without it a datagram with a false source
-/// would reach the service from anywhere: UDP is left alone.
+/// Steers on kernels before 5.17, whose verifier rejects a read of `ingress_ifindex`. Without that check a
+/// datagram with a forged source would reach the service from any interface, so UDP is left alone.
 #[sk_lookup]
 pub fn steer_any_interface(ctx: SkLookupContext) -> u32 {
     if !ctx::is_tcp(&ctx) {
@@ -68,8 +68,9 @@ pub fn steer_any_interface(ctx: SkLookupContext) -> u32 {
     verdict(&ctx, 0, TCP)
 }
 
-/// The only answer that leaves the answers of other `sock_ops` programs in force: after a 0 of any of them the kernel reports
-/// -EPERM for all (`__cgroup_bpf_run_filter_sock_ops()`), and time-outs, windows and options that others set are void.
+/// The only return value that keeps the results of other `sock_ops` programs in force. If any program returns
+/// 0, the kernel reports -EPERM for all of them (`__cgroup_bpf_run_filter_sock_ops()`), and the time-outs,
+/// windows and options that the others set are lost.
 const SUCCESS: u32 = 1;
 
 #[sock_ops]
@@ -79,7 +80,8 @@ pub fn register(ctx: SockOpsContext) -> u32 {
     SUCCESS
 }
 
-/// For kernels before 5.15, where `sock_ops` cannot tell the network namespace: the daemon registers.
+/// Reports listeners on kernels before 5.15, where `sock_ops` cannot read the network namespace's cookie. The
+/// daemon registers them.
 #[sock_ops]
 pub fn announce(ctx: SockOpsContext) -> u32 {
     let variant = Variant { is_host: |_| true, listening: sock_ops::announce_listener };
@@ -87,7 +89,7 @@ pub fn announce(ctx: SockOpsContext) -> u32 {
     SUCCESS
 }
 
-/// The only valid answer of a hook for addresses: it may change the address, never refuse the call.
+/// The only return value of the `sock_addr` hooks: they may change the address, but never refuse the call.
 const PROCEED: i32 = 1;
 
 #[cgroup_sock_addr(connect4)]
@@ -143,7 +145,7 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// The kernel offers `bpf_sk_assign` and its like to GPL-compatible programs only.
+/// The license: the kernel offers `bpf_sk_assign` and similar helpers only to GPL-compatible programs.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

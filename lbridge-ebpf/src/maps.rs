@@ -1,4 +1,5 @@
-//! The statics that live in the kernel. The Rust names are the map names, see `lbridge_common::symbols`.
+//! maps: the maps and globals that the kernel holds. Their Rust names are the map names, see
+//! `lbridge_common::symbols`.
 
 use aya_ebpf::{
     Global,
@@ -13,7 +14,7 @@ use lbridge_common::wire::{
     RelayPeerKey, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
 };
 
-// Not preallocated: an empty map costs nothing.
+// Not preallocated: an empty map uses no memory for elements.
 #[map]
 pub static RULES: HashMap<RuleKey, RuleValue> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
@@ -39,21 +40,23 @@ static REPLIES: LpmTrie<ReplyKey, Reply> = LpmTrie::with_max_entries(MAX_RULES, 
 pub static PROBERS: HashMap<ProberKey, u8> = HashMap::with_max_entries(MAX_PROBERS, BPF_F_NO_PREALLOC);
 #[map]
 pub static PROBES: HashMap<RuleKey, u64> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
-// No LRU: an entry that went while its connection lives would show the service a local peer. Where it is full a relay
-// gives up the connection instead.
+// Not an LRU map: an entry evicted while its connection lives would make the service see a local peer. If the
+// map is full, a relay gives up the connection instead.
 #[map]
 pub static RELAY_PEERS: HashMap<RelayPeerKey, RelayPeer> =
     HashMap::with_max_entries(MAX_RELAY_PEERS, BPF_F_NO_PREALLOC);
 #[map]
 pub static RELAY_CONNECTS: HashMap<u64, Endpoint> =
     HashMap::with_max_entries(MAX_RELAY_PEERS, BPF_F_NO_PREALLOC);
-/// Lives as long as the service's socket, whatever becomes of the relay and its end.
+/// The container's endpoint, per service socket. It lives as long as that socket, even if the relay and its
+/// socket are gone.
 #[btf_map]
 pub static PEER_NAMES: SkStorage<Endpoint> = SkStorage::new();
-/// What the service's own end is shown as, for a connection that looks local. Lives as long as the service's socket.
+/// The endpoint that a service sees as its own end, for a connection that looks local. It lives as long as
+/// the service's socket.
 #[btf_map]
 pub static LOOPBACK_NAMES: SkStorage<Endpoint> = SkStorage::new();
-/// Lives as long as the container's socket.
+/// The dial that a container's socket used. It lives as long as that socket.
 #[btf_map]
 pub static DIALLED: SkStorage<Dial> = SkStorage::new();
 #[map]
@@ -64,13 +67,13 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 #[unsafe(no_mangle)]
 static HOST_NETNS: Global<u64> = Global::new(0);
 
-/// Cookie of the network namespace that is "the host"; 0 where the kernel does not tell it.
+/// Returns the cookie of the host's network namespace; 0 if the kernel does not provide it.
 #[inline(always)]
 pub fn host_netns() -> u64 {
     HOST_NETNS.load()
 }
 
-/// How connections to `gateway` from `peer` look to the service, if otherwise than they are.
+/// Returns the view for connections to `gateway` from `peer`; `None` if the service sees their real ends.
 #[inline(always)]
 pub fn loopback_view(gateway: &Endpoint, peer: &Address) -> Option<LoopbackView> {
     let key = ViewKey { gateway: *gateway, peer: *peer };
@@ -78,30 +81,32 @@ pub fn loopback_view(gateway: &Endpoint, peer: &Address) -> Option<LoopbackView>
     (view.gateway == *gateway).then_some(view)
 }
 
-/// Returns true if an accept rule lets such a packet through the firewall. The value is not looked at: what was found matched.
+/// Returns true if an accept rule lets such a packet through the firewall. The value is ignored: an element
+/// that is found has matched.
 #[inline(always)]
 pub fn is_accepted(packet: AcceptedKey) -> bool {
     ACCEPTED.get(Key::new(AcceptedKey::BITS, packet)).is_some()
 }
 
-/// The bridges of a namespace whose localhost may lead to the host.
+/// Returns the guest with this namespace cookie, and its bridges; `None` if its localhost leads nowhere.
 #[inline(always)]
 pub fn guest(netns: u64) -> Option<Guest> {
-    // SAFETY: memory of the map stays readable while the program runs. It is copied, and the copy must be this key's: the kernel
-    // may reuse a removed element's at once.
+    // SAFETY: the map's memory stays readable while the program runs. The value is copied, and the copy must
+    // belong to this key: the kernel may reuse a removed element's memory at once.
     let guest = unsafe { GUESTS.get(netns) }.copied()?;
     (guest.netns == netns).then_some(guest)
 }
 
-/// Where what is dialled leads.
+/// Returns the dial for this key: the gateway that the dialled address leads to.
 #[inline(always)]
 pub fn dial(key: &DialKey) -> Option<Dial> {
-    // SAFETY: as above.
+    // SAFETY: as in `guest`.
     let dial = unsafe { DIALS.get(key) }.copied()?;
     (dial.key == *key).then_some(dial)
 }
 
-/// The source that datagrams from `service` to `peer` are to leave with, if another than the service's.
+/// Returns the source address that datagrams from `service` to `peer` must leave with; `None` if it does not
+/// change.
 #[inline(always)]
 pub fn reply_source(service: &Endpoint, peer: &Address) -> Option<Address> {
     let key = ReplyKey { service: *service, peer: *peer };
@@ -109,23 +114,25 @@ pub fn reply_source(service: &Endpoint, peer: &Address) -> Option<Address> {
     (reply.service == *service && !reply.gateway.is_unspecified()).then_some(reply.gateway)
 }
 
-/// The client behind a relayed connection, by the relay's end and the service's.
+/// Returns the client behind a relayed connection, given the relay's end and the service's.
 #[inline(always)]
 pub fn relay_peer(key: &RelayPeerKey) -> Option<RelayPeer> {
-    // SAFETY: memory of the map stays readable while the program runs. It is copied, and the copy must be this key's.
+    // SAFETY: the map's memory stays readable while the program runs. The value is copied, and the copy must
+    // belong to this key.
     unsafe { RELAY_PEERS.get(key) }.copied().filter(|peer| peer.key == *key)
 }
 
 #[inline(always)]
 pub fn count(counter: Counter) {
     if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
-        // SAFETY: this CPU's own slot, valid while the program runs; no program here is interrupted by another that
-        // writes the same slot but on a kernel with preemptible BPF, where a count may get lost.
+        // SAFETY: this CPU's own slot, valid while the program runs. Another program that writes the same
+        // slot can interrupt this one only on a kernel with preemptible BPF, where a count may get lost.
         unsafe { *value += 1 };
     }
 }
 
-/// Wakes the daemon. A full buffer loses nothing but the wake-up: the daemon looks at the sockets themselves.
+/// Wakes the daemon. If the buffer is full, only the wake-up is lost: the daemon inspects the sockets
+/// themselves.
 #[inline(always)]
 pub fn emit(event: ListenerEvent) {
     let _ = EVENTS.output::<ListenerEvent>(&event, 0);

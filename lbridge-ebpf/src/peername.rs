@@ -1,8 +1,8 @@
-//! Names: what accept(), getpeername() and getsockname() tell the service.
+//! peername: rewrites the names that accept(), getpeername() and getsockname() return.
 //!
-//! - a steered connection under a rule with `--source loopback` looks local at both ends;
-//! - a relayed connection under any other rule shows the container, not the relay;
-//! - a container that dialled localhost, where that leads to the host, is shown localhost.
+//! - A steered connection under a rule with `--source loopback` looks local at both ends.
+//! - A relayed connection under any other rule shows the container, not the relay.
+//! - A container that dialled localhost, where that leads to the host, sees localhost.
 
 use aya_ebpf::programs::SockAddrContext;
 use lbridge_common::wire::{Endpoint, RelayPeerKey};
@@ -24,7 +24,8 @@ pub fn rewrite_v4(ctx: &SockAddrContext, side: Side) {
         }
     } else if let Some(ends) = ctx::ends_v4(ctx)
         && let Some(name) = rewritten(ctx, &ends, &ctx::name_v4(ctx), side)
-        // An IPv4 socket cannot be shown an IPv6 container; part of its address could read as anybody's, 127.0.0.1 too.
+        // An IPv4 socket cannot be shown an IPv6 container: a part of that address could read as any address,
+        // even 127.0.0.1.
         && name.address.is_v4()
     {
         ctx::set_name_v4(ctx, &name);
@@ -44,16 +45,17 @@ pub fn rewrite_v6(ctx: &SockAddrContext, side: Side) {
     }
 }
 
-/// Whether the socket is of the host's namespace. Where userspace cannot learn its cookie (before 5.14) every socket
-/// counts: a namespace that has the gateway's own address and port could see a changed name.
+/// Returns true if the socket is in the host's network namespace. Before Linux 5.14 userspace cannot learn
+/// the host's cookie, so every socket counts: a namespace that has the gateway's own address and port could
+/// see a changed name.
 #[inline(always)]
 fn is_host(ctx: &SockAddrContext) -> bool {
     let host = host_netns();
     host == 0 || ctx::sock_addr_netns(ctx) == host
 }
 
-/// What a container's socket dialled that is connected to `name` instead. The socket may have been connected anew since, to
-/// something else.
+/// Returns the address that a container's socket dialled, if it was redirected to `name`. Compares the dial's
+/// gateway with `name`, since the socket may have been connected to something else in the meantime.
 #[inline(always)]
 fn dialled_instead(ctx: &SockAddrContext, name: &Endpoint, side: Side) -> Option<Endpoint> {
     match side {
@@ -74,7 +76,8 @@ fn rewritten(ctx: &SockAddrContext, ends: &Ends, name: &Endpoint, side: Side) ->
     }
     match side {
         Side::Local => None,
-        // An MPTCP service's socket is not the one that was connected to, so it has no storage; its ends tell.
+        // An MPTCP service's socket is not the socket that was connected to, so it has no storage; look it up
+        // by its ends.
         Side::Peer => ctx::stored(ctx, &PEER_NAMES).or_else(
             #[inline(always)]
             || {

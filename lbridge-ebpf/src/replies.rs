@@ -1,8 +1,9 @@
-//! Replies of UDP services: a datagram that a service on loopback sends to a container leaves with the gateway as its
-//! source, which is what the container has dialled.
+//! replies: rewrites the source of a UDP service's replies. A datagram that a service on loopback sends to a
+//! container leaves with the gateway as its source, which is the address that the container dialled.
 //!
-//! Only the source of datagrams that would leave from loopback for another host is changed. The kernel refuses to send these
-//! (IPv4) or everybody to receive them (IPv6), so that nothing is changed that would work otherwise.
+//! Only datagrams that would leave from loopback for another host are changed. The kernel refuses to send
+//! these (IPv4), or every host refuses to receive them (IPv6), so this changes nothing that would otherwise
+//! work.
 
 use aya_ebpf::programs::SockAddrContext;
 use lbridge_common::wire::{Address, Endpoint};
@@ -30,7 +31,8 @@ pub fn rewrite_v6(ctx: &SockAddrContext) {
     }
 }
 
-/// Most datagrams of a host do not leave from loopback: that is asked first. A container's own loopback is none of ours.
+/// Returns the gateway to use as the source; `None` to leave the datagram unchanged. Tests for a loopback
+/// source first, since most of a host's datagrams do not have one. A container's own loopback is left alone.
 #[inline(always)]
 fn gateway(ctx: &SockAddrContext, source: Address, peer: Address) -> Option<Address> {
     if !source.is_loopback() || ctx::sock_addr_netns(ctx) != host_netns() {

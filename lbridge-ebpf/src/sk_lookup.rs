@@ -1,6 +1,6 @@
-//! Steering: the packet's (ingress interface, gateway, port) in the rules, its source in the rule's subnet -> the
-//! connection is given to the registered listener. Runs for every TCP packet that no connection claims: SYNs, mostly; and for
-//! every datagram that no connected socket claims.
+//! sk_lookup: steers packets. If the packet's (ingress interface, gateway, port) is in the rules and its
+//! source is in the rule's subnet, the connection goes to the registered listener. Runs for every TCP packet
+//! that no connection claims, which are mostly SYNs, and for every datagram that no connected socket claims.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
@@ -16,23 +16,23 @@ use crate::{
 };
 
 const ENOENT: i32 = 2;
-/// Another program may have chosen a socket for the packet. A rule says where its port leads, so it has the last word, as it
-/// has over a listener on every address.
+/// Flag: replaces a socket that another program may have chosen for the packet. A rule determines where its
+/// port leads, so it has the last word, as it has over a listener on every address.
 const REPLACE: u64 = BPF_SK_LOOKUP_F_REPLACE as u64;
 
-/// What became of a packet.
+/// The result of the lookup for a packet.
 pub enum Outcome {
-    /// Not ours: the kernel's own lookup goes on.
+    /// The packet is not ours: the kernel's own lookup continues.
     Untouched,
-    /// A listener has it.
+    /// The packet goes to a listener, or to a relay.
     Assigned,
-    /// Nobody gets it.
+    /// The packet goes to no socket.
     Refused,
 }
 
 #[cfg(feature = "log")]
 impl Outcome {
-    /// For the log.
+    /// Returns the outcome's name for the log.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Untouched => "untouched",
@@ -81,9 +81,9 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
     let key =
         RuleKey { gateway: dialled.address, ifindex, port: dialled.port, protocol: u16::from(protocol) };
     let pointer = RULES.get_ptr_mut(key);
-    // SAFETY: memory of the map stays readable while the program runs. It may be written to meanwhile, for a new value
-    // or, once the entry is removed, for another key (htab elements are reused at once from Linux 6.1 on). So it is
-    // copied, and the copy must be this key's.
+    // SAFETY: the map's memory stays readable while the program runs. It may be written to meanwhile: with a
+    // new value, or, once the entry is removed, for another key (htab elements are reused at once from Linux
+    // 6.1 on). So the value is copied, and the copy must belong to this key.
     let entry =
         pointer.map(|pointer| unsafe { core::ptr::read_volatile(pointer) }).filter(|entry| entry.key == key);
     let maps = Maps { ctx, key, source };
@@ -92,7 +92,7 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
         (Verdict::Steer, Some(entry), Some(pointer)) => steer(ctx, &entry, pointer, &maps),
         (Verdict::Relay, ..) => relay(ctx, key, &maps),
         (Verdict::Probe, ..) => {
-            // No answer tells a firewall's refusal from ours, so that arrival is counted.
+            // No answer distinguishes a firewall's refusal from ours, so arrivals are counted.
             if let Some(arrived) = PROBES.get_ptr_mut(key) {
                 add_one(arrived);
             }
@@ -102,7 +102,7 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
         (Verdict::LooksLocal, ..) => counted(Counter::LooksLocal, Outcome::Refused),
         (Verdict::ForeignSource, ..) => counted(Counter::ForeignSource, Outcome::Untouched),
         (Verdict::NotListed, ..) => counted(Counter::NotListed, Outcome::Untouched),
-        // The decision steers by an entry alone.
+        // `decide` returns `Steer` only for an entry.
         (Verdict::NotOurs | Verdict::Steer, ..) => Outcome::Untouched,
     }
 }
@@ -110,7 +110,7 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
 #[inline(always)]
 fn steer(ctx: &SkLookupContext, entry: &RuleValue, pointer: *mut RuleValue, maps: &Maps<'_>) -> Outcome {
     let mut found = false;
-    // Inlined at each of its calls: a function of its own would get the context by way of the stack.
+    // Inlined into each of its calls: a function of its own would receive the context through the stack.
     let assigned = first_candidate(
         &entry.target,
         entry.target_port,
@@ -134,7 +134,7 @@ fn steer(ctx: &SkLookupContext, entry: &RuleValue, pointer: *mut RuleValue, maps
     counted(Counter::Steered, Outcome::Assigned)
 }
 
-/// The relay itself counts its connections.
+/// Hands the connection to the entry's relay. The relay itself counts the entry's connections.
 #[inline(always)]
 fn relay(ctx: &SkLookupContext, key: RuleKey, maps: &Maps<'_>) -> Outcome {
     match RELAYS.redirect_sk_lookup(ctx, key, REPLACE) {
@@ -153,6 +153,6 @@ fn counted(counter: Counter, outcome: Outcome) -> Outcome {
 
 #[inline(always)]
 fn add_one(count: *mut u64) {
-    // SAFETY: 8 aligned bytes of a map's memory; at worst another entry's count gains one.
+    // SAFETY: 8 aligned bytes of a map's memory; at worst another entry's count is incremented.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, 1) };
 }

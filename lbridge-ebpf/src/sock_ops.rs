@@ -1,8 +1,9 @@
-//! Registration of listeners, and names of connections that are shown otherwise than they are.
+//! sock_ops: registers listeners, and records the names of connections that are presented differently from
+//! what they are.
 //!
-//! When a socket of the host starts to listen on a port that some rule targets, it enters the listener
-//! map, so that a restarted service is steered to at once, daemon or no daemon. The kernel takes a socket out of the
-//! map when it closes.
+//! When a socket of the host starts to listen on a port that some rule targets, it enters the listener map. A
+//! restarted service is therefore steered to at once, even if the daemon is not running. The kernel removes a
+//! socket from the map when it closes.
 
 use aya_ebpf::{
     bindings::{
@@ -25,14 +26,15 @@ use crate::{
 };
 
 const EEXIST: i32 = 17;
-/// In the storage of a socket that connected of its own accord: no service has accepted it.
+/// Value in the storage of a socket that made a connection itself: no service has accepted it.
 pub const NOT_ACCEPTED: Endpoint = Endpoint::new(Address::ANY_V6, 0);
 
-/// What differs between kernels that tell a socket's namespace here and those that do not.
+/// The difference between kernels where `sock_ops` can read a socket's network namespace and those where it
+/// cannot.
 pub struct Variant {
-    /// Whether the socket is the host's, as far as the kernel tells.
+    /// Returns true if the socket is the host's, as far as the kernel can tell.
     pub is_host: fn(&SockOpsContext) -> bool,
-    /// What is done with a new listener.
+    /// Handles a new listener.
     pub listening: fn(&SockOpsContext, &Endpoint),
 }
 
@@ -41,10 +43,10 @@ pub fn on_callback(ctx: &SockOpsContext, variant: Variant) {
     let callback = ctx::callback(ctx);
     let Some(ends) = ctx::ends(ctx) else { return };
     match callback {
-        // One that is bound to a device would answer there, not on the bridge.
+        // A listener that is bound to a device would answer there, not on the bridge.
         BPF_SOCK_OPS_TCP_LISTEN_CB if is_targeted(&ends.local) && !ctx::has_device(ctx) => {
-            // A container that listens on the same port must never be handed the host's connections: bpf_sk_assign does
-            // not compare namespaces.
+            // The host's connections must never go to a container that listens on the same port:
+            // bpf_sk_assign does not compare namespaces.
             if (variant.is_host)(ctx) {
                 (variant.listening)(ctx, &ends.local);
                 follow_state(ctx);
@@ -53,7 +55,7 @@ pub fn on_callback(ctx: &SockOpsContext, variant: Variant) {
         BPF_SOCK_OPS_STATE_CB if ctx::first_argument(ctx) == BPF_TCP_LISTEN => {
             emit(ListenerEvent { kind: ListenerEvent::CLOSED, port: u32::from(ends.local.port), error: 0 });
         }
-        // Connections that a registered listener accepted come here as well: they inherit the flag.
+        // Also called for connections that a registered listener accepted: they inherit the flag.
         BPF_SOCK_OPS_STATE_CB if ctx::second_argument(ctx) == BPF_TCP_CLOSE => relay_closes(ctx, &ends),
         BPF_SOCK_OPS_TCP_CONNECT_CB => connects(ctx, &ends),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB if (variant.is_host)(ctx) => connected(ctx, &ends),
@@ -61,17 +63,18 @@ pub fn on_callback(ctx: &SockOpsContext, variant: Variant) {
     }
 }
 
-/// Asks for the callbacks of the socket's state changes, beside what other programs have asked for.
+/// Enables the callbacks for the socket's state changes, and keeps those that other programs have enabled.
 #[inline(always)]
 fn follow_state(ctx: &SockOpsContext) {
     let _ = ctx.set_cb_flags((ctx::callback_flags(ctx) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
 }
 
-/// A socket has got its port and has sent nothing yet.
+/// Handles a socket that has a local port and has not sent anything yet.
 #[inline(always)]
 fn connects(ctx: &SockOpsContext, ends: &Ends) {
     relay_connects(ctx, ends);
-    // In a simultaneous open it is told as one that was accepted (tcp_rcv_state_process() with TCP_SYN_RECV).
+    // In a simultaneous open the kernel reports this socket as an accepted one (tcp_rcv_state_process() with
+    // TCP_SYN_RECV).
     if loopback_view(&ends.local, &ends.remote.address).is_some() {
         ctx::store(ctx, &LOOPBACK_NAMES, &mut { NOT_ACCEPTED });
     }
@@ -80,18 +83,19 @@ fn connects(ctx: &SockOpsContext, ends: &Ends) {
 #[inline(always)]
 fn relay_connects(ctx: &SockOpsContext, ends: &Ends) {
     let cookie = ctx::cookie(ctx);
-    // SAFETY: memory of the map stays readable while the program runs, and is copied. An entry is removed by the relay
-    // only, after its connect() has returned.
+    // SAFETY: the map's memory stays readable while the program runs, and the value is copied. Only the relay
+    // removes an entry, after its connect() has returned.
     if let Some(container) = unsafe { RELAY_CONNECTS.get(cookie) }.copied() {
         let key = RelayPeerKey { relay: ends.local, service: ends.remote };
-        // Should the map be full, the relay finds no name and gives the connection up.
+        // If the map is full, the relay finds no entry and gives up the connection.
         let _ = RELAY_PEERS.insert(key, RelayPeer { key, cookie, container, reserved: 0 }, 0);
         follow_state(ctx);
     }
 }
 
-/// A socket closes, and its ends become free for another one (tcp_set_state() calls this before it unhashes the socket). If
-/// it is a relay's, its name goes with it: whoever gets the same ends next is somebody else.
+/// Handles the close of a socket, after which another socket may reuse its ends (tcp_set_state() calls this
+/// before it unhashes the socket). If it is a relay's, its name is removed with it: the next socket with the
+/// same ends belongs to someone else.
 #[inline(always)]
 fn relay_closes(ctx: &SockOpsContext, ends: &Ends) {
     if ends.local.address.is_loopback() {
@@ -102,9 +106,9 @@ fn relay_closes(ctx: &SockOpsContext, ends: &Ends) {
     }
 }
 
-/// The service's end of a connection, before accept() returns it. What it is told of its ends has to live as long as its
-/// socket: rules and relays may be gone earlier. And nothing else that has the same ends is told it, such as a connection that the
-/// host makes from the gateway's address and the dialled port.
+/// Handles the service's end of a connection, before accept() returns it. The names that it sees must live as
+/// long as its socket: rules and relays may be gone earlier. No other socket with the same ends may see them,
+/// such as a connection that the host makes from the gateway's address and the dialled port.
 #[inline(always)]
 fn connected(ctx: &SockOpsContext, ends: &Ends) {
     if ends.remote.address.is_loopback() {
@@ -115,18 +119,20 @@ fn connected(ctx: &SockOpsContext, ends: &Ends) {
         // The host itself is never steered.
         && ends.local.address != ends.remote.address
     {
-        // Steered: whatever else comes there would look local, and was refused. Not where the socket is [`NOT_ACCEPTED`].
+        // The connection was steered: any other connection to this gateway would look local, and was refused.
+        // Does not apply if the socket is [`NOT_ACCEPTED`].
         ctx::store(ctx, &LOOPBACK_NAMES, &mut view.target);
     }
 }
 
-/// Whether the socket is of the host's namespace. Linux 5.15 and later.
+/// Returns true if the socket is in the host's network namespace. Needs Linux 5.15 or later.
 #[inline(always)]
 pub fn is_host(ctx: &SockOpsContext) -> bool {
     ctx::sock_ops_netns(ctx) == host_netns()
 }
 
-/// Only what some rule can lead to is registered: any user may listen on the rest of 127.0.0.0/8.
+/// Returns true if some rule can lead to a listener on `bound`. Only these are registered: any user may
+/// listen on the rest of 127.0.0.0/8.
 #[inline(always)]
 fn is_targeted(bound: &Endpoint) -> bool {
     let key = TargetKey { address: bound.address, port: bound.port, protocol: u16::from(TCP) };
@@ -140,7 +146,7 @@ pub fn register_listener(ctx: &SockOpsContext, bound: &Endpoint) {
             count(Counter::Registered);
             (ListenerEvent::LISTENING, 0)
         }
-        // MPTCP: EOPNOTSUPP. The daemon relays it.
+        // For MPTCP the error is EOPNOTSUPP. The daemon relays it.
         Err(error) => {
             count(Counter::RegisterRefused);
             (ListenerEvent::REFUSED, error)
@@ -149,8 +155,9 @@ pub fn register_listener(ctx: &SockOpsContext, bound: &Endpoint) {
     emit(ListenerEvent { kind, port: u32::from(bound.port), error });
 }
 
-/// Takes the first free slot; where a group has filled them all, one at random, so that the newest sockets are always
-/// among the registered: a service that replaces its listeners one by one is never without.
+/// Registers the socket in the first free slot. If the group has filled all slots, replaces one at random, so
+/// that the newest sockets are always among the registered ones: a service that replaces its listeners one by
+/// one is never without one.
 #[inline(always)]
 fn put(ctx: &SockOpsContext, bound: &Endpoint) -> Result<(), i32> {
     // SAFETY: the context is the kernel's own `bpf_sock_ops`.
@@ -168,7 +175,7 @@ fn put(ctx: &SockOpsContext, bound: &Endpoint) -> Result<(), i32> {
     LISTENERS.update(ListenerKey { address: bound.address, port: bound.port, slot, protocol: TCP }, ops, 0)
 }
 
-/// Tells of the socket. The daemon looks which it is.
+/// Reports the new listener to the daemon, which finds out which socket it is.
 #[inline(always)]
 pub fn announce_listener(_ctx: &SockOpsContext, bound: &Endpoint) {
     emit(ListenerEvent { kind: ListenerEvent::LISTENING, port: u32::from(bound.port), error: 0 });
