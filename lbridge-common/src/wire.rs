@@ -197,6 +197,18 @@ pub struct RuleValue {
 }
 
 impl RuleValue {
+    /// All zero: the value of no key.
+    pub const EMPTY: Self = Self {
+        key: RuleKey { gateway: Address([0; 4]), ifindex: 0, port: 0, protocol: 0 },
+        subnet: Address([0; 4]),
+        mask: Address([0; 4]),
+        target: Address([0; 4]),
+        target_port: 0,
+        flags: 0,
+        reserved: [0; 2],
+        steered: 0,
+    };
+
     /// Flag: only sources with a [`SourceKey`] may use the entry, not the whole subnet.
     pub const LISTED: u16 = 1;
     /// Flag: connections go to the daemon's relay, whose listening socket has the entry's key in the map of

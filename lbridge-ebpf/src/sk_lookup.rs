@@ -81,15 +81,20 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
     let key =
         RuleKey { gateway: dialled.address, ifindex, port: dialled.port, protocol: u16::from(protocol) };
     let pointer = RULES.get_ptr_mut(key);
-    // SAFETY: the map's memory stays readable while the program runs. It may be written to meanwhile: with a
-    // new value, or, once the entry is removed, for another key (htab elements are reused at once from Linux
-    // 6.1 on). So the value is copied, and the copy must belong to this key.
-    let entry =
-        pointer.map(|pointer| unsafe { core::ptr::read_volatile(pointer) }).filter(|entry| entry.key == key);
+    // Without a value in its place LLVM would leave the entry's words undefined, and read them back from the
+    // stack: before Linux 6.3 the verifier refuses that ("invalid read from stack").
+    let value = match pointer {
+        // SAFETY: the map's memory stays readable while the program runs. It may be written to meanwhile: with
+        // a new value, or, once the entry is removed, for another key (htab elements are reused at once from
+        // Linux 6.1 on). So the value is copied, and the copy must belong to this key.
+        Some(pointer) => unsafe { core::ptr::read_volatile(pointer) },
+        None => RuleValue::EMPTY,
+    };
+    let entry = if pointer.is_some() && value.key == key { Some(&value) } else { None };
     let maps = Maps { ctx, key, source };
-    let verdict = decide(entry.as_ref(), &source, &dialled, protocol, &maps);
+    let verdict = decide(entry, &source, &dialled, protocol, &maps);
     match (verdict, entry, pointer) {
-        (Verdict::Steer, Some(entry), Some(pointer)) => steer(ctx, &entry, pointer, &maps),
+        (Verdict::Steer, Some(entry), Some(pointer)) => steer(ctx, entry, pointer, &maps),
         (Verdict::Relay, ..) => relay(ctx, key, &maps),
         (Verdict::Probe, ..) => {
             // No answer distinguishes a firewall's refusal from ours, so arrivals are counted.
