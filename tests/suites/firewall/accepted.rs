@@ -20,6 +20,7 @@ use lbridge_tests::harness::udp::{self, Echo};
 use lbridge_tests::harness::{forge, patience};
 use lbridge_tests::tests;
 
+use super::tools::{broken_nft, instead_of_nft, without_nft};
 use super::{DROPS, Walled, dropped};
 
 pub(crate) fn tests() -> Vec<Test> {
@@ -374,11 +375,6 @@ fn without_nft_a_denied_rule_leaves_nothing() -> Result<()> {
     client::served_by(&scene.container, scene.gateway(PORT), "own").map(drop)
 }
 
-/// For as long as this lives execve(2) of `nft` fails as if it was not there: ENOENT, of an interpreter that is not.
-fn without_nft() -> Result<impl Drop> {
-    in_place_of_nft("#!/nowhere\n")
-}
-
 /// The accept rule for the wider subnet stays, while the entry has the narrower one.
 fn a_subnet_that_shrinks_opens_nothing_else() -> Result<()> {
     let guarded = Guarded::v4()?;
@@ -405,32 +401,6 @@ fn a_subnet_that_shrinks_opens_nothing_else() -> Result<()> {
     watch.stop()?;
     scene.served(PORT, "steered")?;
     guarded.nobody_came()
-}
-
-/// `nft` that fails with arguments of that pattern, in the place of the real one for as long as this lives.
-fn broken_nft(fails: &str) -> Result<impl Drop + use<>> {
-    instead_of_nft(&format!("case \"$*\" in {fails}) echo broken >&2; exit 1;; esac"))
-}
-
-/// `nft` that runs these lines of a shell's first.
-fn instead_of_nft(lines: &str) -> Result<impl Drop + use<>> {
-    std::fs::copy("/usr/sbin/nft", "/run/nft-of-the-host")?;
-    in_place_of_nft(&format!("#!/bin/sh\n{lines}\nexec /run/nft-of-the-host \"$@\"\n"))
-}
-
-fn in_place_of_nft(script: &str) -> Result<impl Drop + use<>> {
-    struct Mounted;
-    impl Drop for Mounted {
-        fn drop(&mut self) {
-            let _ = nix::mount::umount2("/usr/sbin/nft", nix::mount::MntFlags::MNT_DETACH);
-        }
-    }
-    std::fs::write("/run/nft-instead", script)?;
-    std::fs::set_permissions("/run/nft-instead", std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let flags = nix::mount::MsFlags::MS_BIND;
-    nix::mount::mount(Some("/run/nft-instead"), "/usr/sbin/nft", None::<&str>, flags, None::<&str>)
-        .context("mount over nft")?;
-    Ok(Mounted)
 }
 
 fn rules_that_come_and_go_open_nothing_else() -> Result<()> {

@@ -5,6 +5,7 @@ mod accepted;
 mod chains;
 mod firewalld;
 mod flows;
+mod tools;
 mod udp;
 mod ufw;
 mod upkeep;
