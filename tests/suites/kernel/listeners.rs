@@ -335,9 +335,10 @@ fn a_full_map_is_relayed() -> Result<()> {
     const FIRST: u16 = 8000;
     let scene = Scene::new()?;
     scene.allow(&["8000-8065"])?;
-    let any = scene.lab.host().run(|| Ok(TcpListener::bind("127.0.0.1:1")?))?;
+    // To remove one slot, the kernel searches all that its socket has: they are spread over many sockets.
+    let bind = |_| Ok(TcpListener::bind("127.0.0.1:0")?);
+    let sockets = scene.lab.host().run(|| (0..256).map(bind).collect::<Result<Vec<_>>>())?;
     let map = pins::Map::named(scene.daemon.bpffs(), "LISTENERS")?;
-    let socket = u32::try_from(any.as_raw_fd())?.to_ne_bytes();
     let v4 = |ip: [u8; 4]| [&[0; 10][..], &[0xff, 0xff], &ip].concat();
     let addresses = [v4([127, 0, 0, 1]), v4([0; 4]), vec![0; 16], [&[0; 15][..], &[1]].concat()];
     let mut full = false;
@@ -346,6 +347,7 @@ fn a_full_map_is_relayed() -> Result<()> {
             // Those that the program itself uses come last.
             for slot in (0..=255_u8).rev() {
                 let key = [&address[..], &port.to_ne_bytes(), &[slot, 6]].concat();
+                let socket = u32::try_from(sockets[usize::from(slot)].as_raw_fd())?.to_ne_bytes();
                 full = port > FIRST && map.put(&key, &socket).is_err();
                 if full {
                     break 'fill;
