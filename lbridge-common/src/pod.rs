@@ -1,8 +1,8 @@
 //! pod: declares the map types as plain data for aya. No other module does.
 
 use crate::wire::{
-    AcceptedKey, Address, Dial, DialKey, Endpoint, Guest, ListenerKey, LoopbackView, ProberKey, RelayPeer,
-    RelayPeerKey, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
+    AcceptedKey, Address, CountedEntry, Dial, DialKey, Endpoint, Guest, ListenerKey, LoopbackView, ProberKey,
+    RelayPeer, RelayPeerKey, Reply, ReplyKey, RuleKey, SourceKey, TargetKey, ViewKey,
 };
 
 macro_rules! pod {
@@ -18,6 +18,7 @@ macro_rules! pod {
 pod!(
     AcceptedKey,
     Address,
+    CountedEntry,
     Dial,
     DialKey,
     Endpoint,
@@ -30,7 +31,6 @@ pod!(
     Reply,
     ReplyKey,
     RuleKey,
-    RuleValue,
     SourceKey,
     TargetKey,
     ViewKey,

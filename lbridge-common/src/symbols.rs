@@ -2,9 +2,9 @@
 //!
 //! A program must not be named like its section (`fn sk_lookup` in section `sk_lookup` fails to link).
 
-/// Rules: [`crate::wire::RuleKey`] to [`crate::wire::RuleValue`].
+/// Rules: [`crate::wire::RuleKey`] to [`crate::wire::CountedEntry`].
 pub const RULES: &str = "RULES";
-/// Sources that may use a rule with [`crate::wire::RuleValue::LISTED`]: [`crate::wire::SourceKey`] to 1
+/// Sources that may use a rule with [`crate::wire::CountedEntry::LISTED`]: [`crate::wire::SourceKey`] to 1
 /// (`u8`).
 pub const SOURCES: &str = "SOURCES";
 /// Packets that lbridge's accept rules let through the firewall: [`crate::wire::AcceptedKey`] to 1 (`u8`).

@@ -1,7 +1,7 @@
 //! verdict: decides whether a connection is steered, and to which registered listener. Pure. The kernel
 //! program runs all of it, and `lbridge explain` runs the same code over a copy of the maps.
 
-use crate::wire::{Address, Endpoint, ListenerKey, RuleValue, SLOTS, TCP};
+use crate::wire::{Address, Endpoint, Entry, ListenerKey, SLOTS, TCP};
 
 /// The verdict on a packet that no socket has claimed yet: a SYN, or a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub trait Lookups {
 /// address, port, protocol).
 #[inline(always)]
 pub fn decide(
-    entry: Option<&RuleValue>,
+    entry: Option<&Entry>,
     source: &Address,
     dialled: &Endpoint,
     protocol: u8,
@@ -68,7 +68,7 @@ pub fn decide(
         None => Verdict::NotOurs,
         Some(entry) if source.masked(&entry.mask) != entry.subnet => Verdict::ForeignSource,
         Some(entry) if admits(entry, source, lookups) => {
-            return if entry.has(RuleValue::RELAYED) { Verdict::Relay } else { Verdict::Steer };
+            return if entry.has(Entry::RELAYED) { Verdict::Relay } else { Verdict::Steer };
         }
         Some(_) => Verdict::NotListed,
     };
@@ -84,8 +84,8 @@ pub fn decide(
 
 /// Returns true if a source of the entry's subnet may use it.
 #[inline(always)]
-fn admits(entry: &RuleValue, source: &Address, lookups: &impl Lookups) -> bool {
-    !source.is_broadcast(&entry.mask) && (!entry.has(RuleValue::LISTED) || lookups.is_listed())
+fn admits(entry: &Entry, source: &Address, lookups: &impl Lookups) -> bool {
+    !source.is_broadcast(&entry.mask) && (!entry.has(Entry::LISTED) || lookups.is_listed())
 }
 
 /// Lists the bound addresses of the listeners that serve `target`, best first: the loopback address itself,
@@ -137,10 +137,10 @@ mod tests {
         text.parse::<IpAddr>().unwrap().into()
     }
 
-    fn rule(gateway: &str, prefix: u8) -> RuleValue {
+    fn rule(gateway: &str, prefix: u8) -> Entry {
         let gateway = address(gateway);
         let mask = gateway.mask(prefix);
-        RuleValue {
+        Entry {
             key: RuleKey { gateway, ifindex: 1, port: 80, protocol: TCP.into() },
             subnet: gateway.masked(&mask),
             mask,
@@ -148,7 +148,6 @@ mod tests {
             target_port: 80,
             flags: 0,
             reserved: [0; 2],
-            steered: 0,
         }
     }
 
@@ -180,7 +179,7 @@ mod tests {
     }
 
     /// Decides on a SYN to the entry's gateway, or to 172.18.0.1 if there is no entry.
-    fn syn(entry: Option<&RuleValue>, source: &str, answers: Answers) -> Verdict {
+    fn syn(entry: Option<&Entry>, source: &str, answers: Answers) -> Verdict {
         let gateway = entry.map_or(address("172.18.0.1"), |entry| entry.key.gateway);
         decide(entry, &address(source), &Endpoint::new(gateway, 80), TCP, &answers)
     }
@@ -208,8 +207,8 @@ mod tests {
     fn a_list_decides_within_the_subnet() {
         let (web, other) =
             (Answers { listed: Some(true), ..UNASKED }, Answers { listed: Some(false), ..NOBODY });
-        for (flags, admitted) in [(0, Verdict::Steer), (RuleValue::RELAYED, Verdict::Relay)] {
-            let entry = RuleValue { flags: flags | RuleValue::LISTED, ..rule("172.18.0.1", 16) };
+        for (flags, admitted) in [(0, Verdict::Steer), (Entry::RELAYED, Verdict::Relay)] {
+            let entry = Entry { flags: flags | Entry::LISTED, ..rule("172.18.0.1", 16) };
             assert_eq!(syn(Some(&entry), "172.18.0.2", web), admitted, "{flags:#b}");
             assert_eq!(syn(Some(&entry), "172.18.0.3", other), Verdict::NotListed, "{flags:#b}");
             assert_eq!(syn(Some(&entry), "172.19.0.2", NOBODY), Verdict::ForeignSource, "{flags:#b}");
@@ -220,7 +219,7 @@ mod tests {
     #[test]
     fn what_an_accept_rule_lets_in_must_not_pass() {
         let open = rule("172.18.0.1", 16);
-        let listed = RuleValue { flags: RuleValue::LISTED, ..open };
+        let listed = Entry { flags: Entry::LISTED, ..open };
         let other = Answers { listed: Some(false), ..ACCEPTED };
         assert_eq!(syn(None, "172.18.0.2", ACCEPTED), Verdict::Denied, "by another interface, or unserved");
         assert_eq!(syn(Some(&listed), "172.18.0.2", other), Verdict::Denied);
@@ -238,7 +237,7 @@ mod tests {
     #[test]
     fn what_passes_must_not_look_local() {
         let local = Answers { local: Some(true), listed: Some(false), ..NOBODY };
-        let listed = RuleValue { flags: RuleValue::LISTED, ..rule("172.18.0.1", 16) };
+        let listed = Entry { flags: Entry::LISTED, ..rule("172.18.0.1", 16) };
         assert_eq!(syn(None, "172.18.0.2", local), Verdict::LooksLocal);
         assert_eq!(syn(Some(&listed), "172.18.0.2", local), Verdict::LooksLocal);
         assert_eq!(syn(Some(&listed), "172.19.0.2", local), Verdict::LooksLocal);

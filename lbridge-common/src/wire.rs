@@ -172,10 +172,10 @@ pub struct RuleKey {
     pub protocol: u16,
 }
 
-/// Value of a rule: the target, and the sources that may use it.
+/// An entry of the kernel: the target of a dialled address and port, and the sources that may use it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RuleValue {
+pub struct Entry {
     /// The entry's own key. The kernel may reuse the memory of a removed element at once, so a value that was
     /// looked up may since belong to another key. Code that copies the value must compare this key.
     pub key: RuleKey,
@@ -188,38 +188,18 @@ pub struct RuleValue {
     /// The service's port, in host byte order. With 0 the entry leads to no service: what it admits is
     /// refused, unless it goes to a relay.
     pub target_port: u16,
-    /// Flag bits: [`RuleValue::LISTED`], [`RuleValue::RELAYED`].
+    /// Flag bits: [`Entry::LISTED`], [`Entry::RELAYED`].
     pub flags: u16,
     /// Explicit padding, always 0.
     pub reserved: [u16; 2],
-    /// Number of connections steered since the entry was put. The kernel program increments it.
-    pub steered: u64,
 }
 
-impl RuleValue {
-    /// All zero: the value of no key.
-    pub const EMPTY: Self = Self {
-        key: RuleKey { gateway: Address([0; 4]), ifindex: 0, port: 0, protocol: 0 },
-        subnet: Address([0; 4]),
-        mask: Address([0; 4]),
-        target: Address([0; 4]),
-        target_port: 0,
-        flags: 0,
-        reserved: [0; 2],
-        steered: 0,
-    };
-
+impl Entry {
     /// Flag: only sources with a [`SourceKey`] may use the entry, not the whole subnet.
     pub const LISTED: u16 = 1;
     /// Flag: connections go to the daemon's relay, whose listening socket has the entry's key in the map of
     /// relays.
     pub const RELAYED: u16 = 1 << 1;
-
-    /// Returns true if both values lead the same sources to the same place. Ignores `steered`.
-    pub fn leads_as(&self, other: &Self) -> bool {
-        let comparable = |it: &Self| Self { steered: 0, ..*it };
-        comparable(self) == comparable(other)
-    }
 
     /// Returns true if all of `flags` are set.
     #[inline(always)]
@@ -235,7 +215,33 @@ impl RuleValue {
     }
 }
 
-/// Key of a source that may use a rule with [`RuleValue::LISTED`].
+/// An entry as the kernel's map holds it, with the kernel program's count.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CountedEntry {
+    /// The entry.
+    pub entry: Entry,
+    /// Number of connections steered since the entry was put. The kernel program increments it.
+    pub steered: u64,
+}
+
+impl CountedEntry {
+    /// All zero: the value of no key.
+    pub const EMPTY: Self = Self {
+        entry: Entry {
+            key: RuleKey { gateway: Address([0; 4]), ifindex: 0, port: 0, protocol: 0 },
+            subnet: Address([0; 4]),
+            mask: Address([0; 4]),
+            target: Address([0; 4]),
+            target_port: 0,
+            flags: 0,
+            reserved: [0; 2],
+        },
+        steered: 0,
+    };
+}
+
+/// Key of a source that may use a rule with [`Entry::LISTED`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SourceKey {
@@ -345,7 +351,7 @@ pub struct RelayPeerKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RelayPeer {
-    /// The entry's own key, to detect a reused element: see [`RuleValue::key`].
+    /// The entry's own key, to detect a reused element: see [`Entry::key`].
     pub key: RelayPeerKey,
     /// Cookie of the relay's socket. The entry is removed when that socket closes.
     pub cookie: u64,
@@ -402,7 +408,7 @@ impl ViewKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LoopbackView {
-    /// The `gateway` of the entry's key, to detect a reused element: see [`RuleValue::key`].
+    /// The `gateway` of the entry's key, to detect a reused element: see [`Entry::key`].
     pub gateway: Endpoint,
     /// The endpoint that `getsockname()` returns. `getpeername()` returns its address.
     pub target: Endpoint,
@@ -434,7 +440,7 @@ impl ReplyKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Reply {
-    /// The `service` of the entry's key, to detect a reused element: see [`RuleValue::key`].
+    /// The `service` of the entry's key, to detect a reused element: see [`Entry::key`].
     pub service: Endpoint,
     /// The gateway that the containers dial. Unspecified for addresses of the host itself: datagrams to them
     /// are not changed.
@@ -446,7 +452,7 @@ pub struct Reply {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Guest {
-    /// The entry's own key, to detect a reused element: see [`RuleValue::key`].
+    /// The entry's own key, to detect a reused element: see [`Entry::key`].
     pub netns: u64,
     /// Interface indices in the host's namespace, in lookup order; 0 marks an unused slot.
     pub bridges: [u32; BRIDGES],
@@ -472,7 +478,7 @@ pub struct DialKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Dial {
-    /// The entry's own key, to detect a reused element: see [`RuleValue::key`].
+    /// The entry's own key, to detect a reused element: see [`Entry::key`].
     pub key: DialKey,
     /// The network's gateway.
     pub gateway: Endpoint,
@@ -535,7 +541,7 @@ impl Counter {
 
 const _: () = {
     assert!(size_of::<RuleKey>() == 24 && align_of::<RuleKey>() == 4);
-    assert!(size_of::<RuleValue>() == 88 && align_of::<RuleValue>() == 8);
+    assert!(size_of::<CountedEntry>() == 88 && align_of::<CountedEntry>() == 8);
     assert!(size_of::<ListenerKey>() == 20);
     assert!(size_of::<Endpoint>() == 20);
     assert!(size_of::<ViewKey>() == 36 && align_of::<ViewKey>() == 4);

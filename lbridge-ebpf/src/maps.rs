@@ -9,14 +9,14 @@ use aya_ebpf::{
     maps::{HashMap, LpmTrie, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
 };
 use lbridge_common::wire::{
-    AcceptedKey, Address, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView,
+    AcceptedKey, Address, CountedEntry, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView,
     MAX_GUESTS, MAX_LISTENERS, MAX_PROBERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, ProberKey, RelayPeer,
-    RelayPeerKey, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey, ViewKey,
+    RelayPeerKey, Reply, ReplyKey, RuleKey, SourceKey, TargetKey, ViewKey,
 };
 
 // Not preallocated: an empty map uses no memory for elements.
 #[map]
-pub static RULES: HashMap<RuleKey, RuleValue> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+pub static RULES: HashMap<RuleKey, CountedEntry> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]
 pub static SOURCES: HashMap<SourceKey, u8> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
 #[map]

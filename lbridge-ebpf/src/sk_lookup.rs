@@ -7,7 +7,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use aya_ebpf::{bindings::BPF_SK_LOOKUP_F_REPLACE, programs::SkLookupContext};
 use lbridge_common::{
     verdict::{Lookups, Verdict, decide, first_candidate},
-    wire::{AcceptedKey, Address, Counter, Endpoint, PROBE_PORT, ProberKey, RuleKey, RuleValue, SourceKey},
+    wire::{AcceptedKey, Address, CountedEntry, Counter, Endpoint, Entry, PROBE_PORT, ProberKey, RuleKey, SourceKey},
 };
 
 use crate::{
@@ -88,9 +88,9 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
         // a new value, or, once the entry is removed, for another key (htab elements are reused at once from
         // Linux 6.1 on). So the value is copied, and the copy must belong to this key.
         Some(pointer) => unsafe { core::ptr::read_volatile(pointer) },
-        None => RuleValue::EMPTY,
+        None => CountedEntry::EMPTY,
     };
-    let entry = if pointer.is_some() && value.key == key { Some(&value) } else { None };
+    let entry = if pointer.is_some() && value.entry.key == key { Some(&value.entry) } else { None };
     let maps = Maps { ctx, key, source };
     let verdict = decide(entry, &source, &dialled, protocol, &maps);
     match (verdict, entry, pointer) {
@@ -113,7 +113,7 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
 }
 
 #[inline(always)]
-fn steer(ctx: &SkLookupContext, entry: &RuleValue, pointer: *mut RuleValue, maps: &Maps<'_>) -> Outcome {
+fn steer(ctx: &SkLookupContext, entry: &Entry, pointer: *mut CountedEntry, maps: &Maps<'_>) -> Outcome {
     let mut found = false;
     // Inlined into each of its calls: a function of its own would receive the context through the stack.
     let assigned = first_candidate(

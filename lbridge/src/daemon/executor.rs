@@ -32,7 +32,8 @@ use crate::{
         firewall::{Filtering, Link, Opening},
         hooks::{HookSet, PerHookSet},
         inventory::{Absence, ListenerKind, NamespaceId},
-        plan::{self, Step},
+        kernel_state::KernelState,
+        plan::{self, Prerequisite, Step},
         policy::{Place, Policy, RelayKey, RelaySpec},
         reality::{Flows, Reality},
     },
@@ -109,6 +110,15 @@ impl Failures {
         relays.chain(self.others().filter(|text| !known.contains(text)).cloned()).collect()
     }
 
+    /// Returns true if a step that should have established the condition has failed.
+    fn rule_out(&self, condition: &Prerequisite) -> bool {
+        match condition {
+            Prerequisite::Hooks(set) => self.hooks[*set].is_some(),
+            Prerequisite::IsRefused(key) => self.accepted.contains_key(key),
+            Prerequisite::NoFlows(key) => self.flows.contains_key(key),
+        }
+    }
+
     fn others(&self) -> impl Iterator<Item = &String> {
         let specific = self.entries.values().chain(self.listeners.values()).chain(self.openings.values());
         specific
@@ -116,6 +126,15 @@ impl Failures {
             .chain(self.flows.values().take(1))
             .chain(self.hooks.iter().filter_map(|(_, why)| why.as_ref()))
             .chain(&self.others)
+    }
+}
+
+/// Describes a condition that does not hold.
+fn unmet(condition: &Prerequisite) -> &'static str {
+    match condition {
+        Prerequisite::Hooks(_) => "hooks that it relies on could not be attached",
+        Prerequisite::IsRefused(_) => "the kernel could not be told to refuse the others that it lets in",
+        Prerequisite::NoFlows(_) => "its flows are not forgotten yet, so it stays refused",
     }
 }
 
@@ -217,20 +236,24 @@ impl Executor {
         let Some(kernel) = &self.kernel else {
             return Ok(Reality { relays, lingering, ..Reality::default() });
         };
+        let (entries, steered) = kernel.maps.entries()?;
         Ok(Reality {
-            targets: kernel.maps.targets()?,
-            entries: kernel.maps.entries()?,
-            sources: kernel.maps.sources()?,
+            kernel: KernelState {
+                targets: kernel.maps.targets()?,
+                entries,
+                sources: kernel.maps.sources()?,
+                views: kernel.maps.views()?,
+                replies: kernel.maps.replies()?,
+                dials: kernel.maps.dials()?,
+                hooks: PerHookSet::from_fn(|set| kernel.hooks_attached(set)),
+            },
+            steered,
             accepted: kernel.maps.accepted()?,
             flows: BTreeMap::new(),
-            dials: kernel.maps.dials()?,
-            views: kernel.maps.views()?,
             registered: kernel.maps.registered()?,
             relay_sockets: kernel.maps.relays()?,
             relays,
             lingering,
-            replies: kernel.maps.replies()?,
-            hooks: PerHookSet::from_fn(|set| kernel.hooks_attached(set)),
             name_hooks_in_use: self.name_hooks_used,
             guests: self.guests(),
             detached: !kernel.attached(),
@@ -289,19 +312,11 @@ impl Executor {
         wanted: &HashSet<u64>,
         failures: &Failures,
     ) -> anyhow::Result<()> {
-        // The next round decides again, without these hooks; until then nothing that relies on them is
-        // opened.
-        if step.relies_on().iter().any(|set| failures.hooks[*set].is_some()) {
-            bail!("hooks that it relies on could not be attached");
+        // The next round decides again, with what has failed in this one.
+        if let Some(missing) = step.prerequisites().iter().find(|it| failures.rule_out(it)) {
+            bail!("{}", unmet(missing));
         }
         match step {
-            // Packets that it lets in would reach any service that listens on every address.
-            Step::Accept { opening, .. } if failures.accepted.contains_key(&opening.accepted()) => {
-                bail!("the kernel could not be told to refuse the others that it lets in")
-            }
-            Step::RemoveAccepted(key) if failures.flows.contains_key(key) => {
-                bail!("its flows are not forgotten yet, so it stays refused")
-            }
             Step::ForgetFlows(keys) => {
                 let forgotten = conntrack::forget(keys);
                 return forgotten.context("conntrack could not forget flows that accept rules let in");
@@ -339,7 +354,7 @@ impl Executor {
             Step::RemoveAccepted(key) => kernel.maps.remove_accepted(*key),
             Step::AddSource(key) => self.sources.as_ref().context(NO_KERNEL)?.add(key),
             Step::RemoveSource(key) => self.sources.as_ref().context(NO_KERNEL)?.remove(key),
-            Step::PutEntry(key, value) => kernel.maps.put_entry(key, value),
+            Step::PutEntry(key, value) => kernel.maps.put_entry(key, *value),
             Step::PutDial(key, dial) => kernel.maps.put_dial(key, dial),
             Step::RemoveDial(key) => kernel.maps.remove_dial(key),
             Step::RemoveEntry(key) => kernel.maps.remove_entry(key),

@@ -382,7 +382,7 @@ impl Reconciler {
             // This comes before anything that may take seconds.
             let in_force = self.executor.revoke(&policy).await?;
             if let Some(guests) = &mut self.executor.guests {
-                guests.want(policy.dials.keys().map(|key| key.ifindex).collect()).await;
+                guests.want(policy.kernel.dials.keys().map(|key| key.ifindex).collect()).await;
             }
             let reality = self.executor.with_firewall(&policy, in_force).await;
             let reality = Reality { guests: self.executor.guests(), ..reality };

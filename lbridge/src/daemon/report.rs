@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
 };
 
-use lbridge_common::wire::{Address, ListenerEvent, RuleValue, SourceKey};
+use lbridge_common::wire::{Address, Entry, ListenerEvent, SourceKey};
 
 use super::executor::Failures;
 use crate::{
@@ -180,8 +180,8 @@ impl Report {
 
     /// Returns the status of a dial: the status of its gateway, if the dial's entries and hooks are in place.
     fn dial(&self, meant: &DialOutcome, gateways: &[GatewayStatus]) -> DialStatus {
-        let entries = meant.keys.iter().all(|key| self.reality.dials.contains_key(key));
-        let there = self.reality.hooks[HookSet::Connect] && entries;
+        let entries = meant.keys.iter().all(|key| self.reality.kernel.dials.contains_key(key));
+        let there = self.reality.kernel.hooks[HookSet::Connect] && entries;
         let gateway = gateways.iter().find(|gateway| Some(gateway.address) == meant.gateway);
         let of = |outcome: &Outcome| (outcome.state, outcome.why(), told(outcome));
         let (state, why, reasons) = match gateway {
@@ -220,7 +220,7 @@ impl Report {
     }
 
     fn gateway(&self, meant: &GatewayOutcome, rule: &Rule) -> GatewayStatus {
-        let entry = meant.rule_key.and_then(|key| self.reality.entries.get(&key));
+        let entry = meant.rule_key.and_then(|key| self.reality.kernel.entries.get(&key));
         let relayed = self.reality.relays.get(&meant.relay_key);
         let reached =
             relayed.is_some_and(|spec| !spec.by_entry || entry.is_some_and(|it| self.reality.serves(it)));
@@ -231,8 +231,8 @@ impl Report {
             (State::Waiting | State::Blocked, _) => meant.outcome.clone(),
             (State::Steered, _) if self.reality.detached => blocked(None, Reason::Detached),
             (State::Steered, Some(entry))
-                if !sources(&self.policy.sources, entry)
-                    .is_subset(&sources(&self.reality.sources, entry)) =>
+                if !sources(&self.policy.kernel.sources, entry)
+                    .is_subset(&sources(&self.reality.kernel.sources, entry)) =>
             {
                 let failure = self.failures.entries.get(&entry.key);
                 blocked(failure, Reason::SourcesMissing)
@@ -257,6 +257,7 @@ impl Report {
             }
         };
         let observed = self.through_firewall(meant, observed);
+        let steered = meant.rule_key.and_then(|key| self.reality.steered.get(&key)).copied();
         let by_relay = meant.relay().and_then(|key| self.relayed.get(key)).copied().unwrap_or_default();
         GatewayStatus {
             address: meant.relay_key.address.ip(),
@@ -268,8 +269,8 @@ impl Report {
             alias: meant.alias,
             sources: match (meant.relay().and_then(|key| self.reality.relays.get(key)), entry) {
                 (Some(RelaySpec { clients: Clients::Listed(listed), .. }), _) => Some(listed.clone()),
-                (None, Some(entry)) if entry.has(RuleValue::LISTED) => {
-                    Some(sources(&self.reality.sources, entry))
+                (None, Some(entry)) if entry.has(Entry::LISTED) => {
+                    Some(sources(&self.reality.kernel.sources, entry))
                 }
                 _ => None,
             },
@@ -279,7 +280,7 @@ impl Report {
             state: observed.state,
             why: observed.why(),
             reasons: told(&observed),
-            connections: entry.map_or(0, |entry| entry.steered) + by_relay.connections,
+            connections: steered.unwrap_or_default() + by_relay.connections,
         }
     }
 }
@@ -290,7 +291,7 @@ fn told(outcome: &Outcome) -> Vec<ReasonStatus> {
 }
 
 /// Lists the addresses in `known` that may use an entry which is not for all.
-fn sources(known: &BTreeSet<SourceKey>, entry: &RuleValue) -> BTreeSet<IpAddr> {
+fn sources(known: &BTreeSet<SourceKey>, entry: &Entry) -> BTreeSet<IpAddr> {
     let of_words = |words| SourceKey { rule: entry.key, source: Address(words) };
     let of_entry = known.range(of_words([0; 4])..=of_words([u32::MAX; 4]));
     of_entry.map(|key| key.source.into()).collect()

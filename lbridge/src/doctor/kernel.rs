@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lbridge_common::wire::{ListenerKey, RuleKey, RuleValue, TCP};
+use lbridge_common::wire::{Entry, ListenerKey, RuleKey, TCP};
 use socket2::{Domain, Socket, Type};
 
 use super::{Finding, Level, Options, daemon::Daemon};
@@ -188,9 +188,8 @@ fn steer_one(trial: &mut Trial, netns: &File, steering: Steering) -> anyhow::Res
     let mask = key.gateway.mask(8);
     let subnet = key.gateway.masked(&mask);
     let target = target.into();
-    let value =
-        RuleValue { key, subnet, mask, target, target_port: port, flags: 0, reserved: [0; 2], steered: 0 };
-    trial.maps.put_entry(&key, &value)?;
+    let value = Entry { key, subnet, mask, target, target_port: port, flags: 0, reserved: [0; 2] };
+    trial.maps.put_entry(&key, value)?;
     trial.attach(netns)?;
     netns::within(netns, || {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;

@@ -18,9 +18,9 @@ use aya::{
 use lbridge_common::{
     symbols,
     wire::{
-        AcceptedKey, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView,
-        ProberKey, RelayPeer, RelayPeerKey, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TargetKey,
-        ViewKey,
+        AcceptedKey, CountedEntry, Counter, Dial, DialKey, Endpoint, Entry, Guest, ListenerEvent,
+        ListenerKey, LoopbackView, ProberKey, RelayPeer, RelayPeerKey, Reply, ReplyKey, RuleKey, SourceKey,
+        TargetKey, ViewKey,
     },
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -30,7 +30,7 @@ const BPF_NOEXIST: u64 = 1;
 
 /// The maps that userspace reads and writes.
 pub struct Maps {
-    rules: HashMap<MapData, RuleKey, RuleValue>,
+    rules: HashMap<MapData, RuleKey, CountedEntry>,
     /// The map `SOURCES`, only to be read; [`Sources`] changes it.
     sources: HashMap<MapData, SourceKey, u8>,
     accepted: LpmTrie<MapData, AcceptedKey, u8>,
@@ -102,14 +102,15 @@ impl Maps {
         Ok((maps, Sources(owned)))
     }
 
-    /// Reads every entry with its count.
-    pub fn entries(&self) -> anyhow::Result<BTreeMap<RuleKey, RuleValue>> {
-        collected(&self.rules).context("cannot read the rules in force")
+    /// Reads the entries, and the number of connections that each has steered.
+    pub fn entries(&self) -> anyhow::Result<(BTreeMap<RuleKey, Entry>, BTreeMap<RuleKey, u64>)> {
+        let counted = collected(&self.rules).context("failed to read map RULES")?;
+        Ok(counted.iter().map(|(key, it)| ((*key, it.entry), (*key, it.steered))).unzip())
     }
 
     /// Puts or replaces an entry; a lookup meets the old one or the new one, never none. The count restarts.
-    pub fn put_entry(&mut self, key: &RuleKey, value: &RuleValue) -> anyhow::Result<()> {
-        self.rules.insert(key, value, 0).context("cannot put the kernel's entry")
+    pub fn put_entry(&mut self, key: &RuleKey, entry: Entry) -> anyhow::Result<()> {
+        self.rules.insert(key, CountedEntry { entry, steered: 0 }, 0).context("cannot put the kernel's entry")
     }
 
     /// Removes an entry; does nothing if it is not there.

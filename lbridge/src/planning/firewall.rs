@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use lbridge_common::wire::{AcceptedKey, Address, RuleKey};
 use serde::{Deserialize, Serialize};
 
-use super::{inventory::Interface, plan::Step, rule::Protocol};
+use super::{inventory::Interface, rule::Protocol};
 
 /// The comment that marks lbridge's own rules in every ruleset.
 pub const COMMENT: &str = "lbridge";
@@ -41,7 +41,7 @@ impl fmt::Display for FirewallMode {
 }
 
 /// Interface, address, protocol and port that packets are let through to.
-type Place<'a> = (&'a str, IpAddr, Protocol, u16);
+pub(super) type Place<'a> = (&'a str, IpAddr, Protocol, u16);
 
 /// Traffic that must be let through: from one network on one bridge to one address and port of the host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -88,7 +88,7 @@ impl Opening {
     }
 
     /// Returns the place that packets are let through to, from whichever network.
-    fn place(&self) -> Place<'_> {
+    pub(super) fn place(&self) -> Place<'_> {
         (&self.interface, self.gateway, self.protocol, self.port)
     }
 
@@ -381,56 +381,4 @@ impl InputChain {
             }
         })
     }
-}
-
-/// Returns the steps that let through what is needed, and take back what is not. `openings` are all that
-/// rules want. An opening that was just accepted is not known to pass any more, so the next round tries it.
-/// An accept rule that is no longer wanted goes after the one that takes its place.
-pub(super) fn plan(openings: &BTreeMap<Opening, Link>, mode: FirewallMode, seen: &Filtering) -> Vec<Step> {
-    let wanted = |opening: &Opening| mode == FirewallMode::Manage && openings.contains_key(opening);
-    let mut steps = vec![];
-    let places: BTreeSet<_> = seen.accepts.keys().map(|(_, accepted)| accepted.place()).collect();
-    let mut unknown = BTreeMap::new();
-    for (opening, link) in openings {
-        let passage = seen.passages.get(opening);
-        match next_accept(opening, passage, seen, &places).filter(|_| wanted(opening)) {
-            Some(chain) => steps.push(Step::Accept { chain, opening: opening.clone() }),
-            None if passage.is_none() => drop(unknown.insert(opening.clone(), *link)),
-            None => {}
-        }
-    }
-    let unwanted = seen.accepts.keys().filter(|(_, opening)| !wanted(opening));
-    steps.extend(
-        unwanted.map(|(chain, opening)| Step::Unaccept { chain: chain.clone(), opening: opening.clone() }),
-    );
-    if !unknown.is_empty() {
-        steps.push(Step::Probe(unknown));
-    }
-    steps
-}
-
-/// Returns the chain that must get an accept rule next: none has one though it is needed, or those that are
-/// there were not enough, or a chain has several copies.
-fn next_accept(
-    opening: &Opening,
-    passage: Option<&Passage>,
-    seen: &Filtering,
-    accepted: &BTreeSet<Place<'_>>,
-) -> Option<Chain> {
-    let of = |chain: &Chain| seen.accepts.get(&(chain.clone(), opening.clone()));
-    let chains = || seen.in_the_way_of(opening).map(|chain| &chain.chain);
-    // An accept rule for another subnet of the same bridge, as older versions put it, says that one is
-    // needed.
-    let is_needed = || seen.needed.contains(opening) || accepted.contains(&opening.place());
-    // Somebody restored a ruleset that was saved with ours in it.
-    let doubled = chains().find(|chain| of(chain).is_some_and(|accepted| accepted.copies > 1));
-    let none = || !chains().any(|chain| of(chain).is_some());
-    let lacking = || chains().find(|chain| !of(chain).is_some_and(|accepted| accepted.first));
-    let next = match passage {
-        _ if doubled.is_some() => doubled,
-        Some(Passage::Dropped) => lacking(),
-        _ if is_needed() && none() => lacking(),
-        _ => None,
-    };
-    next.cloned()
 }

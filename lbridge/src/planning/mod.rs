@@ -15,6 +15,7 @@ pub mod grant;
 mod hint;
 pub mod hooks;
 pub mod inventory;
+pub mod kernel_state;
 pub mod labels;
 pub mod owner;
 pub mod plan;

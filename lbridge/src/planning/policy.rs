@@ -8,17 +8,14 @@ use std::{
     time::Duration,
 };
 
-use lbridge_common::wire::{
-    Address, Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SourceKey, TCP,
-    TargetKey, ViewKey,
-};
+use lbridge_common::wire::{Address, DialKey, ListenerKey, RuleKey, SourceKey, TCP};
 use serde::{Deserialize, Serialize};
 
 use super::{
     firewall::{FirewallMode, Link, Opening},
     grant::Grant,
-    hooks::PerHookSet,
     inventory::{NamespaceId, NamespaceKey, Steering},
+    kernel_state::KernelState,
     reason::{Reason, in_words},
     rule::{Origin, Protocol, ProxyProtocol, Rule, RuleId, Source},
 };
@@ -281,27 +278,15 @@ impl Subnet {
 pub struct Policy {
     /// The outcome of each rule, in the order of the rules.
     pub outcomes: Vec<RuleOutcome>,
-    /// Addresses and ports whose listeners must be watched.
-    pub targets: BTreeSet<TargetKey>,
-    /// Entries of the kernel; their `steered` is 0.
-    pub entries: BTreeMap<RuleKey, RuleValue>,
-    /// Sources that may use the entries that are not for their whole network.
-    pub sources: BTreeSet<SourceKey>,
+    /// The contents of the kernel's maps.
+    pub kernel: KernelState,
     /// The grants behind each source. A source is admitted for as long as one of its grants has the address.
     pub grants: BTreeMap<SourceKey, BTreeSet<Grant>>,
-    /// Views: gateways that look local to the service, with the length of the key's prefix in bits.
-    pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
-    /// Sources of the replies of UDP services, with the length of the key's prefix in bits.
-    pub replies: BTreeMap<(ReplyKey, u32), Reply>,
-    /// Dials: addresses of the containers' localhost that lead to their gateway.
-    pub dials: BTreeMap<DialKey, Dial>,
     /// Listeners that the kernel's map should hold: the first slot of each bound address, with the inodes of
     /// the sockets there.
     pub listeners: BTreeMap<ListenerKey, Vec<u64>>,
     /// Relays that should listen, with their specifications.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
-    /// For each set of hooks, true if it is needed.
-    pub hooks: PerHookSet<bool>,
     /// Openings that the host's firewall must let through, and the link that each is tried from.
     pub openings: BTreeMap<Opening, Link>,
     /// The changes that lbridge may make to the firewall: a setting, not a decision.

@@ -4,38 +4,27 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lbridge_common::{
     verdict::first_candidate,
-    wire::{
-        AcceptedKey, Dial, DialKey, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue,
-        SourceKey, TargetKey, ViewKey,
-    },
+    wire::{AcceptedKey, Entry, ListenerKey, RuleKey},
 };
 
 use super::{
     firewall::Filtering,
-    hooks::PerHookSet,
+    kernel_state::KernelState,
     policy::{DialOutcome, RelayKey, RelaySpec},
 };
 
 /// The actual state, in the terms of the policy.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reality {
-    /// Addresses and ports whose listeners the kernel registers or reports.
-    pub targets: BTreeSet<TargetKey>,
-    /// Entries of the kernel, with their counts of connections.
-    pub entries: BTreeMap<RuleKey, RuleValue>,
-    /// Sources that may use the entries that are not for their whole network.
-    pub sources: BTreeSet<SourceKey>,
+    /// The contents of the kernel's maps.
+    pub kernel: KernelState,
+    /// Number of connections that each entry has steered since it was put.
+    pub steered: BTreeMap<RuleKey, u64>,
     /// Traffic that accept rules let in, and that the kernel refuses unless an entry admits it; with the
     /// length of the key's prefix in bits.
     pub accepted: BTreeSet<(AcceptedKey, u32)>,
     /// Flows that a firewall may still let in, for keys that no accept rule lets in any more.
     pub flows: BTreeMap<(AcceptedKey, u32), Flows>,
-    /// Views: gateways that look local to the service.
-    pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
-    /// Sources of the replies of UDP services.
-    pub replies: BTreeMap<(ReplyKey, u32), Reply>,
-    /// Dials: addresses of the containers' localhost that lead to their gateway.
-    pub dials: BTreeMap<DialKey, Dial>,
     /// Listeners that are registered in the kernel.
     pub registered: BTreeSet<ListenerKey>,
     /// Keys of the entries whose relay the kernel can reach.
@@ -46,8 +35,6 @@ pub struct Reality {
     pub lingering: BTreeSet<RelayKey>,
     /// True if a program that must always be attached is not.
     pub detached: bool,
-    /// For each set of hooks, true if it is attached.
-    pub hooks: PerHookSet<bool>,
     /// True if sockets may exist that still need the name hooks, whatever the policy says.
     pub name_hooks_in_use: bool,
     /// Number of network namespaces (guests) known to be on each bridge, by interface index. Only bridges
@@ -76,8 +63,8 @@ impl Reality {
     }
 
     /// Returns true if a connection that matches this entry finds a listener.
-    pub fn serves(&self, entry: &RuleValue) -> bool {
-        if entry.has(RuleValue::RELAYED) {
+    pub fn serves(&self, entry: &Entry) -> bool {
+        if entry.has(Entry::RELAYED) {
             return self.relay_sockets.contains(&entry.key);
         }
         let registered = |key| self.registered.contains(&key).then_some(());

@@ -14,7 +14,7 @@ use lbridge::planning::reality::Reality;
 use lbridge::planning::rule::{Protocol, RuleId, Source};
 use lbridge_common::verdict::{Lookups, Verdict, decide};
 use lbridge_common::wire::{
-    AcceptedKey, Address, Endpoint, ListenerKey, LoopbackView, RuleKey, RuleValue, SourceKey, TCP, ViewKey,
+    self, AcceptedKey, Address, Endpoint, ListenerKey, LoopbackView, RuleKey, SourceKey, TCP, ViewKey,
 };
 use lbridge_tests::harness::client::{self, Attempt};
 use lbridge_tests::harness::netns::NetNs;
@@ -92,7 +92,7 @@ fn cases() -> impl Strategy<Value = Case> {
     ];
     let flag =
         |flag: u16, weight| prop::bool::weighted(weight).prop_map(move |set| if set { flag } else { 0 });
-    let flags = (flag(RuleValue::LISTED, 0.5), flag(RuleValue::RELAYED, 0.3))
+    let flags = (flag(wire::Entry::LISTED, 0.5), flag(wire::Entry::RELAYED, 0.3))
         .prop_map(|(listed, relayed)| listed | relayed);
     let bridge = prop_oneof![3 => Just(From::Lab0), 1 => Just(From::Lab1)];
     let target = prop_oneof![3 => Just(SERVICE), 1 => Just(NOBODY)];
@@ -202,7 +202,7 @@ impl Stage {
             let (base, prefix) = entry.subnet;
             let base = Address::from(ip(base)?);
             let target = endpoint(entry.target.parse()?);
-            let value = RuleValue {
+            let value = wire::Entry {
                 key,
                 subnet: base,
                 mask: base.mask(prefix),
@@ -210,11 +210,10 @@ impl Stage {
                 target_port: target.port,
                 flags: entry.flags,
                 reserved: [0; 2],
-                steered: 0,
             };
-            maps.reality.entries.insert(key, value);
+            maps.reality.kernel.entries.insert(key, value);
             if case.listed {
-                maps.reality.sources.insert(SourceKey { rule: key, source });
+                maps.reality.kernel.sources.insert(SourceKey { rule: key, source });
             }
             if case.relay {
                 maps.reality.relay_sockets.insert(key);
@@ -234,10 +233,10 @@ impl Stage {
             let mask = source.mask(prefix);
             let key = ViewKey { gateway: dialled, peer: source.masked(&mask) };
             let view = LoopbackView { gateway: dialled, target: endpoint(SERVICE.parse()?) };
-            maps.reality.views.insert((key, ViewKey::prefix_len(&mask)), view);
+            maps.reality.kernel.views.insert((key, ViewKey::prefix_len(&mask)), view);
         }
         // What the kernel program looks up.
-        maps.entry = maps.reality.entries.get(&self.key(case.from)?).copied();
+        maps.entry = maps.reality.kernel.entries.get(&self.key(case.from)?).copied();
         Ok(maps)
     }
 
@@ -247,16 +246,17 @@ impl Stage {
         let write =
             |map: &Map, key: &[u8], value: &[u8]| if put { map.put(key, value) } else { map.remove(key) };
         let reality = &maps.reality;
-        for (key, value) in &reality.entries {
-            write(&self.rules, bytes(key), bytes(value))?;
+        for (key, value) in &reality.kernel.entries {
+            let value = wire::CountedEntry { entry: *value, steered: 0 };
+            write(&self.rules, bytes(key), bytes(&value))?;
         }
-        for key in &reality.sources {
+        for key in &reality.kernel.sources {
             write(&self.sources, bytes(key), &[1])?;
         }
         for (key, bits) in &reality.accepted {
             write(&self.accepted, &[&bits.to_ne_bytes(), bytes(key)].concat(), &[1])?;
         }
-        for ((key, bits), view) in &reality.views {
+        for ((key, bits), view) in &reality.kernel.views {
             write(&self.views, &[&bits.to_ne_bytes(), bytes(key)].concat(), bytes(view))?;
         }
         for key in &reality.relay_sockets {
@@ -355,7 +355,7 @@ impl Stage {
 /// The maps of a case, and what the decision asks of them.
 struct Maps {
     reality: Reality,
-    entry: Option<RuleValue>,
+    entry: Option<wire::Entry>,
     source: Address,
     dialled: Endpoint,
 }
@@ -366,8 +366,8 @@ impl Lookups for Maps {
     }
 
     fn is_listed(&self) -> bool {
-        let key = |entry: RuleValue| SourceKey { rule: entry.key, source: self.source };
-        self.entry.is_some_and(|entry| self.reality.sources.contains(&key(entry)))
+        let key = |entry: wire::Entry| SourceKey { rule: entry.key, source: self.source };
+        self.entry.is_some_and(|entry| self.reality.kernel.sources.contains(&key(entry)))
     }
 
     fn is_accepted(&self) -> bool {
@@ -377,7 +377,7 @@ impl Lookups for Maps {
     }
 
     fn looks_local(&self) -> bool {
-        let mut views = self.reality.views.keys();
+        let mut views = self.reality.kernel.views.keys();
         views.any(|(key, bits)| key.matches(*bits, &self.dialled, &self.source))
     }
 }

@@ -255,7 +255,7 @@ fn service_on_the_gateway_is_overridden_by_a_rule() -> Result<()> {
     Ok(())
 }
 
-/// `RuleKey` and `RuleValue` of lbridge-common/src/wire.rs, for an IPv4 gateway.
+/// `RuleKey` and `Entry` of lbridge-common/src/wire.rs, for an IPv4 gateway.
 fn entry(gateway: [u8; 4], ifindex: u32, port: u16, target_port: u16) -> (Vec<u8>, Vec<u8>) {
     let v4 = |address: [u8; 4]| [&[0; 10], [0xff; 2].as_slice(), &address].concat();
     let mut key = [v4(gateway), ifindex.to_ne_bytes().to_vec(), port.to_ne_bytes().to_vec()].concat();

@@ -7,7 +7,7 @@ use std::{
 
 use lbridge_common::{
     verdict::{Lookups, Verdict, decide},
-    wire::{AcceptedKey, Address, Endpoint, RuleKey, RuleValue, SourceKey},
+    wire::{AcceptedKey, Address, Endpoint, Entry, RuleKey, SourceKey},
 };
 
 use super::{
@@ -141,7 +141,7 @@ impl Explainer<'_> {
     }
 
     /// Follows the packet by the kernel program's verdict, given its entry.
-    fn verdict(&self, way: &mut Way, bridge: &Interface, entry: Option<&RuleValue>) -> End {
+    fn verdict(&self, way: &mut Way, bridge: &Interface, entry: Option<&Entry>) -> End {
         let source = way.source;
         let dialled = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
         let protocol = self.question.protocol;
@@ -151,7 +151,7 @@ impl Explainer<'_> {
         match (verdict, entry) {
             (Verdict::Steer | Verdict::Relay, Some(entry)) => {
                 let listed =
-                    if entry.has(RuleValue::LISTED) { ", and one of those that the rule is for" } else { "" };
+                    if entry.has(Entry::LISTED) { ", and one of those that the rule is for" } else { "" };
                 by_source(Answer::Yes, format!("{source} is in {}{listed}", subnet(entry)));
                 if verdict == Verdict::Relay { self.by_relay(way, bridge) } else { self.listener(way, entry) }
             }
@@ -198,7 +198,7 @@ impl Explainer<'_> {
     }
 
     /// Explains in words why an entry does not admit a source.
-    fn not_admitted(&self, source: IpAddr, bridge: &Interface, entry: &RuleValue) -> String {
+    fn not_admitted(&self, source: IpAddr, bridge: &Interface, entry: &Entry) -> String {
         if Address::from(source).masked(&entry.mask) != entry.subnet {
             return format!("{source} is not in {}", subnet(entry));
         }
@@ -224,7 +224,7 @@ impl Explainer<'_> {
             (key.gateway, key.port, key.protocol) == (dialled.ip().into(), dialled.port(), protocol)
                 && [0, bridge.index].contains(&key.ifindex)
         };
-        let listed = reality.sources.iter().filter(|key| here(&key.rule));
+        let listed = reality.kernel.sources.iter().filter(|key| here(&key.rule));
         listed.map(|key| key.source.into()).collect()
     }
 
@@ -290,7 +290,7 @@ impl Explainer<'_> {
 /// The maps as they were read, with their answers about one packet.
 struct Maps<'a> {
     reality: &'a Reality,
-    entry: Option<&'a RuleValue>,
+    entry: Option<&'a Entry>,
     source: Address,
     dialled: Endpoint,
     protocol: Protocol,
@@ -302,8 +302,8 @@ impl Lookups for Maps<'_> {
     }
 
     fn is_listed(&self) -> bool {
-        let key = |entry: &RuleValue| SourceKey { rule: entry.key, source: self.source };
-        self.entry.is_some_and(|entry| self.reality.sources.contains(&key(entry)))
+        let key = |entry: &Entry| SourceKey { rule: entry.key, source: self.source };
+        self.entry.is_some_and(|entry| self.reality.kernel.sources.contains(&key(entry)))
     }
 
     fn is_accepted(&self) -> bool {
@@ -314,7 +314,7 @@ impl Lookups for Maps<'_> {
     }
 
     fn looks_local(&self) -> bool {
-        let mut views = self.reality.views.keys();
+        let mut views = self.reality.kernel.views.keys();
         views.any(|(key, bits)| key.matches(*bits, &self.dialled, &self.source))
     }
 }

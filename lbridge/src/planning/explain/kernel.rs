@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use lbridge_common::{
     verdict::{first_candidate, listening_addresses},
-    wire::{Address, ListenerKey, RuleKey, RuleValue},
+    wire::{Address, Entry, ListenerKey, RuleKey},
 };
 
 use super::{
@@ -18,7 +18,7 @@ use crate::planning::{
 
 impl Explainer<'_> {
     /// Adds a step about the kernel program's lookup, and returns the entry that it finds.
-    pub(super) fn lookup(&self, way: &mut Way, bridge: &Interface) -> Option<&RuleValue> {
+    pub(super) fn lookup(&self, way: &mut Way, bridge: &Interface) -> Option<&Entry> {
         let Known { abilities, reality, policy, .. } = self.known;
         let mut no = |text| way.steps.push(step(Stage::Lookup, Answer::No, text));
         let steering = match &abilities.steer {
@@ -43,8 +43,8 @@ impl Explainer<'_> {
         let interface = if steering.interface_check { &bridge.name } else { "any interface" };
         let (port, suffix) = (way.dialled.port(), self.question.protocol.suffix());
         let asked = format!("({interface}, {}, {port}{suffix})", way.dialled.ip());
-        let Some(entry) = reality.entries.get(&key) else {
-            let missing = if policy.entries.contains_key(&key) {
+        let Some(entry) = reality.kernel.entries.get(&key) else {
+            let missing = if policy.kernel.entries.contains_key(&key) {
                 let why =
                     self.known.entry_failures.get(&key).map_or("the next look puts it there", String::as_str);
                 format!(", which the rule asks for: {why}")
@@ -58,15 +58,15 @@ impl Explainer<'_> {
             no(format!("what RULES has for {asked} is another key's: left alone"));
             return None;
         }
-        let wanted = match policy.entries.get(&key) {
-            Some(wanted) if wanted.leads_as(entry) => String::new(),
+        let wanted = match policy.kernel.entries.get(&key) {
+            Some(wanted) if wanted == entry => String::new(),
             Some(wanted) => format!("; the rule asks for {}: the next look puts that", leads_to(wanted)),
             None => {
                 "; no rule asks for it, somebody else has put it there: the next look removes it".to_owned()
             }
         };
-        let so_far =
-            if entry.has(RuleValue::RELAYED) { String::new() } else { format!(", {} so far", entry.steered) };
+        let steered = reality.steered.get(&key).copied().unwrap_or_default();
+        let so_far = if entry.has(Entry::RELAYED) { String::new() } else { format!(", {steered} so far") };
         let text =
             format!("RULES has {asked}: from {} to {}{so_far}{wanted}", subnet(entry), leads_to(entry));
         way.steps.push(step(Stage::Lookup, Answer::Yes, text));
@@ -74,7 +74,7 @@ impl Explainer<'_> {
     }
 
     /// Adds a step about the listener that the kernel program assigns, and returns the end.
-    pub(super) fn listener(&self, way: &mut Way, entry: &RuleValue) -> End {
+    pub(super) fn listener(&self, way: &mut Way, entry: &Entry) -> End {
         let taken = |key: &ListenerKey| {
             self.known.reality.registered.contains(key) && self.is_of_family(key, way.dialled.ip())
         };
@@ -133,7 +133,7 @@ impl Explainer<'_> {
         key.address == Address::ANY_V6 && (listeners.peek().is_none() || listeners.any(|l| !l.single_family))
     }
 
-    fn candidate(&self, address: Address, entry: &RuleValue) -> String {
+    fn candidate(&self, address: Address, entry: &Entry) -> String {
         let bound = key_address(address, entry.target_port);
         let of_address = |key: &&ListenerKey| {
             (key.address, key.port, key.protocol) == (address, entry.target_port, entry.protocol())
@@ -159,8 +159,8 @@ impl Explainer<'_> {
 }
 
 /// Returns in words where an entry leads.
-fn leads_to(entry: &RuleValue) -> String {
-    if entry.has(RuleValue::RELAYED) {
+fn leads_to(entry: &Entry) -> String {
+    if entry.has(Entry::RELAYED) {
         "the relay".to_owned()
     } else if entry.target_port == 0 {
         "nobody".to_owned()

@@ -173,7 +173,13 @@ pub enum Fate {
 pub fn listeners_of_interest(question: &Question, known: &Known<'_>) -> BTreeSet<u64> {
     let mut ports = BTreeSet::from([question.port]);
     ports.extend(
-        known.reality.entries.iter().filter(|(k, _)| k.port == question.port).map(|(_, v)| v.target_port),
+        known
+            .reality
+            .kernel
+            .entries
+            .iter()
+            .filter(|(k, _)| k.port == question.port)
+            .map(|(_, v)| v.target_port),
     );
     let meant = known.policy.outcomes.iter().filter(|meant| meant.rule.spec.port == question.port);
     ports.extend(meant.filter_map(|meant| meant.rule.spec.target.port()));

@@ -91,8 +91,8 @@ impl Explainer<'_> {
         };
         let leads = |meant: &RuleOutcome| {
             let dial = meant.dials.iter().find(|dial| dial.address == dialled)?;
-            let gateway = dial.gateway.filter(|_| reality.hooks[HookSet::Connect])?;
-            let there = dial.keys.iter().any(|key| reality.dials.contains_key(key));
+            let gateway = dial.gateway.filter(|_| reality.kernel.hooks[HookSet::Connect])?;
+            let there = dial.keys.iter().any(|key| reality.kernel.dials.contains_key(key));
             let outcome = meant.gateways.iter().find(|it| it.relay_key.address.ip() == gateway)?;
             there.then_some((gateway, outcome.outcome.state))
         };

@@ -71,8 +71,8 @@ impl Explainer<'_> {
         let reality = self.known.reality;
         let told = meant.dials.iter().map(|dial| {
             let address = dial.address;
-            let there = dial.keys.first().and_then(|key| reality.dials.get(key));
-            match (there.filter(|_| reality.hooks[HookSet::Connect]), dial.outcome.why()) {
+            let there = dial.keys.first().and_then(|key| reality.kernel.dials.get(key));
+            match (there.filter(|_| reality.kernel.hooks[HookSet::Connect]), dial.outcome.why()) {
                 (Some(there), _) => {
                     let containers = reality.whose_localhost(dial);
                     let gateway = IpAddr::from(there.gateway.address);

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use lbridge_common::wire::{Address, Endpoint, RuleValue, ViewKey};
+use lbridge_common::wire::{Address, Endpoint, Entry, ViewKey};
 
 use super::{Answer, End, Explainer, Fate, Stage, Step, Way};
 use crate::planning::{
@@ -55,9 +55,9 @@ impl Explainer<'_> {
         // As the kernel's longest-prefix match has it; a gateway's subnets do not overlap.
         let found =
             |((key, bits), _): &(&(ViewKey, u32), _)| key.matches(*bits, &gateway, &way.source.into());
-        let view = reality.views.iter().filter(found);
+        let view = reality.kernel.views.iter().filter(found);
         let view = view.max_by_key(|((_, bits), _)| *bits).map(|(_, view)| view);
-        let text = match view.filter(|_| reality.hooks[HookSet::Names]) {
+        let text = match view.filter(|_| reality.kernel.hooks[HookSet::Names]) {
             Some(view) => format!(
                 "the service sees {} as its peer, which it may trust, and itself as {}",
                 IpAddr::from(view.target.address),
@@ -78,7 +78,7 @@ impl Explainer<'_> {
                 // An IPv4 socket cannot be shown an IPv6 peer.
                 let nameable = container.is_ipv4() || address.is_ipv6();
                 let stands_in = stand_in_for_container(container);
-                if self.known.reality.hooks[HookSet::Names]
+                if self.known.reality.kernel.hooks[HookSet::Names]
                     && nameable
                     && IpAddr::from(stands_in) != container
                 {
@@ -116,13 +116,13 @@ pub(super) fn taken_back(meant: &RuleOutcome) -> String {
     }
 }
 
-pub(super) fn subnet(entry: &RuleValue) -> String {
+pub(super) fn subnet(entry: &Entry) -> String {
     let ones: u32 = entry.mask.0.iter().map(|word| word.count_ones()).sum();
     let prefix = if entry.subnet.is_v4() { ones.saturating_sub(96) } else { ones };
     format!("{}/{prefix}", IpAddr::from(entry.subnet))
 }
 
-pub(super) fn target(entry: &RuleValue) -> SocketAddr {
+pub(super) fn target(entry: &Entry) -> SocketAddr {
     key_address(entry.target, entry.target_port)
 }
 

@@ -19,7 +19,7 @@ impl Resolver<'_> {
     /// Leads the port of the containers' localhost to the network's gateways: 127.0.0.1 to an IPv4 gateway,
     /// ::1 to the gateway that serves best, since most sockets for IPv6 take IPv4 as well.
     pub(super) fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<DialOutcome> {
-        self.policy.hooks[HookSet::Connect] |= self.abilities.hooks[HookSet::Connect].is_ok();
+        self.policy.kernel.hooks[HookSet::Connect] |= self.abilities.hooks[HookSet::Connect].is_ok();
         // Every gateway of a rule is on the same bridge.
         let Some(Place::Bridge { interface, ifindex }) = gateways.first().map(|g| &g.relay_key.place) else {
             return vec![];
@@ -67,9 +67,9 @@ impl Resolver<'_> {
         }
         for key in keys {
             let gateway = Endpoint::new(gateway.into(), key.port);
-            self.policy.dials.insert(*key, Dial { key: *key, gateway, reserved: 0 });
+            self.policy.kernel.dials.insert(*key, Dial { key: *key, gateway, reserved: 0 });
         }
-        self.policy.hooks[HookSet::Names] |= self.abilities.hooks[HookSet::Names].is_ok();
+        self.policy.kernel.hooks[HookSet::Names] |= self.abilities.hooks[HookSet::Names].is_ok();
         Outcome::steered()
     }
 }

@@ -20,8 +20,8 @@ use std::{
 use lbridge_common::{
     verdict::listening_addresses,
     wire::{
-        Address, Endpoint, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, RuleValue, SourceKey,
-        TargetKey, ViewKey,
+        Address, Endpoint, Entry, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, SourceKey, TargetKey,
+        ViewKey,
     },
 };
 
@@ -117,7 +117,7 @@ impl<'a> Resolver<'a> {
 
 impl Resolver<'_> {
     fn rule(&mut self, rule: &Rule, origin: Origin) -> RuleOutcome {
-        self.policy.targets.extend(targets(rule));
+        self.policy.kernel.targets.extend(targets(rule));
         let (gateways, without_gateway) =
             if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
         let dials = if rule.localhost { self.localhost(rule, &gateways) } else { vec![] };
@@ -195,7 +195,7 @@ impl Resolver<'_> {
         if alias.is_some() && !self.checks_interface() {
             way = match way {
                 Way::Refuse(outcome) => Way::None(outcome),
-                Way::Kernel(..) if self.policy.entries.contains_key(&rule_key) => {
+                Way::Kernel(..) if self.policy.kernel.entries.contains_key(&rule_key) => {
                     let taken = Reason::AliasTaken { alias: gateway, gateway: own };
                     Way::None(Outcome::because(State::Blocked, taken))
                 }
@@ -213,7 +213,7 @@ impl Resolver<'_> {
             // A blocked rule has nothing in force but what refuses, and the key may be another rule's.
             if outcome.state != State::Blocked || is_refused {
                 for (key, grant) in sources.grants(rule_key) {
-                    if self.policy.sources.contains(&key) {
+                    if self.policy.kernel.sources.contains(&key) {
                         self.policy.grants.entry(key).or_default().insert(grant);
                     }
                 }
@@ -224,7 +224,7 @@ impl Resolver<'_> {
         // too. But only where an entry, or a relay that listens, keeps what comes through from the host's
         // other services.
         let is_guarded = self.checks_interface()
-            || self.policy.entries.contains_key(&rule_key)
+            || self.policy.kernel.entries.contains_key(&rule_key)
             || self.policy.relays.contains_key(&relay_key);
         if outcome.state != State::Blocked && is_guarded {
             let via = alias.map(|_| own);
@@ -250,15 +250,18 @@ impl Resolver<'_> {
     ) -> Vec<(Address, Address)> {
         let mut served = vec![(subnet.base, subnet.mask)];
         if let Clients::Listed(listed) = clients {
-            flags |= RuleValue::LISTED;
+            flags |= Entry::LISTED;
             let listed: Vec<Address> = listed.iter().copied().map(Address::from).collect();
-            self.policy.sources.extend(listed.iter().map(|source| SourceKey { rule: key, source: *source }));
+            self.policy
+                .kernel
+                .sources
+                .extend(listed.iter().map(|source| SourceKey { rule: key, source: *source }));
             served = listed.into_iter().map(|ip| (ip, Address([u32::MAX; 4]))).collect();
         }
         let (Subnet { base: subnet, mask }, Endpoint { address: target, port: target_port, .. }) =
             (subnet, target);
-        let entry = RuleValue { key, subnet, mask, target, target_port, flags, reserved: [0; 2], steered: 0 };
-        self.policy.entries.insert(key, entry);
+        let entry = Entry { key, subnet, mask, target, target_port, flags, reserved: [0; 2] };
+        self.policy.kernel.entries.insert(key, entry);
         served
     }
 
@@ -292,8 +295,8 @@ impl Resolver<'_> {
                     let gateway = Endpoint::new(rule_key.gateway, rule_key.port);
                     let view = LoopbackView { gateway, target };
                     let key = |(peer, mask)| (ViewKey { gateway, peer }, ViewKey::prefix_len(&mask));
-                    self.policy.views.extend(served.into_iter().map(|peer| (key(peer), view)));
-                    self.policy.hooks[HookSet::Names] = true;
+                    self.policy.kernel.views.extend(served.into_iter().map(|peer| (key(peer), view)));
+                    self.policy.kernel.hooks[HookSet::Names] = true;
                 }
                 outcome
             }
@@ -304,10 +307,10 @@ impl Resolver<'_> {
             (Way::Relay(service, reasons), kernel) => {
                 let kernel = kernel.filter(|_| self.checks_interface());
                 if let Some((rule_key, subnet)) = kernel {
-                    self.put_entry(rule_key, subnet, &clients, NOBODY, RuleValue::RELAYED);
+                    self.put_entry(rule_key, subnet, &clients, NOBODY, Entry::RELAYED);
                 }
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
-                self.policy.hooks[HookSet::Names] |= rule.source == Source::Container
+                self.policy.kernel.hooks[HookSet::Names] |= rule.source == Source::Container
                     && matches!(service, Service::Tcp(_))
                     && self.abilities.hooks[HookSet::Names].is_ok();
                 let spec = RelaySpec {
@@ -333,16 +336,18 @@ impl Resolver<'_> {
         let key = |peer, mask: &Address| (ReplyKey { service, peer }, ReplyKey::prefix_len(mask));
         let to_subnet = key(subnet.base, &subnet.mask);
         // The hook that chooses the source does not know which address its receiver has dialled.
-        if let Some(first) = self.policy.replies.get(&to_subnet).filter(|first| first.gateway != gateway) {
+        if let Some(first) =
+            self.policy.kernel.replies.get(&to_subnet).filter(|first| first.gateway != gateway)
+        {
             let only = Reason::OneAnswerAddress(first.gateway.into());
             return Err(Outcome::because(State::Blocked, only));
         }
-        self.policy.replies.insert(to_subnet, Reply { service, gateway });
-        self.policy.hooks[HookSet::Replies] = true;
+        self.policy.kernel.replies.insert(to_subnet, Reply { service, gateway });
+        self.policy.kernel.hooks[HookSet::Replies] = true;
         let own = self.inventory.interfaces.iter().flat_map(|interface| &interface.addresses);
         for (ip, _) in own.filter(|(ip, _)| subnet.contains(*ip)) {
             let to_host = key((*ip).into(), &Address([u32::MAX; 4]));
-            self.policy.replies.insert(to_host, Reply { service, gateway: Address::ANY_V6 });
+            self.policy.kernel.replies.insert(to_host, Reply { service, gateway: Address::ANY_V6 });
         }
         Ok(())
     }

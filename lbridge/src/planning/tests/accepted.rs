@@ -1,6 +1,6 @@
 //! What an accept rule lets in is for its rule alone: the plan has the kernel refuse everybody else first, and for as long.
 
-use super::{Host, relay_sockets};
+use super::{Host, in_force};
 use crate::planning::{
     firewall::{Accepted, Chain, Denial, Family, Filtering, InputChain, Keeper, Opening, Passage, Through},
     inventory::Steering,
@@ -31,22 +31,6 @@ fn dropping(through: Through, policy: &Policy, accepts: &[Opening]) -> Filtering
             .collect(),
         passages: policy.openings.keys().map(|opening| (opening.clone(), passage(opening))).collect(),
         ..Filtering::default()
-    }
-}
-
-/// A policy in force behind a firewall.
-fn in_force(policy: &Policy, filtering: Filtering) -> Reality {
-    Reality {
-        targets: policy.targets.clone(),
-        entries: policy.entries.clone(),
-        sources: policy.sources.clone(),
-        relay_sockets: relay_sockets(policy),
-        relays: policy.relays.clone(),
-        registered: policy.listeners.keys().copied().collect(),
-        accepted: filtering.accepts.keys().map(|(_, opening)| opening.accepted()).collect(),
-        filtering,
-        hooks: policy.hooks,
-        ..Reality::default()
     }
 }
 

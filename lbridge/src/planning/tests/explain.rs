@@ -1,8 +1,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use lbridge_common::wire::RuleValue;
+use lbridge_common::wire::Entry;
 
-use super::{Host, br_app, relay_sockets};
+use super::{Host, br_app, in_force};
 use crate::planning::{
     explain::{
         Answer::{No, Note, Yes},
@@ -20,23 +20,8 @@ impl Host {
     /// What is in force once everything that the policy wants is.
     fn in_force(&self) -> Reality {
         let policy = self.policy();
-        let keys = policy.listeners.keys();
-        Reality {
-            filtering: Filtering {
-                passages: policy.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect(),
-                ..Filtering::default()
-            },
-            targets: policy.targets.clone(),
-            entries: policy.entries.clone(),
-            views: policy.views.clone(),
-            sources: policy.sources.clone(),
-            dials: policy.dials.clone(),
-            registered: keys.copied().collect(),
-            relay_sockets: relay_sockets(&policy),
-            relays: policy.relays.clone(),
-            hooks: policy.hooks,
-            ..Reality::default()
-        }
+        let passages = policy.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect();
+        in_force(&policy, Filtering { passages, ..Filtering::default() })
     }
 
     fn explain(&self, network: &str, port: u16) -> Explanation {
@@ -243,7 +228,7 @@ fn relays_and_what_services_see() {
     assert!(told.outcome.contains("relayed to 127.0.0.1:80 (the service listens with MPTCP"));
     assert_eq!(text(&told, Stage::Peer), "the service sees 172.18.0.2 as its peer");
     let mut reality = mptcp.in_force();
-    reality.hooks[HookSet::Names] = false;
+    reality.kernel.hooks[HookSet::Names] = false;
     let told = mptcp.explain_with("app", 80, None, &reality, &[]);
     assert!(text(&told, Stage::Peer).starts_with("the service sees 127.146.0.2 as its peer"));
     reality.lingering = std::mem::take(&mut reality.relays).into_keys().collect();
@@ -263,11 +248,11 @@ fn relays_and_what_services_see() {
 fn what_should_be_and_what_is_differ() {
     let host = Host::new().listens("127.0.0.1:80").allow("app", "80");
     let mut reality = host.in_force();
-    let (key, value) = reality.entries.pop_first().unwrap();
+    let (key, value) = reality.kernel.entries.pop_first().unwrap();
     let told = host.explain_with("app", 80, None, &reality, &[]);
     assert!(text(&told, Stage::Lookup).ends_with("which the rule asks for: the next look puts it there"));
-    let other = RuleValue { key: lbridge_common::wire::RuleKey { port: 81, ..key }, ..value };
-    reality.entries.insert(key, other);
+    let other = Entry { key: lbridge_common::wire::RuleKey { port: 81, ..key }, ..value };
+    reality.kernel.entries.insert(key, other);
     let told = host.explain_with("app", 80, None, &reality, &[]);
     assert!(text(&told, Stage::Lookup).contains("another key's"), "as the kernel program compares");
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);

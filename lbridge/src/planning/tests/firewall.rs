@@ -9,9 +9,9 @@ use super::Host;
 use crate::planning::{
     firewall::{
         Accepted, Chain, Denial, Family, Filtering, FirewallMode, InputChain, Keeper, Link, Opening, Passage,
-        Through, plan,
+        Through,
     },
-    plan::Step,
+    plan::{Step, firewall::accept_rules},
     rule::Protocol,
 };
 
@@ -115,7 +115,7 @@ impl World {
         let openings: BTreeMap<_, _> =
             openings.iter().map(|opening| (opening.clone(), Link { ifindex: 7, via: None })).collect();
         for _ in 0..ROUNDS {
-            let steps = plan(&openings, mode, &self.seen());
+            let steps = accept_rules(&openings, mode, &self.seen());
             if steps.is_empty() {
                 return;
             }
@@ -180,7 +180,7 @@ fn a_rule_that_somebody_removes_comes_back() {
     // Without a probe that would have to time out first.
     world.changed(|world| drop(world.rules.insert(filter.clone(), vec![None])));
     let openings = [(one.clone(), Link { ifindex: 7, via: None })].into();
-    let steps = plan(&openings, FirewallMode::Manage, &world.seen());
+    let steps = accept_rules(&openings, FirewallMode::Manage, &world.seen());
     assert!(matches!(&steps[..], [Step::Accept { .. }]), "{steps:?}");
     world.settle(std::slice::from_ref(&one), FirewallMode::Manage);
     assert!(world.lets_through(&one));

@@ -1,6 +1,6 @@
 use lbridge_common::{
     verdict::{first_candidate, listening_addresses},
-    wire::{Address, ListenerKey, RuleValue, SLOTS, TCP, TargetKey},
+    wire::{Address, Entry, ListenerKey, SLOTS, TCP, TargetKey},
 };
 use proptest::prelude::*;
 
@@ -20,69 +20,69 @@ use crate::planning::{
 fn carry_out(reality: &mut Reality, steps: &[Step]) {
     for step in steps {
         match step {
-            Step::AddTarget(target) => assert!(reality.targets.insert(*target)),
+            Step::AddTarget(target) => assert!(reality.kernel.targets.insert(*target)),
             Step::RemoveTarget(target) => {
                 let is_of = |key: &ListenerKey| target_of(key) == *target;
                 assert!(!reality.registered.iter().any(is_of), "a forgotten listener");
-                assert!(reality.targets.remove(target));
+                assert!(reality.kernel.targets.remove(target));
             }
-            Step::AttachHooks(set) => reality.hooks[*set] = true,
+            Step::AttachHooks(set) => reality.kernel.hooks[*set] = true,
             Step::DetachHooks(set) => {
                 let unneeded = match set {
-                    HookSet::Names => reality.views.is_empty(),
-                    HookSet::Connect => reality.dials.is_empty(),
-                    HookSet::Replies => reality.replies.is_empty(),
+                    HookSet::Names => reality.kernel.views.is_empty(),
+                    HookSet::Connect => reality.kernel.dials.is_empty(),
+                    HookSet::Replies => reality.kernel.replies.is_empty(),
                 };
                 assert!(unneeded, "{set:?} is still needed");
-                reality.hooks[*set] = false;
+                reality.kernel.hooks[*set] = false;
             }
             Step::PutView(endpoint, view) => {
-                assert!(reality.hooks[HookSet::Names], "hooks come first");
-                reality.views.insert(*endpoint, *view);
+                assert!(reality.kernel.hooks[HookSet::Names], "hooks come first");
+                reality.kernel.views.insert(*endpoint, *view);
             }
-            Step::RemoveView(endpoint) => assert!(reality.views.remove(endpoint).is_some()),
+            Step::RemoveView(endpoint) => assert!(reality.kernel.views.remove(endpoint).is_some()),
             Step::PutReply(key, reply) => {
-                assert!(reality.hooks[HookSet::Replies], "hooks come first");
-                reality.replies.insert(*key, *reply);
+                assert!(reality.kernel.hooks[HookSet::Replies], "hooks come first");
+                reality.kernel.replies.insert(*key, *reply);
             }
-            Step::RemoveReply(key) => assert!(reality.replies.remove(key).is_some()),
+            Step::RemoveReply(key) => assert!(reality.kernel.replies.remove(key).is_some()),
             Step::Register { key, .. } => {
-                assert!(reality.targets.contains(&target_of(key)), "watched first");
+                assert!(reality.kernel.targets.contains(&target_of(key)), "watched first");
                 assert!(key.slot < SLOTS);
                 assert!(reality.registered.insert(*key), "a slot that is taken");
             }
             Step::Unregister(key) => {
                 let is_it = |candidate: ListenerKey| (candidate == *key).then_some(());
                 let named =
-                    |e: &RuleValue| first_candidate(&e.target, e.target_port, e.protocol(), is_it).is_some();
-                let named = reality.entries.values().any(named);
+                    |e: &Entry| first_candidate(&e.target, e.target_port, e.protocol(), is_it).is_some();
+                let named = reality.kernel.entries.values().any(named);
                 assert!(!named, "an entry goes before its listener");
                 assert!(reality.registered.remove(key));
             }
             Step::PutEntry(key, value) => {
-                if value.has(RuleValue::RELAYED) {
+                if value.has(Entry::RELAYED) {
                     assert!(reality.relay_sockets.contains(key), "a relay listens before its entry");
                 } else if value.target_port != 0 {
                     for address in listening_addresses(&value.target) {
                         let (port, protocol) = (value.target_port, key.protocol);
-                        assert!(reality.targets.contains(&TargetKey { address, port, protocol }));
+                        assert!(reality.kernel.targets.contains(&TargetKey { address, port, protocol }));
                     }
                 }
-                reality.entries.insert(*key, *value);
+                reality.kernel.entries.insert(*key, *value);
             }
-            Step::RemoveEntry(key) => assert!(reality.entries.remove(key).is_some()),
+            Step::RemoveEntry(key) => assert!(reality.kernel.entries.remove(key).is_some()),
             Step::AddSource(key) => {
-                assert!(reality.sources.insert(*key));
+                assert!(reality.kernel.sources.insert(*key));
             }
-            Step::RemoveSource(key) => assert!(reality.sources.remove(key)),
+            Step::RemoveSource(key) => assert!(reality.kernel.sources.remove(key)),
             Step::AddAccepted(key) => assert!(reality.accepted.insert(*key)),
             Step::RemoveAccepted(key) => assert!(reality.accepted.remove(key)),
             Step::ForgetFlows(_) => panic!("no accept rule let anything in"),
             Step::PutDial(key, dial) => {
-                assert!(reality.hooks[HookSet::Connect], "hooks come first");
-                reality.dials.insert(*key, *dial);
+                assert!(reality.kernel.hooks[HookSet::Connect], "hooks come first");
+                reality.kernel.dials.insert(*key, *dial);
             }
-            Step::RemoveDial(key) => assert!(reality.dials.remove(key).is_some()),
+            Step::RemoveDial(key) => assert!(reality.kernel.dials.remove(key).is_some()),
             Step::OpenRelay(key, spec) => {
                 reality.lingering.remove(key);
                 reality.relay_sockets.extend(key.entry().filter(|_| spec.by_entry));
@@ -215,12 +215,12 @@ proptest! {
             }
             prop_assert_eq!(&in_two, &reality);
             prop_assert_eq!(plan(&policy, &reality), vec![]);
-            prop_assert_eq!(&reality.entries, &policy.entries);
-            prop_assert_eq!(&reality.sources, &policy.sources);
-            prop_assert!(policy.grants.keys().eq(&policy.sources), "a source that is nobody's");
+            prop_assert_eq!(&reality.kernel.entries, &policy.kernel.entries);
+            prop_assert_eq!(&reality.kernel.sources, &policy.kernel.sources);
+            prop_assert!(policy.grants.keys().eq(&policy.kernel.sources), "a source that is nobody's");
             prop_assert_eq!(&reality.relays, &policy.relays);
-            prop_assert_eq!(&reality.dials, &policy.dials);
-            for (entry, value) in policy.entries.iter().filter(|(_, value)| !value.has(RuleValue::RELAYED)) {
+            prop_assert_eq!(&reality.kernel.dials, &policy.kernel.dials);
+            for (entry, value) in policy.kernel.entries.iter().filter(|(_, value)| !value.has(Entry::RELAYED)) {
                 // Without an interface another network's entry may be there, which leaves these alone.
                 let takes = |ip: std::net::IpAddr| {
                     let own = entry.ifindex != 0 || Address::from(ip).masked(&value.mask) == value.subnet;

@@ -16,6 +16,7 @@ use std::{
 use lbridge_common::wire::RuleKey;
 
 use super::{
+    firewall::Filtering,
     hooks::PerHookSet,
     inventory::{
         Abilities, Absence, Attachment, Container, DockerNetwork, DockerPresence, Entrance, Interface,
@@ -23,6 +24,7 @@ use super::{
     },
     owner::incumbents,
     policy::{DialOutcome, Place, Policy, State},
+    reality::Reality,
     resolve::resolve,
     rule::{Network, Origin, PathChoice, ProcessStart, Rule, Rules, Source},
 };
@@ -252,6 +254,19 @@ impl Host {
 fn relay_sockets(policy: &Policy) -> BTreeSet<RuleKey> {
     let by_entry = policy.relays.iter().filter(|(_, spec)| spec.by_entry);
     by_entry.filter_map(|(key, _)| key.entry()).collect()
+}
+
+/// The actual state once everything that a policy wants is in force, behind a firewall.
+fn in_force(policy: &Policy, filtering: Filtering) -> Reality {
+    Reality {
+        kernel: policy.kernel.clone(),
+        relay_sockets: relay_sockets(policy),
+        relays: policy.relays.clone(),
+        registered: policy.listeners.keys().copied().collect(),
+        accepted: filtering.accepts.keys().map(|(_, opening)| opening.accepted()).collect(),
+        filtering,
+        ..Reality::default()
+    }
 }
 
 fn br_app() -> Place {

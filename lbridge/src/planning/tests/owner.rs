@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use lbridge_common::wire::RuleValue;
+use lbridge_common::wire::Entry;
 
 use super::Host;
 use crate::planning::{
@@ -43,11 +43,11 @@ fn relayed_to(host: &Host) -> Vec<String> {
 
 /// Where each entry leads that steers, or refuses: gateway and target.
 fn entries(host: &Host) -> Vec<String> {
-    let told = |entry: &RuleValue| {
+    let told = |entry: &Entry| {
         format!("{} -> {}:{}", IpAddr::from(entry.key.gateway), IpAddr::from(entry.target), entry.target_port)
     };
-    let entries = host.policy().entries;
-    entries.values().filter(|entry| !entry.has(RuleValue::RELAYED)).map(told).collect()
+    let entries = host.policy().kernel.entries;
+    entries.values().filter(|entry| !entry.has(Entry::RELAYED)).map(told).collect()
 }
 
 /// The sockets that the kernel is given, by the address that they are bound to.
@@ -206,7 +206,7 @@ fn while_the_service_restarts_the_stranger_waits_in_vain() {
 
     // The relay that goes frees its port at once: the service may come back on all addresses.
     let before = both.policy();
-    let reality = Reality { relays: before.relays, entries: before.entries, ..Reality::default() };
+    let reality = Reality { relays: before.relays, kernel: before.kernel, ..Reality::default() };
     let closed = plan(&down.policy(), &reality).into_iter();
     let closed: Vec<_> = closed.filter(|step| matches!(step, Step::CloseRelay { .. })).collect();
     assert!(matches!(closed[..], [Step::CloseRelay { handed_over: false, .. }]), "{closed:?}");

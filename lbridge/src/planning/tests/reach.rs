@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use lbridge_common::wire::{RuleValue, SourceKey, UDP};
+use lbridge_common::wire::{Entry, SourceKey, UDP};
 
 use super::Host;
 use crate::planning::{
@@ -34,19 +34,19 @@ fn a_rule_for_some_containers_lists_their_addresses() {
     let host = from(crowd(), &["web", "api"], Source::Container, PathChoice::Auto);
     assert_eq!(host.states(), ["172.18.0.1:80 steered (for api, web)"]);
     let policy = host.policy();
-    let (key, entry) = policy.entries.first_key_value().unwrap();
-    assert_eq!(entry.flags, RuleValue::LISTED);
+    let (key, entry) = policy.kernel.entries.first_key_value().unwrap();
+    assert_eq!(entry.flags, Entry::LISTED);
     let source = |ip: &str| SourceKey { rule: *key, source: ip.parse::<IpAddr>().unwrap().into() };
-    assert_eq!(policy.sources, [source("172.18.0.2"), source("172.18.0.3")].into());
+    assert_eq!(policy.kernel.sources, [source("172.18.0.2"), source("172.18.0.3")].into());
 
     let relayed = from(crowd(), &["web"], Source::Container, PathChoice::Relay);
     assert_eq!(relayed.states(), ["172.18.0.1:80 relayed (as the rule asks; for web)"]);
     let policy = relayed.policy();
     let clients = &policy.relays.first_key_value().unwrap().1.clients;
     assert_eq!(*clients, Clients::Listed(["172.18.0.2".parse().unwrap()].into()));
-    let (key, entry) = policy.entries.first_key_value().unwrap();
-    assert_eq!(entry.flags, RuleValue::LISTED | RuleValue::RELAYED);
-    assert_eq!(policy.sources, [SourceKey { rule: *key, ..source("172.18.0.2") }].into());
+    let (key, entry) = policy.kernel.entries.first_key_value().unwrap();
+    assert_eq!(entry.flags, Entry::LISTED | Entry::RELAYED);
+    assert_eq!(policy.kernel.sources, [SourceKey { rule: *key, ..source("172.18.0.2") }].into());
 }
 
 #[test]
@@ -58,10 +58,10 @@ fn a_rule_for_containers_that_are_not_there_is_for_nobody() {
                        container odd has no IPv4 address beside 172.18.0.1";
         assert_eq!(host.states(), [format!("172.18.0.1:80 waiting ({missing})")]);
         let policy = host.policy();
-        assert!(policy.relays.is_empty() && policy.sources.is_empty());
+        assert!(policy.relays.is_empty() && policy.kernel.sources.is_empty());
         // In the kernel the entry keeps everybody from whoever else listens there.
-        assert!(policy.entries.values().all(|entry| entry.flags == RuleValue::LISTED));
-        assert_eq!(policy.entries.len(), usize::from(path == PathChoice::Auto));
+        assert!(policy.kernel.entries.values().all(|entry| entry.flags == Entry::LISTED));
+        assert_eq!(policy.kernel.entries.len(), usize::from(path == PathChoice::Auto));
     }
 }
 
@@ -125,12 +125,7 @@ fn an_entry_is_never_open_to_those_that_it_is_not_for() {
     let other = from(crowd(), &["api"], Source::Container, PathChoice::Auto);
     let steps = |before: &Host, after: &Host| {
         let policy = before.policy();
-        let reality = Reality {
-            entries: policy.entries,
-            sources: policy.sources,
-            targets: policy.targets,
-            ..Reality::default()
-        };
+        let reality = Reality { kernel: policy.kernel, ..Reality::default() };
         let steps = plan(&after.policy(), &reality).into_iter();
         let told = steps.filter_map(|step| match step {
             Step::PutEntry(..) => Some("put"),
@@ -153,14 +148,7 @@ fn what_only_takes_access_away_comes_first() {
     let by = |path, containers: &[&str]| from(crowd(), containers, Source::Container, path);
     let first = |before: &Host, after: &Host| {
         let policy = before.policy();
-        let reality = Reality {
-            entries: policy.entries,
-            sources: policy.sources,
-            targets: policy.targets,
-            relays: policy.relays,
-            views: policy.views,
-            ..Reality::default()
-        };
+        let reality = Reality { kernel: policy.kernel, relays: policy.relays, ..Reality::default() };
         let (steps, revocations) = (plan(&after.policy(), &reality), revocations(&after.policy(), &reality));
         assert!(steps.starts_with(&revocations), "{steps:?}");
         let told = revocations.into_iter().map(|step| match step {
@@ -222,9 +210,9 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
     let nowhere = "blocked (no gateway is served that it could lead to)";
     // Of two names of one bridge the first has the port.
     assert_eq!(second.dials(), [format!("127.0.0.1:80 {nowhere}"), format!("[::1]:80 {nowhere}")]);
-    assert!(second.policy().dials.is_empty());
+    assert!(second.policy().kernel.dials.is_empty());
     let gone = Host::new().allow("gone", "80").with_localhost("gone", 80);
-    assert!(gone.dials().is_empty() && gone.policy().hooks[HookSet::Connect]);
+    assert!(gone.dials().is_empty() && gone.policy().kernel.hooks[HookSet::Connect]);
     let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
     old.abilities.hooks[HookSet::Connect] = Err("needs Linux 5.14".to_owned());
     assert_eq!(old.states(), ["172.18.0.1:80 steered"], "the gateway is served all the same");
@@ -235,7 +223,7 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
             "[::1]:80 to 172.18.0.1 blocked (needs Linux 5.14)"
         ]
     );
-    assert!(old.policy().dials.is_empty() && !old.policy().hooks[HookSet::Connect]);
+    assert!(old.policy().kernel.dials.is_empty() && !old.policy().kernel.hooks[HookSet::Connect]);
 }
 
 /// Their neighbours' localhost is their neighbours'.
@@ -249,7 +237,7 @@ fn localhost_of_some_containers_is_theirs_alone() {
     for (name, netns) in [("web", 41), ("api", 42), ("far", 43)] {
         host.inventory.containers.get_mut(name).unwrap().as_mut().unwrap().netns = Some(netns);
     }
-    let whose = |host: &Host| host.policy().dials.keys().map(|key| key.netns).collect::<BTreeSet<_>>();
+    let whose = |host: &Host| host.policy().kernel.dials.keys().map(|key| key.netns).collect::<BTreeSet<_>>();
     assert_eq!(whose(&host), [41, 42].into(), "far is on another network");
     host.inventory.containers.get_mut("api").unwrap().as_mut().unwrap().running = false;
     assert_eq!(whose(&host), [41].into());
@@ -260,10 +248,10 @@ fn localhost_of_some_containers_is_theirs_alone() {
 #[test]
 fn what_is_dialled_is_named_where_that_can_be() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
-    assert!(host.policy().hooks[HookSet::Names]);
+    assert!(host.policy().kernel.hooks[HookSet::Names]);
     host.abilities.hooks[HookSet::Names] = Err("none".to_owned());
     assert!(
-        !host.policy().hooks[HookSet::Names] && host.policy().dials.len() == 2,
+        !host.policy().kernel.hooks[HookSet::Names] && host.policy().kernel.dials.len() == 2,
         "it is served all the same"
     );
 }
@@ -291,7 +279,7 @@ fn what_docker_calls_the_host_is_served_as_the_gateway() {
     );
     let policy = host.policy();
     let at_alias =
-        policy.entries.values().filter(|e| IpAddr::from(e.key.gateway).to_string() == "172.17.0.1");
+        policy.kernel.entries.values().filter(|e| IpAddr::from(e.key.gateway).to_string() == "172.17.0.1");
     let told: Vec<_> = at_alias
         .map(|entry| (entry.key.ifindex, IpAddr::from(entry.subnet).to_string(), entry.target_port))
         .collect();
@@ -358,8 +346,8 @@ fn an_alias_is_for_the_named_containers_alone() {
     let host = host.allow_for("app", "80", Source::Loopback, PathChoice::Auto, &["web"]);
     assert_eq!(host.states(), ["172.18.0.1:80 steered (for web)", "172.17.0.1:80 steered (for web)"]);
     let policy = host.policy();
-    assert_eq!((policy.sources.len(), policy.views.len()), (2, 2));
-    assert!(policy.entries.values().all(|entry| entry.flags == RuleValue::LISTED));
+    assert_eq!((policy.kernel.sources.len(), policy.kernel.views.len()), (2, 2));
+    assert!(policy.kernel.entries.values().all(|entry| entry.flags == Entry::LISTED));
 }
 
 #[test]
@@ -376,7 +364,7 @@ fn udp_is_steered_to_udp_sockets_alone() {
     // Both of one port.
     let both = host.allow("app", "53").listens("127.0.0.1:53");
     assert_eq!(both.states(), ["172.18.0.1:53 steered", "172.18.0.1:53 steered"]);
-    assert_eq!((both.policy().entries.len(), both.policy().openings.len()), (2, 2));
+    assert_eq!((both.policy().kernel.entries.len(), both.policy().openings.len()), (2, 2));
 }
 
 /// Replies to the subnet leave from the gateway, what the host's own addresses get leaves as it is.
@@ -385,6 +373,7 @@ fn udp_replies_leave_from_the_gateway() {
     let host = Host::new().takes_datagrams("127.0.0.1:53").allow("app", "53/udp");
     let policy = host.policy();
     let told: Vec<_> = policy
+        .kernel
         .replies
         .iter()
         .map(|((key, bits), reply)| {
@@ -424,5 +413,5 @@ fn udp_is_never_relayed() {
     host.abilities.steer = Ok(Steering { interface_check: true, kernel_registers: true });
     host.inventory.udp_unseen = Some("cannot list UDP sockets".to_owned());
     assert_eq!(host.states(), ["172.18.0.1:53 blocked (cannot list UDP sockets)"]);
-    assert!(host.policy().relays.is_empty() && host.policy().replies.is_empty());
+    assert!(host.policy().relays.is_empty() && host.policy().kernel.replies.is_empty());
 }

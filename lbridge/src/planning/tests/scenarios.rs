@@ -1,11 +1,11 @@
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
-use lbridge_common::wire::{Address, Endpoint, RuleValue, TCP, TargetKey};
+use lbridge_common::wire::{Address, Endpoint, Entry, TCP, TargetKey};
 
-use super::{Host, br_app, relay_sockets};
+use super::{Host, br_app, in_force};
 use crate::planning::{
     firewall::{Filtering, Passage},
-    hooks::{HookSet, PerHookSet},
+    hooks::HookSet,
     inventory::{Absence, DockerPresence, ListenerKind, Steering},
     plan::{Step, plan},
     policy::{Clients, RelayKey, Service},
@@ -21,23 +21,25 @@ fn a_loopback_service_is_steered_to() {
     let host = Host::new().listens("127.0.0.1:5432").allow("app", "5432");
     assert_eq!(host.states(), ["172.18.0.1:5432 steered"]);
     let policy = host.policy();
-    let (key, value) = policy.entries.first_key_value().unwrap();
+    let (key, value) = policy.kernel.entries.first_key_value().unwrap();
     assert_eq!((IpAddr::from(key.gateway), key.ifindex, key.port), ("172.18.0.1".parse().unwrap(), 7, 5432));
     assert_eq!(IpAddr::from(value.subnet), "172.18.0.0".parse::<IpAddr>().unwrap());
-    assert!(policy.relays.is_empty() && !policy.hooks[HookSet::Names] && policy.views.is_empty());
+    assert!(
+        policy.relays.is_empty() && !policy.kernel.hooks[HookSet::Names] && policy.kernel.views.is_empty()
+    );
 }
 
 #[test]
 fn a_service_that_is_down_has_its_entry_ready() {
     let host = Host::new().allow("app", "80=3000");
     assert_eq!(host.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:3000)"]);
-    assert_eq!(host.policy().entries.len(), 1);
+    assert_eq!(host.policy().kernel.entries.len(), 1);
     let target = |address: &str| TargetKey {
         address: address.parse::<IpAddr>().unwrap().into(),
         port: 3000,
         protocol: TCP.into(),
     };
-    assert_eq!(host.policy().targets, ["127.0.0.1", "::1", "0.0.0.0", "::"].map(target).into());
+    assert_eq!(host.policy().kernel.targets, ["127.0.0.1", "::1", "0.0.0.0", "::"].map(target).into());
 }
 
 #[test]
@@ -58,24 +60,27 @@ fn what_the_kernel_cannot_take_is_relayed_with_the_reason() {
     assert_eq!(mptcp.states(), [format!("172.18.0.1:80 relayed ({MPTCP})")]);
     let policy = mptcp.policy();
     assert!(
-        policy.entries.values().all(|entry| entry.flags == RuleValue::RELAYED),
+        policy.kernel.entries.values().all(|entry| entry.flags == Entry::RELAYED),
         "the entry leads to the relay"
     );
     assert!(policy.relays.values().all(|relay| relay.by_entry) && policy.listeners.is_empty());
     let mut old = mptcp;
     old.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
-    assert!(old.policy().entries.is_empty(), "an entry would refuse what the relay is to serve");
+    assert!(old.policy().kernel.entries.is_empty(), "an entry would refuse what the relay is to serve");
     assert!(old.policy().relays.values().all(|relay| !relay.by_entry));
 
     let v6 = Host::new().listens("[::1]:80").allow("app", "80");
     assert_eq!(v6.states(), ["172.18.0.1:80 relayed (IPv4 was dialled, the service listens on [::1]:80)"]);
-    assert!(v6.policy().hooks[HookSet::Names], "the service must not take the container for a local client");
+    assert!(
+        v6.policy().kernel.hooks[HookSet::Names],
+        "the service must not take the container for a local client"
+    );
 
     let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80");
     old.abilities.steer = Err("no sk_lookup".to_owned());
     old.abilities.hooks[HookSet::Names] = Err("no hooks".to_owned());
     assert_eq!(old.states(), ["172.18.0.1:80 relayed (no sk_lookup)"]);
-    assert!(!old.policy().hooks[HookSet::Names]);
+    assert!(!old.policy().kernel.hooks[HookSet::Names]);
 }
 
 #[test]
@@ -117,7 +122,7 @@ fn relay_if_asked_and_only_while_the_service_listens() {
     );
     let down = rule(Host::new());
     assert_eq!(down.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:80)"]);
-    let (relays, entries) = (down.policy().relays, down.policy().entries);
+    let (relays, entries) = (down.policy().relays, down.policy().kernel.entries);
     assert!(
         relays.is_empty() && entries.values().all(|entry| entry.target_port == 0),
         "nobody gets it meanwhile"
@@ -162,8 +167,12 @@ fn source_loopback_changes_names_in_both_ways() {
     let policy = steered.policy();
     let gateway = Endpoint::new(Address::from("172.18.0.1".parse::<IpAddr>().unwrap()), 80);
     let inside = "172.18.3.4".parse::<IpAddr>().unwrap().into();
-    let ((key, bits), view) = policy.views.first_key_value().unwrap();
-    assert!(policy.hooks[HookSet::Names] && view.gateway == gateway && key.matches(*bits, &gateway, &inside));
+    let ((key, bits), view) = policy.kernel.views.first_key_value().unwrap();
+    assert!(
+        policy.kernel.hooks[HookSet::Names]
+            && view.gateway == gateway
+            && key.matches(*bits, &gateway, &inside)
+    );
     let outside = "172.19.3.4".parse::<IpAddr>().unwrap().into();
     assert!(!key.matches(*bits, &gateway, &outside));
 
@@ -213,7 +222,7 @@ fn networks_that_cannot_be_served() {
             "bridge:eth0 80 blocked (eth0 is not a bridge; name the bridge that the containers are on)",
         ]
     );
-    assert!(host.policy().entries.is_empty());
+    assert!(host.policy().kernel.entries.is_empty());
 }
 
 #[test]
@@ -277,7 +286,7 @@ fn one_gateway_is_given_once() {
 fn kernels_that_do_not_tell_the_interface_get_keys_without_it() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
     host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
-    assert!(host.policy().entries.keys().all(|key| key.ifindex == 0));
+    assert!(host.policy().kernel.entries.keys().all(|key| key.ifindex == 0));
 }
 
 #[test]
@@ -294,17 +303,11 @@ fn the_order_of_steps_leaves_no_gap() {
     // The service comes back with MPTCP, and back again.
     let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
     let steered = Host::new().listens("127.0.0.1:80").allow("app", "80");
-    let in_force = |host: &Host| Reality {
-        filtering: Filtering {
-            passages: host.policy().openings.into_keys().map(|opening| (opening, Passage::Open)).collect(),
-            ..Filtering::default()
-        },
-        targets: host.policy().targets,
-        entries: host.policy().entries,
-        relay_sockets: relay_sockets(&host.policy()),
-        relays: host.policy().relays,
-        hooks: host.policy().hooks,
-        ..Reality::default()
+    let in_force = |host: &Host| {
+        let policy = host.policy();
+        let passages = policy.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect();
+        let filtering = Filtering { passages, ..Filtering::default() };
+        Reality { registered: BTreeSet::new(), ..in_force(&policy, filtering) }
     };
     let to_relay = plan(&mptcp.policy(), &in_force(&steered));
     assert_eq!(names(&to_relay), ["AttachHooks", "OpenRelay", "PutEntry"]);
@@ -341,7 +344,7 @@ fn localhost_inside_a_namespace_is_relayed() {
         ]
     );
     let policy = host.policy();
-    assert!(policy.entries.is_empty() && policy.relays.len() == 4);
+    assert!(policy.kernel.entries.is_empty() && policy.relays.len() == 4);
 }
 
 #[test]
@@ -405,12 +408,7 @@ fn a_namespace_that_is_found_by_another_way_is_left_first() {
     let before = host.allow("pid:7", "80").policy();
     let host = Host::new().listens("127.0.0.1:80").namespace("netns:/a", 9, &["127.0.0.1"]);
     let after = host.allow("netns:/a", "80").policy();
-    let reality = Reality {
-        relays: before.relays,
-        targets: before.targets,
-        hooks: PerHookSet::from_fn(|set| set == HookSet::Names),
-        ..Reality::default()
-    };
+    let reality = Reality { relays: before.relays, kernel: before.kernel, ..Reality::default() };
     let steps = plan(&after, &reality);
     assert!(matches!(steps[..], [Step::CloseRelay { .. }, Step::OpenRelay(..)]), "{steps:?}");
 }

@@ -1,0 +1,135 @@
+//! Step: one change to the kernel, the relays or the firewall.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lbridge_common::wire::{
+    AcceptedKey, Dial, DialKey, Entry, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, SourceKey,
+    TargetKey, UDP, ViewKey,
+};
+
+use crate::planning::{
+    firewall::{Chain, Link, Opening},
+    hooks::HookSet,
+    policy::{RelayKey, RelaySpec},
+};
+
+/// One change, to be carried out literally: everything about it was decided before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Attach the programs that must always be attached: one of their links is detached, or runs another
+    /// program.
+    Attach,
+    /// Watch an address and port: have listeners there registered.
+    AddTarget(TargetKey),
+    /// Attach a set of hooks.
+    AttachHooks(HookSet),
+    /// Make a gateway's connections look local, or change how they look.
+    PutView((ViewKey, u32), LoopbackView),
+    /// Give a UDP service's replies their source, or another one.
+    PutReply((ReplyKey, u32), Reply),
+    /// Register the socket of this inode.
+    Register {
+        /// The key to register the socket under.
+        key: ListenerKey,
+        /// Inode number of the socket.
+        inode: u64,
+    },
+    /// Open a relay, or change the specification of one that is open.
+    OpenRelay(RelayKey, RelaySpec),
+    /// Let a source use an entry that is not for its whole network.
+    AddSource(SourceKey),
+    /// Refuse the traffic that an accept rule lets in, unless an entry admits it.
+    AddAccepted((AcceptedKey, u32)),
+    /// Stop refusing the traffic that an accept rule let in.
+    RemoveAccepted((AcceptedKey, u32)),
+    /// Have conntrack forget the flows that accept rules let in, except open connections.
+    ForgetFlows(BTreeSet<(AcceptedKey, u32)>),
+    /// Put an entry, or change where it leads.
+    PutEntry(RuleKey, Entry),
+    /// Remove an entry.
+    RemoveEntry(RuleKey),
+    /// Stop letting a source use an entry.
+    RemoveSource(SourceKey),
+    /// Lead a dial to its gateway.
+    PutDial(DialKey, Dial),
+    /// Stop leading a dial to its gateway.
+    RemoveDial(DialKey),
+    /// Stop listening as a relay.
+    CloseRelay {
+        /// Key of the relay.
+        key: RelayKey,
+        /// True if the kernel has taken over: handshakes under way are then still completed.
+        handed_over: bool,
+    },
+    /// Stop making a gateway's connections look local.
+    RemoveView((ViewKey, u32)),
+    /// Detach a set of hooks.
+    DetachHooks(HookSet),
+    /// Stop giving a UDP service's replies another source.
+    RemoveReply((ReplyKey, u32)),
+    /// Remove a listener from the kernel's map.
+    Unregister(ListenerKey),
+    /// Stop watching an address and port.
+    RemoveTarget(TargetKey),
+    /// Put an accept rule first in one of the firewall's chains.
+    Accept {
+        /// The chain that gets the rule.
+        chain: Chain,
+        /// The traffic that the rule accepts.
+        opening: Opening,
+    },
+    /// Remove an accept rule from the firewall.
+    Unaccept {
+        /// The chain that has the rule.
+        chain: Chain,
+        /// The traffic that the rule accepts.
+        opening: Opening,
+    },
+    /// Try whether the firewall lets packets through these openings.
+    Probe(BTreeMap<Opening, Link>),
+}
+
+impl Step {
+    /// Returns true if the step concerns the kernel programs and their maps.
+    pub fn is_of_kernel(&self) -> bool {
+        !matches!(
+            self,
+            Self::OpenRelay(..)
+                | Self::CloseRelay { .. }
+                | Self::Accept { .. }
+                | Self::Unaccept { .. }
+                | Self::ForgetFlows(_)
+                | Self::Probe(_)
+        )
+    }
+
+    /// Returns the conditions without which the step must not be carried out. Other steps of the same plan
+    /// establish them, and may fail.
+    pub fn prerequisites(&self) -> Vec<Prerequisite> {
+        use Prerequisite::{Hooks, IsRefused, NoFlows};
+        match self {
+            // It leads to nobody.
+            Self::PutEntry(_, entry) if entry.target_port == 0 && !entry.has(Entry::RELAYED) => vec![],
+            Self::PutEntry(key, _) if key.protocol == u16::from(UDP) => {
+                vec![Hooks(HookSet::Names), Hooks(HookSet::Replies)]
+            }
+            Self::PutEntry(..) | Self::OpenRelay(..) => vec![Hooks(HookSet::Names)],
+            Self::PutDial(..) => vec![Hooks(HookSet::Connect)],
+            Self::Accept { opening, .. } => vec![IsRefused(opening.accepted())],
+            Self::RemoveAccepted(key) => vec![NoFlows(*key)],
+            _ => vec![],
+        }
+    }
+}
+
+/// A condition of a step, see [`Step::prerequisites`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prerequisite {
+    /// These hooks are attached: the step lets connections come that need them.
+    Hooks(HookSet),
+    /// The kernel refuses the traffic of this key that no entry admits: an accept rule lets in packets that
+    /// would otherwise reach any service that listens on every address.
+    IsRefused((AcceptedKey, u32)),
+    /// Conntrack knows no flow of this key: it would pass without an accept rule.
+    NoFlows((AcceptedKey, u32)),
+}
