@@ -1,10 +1,10 @@
-# Files are in place. $1: how many versions of the package are installed, this one included.
+# The files are installed. $1: the number of installed versions of the package, including this one.
 if command -v systemd-sysusers >/dev/null; then
     systemd-sysusers lbridge.conf || :
 fi
 if command -v systemctl >/dev/null; then
     if [ "$1" -eq 1 ]; then
-        # What the distribution's presets say, which on most is not to enable it.
+        # Follows the distribution's presets, most of which do not enable the unit.
         systemctl --no-reload preset lbridge.service || :
     fi
     if [ -d /run/systemd/system ]; then
