@@ -31,6 +31,7 @@ use crate::{
         trusted,
     },
     planning::{
+        firewall::FirewallMode,
         hooks::PerHookSet,
         inventory::{Abilities, Absence, Entrance, Inventory, Namespace, NamespaceKey},
         owner::{self, Incumbents},
@@ -273,7 +274,7 @@ impl Session {
         inventory.incumbents.clone_from(&self.incumbents);
         let without = || "lbridge relay loads no programs into the kernel".to_owned();
         let abilities = Abilities { steer: Err(without()), hooks: PerHookSet::from_fn(|_| Err(without())) };
-        let policy = resolve(&self.rules, &inventory, &abilities);
+        let policy = resolve(&self.rules, &inventory, &abilities, FirewallMode::Off);
         let reality =
             Reality { relays: self.relays.specs(), lingering: self.relays.lingering(), ..Reality::default() };
         let mut failures = BTreeMap::new();

@@ -3,18 +3,20 @@
 //!
 //! ```text
 //! API commands, Docker, netlink and listener events (wake-ups only)
-//!   -> reconciler: observe -> resolve -> plan -> executor -> observe ...
+//!   -> reconciler: observer -> resolve -> plan -> executor -> observer ...
 //! ```
 //!
 //! - [`reconciler`]: the loop and the state that it owns; its `commands` answer the control API;
 //! - [`configuration`]: the `lbridge.toml` in force;
-//! - [`observe`]: one observation of the host;
 //! - [`executor`]: carries out steps, decides nothing;
 //! - [`explain`]: the facts that `explain` needs in addition to one observation;
 //! - [`guests`]: the owner of `GUESTS`, the network namespaces whose localhost leads to the host;
 //! - [`handover`]: passes listening sockets from one daemon to the next;
+//! - [`journal`]: what the log and the subscribers to events are told;
 //! - [`labels`]: the rules derived from labels;
 //! - [`manager`]: status and watchdog messages to the service manager;
+//! - [`memory`]: what was last seen of the engine, for a start while it is away;
+//! - [`observer`]: observations of the host;
 //! - [`report`]: the result of a pass, as `status` shows it;
 //! - [`sources`]: the owner of `SOURCES`, the addresses of containers that rules are for;
 //! - [`urgent`]: threads with a raised priority.
@@ -24,9 +26,11 @@ mod executor;
 mod explain;
 mod guests;
 mod handover;
+mod journal;
 mod labels;
 mod manager;
-mod observe;
+mod memory;
+mod observer;
 mod reconciler;
 mod report;
 mod sources;
@@ -46,16 +50,25 @@ use tokio::{
 };
 
 use crate::{
-    api::server::{Command, ControlSocket},
+    api::{
+        events::News,
+        server::{Command, ControlSocket},
+    },
     docker::watch::Watcher,
     host::{cgroup, interfaces::Interfaces, netns::HostNetns, privileges, processes, trusted},
-    kernel::{loader::Kernel, strays},
+    kernel::{
+        loader::{Kernel, Loaded},
+        strays,
+    },
     planning::hooks::HookSet,
     relay,
     store::Store,
 };
 use configuration::Configuration;
+use executor::Executor;
 use guests::Guests;
+use memory::Memory;
+use observer::Observer;
 use reconciler::{Reconciler, containers};
 use sources::SourceGate;
 
@@ -136,10 +149,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     privileges::give_up().context("cannot give up privileges")?;
 
     let (wake, wakes) = mpsc::channel(WAKE_QUEUE);
+    let memory = Memory::open(store);
     let interfaces = Interfaces::connect(wake.clone())?;
     let docker = if options.docker {
-        let labelled = configuration.config().labels.enabled.then(|| store.labelled());
-        let (networks, seen) = (store.networks(), store.containers());
+        let labelled = configuration.config().labels.enabled.then(|| memory.labelled().to_vec());
+        let (networks, seen) = (memory.networks().to_vec(), memory.containers().to_vec());
         let mut watcher = Watcher::start(networks, containers(&rules), seen, labelled)?;
         watcher.first_answer(DOCKER_FIRST_ANSWER).await;
         Some(watcher)
@@ -152,20 +166,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
 
     let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
-    let mut reconciler = Reconciler::new(
-        rules,
-        configuration,
-        store,
-        loaded,
-        interfaces,
-        docker,
-        wake,
-        guests,
-        sources,
-        netns.id,
-    )?;
+    let Loaded { kernel, events, abilities, .. } = loaded;
+    let executor = Executor::new(kernel, abilities, guests, sources, netns.id, wake.clone())?;
+    let observer = Observer::new(interfaces, netns.id, memory.containers());
+    let news = News::new(wake);
+    let mut reconciler =
+        Reconciler::new(rules, configuration, memory, executor, observer, docker, news.clone());
     reconciler.start().await?;
-    let mut serving = tokio::spawn(socket.serve(commands.clone(), reconciler.news()));
+    let mut serving = tokio::spawn(socket.serve(commands.clone(), news));
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -174,7 +182,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!("ready: {}", reconciler.summary());
     let outcome = tokio::select! {
-        never = reconciler.run(requests, wakes) => never,
+        never = reconciler.run(requests, wakes, events) => never,
         ended = &mut serving => ended.context("the control API panicked")?,
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),

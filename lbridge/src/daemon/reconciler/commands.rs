@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use lbridge_common::wire::Counter;
 
-use super::{DOCKER_REFRESH, Reconciler};
+use super::{DOCKER_REFRESH, Reconciler, Scene};
 use crate::{
     api::{
         protocol::{
@@ -13,14 +13,11 @@ use crate::{
         },
         server::Command,
     },
-    daemon::{explain, observe::observe, report},
-    docker::watch::Watcher,
+    daemon::{explain, report},
     host::netns::process_start,
     planning::{
         self,
         explain::{Explanation, Known, Question},
-        inventory::Inventory,
-        resolve::resolve,
         rule::{Network, Origin, Protocol, Refused, Rule, RuleId, Rules},
     },
 };
@@ -42,7 +39,7 @@ impl Reconciler {
         let added = allow.rules.into_iter().map(with_process).collect::<Result<Vec<_>, _>>()?;
         let rules = self.rules.allow(added, Origin::Cli).map_err(|refused| refusal(&refused))?;
         self.ask_docker(&rules, ids.iter().map(|id| &id.network)).await;
-        self.executor.firewall.try_again();
+        self.executor.retry_firewall();
         self.change(rules, uid).await?;
         Ok(self.last.rules().into_iter().filter(|rule| ids.contains(&rule.id())).collect())
     }
@@ -81,10 +78,11 @@ impl Reconciler {
     /// unseen.
     async fn change(&mut self, rules: Rules, uid: Option<u32>) -> Result<(), ApiError> {
         if rules != self.rules {
-            self.store.save_rules(self.configuration.allowed(&rules)).map_err(|error| failed(&error))?;
-            if self.news.is_heard() {
-                report::changed_by(&self.rules, &rules, uid).for_each(|what| self.news.tell(what));
-            }
+            self.memory
+                .store()
+                .save_rules(self.configuration.allowed(&rules))
+                .map_err(|error| failed(&error))?;
+            self.journal.publish(report::changed_by(&self.rules, &rules, uid));
             self.rules = rules;
         }
         self.pass().await.map_err(|error| failed(&error))
@@ -92,7 +90,7 @@ impl Reconciler {
 
     /// Reads the configuration again. An invalid file is rejected, and changes nothing.
     async fn reload(&mut self) -> Result<Reloaded, ApiError> {
-        let change = self.configuration.read_again(&self.rules, &self.store).inspect_err(|error| {
+        let change = self.configuration.read_again(&self.rules, self.memory.store()).inspect_err(|error| {
             tracing::error!("the configuration is not reloaded: {error}");
         });
         let change = match change {
@@ -157,45 +155,31 @@ impl Reconciler {
             let message = "port 0; ports are 1 to 65535".to_owned();
             return Err(ApiError { code: ErrorCode::Usage, message });
         }
-        let asked = explain::with_network(self.labels.rules(&self.rules), &question.network);
+        let asked = explain::with_network(self.rules(), &question.network);
         self.ask_docker(&asked, std::iter::once(&question.network)).await;
-        let view = self.docker.as_ref().map(Watcher::view);
-        let host = self.executor.host;
-        let incumbents = self.inventory.as_ref().map(|last| last.incumbents.clone()).unwrap_or_default();
-        let inventory = observe(
-            &asked,
-            &self.interfaces,
-            view.as_ref(),
-            &self.refused,
-            host,
-            &mut self.processes,
-            &incumbents,
-        )
-        .await;
-        let inventory = Inventory { aliases: self.aliases(), ..inventory.map_err(|error| failed(&error))? };
-        let mut policy = resolve(self.labels.rules(&self.rules), &inventory, &self.abilities);
-        let openings = planning::explain::openings(question, &inventory, &self.abilities);
+        let scene = self.look(&asked).await.map_err(|error| failed(&error))?;
+        let Scene { inventory, mut policy } = scene;
+        let abilities = self.executor.abilities().clone();
+        let openings = planning::explain::openings(question, &inventory, &abilities);
         policy.openings.extend(openings.clone());
-        self.executor.firewall.look(&policy.openings).await;
-        self.executor.probe(&openings).await;
-        let reality = self.executor.reality(&policy).await.map_err(|error| failed(&error))?;
+        let reality = self.executor.inspect(&policy, &openings).await.map_err(|error| failed(&error))?;
         let known = Known {
             policy: &policy,
             inventory: &inventory,
-            abilities: &self.abilities,
+            abilities: &abilities,
             reality: &reality,
             relay_failures: &self.last.failures.relays,
             entry_failures: &self.last.failures.entries,
             holders: &BTreeMap::new(),
-            inside: &explain::inside(&inventory, &question.network, host),
+            inside: &explain::inside(&inventory, &question.network, self.observer.host()),
         };
-        let holders = explain::holders(question, &known, &mut self.users).await;
+        let holders = explain::holders(question, &known, &mut self.observer.users).await;
         Ok(planning::explain::explain(question, &Known { holders: &holders, ..known }))
     }
 
     async fn status(&mut self) -> Result<Status, ApiError> {
         self.pass().await.map_err(|error| failed(&error))?;
-        let steering = self.abilities.steer.as_ref();
+        let steering = self.executor.abilities().steer.as_ref();
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel: KernelStatus {
@@ -215,8 +199,10 @@ impl Reconciler {
     }
 
     fn counters(&self) -> anyhow::Result<Option<Counters>> {
-        let Some(kernel) = &self.executor.kernel else { return Ok(None) };
-        let count = |counter| kernel.maps.counter(counter);
+        if self.executor.counter(Counter::Steered)?.is_none() {
+            return Ok(None);
+        }
+        let count = |counter| Ok::<_, anyhow::Error>(self.executor.counter(counter)?.unwrap_or_default());
         Ok(Some(Counters {
             steered: count(Counter::Steered)?,
             foreign_source: count(Counter::ForeignSource)?,

@@ -27,7 +27,7 @@ use lbridge_common::{
 
 use self::way::{Way, is_suitable};
 use super::{
-    firewall::{Link, Opening},
+    firewall::{FirewallMode, Link, Opening},
     hooks::HookSet,
     inventory::{Abilities, Absence, Interface, Inventory, Namespace, NamespaceId},
     owner::{Sockets, loopback},
@@ -39,8 +39,14 @@ use super::{
     rule::{DEFAULT_CONNECTIONS, Network, Origin, Protocol, Rule, RuleId, Rules, Source, Target},
 };
 
-/// Returns the desired state: the decisions for each rule and gateway.
-pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> Policy {
+/// Returns the desired state: the decisions for each rule and gateway. `firewall` is a setting, which the
+/// plan needs.
+pub fn resolve(
+    rules: &Rules,
+    inventory: &Inventory,
+    abilities: &Abilities,
+    firewall: FirewallMode,
+) -> Policy {
     let mut resolver = Resolver::new(inventory, abilities);
     for (_, rule, origin) in rules.iter() {
         let outcome = resolver.rule(rule, origin);
@@ -54,6 +60,7 @@ pub fn resolve(rules: &Rules, inventory: &Inventory, abilities: &Abilities) -> P
     resolver.policy.outcomes = outcomes;
     let wanted = std::mem::take(&mut resolver.registered).into_iter();
     resolver.policy.listeners = wanted.map(|(key, inodes)| (key, inodes.into_iter().collect())).collect();
+    resolver.policy.firewall = firewall;
     resolver.policy.steering = abilities.steer.as_ref().ok().copied();
     resolver.policy
 }

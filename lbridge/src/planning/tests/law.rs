@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::Host;
 use crate::planning::{
-    firewall::Passage,
+    firewall::{FirewallMode, Passage},
     hooks::HookSet,
     inventory::{ListenerKind, Steering},
     plan::{Step, plan, revocations},
@@ -255,7 +255,7 @@ proptest! {
         if reverse {
             shuffled.docker_networks.reverse();
         }
-        let policy = resolve(&host.rules, &shuffled, &host.abilities);
+        let policy = resolve(&host.rules, &shuffled, &host.abilities, FirewallMode::default());
         prop_assert_eq!(policy, host.policy());
     }
 }

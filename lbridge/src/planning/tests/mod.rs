@@ -16,7 +16,7 @@ use std::{
 use lbridge_common::wire::RuleKey;
 
 use super::{
-    firewall::Filtering,
+    firewall::{Filtering, FirewallMode},
     hooks::PerHookSet,
     inventory::{
         Abilities, Absence, Attachment, Container, DockerNetwork, DockerPresence, Entrance, Interface,
@@ -228,7 +228,7 @@ impl Host {
     }
 
     fn policy(&self) -> Policy {
-        resolve(&self.rules, &self.inventory, &self.abilities)
+        resolve(&self.rules, &self.inventory, &self.abilities, FirewallMode::default())
     }
 
     /// One line for each gateway (or rule without one): `172.18.0.1:80 steered`.

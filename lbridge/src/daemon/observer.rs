@@ -1,16 +1,22 @@
-//! Observe: makes one observation of the host, the [`Inventory`].
+//! Observer: makes observations of the host, each an [`Inventory`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use crate::{
+    api::protocol::ListenerUser,
     docker::view::{self, Presence, Sighting, View},
-    host::{interfaces::Interfaces, listeners, netns, trusted},
+    host::{interfaces::Interfaces, listeners, netns, trusted, users::Users},
     planning::{
         inventory::{
             Absence, Container, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId,
+            SeenContainer,
         },
-        owner::{self, Incumbents},
-        rule::{Network, ProcessStart, Protocol, Rules, Target},
+        owner::{self, Incumbents, Sockets},
+        policy::Policy,
+        rule::{Network, ProcessStart, Protocol, RuleId, Rules, Target},
     },
 };
 
@@ -18,59 +24,130 @@ use crate::{
 /// none. Pids are reused, and what is known from an engine that is away grows stale.
 pub(super) type Processes = BTreeMap<(String, u32), Option<ProcessStart>>;
 
-/// Observes the host. `refused` are listeners, by inode, that the kernel cannot be given, as a closer look
-/// found; `incumbents` are those of the previous observation.
-pub(super) async fn observe(
-    rules: &Rules,
-    interfaces: &Interfaces,
-    docker: Option<&View>,
-    refused: &BTreeMap<u64, ListenerKind>,
+/// The observer of the host, and what it must remember from one observation to the next.
+#[derive(Debug)]
+pub(super) struct Observer {
+    interfaces: Interfaces,
+    /// Id of the host's network namespace.
     host: NamespaceId,
-    processes: &mut Processes,
-    incumbents: &Incumbents,
-) -> anyhow::Result<Inventory> {
-    let mut listeners = listeners::tcp()?;
-    // A kernel may lack udp_diag; that does not affect TCP.
-    let (mut udp_sockets, udp_unseen) = match wants_udp(rules).then(listeners::udp) {
-        None => (vec![], None),
-        Some(Ok(sockets)) => (sockets, None),
-        Some(Err(error)) => (vec![], Some(format!("{error:#}"))),
-    };
-    for listener in listeners.iter_mut().chain(&mut udp_sockets) {
-        if let Some(kind) = refused.get(&listener.inode) {
-            listener.kind = *kind;
+    processes: Processes,
+    /// Listeners, by inode, that the kernel cannot be given; kept at most as long as they exist.
+    refused: BTreeMap<u64, ListenerKind>,
+    /// The services that were seen last.
+    incumbents: Incumbents,
+    /// Names of the users who own listeners.
+    pub(super) users: Users,
+}
+
+impl Observer {
+    /// Creates an observer that knows the processes of these containers.
+    pub(super) fn new(interfaces: Interfaces, host: NamespaceId, seen: &[SeenContainer]) -> Self {
+        let known = |seen: &SeenContainer| ((seen.id.clone(), seen.pid), Some(seen.start.clone()));
+        Self {
+            interfaces,
+            host,
+            processes: seen.iter().map(known).collect(),
+            refused: BTreeMap::new(),
+            incumbents: Incumbents::new(),
+            users: Users::default(),
         }
     }
-    let unix: BTreeSet<_> = rules
-        .iter()
-        .filter_map(|(_, rule, _)| match &rule.spec.target {
-            Target::Unix(path) => Some(path.clone()),
-            Target::Port(_) | Target::Address(_) => None,
-        })
-        .collect();
-    let namespaces = namespaces(rules, docker, host, processes);
-    let mut inventory = Inventory {
-        docker_networks: docker.map(|view| view.networks.clone()).unwrap_or_default(),
-        docker: match docker.map(|view| &view.presence) {
-            None => DockerPresence::Off,
-            Some(Presence::Reachable { .. }) => DockerPresence::Reachable,
-            Some(Presence::Away { .. } | Presence::Unknown) => DockerPresence::Away,
-        },
-        containers: docker.map(|view| containers(view, rules, processes, host)).unwrap_or_default(),
-        host_gateways: docker.map(|view| view.host_gateways.clone()).unwrap_or_default(),
-        aliases: BTreeSet::new(),
-        container_names: docker.map(|view| view.container_names.clone()).unwrap_or_default(),
-        interfaces: interfaces.list().await?,
-        listeners,
-        udp_sockets,
-        udp_unseen,
-        untrusted_paths: trusted::untrusted(&unix),
-        unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
-        namespaces,
-        incumbents: Incumbents::new(),
-    };
-    inventory.incumbents = owner::incumbents(rules, &inventory, incumbents);
-    Ok(inventory)
+
+    /// Returns the first processes of the containers that were seen.
+    pub(super) fn processes(&self) -> &Processes {
+        &self.processes
+    }
+
+    /// Returns the id of the host's network namespace.
+    pub(super) fn host(&self) -> NamespaceId {
+        self.host
+    }
+
+    /// Notes listeners, by inode, that the kernel cannot be given.
+    pub(super) fn note_refused(&mut self, mut refused: BTreeMap<u64, ListenerKind>) {
+        self.refused.append(&mut refused);
+    }
+
+    /// Forgets which listeners had no room in the kernel's map: there is room again.
+    pub(super) fn note_room(&mut self) {
+        self.refused.retain(|_, kind| *kind != ListenerKind::NoRoom);
+    }
+
+    /// Notes which services an observation has found; the next one lets them keep their ports.
+    pub(super) fn note_incumbents(&mut self, inventory: &Inventory) {
+        self.incumbents.clone_from(&inventory.incumbents);
+    }
+
+    /// Observes the host, as far as `rules` need it. `aliases` are the host's other addresses that containers
+    /// dial.
+    pub(super) async fn observe(
+        &mut self,
+        rules: &Rules,
+        docker: Option<&View>,
+        aliases: &BTreeSet<IpAddr>,
+    ) -> anyhow::Result<Inventory> {
+        let mut listeners = listeners::tcp()?;
+        // A kernel may lack udp_diag; that does not affect TCP.
+        let (mut udp_sockets, udp_unseen) = match wants_udp(rules).then(listeners::udp) {
+            None => (vec![], None),
+            Some(Ok(sockets)) => (sockets, None),
+            Some(Err(error)) => (vec![], Some(format!("{error:#}"))),
+        };
+        let mut still_there = BTreeMap::new();
+        for listener in listeners.iter_mut().chain(&mut udp_sockets) {
+            if let Some(kind) = self.refused.get(&listener.inode) {
+                listener.kind = *kind;
+                still_there.insert(listener.inode, *kind);
+            }
+        }
+        self.refused = still_there;
+        let unix: BTreeSet<_> = rules
+            .iter()
+            .filter_map(|(_, rule, _)| match &rule.spec.target {
+                Target::Unix(path) => Some(path.clone()),
+                Target::Port(_) | Target::Address(_) => None,
+            })
+            .collect();
+        let namespaces = namespaces(rules, docker, self.host, &mut self.processes);
+        let mut inventory = Inventory {
+            docker_networks: docker.map(|view| view.networks.clone()).unwrap_or_default(),
+            docker: match docker.map(|view| &view.presence) {
+                None => DockerPresence::Off,
+                Some(Presence::Reachable { .. }) => DockerPresence::Reachable,
+                Some(Presence::Away { .. } | Presence::Unknown) => DockerPresence::Away,
+            },
+            containers: docker
+                .map(|view| containers(view, rules, &self.processes, self.host))
+                .unwrap_or_default(),
+            host_gateways: docker.map(|view| view.host_gateways.clone()).unwrap_or_default(),
+            aliases: aliases.clone(),
+            container_names: docker.map(|view| view.container_names.clone()).unwrap_or_default(),
+            interfaces: self.interfaces.list().await?,
+            listeners,
+            udp_sockets,
+            udp_unseen,
+            untrusted_paths: trusted::untrusted(&unix),
+            unix_listeners: if unix.is_empty() { unix } else { listeners::unix(unix)? },
+            namespaces,
+            incumbents: Incumbents::new(),
+        };
+        inventory.incumbents = owner::incumbents(rules, &inventory, &self.incumbents);
+        Ok(inventory)
+    }
+
+    /// Finds the owner of the listener that serves each rule.
+    pub(super) async fn owners(
+        &mut self,
+        policy: &Policy,
+        inventory: &Inventory,
+    ) -> BTreeMap<RuleId, ListenerUser> {
+        let sockets = Sockets::new(inventory);
+        let rules = policy.outcomes.iter().map(|outcome| &outcome.rule);
+        let uids: Vec<_> = rules.filter_map(|rule| Some((rule.id(), sockets.user_of(rule)?))).collect();
+        self.users.look(&uids.iter().map(|(_, uid)| *uid).collect()).await;
+        let named = |uid| ListenerUser { uid, name: self.users.name(uid).map(str::to_owned) };
+        uids.into_iter().map(|(id, uid)| (id, named(uid))).collect()
+    }
 }
 
 /// Returns every container that Docker has reported. While Docker is away, nobody reports when a container
