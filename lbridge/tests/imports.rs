@@ -38,9 +38,8 @@ const RESERVED: [(&str, &[&str]); 4] = [
 
 /// Circles that are still there: the parent of the modules, and the modules. Remove a circle from this list
 /// once it is gone.
-const KNOWN_CIRCLES: [(&str, &[&str]); 5] = [
+const KNOWN_CIRCLES: [(&str, &[&str]); 4] = [
     ("cli", &["render", "top"]),
-    ("docker", &["engine", "look", "snapshot"]),
     ("firewall", &["firewalld", "iptables", "ruleset"]),
     ("planning", &["firewall", "plan", "policy", "reality"]),
     ("planning", &["inventory", "owner"]),
