@@ -38,11 +38,8 @@ const RESERVED: [(&str, &[&str]); 4] = [
 
 /// Circles that are still there: the parent of the modules, and the modules. Remove a circle from this list
 /// once it is gone.
-const KNOWN_CIRCLES: [(&str, &[&str]); 3] = [
-    ("cli", &["render", "top"]),
-    ("planning", &["firewall", "plan", "policy", "reality"]),
-    ("planning", &["inventory", "owner"]),
-];
+const KNOWN_CIRCLES: [(&str, &[&str]); 2] =
+    [("planning", &["firewall", "plan", "policy", "reality"]), ("planning", &["inventory", "owner"])];
 
 static SOURCE: LazyLock<Source> = LazyLock::new(Source::read);
 
