@@ -21,8 +21,9 @@ use super::{
 use crate::{
     firewall::{self, Firewall, conntrack},
     host::{
-        listeners::{self, Taker},
+        holders, listeners,
         netns::{LOOPBACK, Namespace},
+        socket_fd::{self, Taker},
     },
     kernel::{
         loader::Kernel,
@@ -330,7 +331,7 @@ impl Executor {
             Step::PutView(key, view) => kernel.maps.put_view(*key, view),
             Step::Register { key, inode } => {
                 let socket = taker.take(*inode, wanted)?;
-                if listeners::is_mptcp(&socket) {
+                if socket_fd::is_mptcp(&socket) {
                     return Err(Mptcp.into());
                 }
                 kernel.maps.register(*key, &socket)
@@ -426,7 +427,7 @@ impl Executor {
         if self.holders.len() > MAX_HOLDERS {
             self.holders.clear();
         }
-        self.holders.entry(inode).or_insert_with(|| listeners::holder(inode)).clone()
+        self.holders.entry(inode).or_insert_with(|| holders::holder(inode)).clone()
     }
 }
 

@@ -36,7 +36,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     api::protocol::Status,
-    host::{interfaces::Interfaces, listeners, netns},
+    host::{holders, interfaces::Interfaces, listeners, netns},
     planning::{
         inventory::{Listener, ListenerKind},
         rule::{Network, Protocol, RuleId},
@@ -349,7 +349,7 @@ impl Judge<'_> {
             }
             Some(By::Relay) => match self.daemon {
                 None => Err("the daemon's process cannot be told, and so not its relays".to_owned()),
-                Some(daemon) if listeners::is_held_by(taker.inode, daemon) => Ok(()),
+                Some(daemon) if holders::is_held_by(taker.inode, daemon) => Ok(()),
                 Some(_) => Err(format!("given to {}, which is no relay of the daemon", shown(taker))),
             },
             None => Err("where the rule leads cannot be told".to_owned()),
@@ -410,7 +410,7 @@ fn who_answers(taker: Option<&Listener>, to: SocketAddr) -> String {
 }
 
 fn shown(listener: &Listener) -> String {
-    match listeners::holder(listener.inode) {
+    match holders::holder(listener.inode) {
         Some(holder) => format!("{holder} on {}", listener.address),
         None => listener.address.to_string(),
     }
