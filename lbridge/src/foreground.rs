@@ -40,7 +40,7 @@ use crate::{
         resolve::resolve,
         rule::{Network, Origin, PortSpec, Protocol, ProxyProtocol, Rule, Rules, Source, Target},
     },
-    relay::{self, listener::Listening, set::RelaySet},
+    relay::{self, set::RelaySet, socket::Listening},
     sandbox::{
         door::Door,
         find,

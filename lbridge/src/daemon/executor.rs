@@ -37,7 +37,7 @@ use crate::{
         policy::{Place, Policy, RelayKey, RelaySpec},
         reality::{Flows, Reality},
     },
-    relay::{self, listener::Listening, set::RelaySet},
+    relay::{self, set::RelaySet, socket::Listening},
 };
 
 /// Error of a kernel step if no kernel half is loaded.
@@ -388,7 +388,7 @@ impl Executor {
                 let index = NonZeroU32::new(*ifindex).context("an interface without an index")?;
                 let socket = match inherited {
                     Some(socket) => socket,
-                    None if spec.by_entry => relay::listener::listen_by_entry(key.address, index)?,
+                    None if spec.by_entry => relay::socket::listen_by_entry(key.address, index)?,
                     None => self.listen(key.address, index)?,
                 };
                 self.relays.open(key, spec.clone(), socket, None::<Pending<()>>)
@@ -411,7 +411,7 @@ impl Executor {
     /// Listens in this thread's network namespace. If the port is in use, the error names the process that
     /// holds it.
     fn listen(&mut self, address: SocketAddr, interface: NonZeroU32) -> anyhow::Result<Listening> {
-        relay::listener::listen(address, interface).map_err(|error| match error.kind() {
+        relay::socket::listen(address, interface).map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => match self.who_listens(address) {
                 Some(who) => anyhow!("in use by {who}"),
                 None => anyhow!("in use: another socket has {address}"),

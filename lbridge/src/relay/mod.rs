@@ -2,20 +2,28 @@
 //! that opens the Unix socket of a rule.
 //!
 //! - [`set`]: the relays that are open;
-//! - [`listener`]: one relay: accepts, checks, connects;
+//! - [`socket`]: the listening sockets;
+//! - `listener`: one relay: accepts and checks;
+//! - `limits`: the number of connections that may be open;
+//! - `meter`: the counters of a rule;
+//! - `pause`: keeps frequent events from filling the log;
+//! - `connection`: the life of one connection, which reaches the service;
 //! - [`splice`]: moves the bytes of one connection;
 //! - [`workers`]: the threads that relays run on.
 
-pub mod listener;
+mod connection;
+mod limits;
+mod listener;
+mod meter;
+mod pause;
 pub mod set;
+pub mod socket;
 mod splice;
 mod workers;
 
 use std::net::SocketAddr;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
-
-use crate::{host::trusted, planning::policy::stand_in_for_container as stand_in};
 
 /// Makes the service see the container as the peer of a relayed connection, where the kernel can (name
 /// hooks).
@@ -48,7 +56,7 @@ pub fn raise_descriptor_limit() {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::planning::policy::stand_in_for_container as stand_in;
 
     #[test]
     fn a_stand_in_is_never_localhost() {
