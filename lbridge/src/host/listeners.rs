@@ -239,7 +239,8 @@ fn listening_path(line: &[u8]) -> Option<&Path> {
 pub fn in_the_way(address: SocketAddr) -> Option<u64> {
     let in_the_way = |listener: &&Listener| {
         let there = listener.address;
-        let wildcard = there.ip().is_unspecified() && (there.is_ipv6() || address.is_ipv4());
+        let same_family = there.is_ipv4() == address.is_ipv4();
+        let wildcard = there.ip().is_unspecified() && (same_family || !listener.single_family);
         there.port() == address.port() && (there.ip() == address.ip() || wildcard)
     };
     Some(tcp().ok()?.iter().find(in_the_way)?.inode)
@@ -282,6 +283,23 @@ mod tests {
         assert!(is_held_by(inode, std::process::id()) && !is_held_by(inode, 1));
         drop(listener);
         assert_eq!(lookup(Protocol::Tcp, from, to, 1).unwrap(), None);
+    }
+
+    #[test]
+    fn an_ipv6_wildcard_is_in_the_way_of_ipv4_unless_it_is_ipv6_only() {
+        for ipv6_only in [true, false] {
+            let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).unwrap();
+            socket.set_only_v6(ipv6_only).unwrap();
+            socket.bind(&"[::]:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+            socket.listen(1).unwrap();
+            let listener = TcpListener::from(socket);
+            let inode = nix::sys::stat::fstat(listener.as_fd()).unwrap().st_ino;
+            let port = listener.local_addr().unwrap().port();
+            let is_in_the_way_of =
+                |ip: &str| in_the_way(SocketAddr::new(ip.parse().unwrap(), port)) == Some(inode);
+            assert!(is_in_the_way_of("::1"));
+            assert_eq!(is_in_the_way_of("127.0.0.1"), !ipv6_only);
+        }
     }
 
     #[test]
