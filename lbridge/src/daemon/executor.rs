@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use lbridge_common::wire::{AcceptedKey, ProberKey, RuleKey, SourceKey};
 
 use super::{
@@ -27,7 +27,7 @@ use crate::{
     },
     kernel::{
         loader::Kernel,
-        maps::{PeerNames, Probes},
+        maps::{Probes, RelayNames},
     },
     planning::{
         firewall::{Filtering, Link, Opening},
@@ -128,9 +128,9 @@ pub(super) struct SeenFlows {
     error: Option<String>,
 }
 
-impl relay::PeerNames for PeerNames {
+impl relay::PeerNames for RelayNames {
     fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()> {
-        Self::announce(self, cookie, container)
+        self.put_connect(cookie, container)
     }
 
     fn confirm(
@@ -140,11 +140,18 @@ impl relay::PeerNames for PeerNames {
         service: SocketAddr,
         container: SocketAddr,
     ) -> anyhow::Result<()> {
-        Self::confirm(self, cookie, relay, service, container)
+        self.remove_connect(cookie)?;
+        ensure!(
+            self.is_named(cookie, relay, service, container),
+            "the kernel has not named {container} to the service"
+        );
+        Ok(())
     }
 
     fn withdraw(&self, cookie: u64) {
-        Self::withdraw(self, cookie);
+        if let Err(error) = self.remove_connect(cookie) {
+            tracing::warn!("{error:#}");
+        }
     }
 }
 

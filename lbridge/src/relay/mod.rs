@@ -26,7 +26,9 @@ use std::net::SocketAddr;
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 /// Makes the service see the container as the peer of a relayed connection, where the kernel can (name
-/// hooks).
+/// hooks). Naming takes two steps, since the service may ask for its peer as soon as it is connected:
+/// [`PeerNames::announce`] before connect(), which lets the kernel enter the name as soon as the socket has
+/// its port; [`PeerNames::confirm`] after it.
 pub trait PeerNames: Send + Sync + std::fmt::Debug {
     /// Announces that the socket with this cookie will connect on behalf of `container`.
     fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()>;
