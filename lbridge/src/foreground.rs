@@ -33,15 +33,15 @@ use crate::{
     planning::{
         firewall::FirewallMode,
         hooks::PerHookSet,
-        inventory::{Abilities, Absence, Entrance, Inventory, Namespace, NamespaceKey},
-        owner::{self, Incumbents},
+        inventory::{Abilities, Absence, Entrance, Incumbents, Inventory, Namespace, NamespaceKey},
+        owner,
         plan::{Step, plan},
         policy::{RelayKey, RelaySpec, State},
         reality::Reality,
         resolve::resolve,
         rule::{Network, Origin, PortSpec, Protocol, ProxyProtocol, Rule, Rules, Source, Target},
     },
-    relay::{self, listener::Listening, set::RelaySet},
+    relay::{self, set::RelaySet, socket::Listening},
     sandbox::{
         door::Door,
         find,

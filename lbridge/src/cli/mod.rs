@@ -10,6 +10,7 @@ mod events;
 mod explain;
 mod import;
 mod list;
+mod load;
 mod log;
 mod relay;
 mod reload;

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     api::protocol::ListenerUser,
     host::{
-        listeners,
+        holders, listeners,
         netns::{self, process_start},
         users::Users,
     },
@@ -58,7 +58,7 @@ pub(super) async fn holders(
         .collect();
     users.look_too(&people.values().copied().collect()).await;
     let named = |inode| {
-        let holder = listeners::holder(inode);
+        let holder = holders::holder(inode);
         let Some(uid) = people.get(&inode).copied() else { return holder };
         let user = ListenerUser { uid, name: users.name(uid).map(str::to_owned) };
         Some(format!("{} of {user}", holder.unwrap_or_else(|| "a service".to_owned())))

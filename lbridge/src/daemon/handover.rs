@@ -24,7 +24,7 @@ use crate::{
         inventory::NamespaceId,
         policy::{Place, RelayKey},
     },
-    relay::listener::Listening,
+    relay::socket::Listening,
 };
 
 /// Name of a socket that is bound to the dialled address itself. The names of sockets behind entries begin

@@ -11,10 +11,10 @@ use crate::{
     host::{interfaces::Interfaces, listeners, netns, trusted, users::Users},
     planning::{
         inventory::{
-            Absence, Container, DockerPresence, Entrance, Inventory, ListenerKind, Namespace, NamespaceId,
-            SeenContainer,
+            Absence, Container, DockerPresence, Entrance, Incumbents, Inventory, ListenerKind, Namespace,
+            NamespaceId, SeenContainer,
         },
-        owner::{self, Incumbents, Sockets},
+        owner::{self, Sockets},
         policy::Policy,
         rule::{Network, ProcessStart, Protocol, RuleId, Rules, Target},
     },

@@ -1,6 +1,6 @@
 //! Engine: identifies the engine that answers, Docker or Podman.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, env};
 
 use bollard::Docker;
 
@@ -9,6 +9,14 @@ use crate::planning::inventory::Product;
 
 /// The name of the component by which Podman's version answer is recognized.
 const PODMAN: &str = "Podman Engine";
+
+/// Returns the engine's address: `DOCKER_HOST`, or the default socket.
+pub fn address() -> String {
+    env::var("DOCKER_HOST")
+        .ok()
+        .filter(|host| !host.is_empty())
+        .unwrap_or("unix:///var/run/docker.sock".to_owned())
+}
 
 /// An engine, as it describes itself.
 #[derive(Debug, Clone)]
@@ -25,7 +33,7 @@ pub(super) struct Engine {
 impl Engine {
     /// Asks the engine for its product, its version and whether it is rootless.
     pub(super) async fn ask(docker: &Docker) -> anyhow::Result<Self> {
-        if let Some(libpod) = Libpod::find(&super::look::address()).await {
+        if let Some(libpod) = Libpod::find(&address()).await {
             let Libpod { version, rootless, .. } = libpod.clone();
             let libpod = Some(libpod).filter(Libpod::tells_bridges);
             return Ok(Self { product: Product::Podman, version, rootless, libpod });

@@ -1,6 +1,6 @@
 //! Look: asks the engine once, for commands that do not follow it.
 
-use std::{env, time::Duration};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use bollard::{
@@ -9,7 +9,7 @@ use bollard::{
 };
 use tokio::time::timeout;
 
-use super::{engine, snapshot};
+use super::{engine::Engine, snapshot};
 use crate::planning::{
     inventory::{DockerNetwork, Product},
     labels::Labelled,
@@ -22,7 +22,7 @@ const HOST_GATEWAY: &str = "host-gateway";
 
 /// An engine, as it describes itself, and its networks.
 #[derive(Debug, Clone)]
-pub struct Engine {
+pub struct EngineInfo {
     /// Docker or Podman.
     pub product: Product,
     /// The engine's version, as it reports it.
@@ -46,22 +46,14 @@ pub struct Guest {
     pub has_way_out: bool,
 }
 
-/// Returns the engine's address: `DOCKER_HOST`, or the default socket.
-pub fn address() -> String {
-    env::var("DOCKER_HOST")
-        .ok()
-        .filter(|host| !host.is_empty())
-        .unwrap_or("unix:///var/run/docker.sock".to_owned())
-}
-
 /// Asks the engine at `DOCKER_HOST`, or at the default socket.
-pub async fn engine() -> anyhow::Result<Engine> {
+pub async fn engine() -> anyhow::Result<EngineInfo> {
     within(async {
         let docker = connect()?;
-        let engine = engine::Engine::ask(&docker).await?;
+        let engine = Engine::ask(&docker).await?;
         let networks = snapshot::networks(&docker, &engine).await?;
-        let engine::Engine { product, version, rootless, .. } = engine;
-        Ok(Engine { product, version, rootless, networks })
+        let Engine { product, version, rootless, .. } = engine;
+        Ok(EngineInfo { product, version, rootless, networks })
     })
     .await
 }

@@ -20,6 +20,8 @@ mod snapshot;
 pub mod view;
 pub mod watch;
 
+pub use engine::address;
+
 /// Reduces an error to its root cause; the outer layers only describe the libraries' internals.
 fn plain(error: bollard::errors::Error) -> anyhow::Error {
     let error = anyhow::Error::from(error);

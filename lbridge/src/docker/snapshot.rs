@@ -200,7 +200,7 @@ fn attachment(network: String, endpoint: &EndpointSettings) -> Attachment {
 pub(super) async fn container_names(docker: &Docker) -> anyhow::Result<Vec<String>> {
     let options = ListContainersOptions { all: true, ..ListContainersOptions::default() };
     let containers =
-        docker.list_containers(Some(options)).await.context("cannot list Docker's containers")?;
+        docker.list_containers(Some(options)).await.context("cannot list the engine's containers")?;
     // Legacy links are names with a second slash.
     let own = |name: &String| Some(name.strip_prefix('/')?.to_owned()).filter(|name| !name.contains('/'));
     let mut names: Vec<_> =

@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 use super::{Finding, Host, Level, listed, quoted};
 use crate::{
     api::protocol::{DockerStatus, Status},
-    docker::look::{self, Engine},
+    docker::{
+        self,
+        look::{self, EngineInfo},
+    },
     planning::{
         inventory::{DEFAULT_NETWORK, Product, find_networks},
         labels::{ALLOW, Labelled},
@@ -16,7 +19,7 @@ use crate::{
 };
 
 /// Checks whether the engine answers.
-pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engine>, Vec<Finding>) {
+pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<EngineInfo>, Vec<Finding>) {
     const CHECK: &str = "docker";
     let followed = status.map(|status| &status.docker);
     if followed == Some(&DockerStatus::Off) {
@@ -31,7 +34,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
                 (Some(DockerStatus::Reachable { engine, version }), true) => {
                     let what = format!(
                         "no answer from {}, though the daemon has one from {engine} {version}",
-                        look::address()
+                        docker::address()
                     );
                     Finding::new(CHECK, Level::Note, what)
                         .because("DOCKER_HOST may be another here than where the daemon runs.")
@@ -43,7 +46,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
                 (None, false) => Finding::needs_root(CHECK, "Docker"),
                 _ => {
                     let level = if needed { Level::Problem } else { Level::Note };
-                    let address = look::address();
+                    let address = docker::address();
                     let what = format!("no Docker Engine at {address}: {error:#}");
                     let why = if needed {
                         "Rules in force stay in force, and do not follow networks and containers."
@@ -63,7 +66,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
     let none = engine.product == Product::Docker
         && bridges.peek().is_some()
         && !bridges.any(|bridge| host.interfaces.iter().any(|interface| interface.name == *bridge));
-    let what = format!("{} {} answers at {}", engine.product, engine.version, look::address());
+    let what = format!("{} {} answers at {}", engine.product, engine.version, docker::address());
     let finding = if engine.rootless || none {
         let kind = if engine.rootless { "it is rootless" } else { "none of its bridges is on this host" };
         Finding::new(CHECK, Level::Warning, format!("{what}, but {kind}"))

@@ -18,8 +18,8 @@ use super::{Finding, Level, Options, daemon::Daemon};
 use crate::{
     host::{
         cgroup,
-        listeners::Taker,
         netns::{self, HostNetns, LOOPBACK},
+        socket_fd::Taker,
     },
     kernel::{
         pins,

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use super::{Finding, Host, Level, listed, quoted};
 use crate::{
     host::{
-        listeners::{self, Taker},
+        holders::processes_of,
+        listeners,
         processes::{self, Unit},
+        socket_fd::{Taker, is_mptcp},
     },
     planning::inventory::Listener,
 };
@@ -33,7 +35,7 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
     let mut meant: Vec<_> = listeners.iter().filter(is_meant).collect();
     meant.sort_by_key(|listener| (listener.address.port(), listener.address));
     let inodes: HashSet<_> = meant.iter().map(|listener| listener.inode).collect();
-    let holders = listeners::processes_of(&inodes.iter().copied().collect()).unwrap_or_default();
+    let holders = processes_of(&inodes.iter().copied().collect()).unwrap_or_default();
     let mut taker = Taker::default();
     let mut findings = vec![];
     let mut unseen = false;
@@ -58,7 +60,7 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
         }
         if rules.iter().any(|rule| rule.steerable) {
             match taker.take(listener.inode, &inodes) {
-                Ok(socket) if listeners::is_mptcp(&socket) => findings.push(mptcp(listener, &holder, &names)),
+                Ok(socket) if is_mptcp(&socket) => findings.push(mptcp(listener, &holder, &names)),
                 Ok(_) => {}
                 Err(_) => unseen = true,
             }

@@ -10,7 +10,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{ruleset::Problem, run};
+use super::tool::{Problem, run};
 use crate::planning::{
     firewall::{Accepted, Chain, Link, Opening},
     rule::Protocol,

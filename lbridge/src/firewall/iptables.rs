@@ -4,7 +4,10 @@
 
 use std::{collections::BTreeMap, fs, net::IpAddr};
 
-use super::{everybody, ruleset::Problem, run, run_with};
+use super::{
+    everybody,
+    tool::{Problem, run, run_with},
+};
 use crate::planning::{
     firewall::{Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Opening, Through},
     rule::Protocol,

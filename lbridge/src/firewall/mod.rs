@@ -5,6 +5,7 @@
 //! - [`ruleset`]: nftables' rules, in the types of the `nftables` crate;
 //! - [`iptables`]: the tables of `iptables-nft` and `iptables-legacy`, through those programs;
 //! - [`firewalld`]: firewalld whose table takes rules from nobody else;
+//! - [`tool`]: runs the programs of firewalls;
 //! - [`changes`]: the kernel's notifications that a ruleset has changed;
 //! - [`conntrack`]: flows that are let in though their accept rule is gone.
 
@@ -14,32 +15,26 @@ mod firewalld;
 mod iptables;
 mod probe;
 mod ruleset;
+mod tool;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    env,
-    ffi::OsString,
-    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    process::Stdio,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use ipnet::IpNet;
 use lbridge_common::wire::AcceptedKey;
-use rustix::{
-    io::Errno,
-    process::{Signal, getpid, getppid, set_parent_process_death_signal},
-};
-use tokio::{io::AsyncWriteExt as _, sync::mpsc};
+use tokio::sync::mpsc;
 
 use crate::planning::{
     firewall::{Chain, Filtering, Link, Opening, Passage, Through},
     rule::Protocol,
 };
 use changes::Changes;
-use ruleset::{PATIENCE, Problem, Ruleset, Unread};
+use ruleset::{Ruleset, Unread};
+use tool::Problem;
 
 /// Interval of reading the ruleset without a reason: nothing reports `iptables-legacy`'s changes.
 const IDLE_LOOK: Duration = Duration::from_secs(60);
@@ -327,55 +322,4 @@ fn everybody(gateway: IpAddr) -> IpNet {
 
 fn listed(problems: &[Unread]) -> String {
     problems.iter().map(|unread| unread.problem.to_string()).collect::<Vec<_>>().join("; ")
-}
-
-/// Returns the folders to look for the tools in, with some that a shell may lack, as after `su` without `-`.
-fn tools_path() -> OsString {
-    let mut path = env::var_os("PATH").unwrap_or_default();
-    path.push(":/usr/local/sbin:/usr/sbin:/sbin");
-    path
-}
-
-/// Runs a firewall's tool to its end, and returns what it prints.
-async fn run(program: &'static str, arguments: &[&str]) -> Result<String, Problem> {
-    run_with(program, arguments, "").await
-}
-
-/// Runs a tool like [`run`], with `input` as its standard input.
-async fn run_with(program: &'static str, arguments: &[&str], input: &str) -> Result<String, Problem> {
-    let failed = |why: String| Problem::Failed(anyhow::anyhow!("{program}: {why}"));
-    let mut command = tokio::process::Command::new(program);
-    command.args(arguments).env("LC_ALL", "C").env("PATH", tools_path()).kill_on_drop(true);
-    // A tool that outlives a killed daemon would put an accept rule that nobody knows of.
-    let daemon = getpid();
-    let end_with_it = move || {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        if getppid() == Some(daemon) { Ok(()) } else { Err(Errno::CANCELED.into()) }
-    };
-    // SAFETY: prctl() and getppid() are async-signal-safe.
-    unsafe { command.pre_exec(end_with_it) };
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let output = async {
-        let mut child = command.spawn()?;
-        if let Some(mut stdin) = child.stdin.take() {
-            match stdin.write_all(input.as_bytes()).await {
-                // Its standard error says what it does not like.
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-                written => written?,
-            }
-        }
-        child.wait_with_output().await
-    };
-    let output = match tokio::time::timeout(PATIENCE, output).await {
-        Ok(Ok(output)) => output,
-        Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => return Err(Problem::Missing(program)),
-        Ok(Err(error)) => return Err(failed(error.to_string())),
-        Err(_) => return Err(failed("it does not come to an end".to_owned())),
-    };
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        let first = said.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
-        return Err(failed(first.to_owned()));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -5,7 +5,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     net::IpAddr,
-    time::Duration,
 };
 
 use anyhow::anyhow;
@@ -23,15 +22,13 @@ use serde_json::Value;
 use super::{
     everybody, firewalld,
     iptables::{Listed, Variant},
-    run, run_with,
+    tool::{Problem, run, run_with},
 };
 use crate::planning::{
     firewall::{Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Link, Opening, Through},
     rule::Protocol,
 };
 
-/// Limit on the run time of a firewall's tool.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// Arguments that list the ruleset without counters (`-s`) and without the elements of sets (`-t`): they
 /// change all the time, and may be a million.
 const LIST: [&str; 5] = ["-j", "-s", "-t", "list", "ruleset"];
@@ -49,15 +46,6 @@ pub(super) struct Unread {
     pub(super) through: &'static [Through],
     /// Reason why they could not be read.
     pub(super) problem: Problem,
-}
-
-/// Reason why something could not be read.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Problem {
-    #[error("{0} is not installed")]
-    Missing(&'static str),
-    #[error("{0:#}")]
-    Failed(anyhow::Error),
 }
 
 /// The rules that were read.

@@ -10,10 +10,9 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressScope},
     link::{InfoKind, LinkAttribute, LinkInfo},
 };
-use rtnetlink::{Handle, LinkUnspec, MulticastGroup};
+use rtnetlink::{Handle, MulticastGroup};
 use tokio::sync::mpsc;
 
-use super::netns::LOOPBACK;
 use super::scratch;
 use crate::planning::inventory::Interface;
 
@@ -95,17 +94,6 @@ pub async fn list() -> anyhow::Result<Vec<Interface>> {
     let interfaces = Interfaces { handle }.list().await;
     connection.abort();
     interfaces
-}
-
-/// Brings up the loopback interface of this thread's network namespace.
-pub(super) fn loopback_up() -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
-        tokio::spawn(connection);
-        let up = LinkUnspec::new_with_index(LOOPBACK.get()).up().build();
-        handle.link().set(up).execute().await.context("cannot set the loopback interface up")
-    })
 }
 
 fn is_scratch(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {

@@ -1,14 +1,11 @@
-//! Listening sockets: lists them with sock_diag, and takes a descriptor of one with a pidfd.
+//! Listening sockets: lists them with sock_diag, and asks the kernel which of them would get a connection.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet},
     ffi::OsStr,
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::{
-        fd::OwnedFd,
-        unix::{ffi::OsStrExt as _, fs::FileTypeExt as _},
-    },
+    os::unix::{ffi::OsStrExt as _, fs::FileTypeExt as _},
     path::{Path, PathBuf},
 };
 
@@ -20,10 +17,6 @@ use netlink_packet_sock_diag::{
     inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
 use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
-use rustix::{
-    net::{ipproto, sockopt},
-    process::{self, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_open},
-};
 
 use super::netlink;
 use crate::planning::{
@@ -241,137 +234,22 @@ fn listening_path(line: &[u8]) -> Option<&Path> {
         .then(|| Path::new(OsStr::from_bytes(rest)))
 }
 
-/// Takes descriptors of listening sockets of other processes.
-#[derive(Debug, Default)]
-pub struct Taker {
-    /// Maps a socket's inode to the processes that hold it and their descriptors, as one walk through /proc
-    /// found them. `None` before the walk.
-    holders: Option<HashMap<u64, Vec<(Pid, i32)>>>,
-}
-
-impl Taker {
-    /// Returns a descriptor of the socket with this inode. Needs `CAP_SYS_PTRACE` (`PTRACE_MODE_ATTACH`,
-    /// pidfd_getfd(2)).
-    ///
-    /// `wanted` has the inodes that this call and later calls ask for: one walk through /proc finds them all.
-    pub fn take(&mut self, inode: u64, wanted: &HashSet<u64>) -> anyhow::Result<OwnedFd> {
-        let holders = match &mut self.holders {
-            Some(holders) => holders,
-            none => none.insert(holders_of(wanted)?),
-        };
-        let Some(holders) = holders.get(&inode) else {
-            bail!("no process holds the listening socket (inode {inode})");
-        };
-        let mut last = None;
-        for (pid, fd) in holders {
-            match pidfd_getfd(*pid, *fd) {
-                // The process may have closed it and reused the descriptor's number.
-                Ok(taken) if socket_inode(&taken) == Some(inode) => return Ok(taken),
-                Ok(_) => {}
-                Err(error) => last = Some(error),
-            }
-        }
-        match last {
-            Some(error) => Err(error).context("cannot take hold of the listening socket"),
-            None => bail!("the listening socket is gone (inode {inode})"),
-        }
-    }
-}
-
 /// Returns the inode of the socket that keeps others in this thread's network namespace from listening on
 /// `address`; `None` if none does, or if the sockets cannot be listed.
 pub fn in_the_way(address: SocketAddr) -> Option<u64> {
     let in_the_way = |listener: &&Listener| {
         let there = listener.address;
-        let wildcard = there.ip().is_unspecified() && (there.is_ipv6() || address.is_ipv4());
+        let same_family = there.is_ipv4() == address.is_ipv4();
+        let wildcard = there.ip().is_unspecified() && (same_family || !listener.single_family);
         there.port() == address.port() && (there.ip() == address.ip() || wildcard)
     };
     Some(tcp().ok()?.iter().find(in_the_way)?.inode)
 }
 
-/// Returns the name and number of a process that holds a socket of this thread's network namespace, as text
-/// for a message. Processes inside the namespace are searched first. Stops after 20,000 descriptors, so that
-/// it does not take long, and then returns `None`.
-pub fn holder(inode: u64) -> Option<String> {
-    const MAX_LOOKS: usize = 20_000;
-    let own = fs::read_link("/proc/thread-self/ns/net").ok()?;
-    let wanted = format!("socket:[{inode}]");
-    let processes = fs::read_dir("/proc").ok()?.flatten().map(|process| process.path());
-    let is_inside = |process: &PathBuf| fs::read_link(process.join("ns/net")).is_ok_and(|netns| netns == own);
-    let (inside, outside): (Vec<_>, Vec<_>) = processes.partition(is_inside);
-    let descriptors = inside.into_iter().chain(outside).flat_map(|process| {
-        let open = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
-        open.map(move |descriptor| (process.clone(), descriptor.path()))
-    });
-    let is_it = |(_, descriptor): &(PathBuf, PathBuf)| {
-        fs::read_link(descriptor).is_ok_and(|link| link.as_os_str() == OsStr::new(&wanted))
-    };
-    let (process, _) = descriptors.take(MAX_LOOKS).find(is_it)?;
-    // The user who runs the process chooses these bytes.
-    let name = fs::read(process.join("comm")).unwrap_or_default();
-    let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).escape_debug().to_string();
-    Some(format!("{name} (process {})", process.file_name()?.display()))
-}
-
-/// Returns true if the process has a descriptor of the socket with this inode.
-pub fn is_held_by(inode: u64, pid: u32) -> bool {
-    let wanted = format!("socket:[{inode}]");
-    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    descriptors.into_iter().any(|descriptor| {
-        fs::read_link(descriptor.path()).is_ok_and(|link| link.as_os_str() == OsStr::new(&wanted))
-    })
-}
-
-/// Returns true if a listening socket is an MPTCP socket (`SO_PROTOCOL`).
-pub fn is_mptcp(socket: &OwnedFd) -> bool {
-    sockopt::socket_protocol(socket).is_ok_and(|protocol| protocol == Some(ipproto::MPTCP))
-}
-
-/// Maps the inodes of these sockets to the numbers of the processes that hold them. Finds only processes
-/// whose descriptors this one may inspect.
-pub fn processes_of(wanted: &BTreeSet<u64>) -> anyhow::Result<BTreeMap<u64, BTreeSet<u32>>> {
-    let holders = holders_of(&wanted.iter().copied().collect())?.into_iter();
-    let number = |(pid, _): (Pid, i32)| pid.as_raw_nonzero().get().unsigned_abs();
-    Ok(holders.map(|(inode, holders)| (inode, holders.into_iter().map(number).collect())).collect())
-}
-
-fn holders_of(wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, Vec<(Pid, i32)>>> {
-    let mut holders: HashMap<u64, Vec<_>> = HashMap::new();
-    for process in fs::read_dir("/proc").context("cannot list processes")? {
-        let Ok(process) = process else { continue };
-        let Some(pid) = process.file_name().to_str().and_then(|n| Pid::from_raw(n.parse().ok()?)) else {
-            continue;
-        };
-        // A process may end while it is looked at.
-        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
-        for descriptor in descriptors.flatten() {
-            let Some(fd) = descriptor.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else {
-                continue;
-            };
-            let Ok(link) = fs::read_link(descriptor.path()) else { continue };
-            let inode =
-                link.to_str().and_then(|l| l.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
-            if let Some(inode) = inode.filter(|i| wanted.contains(i)) {
-                holders.entry(inode).or_default().push((pid, fd));
-            }
-        }
-    }
-    Ok(holders)
-}
-
-fn pidfd_getfd(pid: Pid, fd: i32) -> io::Result<OwnedFd> {
-    // Both descriptors are close-on-exec.
-    let process = pidfd_open(pid, PidfdFlags::empty())?;
-    Ok(process::pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?)
-}
-
-fn socket_inode(fd: &OwnedFd) -> Option<u64> {
-    nix::sys::stat::fstat(fd).ok().map(|stat| stat.st_ino)
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
+        collections::HashSet,
         net::{TcpListener, UdpSocket},
         os::{fd::AsFd as _, linux::net::SocketAddrExt as _},
         thread,
@@ -379,6 +257,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::host::{holders::is_held_by, socket_fd::Taker};
 
     #[test]
     fn listeners_are_found_and_taken() {
@@ -404,6 +283,23 @@ mod tests {
         assert!(is_held_by(inode, std::process::id()) && !is_held_by(inode, 1));
         drop(listener);
         assert_eq!(lookup(Protocol::Tcp, from, to, 1).unwrap(), None);
+    }
+
+    #[test]
+    fn an_ipv6_wildcard_is_in_the_way_of_ipv4_unless_it_is_ipv6_only() {
+        for ipv6_only in [true, false] {
+            let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).unwrap();
+            socket.set_only_v6(ipv6_only).unwrap();
+            socket.bind(&"[::]:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+            socket.listen(1).unwrap();
+            let listener = TcpListener::from(socket);
+            let inode = nix::sys::stat::fstat(listener.as_fd()).unwrap().st_ino;
+            let port = listener.local_addr().unwrap().port();
+            let is_in_the_way_of =
+                |ip: &str| in_the_way(SocketAddr::new(ip.parse().unwrap(), port)) == Some(inode);
+            assert!(is_in_the_way_of("::1"));
+            assert_eq!(is_in_the_way_of("127.0.0.1"), !ipv6_only);
+        }
     }
 
     #[test]

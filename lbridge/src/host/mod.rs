@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 pub mod guests;
+pub mod holders;
 pub mod interfaces;
 pub mod listeners;
 pub mod netlink;
@@ -13,5 +14,6 @@ pub mod netns;
 pub mod privileges;
 pub mod processes;
 pub mod scratch;
+pub mod socket_fd;
 pub mod trusted;
 pub mod users;

@@ -1,6 +1,5 @@
-//! Links: attaches a program to its hook, replaces it under a link that stays, so that no connection meets an
-//! empty hook, and reads what is attached. aya does not lend the descriptors of links; most of this needs raw
-//! bpf(2) commands.
+//! Links: the kernel's links and the programs under them, by raw bpf(2) commands, since aya does not lend the
+//! descriptors of links.
 
 use std::{
     ffi::CString,
@@ -8,89 +7,16 @@ use std::{
     io, mem,
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
-        unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
+        unix::ffi::OsStrExt as _,
     },
     path::Path,
 };
 
-use anyhow::{Context as _, bail};
-use aya::programs::Program;
 use aya_obj::generated::{
     BPF_F_ALLOW_MULTI, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_prog_info,
 };
 
-use super::{
-    object::{NAME_LENGTH, PROGRAMS},
-    pins,
-};
-
-/// The places that programs are attached to.
-#[derive(Debug)]
-pub(super) struct Hooks {
-    /// The host's network namespace.
-    pub(super) netns: File,
-    /// The cgroup whose sockets are watched: the root, for all of the host's.
-    pub(super) cgroup: File,
-}
-
-impl Hooks {
-    /// Attaches `program`, called `name` in the object. If its hook has a link already, `held` or pinned at
-    /// `pin`, the program under that link is replaced, and no connection meets an empty hook. Does not pin
-    /// the link.
-    pub(super) fn attach(
-        &self,
-        program: &Program,
-        name: &str,
-        held: Option<Link>,
-        pin: &Path,
-    ) -> anyhow::Result<Link> {
-        for link in held.map(Ok).into_iter().chain(pin.exists().then(|| Link::pinned(pin))) {
-            match link.map_err(anyhow::Error::from).and_then(|link| self.replace(program, link)) {
-                Ok(link) => return Ok(link),
-                Err(error) => tracing::warn!("cannot adopt the link of {name}: {error:#}; attaching anew"),
-            }
-        }
-        pins::remove(pin)?;
-        let hook = PROGRAMS.iter().find(|known| known.name == name).context("it belongs to no hook")?.hook;
-        let target = if hook == bpf_attach_type::BPF_SK_LOOKUP { &self.netns } else { &self.cgroup };
-        Ok(Link::create(program.fd()?.as_fd(), target, hook)?)
-    }
-
-    fn replace(&self, program: &Program, link: Link) -> anyhow::Result<Link> {
-        let (there, place) = (link.info()?.place, self.place(program)?);
-        if !there.is_attached() {
-            bail!("somebody has detached it");
-        }
-        if there != place {
-            bail!("it is attached elsewhere ({there:?}, ours is {place:?})");
-        }
-        link.update(program.fd()?.as_fd()).context("cannot replace the program")?;
-        Ok(link)
-    }
-
-    /// Returns the place that `program` is to be attached to.
-    fn place(&self, program: &Program) -> io::Result<Place> {
-        Ok(match program {
-            Program::SkLookup(_) => Place::Netns(self.netns.metadata()?.ino()),
-            _ => Place::Cgroup(self.cgroup.metadata()?.ino()),
-        })
-    }
-
-    /// Returns true if `link` is attached where `program` belongs, and runs it.
-    pub(super) fn runs(&self, program: &Program, link: &Link) -> anyhow::Result<bool> {
-        let (info, own) = (link.info()?, program_info(program.fd()?.as_fd(), &mut [])?);
-        Ok(info.place == self.place(program)? && info.program == own.id)
-    }
-
-    /// Returns true if the link pinned at `pin` serves another namespace than ours, or one that is gone.
-    pub(super) fn is_of_another_netns(&self, pin: &Path) -> anyhow::Result<bool> {
-        if !pin.exists() {
-            return Ok(false);
-        }
-        let ours = Place::Netns(self.netns.metadata()?.ino());
-        Ok(Link::pinned(pin).and_then(|link| link.info()).is_ok_and(|info| info.place != ours))
-    }
-}
+use super::object::NAME_LENGTH;
 
 /// The place that a link is attached to, by inode number. It is 0 for a link that was detached, and for a
 /// namespace that is gone.
@@ -127,7 +53,8 @@ pub(super) struct LinkInfo {
 pub(super) struct Link(OwnedFd);
 
 impl Link {
-    fn create(program: BorrowedFd<'_>, target: &File, hook: bpf_attach_type) -> io::Result<Self> {
+    /// Attaches a program to a hook of `target`, a network namespace or a cgroup.
+    pub(super) fn create(program: BorrowedFd<'_>, target: &File, hook: bpf_attach_type) -> io::Result<Self> {
         let mut attr = empty_attr();
         attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd().cast_unsigned();
         attr.link_create.__bindgen_anon_2.target_fd = target.as_raw_fd().cast_unsigned();
@@ -173,27 +100,21 @@ impl Link {
         Ok(LinkInfo { id: info.id, program: info.prog_id, place, hook })
     }
 
-    fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+    /// Replaces the program under the link, so that no connection meets an empty hook.
+    pub(super) fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
         let mut attr = empty_attr();
         attr.link_update.link_fd = self.0.as_raw_fd().cast_unsigned();
         attr.link_update.__bindgen_anon_1.new_prog_fd = program.as_raw_fd().cast_unsigned();
         bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
     }
 
-    /// Ensures that this link is the one pinned at `pin`. Another link found there is unpinned, not detached:
-    /// its owner is not known here.
-    pub(super) fn keep_pinned(&self, pin: &Path) -> anyhow::Result<()> {
-        if Self::pinned(pin).and_then(|there| Ok(there.info()?.id == self.info()?.id)).unwrap_or(false) {
-            return Ok(());
-        }
-        pins::unlink(pin)?;
+    /// Pins the link at `pin`, where nothing may be pinned yet.
+    pub(super) fn pin(&self, pin: &Path) -> io::Result<()> {
         let path = CString::new(pin.as_os_str().as_bytes())?;
         let mut attr = empty_attr();
         attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
         attr.__bindgen_anon_4.bpf_fd = self.0.as_raw_fd().cast_unsigned();
-        bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr)
-            .with_context(|| format!("cannot pin {}", pin.display()))
-            .map(drop)
+        bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
     }
 
     /// Detaches the link at once (Linux 5.9 and later). The kernel detaches a link that is merely closed some
@@ -202,13 +123,6 @@ impl Link {
         let mut attr = empty_attr();
         attr.link_detach.link_fd = self.0.as_raw_fd().cast_unsigned();
         bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
-    }
-}
-
-/// Detaches the link pinned at `pin` at once. If that fails, the link ends when it is closed.
-pub(super) fn detach(pin: &Path) {
-    if let Err(error) = Link::pinned(pin).and_then(|link| link.detach()) {
-        tracing::debug!("{} is left to its closing: {error}", pin.display());
     }
 }
 
@@ -240,7 +154,8 @@ pub(super) fn program(id: u32) -> io::Result<(Vec<u8>, Vec<u32>)> {
     Ok((program_name(&info).to_vec(), maps))
 }
 
-fn program_info(program: BorrowedFd<'_>, maps: &mut [u32]) -> io::Result<bpf_prog_info> {
+/// Reads what the kernel reports of a program, and as many ids of its maps as fit into `maps`.
+pub(super) fn program_info(program: BorrowedFd<'_>, maps: &mut [u32]) -> io::Result<bpf_prog_info> {
     let mut attr = empty_attr();
     // SAFETY: all zeroes is a valid value of this struct of integers.
     let mut info: bpf_prog_info = unsafe { mem::zeroed() };

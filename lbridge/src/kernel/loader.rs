@@ -16,10 +16,11 @@ use lbridge_common::symbols;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::{
-    links::{Hooks, Link},
+    hooks::Hooks,
+    links::Link,
     maps::{Events, Guests, Maps, Sources},
-    object, pins,
-    pins::{PINNED_MAPS, Pins},
+    object,
+    pins::{self, LISTENERS_LINK, PINNED_MAPS, Pins, STEER_LINK},
     strays::{self, Search},
 };
 use crate::planning::{
@@ -35,10 +36,6 @@ const fn programs_of(set: HookSet) -> &'static [&'static str] {
         HookSet::Replies => &[symbols::REPLY4, symbols::REPLY6],
     }
 }
-
-/// Names of the pins of the two hooks that are always attached, whichever program serves them.
-pub(super) const STEER_LINK: &str = "steer";
-pub(super) const LISTENERS_LINK: &str = "listeners";
 
 /// The kernel half, loaded and attached.
 #[derive(Debug)]
@@ -164,7 +161,7 @@ impl Kernel {
     fn attach_one(&mut self, name: &'static str, link: &'static str) -> anyhow::Result<()> {
         let (program, pin) = (program(&self.object, name)?, self.pins.link(link));
         let attached = self.hooks.attach(program, name, self.links.remove(link), &pin)?;
-        if let Err(error) = attached.keep_pinned(&pin) {
+        if let Err(error) = pins::keep_link(&attached, &pin) {
             // It serves all the same; the next `keep_pinned` logs the failure if it still cannot be pinned.
             tracing::debug!("{error:#}");
         }
@@ -238,7 +235,7 @@ impl Kernel {
                 map.pin(&pin).with_context(|| format!("cannot pin {}", pin.display()))?;
             }
         }
-        self.links.iter().try_for_each(|(link, attached)| attached.keep_pinned(&self.pins.link(link)))
+        self.links.iter().try_for_each(|(link, attached)| pins::keep_link(attached, &self.pins.link(link)))
     }
 
     /// Removes what another version pinned, and detaches what no pin names. Call this once this version's

@@ -45,7 +45,7 @@ pub struct Maps {
     pub probes: Probes,
     /// Names of the containers behind relayed connections. Shared with the relays, which enter and remove
     /// their own.
-    pub peers: PeerNames,
+    pub peers: RelayNames,
 }
 
 // aya's maps do not implement it.
@@ -94,7 +94,7 @@ impl Maps {
                 sources: taken(object, symbols::PROBERS)?,
                 arrived: taken(object, symbols::PROBES)?,
             }))),
-            peers: PeerNames(Arc::new(Mutex::new(NameMaps {
+            peers: RelayNames(Arc::new(Mutex::new(NameMaps {
                 connects: taken(object, symbols::RELAY_CONNECTS)?,
                 peers: taken(object, symbols::RELAY_PEERS)?,
             }))),
@@ -370,12 +370,11 @@ fn or_absent(done: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-/// Names of relayed connections. Naming takes two steps, since the service may ask for its peer as soon as it
-/// is connected: [`PeerNames::announce`] before connect(), which lets the kernel enter the name as soon as
-/// the socket has its port; [`PeerNames::confirm`] after it. The kernel removes the name when the relay's
-/// socket closes. The name that the service has seen stays true for as long as its own socket lives.
+/// The maps `RELAY_CONNECTS` and `RELAY_PEERS`, by which the kernel names the containers behind relayed
+/// connections. It removes a name when the relay's socket closes; the name that the service has seen stays
+/// true for as long as its own socket lives.
 #[derive(Debug, Clone)]
-pub struct PeerNames(Arc<Mutex<NameMaps>>);
+pub struct RelayNames(Arc<Mutex<NameMaps>>);
 
 #[derive(Debug)]
 struct NameMaps {
@@ -383,42 +382,36 @@ struct NameMaps {
     peers: HashMap<MapData, RelayPeerKey, RelayPeer>,
 }
 
-impl PeerNames {
+impl RelayNames {
     fn maps(&self) -> MutexGuard<'_, NameMaps> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Announces that the socket of this cookie is about to connect on behalf of `container`.
-    pub fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()> {
+    /// Has the kernel enter a name for `container` as soon as the socket of this cookie connects.
+    pub fn put_connect(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()> {
         self.maps()
             .connects
             .insert(cookie, endpoint(container), 0)
             .context("failed to write map RELAY_CONNECTS")
     }
 
-    /// Confirms that connect() has returned. Returns an error if the service may see another peer than
-    /// `container`.
-    pub fn confirm(
+    /// Withdraws what [`Self::put_connect`] has told the kernel; does nothing if it is not there.
+    pub fn remove_connect(&self, cookie: u64) -> anyhow::Result<()> {
+        or_absent(self.maps().connects.remove(&cookie)).context("failed to delete from map RELAY_CONNECTS")
+    }
+
+    /// Returns true if the kernel names `container` as the peer of a service's connection, which leads from
+    /// `relay`, the socket of this cookie, to `service`.
+    pub fn is_named(
         &self,
         cookie: u64,
         relay: SocketAddr,
         service: SocketAddr,
         container: SocketAddr,
-    ) -> anyhow::Result<()> {
-        let mut maps = self.maps();
-        or_absent(maps.connects.remove(&cookie)).context("failed to delete from map RELAY_CONNECTS")?;
+    ) -> bool {
         let key = RelayPeerKey { relay: endpoint(relay), service: endpoint(service) };
-        match maps.peers.get(&key, 0) {
-            Ok(peer) if (peer.cookie, peer.container) == (cookie, endpoint(container)) => Ok(()),
-            _ => bail!("the kernel has not named {container} to the service"),
-        }
-    }
-
-    /// Withdraws an announcement, if the socket will not connect or not be confirmed.
-    pub fn withdraw(&self, cookie: u64) {
-        if let Err(error) = or_absent(self.maps().connects.remove(&cookie)) {
-            tracing::warn!("failed to delete from map RELAY_CONNECTS: {error}");
-        }
+        let peer = self.maps().peers.get(&key, 0);
+        peer.is_ok_and(|peer| (peer.cookie, peer.container) == (cookie, endpoint(container)))
     }
 
     /// Removes the names that another daemon's connections left.

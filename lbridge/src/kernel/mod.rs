@@ -2,13 +2,15 @@
 //! aya. Imports planning, the common types and `host/trusted`.
 //!
 //! - `object`: the committed object and its contents;
+//! - `links`: the kernel's links and the programs under them, by raw bpf(2) commands;
 //! - [`pins`]: the paths of pins, and whether what is pinned may be adopted;
-//! - `links`: attaches programs, replaces a program under a link that stays, and reads the state of links;
+//! - `hooks`: attaches programs, and replaces a program under a link that stays;
 //! - [`strays`]: programs that are attached though no pin names their links;
 //! - [`maps`]: typed access to the maps;
 //! - [`loader`]: loads, adopts and attaches all of it in order, and reports what turned out to be possible;
 //! - [`trial`]: loads the same without a trace, for commands that only test the kernel.
 
+mod hooks;
 mod links;
 pub mod loader;
 pub mod maps;

@@ -27,11 +27,7 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use super::{
-    links::{self, Link},
-    loader::{LISTENERS_LINK, STEER_LINK},
-    object::Shape,
-};
+use super::{links::Link, object::Shape};
 use crate::host::trusted::{self, Untrusted};
 
 /// Maps that outlive the daemon. The event buffer and the maps of probes do not: they serve one daemon only.
@@ -53,6 +49,10 @@ pub(super) const PINNED_MAPS: [&str; 16] = [
     PEER_NAMES,
     COUNTERS,
 ];
+
+/// Names of the links of the two hooks that are always attached, whichever program serves them.
+pub(super) const STEER_LINK: &str = "steer";
+pub(super) const LISTENERS_LINK: &str = "listeners";
 
 /// Prefix of the names of links' pins.
 const LINK: &str = "link_";
@@ -351,11 +351,25 @@ fn is_link(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(LINK.as_bytes()))
 }
 
-/// Detaches the link that is pinned at `path`, if it is a link.
+/// Detaches the link that is pinned at `path` at once, if it is a link. If that fails, the link ends when it
+/// is closed.
 fn detach_link(path: &Path) {
-    if is_link(path) {
-        links::detach(path);
+    if !is_link(path) {
+        return;
     }
+    if let Err(error) = Link::pinned(path).and_then(|link| link.detach()) {
+        tracing::debug!("{} is left to its closing: {error}", path.display());
+    }
+}
+
+/// Ensures that `link` is the one pinned at `path`. Another link found there is unpinned, not detached: its
+/// owner is not known here.
+pub(super) fn keep_link(link: &Link, path: &Path) -> anyhow::Result<()> {
+    if Link::pinned(path).and_then(|there| Ok(there.info()?.id == link.info()?.id)).unwrap_or(false) {
+        return Ok(());
+    }
+    unlink(path)?;
+    link.pin(path).with_context(|| format!("cannot pin {}", path.display()))
 }
 
 /// Removes a pin, if there is one. If it is a link's, the link is detached.

@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     hooks::PerHookSet,
-    owner::Incumbents,
     rule::{Network, ProcessStart, Protocol},
 };
 
@@ -327,4 +326,24 @@ pub struct Steering {
     /// True if the kernel registers new listeners itself (Linux 5.15 and later). Otherwise the daemon
     /// registers them.
     pub kernel_registers: bool,
+}
+
+/// The owner of each port's service when it was last seen.
+pub type Incumbents = BTreeMap<(Protocol, u16), Owner>;
+
+/// The user whose sockets are a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// Id of the user.
+    pub uid: u32,
+    /// True if the user's sockets take connections to 127.0.0.1.
+    pub(super) v4: bool,
+    /// True if the user's sockets take connections to `::1`.
+    pub(super) v6: bool,
+}
+
+impl Owner {
+    pub(super) fn listens(self, v4: bool) -> bool {
+        if v4 { self.v4 } else { self.v6 }
+    }
 }

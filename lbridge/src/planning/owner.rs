@@ -13,29 +13,9 @@ use std::{
 use lbridge_common::{verdict::listening_addresses, wire::Address};
 
 use super::{
-    inventory::{Inventory, Listener},
+    inventory::{Incumbents, Inventory, Listener, Owner},
     rule::{Protocol, Rule, Rules, Target},
 };
-
-/// The owner of each port's service when it was last seen.
-pub type Incumbents = BTreeMap<(Protocol, u16), Owner>;
-
-/// The user whose sockets are a service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Owner {
-    /// Id of the user.
-    pub uid: u32,
-    /// True if the user's sockets take connections to 127.0.0.1.
-    v4: bool,
-    /// True if the user's sockets take connections to `::1`.
-    v6: bool,
-}
-
-impl Owner {
-    fn listens(self, v4: bool) -> bool {
-        if v4 { self.v4 } else { self.v6 }
-    }
-}
 
 /// Returns true if the uid is a person's: not root's, not a system user's (below 1000), not `nobody`'s, and
 /// not one of those that systemd gives to units with `DynamicUser=` (61184 to 65519, "Users, Groups, UIDs and

@@ -2,12 +2,22 @@
 //! that opens the Unix socket of a rule.
 //!
 //! - [`set`]: the relays that are open;
-//! - [`listener`]: one relay: accepts, checks, connects;
+//! - [`socket`]: the listening sockets;
+//! - `listener`: one relay: accepts and checks;
+//! - `limits`: the number of connections that may be open;
+//! - `meter`: the counters of a rule;
+//! - `pause`: keeps frequent events from filling the log;
+//! - `connection`: the life of one connection, which reaches the service;
 //! - [`splice`]: moves the bytes of one connection;
 //! - [`workers`]: the threads that relays run on.
 
-pub mod listener;
+mod connection;
+mod limits;
+mod listener;
+mod meter;
+mod pause;
 pub mod set;
+pub mod socket;
 mod splice;
 mod workers;
 
@@ -15,10 +25,10 @@ use std::net::SocketAddr;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
-use crate::{host::trusted, planning::policy::stand_in_for_container as stand_in};
-
 /// Makes the service see the container as the peer of a relayed connection, where the kernel can (name
-/// hooks).
+/// hooks). Naming takes two steps, since the service may ask for its peer as soon as it is connected:
+/// [`PeerNames::announce`] before connect(), which lets the kernel enter the name as soon as the socket has
+/// its port; [`PeerNames::confirm`] after it.
 pub trait PeerNames: Send + Sync + std::fmt::Debug {
     /// Announces that the socket with this cookie will connect on behalf of `container`.
     fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()>;
@@ -48,7 +58,7 @@ pub fn raise_descriptor_limit() {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::planning::policy::stand_in_for_container as stand_in;
 
     #[test]
     fn a_stand_in_is_never_localhost() {

@@ -21,7 +21,10 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     PeerNames,
-    listener::{Gone, Listener, Listening, Mode, Orders, Places, Statistics, Surroundings},
+    limits::Places,
+    listener::{Gone, Listener, Mode, Orders, Surroundings},
+    meter::Statistics,
+    socket::Listening,
     workers::Workers,
 };
 use crate::planning::{

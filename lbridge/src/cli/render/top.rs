@@ -5,7 +5,7 @@ use std::io;
 use super::{NO_RULES, Table, described, print_on, shown, time, write};
 use crate::cli::{
     Failure,
-    top::{Look, Relayed},
+    load::{Look, Relayed},
 };
 
 /// Prints the rules by load; returns true if standard output still has a reader.

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use lbridge_common::wire::Counter;
 use tokio::sync::mpsc;
 
@@ -30,8 +30,8 @@ use super::{
 };
 use crate::{
     firewall::{self, Firewall, conntrack},
-    host::listeners::{self, Taker},
-    kernel::{loader::Kernel, maps::PeerNames},
+    host::socket_fd::{self, Taker},
+    kernel::{loader::Kernel, maps::RelayNames},
     planning::{
         firewall::{Filtering, Link, Opening},
         hooks::{HookSet, PerHookSet},
@@ -307,7 +307,7 @@ impl Executor {
             Step::PutView(key, view) => kernel.maps.put_view(*key, view),
             Step::Register { key, inode } => {
                 let socket = taker.take(*inode, wanted)?;
-                if listeners::is_mptcp(&socket) {
+                if socket_fd::is_mptcp(&socket) {
                     return Err(Mptcp.into());
                 }
                 kernel.maps.register(*key, &socket)
@@ -346,9 +346,9 @@ impl Executor {
     }
 }
 
-impl relay::PeerNames for PeerNames {
+impl relay::PeerNames for RelayNames {
     fn announce(&self, cookie: u64, container: SocketAddr) -> anyhow::Result<()> {
-        Self::announce(self, cookie, container)
+        self.put_connect(cookie, container)
     }
 
     fn confirm(
@@ -358,10 +358,17 @@ impl relay::PeerNames for PeerNames {
         service: SocketAddr,
         container: SocketAddr,
     ) -> anyhow::Result<()> {
-        Self::confirm(self, cookie, relay, service, container)
+        self.remove_connect(cookie)?;
+        ensure!(
+            self.is_named(cookie, relay, service, container),
+            "the kernel has not named {container} to the service"
+        );
+        Ok(())
     }
 
     fn withdraw(&self, cookie: u64) {
-        Self::withdraw(self, cookie);
+        if let Err(error) = self.remove_connect(cookie) {
+            tracing::warn!("{error:#}");
+        }
     }
 }

@@ -7,14 +7,14 @@ use anyhow::{Context as _, anyhow, bail};
 use super::Executor;
 use crate::{
     host::{
-        listeners,
+        holders, listeners,
         netns::{LOOPBACK, Namespace},
     },
     planning::{
         inventory::Absence,
         policy::{Place, RelayKey, RelaySpec},
     },
-    relay::{self, listener::Listening},
+    relay::{self, socket::Listening},
 };
 
 /// Limit on remembered holders of sockets; above it all are forgotten.
@@ -39,7 +39,7 @@ impl Executor {
                 let index = NonZeroU32::new(*ifindex).context("an interface without an index")?;
                 let socket = match inherited {
                     Some(socket) => socket,
-                    None if spec.by_entry => relay::listener::listen_by_entry(key.address, index)?,
+                    None if spec.by_entry => relay::socket::listen_by_entry(key.address, index)?,
                     None => self.listen(key.address, index)?,
                 };
                 self.relays.open(key, spec.clone(), socket, None::<Pending<()>>)
@@ -62,7 +62,7 @@ impl Executor {
     /// Listens in this thread's network namespace. If the port is in use, the error names the process that
     /// holds it.
     fn listen(&mut self, address: SocketAddr, interface: NonZeroU32) -> anyhow::Result<Listening> {
-        relay::listener::listen(address, interface).map_err(|error| match error.kind() {
+        relay::socket::listen(address, interface).map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => match self.who_listens(address) {
                 Some(who) => anyhow!("in use by {who}"),
                 None => anyhow!("in use: another socket has {address}"),
@@ -78,6 +78,6 @@ impl Executor {
         if self.holders.len() > MAX_HOLDERS {
             self.holders.clear();
         }
-        self.holders.entry(inode).or_insert_with(|| listeners::holder(inode)).clone()
+        self.holders.entry(inode).or_insert_with(|| holders::holder(inode)).clone()
     }
 }
