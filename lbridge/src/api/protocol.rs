@@ -431,6 +431,7 @@ pub struct Event {
 /// The kinds of event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
+#[cfg_attr(test, derive(strum::VariantNames), strum(serialize_all = "snake_case"))]
 pub enum Happening {
     /// The first line of the stream: every later event follows.
     Following {
@@ -544,6 +545,7 @@ pub enum Happening {
 /// The kind of an error. The codes are stable, so that scripts can rely on them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[cfg_attr(test, derive(strum::VariantNames), strum(serialize_all = "snake_case"))]
 pub enum ErrorCode {
     /// The daemon could not carry out the request.
     Failed,
