@@ -19,7 +19,8 @@ use crate::planning::{
     policy::{Alias, State},
     reason::Reason,
     rule::{
-        Network, Origin, PathChoice, PortSpec, ProcessStart, Protocol, ProxyProtocol, Rule, Source, Target,
+        Network, Options, Origin, PathChoice, PortSpec, ProcessStart, Protocol, ProxyProtocol, Rule, Source,
+        Target,
     },
 };
 
@@ -69,19 +70,25 @@ fn reasons() -> Vec<ReasonStatus> {
     reasons.iter().map(Into::into).collect()
 }
 
-fn full_rule() -> Rule {
-    Rule {
-        network: network(),
-        spec: "5432=unix:/run/postgresql/.s.PGSQL.5432".parse().unwrap(),
+fn full_options(version: ProxyProtocol) -> Options {
+    Options {
         from: ["db".to_owned(), "web".to_owned()].into(),
         localhost: true,
         source: Source::Loopback,
         path: PathChoice::Relay,
         max_connections: 100.try_into().ok(),
         idle_timeout: Some(Duration::from_millis(600_500)),
-        proxy_protocol: Some(ProxyProtocol::V2),
-        process: None,
+        proxy_protocol: Some(version),
         comment: Some("the \"old\" database".to_owned()),
+    }
+}
+
+fn full_rule() -> Rule {
+    Rule {
+        network: network(),
+        spec: "5432=unix:/run/postgresql/.s.PGSQL.5432".parse().unwrap(),
+        options: full_options(ProxyProtocol::V2),
+        process: None,
     }
 }
 
@@ -116,14 +123,7 @@ fn full_rule_status() -> RuleStatus {
         port: 5432,
         protocol: Protocol::Tcp,
         target: "127.0.0.1:15432".to_owned(),
-        from: ["db".to_owned(), "web".to_owned()].into(),
-        localhost: true,
-        source: Source::Loopback,
-        path: PathChoice::Relay,
-        max_connections: 100.try_into().ok(),
-        idle_timeout: Some(Duration::from_millis(600_500)),
-        proxy_protocol: Some(ProxyProtocol::V1),
-        comment: Some("the \"old\" database".to_owned()),
+        options: full_options(ProxyProtocol::V1),
         origin: Origin::Config,
         state: State::Blocked,
         why: Some("nothing listens on 127.0.0.1:5432; as the rule asks".to_owned()),

@@ -1,7 +1,7 @@
 //! protocol: the requests and answers of the control API. Additions are compatible: unknown fields are
 //! ignored.
 
-use std::{collections::BTreeSet, fmt, net::IpAddr, num::NonZeroU32, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, fmt, net::IpAddr, path::PathBuf};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use crate::planning::{
     labels,
     policy::{Alias, State},
     reason::Reason,
-    rule::{Network, Origin, PathChoice, Protocol, ProxyProtocol, Rule, RuleId, Source},
+    rule::{Network, Options, Origin, Protocol, Rule, RuleId},
 };
 
 /// `GET`: returns a [`Status`].
@@ -215,27 +215,9 @@ pub struct RuleStatus {
     pub protocol: Protocol,
     /// The target: the rule's loopback service.
     pub target: String,
-    /// Names of the containers that may use the rule; if empty, the whole network may.
-    #[serde(default)]
-    pub from: BTreeSet<String>,
-    /// True if the port on the containers' own localhost leads to the target, too.
-    #[serde(default)]
-    pub localhost: bool,
-    /// The source address that the service sees.
-    pub source: Source,
-    /// The path that the rule asks for.
-    pub path: PathChoice,
-    /// Maximum number of connections at the same time; `None` if the rule sets none.
-    #[serde(default)]
-    pub max_connections: Option<NonZeroU32>,
-    /// Idle time after which a connection without traffic is reset; `None` if the rule sets none.
-    #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
-    pub idle_timeout: Option<Duration>,
-    /// Version of the PROXY protocol header that carries the client's address; `None` if none is sent.
-    #[serde(default)]
-    pub proxy_protocol: Option<ProxyProtocol>,
-    /// The administrator's comment.
-    pub comment: Option<String>,
+    /// What the rule asks for besides; with all options, given or not.
+    #[serde(flatten)]
+    pub options: Options,
     /// The origin of the rule: who or what made it.
     pub origin: Origin,
     /// The worst state of its gateways and dials; aliases do not count.
@@ -281,14 +263,7 @@ impl RuleStatus {
             port,
             protocol: Protocol::Tcp,
             target: target.to_owned(),
-            from: BTreeSet::new(),
-            localhost: false,
-            source: Source::Container,
-            path: PathChoice::Auto,
-            max_connections: None,
-            idle_timeout: None,
-            proxy_protocol: None,
-            comment: None,
+            options: Options::default(),
             origin: Origin::Cli,
             state: State::Steered,
             why: None,

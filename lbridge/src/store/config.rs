@@ -6,7 +6,6 @@ use std::{
     fs::OpenOptions,
     io::{self, ErrorKind},
     net::IpAddr,
-    num::NonZeroU32,
     os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
     path::Path,
     time::Duration,
@@ -16,7 +15,7 @@ use anyhow::{Context as _, anyhow};
 use nix::fcntl::OFlag;
 use serde::{
     Deserialize, Deserializer,
-    de::{self, Visitor},
+    de::{self, MapAccess, Visitor},
 };
 use toml::{
     Spanned,
@@ -28,16 +27,14 @@ use crate::planning::{
     firewall::FirewallMode,
     labels::{self, PortRange},
     rule::{
-        Network, Origin, PathChoice, PortSpec, ProxyProtocol, Refused, Rule, RuleId, Rules, Source,
-        container_name,
+        self, Beside, Network, Options, Origin, PortSpec, Refused, Rule, RuleId, Rules, Source, with_options,
     },
 };
 
 /// Default time that relayed connections have to end when the daemon is stopped.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The keys that the file and each of its rules may have. Kept next to the types below, since serde does not
-/// expose them.
+/// The keys that the file may have. Kept next to the type below, since serde does not expose them.
 const SETTINGS: [&str; 8] = [
     "drain_timeout",
     "firewall",
@@ -48,20 +45,6 @@ const SETTINGS: [&str; 8] = [
     "label_sources",
     "rule",
 ];
-const RULE: [&str; 11] = [
-    "network",
-    "port",
-    "ports",
-    "from",
-    "localhost",
-    "source",
-    "path",
-    "max_connections",
-    "idle_timeout",
-    "proxy_protocol",
-    "comment",
-];
-
 /// The contents of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -100,7 +83,7 @@ pub enum Unfit {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
-    #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
+    #[serde(default, deserialize_with = "rule::time")]
     drain_timeout: Option<Duration>,
     #[serde(default)]
     firewall: FirewallMode,
@@ -117,25 +100,53 @@ struct File {
     rules: Vec<Spanned<FileRule>>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+/// A rule of the file.
 struct FileRule {
     network: Network,
     port: Option<Ports>,
     ports: Option<Vec<Ports>>,
-    #[serde(default)]
-    source: Source,
-    #[serde(default)]
-    path: PathChoice,
-    max_connections: Option<NonZeroU32>,
-    #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
-    idle_timeout: Option<Duration>,
-    proxy_protocol: Option<ProxyProtocol>,
-    #[serde(default)]
-    from: BTreeSet<Container>,
-    #[serde(default)]
-    localhost: bool,
-    comment: Option<String>,
+    options: Options,
+}
+
+/// The fields of a rule besides its options.
+#[derive(Default)]
+struct Fields {
+    network: Option<Network>,
+    port: Option<Ports>,
+    ports: Option<Vec<Ports>>,
+}
+
+impl<'de> Beside<'de> for Fields {
+    type Whole = FileRule;
+
+    const FIELDS: &'static [&'static str] = &["network", "port", "ports"];
+
+    fn read<A: MapAccess<'de>>(&mut self, field: &str, table: &mut A) -> Result<(), A::Error> {
+        match field {
+            "network" => self.network = Some(table.next_value()?),
+            "port" => self.port = Some(table.next_value()?),
+            _ => self.ports = Some(table.next_value()?),
+        }
+        Ok(())
+    }
+
+    fn with<E: de::Error>(self, options: Options) -> Result<FileRule, E> {
+        let Self { network, port, ports } = self;
+        let network =
+            network.ok_or_else(|| E::custom("the rule has no network; add network = \"app_net\""))?;
+        Ok(FileRule { network, port, ports, options })
+    }
+}
+
+impl<'de> Deserialize<'de> for FileRule {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        with_options::<Fields, D>(deserializer)
+    }
+}
+
+/// The keys that a rule of the file may have.
+fn rule_keys() -> Vec<&'static str> {
+    [Fields::FIELDS, Options::NAMES].concat()
 }
 
 /// An address of the host that containers may dial.
@@ -153,16 +164,6 @@ impl<'de> Deserialize<'de> for Alias {
             ))
         };
         address.filter(dialled).map(Self).ok_or_else(wrong)
-    }
-}
-
-/// The name of a container.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
-struct Container(String);
-
-impl<'de> Deserialize<'de> for Container {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        container_name(&String::deserialize(deserializer)?).map(Self).map_err(de::Error::custom)
     }
 }
 
@@ -329,17 +330,7 @@ impl FileRule {
     }
 
     fn rule(&self, spec: PortSpec) -> Rule {
-        Rule {
-            from: self.from.iter().map(|container| container.0.clone()).collect(),
-            localhost: self.localhost,
-            source: self.source,
-            path: self.path,
-            max_connections: self.max_connections,
-            idle_timeout: self.idle_timeout,
-            proxy_protocol: self.proxy_protocol,
-            comment: self.comment.clone(),
-            ..Rule::new(self.network.clone(), spec)
-        }
+        Rule { options: self.options.clone(), ..Rule::new(self.network.clone(), spec) }
     }
 }
 
@@ -350,14 +341,8 @@ fn written(port: &str) -> String {
 
 /// Translates a message of serde or the parser for people who write the file.
 fn plain(message: &str) -> String {
-    if message.contains("duration format") {
-        return "no time; write one like \"30s\" or \"10m\"".to_owned();
-    }
     message
-        .replace("an unsigned duration string", "a time, as \"30s\" or \"10m\"")
-        .replace("a nonzero u32", "a number, at least 1")
         .replace("expected a sequence", "expected a list, as [5432, \"8000-8010\"]")
-        .replace("missing field `network`", "the rule has no network; add network = \"app_net\"")
         .replace("expected a boolean", "expected true or false, without quotes")
         .replace("string values must be quoted, expected literal string", "text goes between quotes")
         .replace("unknown variant ", "there is no ")
@@ -365,6 +350,7 @@ fn plain(message: &str) -> String {
 
 /// Finds unknown keys and common mistakes; returns the position and what to write.
 fn check(file: &DeTable<'_>) -> Result<(), (usize, String)> {
+    let rule_keys = rule_keys();
     for (key, value) in file {
         let (name, start) = (key.get_ref().as_ref(), key.span().start);
         match value.get_ref() {
@@ -381,7 +367,7 @@ fn check(file: &DeTable<'_>) -> Result<(), (usize, String)> {
                         let name = key.get_ref().as_ref();
                         known(
                             name,
-                            &RULE,
+                            &rule_keys,
                             &SETTINGS,
                             "a setting of the whole file; put it before the first [[rule]]",
                         )
@@ -389,7 +375,7 @@ fn check(file: &DeTable<'_>) -> Result<(), (usize, String)> {
                     }
                 }
             }
-            _ => known(name, &SETTINGS, &RULE, "part of a rule; put it below [[rule]]")
+            _ => known(name, &SETTINGS, &rule_keys, "part of a rule; put it below [[rule]]")
                 .map_err(|message| (start, message))?,
         }
     }
@@ -455,7 +441,7 @@ mod tests {
         let config = read(&lines.join("\n")).unwrap();
         assert_eq!(config.len(), 1 + 2 + 11);
         config.rules_with(vec![], Path::new("allowed")).unwrap();
-        for name in SETTINGS.iter().chain(&RULE) {
+        for name in SETTINGS.iter().chain(&rule_keys()) {
             let set =
                 |line: &&String| line.starts_with(&format!("{name} = ")) || **line == format!("[[{name}]]");
             assert!(lines.iter().any(|line| set(&line)), "{name}");
@@ -520,7 +506,11 @@ mod tests {
             (format!("{rule}port = 1\n\n[[rule]]\nport = 2\n"), "f:5:1: ", "network"),
             (format!("{rule}port = 1\nsource = \"x\"\n"), "f:4:10: ", "container"),
             (format!("{rule}port = 1\nmax_connections = 0\n"), "f:4:19: ", "at least 1"),
-            (format!("{rule}port = 1\nmax_connections = \"5\"\n"), "f:4:19: ", "a number, at least 1"),
+            (
+                format!("{rule}port = 1\nmax_connections = \"5\"\n"),
+                "f:4:19: ",
+                "a number of connections, at least 1",
+            ),
             (format!("{rule}ports = 80\n"), "f:3:9: ", "a list, as [5432"),
             ("[[rule]]\nport = 1\n".to_owned(), "f:1:1: ", "add network = "),
             ("[[rule]]\nnetwork = a\n".to_owned(), "f:2:11: ", "between quotes"),
@@ -552,7 +542,7 @@ mod tests {
             config.rules_with(vec![allowed.clone()], Path::new("allowed")).is_ok(),
             "the same is no contradiction"
         );
-        allowed.source = Source::Loopback;
+        allowed.options.source = Source::Loopback;
         let error = config.rules_with(vec![allowed], Path::new("allowed")).unwrap_err();
         assert!(
             matches!(&error, Unfit::Contradiction(text) if text.starts_with("f:1:1: a 1 ") && text.contains("allowed"))

@@ -290,6 +290,7 @@ mod tests {
             ("version = 1\n[[rule]]\nnetwork = \"a\"\n", ":2:"),
             ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"1\"\nsource = \"x\"\n", ":5:10: "),
             ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"1\"\nfrom = [\"a\", 1]\n", ":5:14: "),
+            ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"1\"\n\n[[rule]]\nnetwork = \"b\"\n", ":6:"),
             ("version = 1\ngarbage", ":2:"),
             ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"1\"\nprot = 1\n", ":5:"),
         ] {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{ALLOW, Kind, LOCALHOST, Labelled, MAX_EXCERPT, MAX_TEXT, Problem, SOURCE, Settings};
 use crate::planning::{
     inventory::{DockerNetwork, find_networks},
-    rule::{Network, Origin, PortSpec, Protocol, Rule, Rules, Source, Target},
+    rule::{Network, Options, Origin, PortSpec, Protocol, Rule, Rules, Source, Target},
     text::excerpt,
 };
 
@@ -166,7 +166,8 @@ impl<'a> Derivation<'a> {
                 };
                 // Only TCP to localhost can be led to the host.
                 let localhost = localhost && spec.protocol == Protocol::Tcp;
-                let rule = Rule { from, localhost, source, ..Rule::new(self.named(network), spec.clone()) };
+                let options = Options { from, localhost, source, ..Options::default() };
+                let rule = Rule { options, ..Rule::new(self.named(network), spec.clone()) };
                 if let Err((wrong, remedy)) = self.want(object, network, rule) {
                     problems.push(problem(ALLOW, allow, &wrong, &remedy));
                 }
@@ -276,7 +277,7 @@ impl<'a> Derivation<'a> {
                 Origin::Config => ("lbridge.toml", "change one of them".to_owned()),
                 _ => ("lbridge allow", format!("type `lbridge deny {}`, or change the label", own.id())),
             };
-            return Err((format!("{id} is allowed otherwise by {by}, as {}", own.options()), remedy));
+            return Err((format!("{id} is allowed otherwise by {by}, as {}", own.arguments()), remedy));
         }
         let full = self.wanted.len() >= MAX_RULES;
         match self.wanted.get_mut(&place) {
@@ -287,15 +288,15 @@ impl<'a> Derivation<'a> {
             }
             Some(wanted) if covers(&wanted.rule, &rule, |name| object.is_meant(name)) => Ok(()),
             Some(Wanted { rule: other, .. })
-                if !other.from.is_empty()
-                    && (&other.spec, other.source, other.localhost)
-                        == (&rule.spec, rule.source, rule.localhost) =>
+                if !other.options.from.is_empty()
+                    && (&other.spec, other.options.source, other.options.localhost)
+                        == (&rule.spec, rule.options.source, rule.options.localhost) =>
             {
-                other.from.extend(rule.from);
+                other.options.from.extend(rule.options.from);
                 Ok(())
             }
             Some(Wanted { rule: other, by }) => {
-                Err(mend(format!("{id} is asked for otherwise by {by}, as {}", other.options())))
+                Err(mend(format!("{id} is asked for otherwise by {by}, as {}", other.arguments())))
             }
         }
     }
@@ -313,9 +314,9 @@ fn named(ports: &[String]) -> String {
 /// Returns true if `rule` adds nothing to `other`. The path and the number of connections are up to whoever
 /// made `other`.
 fn covers(other: &Rule, rule: &Rule, is_meant: impl Fn(&str) -> bool) -> bool {
-    let for_all = other.from.is_empty();
-    let for_it = !rule.from.is_empty() && other.from.iter().any(|name| is_meant(name));
-    (other.spec == rule.spec && other.source == rule.source)
-        && (other.localhost || !rule.localhost)
+    let for_all = other.options.from.is_empty();
+    let for_it = !rule.options.from.is_empty() && other.options.from.iter().any(|name| is_meant(name));
+    (other.spec == rule.spec && other.options.source == rule.options.source)
+        && (other.options.localhost || !rule.options.localhost)
         && (for_all || for_it)
 }

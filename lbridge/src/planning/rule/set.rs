@@ -132,10 +132,10 @@ impl Rules {
             if let Err(invalid) = rule.check_text() {
                 return Err(Refused::Invalid { id, invalid });
             }
-            if matches!(rule.spec.target, Target::Unix(_)) && rule.source == Source::Container {
+            if matches!(rule.spec.target, Target::Unix(_)) && rule.options.source == Source::Container {
                 return Err(Refused::NeedsLoopback { id });
             }
-            if let (PathChoice::Steer, Some(obstacle)) = (rule.path, rule.needs_relay()) {
+            if let (PathChoice::Steer, Some(obstacle)) = (rule.options.path, rule.needs_relay()) {
                 return Err(Refused::NeedsRelay { id, obstacle });
             }
             if let Some(why) = rule.contradiction() {
@@ -153,7 +153,7 @@ impl Rules {
                     return Err(Refused::ReadOnly { id });
                 }
                 Some((existing, _)) if !existing.same_effect(&rule) => {
-                    let (wanted, existing) = (rule.options(), existing.options());
+                    let (wanted, existing) = (rule.arguments(), existing.arguments());
                     return Err(if self.0.contains_key(&id) {
                         Refused::Conflict { id, wanted, existing }
                     } else {
@@ -163,7 +163,8 @@ impl Rules {
                 // A rule of the configuration or of a label keeps its origin and comment, whatever comment
                 // the CLI gives.
                 Some((_, Origin::Config | Origin::Label)) => {}
-                Some((existing, Origin::Cli)) if rule.comment.is_none() && existing.comment.is_some() => {}
+                Some((existing, Origin::Cli))
+                    if rule.options.comment.is_none() && existing.options.comment.is_some() => {}
                 _ => {
                     rules.insert(id, (rule, origin));
                 }

@@ -1,5 +1,7 @@
 //! Tests: what can be written, and what contradicts itself.
 
+use std::{num::NonZeroU32, time::Duration};
+
 use super::*;
 
 fn spec(text: &str) -> PortSpec {
@@ -8,6 +10,11 @@ fn spec(text: &str) -> PortSpec {
 
 fn rule(network: &str, port: &str) -> Rule {
     Rule::new(network.parse().unwrap(), spec(port))
+}
+
+fn with(mut rule: Rule, change: impl FnOnce(&mut Options)) -> Rule {
+    change(&mut rule.options);
+    rule
 }
 
 #[test]
@@ -109,7 +116,7 @@ fn allow_is_idempotent_and_refuses_contradictions_whole() {
     );
     let range = PortSpec::parse_many("8000-8010").unwrap().into_iter();
     let range = range.map(|spec| Rule::new("a".parse().unwrap(), spec));
-    let loopback = Rule { source: Source::Loopback, ..rule("a", "8005") };
+    let loopback = with(rule("a", "8005"), |options| options.source = Source::Loopback);
     let conflict = rules.allow(range.chain([loopback]), Origin::Cli).unwrap_err();
     assert_eq!(
         conflict.to_string(),
@@ -135,23 +142,23 @@ fn what_could_never_serve_is_refused() {
         Rules::default().allow([unix.clone()], Origin::Cli),
         Err(Refused::NeedsLoopback { .. })
     ));
-    let asked = Rule { source: Source::Loopback, ..unix };
+    let asked = with(unix, |options| options.source = Source::Loopback);
     assert_eq!(Rules::default().allow([asked], Origin::Cli).unwrap().len(), 1);
 }
 
 #[test]
 fn what_only_a_relay_can_do_is_no_steering() {
-    let limited = Rule { max_connections: NonZeroU32::new(5), ..rule("a", "80") };
-    let idle = Rule { idle_timeout: Some(Duration::from_secs(60)), ..rule("a", "80") };
-    let told = Rule { proxy_protocol: Some(ProxyProtocol::V2), ..rule("a", "80") };
+    let limited = with(rule("a", "80"), |options| options.max_connections = NonZeroU32::new(5));
+    let idle = with(rule("a", "80"), |options| options.idle_timeout = Some(Duration::from_secs(60)));
+    let told = with(rule("a", "80"), |options| options.proxy_protocol = Some(ProxyProtocol::V2));
     for only_relayed in [limited, idle, told] {
-        let steered = Rule { path: PathChoice::Steer, ..only_relayed };
+        let steered = with(only_relayed, |options| options.path = PathChoice::Steer);
         let refused = Rules::default().allow([steered.clone()], Origin::Cli);
         assert!(matches!(refused, Err(Refused::NeedsRelay { .. })), "{steered:?}");
-        let auto = Rule { path: PathChoice::Auto, ..steered };
+        let auto = with(steered, |options| options.path = PathChoice::Auto);
         assert!(Rules::default().allow([auto], Origin::Cli).is_ok());
     }
-    let inside = Rule { path: PathChoice::Steer, ..rule("container:a", "80") };
+    let inside = with(rule("container:a", "80"), |options| options.path = PathChoice::Steer);
     assert!(matches!(Rules::default().allow([inside], Origin::Cli), Err(Refused::NeedsRelay { .. })));
 }
 
@@ -165,7 +172,8 @@ fn a_process_is_more_than_its_number() {
     let first = Rule { process: born(1), ..rule("pid:7", "80") };
     let rules = Rules::default().allow([first.clone()], Origin::Cli).unwrap();
     assert_eq!(rules.allow([first], Origin::Cli).unwrap(), rules);
-    let second = Rule { process: born(2), source: Source::Loopback, ..rule("pid:7", "80") };
+    let second =
+        Rule { process: born(2), ..with(rule("pid:7", "80"), |options| options.source = Source::Loopback) };
     let rules = rules.allow([second.clone()], Origin::Cli).unwrap();
     assert_eq!(rules.iter().map(|(_, rule, _)| rule).collect::<Vec<_>>(), [&second]);
     assert_eq!("12@a-b".parse::<ProcessStart>().unwrap().to_string(), "12@a-b");
@@ -174,10 +182,10 @@ fn a_process_is_more_than_its_number() {
 #[test]
 fn a_remark_is_no_conflict() {
     let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
-    let remarked = Rule { comment: Some("why".to_owned()), ..rule("a", "80") };
+    let remarked = with(rule("a", "80"), |options| options.comment = Some("why".to_owned()));
     let rules = rules.allow([remarked], Origin::Cli).unwrap();
     let rules = rules.allow([rule("a", "80")], Origin::Cli).unwrap();
-    assert_eq!(rules.iter().next().unwrap().1.comment.as_deref(), Some("why"));
+    assert_eq!(rules.iter().next().unwrap().1.options.comment.as_deref(), Some("why"));
 }
 
 #[test]
@@ -205,13 +213,22 @@ fn options_that_do_not_go_together_are_refused() {
         assert!(matches!(refused, Refused::Contradiction { .. }), "{refused}");
         assert!(refused.to_string().contains(words), "{refused}");
     };
-    refused(Rule { localhost: true, ..rule("container:c", "80") }, "leave --localhost out");
-    refused(Rule { from: ["a".to_owned()].into(), ..rule("container:c", "80") }, "leave --from out");
+    refused(with(rule("container:c", "80"), |options| options.localhost = true), "leave --localhost out");
+    refused(
+        with(rule("container:c", "80"), |options| options.from = ["a".to_owned()].into()),
+        "leave --from out",
+    );
     refused(rule("container:c", "53/udp"), "on a network");
-    refused(Rule { source: Source::Loopback, ..rule("a", "53/udp") }, "leave --source loopback out");
-    refused(Rule { localhost: true, ..rule("a", "53/udp") }, "leave --localhost out");
-    refused(Rule { path: PathChoice::Relay, ..rule("a", "53/udp") }, "never relayed");
-    refused(Rule { proxy_protocol: Some(ProxyProtocol::V2), ..rule("a", "53/udp") }, "never relayed");
+    refused(
+        with(rule("a", "53/udp"), |options| options.source = Source::Loopback),
+        "leave --source loopback out",
+    );
+    refused(with(rule("a", "53/udp"), |options| options.localhost = true), "leave --localhost out");
+    refused(with(rule("a", "53/udp"), |options| options.path = PathChoice::Relay), "never relayed");
+    refused(
+        with(rule("a", "53/udp"), |options| options.proxy_protocol = Some(ProxyProtocol::V2)),
+        "never relayed",
+    );
 }
 
 /// A client of the control API can do no more than a user of the commands.
@@ -222,8 +239,8 @@ fn control_characters_are_refused_wherever_a_rule_comes_from() {
             assert!(text.replace("{}", c).parse::<Network>().is_err(), "{text} {c:?}");
         }
         assert!(format!("80=unix:/run/a{c}b").parse::<PortSpec>().is_err(), "{c:?}");
-        let from = Rule { from: [format!("a{c}b")].into(), ..rule("a", "80") };
-        let comment = Rule { comment: Some(format!("a{c}b")), ..rule("a", "80") };
+        let from = with(rule("a", "80"), |options| options.from = [format!("a{c}b")].into());
+        let comment = with(rule("a", "80"), |options| options.comment = Some(format!("a{c}b")));
         for rule in [from, comment] {
             for origin in [Origin::Cli, Origin::Config, Origin::Label] {
                 let refused = Rules::default().allow([rule.clone()], origin).unwrap_err();
@@ -233,16 +250,15 @@ fn control_characters_are_refused_wherever_a_rule_comes_from() {
         }
     }
     for name in ["", "a b", "a/b", "a,b", "a:b", &"a".repeat(256)] {
-        let from = Rule { from: [name.to_owned()].into(), ..rule("a", "80") };
+        let from = with(rule("a", "80"), |options| options.from = [name.to_owned()].into());
         assert!(
             matches!(Rules::default().allow([from], Origin::Cli), Err(Refused::Invalid { .. })),
             "{name:?}"
         );
     }
-    let plain = Rule {
-        from: ["web-1".to_owned(), "0123456789ab".to_owned()].into(),
-        comment: Some("\"für\" Müller & Söhne \u{200f}".to_owned()),
-        ..rule("a", "80")
-    };
+    let plain = with(rule("a", "80"), |options| {
+        options.from = ["web-1".to_owned(), "0123456789ab".to_owned()].into();
+        options.comment = Some("\"für\" Müller & Söhne \u{200f}".to_owned());
+    });
     assert_eq!(Rules::default().allow([plain], Origin::Cli).unwrap().len(), 1);
 }
