@@ -217,7 +217,7 @@ impl Options {
             process: process.clone(),
             ..Rule::new(network.clone(), spec.clone())
         });
-        Rules::default().allow(rules, Origin::Cli).map_err(|refused| anyhow!("{refused}"))
+        Rules::default().allow(rules, Origin::Cli).map_err(|error| anyhow!("{}", error.for_cli()))
     }
 }
 

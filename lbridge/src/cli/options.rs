@@ -45,7 +45,7 @@ mod tests {
     use clap::{Args as _, FromArgMatches as _};
 
     use super::*;
-    use crate::planning::rule::option;
+    use crate::planning::rule::Spelling;
 
     fn parsed(arguments: &[&str]) -> Options {
         let command = OptionArgs::augment_args(clap::Command::new("allow"));
@@ -77,8 +77,10 @@ mod tests {
             "--comment=why",
         ];
         let options = parsed(&arguments);
-        let shown: Vec<_> =
-            options.given().map(|(name, value)| option(name, &value).replace(' ', "=")).collect();
+        let shown: Vec<_> = options
+            .given()
+            .map(|(name, value)| Spelling::Command.option(name, &value).replace(' ', "="))
+            .collect();
         assert_eq!(shown, arguments);
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     cli::Failure,
     planning::{
         owner::is_regular,
-        rule::{Origin, option},
+        rule::{Origin, Spelling},
     },
 };
 
@@ -219,7 +219,8 @@ pub(super) fn ranges<K: PartialEq>(rules: &[RuleStatus], more: impl Fn(&RuleStat
 /// Returns the options that have no column of their own, as `allow` takes them.
 fn options(rule: &RuleStatus) -> String {
     let others = rule.options.given().filter(|(name, _)| !["source", "path", "comment"].contains(name));
-    let options: Vec<_> = others.map(|(name, value)| shown(&option(name, &value))).collect();
+    let options: Vec<_> =
+        others.map(|(name, value)| shown(&Spelling::Command.option(name, &value))).collect();
     if options.is_empty() { "-".to_owned() } else { options.join(" ") }
 }
 

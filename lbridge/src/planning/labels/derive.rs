@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{ALLOW, Kind, LOCALHOST, Labelled, MAX_EXCERPT, MAX_TEXT, Problem, SOURCE, Settings};
 use crate::planning::{
     inventory::{DockerNetwork, find_networks},
-    rule::{Network, Options, Origin, PortSpec, Protocol, Rule, Rules, Source, Target},
+    rule::{Network, Options, Origin, PortSpec, Protocol, Rule, Rules, Source, Spelling, Target},
     text::excerpt,
 };
 
@@ -61,11 +61,11 @@ pub fn derive(
     }
     let wanted = derivation.wanted.into_values().map(|wanted| wanted.rule);
     // Each rule was checked by itself. Only their number, with the rules of others, may be too large.
-    derived.rules = own.allow(wanted, Origin::Label).unwrap_or_else(|refused| {
+    derived.rules = own.allow(wanted, Origin::Label).unwrap_or_else(|error| {
         derived.problems.push(Problem {
             object: "all labels".to_owned(),
             label: ALLOW.to_owned(),
-            wrong: refused.to_string(),
+            wrong: error.for_label().to_string(),
             remedy: "none of them is in force; have fewer rules".to_owned(),
         });
         own.clone()
@@ -140,8 +140,7 @@ impl<'a> Derivation<'a> {
         };
         if !self.settings.sources.contains(&source) {
             let remedy = "add it there and run `lbridge reload`, or change the label";
-            let name = if source == Source::Loopback { "loopback" } else { "container" };
-            let wrong = format!("source {name} is not in label_sources of lbridge.toml");
+            let wrong = format!("source {source} is not in label_sources of lbridge.toml");
             problems.push(problem(SOURCE, object.source.as_deref(), &wrong, remedy));
             return problems;
         }
@@ -263,21 +262,22 @@ impl<'a> Derivation<'a> {
     fn want(&mut self, object: &Labelled, network: &DockerNetwork, rule: Rule) -> Result<(), Complaint> {
         let id = rule.id();
         let mend = |text: String| (text, "change the label".to_owned());
-        Rules::default().allow([rule.clone()], Origin::Label).map_err(|refused| {
-            // The error has the command's option; labels have another name for it.
-            mend(refused.to_string().replace("--source loopback", "lbridge.source=loopback"))
-        })?;
+        let alone = Rules::default().allow([rule.clone()], Origin::Label);
+        alone.map_err(|error| mend(error.for_label().to_string()))?;
         let bridge = network.bridge.clone().unwrap_or_default();
         let place = (bridge, rule.spec.port, rule.spec.protocol);
         if let Some((own, origin)) = self.own.get(&place) {
             if covers(own, &rule, |name| object.is_meant(name)) {
                 return Ok(());
             }
-            let (by, remedy) = match origin {
-                Origin::Config => ("lbridge.toml", "change one of them".to_owned()),
-                _ => ("lbridge allow", format!("type `lbridge deny {}`, or change the label", own.id())),
+            let (by, spelling, remedy) = match origin {
+                Origin::Config => ("lbridge.toml", Spelling::File, "change one of them".to_owned()),
+                Origin::Cli | Origin::Label => {
+                    let remedy = format!("type `lbridge deny {}`, or change the label", own.id());
+                    ("lbridge allow", Spelling::Command, remedy)
+                }
             };
-            return Err((format!("{id} is allowed otherwise by {by}, as {}", own.arguments()), remedy));
+            return Err((format!("{id} is allowed otherwise by {by}, as {}", spelling.rule(own)), remedy));
         }
         let full = self.wanted.len() >= MAX_RULES;
         match self.wanted.get_mut(&place) {
@@ -296,7 +296,7 @@ impl<'a> Derivation<'a> {
                 Ok(())
             }
             Some(Wanted { rule: other, by }) => {
-                Err(mend(format!("{id} is asked for otherwise by {by}, as {}", other.arguments())))
+                Err(mend(format!("{id} is asked for otherwise by {by}, as {}", Spelling::Label.rule(other))))
             }
         }
     }

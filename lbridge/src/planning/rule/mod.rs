@@ -2,17 +2,16 @@
 //!
 //! - `network`, `port`: parse what is written;
 //! - `options`: what a rule may ask for besides;
-//! - `set`: holds all rules, which `allow` and `deny` change.
+//! - `set`: holds all rules, which `allow` and `deny` change;
+//! - `error`: why they refuse a change, spelled for the place where the rule was written.
 
+mod error;
 mod network;
 mod options;
 mod port;
 mod set;
 
-use std::{
-    fmt::{self, Write as _},
-    str::FromStr,
-};
+use std::{fmt, str::FromStr};
 
 use serde::{
     Deserialize, Deserializer, Serialize,
@@ -22,10 +21,11 @@ use serde::{
 use super::text::excerpt;
 
 pub use self::{
+    error::{Contradiction, RuleError, Spelling},
     network::{Network, container_name},
     options::{Beside, Options, Value, time, with_options},
     port::{PortSpec, Protocol, Target},
-    set::{Refused, Rules},
+    set::Rules,
 };
 
 /// Implements `Serialize` and `Deserialize` through `Display` and `FromStr`: files and the API use the CLI's
@@ -289,63 +289,39 @@ impl Rule {
     }
 
     /// Returns which of the rule's options do not go together; `None` if all of them do.
-    fn contradiction(&self) -> Option<&'static str> {
+    fn contradiction(&self) -> Option<Contradiction> {
         if self.network.is_namespace() {
             if self.options.localhost {
-                return Some("it is served on localhost inside anyway; leave --localhost out");
+                return Some(Contradiction::LocalhostInside);
             }
             if !self.options.from.is_empty() {
-                return Some("it is one namespace, whoever is in it; leave --from out");
+                return Some(Contradiction::FromInside);
             }
             if self.protocol() == Protocol::Udp {
-                return Some("inside a namespace only TCP can be served; allow UDP on a network");
+                return Some(Contradiction::UdpInside);
             }
         }
         if self.protocol() == Protocol::Tcp {
             return None;
         }
         if matches!(self.spec.target, Target::Unix(_)) {
-            return Some("UDP does not lead to a Unix socket");
+            return Some(Contradiction::UdpToUnix);
         }
         if self.spec.target.port() != Some(self.spec.port) {
-            return Some(
-                "a UDP rule leads to the same port number, which the answers come from; have the service use it, or dial the service's own",
-            );
+            return Some(Contradiction::UdpToOtherPort);
         }
         if self.options.localhost {
-            return Some("of localhost TCP alone is led to the host; leave --localhost out");
+            return Some(Contradiction::UdpOfLocalhost);
         }
         if self.options.source == Source::Loopback {
-            return Some("a UDP service answers the address that it sees; leave --source loopback out");
+            return Some(Contradiction::UdpFromLoopback);
         }
-        (self.options.path == PathChoice::Relay || self.needs_relay().is_some())
-            .then_some("UDP is steered, never relayed; leave out what needs a relay")
+        let relayed = self.options.path == PathChoice::Relay || self.needs_relay().is_some();
+        relayed.then_some(Contradiction::UdpRelayed)
     }
 
     fn protocol(&self) -> Protocol {
         self.spec.protocol
-    }
-
-    /// Returns the port and the options as arguments of `allow`, without the comment.
-    pub(super) fn arguments(&self) -> String {
-        let mut arguments = self.spec.to_string();
-        for (name, value) in self.options.given().filter(|(name, _)| *name != "comment") {
-            let _ = write!(arguments, " {}", option(name, &value));
-        }
-        arguments
-    }
-}
-
-/// Returns an option as an argument of `allow`.
-pub fn option(name: &str, value: &Value<'_>) -> String {
-    let flag = format!("--{}", name.replace('_', "-"));
-    match value {
-        Value::Flag(_) => flag,
-        Value::Number(number) => format!("{flag} {number}"),
-        Value::Text(text) => format!("{flag} {text}"),
-        Value::List(words) => {
-            format!("{flag} {}", words.iter().map(String::as_str).collect::<Vec<_>>().join(","))
-        }
     }
 }
 

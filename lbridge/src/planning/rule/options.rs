@@ -81,6 +81,17 @@ pub enum Value<'a> {
     List(&'a BTreeSet<String>),
 }
 
+impl fmt::Display for Value<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag(flag) => write!(f, "{flag}"),
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Text(text) => f.write_str(text),
+            Self::List(words) => f.write_str(&words.iter().map(String::as_str).collect::<Vec<_>>().join(",")),
+        }
+    }
+}
+
 /// The type of an option.
 trait Given {
     /// Returns the value; `None` if it is the default.

@@ -111,7 +111,7 @@ fn allow_is_idempotent_and_refuses_contradictions_whole() {
     assert_eq!(rules.allow([rule("a", "80")], Origin::Cli).unwrap(), rules);
     let conflict = rules.allow([rule("a", "81"), rule("a", "80=3000")], Origin::Cli).unwrap_err();
     assert_eq!(
-        conflict.to_string(),
+        conflict.for_cli().to_string(),
         "a 80=3000 contradicts a 80, which is allowed already; run `lbridge deny a 80` first"
     );
     let range = PortSpec::parse_many("8000-8010").unwrap().into_iter();
@@ -119,7 +119,7 @@ fn allow_is_idempotent_and_refuses_contradictions_whole() {
     let loopback = with(rule("a", "8005"), |options| options.source = Source::Loopback);
     let conflict = rules.allow(range.chain([loopback]), Origin::Cli).unwrap_err();
     assert_eq!(
-        conflict.to_string(),
+        conflict.for_cli().to_string(),
         "a 8005 --source loopback contradicts a 8005, both asked for at once; leave one of them out"
     );
     assert_eq!(rules.len(), 1);
@@ -130,8 +130,8 @@ fn deny_refuses_the_unknown_and_the_configs() {
     let rules = Rules::default().allow([rule("a", "80")], Origin::Cli).unwrap();
     let rules = rules.allow([rule("a", "81")], Origin::Config).unwrap();
     let unknown = rule("b", "80").id();
-    assert!(matches!(rules.deny([rule("a", "80").id(), unknown]), Err(Refused::NoSuchRule { .. })));
-    assert!(matches!(rules.deny([rule("a", "81").id()]), Err(Refused::ReadOnly { .. })));
+    assert!(matches!(rules.deny([rule("a", "80").id(), unknown]), Err(RuleError::NoSuchRule { .. })));
+    assert!(matches!(rules.deny([rule("a", "81").id()]), Err(RuleError::ReadOnly { .. })));
     assert_eq!(rules.deny([rule("a", "80").id()]).unwrap().len(), 1);
 }
 
@@ -140,7 +140,7 @@ fn what_could_never_serve_is_refused() {
     let unix = rule("a", "80=unix:/run/x");
     assert!(matches!(
         Rules::default().allow([unix.clone()], Origin::Cli),
-        Err(Refused::NeedsLoopback { .. })
+        Err(RuleError::NeedsLoopback { .. })
     ));
     let asked = with(unix, |options| options.source = Source::Loopback);
     assert_eq!(Rules::default().allow([asked], Origin::Cli).unwrap().len(), 1);
@@ -154,12 +154,12 @@ fn what_only_a_relay_can_do_is_no_steering() {
     for only_relayed in [limited, idle, told] {
         let steered = with(only_relayed, |options| options.path = PathChoice::Steer);
         let refused = Rules::default().allow([steered.clone()], Origin::Cli);
-        assert!(matches!(refused, Err(Refused::NeedsRelay { .. })), "{steered:?}");
+        assert!(matches!(refused, Err(RuleError::NeedsRelay { .. })), "{steered:?}");
         let auto = with(steered, |options| options.path = PathChoice::Auto);
         assert!(Rules::default().allow([auto], Origin::Cli).is_ok());
     }
     let inside = with(rule("container:a", "80"), |options| options.path = PathChoice::Steer);
-    assert!(matches!(Rules::default().allow([inside], Origin::Cli), Err(Refused::NeedsRelay { .. })));
+    assert!(matches!(Rules::default().allow([inside], Origin::Cli), Err(RuleError::NeedsRelay { .. })));
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn a_process_is_more_than_its_number() {
     let born = |ticks| Some(ProcessStart { ticks, boot: "b".to_owned() });
     assert!(matches!(
         Rules::default().allow([rule("pid:7", "80")], Origin::Config),
-        Err(Refused::ProcessUnknown { .. })
+        Err(RuleError::ProcessUnknown { .. })
     ));
     let first = Rule { process: born(1), ..rule("pid:7", "80") };
     let rules = Rules::default().allow([first.clone()], Origin::Cli).unwrap();
@@ -210,8 +210,9 @@ fn protocols_are_written_as_docker_does() {
 fn options_that_do_not_go_together_are_refused() {
     let refused = |rule: Rule, words: &str| {
         let refused = Rules::default().allow([rule], Origin::Cli).unwrap_err();
-        assert!(matches!(refused, Refused::Contradiction { .. }), "{refused}");
-        assert!(refused.to_string().contains(words), "{refused}");
+        assert!(matches!(refused, RuleError::Contradiction { .. }), "{refused:?}");
+        let refused = refused.for_cli().to_string();
+        assert!(refused.contains(words), "{refused}");
     };
     refused(with(rule("container:c", "80"), |options| options.localhost = true), "leave --localhost out");
     refused(
@@ -244,15 +245,15 @@ fn control_characters_are_refused_wherever_a_rule_comes_from() {
         for rule in [from, comment] {
             for origin in [Origin::Cli, Origin::Config, Origin::Label] {
                 let refused = Rules::default().allow([rule.clone()], origin).unwrap_err();
-                assert!(matches!(refused, Refused::Invalid { .. }), "{refused}");
-                assert!(!refused.to_string().contains(c), "{refused:?}");
+                assert!(matches!(refused, RuleError::Invalid { .. }), "{refused:?}");
+                assert!(!refused.for_cli().to_string().contains(c), "{refused:?}");
             }
         }
     }
     for name in ["", "a b", "a/b", "a,b", "a:b", &"a".repeat(256)] {
         let from = with(rule("a", "80"), |options| options.from = [name.to_owned()].into());
         assert!(
-            matches!(Rules::default().allow([from], Origin::Cli), Err(Refused::Invalid { .. })),
+            matches!(Rules::default().allow([from], Origin::Cli), Err(RuleError::Invalid { .. })),
             "{name:?}"
         );
     }
@@ -261,4 +262,59 @@ fn control_characters_are_refused_wherever_a_rule_comes_from() {
         options.comment = Some("\"für\" Müller & Söhne \u{200f}".to_owned());
     });
     assert_eq!(Rules::default().allow([plain], Origin::Cli).unwrap().len(), 1);
+}
+
+/// Whoever reads an error should find the option where the rule is, and know how to write it there.
+#[test]
+fn an_error_is_spelled_for_its_place() {
+    let refused = |rule: Rule| {
+        let error = Rules::default().allow([rule], Origin::Cli).unwrap_err();
+        [error.for_cli().to_string(), error.for_file().to_string(), error.for_label().to_string()]
+    };
+    let ends = |told: [String; 3], ends: [&str; 3]| {
+        for (told, end) in told.iter().zip(ends) {
+            assert!(told.ends_with(end), "{told:?} does not end with {end:?}");
+        }
+    };
+    ends(
+        refused(rule("a", "80=unix:/run/x")),
+        ["; allow it with --source loopback", "; add source = \"loopback\"", "; add lbridge.source=loopback"],
+    );
+    ends(
+        refused(with(rule("a", "53/udp"), |options| options.source = Source::Loopback)),
+        [
+            "leave --source loopback out",
+            "leave source = \"loopback\" out",
+            "leave lbridge.source=loopback out",
+        ],
+    );
+    ends(
+        refused(with(rule("a", "53/udp"), |options| options.localhost = true)),
+        ["leave --localhost out", "leave localhost out", "leave lbridge.localhost out"],
+    );
+    let steered = with(rule("a", "80"), |options| {
+        options.path = PathChoice::Steer;
+        options.max_connections = NonZeroU32::new(5);
+    });
+    let [cli, file, _] = refused(steered);
+    assert!(cli.starts_with("a 80: --path steer cannot be: "), "{cli}");
+    assert!(file.starts_with("a 80: path = \"steer\" cannot be: "), "{file}");
+
+    let all = with(rule("a", "80=3000"), |options| {
+        options.from = ["db".to_owned(), "web".to_owned()].into();
+        options.localhost = true;
+        options.source = Source::Loopback;
+        options.max_connections = NonZeroU32::new(5);
+        options.idle_timeout = Some(Duration::from_secs(600));
+        options.comment = Some("why".to_owned());
+    });
+    assert_eq!(
+        Spelling::Command.rule(&all),
+        "80=3000 --from db,web --localhost --source loopback --max-connections 5 --idle-timeout 10m"
+    );
+    assert_eq!(
+        Spelling::File.rule(&all),
+        "80=3000, from = [\"db\", \"web\"], localhost = true, source = \"loopback\", max_connections = 5, idle_timeout = \"10m\""
+    );
+    assert_eq!(Spelling::Label.rule(&all), "80=3000, lbridge.localhost=true, lbridge.source=loopback");
 }
