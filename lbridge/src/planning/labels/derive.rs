@@ -13,8 +13,9 @@ use crate::planning::{
 const MAX_PORTS: usize = 256;
 /// Most rules that all labels together may ask for.
 const MAX_RULES: usize = 8192;
-/// Most problems of one object, and of all objects, that are reported. The others are counted.
+/// Most problems of one object that are reported. The others are counted.
 const MAX_PROBLEMS_OF_ONE: usize = 8;
+/// Most problems of all objects together that are reported. The others are counted.
 pub(super) const MAX_PROBLEMS: usize = 64;
 /// Longest description of a problem, in characters.
 const MAX_SENTENCE: usize = 300;
