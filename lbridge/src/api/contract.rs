@@ -14,7 +14,7 @@ use super::protocol::*;
 use crate::planning::{
     explain::{Answer, Explanation, Fate, Question, Stage, Step, Way},
     firewall::FirewallMode,
-    inventory::{DockerNetwork, Product},
+    inventory::Product,
     labels::Problem,
     policy::{Alias, State},
     reason::Reason,
@@ -195,12 +195,11 @@ fn full_status() -> Status {
             unreadable: Some("nft is not installed".to_owned()),
             untried: Some("172.18.0.1:80: no route".to_owned()),
         },
-        docker_networks: vec![DockerNetwork {
+        docker_networks: vec![NetworkStatus {
             id: "0123456789abcdef".repeat(4),
             name: "app_net".to_owned(),
             driver: "bridge".to_owned(),
             bridge: Some("br-0123456789ab".to_owned()),
-            bridge_index: Some(7),
             other_name: Some("podman_app_net".to_owned()),
         }],
         labels: LabelStatus { enabled: true, problems: vec![problem()], more_problems: 3 },
@@ -232,7 +231,7 @@ fn status() {
         },
         docker: DockerStatus::Off,
         firewall: FirewallStatus::default(),
-        docker_networks: vec![DockerNetwork::default()],
+        docker_networks: vec![NetworkStatus::default()],
         labels: LabelStatus::default(),
         rules: vec![],
         refused_reload: None,

@@ -45,7 +45,7 @@ pub struct Status {
     pub firewall: FirewallStatus,
     /// The engine's networks; the last known ones while it is unreachable.
     #[serde(default)]
-    pub docker_networks: Vec<DockerNetwork>,
+    pub docker_networks: Vec<NetworkStatus>,
     /// The status of the labels of containers and networks.
     #[serde(default)]
     pub labels: LabelStatus,
@@ -54,6 +54,30 @@ pub struct Status {
     /// A configuration file that was refused and is therefore not in force; `None` if the file is in force.
     #[serde(default)]
     pub refused_reload: Option<RefusedReload>,
+}
+
+/// A network of the engine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkStatus {
+    /// The engine's network id, 64 hexadecimal digits.
+    pub id: String,
+    /// The network's name.
+    pub name: String,
+    /// The network's driver: `bridge`, `macvlan`, `host`, ...
+    pub driver: String,
+    /// Name of the bridge interface on the host; `None` if the network has no bridge there.
+    pub bridge: Option<String>,
+    /// The name that Docker's API has for the network, if it differs from Podman's own (`name`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_name: Option<String>,
+}
+
+impl From<&DockerNetwork> for NetworkStatus {
+    fn from(network: &DockerNetwork) -> Self {
+        // The index of the bridge is the daemon's own means to tell one bridge from the next of that name.
+        let DockerNetwork { id, name, driver, bridge, bridge_index: _, other_name } = network.clone();
+        Self { id, name, driver, bridge, other_name }
+    }
 }
 
 /// Labels of containers and networks, and the problems with them.

@@ -207,7 +207,12 @@ impl Reconciler {
             },
             docker: self.docker_status(),
             firewall: self.last.firewall(),
-            docker_networks: self.inventory.iter().flat_map(|seen| seen.docker_networks.clone()).collect(),
+            docker_networks: self
+                .inventory
+                .iter()
+                .flat_map(|seen| &seen.docker_networks)
+                .map(Into::into)
+                .collect(),
             rules: self.last.rules(),
             labels: self.labels.status(),
             refused_reload: self.configuration.refused().cloned(),
