@@ -39,7 +39,7 @@ use crate::{
         policy::{RelayKey, RelaySpec, State},
         reality::Reality,
         resolve::resolve,
-        rule::{Network, Origin, PortSpec, Protocol, ProxyProtocol, Rule, Rules, Source, Target},
+        rule::{self, Network, Origin, PortSpec, Protocol, ProxyProtocol, Rule, Rules, Source, Target},
     },
     relay::{self, set::RelaySet, socket::Listening},
     sandbox::{
@@ -208,14 +208,17 @@ impl Options {
             _ => None,
         };
         let rules = self.ports.iter().map(|spec| Rule {
-            source: self.source,
-            max_connections: self.max_connections,
-            idle_timeout: self.idle_timeout,
-            proxy_protocol: self.proxy_protocol,
+            options: rule::Options {
+                source: self.source,
+                max_connections: self.max_connections,
+                idle_timeout: self.idle_timeout,
+                proxy_protocol: self.proxy_protocol,
+                ..rule::Options::default()
+            },
             process: process.clone(),
             ..Rule::new(network.clone(), spec.clone())
         });
-        Rules::default().allow(rules, Origin::Cli).map_err(|refused| anyhow!("{refused}"))
+        Rules::default().allow(rules, Origin::Cli).map_err(|error| anyhow!("{}", error.for_cli()))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
     host::interfaces,
     planning::{
         inventory::{DockerNetwork, Interface},
-        rule::{Network, Origin, PortSpec, Protocol, Rule, RuleId, Source, Target},
+        rule::{Network, Options, Origin, PortSpec, Protocol, Rule, RuleId, Source, Target},
     },
     recipes::{
         socat::{self, Forward},
@@ -144,8 +144,11 @@ fn rule(
     let spec = PortSpec { port: forward.port, protocol: Protocol::Tcp, target: forward.target.clone() };
     let rule = Rule {
         // The service would see root as its peer; the daemon requires the rule to say so.
-        source: if matches!(forward.target, Target::Unix(_)) { Source::Loopback } else { source },
-        comment: Some(format!("was {}", unit.escape_debug())),
+        options: Options {
+            source: if matches!(forward.target, Target::Unix(_)) { Source::Loopback } else { source },
+            comment: Some(format!("was {}", unit.escape_debug())),
+            ..Options::default()
+        },
         ..Rule::new(network, spec)
     };
     Ok((rule, gateway, bridge))
@@ -305,6 +308,6 @@ mod tests {
     #[test]
     fn unix_sockets_see_a_local_peer() {
         let plan = plan(&["socat TCP-L:80,bind=10.7.0.1 UNIX-CONNECT:/run/x"], &bridges());
-        assert_eq!(plan.taken[0].rule.source, Source::Loopback);
+        assert_eq!(plan.taken[0].rule.options.source, Source::Loopback);
     }
 }

@@ -9,3 +9,6 @@ pub mod client;
 pub mod events;
 pub mod protocol;
 pub mod server;
+
+#[cfg(test)]
+mod contract;

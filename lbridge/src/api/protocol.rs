@@ -1,7 +1,7 @@
 //! protocol: the requests and answers of the control API. Additions are compatible: unknown fields are
 //! ignored.
 
-use std::{collections::BTreeSet, fmt, net::IpAddr, num::NonZeroU32, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, fmt, net::IpAddr, path::PathBuf};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use crate::planning::{
     labels,
     policy::{Alias, State},
     reason::Reason,
-    rule::{Network, Origin, PathChoice, Protocol, ProxyProtocol, Rule, RuleId, Source},
+    rule::{Network, Options, Origin, Protocol, Rule, RuleId},
 };
 
 /// `GET`: returns a [`Status`].
@@ -45,7 +45,7 @@ pub struct Status {
     pub firewall: FirewallStatus,
     /// The engine's networks; the last known ones while it is unreachable.
     #[serde(default)]
-    pub docker_networks: Vec<DockerNetwork>,
+    pub docker_networks: Vec<NetworkStatus>,
     /// The status of the labels of containers and networks.
     #[serde(default)]
     pub labels: LabelStatus,
@@ -54,6 +54,30 @@ pub struct Status {
     /// A configuration file that was refused and is therefore not in force; `None` if the file is in force.
     #[serde(default)]
     pub refused_reload: Option<RefusedReload>,
+}
+
+/// A network of the engine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkStatus {
+    /// The engine's network id, 64 hexadecimal digits.
+    pub id: String,
+    /// The network's name.
+    pub name: String,
+    /// The network's driver: `bridge`, `macvlan`, `host`, ...
+    pub driver: String,
+    /// Name of the bridge interface on the host; `None` if the network has no bridge there.
+    pub bridge: Option<String>,
+    /// The name that Docker's API has for the network, if it differs from Podman's own (`name`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_name: Option<String>,
+}
+
+impl From<&DockerNetwork> for NetworkStatus {
+    fn from(network: &DockerNetwork) -> Self {
+        // The index of the bridge is the daemon's own means to tell one bridge from the next of that name.
+        let DockerNetwork { id, name, driver, bridge, bridge_index: _, other_name } = network.clone();
+        Self { id, name, driver, bridge, other_name }
+    }
 }
 
 /// Labels of containers and networks, and the problems with them.
@@ -215,27 +239,9 @@ pub struct RuleStatus {
     pub protocol: Protocol,
     /// The target: the rule's loopback service.
     pub target: String,
-    /// Names of the containers that may use the rule; if empty, the whole network may.
-    #[serde(default)]
-    pub from: BTreeSet<String>,
-    /// True if the port on the containers' own localhost leads to the target, too.
-    #[serde(default)]
-    pub localhost: bool,
-    /// The source address that the service sees.
-    pub source: Source,
-    /// The path that the rule asks for.
-    pub path: PathChoice,
-    /// Maximum number of connections at the same time; `None` if the rule sets none.
-    #[serde(default)]
-    pub max_connections: Option<NonZeroU32>,
-    /// Idle time after which a connection without traffic is reset; `None` if the rule sets none.
-    #[serde(default, with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional")]
-    pub idle_timeout: Option<Duration>,
-    /// Version of the PROXY protocol header that carries the client's address; `None` if none is sent.
-    #[serde(default)]
-    pub proxy_protocol: Option<ProxyProtocol>,
-    /// The administrator's comment.
-    pub comment: Option<String>,
+    /// What the rule asks for besides; with all options, given or not.
+    #[serde(flatten)]
+    pub options: Options,
     /// The origin of the rule: who or what made it.
     pub origin: Origin,
     /// The worst state of its gateways and dials; aliases do not count.
@@ -281,14 +287,7 @@ impl RuleStatus {
             port,
             protocol: Protocol::Tcp,
             target: target.to_owned(),
-            from: BTreeSet::new(),
-            localhost: false,
-            source: Source::Container,
-            path: PathChoice::Auto,
-            max_connections: None,
-            idle_timeout: None,
-            proxy_protocol: None,
-            comment: None,
+            options: Options::default(),
             origin: Origin::Cli,
             state: State::Steered,
             why: None,
@@ -431,6 +430,7 @@ pub struct Event {
 /// The kinds of event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
+#[cfg_attr(test, derive(strum::VariantNames), strum(serialize_all = "snake_case"))]
 pub enum Happening {
     /// The first line of the stream: every later event follows.
     Following {
@@ -544,6 +544,7 @@ pub enum Happening {
 /// The kind of an error. The codes are stable, so that scripts can rely on them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[cfg_attr(test, derive(strum::VariantNames), strum(serialize_all = "snake_case"))]
 pub enum ErrorCode {
     /// The daemon could not carry out the request.
     Failed,

@@ -2,12 +2,10 @@
 
 use clap::Args;
 
-use super::{
-    Failure, Limits, Ports, parse_container, parse_new_network, parse_path, parse_ports, parse_source, render,
-};
+use super::{Failure, Ports, options::OptionArgs, parse_new_network, parse_ports, render};
 use crate::{
     api::{client::Client, protocol::Allow},
-    planning::rule::{Network, PathChoice, Rule, Source, comment},
+    planning::rule::{Network, Options, Rule},
 };
 
 /// Arguments of `lbridge allow`.
@@ -20,44 +18,17 @@ pub(super) struct AllowArgs {
     #[expect(rustdoc::broken_intra_doc_links, reason = "an address, for --help")]
     #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
     ports: Vec<Ports>,
-    /// What the service sees: the container's address, or a loopback one, which it may trust
-    #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
-    source: Source,
-    /// Steer in the kernel, relay through the daemon, or whichever is possible
-    #[arg(long, value_parser = parse_path, default_value = "auto", value_name = "auto|steer|relay")]
-    path: PathChoice,
-    /// Only these containers of the network, by name
-    #[arg(long, value_name = "CONTAINER", value_delimiter = ',', value_parser = parse_container)]
-    from: Vec<String>,
-    /// Lead the port of the containers' own localhost there, too
-    #[arg(long)]
-    localhost: bool,
     #[command(flatten)]
-    limits: Limits,
-    /// A remark, shown by `list`
-    #[arg(long, value_name = "TEXT", value_parser = parse_comment)]
-    comment: Option<String>,
+    options: OptionArgs,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
-fn parse_comment(text: &str) -> Result<String, String> {
-    comment(text).map_err(|error| error.to_string())
-}
-
 pub(super) async fn handle(args: AllowArgs, client: &Client) -> Result<(), Failure> {
-    let rules = args.ports.into_iter().flat_map(|Ports(specs)| specs).map(|spec| Rule {
-        from: args.from.iter().cloned().collect(),
-        localhost: args.localhost,
-        source: args.source,
-        path: args.path,
-        max_connections: args.limits.max_connections,
-        idle_timeout: args.limits.idle_timeout,
-        proxy_protocol: args.limits.proxy_protocol,
-        comment: args.comment.clone(),
-        ..Rule::new(args.network.clone(), spec)
-    });
+    let options = Options::from(args.options);
+    let specs = args.ports.into_iter().flat_map(|Ports(specs)| specs);
+    let rules = specs.map(|spec| Rule { options: options.clone(), ..Rule::new(args.network.clone(), spec) });
     let rules = client.allow(&Allow { rules: rules.collect() }).await?;
     if args.json { render::json(&rules) } else { render::states(&rules) }
 }

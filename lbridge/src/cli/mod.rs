@@ -12,6 +12,7 @@ mod import;
 mod list;
 mod load;
 mod log;
+mod options;
 mod relay;
 mod reload;
 mod render;

@@ -6,7 +6,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{Exit, Failure, explain::parse_port, parse_network, render};
 use crate::{
     api::client::Client,
-    planning::rule::{Network, Protocol, Refused, RuleId},
+    planning::rule::{Network, Protocol, RuleError, RuleId},
     verify::verify,
 };
 
@@ -36,7 +36,7 @@ pub(super) async fn handle(args: VerifyArgs, client: &Client) -> Result<bool, Fa
     if let Some(wanted) = &wanted
         && !status.rules.iter().any(|rule| rule.id() == *wanted)
     {
-        let message = Refused::NoSuchRule { id: wanted.clone() }.to_string();
+        let message = RuleError::NoSuchRule { id: wanted.clone() }.for_cli().to_string();
         return Err(Failure { exit: Exit::Rule, message });
     }
     let daemon = client.daemon().await;

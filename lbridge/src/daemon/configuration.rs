@@ -74,8 +74,8 @@ impl Configuration {
     /// that an invalid file was refused.
     pub(super) fn read_again(&mut self, rules: &Rules, store: &Store) -> Result<Change, ApiError> {
         let own = super::check(trusted::check_file(&self.path), "the configuration", &self.path);
-        let read = own.map_err(|e| Unfit::Rule(e.to_string())).and_then(|()| {
-            Config::load(&self.path).map_err(|e| Unfit::Rule(format!("{e:#}; mend the file")))
+        let read = own.map_err(|e| Unfit::File(e.to_string())).and_then(|()| {
+            Config::load(&self.path).map_err(|e| Unfit::File(format!("{e:#}; mend the file")))
         });
         let read = read.and_then(|config| {
             let allowed = self.allowed(rules);
@@ -84,8 +84,8 @@ impl Configuration {
         });
         read.map_err(|unfit| {
             let code = match &unfit {
-                Unfit::Rule(_) => ErrorCode::Failed,
-                Unfit::Contradiction(_) => ErrorCode::Conflict,
+                Unfit::File(_) | Unfit::Rule { .. } | Unfit::Twice { .. } => ErrorCode::Failed,
+                Unfit::Contradiction { .. } | Unfit::Together { .. } => ErrorCode::Conflict,
             };
             let since = self.refused.as_ref().map_or_else(Timestamp::now, |refused| refused.since);
             self.refused = Some(RefusedReload { since, error: unfit.to_string() });

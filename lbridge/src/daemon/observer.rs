@@ -158,7 +158,10 @@ fn containers(
     processes: &Processes,
     host: NamespaceId,
 ) -> BTreeMap<String, Result<Container, String>> {
-    let of_localhost = rules.iter().filter(|(_, rule, _)| rule.localhost).flat_map(|(_, rule, _)| &rule.from);
+    let of_localhost = rules
+        .iter()
+        .filter(|(_, rule, _)| rule.options.localhost)
+        .flat_map(|(_, rule, _)| &rule.options.from);
     let of_localhost: BTreeSet<&String> = of_localhost.collect();
     let reachable = matches!(docker.presence, Presence::Reachable { .. });
     let lives = |id: &str, pid| {

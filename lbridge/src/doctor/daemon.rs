@@ -42,14 +42,15 @@ pub(super) async fn look(client: &Client) -> (Option<Daemon>, Result<Status, Cli
 
 /// Converts a rule from its status; `None` if the target cannot be parsed.
 pub(super) fn wanted(rule: &RuleStatus) -> Option<Wanted> {
-    let limited =
-        rule.max_connections.is_some() || rule.idle_timeout.is_some() || rule.proxy_protocol.is_some();
+    let limited = rule.options.max_connections.is_some()
+        || rule.options.idle_timeout.is_some()
+        || rule.options.proxy_protocol.is_some();
     Some(Wanted {
         network: rule.network.clone(),
         // A target `127.0.0.1:80` may stand for a port of either family; the address family does not matter
         // here.
         spec: format!("{}={}{}", rule.port, rule.target, rule.protocol.suffix()).parse().ok()?,
-        steerable: rule.path != PathChoice::Relay && !limited && !rule.network.is_namespace(),
+        steerable: rule.options.path != PathChoice::Relay && !limited && !rule.network.is_namespace(),
         user: rule.gateways.iter().find_map(|gateway| Some(gateway.listener_user.as_ref()?.uid)),
     })
 }

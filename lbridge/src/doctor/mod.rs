@@ -132,7 +132,7 @@ struct Wanted {
 
 impl Wanted {
     fn of(rule: &Rule) -> Self {
-        let steerable = rule.path != PathChoice::Relay && rule.needs_relay().is_none();
+        let steerable = rule.options.path != PathChoice::Relay && rule.needs_relay().is_none();
         Self { network: rule.network.clone(), spec: rule.spec.clone(), steerable, user: None }
     }
 

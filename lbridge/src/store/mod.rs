@@ -260,6 +260,16 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
     }
 
+    /// Rules written by every version stay readable, and a rule without options stays short.
+    #[test]
+    fn the_file_of_rules_has_what_was_given_and_no_defaults() {
+        let text = "version = 1\n\n[[rule]]\nnetwork = \"app\"\nport = \"80=[::1]:3000\"\nfrom = [\"db\", \"web\"]\nlocalhost = true\nsource = \"loopback\"\npath = \"relay\"\nmax_connections = 100\nidle_timeout = \"10m 500ms\"\nproxy_protocol = \"v2\"\ncomment = 'a \"b\"'\n\n[[rule]]\nnetwork = \"pid:7\"\nport = \"22\"\nlocalhost = true\nprocess = \"12@a-b\"\n\n[[rule]]\nnetwork = \"bridge:br0\"\nport = \"53/udp\"\n";
+        let (_directory, store) = store();
+        fs::write(store.rules_file(), text).unwrap();
+        store.save_rules(store.rules().unwrap()).unwrap();
+        assert_eq!(fs::read_to_string(store.rules_file()).unwrap(), text);
+    }
+
     #[test]
     fn an_interface_of_another_boot_is_nobodys() {
         let (_directory, store) = store();
@@ -278,6 +288,9 @@ mod tests {
         for (text, place) in [
             ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"0\"\n", ":4:"),
             ("version = 1\n[[rule]]\nnetwork = \"a\"\n", ":2:"),
+            ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"1\"\nsource = \"x\"\n", ":5:10: "),
+            ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"1\"\nfrom = [\"a\", 1]\n", ":5:14: "),
+            ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"1\"\n\n[[rule]]\nnetwork = \"b\"\n", ":6:"),
             ("version = 1\ngarbage", ":2:"),
             ("version = 1\n[[rule]]\nnetwork = \"a\"\nport = \"1\"\nprot = 1\n", ":5:"),
         ] {

@@ -2,10 +2,10 @@ use super::{Expected, plan::*};
 use crate::{
     api::protocol::{
         DockerStatus, FirewallStatus, GatewayStatus, KernelPath, KernelStatus, LabelStatus, NamespaceStatus,
-        RuleStatus, Status,
+        NetworkStatus, RuleStatus, Status,
     },
     planning::{
-        inventory::{DockerNetwork, Interface},
+        inventory::Interface,
         policy::State,
         rule::{PortSpec, Rule},
     },
@@ -32,12 +32,12 @@ fn rule(network: &str, port: u16, target: &str, gateways: Vec<GatewayStatus>) ->
 }
 
 fn status(rules: Vec<RuleStatus>) -> Status {
-    let network = |name: &str, bridge: &str| DockerNetwork {
+    let network = |name: &str, bridge: &str| NetworkStatus {
         id: name.to_owned(),
         name: name.to_owned(),
         driver: "bridge".to_owned(),
         bridge: Some(bridge.to_owned()),
-        ..DockerNetwork::default()
+        ..NetworkStatus::default()
     };
     Status {
         version: String::new(),

@@ -12,7 +12,7 @@ use crate::{
     cli::Failure,
     planning::{
         owner::is_regular,
-        rule::{Origin, PathChoice, ProxyProtocol, Source},
+        rule::{Origin, Spelling},
     },
 };
 
@@ -110,22 +110,15 @@ pub(in crate::cli) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
             shown(&rule.network.to_string()),
             range.ports(),
             range.target(),
-            match rule.source {
-                Source::Container => "container".to_owned(),
-                Source::Loopback => "loopback".to_owned(),
-            },
-            match rule.path {
-                PathChoice::Auto => "auto".to_owned(),
-                PathChoice::Steer => "steer".to_owned(),
-                PathChoice::Relay => "relay".to_owned(),
-            },
+            rule.options.source.to_string(),
+            rule.options.path.to_string(),
             match rule.origin {
                 Origin::Cli => "allow".to_owned(),
                 Origin::Config => "config".to_owned(),
                 Origin::Label => "label".to_owned(),
             },
             options(rule),
-            rule.comment.as_deref().map(shown).unwrap_or_default(),
+            rule.options.comment.as_deref().map(shown).unwrap_or_default(),
         ]);
     }
     print(&table.to_text())
@@ -216,30 +209,18 @@ pub(super) fn ranges<K: PartialEq>(rules: &[RuleStatus], more: impl Fn(&RuleStat
         leads_on
             && before.port.checked_add(1) == Some(rule.port)
             && (&before.network, before.protocol) == (&rule.network, rule.protocol)
-            && (before.source, before.path, before.origin) == (rule.source, rule.path, rule.origin)
-            && before.comment == rule.comment
-            && options(before) == options(rule)
+            && (before.origin, &before.options) == (rule.origin, &rule.options)
             && more(before) == more(rule)
     };
     let runs = rules.chunk_by(follows);
     runs.filter_map(|all| Some(Range { first: all.first()?, all })).collect()
 }
 
-/// Returns the rule's other options, as `allow` takes them.
+/// Returns the options that have no column of their own, as `allow` takes them.
 fn options(rule: &RuleStatus) -> String {
-    let localhost = rule.localhost.then(|| "--localhost".to_owned());
-    let from: Vec<_> = rule.from.iter().map(|name| shown(name)).collect();
-    let from = (!from.is_empty()).then(|| format!("--from {}", from.join(",")));
-    let connections = rule.max_connections.map(|max| format!("--max-connections {max}"));
-    let idle = rule.idle_timeout.map(|idle| {
-        let idle = jiff::SignedDuration::try_from(idle).unwrap_or_default();
-        format!("--idle-timeout {idle:#}")
-    });
-    let proxy = rule.proxy_protocol.map(|version| match version {
-        ProxyProtocol::V1 => "--proxy-protocol v1".to_owned(),
-        ProxyProtocol::V2 => "--proxy-protocol v2".to_owned(),
-    });
-    let options: Vec<_> = [localhost, from, connections, idle, proxy].into_iter().flatten().collect();
+    let others = rule.options.given().filter(|(name, _)| !["source", "path", "comment"].contains(name));
+    let options: Vec<_> =
+        others.map(|(name, value)| shown(&Spelling::Command.option(name, &value))).collect();
     if options.is_empty() { "-".to_owned() } else { options.join(" ") }
 }
 
@@ -254,7 +235,7 @@ mod tests {
     }
 
     fn folded(rules: &[RuleStatus]) -> Vec<String> {
-        let ranges = ranges(rules, |rule| rule.comment.clone());
+        let ranges = ranges(rules, |_| ());
         let told = |range: &Range<'_>| {
             format!(
                 "{} {} {}",
@@ -270,7 +251,7 @@ mod tests {
     fn ranges_of_ports_are_folded() {
         let mut rules: Vec<_> = (8000..=8010).map(|port| rule(port, &format!("127.0.0.1:{port}"))).collect();
         assert_eq!(folded(&rules), ["8000-8010 127.0.0.1:8000-8010 nothing listens on 127.0.0.1:8000-8010"]);
-        rules[3].comment = Some("another".to_owned());
+        rules[3].options.comment = Some("another".to_owned());
         assert_eq!(folded(&rules).len(), 3);
         let remapped = [rule(80, "127.0.0.1:8080"), rule(81, "127.0.0.1:8081"), rule(82, "127.0.0.1:8081")];
         assert_eq!(

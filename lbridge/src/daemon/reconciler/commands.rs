@@ -18,7 +18,7 @@ use crate::{
     planning::{
         self,
         explain::{Explanation, Known, Question},
-        rule::{Network, Origin, Protocol, Refused, Rule, RuleId, Rules},
+        rule::{Network, Origin, Protocol, Rule, RuleError, RuleId, Rules},
     },
 };
 
@@ -37,7 +37,7 @@ impl Reconciler {
     async fn allow(&mut self, allow: Allow, uid: Option<u32>) -> Result<Vec<RuleStatus>, ApiError> {
         let ids: HashSet<RuleId> = allow.rules.iter().map(Rule::id).collect();
         let added = allow.rules.into_iter().map(with_process).collect::<Result<Vec<_>, _>>()?;
-        let rules = self.rules.allow(added, Origin::Cli).map_err(|refused| refusal(&refused))?;
+        let rules = self.rules.allow(added, Origin::Cli).map_err(|error| refusal(&error))?;
         self.ask_docker(&rules, ids.iter().map(|id| &id.network)).await;
         self.executor.retry_firewall();
         self.change(rules, uid).await?;
@@ -52,11 +52,11 @@ impl Reconciler {
             .concat()
             .into_iter()
             .collect();
-        let rules = self.rules.deny(ids.iter().cloned()).map_err(|refused| match refused {
-            Refused::NoSuchRule { id } if self.labels.ids().contains(&id) => {
-                refusal(&Refused::FromLabel { id })
+        let rules = self.rules.deny(ids.iter().cloned()).map_err(|error| match error {
+            RuleError::NoSuchRule { id } if self.labels.ids().contains(&id) => {
+                refusal(&RuleError::FromLabel { id })
             }
-            refused => refusal(&refused),
+            error => refusal(&error),
         })?;
         let mut denied: Vec<_> =
             self.last.rules().into_iter().filter(|rule| ids.contains(&rule.id())).collect();
@@ -191,7 +191,12 @@ impl Reconciler {
             },
             docker: self.docker_status(),
             firewall: self.last.firewall(),
-            docker_networks: self.inventory.iter().flat_map(|seen| seen.docker_networks.clone()).collect(),
+            docker_networks: self
+                .inventory
+                .iter()
+                .flat_map(|seen| &seen.docker_networks)
+                .map(Into::into)
+                .collect(),
             rules: self.last.rules(),
             labels: self.labels.status(),
             refused_reload: self.configuration.refused().cloned(),
@@ -232,21 +237,21 @@ fn with_process(mut rule: Rule) -> Result<Rule, ApiError> {
     Ok(rule)
 }
 
-fn refusal(refused: &Refused) -> ApiError {
-    let code = match refused {
-        Refused::Conflict { .. }
-        | Refused::ConflictWithin { .. }
-        | Refused::ReadOnly { .. }
-        | Refused::FromLabel { .. } => ErrorCode::Conflict,
-        Refused::NoSuchRule { .. } => ErrorCode::NoSuchRule,
-        Refused::TooMany { .. }
-        | Refused::NeedsLoopback { .. }
-        | Refused::NeedsRelay { .. }
-        | Refused::Contradiction { .. }
-        | Refused::Invalid { .. }
-        | Refused::ProcessUnknown { .. } => ErrorCode::Usage,
+fn refusal(error: &RuleError) -> ApiError {
+    let code = match error {
+        RuleError::Conflict { .. }
+        | RuleError::ConflictWithin { .. }
+        | RuleError::ReadOnly { .. }
+        | RuleError::FromLabel { .. } => ErrorCode::Conflict,
+        RuleError::NoSuchRule { .. } => ErrorCode::NoSuchRule,
+        RuleError::TooMany { .. }
+        | RuleError::NeedsLoopback { .. }
+        | RuleError::NeedsRelay { .. }
+        | RuleError::Contradiction { .. }
+        | RuleError::Invalid { .. }
+        | RuleError::ProcessUnknown { .. } => ErrorCode::Usage,
     };
-    ApiError { code, message: refused.to_string() }
+    ApiError { code, message: error.for_cli().to_string() }
 }
 
 fn failed(error: &anyhow::Error) -> ApiError {

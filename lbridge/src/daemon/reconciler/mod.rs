@@ -208,7 +208,7 @@ impl Reconciler {
 
     /// Returns true if a rule is for only some containers of its network, as the rules of labels are.
     fn names_sources(&self) -> bool {
-        self.rules().iter().any(|(_, rule, _)| !rule.from.is_empty())
+        self.rules().iter().any(|(_, rule, _)| !rule.options.from.is_empty())
     }
 
     /// Has Docker follow the containers that `rules` name. Refreshes its view if one of them, or of
@@ -228,7 +228,7 @@ impl Reconciler {
         // A range of ports names its network once for each port.
         let networks: BTreeSet<&Network> = networks.collect();
         let asked = rules.iter().filter(|(id, ..)| networks.contains(&id.network));
-        let mut named = asked.flat_map(|(_, rule, _)| &rule.from);
+        let mut named = asked.flat_map(|(_, rule, _)| &rule.options.from);
         let is_unknown = |name: &String| !matches!(known.containers.get(name), Some(Ok(Some(_))));
         // The network may be so new that its event is still under way.
         if named.any(is_unknown) || networks.into_iter().any(unknown) {
@@ -363,7 +363,10 @@ pub(super) fn containers(rules: &Rules) -> BTreeSet<String> {
         Network::Container(name) => Some(name.clone()),
         _ => None,
     };
-    rules.iter().flat_map(|(_, rule, _)| name(rule).into_iter().chain(rule.from.iter().cloned())).collect()
+    rules
+        .iter()
+        .flat_map(|(_, rule, _)| name(rule).into_iter().chain(rule.options.from.iter().cloned()))
+        .collect()
 }
 
 /// Lists the names to ask Docker for as containers: those that rules name as such, and those that are no

@@ -52,7 +52,9 @@ impl Explainer<'_> {
         let outcome = self.meant(way).filter(|it| matches!(it.state, State::Waiting | State::Blocked));
         let why = outcome.and_then(Outcome::why);
         let why = why.unwrap_or_else(|| match self.rule() {
-            Some(meant) if !meant.rule.from.is_empty() => "the rule is for other containers".to_owned(),
+            Some(meant) if !meant.rule.options.from.is_empty() => {
+                "the rule is for other containers".to_owned()
+            }
             _ => "the rule does not admit them".to_owned(),
         });
         let remedy = if self.rule().is_some() { self.unserved(way) } else { self.whom() };
@@ -127,7 +129,7 @@ impl Explainer<'_> {
         }
         let why = self.meant(way).filter(|o| !matches!(o.state, State::Steered | State::Relayed));
         let why = why.and_then(Outcome::why);
-        let listed = |meant: &RuleOutcome| !meant.rule.from.is_empty();
+        let listed = |meant: &RuleOutcome| !meant.rule.options.from.is_empty();
         let why = why.unwrap_or_else(|| match self.rule() {
             Some(meant) if listed(meant) => "the rule is for other containers".to_owned(),
             _ => "neither entry nor relay has it".to_owned(),
@@ -146,7 +148,7 @@ impl Explainer<'_> {
             first.is_none_or(|reason| matches!(reason, Reason::NothingListens(_)))
         };
         match outcome.map(|outcome| outcome.state) {
-            Some(State::Waiting) if !meant.rule.from.is_empty() && !services() => self.whom(),
+            Some(State::Waiting) if !meant.rule.options.from.is_empty() && !services() => self.whom(),
             Some(State::Waiting) => format!("start the service on {}", meant.rule.spec.target),
             Some(State::Blocked) => {
                 "`lbridge status` says the same; the reason says what to change".to_owned()
@@ -159,7 +161,7 @@ impl Explainer<'_> {
 
     /// Returns, in words, who is served if others are not.
     fn whom(&self) -> String {
-        let from = self.rule().map(|meant| &meant.rule.from).filter(|from| !from.is_empty());
+        let from = self.rule().map(|meant| &meant.rule.options.from).filter(|from| !from.is_empty());
         let Some(from) = from else { return "only the network's own containers are served".to_owned() };
         let names: Vec<_> = from.iter().map(String::as_str).collect();
         format!("only {} of the network's containers may use it, as --from says", names.join(", "))

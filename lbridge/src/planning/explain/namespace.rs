@@ -85,7 +85,7 @@ impl Explainer<'_> {
         let is_on = |meant: &&RuleOutcome| {
             let Network::Docker(network) = &meant.rule.network else { return false };
             let networks = find_networks(&inventory.docker_networks, network);
-            let is_for_it = meant.rule.from.is_empty() || meant.rule.from.contains(name);
+            let is_for_it = meant.rule.options.from.is_empty() || meant.rule.options.from.contains(name);
             let is_on = |there: &Attachment| networks.iter().any(|network| there.is_on(network));
             is_for_it && container.attachments.iter().any(is_on)
         };

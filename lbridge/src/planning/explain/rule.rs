@@ -53,9 +53,10 @@ impl Explainer<'_> {
         let by = match meant.origin {
             Origin::Cli => "made by lbridge allow".to_owned(),
             Origin::Config => "from the configuration file".to_owned(),
-            Origin::Label if meant.rule.from.is_empty() => "from the network's label".to_owned(),
+            Origin::Label if meant.rule.options.from.is_empty() => "from the network's label".to_owned(),
             Origin::Label => {
-                let names = meant.rule.from.iter().take(MAX_NEAREST).map(String::as_str).collect::<Vec<_>>();
+                let names =
+                    meant.rule.options.from.iter().take(MAX_NEAREST).map(String::as_str).collect::<Vec<_>>();
                 format!("from the label of {}", names.join(", "))
             }
         };

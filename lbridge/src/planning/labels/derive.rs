@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{ALLOW, Kind, LOCALHOST, Labelled, MAX_EXCERPT, MAX_TEXT, Problem, SOURCE, Settings};
 use crate::planning::{
     inventory::{DockerNetwork, find_networks},
-    rule::{Network, Origin, PortSpec, Protocol, Rule, Rules, Source, Target},
+    rule::{Network, Options, Origin, PortSpec, Protocol, Rule, Rules, Source, Spelling, Target},
     text::excerpt,
 };
 
@@ -13,8 +13,9 @@ use crate::planning::{
 const MAX_PORTS: usize = 256;
 /// Most rules that all labels together may ask for.
 const MAX_RULES: usize = 8192;
-/// Most problems of one object, and of all objects, that are reported. The others are counted.
+/// Most problems of one object that are reported. The others are counted.
 const MAX_PROBLEMS_OF_ONE: usize = 8;
+/// Most problems of all objects together that are reported. The others are counted.
 pub(super) const MAX_PROBLEMS: usize = 64;
 /// Longest description of a problem, in characters.
 const MAX_SENTENCE: usize = 300;
@@ -61,11 +62,11 @@ pub fn derive(
     }
     let wanted = derivation.wanted.into_values().map(|wanted| wanted.rule);
     // Each rule was checked by itself. Only their number, with the rules of others, may be too large.
-    derived.rules = own.allow(wanted, Origin::Label).unwrap_or_else(|refused| {
+    derived.rules = own.allow(wanted, Origin::Label).unwrap_or_else(|error| {
         derived.problems.push(Problem {
             object: "all labels".to_owned(),
             label: ALLOW.to_owned(),
-            wrong: refused.to_string(),
+            wrong: error.for_label().to_string(),
             remedy: "none of them is in force; have fewer rules".to_owned(),
         });
         own.clone()
@@ -140,8 +141,7 @@ impl<'a> Derivation<'a> {
         };
         if !self.settings.sources.contains(&source) {
             let remedy = "add it there and run `lbridge reload`, or change the label";
-            let name = if source == Source::Loopback { "loopback" } else { "container" };
-            let wrong = format!("source {name} is not in label_sources of lbridge.toml");
+            let wrong = format!("source {source} is not in label_sources of lbridge.toml");
             problems.push(problem(SOURCE, object.source.as_deref(), &wrong, remedy));
             return problems;
         }
@@ -166,7 +166,8 @@ impl<'a> Derivation<'a> {
                 };
                 // Only TCP to localhost can be led to the host.
                 let localhost = localhost && spec.protocol == Protocol::Tcp;
-                let rule = Rule { from, localhost, source, ..Rule::new(self.named(network), spec.clone()) };
+                let options = Options { from, localhost, source, ..Options::default() };
+                let rule = Rule { options, ..Rule::new(self.named(network), spec.clone()) };
                 if let Err((wrong, remedy)) = self.want(object, network, rule) {
                     problems.push(problem(ALLOW, allow, &wrong, &remedy));
                 }
@@ -262,21 +263,22 @@ impl<'a> Derivation<'a> {
     fn want(&mut self, object: &Labelled, network: &DockerNetwork, rule: Rule) -> Result<(), Complaint> {
         let id = rule.id();
         let mend = |text: String| (text, "change the label".to_owned());
-        Rules::default().allow([rule.clone()], Origin::Label).map_err(|refused| {
-            // The error has the command's option; labels have another name for it.
-            mend(refused.to_string().replace("--source loopback", "lbridge.source=loopback"))
-        })?;
+        let alone = Rules::default().allow([rule.clone()], Origin::Label);
+        alone.map_err(|error| mend(error.for_label().to_string()))?;
         let bridge = network.bridge.clone().unwrap_or_default();
         let place = (bridge, rule.spec.port, rule.spec.protocol);
         if let Some((own, origin)) = self.own.get(&place) {
             if covers(own, &rule, |name| object.is_meant(name)) {
                 return Ok(());
             }
-            let (by, remedy) = match origin {
-                Origin::Config => ("lbridge.toml", "change one of them".to_owned()),
-                _ => ("lbridge allow", format!("type `lbridge deny {}`, or change the label", own.id())),
+            let (by, spelling, remedy) = match origin {
+                Origin::Config => ("lbridge.toml", Spelling::File, "change one of them".to_owned()),
+                Origin::Cli | Origin::Label => {
+                    let remedy = format!("type `lbridge deny {}`, or change the label", own.id());
+                    ("lbridge allow", Spelling::Command, remedy)
+                }
             };
-            return Err((format!("{id} is allowed otherwise by {by}, as {}", own.options()), remedy));
+            return Err((format!("{id} is allowed otherwise by {by}, as {}", spelling.rule(own)), remedy));
         }
         let full = self.wanted.len() >= MAX_RULES;
         match self.wanted.get_mut(&place) {
@@ -287,15 +289,15 @@ impl<'a> Derivation<'a> {
             }
             Some(wanted) if covers(&wanted.rule, &rule, |name| object.is_meant(name)) => Ok(()),
             Some(Wanted { rule: other, .. })
-                if !other.from.is_empty()
-                    && (&other.spec, other.source, other.localhost)
-                        == (&rule.spec, rule.source, rule.localhost) =>
+                if !other.options.from.is_empty()
+                    && (&other.spec, other.options.source, other.options.localhost)
+                        == (&rule.spec, rule.options.source, rule.options.localhost) =>
             {
-                other.from.extend(rule.from);
+                other.options.from.extend(rule.options.from);
                 Ok(())
             }
             Some(Wanted { rule: other, by }) => {
-                Err(mend(format!("{id} is asked for otherwise by {by}, as {}", other.options())))
+                Err(mend(format!("{id} is asked for otherwise by {by}, as {}", Spelling::Label.rule(other))))
             }
         }
     }
@@ -313,9 +315,9 @@ fn named(ports: &[String]) -> String {
 /// Returns true if `rule` adds nothing to `other`. The path and the number of connections are up to whoever
 /// made `other`.
 fn covers(other: &Rule, rule: &Rule, is_meant: impl Fn(&str) -> bool) -> bool {
-    let for_all = other.from.is_empty();
-    let for_it = !rule.from.is_empty() && other.from.iter().any(|name| is_meant(name));
-    (other.spec == rule.spec && other.source == rule.source)
-        && (other.localhost || !rule.localhost)
+    let for_all = other.options.from.is_empty();
+    let for_it = !rule.options.from.is_empty() && other.options.from.iter().any(|name| is_meant(name));
+    (other.spec == rule.spec && other.options.source == rule.options.source)
+        && (other.options.localhost || !rule.options.localhost)
         && (for_all || for_it)
 }

@@ -64,9 +64,9 @@ fn derived(labelled: &[Labelled], settings: &Settings, own: &Rules) -> (Vec<Stri
     assert_eq!(derived.more, 0);
     let of_labels = derived.rules.iter().filter(|(.., origin)| *origin == Origin::Label);
     let told = |(id, rule, _): (_, &Rule, _)| {
-        let from: Vec<_> = rule.from.iter().map(String::as_str).collect();
-        let localhost = if rule.localhost { " localhost" } else { "" };
-        let loopback = if rule.source == Source::Loopback { " loopback" } else { "" };
+        let from: Vec<_> = rule.options.from.iter().map(String::as_str).collect();
+        let localhost = if rule.options.localhost { " localhost" } else { "" };
+        let loopback = if rule.options.source == Source::Loopback { " loopback" } else { "" };
         format!("{id} -> {} for [{}]{localhost}{loopback}", rule.spec.target, from.join(" "))
     };
     (of_labels.map(told).collect(), derived.problems.iter().map(ToString::to_string).collect())
@@ -137,19 +137,26 @@ fn who_was_there_first_has_the_port() {
 fn rules_of_others_go_first() {
     let web = [container("web", &["app"], "allow=80")];
     let with = |own: &Rules| derived(&web, &settings(&["80"]), own);
-    let same =
-        allowed(&[("app", "80")], |rule| rule.path = super::super::rule::PathChoice::Relay, Origin::Cli);
+    let same = allowed(
+        &[("app", "80")],
+        |rule| rule.options.path = super::super::rule::PathChoice::Relay,
+        Origin::Cli,
+    );
     assert_eq!(with(&same), (vec![], vec![]), "it covers the label");
     for by_other_name in ["bridge:br-app", &id_of("app")] {
         assert_eq!(with(&allowed(&[(by_other_name, "80")], |_| (), Origin::Config)), (vec![], vec![]));
     }
-    let own =
-        |name: &str| allowed(&[("app", "80")], |rule| rule.from = [name.to_owned()].into(), Origin::Cli);
+    let own = |name: &str| {
+        allowed(&[("app", "80")], |rule| rule.options.from = [name.to_owned()].into(), Origin::Cli)
+    };
     assert_eq!(with(&own("web")), (vec![], vec![]));
     for (own, by) in [
         (own("other"), "lbridge allow"),
         (allowed(&[("app", "80=81")], |_| (), Origin::Cli), "lbridge deny app 80"),
-        (allowed(&[("app", "80")], |rule| rule.source = Source::Loopback, Origin::Config), "lbridge.toml"),
+        (
+            allowed(&[("app", "80")], |rule| rule.options.source = Source::Loopback, Origin::Config),
+            "lbridge.toml",
+        ),
         (allowed(&[("bridge:br-app", "80=81")], |_| (), Origin::Cli), "lbridge deny bridge:br-app 80"),
     ] {
         let (rules, problems) = with(&own);

@@ -46,13 +46,13 @@ impl Resolver<'_> {
     /// Returns the cookies of the network namespaces whose localhost a rule is about; 0 stands for every
     /// namespace on the bridge.
     fn namespaces_of(&self, rule: &Rule) -> BTreeSet<u64> {
-        if rule.from.is_empty() {
+        if rule.options.from.is_empty() {
             return [0].into();
         }
-        let networks = self.networks_of(&rule.network, &rule.from).unwrap_or_default();
+        let networks = self.networks_of(&rule.network, &rule.options.from).unwrap_or_default();
         let is_there = |name: &&String| self.addresses(name, &rule.network, &networks).is_ok();
         let container = |name| self.inventory.containers.get(name)?.as_ref().ok()?.netns;
-        rule.from.iter().filter(is_there).filter_map(container).collect()
+        rule.options.from.iter().filter(is_there).filter_map(container).collect()
     }
 
     fn dial(&mut self, keys: &[DialKey], gateway: Option<IpAddr>) -> Outcome {

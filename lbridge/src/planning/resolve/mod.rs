@@ -127,7 +127,7 @@ impl Resolver<'_> {
         self.policy.kernel.targets.extend(targets(rule));
         let (gateways, without_gateway) =
             if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
-        let dials = if rule.localhost { self.localhost(rule, &gateways) } else { vec![] };
+        let dials = if rule.options.localhost { self.localhost(rule, &gateways) } else { vec![] };
         RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway, dials }
     }
 
@@ -138,7 +138,7 @@ impl Resolver<'_> {
                 (vec![], Some(Outcome::because(State::Waiting, Reason::NoGateway(bridge.name.clone()))))
             }
             Ok(bridge) => {
-                if let Err(outcome) = self.networks_of(&rule.network, &rule.from) {
+                if let Err(outcome) = self.networks_of(&rule.network, &rule.options.from) {
                     return (vec![], Some(outcome));
                 }
                 let bridge = bridge.clone();
@@ -210,7 +210,7 @@ impl Resolver<'_> {
             };
         }
         let kernel = (rule_key, subnet);
-        let outcome = if rule.from.is_empty() {
+        let outcome = if rule.options.from.is_empty() {
             self.outcome(rule, way, &relay_key, Some(kernel), Clients::Subnet(subnet))
         } else {
             let sources = self.sources(rule, own, subnet);
@@ -296,7 +296,7 @@ impl Resolver<'_> {
                 }
                 let served = self.put_entry(rule_key, subnet, &clients, target, 0);
                 self.register(rule, target);
-                if rule.source == Source::Loopback {
+                if rule.options.source == Source::Loopback {
                     // Only for clients that are served: a service that takes the connections of others must
                     // not take them for local ones.
                     let gateway = Endpoint::new(rule_key.gateway, rule_key.port);
@@ -317,18 +317,18 @@ impl Resolver<'_> {
                     self.put_entry(rule_key, subnet, &clients, NOBODY, Entry::RELAYED);
                 }
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
-                self.policy.kernel.hooks[HookSet::Names] |= rule.source == Source::Container
+                self.policy.kernel.hooks[HookSet::Names] |= rule.options.source == Source::Container
                     && matches!(service, Service::Tcp(_))
                     && self.abilities.hooks[HookSet::Names].is_ok();
                 let spec = RelaySpec {
                     rule: rule.id(),
                     service,
-                    source: rule.source,
+                    source: rule.options.source,
                     clients,
                     by_entry: kernel.is_some(),
-                    proxy_protocol: rule.proxy_protocol,
-                    max_connections: rule.max_connections.map_or(DEFAULT_CONNECTIONS, Into::into),
-                    idle_timeout: rule.idle_timeout,
+                    proxy_protocol: rule.options.proxy_protocol,
+                    max_connections: rule.options.max_connections.map_or(DEFAULT_CONNECTIONS, Into::into),
+                    idle_timeout: rule.options.idle_timeout,
                 };
                 self.policy.relays.insert(relay_key.clone(), spec);
                 Outcome { state: State::Relayed, reasons }

@@ -73,9 +73,9 @@ impl Resolver<'_> {
 
     /// Returns the sources of a rule at one gateway: its containers' addresses in the gateway's subnet.
     pub(super) fn sources(&self, rule: &Rule, gateway: IpAddr, subnet: Subnet) -> Sources {
-        let networks = self.networks_of(&rule.network, &rule.from).unwrap_or_default();
+        let networks = self.networks_of(&rule.network, &rule.options.from).unwrap_or_default();
         let mut sources = Sources::default();
-        for name in &rule.from {
+        for name in &rule.options.from {
             let addresses = self.addresses(name, &rule.network, &networks).and_then(|addresses| {
                 let fits = |ip: &IpAddr| subnet.contains(*ip) && *ip != gateway;
                 let here: Vec<_> = addresses.into_iter().filter(fits).collect();

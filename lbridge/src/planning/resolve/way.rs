@@ -95,7 +95,9 @@ impl Resolver<'_> {
             // the gateway from whoever comes first.
             (None, None) if same_family && may_start => Way::Kernel(entry, waiting()),
             (None, None) if same_family => Way::Refuse(waiting()),
-            (_, Some(why)) if rule.path == PathChoice::Steer || rule.spec.protocol == Protocol::Udp => {
+            (_, Some(why))
+                if rule.options.path == PathChoice::Steer || rule.spec.protocol == Protocol::Udp =>
+            {
                 Way::None(Outcome::because(State::Blocked, why))
             }
             (None, _) => self.closed(waiting()),
@@ -159,7 +161,7 @@ impl Resolver<'_> {
 
     /// Returns why the kernel must not have the rule's connections, whatever listens; `None` if it may.
     fn obstacle(&self, rule: &Rule) -> Option<Reason> {
-        if rule.path == PathChoice::Relay {
+        if rule.options.path == PathChoice::Relay {
             return Some(Reason::AsAsked);
         }
         if rule.network.is_namespace() {
@@ -177,7 +179,7 @@ impl Resolver<'_> {
         let missing = self.abilities.hooks[HookSet::Names]
             .as_ref()
             .err()
-            .filter(|_| rule.source == Source::Loopback)?;
+            .filter(|_| rule.options.source == Source::Loopback)?;
         Some(Reason::NoNameHooks(missing.clone()))
     }
 
@@ -219,7 +221,7 @@ impl Resolver<'_> {
     fn relay(&self, rule: &Rule, service: SocketAddr, why: Reason) -> Way {
         // IPv6 has one loopback address, so none can stand in for the container.
         if let (Err(missing), true, Source::Container) =
-            (&self.abilities.hooks[HookSet::Names], service.is_ipv6(), rule.source)
+            (&self.abilities.hooks[HookSet::Names], service.is_ipv6(), rule.options.source)
         {
             let reason = Reason::WouldLookLocal { service, missing: missing.clone() };
             return Way::None(Outcome::because(State::Blocked, reason));
@@ -228,10 +230,10 @@ impl Resolver<'_> {
     }
 
     fn unix_way(&self, rule: &Rule, path: &Path) -> Way {
-        if rule.path == PathChoice::Steer {
+        if rule.options.path == PathChoice::Steer {
             return Way::None(Outcome::because(State::Blocked, Reason::UnixSocketNotSteered));
         }
-        if rule.source == Source::Container {
+        if rule.options.source == Source::Container {
             return Way::None(Outcome::because(State::Blocked, Reason::UnixPeerIsRoot));
         }
         if let Some(why) = self.inventory.untrusted_paths.get(path) {

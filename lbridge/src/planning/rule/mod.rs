@@ -1,28 +1,31 @@
 //! Rules: what the administrator wants.
 //!
 //! - `network`, `port`: parse what is written;
-//! - `set`: holds all rules, which `allow` and `deny` change.
+//! - `options`: what a rule may ask for besides;
+//! - `set`: holds all rules, which `allow` and `deny` change;
+//! - `error`: why they refuse a change, spelled for the place where the rule was written.
 
+mod error;
 mod network;
+mod options;
 mod port;
 mod set;
 
-use std::{
-    collections::BTreeSet,
-    fmt::{self, Write as _},
-    num::NonZeroU32,
-    str::FromStr,
-    time::Duration,
-};
+use std::{fmt, str::FromStr};
 
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, MapAccess},
+};
 
 use super::text::excerpt;
 
 pub use self::{
+    error::{Contradiction, RuleError, Spelling},
     network::{Network, container_name},
+    options::{Beside, Options, Value, time, with_options},
     port::{PortSpec, Protocol, Target},
-    set::{Refused, Rules},
+    set::Rules,
 };
 
 /// Implements `Serialize` and `Deserialize` through `Display` and `FromStr`: files and the API use the CLI's
@@ -79,10 +82,16 @@ pub enum PathChoice {
     Relay,
 }
 
-/// Implements `FromStr` through serde's names: the CLI, the files and the API use the same words.
-macro_rules! from_serde_name {
+/// Implements `Display` and `FromStr` through serde's names: the CLI, the files and the API use the same words.
+macro_rules! by_serde_name {
     ($($type:ty: $choices:literal),+) => {
         $(
+            impl fmt::Display for $type {
+                fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    self.serialize(f)
+                }
+            }
+
             impl FromStr for $type {
                 type Err = Invalid;
 
@@ -95,7 +104,7 @@ macro_rules! from_serde_name {
     };
 }
 
-from_serde_name!(Source: "container or loopback", PathChoice: "auto, steer or relay");
+by_serde_name!(Source: "container or loopback", PathChoice: "auto, steer or relay");
 
 /// Version of the PROXY protocol: a header before the first byte tells the service who connects, if the
 /// service reads it (haproxy's doc/proxy-protocol.txt).
@@ -108,7 +117,7 @@ pub enum ProxyProtocol {
     V2,
 }
 
-from_serde_name!(ProxyProtocol: "v1 or v2");
+by_serde_name!(ProxyProtocol: "v1 or v2");
 
 /// The start of a process, which tells it from later processes with the same number: the kernel reuses
 /// numbers.
@@ -144,68 +153,62 @@ as_text!(Network, PortSpec, ProcessStart);
 pub const DEFAULT_CONNECTIONS: u32 = 16_384;
 
 /// A rule: containers of `network` that dial its gateway at `spec.port` reach `spec.target`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Rule {
     /// The network that connections come from.
     pub network: Network,
     /// The port that is dialled, and the service that it leads to.
     #[serde(rename = "port")]
     pub spec: PortSpec,
-    /// Names or ids of the containers that the rule is for. If empty, the rule is for the whole network.
-    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
-    pub from: BTreeSet<String>,
-    /// True if the port on the containers' own localhost leads to the service, too.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub localhost: bool,
-    /// The peer that the service sees.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub source: Source,
-    /// The path that connections take.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub path: PathChoice,
-    /// Largest number of connections at a time; `None` for [`DEFAULT_CONNECTIONS`]. Only relays enforce it,
-    /// as they do `idle_timeout` and `proxy_protocol`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_connections: Option<NonZeroU32>,
-    /// Time without a byte after which a connection is reset; `None` for no limit.
-    #[serde(
-        default,
-        skip_serializing_if = "Option::is_none",
-        with = "jiff::fmt::serde::unsigned_duration::friendly::compact::optional"
-    )]
-    pub idle_timeout: Option<Duration>,
-    /// Version of the PROXY protocol, whose header tells the service who connects; `None` for no header.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub proxy_protocol: Option<ProxyProtocol>,
+    /// What the rule asks for besides.
+    #[serde(flatten, serialize_with = "options::only_given")]
+    pub options: Options,
     /// The start of the process of a `pid:` network. The daemon fills it in.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<ProcessStart>,
-    /// The administrator's comment, one line of text.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub comment: Option<String>,
 }
 
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
+impl<'de> Deserialize<'de> for Rule {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Default)]
+        struct Fields {
+            network: Option<Network>,
+            port: Option<PortSpec>,
+            process: Option<ProcessStart>,
+        }
+
+        impl<'de> Beside<'de> for Fields {
+            type Whole = Rule;
+
+            const FIELDS: &'static [&'static str] = &["network", "port", "process"];
+
+            fn read<A: MapAccess<'de>>(&mut self, field: &str, table: &mut A) -> Result<(), A::Error> {
+                match field {
+                    "network" => self.network = Some(table.next_value()?),
+                    "port" => self.port = Some(table.next_value()?),
+                    _ => self.process = table.next_value()?,
+                }
+                Ok(())
+            }
+
+            fn with<E: de::Error>(self, options: Options) -> Result<Rule, E> {
+                Ok(Rule {
+                    network: self.network.ok_or_else(|| E::missing_field("network"))?,
+                    spec: self.port.ok_or_else(|| E::missing_field("port"))?,
+                    options,
+                    process: self.process,
+                })
+            }
+        }
+
+        with_options::<Fields, D>(deserializer)
+    }
 }
 
 impl Rule {
     /// Creates a rule without options.
     pub fn new(network: Network, spec: PortSpec) -> Self {
-        Self {
-            network,
-            spec,
-            from: BTreeSet::new(),
-            localhost: false,
-            source: Source::default(),
-            path: PathChoice::default(),
-            max_connections: None,
-            idle_timeout: None,
-            proxy_protocol: None,
-            process: None,
-            comment: None,
-        }
+        Self { network, spec, options: Options::default(), process: None }
     }
 
     /// Returns the rule's identity.
@@ -215,15 +218,8 @@ impl Rule {
 
     /// Returns true if both rules have the same effect. Compares neither comments nor processes.
     fn same_effect(&self, other: &Self) -> bool {
-        self.id() == other.id()
-            && self.spec == other.spec
-            && self.from == other.from
-            && self.localhost == other.localhost
-            && self.source == other.source
-            && self.path == other.path
-            && self.max_connections == other.max_connections
-            && self.idle_timeout == other.idle_timeout
-            && self.proxy_protocol == other.proxy_protocol
+        let effects = |rule: &Self| Options { comment: None, ..rule.options.clone() };
+        self.network == other.network && self.spec == other.spec && effects(self) == effects(other)
     }
 
     /// Returns why the kernel cannot serve the rule's connections, whatever listens; `None` if it can.
@@ -233,10 +229,10 @@ impl Rule {
                 "the kernel steers what comes in on the host's bridges, not from inside a namespace",
             );
         }
-        if self.proxy_protocol.is_some() {
+        if self.options.proxy_protocol.is_some() {
             return Some("only a relay can send the PROXY protocol's header");
         }
-        let limited = self.max_connections.is_some() || self.idle_timeout.is_some();
+        let limited = self.options.max_connections.is_some() || self.options.idle_timeout.is_some();
         limited.then_some("only a relay can keep the rule's limits")
     }
 }
@@ -288,79 +284,44 @@ impl Rule {
     /// Checks the fields that hold free text, whoever filled them in. Fields with a type of their own were
     /// checked when they were parsed.
     fn check_text(&self) -> Result<(), Invalid> {
-        self.from.iter().try_for_each(|name| container_name(name).map(drop))?;
-        self.comment.iter().try_for_each(|text| comment(text).map(drop))
+        self.options.from.iter().try_for_each(|name| container_name(name).map(drop))?;
+        self.options.comment.iter().try_for_each(|text| comment(text).map(drop))
     }
 
     /// Returns which of the rule's options do not go together; `None` if all of them do.
-    fn contradiction(&self) -> Option<&'static str> {
+    fn contradiction(&self) -> Option<Contradiction> {
         if self.network.is_namespace() {
-            if self.localhost {
-                return Some("it is served on localhost inside anyway; leave --localhost out");
+            if self.options.localhost {
+                return Some(Contradiction::LocalhostInside);
             }
-            if !self.from.is_empty() {
-                return Some("it is one namespace, whoever is in it; leave --from out");
+            if !self.options.from.is_empty() {
+                return Some(Contradiction::FromInside);
             }
             if self.protocol() == Protocol::Udp {
-                return Some("inside a namespace only TCP can be served; allow UDP on a network");
+                return Some(Contradiction::UdpInside);
             }
         }
         if self.protocol() == Protocol::Tcp {
             return None;
         }
         if matches!(self.spec.target, Target::Unix(_)) {
-            return Some("UDP does not lead to a Unix socket");
+            return Some(Contradiction::UdpToUnix);
         }
         if self.spec.target.port() != Some(self.spec.port) {
-            return Some(
-                "a UDP rule leads to the same port number, which the answers come from; have the service use it, or dial the service's own",
-            );
+            return Some(Contradiction::UdpToOtherPort);
         }
-        if self.localhost {
-            return Some("of localhost TCP alone is led to the host; leave --localhost out");
+        if self.options.localhost {
+            return Some(Contradiction::UdpOfLocalhost);
         }
-        if self.source == Source::Loopback {
-            return Some("a UDP service answers the address that it sees; leave --source loopback out");
+        if self.options.source == Source::Loopback {
+            return Some(Contradiction::UdpFromLoopback);
         }
-        (self.path == PathChoice::Relay || self.needs_relay().is_some())
-            .then_some("UDP is steered, never relayed; leave out what needs a relay")
+        let relayed = self.options.path == PathChoice::Relay || self.needs_relay().is_some();
+        relayed.then_some(Contradiction::UdpRelayed)
     }
 
     fn protocol(&self) -> Protocol {
         self.spec.protocol
-    }
-
-    /// Returns the port and the options as arguments of `allow`.
-    pub(super) fn options(&self) -> String {
-        let mut options = self.spec.to_string();
-        options += match self.source {
-            Source::Container => "",
-            Source::Loopback => " --source loopback",
-        };
-        options += match self.path {
-            PathChoice::Auto => "",
-            PathChoice::Steer => " --path steer",
-            PathChoice::Relay => " --path relay",
-        };
-        if self.localhost {
-            options += " --localhost";
-        }
-        if !self.from.is_empty() {
-            let from: Vec<_> = self.from.iter().map(String::as_str).collect();
-            let _ = write!(options, " --from {}", from.join(","));
-        }
-        if let Some(max) = self.max_connections {
-            let _ = write!(options, " --max-connections {max}");
-        }
-        if let Some(idle) = self.idle_timeout {
-            let _ = write!(options, " --idle-timeout {}s", idle.as_secs_f64());
-        }
-        match self.proxy_protocol {
-            Some(ProxyProtocol::V1) => options += " --proxy-protocol v1",
-            Some(ProxyProtocol::V2) => options += " --proxy-protocol v2",
-            None => {}
-        }
-        options
     }
 }
 

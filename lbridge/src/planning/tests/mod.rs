@@ -26,7 +26,7 @@ use super::{
     policy::{DialOutcome, Place, Policy, State},
     reality::Reality,
     resolve::resolve,
-    rule::{Network, Origin, PathChoice, ProcessStart, Rule, Rules, Source},
+    rule::{Network, Options, Origin, PathChoice, ProcessStart, Rule, Rules, Source},
 };
 
 /// A host to be described step by step.
@@ -194,9 +194,12 @@ impl Host {
         from: &[&str],
     ) -> Self {
         let rule = Rule {
-            from: from.iter().map(|name| (*name).to_owned()).collect(),
-            source,
-            path,
+            options: Options {
+                from: from.iter().map(|name| (*name).to_owned()).collect(),
+                source,
+                path,
+                ..Options::default()
+            },
             process: network.starts_with("pid:").then(|| ProcessStart { ticks: 1, boot: String::new() }),
             ..Rule::new(network.parse().unwrap(), port.parse().unwrap())
         };
@@ -208,7 +211,8 @@ impl Host {
     fn with_localhost(mut self, network: &str, port: u16) -> Self {
         let network: Network = network.parse().unwrap();
         let rule = self.rules.iter().find(|(id, ..)| id.network == network && id.port == port);
-        let rule = Rule { localhost: true, ..rule.unwrap().1.clone() };
+        let mut rule = rule.unwrap().1.clone();
+        rule.options.localhost = true;
         let id = rule.id();
         self.rules = self.rules.deny([id]).unwrap().allow([rule], Origin::Cli).unwrap();
         self

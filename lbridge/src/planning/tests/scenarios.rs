@@ -396,7 +396,7 @@ fn a_namespace_that_is_not_there_is_waited_for() {
 fn what_only_a_relay_can_do_is_relayed() {
     let host = Host::new().listens("127.0.0.1:80").allow("app", "80");
     let mut rule = host.rules.iter().next().unwrap().1.clone();
-    rule.max_connections = std::num::NonZeroU32::new(5);
+    rule.options.max_connections = std::num::NonZeroU32::new(5);
     let host = Host { rules: Rules::default().allow([rule], Origin::Cli).unwrap(), ..host };
     assert_eq!(host.states(), ["172.18.0.1:80 relayed (only a relay can keep the rule's limits)"]);
     assert_eq!(host.policy().relays.into_values().next().unwrap().max_connections, 5);
