@@ -10,11 +10,11 @@ use std::{
 };
 
 use clap::Command;
-use clap_complete::Shell;
 use clap_mangen::{
     Man,
     roff::{Roff, bold, roman},
 };
+use lbridge::cli::Shell;
 
 /// The page of the command itself: what holds for every command.
 const EXIT_STATUS: [(&str, &str); 5] = [
@@ -37,8 +37,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let folder = PathBuf::from(env::args_os().nth(1).ok_or("manual FOLDER")?);
     fs::create_dir_all(&folder)?;
     let mut command = lbridge::cli::command().disable_help_subcommand(true);
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        clap_complete::generate_to(shell, &mut command, "lbridge", &folder)?;
+    for shell in Shell::ALL {
+        fs::write(folder.join(shell.file_name()), shell.script())?;
     }
     command.build();
     pages(&command, &[], &folder)?;

@@ -3,6 +3,7 @@
 
 mod allow;
 mod check_config;
+mod complete;
 mod completions;
 mod deny;
 mod doctor;
@@ -25,6 +26,7 @@ use std::{num::NonZeroU32, path::PathBuf, process::ExitCode, str::FromStr as _, 
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
+pub use self::completions::Shell;
 use crate::{
     api::{
         client::{Client, ClientError},
@@ -114,6 +116,9 @@ enum Command {
     Service(service::ServiceArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
+    /// Print what the last of the words could become; for the completion scripts
+    #[command(hide = true)]
+    Complete(complete::CompleteArgs),
 }
 
 #[derive(Debug, Args)]
@@ -210,7 +215,8 @@ fn run() -> ExitCode {
         Command::Explain(args) => block_on(explain::handle(args, &client)),
         Command::Service(args) => service::handle(args, cli.socket),
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
-        Command::Completions(args) => completions::handle(&args, &mut command()),
+        Command::Completions(args) => completions::handle(&args),
+        Command::Complete(args) => complete::handle(&args, cli.socket),
     };
     match done {
         Ok(()) => Exit::Done.into(),

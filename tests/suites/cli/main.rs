@@ -3,6 +3,7 @@
 
 mod access;
 mod commands;
+mod complete;
 mod doctor;
 mod follow;
 mod log;
@@ -26,6 +27,7 @@ fn main() {
         follow::tests(),
         log::tests(),
         reload::tests(),
+        complete::tests(),
     ];
     Suite::new(NEEDS, tests.concat()).main()
 }
