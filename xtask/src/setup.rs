@@ -6,7 +6,7 @@ use crate::bpf_toolchain::{self, Toolchain};
 use crate::{apt, kernels, package, roots};
 
 /// Packages that the suites use, in addition to the toolchain of the kernel programs.
-const PACKAGES: [&str; 30] = [
+const PACKAGES: [&str; 31] = [
     "aardvark-dns",   // Podman's names
     "apache2-bin",    // a web server, without the service that the package apache2 is
     "bubblewrap",     // sandboxes of users
@@ -20,6 +20,7 @@ const PACKAGES: [&str; 30] = [
     "haproxy",   // what the benchmark compares with, as socat
     "iproute2",
     "iptables",
+    "man-db",     // renders the man pages
     "mmdebstrap", // the root of a newer Debian
     "netavark",   // Podman's networks
     "nftables",

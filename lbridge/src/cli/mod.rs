@@ -12,6 +12,7 @@ mod explain;
 mod import;
 mod list;
 mod log;
+pub mod manual;
 mod relay;
 mod reload;
 mod render;
@@ -24,7 +25,7 @@ mod verify;
 
 use std::{num::NonZeroU32, path::PathBuf, process::ExitCode, str::FromStr as _, time::Duration};
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 pub use self::completions::Shell;
 use crate::{
@@ -63,13 +64,11 @@ First steps:
   lbridge doctor               what is wrong with this host or a rule, and what to type
   lbridge allow app_net 5432   Docker network app_net reaches 127.0.0.1:5432
   lbridge status               the rules, what containers dial, what is missing
-  lbridge deny app_net 5432    takes it back
-
-Exit status: 0 done, 1 failed or output not written, 2 usage, 3 no daemon, 4 no such rule or a conflict.";
+  lbridge deny app_net 5432    takes it back";
 
 /// Lets containers reach services that listen only on the host's loopback, per allowlisted network and port.
 #[derive(Debug, Parser)]
-#[command(name = "lbridge", version, max_term_width = 100, after_help = FIRST_STEPS)]
+#[command(name = "lbridge", version, max_term_width = 100)]
 pub struct Cli {
     /// Control socket of the daemon
     #[arg(long, global = true, env = "LBRIDGE_SOCKET", default_value = crate::service::SOCKET)]
@@ -176,7 +175,7 @@ impl From<anyhow::Error> for Failure {
 /// Returns the definition of the command line, from which `--help`, the completion scripts and the man pages
 /// are made.
 pub fn command() -> clap::Command {
-    Cli::command()
+    manual::with_examples(Cli::command(), FIRST_STEPS)
 }
 
 /// Parses the command line and runs the command.
@@ -187,7 +186,8 @@ pub fn main() -> ExitCode {
 }
 
 fn run() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let parsed = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => return usage::handle(&error),
     };

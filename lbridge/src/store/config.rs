@@ -38,7 +38,7 @@ pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The keys that the file and each of its rules may have. Kept next to the types below, since serde does not
 /// expose them.
-const SETTINGS: [&str; 8] = [
+pub(crate) const SETTINGS: [&str; 8] = [
     "drain_timeout",
     "firewall",
     "aliases",
@@ -48,7 +48,7 @@ const SETTINGS: [&str; 8] = [
     "label_sources",
     "rule",
 ];
-const RULE: [&str; 11] = [
+pub(crate) const RULE: [&str; 11] = [
     "network",
     "port",
     "ports",

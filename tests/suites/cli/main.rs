@@ -7,6 +7,7 @@ mod complete;
 mod doctor;
 mod follow;
 mod log;
+mod manual;
 mod reload;
 mod start;
 
@@ -28,6 +29,7 @@ fn main() {
         log::tests(),
         reload::tests(),
         complete::tests(),
+        manual::tests(),
     ];
     Suite::new(NEEDS, tests.concat()).main()
 }
