@@ -136,7 +136,7 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
     gzip.args(["--best", "--no-name"]).arg(&changelog);
     for entry in fs::read_dir(&manual_folder)? {
         let path = entry?.path();
-        if path.extension().is_some_and(|section| section == "1") {
+        if path.extension().is_some_and(|section| section == "1" || section == "5") {
             gzip.arg(path);
         }
     }
@@ -145,7 +145,8 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
 
 /// Generates man pages and completion scripts. The program that writes them does not depend on the profile.
 fn manual(folder: &Path) -> Result<()> {
-    run(cargo().args(["run", "--quiet", "--package", "lbridge", "--example", "manual", "--"]).arg(folder))
+    let mut manual = dated(cargo())?;
+    run(manual.args(["run", "--quiet", "--package", "lbridge", "--example", "manual", "--"]).arg(folder))
 }
 
 fn deb(stage: &Path, package: &Path, options: &[&str]) -> Result<()> {

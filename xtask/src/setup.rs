@@ -6,7 +6,7 @@ use crate::bpf_toolchain::{self, Toolchain};
 use crate::{apt, kernels, package, roots};
 
 /// Packages that the suites use, in addition to the toolchain of the kernel programs.
-const PACKAGES: [&str; 28] = [
+const PACKAGES: [&str; 31] = [
     "aardvark-dns",   // Podman's names
     "apache2-bin",    // a web server, without the service that the package apache2 is
     "bubblewrap",     // sandboxes of users
@@ -16,9 +16,11 @@ const PACKAGES: [&str; 28] = [
     "dnsmasq-base",   // a server that speaks UDP, without its service
     "docker-compose",
     "docker.io", // the engine; without recommendations, or it brings cgroupfs-mount
+    "fish",      // a shell whose completion is tested
     "haproxy",   // what the benchmark compares with, as socat
     "iproute2",
     "iptables",
+    "man-db",     // renders the man pages
     "mmdebstrap", // the root of a newer Debian
     "netavark",   // Podman's networks
     "nftables",
@@ -35,6 +37,7 @@ const PACKAGES: [&str; 28] = [
     "ufw",      // a firewall in the way
     "uidmap",   // a user's Podman
     "xz-utils", // kernel modules are compressed
+    "zsh",      // another shell
 ];
 
 /// Installs what is missing. If everything is installed already, it does nothing and needs no root.

@@ -3,6 +3,7 @@
 
 mod allow;
 mod check_config;
+mod complete;
 mod completions;
 mod deny;
 mod doctor;
@@ -12,6 +13,7 @@ mod import;
 mod list;
 mod load;
 mod log;
+pub mod manual;
 mod options;
 mod relay;
 mod reload;
@@ -25,8 +27,9 @@ mod verify;
 
 use std::{num::NonZeroU32, path::PathBuf, process::ExitCode, str::FromStr as _, time::Duration};
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
+pub use self::completions::Shell;
 use crate::{
     api::{
         client::{Client, ClientError},
@@ -63,13 +66,11 @@ First steps:
   lbridge doctor               what is wrong with this host or a rule, and what to type
   lbridge allow app_net 5432   Docker network app_net reaches 127.0.0.1:5432
   lbridge status               the rules, what containers dial, what is missing
-  lbridge deny app_net 5432    takes it back
-
-Exit status: 0 done, 1 failed or output not written, 2 usage, 3 no daemon, 4 no such rule or a conflict.";
+  lbridge deny app_net 5432    takes it back";
 
 /// Lets containers reach services that listen only on the host's loopback, per allowlisted network and port.
 #[derive(Debug, Parser)]
-#[command(name = "lbridge", version, max_term_width = 100, after_help = FIRST_STEPS)]
+#[command(name = "lbridge", version, max_term_width = 100)]
 pub struct Cli {
     /// Control socket of the daemon
     #[arg(long, global = true, env = "LBRIDGE_SOCKET", default_value = crate::service::SOCKET)]
@@ -116,6 +117,9 @@ enum Command {
     Service(service::ServiceArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
+    /// Print what the last of the words could become; for the completion scripts
+    #[command(hide = true)]
+    Complete(complete::CompleteArgs),
 }
 
 #[derive(Debug, Args)]
@@ -173,7 +177,7 @@ impl From<anyhow::Error> for Failure {
 /// Returns the definition of the command line, from which `--help`, the completion scripts and the man pages
 /// are made.
 pub fn command() -> clap::Command {
-    Cli::command()
+    manual::with_examples(Cli::command(), FIRST_STEPS)
 }
 
 /// Parses the command line and runs the command.
@@ -184,7 +188,8 @@ pub fn main() -> ExitCode {
 }
 
 fn run() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let parsed = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => return usage::handle(&error),
     };
@@ -212,7 +217,8 @@ fn run() -> ExitCode {
         Command::Explain(args) => block_on(explain::handle(args, &client)),
         Command::Service(args) => service::handle(args, cli.socket),
         Command::Relay(args) => return relay::handle(args).unwrap_or_else(|failure| failed(&failure)),
-        Command::Completions(args) => completions::handle(&args, &mut command()),
+        Command::Completions(args) => completions::handle(&args),
+        Command::Complete(args) => complete::handle(&args, cli.socket),
     };
     match done {
         Ok(()) => Exit::Done.into(),

@@ -95,6 +95,11 @@ pub async fn guests() -> anyhow::Result<Vec<Guest>> {
     .await
 }
 
+/// Lists the names of the containers on a network, also of those that do not run, sorted.
+pub async fn containers_of(network: &str) -> anyhow::Result<Vec<String>> {
+    within(async { snapshot::containers_of(&connect()?, Some(network)).await }).await
+}
+
 /// Returns NAME of `NAME:host-gateway` or `NAME=host-gateway`; `None` for any other entry.
 fn name_of_host(host: &str) -> Option<String> {
     let name = host.strip_suffix(HOST_GATEWAY)?;

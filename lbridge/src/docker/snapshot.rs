@@ -198,7 +198,13 @@ fn attachment(network: String, endpoint: &EndpointSettings) -> Attachment {
 
 /// Lists the names of all containers, also of those that do not run, sorted.
 pub(super) async fn container_names(docker: &Docker) -> anyhow::Result<Vec<String>> {
-    let options = ListContainersOptions { all: true, ..ListContainersOptions::default() };
+    containers_of(docker, None).await
+}
+
+/// Lists the names of the containers on a network, given by its name or id, or of all containers.
+pub(super) async fn containers_of(docker: &Docker, network: Option<&str>) -> anyhow::Result<Vec<String>> {
+    let filters = network.map(|network| HashMap::from([("network".to_owned(), vec![network.to_owned()])]));
+    let options = ListContainersOptions { all: true, filters, ..ListContainersOptions::default() };
     let containers =
         docker.list_containers(Some(options)).await.context("cannot list the engine's containers")?;
     // Legacy links are names with a second slash.

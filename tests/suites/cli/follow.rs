@@ -299,7 +299,7 @@ fn top_leaves_the_terminal_as_it_was() -> Result<()> {
 }
 
 /// Both ends of a pseudo-terminal.
-fn terminal() -> Result<(File, OwnedFd)> {
+pub(crate) fn terminal() -> Result<(File, OwnedFd)> {
     let (mut ours, mut theirs) = (-1, -1);
     let none = std::ptr::null_mut();
     // SAFETY: the descriptors are written, the other arguments may be null.

@@ -3,9 +3,11 @@
 
 mod access;
 mod commands;
+mod complete;
 mod doctor;
 mod follow;
 mod log;
+mod manual;
 mod reload;
 mod start;
 
@@ -26,6 +28,8 @@ fn main() {
         follow::tests(),
         log::tests(),
         reload::tests(),
+        complete::tests(),
+        manual::tests(),
     ];
     Suite::new(NEEDS, tests.concat()).main()
 }

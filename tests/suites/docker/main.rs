@@ -1,6 +1,7 @@
 //! lbridge beside a real Docker Engine: networks and containers that come, go and change under its rules.
 
 mod aliases;
+mod complete;
 mod compose;
 mod containers;
 mod doctor;
@@ -54,6 +55,7 @@ fn main() {
         doctor::tests(),
         aliases::tests(),
         walled::tests(),
+        complete::tests(),
     ];
     let mut suite = Suite::new(NEEDS, tests.concat());
     suite.threads = 1;

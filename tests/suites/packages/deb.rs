@@ -79,6 +79,7 @@ fn runs(host: &Host) -> Result<()> {
     for file in [
         "/usr/share/man/man1/lbridge.1.gz",
         "/usr/share/man/man1/lbridge-allow.1.gz",
+        "/usr/share/man/man5/lbridge.toml.5.gz",
         "/usr/share/bash-completion/completions/lbridge",
         "/usr/share/zsh/vendor-completions/_lbridge",
         "/usr/share/fish/vendor_completions.d/lbridge.fish",

@@ -19,7 +19,7 @@ use std::{
 use jiff::{Timestamp, tz::TimeZone};
 use serde::Serialize;
 
-use super::{Failure, log};
+use super::{Failure, complete::Candidate, log};
 use crate::planning::{
     policy::State,
     text::{is_unprintable, shown},
@@ -78,6 +78,15 @@ pub(super) fn help(help: &clap::Error) -> Result<(), Failure> {
 /// Prints a shell's completion script.
 pub(super) fn script(script: &[u8]) -> Result<(), Failure> {
     write(script).map(drop)
+}
+
+/// Prints the candidates for a completion, one a line, with a tab before the text about it.
+pub(super) fn candidates(candidates: &[Candidate]) -> Result<(), Failure> {
+    let line = |Candidate { word, about }: &Candidate| match about.as_str() {
+        "" => shown(word) + "\n",
+        about => format!("{}\t{}\n", shown(word), shown(about)),
+    };
+    write(candidates.iter().map(line).collect::<String>().as_bytes()).map(drop)
 }
 
 /// Prints JSON for programs.

@@ -20,8 +20,10 @@ use super::{
 
 /// The label with the ports that are asked for. Without it the other labels mean nothing.
 pub const ALLOW: &str = "lbridge.allow";
-const LOCALHOST: &str = "lbridge.localhost";
-const SOURCE: &str = "lbridge.source";
+/// The label that is as `--localhost`.
+pub const LOCALHOST: &str = "lbridge.localhost";
+/// The label that is as `--source`.
+pub const SOURCE: &str = "lbridge.source";
 /// The prefix of every label of lbridge's.
 const PREFIX: &str = "lbridge.";
 

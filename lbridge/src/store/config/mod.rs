@@ -43,7 +43,7 @@ use crate::planning::{
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The keys that the file may have. Kept next to the type below, since serde does not expose them.
-const SETTINGS: [&str; 8] = [
+pub(crate) const SETTINGS: [&str; 8] = [
     "drain_timeout",
     "firewall",
     "aliases",
@@ -141,7 +141,7 @@ impl<'de> Deserialize<'de> for FileRule {
 }
 
 /// The keys that a rule of the file may have.
-fn rule_keys() -> Vec<&'static str> {
+pub(crate) fn rule_keys() -> Vec<&'static str> {
     [Fields::FIELDS, Options::NAMES].concat()
 }
 
