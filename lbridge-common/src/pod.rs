@@ -1,8 +1,9 @@
 //! pod: declares the map types as plain data for aya. No other module does.
 
 use crate::wire::{
-    AcceptedKey, Address, CountedEntry, Dial, DialKey, Endpoint, Guest, ListenerKey, LoopbackView, ProberKey,
-    RelayPeer, RelayPeerKey, Reply, ReplyKey, RuleKey, SourceKey, TargetKey, ViewKey,
+    AcceptedKey, Address, CountedEntry, Endpoint, EntryKey, ListenerKey, NameOverride, OverrideKey,
+    ProberKey, Redirect, RedirectKey, RedirectedNetns, RelayPeer, RelayPeerKey, ReplySource, ReplySourceKey,
+    SourceKey, TargetKey,
 };
 
 macro_rules! pod {
@@ -19,19 +20,19 @@ pod!(
     AcceptedKey,
     Address,
     CountedEntry,
-    Dial,
-    DialKey,
+    Redirect,
+    RedirectKey,
     Endpoint,
-    Guest,
+    RedirectedNetns,
     ListenerKey,
-    LoopbackView,
+    NameOverride,
     ProberKey,
     RelayPeer,
     RelayPeerKey,
-    Reply,
-    ReplyKey,
-    RuleKey,
+    ReplySource,
+    ReplySourceKey,
+    EntryKey,
     SourceKey,
     TargetKey,
-    ViewKey,
+    OverrideKey,
 );

@@ -2,9 +2,9 @@
 //!
 //! A program must not be named like its section (`fn sk_lookup` in section `sk_lookup` fails to link).
 
-/// Rules: [`crate::wire::RuleKey`] to [`crate::wire::CountedEntry`].
-pub const RULES: &str = "RULES";
-/// Sources that may use a rule with [`crate::wire::CountedEntry::LISTED`]: [`crate::wire::SourceKey`] to 1
+/// Rules: [`crate::wire::EntryKey`] to [`crate::wire::CountedEntry`].
+pub const ENTRIES: &str = "ENTRIES";
+/// Sources that may use a rule with [`crate::wire::Entry::LISTED`]: [`crate::wire::SourceKey`] to 1
 /// (`u8`).
 pub const SOURCES: &str = "SOURCES";
 /// Packets that lbridge's accept rules let through the firewall: [`crate::wire::AcceptedKey`] to 1 (`u8`).
@@ -13,20 +13,20 @@ pub const ACCEPTED: &str = "ACCEPTED";
 pub const TARGETS: &str = "TARGETS";
 /// Registered listeners: [`crate::wire::ListenerKey`] to socket.
 pub const LISTENERS: &str = "LISTENERS";
-/// Listening sockets of relays: [`crate::wire::RuleKey`] to socket.
+/// Listening sockets of relays: [`crate::wire::EntryKey`] to socket.
 pub const RELAYS: &str = "RELAYS";
-/// Gateways whose connections look local: [`crate::wire::ViewKey`] to [`crate::wire::LoopbackView`].
-pub const LOOPBACK_VIEWS: &str = "LOOPBACK_VIEWS";
-/// Network namespaces whose localhost may lead to the host: cookie (`u64`) to [`crate::wire::Guest`].
-pub const GUESTS: &str = "GUESTS";
-/// Dials, which lead from a guest's localhost to a gateway: [`crate::wire::DialKey`] to
-/// [`crate::wire::Dial`].
-pub const DIALS: &str = "DIALS";
-/// Source addresses for the datagrams of UDP services: [`crate::wire::ReplyKey`] to [`crate::wire::Reply`].
-pub const REPLIES: &str = "REPLIES";
+/// Gateways whose connections look local: [`crate::wire::OverrideKey`] to [`crate::wire::NameOverride`].
+pub const NAME_OVERRIDES: &str = "NAME_OVERRIDES";
+/// Network namespaces whose localhost may lead to the host: cookie (`u64`) to [`crate::wire::RedirectedNetns`].
+pub const REDIRECT_NETNS: &str = "REDIRECT_NETNS";
+/// Redirects, which lead from a guest's localhost to a gateway: [`crate::wire::RedirectKey`] to
+/// [`crate::wire::Redirect`].
+pub const REDIRECTS: &str = "REDIRECTS";
+/// Source addresses for the datagrams of UDP services: [`crate::wire::ReplySourceKey`] to [`crate::wire::ReplySource`].
+pub const REPLY_SOURCES: &str = "REPLY_SOURCES";
 /// Source addresses of the daemon's own probes: [`crate::wire::ProberKey`] to 1 (`u8`).
 pub const PROBERS: &str = "PROBERS";
-/// UDP rules that the daemon probes the firewall for: [`crate::wire::RuleKey`] to the number of datagrams
+/// UDP rules that the daemon probes the firewall for: [`crate::wire::EntryKey`] to the number of datagrams
 /// that arrived (`u64`).
 pub const PROBES: &str = "PROBES";
 /// Sockets of relays that are about to connect: socket cookie (`u64`) to the container's
@@ -36,11 +36,11 @@ pub const RELAY_CONNECTS: &str = "RELAY_CONNECTS";
 pub const RELAY_PEERS: &str = "RELAY_PEERS";
 /// Socket storage of the service's own socket: the container's [`crate::wire::Endpoint`].
 pub const PEER_NAMES: &str = "PEER_NAMES";
-/// Socket storage of the service's own socket: the [`crate::wire::LoopbackView::target`] that it sees as its
+/// Socket storage of the service's own socket: the [`crate::wire::NameOverride::target`] that it sees as its
 /// own end.
 pub const LOOPBACK_NAMES: &str = "LOOPBACK_NAMES";
-/// Socket storage of a container's socket: the [`crate::wire::Dial`] that it used.
-pub const DIALLED: &str = "DIALLED";
+/// Socket storage of a container's socket: the [`crate::wire::Redirect`] that it used.
+pub const ORIGINAL_DST: &str = "ORIGINAL_DST";
 /// Counters of outcomes, per CPU, indexed by [`crate::wire::Counter`].
 pub const COUNTERS: &str = "COUNTERS";
 /// Ring buffer of [`crate::wire::ListenerEvent`].
@@ -67,9 +67,9 @@ pub const SOCKNAME4: &str = "sockname4";
 /// `cgroup/getsockname6` program.
 pub const SOCKNAME6: &str = "sockname6";
 /// `cgroup/connect4` program.
-pub const CONNECT4: &str = "dial4";
+pub const CONNECT4: &str = "redirect4";
 /// `cgroup/connect6` program.
-pub const CONNECT6: &str = "dial6";
+pub const CONNECT6: &str = "redirect6";
 /// `cgroup/sendmsg4` program.
 pub const REPLY4: &str = "reply4";
 /// `cgroup/sendmsg6` program.

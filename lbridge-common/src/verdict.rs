@@ -131,7 +131,7 @@ mod tests {
     use core::net::IpAddr;
 
     use super::*;
-    use crate::wire::{RuleKey, UDP};
+    use crate::wire::{EntryKey, UDP};
 
     fn address(text: &str) -> Address {
         text.parse::<IpAddr>().unwrap().into()
@@ -141,7 +141,7 @@ mod tests {
         let gateway = address(gateway);
         let mask = gateway.mask(prefix);
         Entry {
-            key: RuleKey { gateway, ifindex: 1, port: 80, protocol: TCP.into() },
+            key: EntryKey { gateway, ifindex: 1, port: 80, protocol: TCP.into() },
             subnet: gateway.masked(&mask),
             mask,
             target: address("127.0.0.1"),

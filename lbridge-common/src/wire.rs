@@ -10,13 +10,14 @@ use core::{
 };
 
 /// Version of the layouts below and of what the maps mean; every change to either increments it. It is part
-/// of the pin directory's name, so that a daemon never adopts maps that it would misread.
-pub const ABI_VERSION: u32 = 3;
+/// of the pin directory's name, so that a daemon never adopts maps that it would misread. Version 4 differs
+/// from version 3 in the maps' names alone.
+pub const ABI_VERSION: u32 = 4;
 
 /// Maximum number of entries (interface, address, port, protocol) in force at the same time.
-pub const MAX_RULES: u32 = 131_072;
+pub const MAX_ENTRIES: u32 = 131_072;
 /// Maximum number of network namespaces whose localhost leads to the host.
-pub const MAX_GUESTS: u32 = 65_536;
+pub const MAX_REDIRECT_NETNS: u32 = 65_536;
 /// Maximum number of bridges per network namespace whose rules its localhost may lead to.
 pub const BRIDGES: usize = 4;
 /// Maximum number of relayed connections whose client is recorded at the same time.
@@ -158,10 +159,10 @@ impl From<Address> for IpAddr {
     }
 }
 
-/// Key of a rule: the address and port that a container dials, and the interface on which the packet arrives.
+/// Key of an entry: the address and port that a container dials, and the interface on which the packet arrives.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RuleKey {
+pub struct EntryKey {
     /// The host's address on the bridge.
     pub gateway: Address,
     /// The bridge's interface index; 0 if the kernel program cannot check it.
@@ -178,7 +179,7 @@ pub struct RuleKey {
 pub struct Entry {
     /// The entry's own key. The kernel may reuse the memory of a removed element at once, so a value that was
     /// looked up may since belong to another key. Code that copies the value must compare this key.
-    pub key: RuleKey,
+    pub key: EntryKey,
     /// The network's subnet: source addresses outside it are not served.
     pub subnet: Address,
     /// The netmask of `subnet`.
@@ -229,7 +230,7 @@ impl CountedEntry {
     /// All zero: the value of no key.
     pub const EMPTY: Self = Self {
         entry: Entry {
-            key: RuleKey { gateway: Address([0; 4]), ifindex: 0, port: 0, protocol: 0 },
+            key: EntryKey { gateway: Address([0; 4]), ifindex: 0, port: 0, protocol: 0 },
             subnet: Address([0; 4]),
             mask: Address([0; 4]),
             target: Address([0; 4]),
@@ -246,7 +247,7 @@ impl CountedEntry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SourceKey {
     /// The rule's key.
-    pub rule: RuleKey,
+    pub rule: EntryKey,
     /// The container's address.
     pub source: Address,
 }
@@ -371,18 +372,18 @@ pub struct ProberKey {
     pub ifindex: u32,
 }
 
-/// Key of a view (`--source loopback`): connections to `gateway` from a subnet look as if they came from and
+/// Key of an override (`--source loopback`): connections to `gateway` from a subnet look as if they came from and
 /// went to loopback. The key is a longest-prefix match; it ends with the subnet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ViewKey {
+pub struct OverrideKey {
     /// The dialled address and port.
     pub gateway: Endpoint,
     /// The network's subnet; in a lookup, the container's address.
     pub peer: Address,
 }
 
-impl ViewKey {
+impl OverrideKey {
     /// Length of the key in bits, as used in a lookup.
     pub const BITS: u32 = Self::GATEWAY_BITS + 128;
 
@@ -404,10 +405,10 @@ impl ViewKey {
     }
 }
 
-/// A view: the ends that such a connection presents to the service.
+/// An override: the ends that such a connection presents to the service.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LoopbackView {
+pub struct NameOverride {
     /// The `gateway` of the entry's key, to detect a reused element: see [`Entry::key`].
     pub gateway: Endpoint,
     /// The endpoint that `getsockname()` returns. `getpeername()` returns its address.
@@ -418,28 +419,28 @@ pub struct LoopbackView {
 /// key is a longest-prefix match; it ends with the subnet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ReplyKey {
+pub struct ReplySourceKey {
     /// The loopback address and port that the service is bound to.
     pub service: Endpoint,
     /// The network's subnet; in a lookup, the container's address.
     pub peer: Address,
 }
 
-impl ReplyKey {
+impl ReplySourceKey {
     /// Length of the key in bits, as used in a lookup.
-    pub const BITS: u32 = ViewKey::BITS;
+    pub const BITS: u32 = OverrideKey::BITS;
 
     /// Returns the number of bits that must match if the subnet has the netmask `mask`.
     #[must_use]
     pub fn prefix_len(mask: &Address) -> u32 {
-        ViewKey::prefix_len(mask)
+        OverrideKey::prefix_len(mask)
     }
 }
 
 /// The source address with which a service's datagrams to a subnet leave.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Reply {
+pub struct ReplySource {
     /// The `service` of the entry's key, to detect a reused element: see [`Entry::key`].
     pub service: Endpoint,
     /// The gateway that the containers dial. Unspecified for addresses of the host itself: datagrams to them
@@ -451,17 +452,17 @@ pub struct Reply {
 /// attached to. Its key is the namespace's cookie.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Guest {
+pub struct RedirectedNetns {
     /// The entry's own key, to detect a reused element: see [`Entry::key`].
     pub netns: u64,
     /// Interface indices in the host's namespace, in lookup order; 0 marks an unused slot.
     pub bridges: [u32; BRIDGES],
 }
 
-/// Key of a dial: an address and port that a process in a [`Guest`] dials and that lead to another address.
+/// Key of a redirect: an address and port of localhost that a process in a [`RedirectedNetns`] connects to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DialKey {
+pub struct RedirectKey {
     /// The dialled address: `127.0.0.1` or `::1`.
     pub address: Address,
     /// The bridge's interface index.
@@ -470,16 +471,16 @@ pub struct DialKey {
     pub port: u16,
     /// The IP protocol: [`TCP`] or [`UDP`].
     pub protocol: u16,
-    /// Cookie of the one network namespace that the dial applies to; 0 for every guest on the bridge.
+    /// Cookie of the one network namespace that the redirect applies to; 0 for every guest on the bridge.
     pub netns: u64,
 }
 
-/// A dial: the gateway that the dialled address leads to.
+/// A redirect: the gateway that the dialled address leads to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Dial {
+pub struct Redirect {
     /// The entry's own key, to detect a reused element: see [`Entry::key`].
-    pub key: DialKey,
+    pub key: RedirectKey,
     /// The network's gateway.
     pub gateway: Endpoint,
     /// Explicit padding, always 0.
@@ -540,15 +541,15 @@ impl Counter {
 }
 
 const _: () = {
-    assert!(size_of::<RuleKey>() == 24 && align_of::<RuleKey>() == 4);
+    assert!(size_of::<EntryKey>() == 24 && align_of::<EntryKey>() == 4);
     assert!(size_of::<CountedEntry>() == 88 && align_of::<CountedEntry>() == 8);
     assert!(size_of::<ListenerKey>() == 20);
     assert!(size_of::<Endpoint>() == 20);
-    assert!(size_of::<ViewKey>() == 36 && align_of::<ViewKey>() == 4);
-    assert!(8 * size_of::<ViewKey>() == ViewKey::BITS as usize);
-    assert!(size_of::<LoopbackView>() == 40);
-    assert!(size_of::<ReplyKey>() == 36 && align_of::<ReplyKey>() == 4);
-    assert!(size_of::<Reply>() == 36);
+    assert!(size_of::<OverrideKey>() == 36 && align_of::<OverrideKey>() == 4);
+    assert!(8 * size_of::<OverrideKey>() == OverrideKey::BITS as usize);
+    assert!(size_of::<NameOverride>() == 40);
+    assert!(size_of::<ReplySourceKey>() == 36 && align_of::<ReplySourceKey>() == 4);
+    assert!(size_of::<ReplySource>() == 36);
     assert!(size_of::<SourceKey>() == 40);
     assert!(size_of::<AcceptedKey>() == 36 && align_of::<AcceptedKey>() == 4);
     assert!(8 * size_of::<AcceptedKey>() == AcceptedKey::BITS as usize);
@@ -556,9 +557,9 @@ const _: () = {
     assert!(size_of::<RelayPeerKey>() == 40 && align_of::<RelayPeerKey>() == 4);
     assert!(size_of::<RelayPeer>() == 72 && align_of::<RelayPeer>() == 8);
     assert!(size_of::<ProberKey>() == 20);
-    assert!(size_of::<Guest>() == 24 && align_of::<Guest>() == 8);
-    assert!(size_of::<DialKey>() == 32 && align_of::<DialKey>() == 8);
-    assert!(size_of::<Dial>() == 56);
+    assert!(size_of::<RedirectedNetns>() == 24 && align_of::<RedirectedNetns>() == 8);
+    assert!(size_of::<RedirectKey>() == 32 && align_of::<RedirectKey>() == 8);
+    assert!(size_of::<Redirect>() == 56);
     assert!(size_of::<ListenerEvent>() == 12);
 };
 

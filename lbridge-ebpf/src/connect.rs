@@ -1,48 +1,48 @@
-//! connect: leads what a container dials on its localhost to its network's gateway, where a rule says so.
+//! connect: redirects a container's connect() to localhost to its network's gateway, where a rule says so.
 //! This opens nothing: the gateway's rule decides, as it does for a container that dials the gateway itself.
 
 use aya_ebpf::programs::SockAddrContext;
-use lbridge_common::wire::{BRIDGES, Dial, DialKey, Endpoint, TCP};
+use lbridge_common::wire::{BRIDGES, Endpoint, Redirect, RedirectKey, TCP};
 
 use crate::{
     ctx,
-    maps::{DIALLED, dial, guest, host_netns},
+    maps::{ORIGINAL_DST, guest, host_netns, redirect},
 };
 
 #[inline(always)]
-pub fn dial_v4(ctx: &SockAddrContext) {
+pub fn redirect_v4(ctx: &SockAddrContext) {
     if ctx::connects_tcp(ctx)
         && let Some(netns) = container(ctx)
-        && let Some(mut dial) = leads(netns, &ctx::name_v4(ctx))
+        && let Some(mut redirect) = leads(netns, &ctx::name_v4(ctx))
         // An IPv4 socket can only reach an IPv4 gateway.
-        && dial.gateway.address.is_v4()
+        && redirect.gateway.address.is_v4()
         && !ctx::is_bound_v4(ctx)
-        && !ctx::is_listened_on(ctx, &dialled(&dial))
+        && !ctx::is_listened_on(ctx, &original_dst(&redirect))
     {
-        ctx::keep(ctx, &DIALLED, &mut dial);
-        ctx::set_name_v4(ctx, &dial.gateway);
+        ctx::keep(ctx, &ORIGINAL_DST, &mut redirect);
+        ctx::set_name_v4(ctx, &redirect.gateway);
     }
 }
 
-/// Redirects a dial by IPv6. An IPv4 gateway is given as v4-mapped, which sockets accept unless they are
+/// Redirects a connect() by IPv6. An IPv4 gateway is given as v4-mapped, which sockets accept unless they are
 /// IPv6-only.
 #[inline(always)]
-pub fn dial_v6(ctx: &SockAddrContext) {
+pub fn redirect_v6(ctx: &SockAddrContext) {
     if ctx::connects_tcp(ctx)
         && let Some(netns) = container(ctx)
-        && let Some(mut dial) = leads(netns, &ctx::name_v6(ctx))
+        && let Some(mut redirect) = leads(netns, &ctx::name_v6(ctx))
         && !ctx::is_bound_v6(ctx)
-        && !ctx::is_listened_on(ctx, &dialled(&dial))
+        && !ctx::is_listened_on(ctx, &original_dst(&redirect))
     {
-        ctx::keep(ctx, &DIALLED, &mut dial);
-        ctx::set_name_v6(ctx, &dial.gateway);
+        ctx::keep(ctx, &ORIGINAL_DST, &mut redirect);
+        ctx::set_name_v6(ctx, &redirect.gateway);
     }
 }
 
 /// Returns the original destination: the address and port that the container dialled.
 #[inline(always)]
-pub fn dialled(dial: &Dial) -> Endpoint {
-    Endpoint::new(dial.key.address, dial.key.port)
+pub fn original_dst(redirect: &Redirect) -> Endpoint {
+    Endpoint::new(redirect.key.address, redirect.key.port)
 }
 
 /// Returns the cookie of the caller's network namespace; `None` for the host's. Before Linux 5.14 userspace
@@ -53,9 +53,9 @@ fn container(ctx: &SockAddrContext) -> Option<u64> {
     (host != 0 && own != host).then_some(own)
 }
 
-/// Returns the dial for `name` from the first of the namespace's bridges that has one.
+/// Returns the redirect for `name` from the first of the namespace's bridges that has one.
 #[inline(always)]
-fn leads(netns: u64, name: &Endpoint) -> Option<Dial> {
+fn leads(netns: u64, name: &Endpoint) -> Option<Redirect> {
     const _: () = assert!(BRIDGES == 4, "as many bridges as are written out below");
     let [first, second, third, fourth] = guest(netns)?.bridges;
     from_bridge(first, netns, name)
@@ -74,13 +74,14 @@ fn leads(netns: u64, name: &Endpoint) -> Option<Dial> {
 }
 
 #[inline(always)]
-fn from_bridge(ifindex: u32, netns: u64, name: &Endpoint) -> Option<Dial> {
+fn from_bridge(ifindex: u32, netns: u64, name: &Endpoint) -> Option<Redirect> {
     if ifindex == 0 {
         return None;
     }
-    let key = DialKey { address: name.address, ifindex, port: name.port, protocol: u16::from(TCP), netns: 0 };
-    dial(&key).or_else(
+    let key =
+        RedirectKey { address: name.address, ifindex, port: name.port, protocol: u16::from(TCP), netns: 0 };
+    redirect(&key).or_else(
         #[inline(always)]
-        || dial(&DialKey { netns, ..key }),
+        || redirect(&RedirectKey { netns, ..key }),
     )
 }

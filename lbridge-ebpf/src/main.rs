@@ -93,14 +93,14 @@ pub fn announce(ctx: SockOpsContext) -> u32 {
 const PROCEED: i32 = 1;
 
 #[cgroup_sock_addr(connect4)]
-pub fn dial4(ctx: SockAddrContext) -> i32 {
-    connect::dial_v4(&ctx);
+pub fn redirect4(ctx: SockAddrContext) -> i32 {
+    connect::redirect_v4(&ctx);
     PROCEED
 }
 
 #[cgroup_sock_addr(connect6)]
-pub fn dial6(ctx: SockAddrContext) -> i32 {
-    connect::dial_v6(&ctx);
+pub fn redirect6(ctx: SockAddrContext) -> i32 {
+    connect::redirect_v6(&ctx);
     PROCEED
 }
 

@@ -9,37 +9,41 @@ use aya_ebpf::{
     maps::{HashMap, LpmTrie, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
 };
 use lbridge_common::wire::{
-    AcceptedKey, Address, CountedEntry, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView,
-    MAX_GUESTS, MAX_LISTENERS, MAX_PROBERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, ProberKey, RelayPeer,
-    RelayPeerKey, Reply, ReplyKey, RuleKey, SourceKey, TargetKey, ViewKey,
+    AcceptedKey, Address, CountedEntry, Counter, Endpoint, EntryKey, ListenerEvent, ListenerKey, MAX_ENTRIES,
+    MAX_LISTENERS, MAX_PROBERS, MAX_REDIRECT_NETNS, MAX_RELAY_PEERS, MAX_TARGETS, NameOverride, OverrideKey,
+    ProberKey, Redirect, RedirectKey, RedirectedNetns, RelayPeer, RelayPeerKey, ReplySource, ReplySourceKey,
+    SourceKey, TargetKey,
 };
 
 // Not preallocated: an empty map uses no memory for elements.
 #[map]
-pub static RULES: HashMap<RuleKey, CountedEntry> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+pub static ENTRIES: HashMap<EntryKey, CountedEntry> =
+    HashMap::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
 #[map]
-pub static SOURCES: HashMap<SourceKey, u8> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+pub static SOURCES: HashMap<SourceKey, u8> = HashMap::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
 #[map]
-static ACCEPTED: LpmTrie<AcceptedKey, u8> = LpmTrie::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+static ACCEPTED: LpmTrie<AcceptedKey, u8> = LpmTrie::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
 #[map]
 pub static TARGETS: HashMap<TargetKey, u8> = HashMap::with_max_entries(MAX_TARGETS, BPF_F_NO_PREALLOC);
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
 #[map]
-pub static RELAYS: SockHash<RuleKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
+pub static RELAYS: SockHash<EntryKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
 #[map]
-static LOOPBACK_VIEWS: LpmTrie<ViewKey, LoopbackView> =
-    LpmTrie::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+static NAME_OVERRIDES: LpmTrie<OverrideKey, NameOverride> =
+    LpmTrie::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
 #[map]
-static GUESTS: HashMap<u64, Guest> = HashMap::with_max_entries(MAX_GUESTS, BPF_F_NO_PREALLOC);
+static REDIRECT_NETNS: HashMap<u64, RedirectedNetns> =
+    HashMap::with_max_entries(MAX_REDIRECT_NETNS, BPF_F_NO_PREALLOC);
 #[map]
-static DIALS: HashMap<DialKey, Dial> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+static REDIRECTS: HashMap<RedirectKey, Redirect> = HashMap::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
 #[map]
-static REPLIES: LpmTrie<ReplyKey, Reply> = LpmTrie::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+static REPLY_SOURCES: LpmTrie<ReplySourceKey, ReplySource> =
+    LpmTrie::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
 #[map]
 pub static PROBERS: HashMap<ProberKey, u8> = HashMap::with_max_entries(MAX_PROBERS, BPF_F_NO_PREALLOC);
 #[map]
-pub static PROBES: HashMap<RuleKey, u64> = HashMap::with_max_entries(MAX_RULES, BPF_F_NO_PREALLOC);
+pub static PROBES: HashMap<EntryKey, u64> = HashMap::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
 // Not an LRU map: an entry evicted while its connection lives would make the service see a local peer. If the
 // map is full, a relay gives up the connection instead.
 #[map]
@@ -56,9 +60,9 @@ pub static PEER_NAMES: SkStorage<Endpoint> = SkStorage::new();
 /// the service's socket.
 #[btf_map]
 pub static LOOPBACK_NAMES: SkStorage<Endpoint> = SkStorage::new();
-/// The dial that a container's socket used. It lives as long as that socket.
+/// The redirect that a container's socket used. It lives as long as that socket.
 #[btf_map]
-pub static DIALLED: SkStorage<Dial> = SkStorage::new();
+pub static ORIGINAL_DST: SkStorage<Redirect> = SkStorage::new();
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);
 #[map]
@@ -73,12 +77,12 @@ pub fn host_netns() -> u64 {
     HOST_NETNS.load()
 }
 
-/// Returns the view for connections to `gateway` from `peer`; `None` if the service sees their real ends.
+/// Returns the override for connections to `gateway` from `peer`; `None` if the service sees their real ends.
 #[inline(always)]
-pub fn loopback_view(gateway: &Endpoint, peer: &Address) -> Option<LoopbackView> {
-    let key = ViewKey { gateway: *gateway, peer: *peer };
-    let view = LOOPBACK_VIEWS.get(Key::new(ViewKey::BITS, key)).copied()?;
-    (view.gateway == *gateway).then_some(view)
+pub fn name_override(gateway: &Endpoint, peer: &Address) -> Option<NameOverride> {
+    let key = OverrideKey { gateway: *gateway, peer: *peer };
+    let names = NAME_OVERRIDES.get(Key::new(OverrideKey::BITS, key)).copied()?;
+    (names.gateway == *gateway).then_some(names)
 }
 
 /// Returns true if an accept rule lets such a packet through the firewall. The value is ignored: an element
@@ -90,27 +94,27 @@ pub fn is_accepted(packet: AcceptedKey) -> bool {
 
 /// Returns the guest with this namespace cookie, and its bridges; `None` if its localhost leads nowhere.
 #[inline(always)]
-pub fn guest(netns: u64) -> Option<Guest> {
+pub fn guest(netns: u64) -> Option<RedirectedNetns> {
     // SAFETY: the map's memory stays readable while the program runs. The value is copied, and the copy must
     // belong to this key: the kernel may reuse a removed element's memory at once.
-    let guest = unsafe { GUESTS.get(netns) }.copied()?;
+    let guest = unsafe { REDIRECT_NETNS.get(netns) }.copied()?;
     (guest.netns == netns).then_some(guest)
 }
 
-/// Returns the dial for this key: the gateway that the dialled address leads to.
+/// Returns the redirect for this key: the gateway that the dialled address leads to.
 #[inline(always)]
-pub fn dial(key: &DialKey) -> Option<Dial> {
+pub fn redirect(key: &RedirectKey) -> Option<Redirect> {
     // SAFETY: as in `guest`.
-    let dial = unsafe { DIALS.get(key) }.copied()?;
-    (dial.key == *key).then_some(dial)
+    let redirect = unsafe { REDIRECTS.get(key) }.copied()?;
+    (redirect.key == *key).then_some(redirect)
 }
 
 /// Returns the source address that datagrams from `service` to `peer` must leave with; `None` if it does not
 /// change.
 #[inline(always)]
 pub fn reply_source(service: &Endpoint, peer: &Address) -> Option<Address> {
-    let key = ReplyKey { service: *service, peer: *peer };
-    let reply = REPLIES.get(Key::new(ReplyKey::BITS, key)).copied()?;
+    let key = ReplySourceKey { service: *service, peer: *peer };
+    let reply = REPLY_SOURCES.get(Key::new(ReplySourceKey::BITS, key)).copied()?;
     (reply.service == *service && !reply.gateway.is_unspecified()).then_some(reply.gateway)
 }
 

@@ -8,9 +8,9 @@ use aya_ebpf::programs::SockAddrContext;
 use lbridge_common::wire::{Endpoint, RelayPeerKey};
 
 use crate::{
-    connect::dialled,
+    connect::original_dst,
     ctx::{self, Ends, Side},
-    maps::{DIALLED, LOOPBACK_NAMES, PEER_NAMES, host_netns, relay_peer},
+    maps::{LOOPBACK_NAMES, ORIGINAL_DST, PEER_NAMES, host_netns, relay_peer},
     sock_ops::NOT_ACCEPTED,
 };
 
@@ -54,15 +54,15 @@ fn is_host(ctx: &SockAddrContext) -> bool {
     host == 0 || ctx::sock_addr_netns(ctx) == host
 }
 
-/// Returns the address that a container's socket dialled, if it was redirected to `name`. Compares the dial's
+/// Returns the address that a container's socket dialled, if it was redirected to `name`. Compares the redirect's
 /// gateway with `name`, since the socket may have been connected to something else in the meantime.
 #[inline(always)]
 fn dialled_instead(ctx: &SockAddrContext, name: &Endpoint, side: Side) -> Option<Endpoint> {
     match side {
         Side::Local => None,
-        Side::Peer => {
-            ctx::stored(ctx, &DIALLED).filter(|dial| dial.gateway == *name).map(|dial| dialled(&dial))
-        }
+        Side::Peer => ctx::stored(ctx, &ORIGINAL_DST)
+            .filter(|redirect| redirect.gateway == *name)
+            .map(|redirect| original_dst(&redirect)),
     }
 }
 

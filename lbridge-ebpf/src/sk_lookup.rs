@@ -7,12 +7,15 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use aya_ebpf::{bindings::BPF_SK_LOOKUP_F_REPLACE, programs::SkLookupContext};
 use lbridge_common::{
     verdict::{Lookups, Verdict, decide, first_candidate},
-    wire::{AcceptedKey, Address, CountedEntry, Counter, Endpoint, Entry, PROBE_PORT, ProberKey, RuleKey, SourceKey},
+    wire::{
+        AcceptedKey, Address, CountedEntry, Counter, Endpoint, Entry, EntryKey, PROBE_PORT, ProberKey,
+        SourceKey,
+    },
 };
 
 use crate::{
     ctx,
-    maps::{LISTENERS, PROBERS, PROBES, RELAYS, RULES, SOURCES, count, is_accepted, loopback_view},
+    maps::{ENTRIES, LISTENERS, PROBERS, PROBES, RELAYS, SOURCES, count, is_accepted, name_override},
 };
 
 const ENOENT: i32 = 2;
@@ -45,7 +48,7 @@ impl Outcome {
 /// The maps' answers about one packet.
 struct Maps<'a> {
     ctx: &'a SkLookupContext,
-    key: RuleKey,
+    key: EntryKey,
     source: Address,
 }
 
@@ -63,13 +66,13 @@ impl Lookups for Maps<'_> {
 
     #[inline(always)]
     fn is_accepted(&self) -> bool {
-        let RuleKey { gateway, port, protocol, .. } = self.key;
+        let EntryKey { gateway, port, protocol, .. } = self.key;
         is_accepted(AcceptedKey { gateway, port, protocol, source: self.source })
     }
 
     #[inline(always)]
     fn looks_local(&self) -> bool {
-        loopback_view(&Endpoint::new(self.key.gateway, self.key.port), &self.source).is_some()
+        name_override(&Endpoint::new(self.key.gateway, self.key.port), &self.source).is_some()
     }
 }
 
@@ -79,8 +82,8 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
         return Outcome::Untouched;
     };
     let key =
-        RuleKey { gateway: dialled.address, ifindex, port: dialled.port, protocol: u16::from(protocol) };
-    let pointer = RULES.get_ptr_mut(key);
+        EntryKey { gateway: dialled.address, ifindex, port: dialled.port, protocol: u16::from(protocol) };
+    let pointer = ENTRIES.get_ptr_mut(key);
     // Without a value in its place LLVM would leave the entry's words undefined, and read them back from the
     // stack: before Linux 6.3 the verifier refuses that ("invalid read from stack").
     let value = match pointer {
@@ -141,7 +144,7 @@ fn steer(ctx: &SkLookupContext, entry: &Entry, pointer: *mut CountedEntry, maps:
 
 /// Hands the connection to the entry's relay. The relay itself counts the entry's connections.
 #[inline(always)]
-fn relay(ctx: &SkLookupContext, key: RuleKey, maps: &Maps<'_>) -> Outcome {
+fn relay(ctx: &SkLookupContext, key: EntryKey, maps: &Maps<'_>) -> Outcome {
     match RELAYS.redirect_sk_lookup(ctx, key, REPLACE) {
         Ok(()) if maps.is_probe() => Outcome::Assigned,
         Ok(()) => counted(Counter::Relayed, Outcome::Assigned),

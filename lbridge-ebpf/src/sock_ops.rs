@@ -21,7 +21,7 @@ use crate::{
     ctx::{self, Ends},
     maps::{
         LISTENERS, LOOPBACK_NAMES, PEER_NAMES, RELAY_CONNECTS, RELAY_PEERS, TARGETS, count, emit, host_netns,
-        loopback_view, relay_peer,
+        name_override, relay_peer,
     },
 };
 
@@ -75,7 +75,7 @@ fn connects(ctx: &SockOpsContext, ends: &Ends) {
     relay_connects(ctx, ends);
     // In a simultaneous open the kernel reports this socket as an accepted one (tcp_rcv_state_process() with
     // TCP_SYN_RECV).
-    if loopback_view(&ends.local, &ends.remote.address).is_some() {
+    if name_override(&ends.local, &ends.remote.address).is_some() {
         ctx::store(ctx, &LOOPBACK_NAMES, &mut { NOT_ACCEPTED });
     }
 }
@@ -115,13 +115,13 @@ fn connected(ctx: &SockOpsContext, ends: &Ends) {
         if let Some(mut peer) = relay_peer(&RelayPeerKey { relay: ends.remote, service: ends.local }) {
             ctx::store(ctx, &PEER_NAMES, &mut peer.container);
         }
-    } else if let Some(mut view) = loopback_view(&ends.local, &ends.remote.address)
+    } else if let Some(mut names) = name_override(&ends.local, &ends.remote.address)
         // The host itself is never steered.
         && ends.local.address != ends.remote.address
     {
         // The connection was steered: any other connection to this gateway would look local, and was refused.
         // Does not apply if the socket is [`NOT_ACCEPTED`].
-        ctx::store(ctx, &LOOPBACK_NAMES, &mut view.target);
+        ctx::store(ctx, &LOOPBACK_NAMES, &mut names.target);
     }
 }
 

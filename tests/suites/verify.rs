@@ -107,7 +107,7 @@ impl Stage {
     /// The pinned map of entries, and the key of the entry for a port on the first bridge's IPv4 gateway.
     fn entries(&self) -> Result<pins::Map> {
         let files = pins::files(self.daemon.bpffs())?;
-        let path = files.iter().find(|path| path.ends_with("RULES")).context("no RULES")?;
+        let path = files.iter().find(|path| path.ends_with("ENTRIES")).context("no ENTRIES")?;
         pins::Map::open(path)
     }
 
@@ -136,7 +136,7 @@ fn checks(output: &Output, status: i32) -> Result<Vec<Value>> {
     Ok(report["checks"].as_array().context("no checks")?.clone())
 }
 
-/// `struct rule_key`: the gateway as an IPv6 address, the interface, the port.
+/// `struct entry_key`: the gateway as an IPv6 address, the interface, the port.
 fn key(gateway: Ipv4Addr, ifindex: u32, port: u16) -> Vec<u8> {
     let gateway = gateway.to_ipv6_mapped().octets();
     [&gateway[..], &ifindex.to_ne_bytes(), &port.to_ne_bytes(), &6_u16.to_ne_bytes()].concat()

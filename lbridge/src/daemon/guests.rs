@@ -1,4 +1,4 @@
-//! Guests: the only owner of `GUESTS`, the map of network namespaces whose localhost leads to the host. It
+//! Guests: the only owner of `REDIRECT_NETNS`, the map of network namespaces whose localhost leads to the host. It
 //! runs on a thread of its own, beside the loop: a container's process runs a fraction of a second after its
 //! link appears, and the loop may be in the middle of a pass.
 
@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use lbridge_common::wire::{BRIDGES, Guest};
+use lbridge_common::wire::{BRIDGES, RedirectedNetns};
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until, timeout},
@@ -96,7 +96,7 @@ struct Owner {
     /// Cookie of the host's network namespace, if known.
     host: Option<u64>,
     /// Contents of the map, by the cookie of the namespace.
-    entered: BTreeMap<u64, Guest>,
+    entered: BTreeMap<u64, RedirectedNetns>,
     /// True once it was logged that a container is on too many bridges.
     crowded: bool,
     told: watch::Sender<Served>,
@@ -167,7 +167,7 @@ impl Owner {
                     "a container is on more than {BRIDGES} networks with --localhost rules; of the others' localhost nothing leads to the host"
                 );
             }
-            let mut guest = Guest { netns: *netns, bridges: [0; BRIDGES] };
+            let mut guest = RedirectedNetns { netns: *netns, bridges: [0; BRIDGES] };
             guest.bridges.iter_mut().zip(bridges).for_each(|(place, bridge)| *place = *bridge);
             if self.entered.get(netns) != Some(&guest) {
                 self.map.put(&guest)?;

@@ -10,7 +10,7 @@
 //! - [`configuration`]: the `lbridge.toml` in force;
 //! - [`executor`]: carries out steps, decides nothing;
 //! - [`explain`]: the facts that `explain` needs in addition to one observation;
-//! - [`guests`]: the owner of `GUESTS`, the network namespaces whose localhost leads to the host;
+//! - [`guests`]: the owner of `REDIRECT_NETNS`, the network namespaces whose localhost leads to the host;
 //! - [`handover`]: passes listening sockets from one daemon to the next;
 //! - [`journal`]: what the log and the subscribers to events are told;
 //! - [`labels`]: the rules derived from labels;

@@ -19,8 +19,8 @@ use crate::{
         hooks::HookSet,
         inventory::{Entrance, NamespaceKey},
         policy::{
-            Clients, DialOutcome, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome,
-            State,
+            Clients, GatewayOutcome, Outcome, Place, Policy, RedirectOutcome, RelayKey, RelaySpec,
+            RuleOutcome, State,
         },
         reality::Reality,
         reason::Reason,
@@ -137,7 +137,7 @@ impl Report {
     fn rule(&self, outcome: &RuleOutcome) -> RuleStatus {
         let gateways: Vec<_> =
             outcome.gateways.iter().map(|gateway| self.gateway(gateway, &outcome.rule)).collect();
-        let dials: Vec<_> = outcome.dials.iter().map(|dial| self.dial(dial, &gateways)).collect();
+        let dials: Vec<_> = outcome.redirects.iter().map(|dial| self.dial(dial, &gateways)).collect();
         let (state, why, reasons) = if let Some(without) = &outcome.without_gateway {
             (without.state, without.why(), told(without))
         } else {
@@ -172,8 +172,8 @@ impl Report {
     }
 
     /// Returns the status of a dial: the status of its gateway, if the dial's entries and hooks are in place.
-    fn dial(&self, meant: &DialOutcome, gateways: &[GatewayStatus]) -> DialStatus {
-        let entries = meant.keys.iter().all(|key| self.reality.kernel.dials.contains_key(key));
+    fn dial(&self, meant: &RedirectOutcome, gateways: &[GatewayStatus]) -> DialStatus {
+        let entries = meant.keys.iter().all(|key| self.reality.kernel.redirects.contains_key(key));
         let there = self.reality.kernel.hooks[HookSet::Connect] && entries;
         let gateway = gateways.iter().find(|gateway| Some(gateway.address) == meant.gateway);
         let of = |outcome: &Outcome| (outcome.state, outcome.why(), told(outcome));
@@ -213,7 +213,7 @@ impl Report {
     }
 
     fn gateway(&self, meant: &GatewayOutcome, rule: &Rule) -> GatewayStatus {
-        let entry = meant.rule_key.and_then(|key| self.reality.kernel.entries.get(&key));
+        let entry = meant.entry_key.and_then(|key| self.reality.kernel.entries.get(&key));
         let relayed = self.reality.relays.get(&meant.relay_key);
         let reached =
             relayed.is_some_and(|spec| !spec.by_entry || entry.is_some_and(|it| self.reality.serves(it)));
@@ -236,7 +236,7 @@ impl Report {
                 blocked(failure, Reason::ListenerUnregistered)
             }
             (State::Steered, None) => {
-                let failure = meant.rule_key.and_then(|key| self.failures.entries.get(&key));
+                let failure = meant.entry_key.and_then(|key| self.failures.entries.get(&key));
                 blocked(failure, Reason::EntryMissing)
             }
             (State::Relayed, _) if self.reality.detached && relayed.is_some_and(|relay| relay.by_entry) => {
@@ -244,13 +244,13 @@ impl Report {
             }
             (State::Relayed, _) if reached => meant.outcome.clone(),
             (State::Relayed, _) => {
-                let of_entry = meant.rule_key.and_then(|key| self.failures.entries.get(&key));
+                let of_entry = meant.entry_key.and_then(|key| self.failures.entries.get(&key));
                 let failure = self.failures.relays.get(&meant.relay_key).or(of_entry);
                 blocked(failure, Reason::RelayClosed)
             }
         };
         let observed = self.through_firewall(meant, observed);
-        let steered = meant.rule_key.and_then(|key| self.reality.steered.get(&key)).copied();
+        let steered = meant.entry_key.and_then(|key| self.reality.steered.get(&key)).copied();
         let by_relay = meant.relay().and_then(|key| self.relayed.get(key)).copied().unwrap_or_default();
         GatewayStatus {
             address: meant.relay_key.address.ip(),

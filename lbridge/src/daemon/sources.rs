@@ -323,7 +323,7 @@ impl Follower {
 
 #[cfg(test)]
 mod tests {
-    use lbridge_common::wire::{RuleKey, TCP};
+    use lbridge_common::wire::{EntryKey, TCP};
 
     use super::*;
     use crate::{docker::view::Presence, planning::inventory::Attachment};
@@ -361,7 +361,7 @@ mod tests {
         };
         let grants = containers.iter().map(grant).collect();
         let gateway = "172.18.0.1".parse::<IpAddr>().unwrap().into();
-        let rule = RuleKey { gateway, ifindex: 7, port: 80, protocol: TCP.into() };
+        let rule = EntryKey { gateway, ifindex: 7, port: 80, protocol: TCP.into() };
         let key = SourceKey { rule, source: ip.parse::<IpAddr>().unwrap().into() };
         Holders::new(view, ended).any(&key, &grants)
     }

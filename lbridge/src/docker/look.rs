@@ -35,7 +35,7 @@ pub struct EngineInfo {
 
 /// A running container that has names for the host.
 #[derive(Debug, Clone)]
-pub struct Guest {
+pub struct HostNameUser {
     /// The container's name, without the leading slash.
     pub name: String,
     /// The names of the container's networks, sorted.
@@ -64,7 +64,7 @@ pub async fn labelled() -> anyhow::Result<Vec<Labelled>> {
 }
 
 /// Lists the running containers that were started with `--add-host NAME:host-gateway`, sorted by name.
-pub async fn guests() -> anyhow::Result<Vec<Guest>> {
+pub async fn guests() -> anyhow::Result<Vec<HostNameUser>> {
     within(async {
         let docker = connect()?;
         let mut guests = vec![];
@@ -87,7 +87,7 @@ pub async fn guests() -> anyhow::Result<Vec<Guest>> {
             let mut networks: Vec<_> = networks.into_keys().collect();
             networks.sort();
             let name = container.name.unwrap_or(id).trim_start_matches('/').to_owned();
-            guests.push(Guest { name, networks, host_names, has_way_out });
+            guests.push(HostNameUser { name, networks, host_names, has_way_out });
         }
         guests.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(guests)

@@ -116,8 +116,9 @@ pub(super) async fn guests(host: &Host, status: Option<&Status>) -> Vec<Finding>
             continue;
         }
         let served = serves_docker0(status, &rule.network, rule.spec.port);
-        let misled_there =
-            |guest: &&look::Guest| guest.networks.contains(&network.name) && !(guest.has_way_out && served);
+        let misled_there = |guest: &&look::HostNameUser| {
+            guest.networks.contains(&network.name) && !(guest.has_way_out && served)
+        };
         for guest in guests.iter().filter(misled_there) {
             let Some(host_name) = guest.host_names.first() else { continue };
             let (ports, names, _) =

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lbridge_common::wire::{Entry, ListenerKey, RuleKey, TCP};
+use lbridge_common::wire::{Entry, EntryKey, ListenerKey, TCP};
 use socket2::{Domain, Socket, Type};
 
 use super::{Finding, Level, Options, daemon::Daemon};
@@ -184,7 +184,7 @@ fn steer_one(trial: &mut Trial, netns: &File, steering: Steering) -> anyhow::Res
     let port = listener.local_addr()?.port();
     trial.maps.register(ListenerKey { address: target.into(), port, slot: 0, protocol: TCP }, &listener)?;
     let ifindex = if steering.interface_check { LOOPBACK.get() } else { 0 };
-    let key = RuleKey { gateway: gateway.into(), ifindex, port, protocol: TCP.into() };
+    let key = EntryKey { gateway: gateway.into(), ifindex, port, protocol: TCP.into() };
     let mask = key.gateway.mask(8);
     let subnet = key.gateway.masked(&mask);
     let target = target.into();

@@ -18,9 +18,9 @@ use aya::{
 use lbridge_common::{
     symbols,
     wire::{
-        AcceptedKey, CountedEntry, Counter, Dial, DialKey, Endpoint, Entry, Guest, ListenerEvent,
-        ListenerKey, LoopbackView, ProberKey, RelayPeer, RelayPeerKey, Reply, ReplyKey, RuleKey, SourceKey,
-        TargetKey, ViewKey,
+        AcceptedKey, CountedEntry, Counter, Endpoint, Entry, EntryKey, ListenerEvent, ListenerKey,
+        NameOverride, OverrideKey, ProberKey, Redirect, RedirectKey, RedirectedNetns, RelayPeer,
+        RelayPeerKey, ReplySource, ReplySourceKey, SourceKey, TargetKey,
     },
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -30,16 +30,16 @@ const BPF_NOEXIST: u64 = 1;
 
 /// The maps that userspace reads and writes.
 pub struct Maps {
-    rules: HashMap<MapData, RuleKey, CountedEntry>,
+    rules: HashMap<MapData, EntryKey, CountedEntry>,
     /// The map `SOURCES`, only to be read; [`Sources`] changes it.
     sources: HashMap<MapData, SourceKey, u8>,
     accepted: LpmTrie<MapData, AcceptedKey, u8>,
     targets: HashMap<MapData, TargetKey, u8>,
     listeners: SockHash<MapData, ListenerKey>,
-    relays: SockHash<MapData, RuleKey>,
-    dials: HashMap<MapData, DialKey, Dial>,
-    views: LpmTrie<MapData, ViewKey, LoopbackView>,
-    replies: LpmTrie<MapData, ReplyKey, Reply>,
+    relays: SockHash<MapData, EntryKey>,
+    redirects: HashMap<MapData, RedirectKey, Redirect>,
+    overrides: LpmTrie<MapData, OverrideKey, NameOverride>,
+    reply_sources: LpmTrie<MapData, ReplySourceKey, ReplySource>,
     counters: PerCpuArray<MapData, u64>,
     /// The daemon's own probes of the firewall.
     pub probes: Probes,
@@ -80,15 +80,15 @@ impl Maps {
     pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<(Self, Sources)> {
         let (sources, owned) = taken_twice(object, symbols::SOURCES)?;
         let maps = Self {
-            rules: taken(object, symbols::RULES)?,
+            rules: taken(object, symbols::ENTRIES)?,
             sources,
             accepted: taken(object, symbols::ACCEPTED)?,
             targets: taken(object, symbols::TARGETS)?,
             listeners: taken(object, symbols::LISTENERS)?,
             relays: taken(object, symbols::RELAYS)?,
-            dials: taken(object, symbols::DIALS)?,
-            views: taken(object, symbols::LOOPBACK_VIEWS)?,
-            replies: taken(object, symbols::REPLIES)?,
+            redirects: taken(object, symbols::REDIRECTS)?,
+            overrides: taken(object, symbols::NAME_OVERRIDES)?,
+            reply_sources: taken(object, symbols::REPLY_SOURCES)?,
             counters: taken(object, symbols::COUNTERS)?,
             probes: Probes(Arc::new(Mutex::new(ProbeMaps {
                 sources: taken(object, symbols::PROBERS)?,
@@ -103,18 +103,18 @@ impl Maps {
     }
 
     /// Reads the entries, and the number of connections that each has steered.
-    pub fn entries(&self) -> anyhow::Result<(BTreeMap<RuleKey, Entry>, BTreeMap<RuleKey, u64>)> {
-        let counted = collected(&self.rules).context("failed to read map RULES")?;
+    pub fn entries(&self) -> anyhow::Result<(BTreeMap<EntryKey, Entry>, BTreeMap<EntryKey, u64>)> {
+        let counted = collected(&self.rules).context("failed to read map ENTRIES")?;
         Ok(counted.iter().map(|(key, it)| ((*key, it.entry), (*key, it.steered))).unzip())
     }
 
     /// Puts or replaces an entry; a lookup meets the old one or the new one, never none. The count restarts.
-    pub fn put_entry(&mut self, key: &RuleKey, entry: Entry) -> anyhow::Result<()> {
+    pub fn put_entry(&mut self, key: &EntryKey, entry: Entry) -> anyhow::Result<()> {
         self.rules.insert(key, CountedEntry { entry, steered: 0 }, 0).context("cannot put the kernel's entry")
     }
 
     /// Removes an entry; does nothing if it is not there.
-    pub fn remove_entry(&mut self, key: &RuleKey) -> anyhow::Result<()> {
+    pub fn remove_entry(&mut self, key: &EntryKey) -> anyhow::Result<()> {
         or_absent(self.rules.remove(key)).context("cannot remove the kernel's entry")
     }
 
@@ -156,57 +156,73 @@ impl Maps {
         or_absent(self.accepted.remove(&Key::new(bits, key))).context("failed to delete from map ACCEPTED")
     }
 
-    /// Lists the dials: what containers dial, and the gateway that each leads to.
-    pub fn dials(&self) -> anyhow::Result<BTreeMap<DialKey, Dial>> {
-        collected(&self.dials).context("cannot read what leads to gateways")
+    /// Lists the redirects: what containers dial, and the gateway that each leads to.
+    pub fn redirects(&self) -> anyhow::Result<BTreeMap<RedirectKey, Redirect>> {
+        collected(&self.redirects).context("cannot read what leads to gateways")
     }
 
-    /// Makes a dial lead to its gateway.
-    pub fn put_dial(&mut self, key: &DialKey, dial: &Dial) -> anyhow::Result<()> {
-        self.dials.insert(key, dial, 0).context("cannot lead localhost to the gateway")
+    /// Puts a redirect, which leads to its gateway.
+    pub fn put_redirect(&mut self, key: &RedirectKey, redirect: &Redirect) -> anyhow::Result<()> {
+        self.redirects.insert(key, redirect, 0).context("cannot lead localhost to the gateway")
     }
 
-    /// Removes a dial, so that its address is not redirected; does nothing if it is not there.
-    pub fn remove_dial(&mut self, key: &DialKey) -> anyhow::Result<()> {
-        or_absent(self.dials.remove(key)).context("cannot leave localhost alone")
+    /// Removes a redirect, so that its address is not redirected; does nothing if it is not there.
+    pub fn remove_redirect(&mut self, key: &RedirectKey) -> anyhow::Result<()> {
+        or_absent(self.redirects.remove(key)).context("cannot leave localhost alone")
     }
 
-    /// Lists the views, which make gateways look local, each with the number of leading bits of the key that
+    /// Lists the overrides, which make gateways look local, each with the number of leading bits of the key that
     /// count.
-    pub fn views(&self) -> anyhow::Result<BTreeMap<(ViewKey, u32), LoopbackView>> {
-        let views =
-            self.views.iter().map(|entry| entry.map(|(key, view)| ((key.data(), key.prefix_len()), view)));
-        views.collect::<Result<_, MapError>>().context("cannot read the gateways that look local")
+    pub fn overrides(&self) -> anyhow::Result<BTreeMap<(OverrideKey, u32), NameOverride>> {
+        let overrides = self
+            .overrides
+            .iter()
+            .map(|entry| entry.map(|(key, names)| ((key.data(), key.prefix_len()), names)));
+        overrides.collect::<Result<_, MapError>>().context("cannot read the gateways that look local")
     }
 
-    /// Puts a view, which makes a gateway's connections look local.
-    pub fn put_view(&mut self, (key, bits): (ViewKey, u32), view: &LoopbackView) -> anyhow::Result<()> {
-        self.views.insert(&Key::new(bits, key), view, 0).context("cannot make the gateway look local")
+    /// Puts an override, which makes a gateway's connections look local.
+    pub fn put_override(
+        &mut self,
+        (key, bits): (OverrideKey, u32),
+        names: &NameOverride,
+    ) -> anyhow::Result<()> {
+        self.overrides
+            .insert(&Key::new(bits, key), names, 0)
+            .context("cannot make the gateway look local")
     }
 
-    /// Removes a view, so that a gateway's connections look as they are; does nothing if it is not there.
-    pub fn remove_view(&mut self, (key, bits): (ViewKey, u32)) -> anyhow::Result<()> {
-        or_absent(self.views.remove(&Key::new(bits, key))).context("cannot make the gateway look as it is")
+    /// Removes an override, so that a gateway's connections look as they are; does nothing if it is not there.
+    pub fn remove_override(&mut self, (key, bits): (OverrideKey, u32)) -> anyhow::Result<()> {
+        or_absent(self.overrides.remove(&Key::new(bits, key)))
+            .context("cannot make the gateway look as it is")
     }
 
     /// Lists the sources of UDP services' datagrams, each with the number of leading bits of the key that
     /// count.
-    pub fn replies(&self) -> anyhow::Result<BTreeMap<(ReplyKey, u32), Reply>> {
-        let replies = self
-            .replies
+    pub fn reply_sources(&self) -> anyhow::Result<BTreeMap<(ReplySourceKey, u32), ReplySource>> {
+        let reply_sources = self
+            .reply_sources
             .iter()
             .map(|entry| entry.map(|(key, reply)| ((key.data(), key.prefix_len()), reply)));
-        replies.collect::<Result<_, MapError>>().context("cannot read the sources of replies")
+        reply_sources.collect::<Result<_, MapError>>().context("cannot read the sources of reply_sources")
     }
 
     /// Makes a service's datagrams leave with a gateway as their source.
-    pub fn put_reply(&mut self, (key, bits): (ReplyKey, u32), reply: &Reply) -> anyhow::Result<()> {
-        self.replies.insert(&Key::new(bits, key), reply, 0).context("cannot give replies their source")
+    pub fn put_reply_source(
+        &mut self,
+        (key, bits): (ReplySourceKey, u32),
+        reply: &ReplySource,
+    ) -> anyhow::Result<()> {
+        self.reply_sources
+            .insert(&Key::new(bits, key), reply, 0)
+            .context("cannot give reply_sources their source")
     }
 
     /// Makes a service's datagrams leave as they are; does nothing if the key is not there.
-    pub fn remove_reply(&mut self, (key, bits): (ReplyKey, u32)) -> anyhow::Result<()> {
-        or_absent(self.replies.remove(&Key::new(bits, key))).context("cannot leave replies as they are")
+    pub fn remove_reply_source(&mut self, (key, bits): (ReplySourceKey, u32)) -> anyhow::Result<()> {
+        or_absent(self.reply_sources.remove(&Key::new(bits, key)))
+            .context("cannot leave reply_sources as they are")
     }
 
     /// Lists the keys under which a listener is registered now. The kernel removes them as sockets close.
@@ -238,13 +254,13 @@ impl Maps {
     }
 
     /// Lists the keys of the entries whose relay the kernel can reach now. It removes them as sockets close.
-    pub fn relays(&self) -> anyhow::Result<BTreeSet<RuleKey>> {
+    pub fn relays(&self) -> anyhow::Result<BTreeSet<EntryKey>> {
         let keys: Result<_, MapError> = self.relays.keys().collect();
         keys.context("failed to read map RELAYS")
     }
 
     /// Makes an entry's connections lead to the listening socket of its relay.
-    pub fn put_relay(&mut self, key: RuleKey, socket: &impl AsFd) -> anyhow::Result<()> {
+    pub fn put_relay(&mut self, key: EntryKey, socket: &impl AsFd) -> anyhow::Result<()> {
         self.relays.insert(key, socket.as_fd().as_raw_fd(), 0).context("failed to write map RELAYS")
     }
 
@@ -263,7 +279,7 @@ pub struct Probes(Arc<Mutex<ProbeMaps>>);
 #[derive(Debug)]
 struct ProbeMaps {
     sources: HashMap<MapData, ProberKey, u8>,
-    arrived: HashMap<MapData, RuleKey, u64>,
+    arrived: HashMap<MapData, EntryKey, u64>,
 }
 
 impl Probes {
@@ -282,17 +298,17 @@ impl Probes {
     }
 
     /// Starts counting the datagrams that meet an entry, from 0.
-    pub fn count(&self, key: &RuleKey) -> anyhow::Result<()> {
+    pub fn count(&self, key: &EntryKey) -> anyhow::Result<()> {
         self.maps().arrived.insert(key, 0, 0).context("failed to write map PROBES")
     }
 
     /// Returns the number of datagrams that have met an entry since [`Self::count`].
-    pub fn counted(&self, key: &RuleKey) -> anyhow::Result<u64> {
+    pub fn counted(&self, key: &EntryKey) -> anyhow::Result<u64> {
         self.maps().arrived.get(key, 0).context("failed to read map PROBES")
     }
 
     /// Stops counting the datagrams that meet an entry.
-    pub fn forget(&self, key: &RuleKey) -> anyhow::Result<()> {
+    pub fn forget(&self, key: &EntryKey) -> anyhow::Result<()> {
         or_absent(self.maps().arrived.remove(key)).context("failed to delete from map PROBES")
     }
 }
@@ -330,9 +346,9 @@ impl Sources {
     }
 }
 
-/// The map `GUESTS`: network namespaces whose localhost leads to the host. Its owner is not that of the other
+/// The map `REDIRECT_NETNS`: network namespaces whose localhost leads to the host. Its owner is not that of the other
 /// maps.
-pub struct Guests(HashMap<MapData, u64, Guest>);
+pub struct Guests(HashMap<MapData, u64, RedirectedNetns>);
 
 // aya's maps do not implement it.
 impl fmt::Debug for Guests {
@@ -343,16 +359,16 @@ impl fmt::Debug for Guests {
 
 impl Guests {
     pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<Self> {
-        taken(object, symbols::GUESTS).map(Self)
+        taken(object, symbols::REDIRECT_NETNS).map(Self)
     }
 
     /// Reads all guests, by the cookies of their namespaces.
-    pub fn all(&self) -> anyhow::Result<BTreeMap<u64, Guest>> {
+    pub fn all(&self) -> anyhow::Result<BTreeMap<u64, RedirectedNetns>> {
         collected(&self.0).context("cannot read whose localhost leads to the host")
     }
 
     /// Makes the localhost of a guest's namespace lead to the host.
-    pub fn put(&mut self, guest: &Guest) -> anyhow::Result<()> {
+    pub fn put(&mut self, guest: &RedirectedNetns) -> anyhow::Result<()> {
         self.0.insert(guest.netns, guest, 0).context("cannot lead a container's localhost to the host")
     }
 

@@ -56,16 +56,16 @@ pub(super) struct Known {
 }
 
 /// Every program that a version of lbridge attaches.
-pub(super) const PROGRAMS: [Known; 12] = {
+pub(super) const PROGRAMS: [Known; 14] = {
     use bpf_attach_type::{
         BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET4_GETSOCKNAME,
         BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_INET6_GETSOCKNAME,
         BPF_CGROUP_SOCK_OPS, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG, BPF_SK_LOOKUP,
     };
     use symbols::{
-        ANNOUNCE, CONNECT4, CONNECT6, DIALS, GUESTS, LISTENERS, LOOPBACK_NAMES, LOOPBACK_VIEWS, PEERNAME4,
-        PEERNAME6, REGISTER, RELAY_PEERS, REPLIES, REPLY4, REPLY6, RULES, SOCKNAME4, SOCKNAME6, STEER,
-        STEER_ANY_INTERFACE, TARGETS,
+        ANNOUNCE, CONNECT4, CONNECT6, ENTRIES, LISTENERS, LOOPBACK_NAMES, PEERNAME4, PEERNAME6,
+        REDIRECT_NETNS, REDIRECTS, REGISTER, RELAY_PEERS, REPLY_SOURCES, REPLY4, REPLY6, SOCKNAME4,
+        SOCKNAME6, STEER, STEER_ANY_INTERFACE, TARGETS,
     };
     const fn known(
         name: &'static str,
@@ -75,26 +75,29 @@ pub(super) const PROGRAMS: [Known; 12] = {
         Known { name, hook, maps }
     }
     [
-        known(STEER, BPF_SK_LOOKUP, &[&[RULES, LISTENERS]]),
-        known(STEER_ANY_INTERFACE, BPF_SK_LOOKUP, &[&[RULES, LISTENERS]]),
+        known(STEER, BPF_SK_LOOKUP, &[&[ENTRIES, LISTENERS], &["RULES", LISTENERS]]),
+        known(STEER_ANY_INTERFACE, BPF_SK_LOOKUP, &[&[ENTRIES, LISTENERS], &["RULES", LISTENERS]]),
         known(REGISTER, BPF_CGROUP_SOCK_OPS, &[&[TARGETS, LISTENERS]]),
         known(ANNOUNCE, BPF_CGROUP_SOCK_OPS, &[&[TARGETS, RELAY_PEERS]]),
         known(
             PEERNAME4,
             BPF_CGROUP_INET4_GETPEERNAME,
-            &[&[LOOPBACK_VIEWS, RELAY_PEERS], &[LOOPBACK_NAMES, RELAY_PEERS]],
+            &[&["LOOPBACK_VIEWS", RELAY_PEERS], &[LOOPBACK_NAMES, RELAY_PEERS]],
         ),
         known(
             PEERNAME6,
             BPF_CGROUP_INET6_GETPEERNAME,
-            &[&[LOOPBACK_VIEWS, RELAY_PEERS], &[LOOPBACK_NAMES, RELAY_PEERS]],
+            &[&["LOOPBACK_VIEWS", RELAY_PEERS], &[LOOPBACK_NAMES, RELAY_PEERS]],
         ),
-        known(SOCKNAME4, BPF_CGROUP_INET4_GETSOCKNAME, &[&[LOOPBACK_VIEWS], &[LOOPBACK_NAMES]]),
-        known(SOCKNAME6, BPF_CGROUP_INET6_GETSOCKNAME, &[&[LOOPBACK_VIEWS], &[LOOPBACK_NAMES]]),
-        known(CONNECT4, BPF_CGROUP_INET4_CONNECT, &[&[GUESTS, DIALS]]),
-        known(CONNECT6, BPF_CGROUP_INET6_CONNECT, &[&[GUESTS, DIALS]]),
-        known(REPLY4, BPF_CGROUP_UDP4_SENDMSG, &[&[REPLIES]]),
-        known(REPLY6, BPF_CGROUP_UDP6_SENDMSG, &[&[REPLIES]]),
+        known(SOCKNAME4, BPF_CGROUP_INET4_GETSOCKNAME, &[&["LOOPBACK_VIEWS"], &[LOOPBACK_NAMES]]),
+        known(SOCKNAME6, BPF_CGROUP_INET6_GETSOCKNAME, &[&["LOOPBACK_VIEWS"], &[LOOPBACK_NAMES]]),
+        known(CONNECT4, BPF_CGROUP_INET4_CONNECT, &[&[REDIRECT_NETNS, REDIRECTS], &["GUESTS", "DIALS"]]),
+        known(CONNECT6, BPF_CGROUP_INET6_CONNECT, &[&[REDIRECT_NETNS, REDIRECTS], &["GUESTS", "DIALS"]]),
+        known(REPLY4, BPF_CGROUP_UDP4_SENDMSG, &[&[REPLY_SOURCES], &["REPLIES"]]),
+        known(REPLY6, BPF_CGROUP_UDP6_SENDMSG, &[&[REPLY_SOURCES], &["REPLIES"]]),
+        // Before ABI version 4.
+        known("dial4", BPF_CGROUP_INET4_CONNECT, &[&["GUESTS", "DIALS"]]),
+        known("dial6", BPF_CGROUP_INET6_CONNECT, &[&["GUESTS", "DIALS"]]),
     ]
 };
 
@@ -120,24 +123,28 @@ pub(super) fn is_known_map(name: &[u8], kind: u32, key_size: u32) -> bool {
 /// The maps of [`Known::maps`] as every version made them: the name, the kind, a key's size in bytes, and the
 /// first ABI version with that. A change adds a line and removes none: a daemon uses these lines to find what
 /// an older one has left attached.
-const KNOWN_MAPS: [(&str, bpf_map_type, u32, u32); 13] = {
+const KNOWN_MAPS: [(&str, bpf_map_type, u32, u32); 17] = {
     use bpf_map_type::{
         BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_LPM_TRIE, BPF_MAP_TYPE_SK_STORAGE, BPF_MAP_TYPE_SOCKHASH,
     };
     [
-        (symbols::RULES, BPF_MAP_TYPE_HASH, 24, 1),
+        ("RULES", BPF_MAP_TYPE_HASH, 24, 1),
+        (symbols::ENTRIES, BPF_MAP_TYPE_HASH, 24, 4),
         (symbols::LISTENERS, BPF_MAP_TYPE_SOCKHASH, 20, 1),
         (symbols::TARGETS, BPF_MAP_TYPE_HASH, 2, 1),
         (symbols::TARGETS, BPF_MAP_TYPE_HASH, 4, 2),
         (symbols::TARGETS, BPF_MAP_TYPE_HASH, 20, 3),
-        (symbols::LOOPBACK_VIEWS, BPF_MAP_TYPE_HASH, 20, 1),
-        (symbols::LOOPBACK_VIEWS, BPF_MAP_TYPE_LPM_TRIE, 40, 2),
+        ("LOOPBACK_VIEWS", BPF_MAP_TYPE_HASH, 20, 1),
+        ("LOOPBACK_VIEWS", BPF_MAP_TYPE_LPM_TRIE, 40, 2),
         (symbols::LOOPBACK_NAMES, BPF_MAP_TYPE_SK_STORAGE, 4, 3),
         (symbols::RELAY_PEERS, BPF_MAP_TYPE_HASH, 20, 1),
         (symbols::RELAY_PEERS, BPF_MAP_TYPE_HASH, 40, 3),
-        (symbols::GUESTS, BPF_MAP_TYPE_HASH, 8, 2),
-        (symbols::DIALS, BPF_MAP_TYPE_HASH, 32, 2),
-        (symbols::REPLIES, BPF_MAP_TYPE_LPM_TRIE, 40, 2),
+        ("GUESTS", BPF_MAP_TYPE_HASH, 8, 2),
+        (symbols::REDIRECT_NETNS, BPF_MAP_TYPE_HASH, 8, 4),
+        ("DIALS", BPF_MAP_TYPE_HASH, 32, 2),
+        (symbols::REDIRECTS, BPF_MAP_TYPE_HASH, 32, 4),
+        ("REPLIES", BPF_MAP_TYPE_LPM_TRIE, 40, 2),
+        (symbols::REPLY_SOURCES, BPF_MAP_TYPE_LPM_TRIE, 40, 4),
     ]
 };
 

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::OsString,
     fs::{self, File},
     io::{self, ErrorKind},
     os::unix::fs::MetadataExt as _,
@@ -16,8 +17,8 @@ use anyhow::{Context as _, bail};
 use aya::maps::{LpmTrie, Map, MapData, MapError};
 use lbridge_common::{
     symbols::{
-        ACCEPTED, COUNTERS, DIALLED, DIALS, GUESTS, LISTENERS, LOOPBACK_NAMES, LOOPBACK_VIEWS, PEER_NAMES,
-        RELAY_CONNECTS, RELAY_PEERS, RELAYS, REPLIES, RULES, SOURCES, TARGETS,
+        ACCEPTED, COUNTERS, ENTRIES, LISTENERS, LOOPBACK_NAMES, NAME_OVERRIDES, ORIGINAL_DST, PEER_NAMES,
+        REDIRECT_NETNS, REDIRECTS, RELAY_CONNECTS, RELAY_PEERS, RELAYS, REPLY_SOURCES, SOURCES, TARGETS,
     },
     wire::{ABI_VERSION, AcceptedKey},
 };
@@ -32,22 +33,37 @@ use crate::host::trusted::{self, Untrusted};
 
 /// Maps that outlive the daemon. The event buffer and the maps of probes do not: they serve one daemon only.
 pub(super) const PINNED_MAPS: [&str; 16] = [
-    RULES,
+    ENTRIES,
     SOURCES,
     ACCEPTED,
-    GUESTS,
-    DIALS,
-    DIALLED,
+    REDIRECT_NETNS,
+    REDIRECTS,
+    ORIGINAL_DST,
     TARGETS,
     LISTENERS,
     RELAYS,
-    LOOPBACK_VIEWS,
+    NAME_OVERRIDES,
     LOOPBACK_NAMES,
-    REPLIES,
+    REPLY_SOURCES,
     RELAY_CONNECTS,
     RELAY_PEERS,
     PEER_NAMES,
     COUNTERS,
+];
+
+/// The earlier version whose maps have the layouts and the meaning of this one's. Its pins are adopted.
+const ADOPTED: u32 = 3;
+
+/// Pins of version [`ADOPTED`] that have another name today: the old name, and the new one.
+const RENAMED: [(&str, &str); 8] = [
+    ("RULES", ENTRIES),
+    ("GUESTS", REDIRECT_NETNS),
+    ("DIALS", REDIRECTS),
+    ("DIALLED", ORIGINAL_DST),
+    ("LOOPBACK_VIEWS", NAME_OVERRIDES),
+    ("REPLIES", REPLY_SOURCES),
+    ("link_dial4", "link_redirect4"),
+    ("link_dial6", "link_redirect6"),
 ];
 
 /// Names of the links of the two hooks that are always attached, whichever program serves them.
@@ -78,8 +94,32 @@ impl Pins {
         for (_, path) in versions(root)? {
             trusted::open_folder(&path).map_err(|error| refused(root, &path, &error))?;
         }
+        trusted::make_folder(&pins.current).map_err(|error| refused(root, &pins.current, &error))?;
+        pins.adopt()?;
         pins.make_current()?;
         Ok(pins)
+    }
+
+    /// Moves the pins of version [`ADOPTED`] to this version's directory, under their names of today. A move
+    /// changes nothing that is in force, and what an interrupted start has left is moved by the next one.
+    fn adopt(&self) -> anyhow::Result<()> {
+        let old = self.root.join(format!("v{ADOPTED}"));
+        let pins = match fs::read_dir(&old) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            pins => pins.with_context(|| format!("cannot read {}", old.display()))?,
+        };
+        for pin in pins.collect::<io::Result<Vec<_>>>()? {
+            let name = pin.file_name();
+            let renamed = RENAMED.iter().find(|(old, _)| name == *old).map(|(_, new)| OsString::from(new));
+            let new = self.current.join(renamed.unwrap_or(name));
+            if fs::symlink_metadata(&new).is_ok() {
+                continue;
+            }
+            fs::rename(pin.path(), &new)
+                .with_context(|| format!("cannot move {} to {}", pin.path().display(), new.display()))?;
+        }
+        tracing::info!("adopted the pins of {}", old.display());
+        Ok(())
     }
 
     /// Makes the directory of this version, and checks that no other user has put anything there.
@@ -224,20 +264,25 @@ pub(super) fn link_ids(root: &Path) -> BTreeSet<u32> {
 ///
 /// If another user could change the folder; if the map cannot be read.
 pub fn accepted(root: &Path) -> anyhow::Result<BTreeSet<(AcceptedKey, u32)>> {
-    let folder = root.join(format!("v{ABI_VERSION}"));
-    match trusted::open_folder(&folder) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeSet::new()),
-        opened => opened.map_err(|error| refused(root, &folder, &error))?,
-    };
-    let path = folder.join(ACCEPTED);
-    if !path.exists() {
-        return Ok(BTreeSet::new());
+    let mut accepted = BTreeSet::new();
+    for version in [ADOPTED, ABI_VERSION] {
+        let folder = root.join(format!("v{version}"));
+        match trusted::open_folder(&folder) {
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            opened => opened.map_err(|error| refused(root, &folder, &error))?,
+        };
+        let path = folder.join(ACCEPTED);
+        if !path.exists() {
+            continue;
+        }
+        let read = || -> Result<BTreeSet<_>, MapError> {
+            let map: LpmTrie<MapData, AcceptedKey, u8> =
+                Map::LpmTrie(MapData::from_pin(&path)?).try_into()?;
+            map.keys().map(|key| key.map(|key| (key.data(), key.prefix_len()))).collect()
+        };
+        accepted.extend(read().with_context(|| format!("failed to read map {}", path.display()))?);
     }
-    let read = || -> Result<_, MapError> {
-        let map: LpmTrie<MapData, AcceptedKey, u8> = Map::LpmTrie(MapData::from_pin(&path)?).try_into()?;
-        map.keys().map(|key| key.map(|key| (key.data(), key.prefix_len()))).collect()
-    };
-    read().with_context(|| format!("failed to read map {}", path.display()))
+    Ok(accepted)
 }
 
 /// Removes everything that daemons pinned at `root`, which detaches it. Returns true if `root` was there. No

@@ -50,16 +50,16 @@ impl Trial {
         loader.override_global(symbols::HOST_NETNS, &host_netns, true);
         // The daemon's own maps take dozens of megabytes.
         for map in [
-            symbols::RULES,
+            symbols::ENTRIES,
             symbols::SOURCES,
             symbols::ACCEPTED,
             symbols::TARGETS,
             symbols::LISTENERS,
             symbols::RELAYS,
-            symbols::LOOPBACK_VIEWS,
-            symbols::GUESTS,
-            symbols::DIALS,
-            symbols::REPLIES,
+            symbols::NAME_OVERRIDES,
+            symbols::REDIRECT_NETNS,
+            symbols::REDIRECTS,
+            symbols::REPLY_SOURCES,
             symbols::PROBES,
             symbols::RELAY_CONNECTS,
             symbols::RELAY_PEERS,

@@ -12,7 +12,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use lbridge_common::wire::{AcceptedKey, Address, RuleKey};
+use lbridge_common::wire::{AcceptedKey, Address, EntryKey};
 use serde::{Deserialize, Serialize};
 
 use super::{inventory::Interface, rule::Protocol};
@@ -93,9 +93,9 @@ impl Opening {
     }
 
     /// Returns the key of the kernel's entry for packets that arrive on that interface.
-    pub fn entry(&self, ifindex: u32) -> RuleKey {
+    pub fn entry(&self, ifindex: u32) -> EntryKey {
         let protocol = self.protocol.number().into();
-        RuleKey { gateway: self.gateway.into(), ifindex, port: self.port, protocol }
+        EntryKey { gateway: self.gateway.into(), ifindex, port: self.port, protocol }
     }
 
     /// Returns the key of the traffic that an accept rule for the opening lets in, with the length of its

@@ -4,7 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lbridge_common::wire::{
-    Dial, DialKey, Entry, LoopbackView, Reply, ReplyKey, RuleKey, SourceKey, TargetKey, ViewKey,
+    Entry, EntryKey, NameOverride, OverrideKey, Redirect, RedirectKey, ReplySource, ReplySourceKey,
+    SourceKey, TargetKey,
 };
 
 use super::hooks::PerHookSet;
@@ -15,15 +16,15 @@ pub struct KernelState {
     /// Addresses and ports whose listeners the kernel registers or reports.
     pub targets: BTreeSet<TargetKey>,
     /// Entries: the target of each dialled address and port.
-    pub entries: BTreeMap<RuleKey, Entry>,
+    pub entries: BTreeMap<EntryKey, Entry>,
     /// Sources that may use the entries that are not for their whole network.
     pub sources: BTreeSet<SourceKey>,
-    /// Views: gateways that look local to the service, with the length of the key's prefix in bits.
-    pub views: BTreeMap<(ViewKey, u32), LoopbackView>,
+    /// Overrides: gateways that look local to the service, with the length of the key's prefix in bits.
+    pub overrides: BTreeMap<(OverrideKey, u32), NameOverride>,
     /// Sources of the replies of UDP services, with the length of the key's prefix in bits.
-    pub replies: BTreeMap<(ReplyKey, u32), Reply>,
-    /// Dials: addresses of the containers' localhost that lead to their gateway.
-    pub dials: BTreeMap<DialKey, Dial>,
+    pub reply_sources: BTreeMap<(ReplySourceKey, u32), ReplySource>,
+    /// Redirects: addresses of the containers' localhost that lead to their gateway.
+    pub redirects: BTreeMap<RedirectKey, Redirect>,
     /// For each set of hooks, true if it is needed, or attached.
     pub hooks: PerHookSet<bool>,
 }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use lbridge_common::wire::{Address, DialKey, ListenerKey, RuleKey, SourceKey, TCP};
+use lbridge_common::wire::{Address, EntryKey, ListenerKey, RedirectKey, SourceKey, TCP};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -75,7 +75,7 @@ pub struct GatewayOutcome {
     /// one or not.
     pub relay_key: RelayKey,
     /// Key of the kernel's entry, whether there is one or not. `None` for a namespace, which never has one.
-    pub rule_key: Option<RuleKey>,
+    pub entry_key: Option<EntryKey>,
     /// The traffic that a firewall must let through to the address; `None` for a namespace.
     pub opening: Option<Opening>,
     /// The kind of alias; `None` if the address is the network's own.
@@ -114,7 +114,7 @@ impl GatewayOutcome {
     }
 
     fn protocol(&self) -> Protocol {
-        let is_udp = self.rule_key.is_some_and(|key| key.protocol == u16::from(Protocol::Udp.number()));
+        let is_udp = self.entry_key.is_some_and(|key| key.protocol == u16::from(Protocol::Udp.number()));
         if is_udp { Protocol::Udp } else { Protocol::Tcp }
     }
 }
@@ -130,25 +130,25 @@ pub struct RuleOutcome {
     pub gateways: Vec<GatewayOutcome>,
     /// The reason why there is no gateway; `None` if there is one.
     pub without_gateway: Option<Outcome>,
-    /// The dials that lead to the gateways, from the containers' localhost; empty without `localhost`.
-    pub dials: Vec<DialOutcome>,
+    /// The redirects that lead to the gateways, from the containers' localhost; empty without `localhost`.
+    pub redirects: Vec<RedirectOutcome>,
 }
 
-/// The desired outcome for a dial: an address of the containers' own localhost.
+/// The desired outcome for a redirect: an address of the containers' own localhost.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DialOutcome {
+pub struct RedirectOutcome {
     /// The address and port that are dialled.
     pub address: SocketAddr,
     /// Keys of the kernel's entries, whether there are any or not: one for the whole bridge, or one for each
     /// container that the rule is for.
-    pub keys: Vec<DialKey>,
-    /// The gateway that the dial leads to; `None` if it cannot lead to any.
+    pub keys: Vec<RedirectKey>,
+    /// The gateway that the redirect leads to; `None` if it cannot lead to any.
     pub gateway: Option<IpAddr>,
     /// Name of the bridge.
     pub interface: String,
     /// Interface index of the bridge.
     pub ifindex: u32,
-    /// The desired outcome of the dial alone. The gateway's own connections have an outcome of their own.
+    /// The desired outcome of the redirect alone. The gateway's own connections have an outcome of their own.
     pub outcome: Outcome,
 }
 
@@ -174,10 +174,10 @@ impl RelayKey {
 
     /// Returns the key of the kernel's entry that leads to the relay, for kernels that check the bridge's
     /// index. `None` for a relay that is on no bridge.
-    pub fn entry(&self) -> Option<RuleKey> {
+    pub fn entry(&self) -> Option<EntryKey> {
         let Place::Bridge { ifindex, .. } = self.place else { return None };
         let (gateway, port) = (self.address.ip().into(), self.address.port());
-        Some(RuleKey { gateway, ifindex, port, protocol: TCP.into() })
+        Some(EntryKey { gateway, ifindex, port, protocol: TCP.into() })
     }
 }
 

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lbridge_common::{
     verdict::first_candidate,
-    wire::{AcceptedKey, Entry, ListenerKey, RuleKey},
+    wire::{AcceptedKey, Entry, EntryKey, ListenerKey},
 };
 
 use super::{
     firewall::Filtering,
     kernel_state::KernelState,
-    policy::{DialOutcome, RelayKey, RelaySpec},
+    policy::{RedirectOutcome, RelayKey, RelaySpec},
 };
 
 /// The actual state, in the terms of the policy.
@@ -19,7 +19,7 @@ pub struct Reality {
     /// The contents of the kernel's maps.
     pub kernel: KernelState,
     /// Number of connections that each entry has steered since it was put.
-    pub steered: BTreeMap<RuleKey, u64>,
+    pub steered: BTreeMap<EntryKey, u64>,
     /// Traffic that accept rules let in, and that the kernel refuses unless an entry admits it; with the
     /// length of the key's prefix in bits.
     pub accepted: BTreeSet<(AcceptedKey, u32)>,
@@ -28,7 +28,7 @@ pub struct Reality {
     /// Listeners that are registered in the kernel.
     pub registered: BTreeSet<ListenerKey>,
     /// Keys of the entries whose relay the kernel can reach.
-    pub relay_sockets: BTreeSet<RuleKey>,
+    pub relay_sockets: BTreeSet<EntryKey>,
     /// Relays that listen, with their specifications.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
     /// Relays that only complete what had begun when the kernel took over.
@@ -38,7 +38,7 @@ pub struct Reality {
     /// True if sockets may exist that still need the name hooks, whatever the policy says.
     pub name_hooks_in_use: bool,
     /// Number of network namespaces (guests) known to be on each bridge, by interface index. Only bridges
-    /// that have dials.
+    /// that have redirects.
     pub guests: BTreeMap<u32, usize>,
     /// The state of the host's firewall.
     pub filtering: Filtering,
@@ -54,10 +54,10 @@ pub struct Flows {
 }
 
 impl Reality {
-    /// Returns the number of network namespaces whose localhost the dial is for.
-    pub fn whose_localhost(&self, dial: &DialOutcome) -> usize {
-        match &dial.keys[..] {
-            [all] if all.netns == 0 => self.guests.get(&dial.ifindex).copied().unwrap_or_default(),
+    /// Returns the number of network namespaces whose localhost the redirect is for.
+    pub fn whose_localhost(&self, redirect: &RedirectOutcome) -> usize {
+        match &redirect.keys[..] {
+            [all] if all.netns == 0 => self.guests.get(&redirect.ifindex).copied().unwrap_or_default(),
             each => each.len(),
         }
     }

@@ -264,7 +264,7 @@ fn folders_of_others_are_refused() -> Result<()> {
     attempt(&mut daemon, &version, &format!("rm -r {}", version.display()))?;
     // And a pin in that.
     as_root(&format!("chown root {0} && chmod 777 {0} {1}", version.display(), default.display()))?;
-    let pin = version.join("RULES");
+    let pin = version.join("ENTRIES");
     as_user(&format!("mkdir {}", pin.display()))?;
     as_root(&format!("chmod 700 {} {}", version.display(), default.display()))?;
     let line = daemon.start_refused()?.stderr;

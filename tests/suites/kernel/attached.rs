@@ -44,8 +44,8 @@ const NAMES: [&str; 12] = [
     "peername6",
     "sockname4",
     "sockname6",
-    "dial4",
-    "dial6",
+    "redirect4",
+    "redirect6",
     "reply4",
     "reply6",
 ];

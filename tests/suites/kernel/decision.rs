@@ -14,7 +14,7 @@ use lbridge::planning::reality::Reality;
 use lbridge::planning::rule::{Protocol, RuleId, Source};
 use lbridge_common::verdict::{Lookups, Verdict, decide};
 use lbridge_common::wire::{
-    self, AcceptedKey, Address, Endpoint, ListenerKey, LoopbackView, RuleKey, SourceKey, TCP, ViewKey,
+    self, AcceptedKey, Address, Endpoint, EntryKey, ListenerKey, NameOverride, OverrideKey, SourceKey, TCP,
 };
 use lbridge_tests::harness::client::{self, Attempt};
 use lbridge_tests::harness::netns::NetNs;
@@ -164,8 +164,8 @@ impl Stage {
         relay.set_nonblocking(true)?;
         let bpffs = scene.daemon.bpffs().to_owned();
         let find = |name| Map::named(&bpffs, name);
-        let (rules, sources, accepted) = (find("RULES")?, find("SOURCES")?, find("ACCEPTED")?);
-        let (views, relays) = (find("LOOPBACK_VIEWS")?, find("RELAYS")?);
+        let (rules, sources, accepted) = (find("ENTRIES")?, find("SOURCES")?, find("ACCEPTED")?);
+        let (views, relays) = (find("NAME_OVERRIDES")?, find("RELAYS")?);
         let indices = host.run(|| Ok([if_nametoindex("lab0")?, if_nametoindex("lab1")?]))?;
         // Nobody corrects what follows.
         scene.daemon.kill9()?;
@@ -188,9 +188,9 @@ impl Stage {
         self.indices[usize::from(from == From::Lab1)]
     }
 
-    fn key(&self, from: From) -> Result<RuleKey> {
+    fn key(&self, from: From) -> Result<EntryKey> {
         let (gateway, ifindex) = (ip(GATEWAY)?.into(), self.index(from));
-        Ok(RuleKey { gateway, ifindex, port: PORT, protocol: TCP.into() })
+        Ok(EntryKey { gateway, ifindex, port: PORT, protocol: TCP.into() })
     }
 
     fn maps(&self, case: &Case) -> Result<Maps> {
@@ -231,9 +231,9 @@ impl Stage {
         }
         if let Some(prefix) = case.view {
             let mask = source.mask(prefix);
-            let key = ViewKey { gateway: dialled, peer: source.masked(&mask) };
-            let view = LoopbackView { gateway: dialled, target: endpoint(SERVICE.parse()?) };
-            maps.reality.kernel.views.insert((key, ViewKey::prefix_len(&mask)), view);
+            let key = OverrideKey { gateway: dialled, peer: source.masked(&mask) };
+            let view = NameOverride { gateway: dialled, target: endpoint(SERVICE.parse()?) };
+            maps.reality.kernel.overrides.insert((key, OverrideKey::prefix_len(&mask)), view);
         }
         // What the kernel program looks up.
         maps.entry = maps.reality.kernel.entries.get(&self.key(case.from)?).copied();
@@ -256,7 +256,7 @@ impl Stage {
         for (key, bits) in &reality.accepted {
             write(&self.accepted, &[&bits.to_ne_bytes(), bytes(key)].concat(), &[1])?;
         }
-        for ((key, bits), view) in &reality.kernel.views {
+        for ((key, bits), view) in &reality.kernel.overrides {
             write(&self.views, &[&bits.to_ne_bytes(), bytes(key)].concat(), bytes(view))?;
         }
         for key in &reality.relay_sockets {
@@ -377,7 +377,7 @@ impl Lookups for Maps {
     }
 
     fn looks_local(&self) -> bool {
-        let mut views = self.reality.kernel.views.keys();
+        let mut views = self.reality.kernel.overrides.keys();
         views.any(|(key, bits)| key.matches(*bits, &self.dialled, &self.source))
     }
 }

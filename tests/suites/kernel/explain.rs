@@ -255,7 +255,7 @@ fn service_on_the_gateway_is_overridden_by_a_rule() -> Result<()> {
     Ok(())
 }
 
-/// `RuleKey` and `Entry` of lbridge-common/src/wire.rs, for an IPv4 gateway.
+/// `EntryKey` and `Entry` of lbridge-common/src/wire.rs, for an IPv4 gateway.
 fn entry(gateway: [u8; 4], ifindex: u32, port: u16, target_port: u16) -> (Vec<u8>, Vec<u8>) {
     let v4 = |address: [u8; 4]| [&[0; 10], [0xff; 2].as_slice(), &address].concat();
     let mut key = [v4(gateway), ifindex.to_ne_bytes().to_vec(), port.to_ne_bytes().to_vec()].concat();
@@ -281,7 +281,7 @@ fn entry_behind_the_daemons_back() -> Result<()> {
     // A look for another reason may come in between, and put things right.
     let explain_entry = |port: u16, key: &[u8], value: &[u8], expected: &str| {
         patience::until("an explanation before the daemon's next look", || {
-            pins::put(scene.daemon.bpffs(), "RULES", key, value)?;
+            pins::put(scene.daemon.bpffs(), "ENTRIES", key, value)?;
             let Ok((explanation, _)) = comes_true(&scene, port) else { return Ok(None) };
             Ok((first_way(&explanation)?["fate"] == expected).then_some(explanation))
         })

@@ -118,7 +118,7 @@ fn a_link_that_leaves_the_host_is_no_other_port() -> Result<()> {
     thread::sleep(Duration::from_secs(1));
     client::served_by(&scene.container, v4(8080), "host's")?;
     client::refused(&elsewhere, v4(8080))?;
-    ensure!(entries(&scene, "GUESTS")? == 1, "the container alone");
+    ensure!(entries(&scene, "REDIRECT_NETNS")? == 1, "the container alone");
     Ok(())
 }
 
@@ -361,7 +361,10 @@ fn deny_takes_effect_at_once() -> Result<()> {
         scene.deny(&["8080"])?;
         client::refused(&scene.container, v4(8080))?;
         client::refused(&scene.container, v6(8080))?;
-        ensure!(entries(&scene, "GUESTS")? == 0 && entries(&scene, "DIALS")? == 0, "nothing is left");
+        ensure!(
+            entries(&scene, "REDIRECT_NETNS")? == 0 && entries(&scene, "REDIRECTS")? == 0,
+            "nothing is left"
+        );
         scene.allow(&["8080", "--localhost"])?;
         client::served_by(&scene.container, v4(8080), "host's")?;
     }
@@ -424,7 +427,7 @@ fn a_daemon_forgets_who_left_while_it_was_away() -> Result<()> {
     let (mut scene, _occupant, _service) = scene()?;
     let _other = scene.service("other", "127.0.0.1:9090")?;
     scene.daemon.kill9()?;
-    ensure!(entries(&scene, "GUESTS")? == 1);
+    ensure!(entries(&scene, "REDIRECT_NETNS")? == 1);
     scene.container.ip("link del eth0")?;
     let newcomer = scene.lab.container(&scene.bridge, "10.7.0.3/24")?;
     let _newcomer = Occupant::of(&newcomer)?;
@@ -432,7 +435,7 @@ fn a_daemon_forgets_who_left_while_it_was_away() -> Result<()> {
     scene.daemon.restart()?;
     soon(&newcomer, v4(8080), "host's")?;
     soon_refused(&scene.container, v4(8080))?;
-    ensure!(entries(&scene, "GUESTS")? == 1);
+    ensure!(entries(&scene, "REDIRECT_NETNS")? == 1);
     Ok(())
 }
 
@@ -500,7 +503,7 @@ fn the_rule_of_the_gateway_decides() -> Result<()> {
         .parse()?;
     let mut guest = cookie.to_ne_bytes().to_vec();
     guest.extend([index, 0, 0, 0].iter().flat_map(|index| index.to_ne_bytes()));
-    pins::put(scene.daemon.bpffs(), "GUESTS", &cookie.to_ne_bytes(), &guest)?;
+    pins::put(scene.daemon.bpffs(), "REDIRECT_NETNS", &cookie.to_ne_bytes(), &guest)?;
     let accepted = service.accepted();
     client::not_served(&other, None, v4(8080))?;
     ensure!(service.accepted() == accepted, "nobody got through");

@@ -12,7 +12,7 @@ use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::traffic::Traffic;
 use lbridge_tests::tests;
 
-use crate::{CONFIG, Host, PINS, PROGRAM, RULES, UNIT};
+use crate::{CONFIG, ENTRIES, Host, PINS, PROGRAM, UNIT};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -120,7 +120,7 @@ fn removal(host: &Host) -> Result<()> {
     ensure!(host.exists(PINS));
     let output = dpkg(host, &["--remove", "lbridge"])?;
     ensure!(state(host)?.starts_with("config-files"), "{}", state(host)?);
-    ensure!(!host.exists(PROGRAM) && host.exists(CONFIG) && host.exists(RULES));
+    ensure!(!host.exists(PROGRAM) && host.exists(CONFIG) && host.exists(ENTRIES));
     ensure!(host.property("ActiveState")? == "inactive", "{output:?}");
     host.is_as_before().with_context(|| format!("{output:?}"))?;
     drop((steered, relayed));

@@ -34,7 +34,7 @@ fn main() {
 const UNIT: &str = "lbridge.service";
 const PROGRAM: &str = "/usr/bin/lbridge";
 const CONFIG: &str = "/etc/lbridge/lbridge.toml";
-const RULES: &str = "/var/lib/lbridge/rules.toml";
+const ENTRIES: &str = "/var/lib/lbridge/rules.toml";
 const PINS: &str = "/sys/fs/bpf/lbridge";
 
 /// A host with systemd, a bridge, and a container on it. No lbridge yet.

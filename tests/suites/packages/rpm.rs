@@ -11,7 +11,7 @@ use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::traffic::Traffic;
 use lbridge_tests::tests;
 
-use crate::{CONFIG, Host, PROGRAM, RULES, UNIT};
+use crate::{CONFIG, ENTRIES, Host, PROGRAM, UNIT};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -73,7 +73,7 @@ fn the_rpm_is_installed_upgraded_and_erased() -> Result<()> {
     traffic.into_iter().try_for_each(Traffic::all_served)?;
 
     rpm(&host, &["--erase", "lbridge"])?;
-    ensure!(!host.exists(PROGRAM) && host.exists(RULES));
+    ensure!(!host.exists(PROGRAM) && host.exists(ENTRIES));
     ensure!(host.property("ActiveState")? == "inactive");
     ensure!(host.systemd.systemctl(&["is-enabled", UNIT])?.status != 0);
     host.is_as_before()

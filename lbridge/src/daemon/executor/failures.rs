@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io};
 
-use lbridge_common::wire::{AcceptedKey, RuleKey, SourceKey};
+use lbridge_common::wire::{AcceptedKey, EntryKey, SourceKey};
 
 use crate::{
     daemon::sources::Contradicted,
@@ -21,7 +21,7 @@ pub(in crate::daemon) struct Failures {
     /// Relays that could not be opened.
     pub(in crate::daemon) relays: BTreeMap<RelayKey, String>,
     /// Entries that could not be put, or whose sources could not be added.
-    pub(in crate::daemon) entries: BTreeMap<RuleKey, String>,
+    pub(in crate::daemon) entries: BTreeMap<EntryKey, String>,
     /// Keys of accept rules whose flows conntrack could not forget.
     pub(in crate::daemon) flows: BTreeMap<(AcceptedKey, u32), String>,
     /// Keys of accept rules that could not be added to `ACCEPTED`.

@@ -63,7 +63,7 @@ pub(super) struct Executor {
     abilities: Abilities,
     /// Id of the host's network namespace.
     host: NamespaceId,
-    /// Handle to the owner of `GUESTS`; `None` if localhost cannot lead to the host.
+    /// Handle to the owner of `REDIRECT_NETNS`; `None` if localhost cannot lead to the host.
     guests: Option<Guests>,
     /// The source gate, which owns `SOURCES`; there is one wherever there is a kernel half.
     sources: Option<SourceGate>,
@@ -118,7 +118,7 @@ impl Executor {
     /// the state of the host's firewall to `in_force`. This may take as long as the firewall's tools do.
     pub(super) async fn look(&mut self, policy: &Policy, in_force: Reality) -> Reality {
         if let Some(guests) = &mut self.guests {
-            guests.want(policy.kernel.dials.keys().map(|key| key.ifindex).collect()).await;
+            guests.want(policy.kernel.redirects.keys().map(|key| key.ifindex).collect()).await;
         }
         self.with_firewall(policy, Reality { guests: self.guests(), ..in_force }).await
     }
@@ -225,9 +225,9 @@ impl Executor {
                 targets: kernel.maps.targets()?,
                 entries,
                 sources: kernel.maps.sources()?,
-                views: kernel.maps.views()?,
-                replies: kernel.maps.replies()?,
-                dials: kernel.maps.dials()?,
+                overrides: kernel.maps.overrides()?,
+                reply_sources: kernel.maps.reply_sources()?,
+                redirects: kernel.maps.redirects()?,
                 hooks: PerHookSet::from_fn(|set| kernel.hooks_attached(set)),
             },
             steered,
@@ -304,7 +304,7 @@ impl Executor {
                 self.name_hooks_used |= *set == HookSet::Names;
                 kernel.attach_hooks(*set)
             }
-            Step::PutView(key, view) => kernel.maps.put_view(*key, view),
+            Step::PutOverride(key, view) => kernel.maps.put_override(*key, view),
             Step::Register { key, inode } => {
                 let socket = taker.take(*inode, wanted)?;
                 if socket_fd::is_mptcp(&socket) {
@@ -317,13 +317,13 @@ impl Executor {
             Step::AddSource(key) => self.sources.as_ref().context(NO_KERNEL)?.add(key),
             Step::RemoveSource(key) => self.sources.as_ref().context(NO_KERNEL)?.remove(key),
             Step::PutEntry(key, value) => kernel.maps.put_entry(key, *value),
-            Step::PutDial(key, dial) => kernel.maps.put_dial(key, dial),
-            Step::RemoveDial(key) => kernel.maps.remove_dial(key),
+            Step::PutRedirect(key, dial) => kernel.maps.put_redirect(key, dial),
+            Step::RemoveRedirect(key) => kernel.maps.remove_redirect(key),
             Step::RemoveEntry(key) => kernel.maps.remove_entry(key),
-            Step::RemoveView(key) => kernel.maps.remove_view(*key),
+            Step::RemoveOverride(key) => kernel.maps.remove_override(*key),
             Step::DetachHooks(set) => kernel.detach_hooks(*set),
-            Step::PutReply(key, reply) => kernel.maps.put_reply(*key, reply),
-            Step::RemoveReply(key) => kernel.maps.remove_reply(*key),
+            Step::PutReplySource(key, reply) => kernel.maps.put_reply_source(*key, reply),
+            Step::RemoveReplySource(key) => kernel.maps.remove_reply_source(*key),
             Step::Unregister(key) => kernel.maps.unregister(key),
             Step::RemoveTarget(port) => kernel.maps.remove_target(port),
             Step::OpenRelay(..)

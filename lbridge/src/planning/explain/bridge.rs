@@ -7,7 +7,7 @@ use std::{
 
 use lbridge_common::{
     verdict::{Lookups, Verdict, decide},
-    wire::{AcceptedKey, Address, Endpoint, Entry, RuleKey, SourceKey},
+    wire::{AcceptedKey, Address, Endpoint, Entry, EntryKey, SourceKey},
 };
 
 use super::{
@@ -219,7 +219,7 @@ impl Explainer<'_> {
         {
             return listed.clone();
         }
-        let here = |key: &RuleKey| {
+        let here = |key: &EntryKey| {
             let protocol = self.question.protocol.number().into();
             (key.gateway, key.port, key.protocol) == (dialled.ip().into(), dialled.port(), protocol)
                 && [0, bridge.index].contains(&key.ifindex)
@@ -314,7 +314,7 @@ impl Lookups for Maps<'_> {
     }
 
     fn looks_local(&self) -> bool {
-        let mut views = self.reality.kernel.views.keys();
+        let mut views = self.reality.kernel.overrides.keys();
         views.any(|(key, bits)| key.matches(*bits, &self.dialled, &self.source))
     }
 }

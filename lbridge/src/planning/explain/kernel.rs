@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use lbridge_common::{
     verdict::{first_candidate, listening_addresses},
-    wire::{Address, Entry, ListenerKey, RuleKey},
+    wire::{Address, Entry, EntryKey, ListenerKey},
 };
 
 use super::{
@@ -34,7 +34,7 @@ impl Explainer<'_> {
             return None;
         }
         let ifindex = if steering.interface_check { bridge.index } else { 0 };
-        let key = RuleKey {
+        let key = EntryKey {
             gateway: way.dialled.ip().into(),
             ifindex,
             port: way.dialled.port(),
@@ -51,11 +51,11 @@ impl Explainer<'_> {
             } else {
                 String::new()
             };
-            no(format!("RULES has nothing for {asked}{missing}"));
+            no(format!("ENTRIES has nothing for {asked}{missing}"));
             return None;
         };
         if entry.key != key {
-            no(format!("what RULES has for {asked} is another key's: left alone"));
+            no(format!("what ENTRIES has for {asked} is another key's: left alone"));
             return None;
         }
         let wanted = match policy.kernel.entries.get(&key) {
@@ -68,7 +68,7 @@ impl Explainer<'_> {
         let steered = reality.steered.get(&key).copied().unwrap_or_default();
         let so_far = if entry.has(Entry::RELAYED) { String::new() } else { format!(", {steered} so far") };
         let text =
-            format!("RULES has {asked}: from {} to {}{so_far}{wanted}", subnet(entry), leads_to(entry));
+            format!("ENTRIES has {asked}: from {} to {}{so_far}{wanted}", subnet(entry), leads_to(entry));
         way.steps.push(step(Stage::Lookup, Answer::Yes, text));
         Some(entry)
     }

@@ -18,7 +18,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use lbridge_common::wire::RuleKey;
+use lbridge_common::wire::EntryKey;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -59,7 +59,7 @@ pub struct Known<'a> {
     /// The errors of relays that could not be opened.
     pub relay_failures: &'a BTreeMap<RelayKey, String>,
     /// The errors of entries that could not be put.
-    pub entry_failures: &'a BTreeMap<RuleKey, String>,
+    pub entry_failures: &'a BTreeMap<EntryKey, String>,
     /// The process that has each listener, by inode, if it is known.
     pub holders: &'a BTreeMap<u64, String>,
     /// Listeners inside the namespace of the question; empty for a bridge.

@@ -90,9 +90,9 @@ impl Explainer<'_> {
             is_for_it && container.attachments.iter().any(is_on)
         };
         let leads = |meant: &RuleOutcome| {
-            let dial = meant.dials.iter().find(|dial| dial.address == dialled)?;
+            let dial = meant.redirects.iter().find(|dial| dial.address == dialled)?;
             let gateway = dial.gateway.filter(|_| reality.kernel.hooks[HookSet::Connect])?;
-            let there = dial.keys.iter().any(|key| reality.kernel.dials.contains_key(key));
+            let there = dial.keys.iter().any(|key| reality.kernel.redirects.contains_key(key));
             let outcome = meant.gateways.iter().find(|it| it.relay_key.address.ip() == gateway)?;
             there.then_some((gateway, outcome.outcome.state))
         };

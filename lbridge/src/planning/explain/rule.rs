@@ -68,11 +68,11 @@ impl Explainer<'_> {
 
     /// Returns a step about the containers' own localhost, if the rule leads it anywhere.
     pub(super) fn localhost_step(&self) -> Option<Step> {
-        let meant = self.rule().filter(|meant| !meant.dials.is_empty())?;
+        let meant = self.rule().filter(|meant| !meant.redirects.is_empty())?;
         let reality = self.known.reality;
-        let told = meant.dials.iter().map(|dial| {
+        let told = meant.redirects.iter().map(|dial| {
             let address = dial.address;
-            let there = dial.keys.first().and_then(|key| reality.kernel.dials.get(key));
+            let there = dial.keys.first().and_then(|key| reality.kernel.redirects.get(key));
             match (there.filter(|_| reality.kernel.hooks[HookSet::Connect]), dial.outcome.why()) {
                 (Some(there), _) => {
                     let containers = reality.whose_localhost(dial);

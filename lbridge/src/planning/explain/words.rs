@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use lbridge_common::wire::{Address, Endpoint, Entry, ViewKey};
+use lbridge_common::wire::{Address, Endpoint, Entry, OverrideKey};
 
 use super::{Answer, End, Explainer, Fate, Stage, Step, Way};
 use crate::planning::{
@@ -54,8 +54,8 @@ impl Explainer<'_> {
         let gateway = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
         // As the kernel's longest-prefix match has it; a gateway's subnets do not overlap.
         let found =
-            |((key, bits), _): &(&(ViewKey, u32), _)| key.matches(*bits, &gateway, &way.source.into());
-        let view = reality.kernel.views.iter().filter(found);
+            |((key, bits), _): &(&(OverrideKey, u32), _)| key.matches(*bits, &gateway, &way.source.into());
+        let view = reality.kernel.overrides.iter().filter(found);
         let view = view.max_by_key(|((_, bits), _)| *bits).map(|(_, view)| view);
         let text = match view.filter(|_| reality.kernel.hooks[HookSet::Names]) {
             Some(view) => format!(

@@ -12,7 +12,7 @@ use crate::planning::{
 /// Most ports that one label may ask for.
 const MAX_PORTS: usize = 256;
 /// Most rules that all labels together may ask for.
-const MAX_RULES: usize = 8192;
+const MAX_ENTRIES: usize = 8192;
 /// Most problems of one object that are reported. The others are counted.
 const MAX_PROBLEMS_OF_ONE: usize = 8;
 /// Most problems of all objects together that are reported. The others are counted.
@@ -280,9 +280,9 @@ impl<'a> Derivation<'a> {
             };
             return Err((format!("{id} is allowed otherwise by {by}, as {}", spelling.rule(own)), remedy));
         }
-        let full = self.wanted.len() >= MAX_RULES;
+        let full = self.wanted.len() >= MAX_ENTRIES;
         match self.wanted.get_mut(&place) {
-            None if full => Err(mend(format!("labels ask for more than {MAX_RULES} rules"))),
+            None if full => Err(mend(format!("labels ask for more than {MAX_ENTRIES} rules"))),
             None => {
                 self.wanted.insert(place, Wanted { rule, by: object.told() });
                 Ok(())

@@ -12,8 +12,8 @@
 //! - a source is added before the entry that it may use, and removed after it; at once, if the entry stays
 //!   for others;
 //! - what only takes access away, and needs nothing new, comes first ([`revocations`]);
-//! - a dial is added after what answers at its gateway, and removed before it; the dials' hooks are attached
-//!   before the dials, and detached after them;
+//! - a redirect is added after what answers at its gateway, and removed before it; the redirects' hooks are attached
+//!   before the redirects, and detached after them;
 //! - the firewall is tried last, when everything that answers is in place;
 //! - before an accept rule is put, and for as long as the rule or a flow that it let in exists, the kernel
 //!   refuses the traffic of that rule that no entry admits.
@@ -21,7 +21,7 @@
 use std::{collections::BTreeSet, net::SocketAddr};
 
 use lbridge_common::wire::{
-    Address, Endpoint, Entry, ListenerKey, RuleKey, SLOTS, SourceKey, TCP, TargetKey, ViewKey,
+    Address, Endpoint, Entry, EntryKey, ListenerKey, OverrideKey, SLOTS, SourceKey, TCP, TargetKey,
 };
 
 pub use self::step::{Prerequisite, Step};
@@ -40,7 +40,7 @@ mod step;
 pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let mut steps: Vec<_> =
         sources_of_others(&policy.kernel, &reality.kernel).map(Step::RemoveSource).collect();
-    steps.extend(views_of_others(policy, reality).into_iter().map(Step::RemoveView));
+    steps.extend(overrides_of_others(policy, reality).into_iter().map(Step::RemoveOverride));
     for (key, there) in &reality.relays {
         let meant = policy.relays.get(key).map(|spec| &spec.clients);
         let clients = match (&there.clients, meant) {
@@ -55,9 +55,9 @@ pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
             steps.push(Step::OpenRelay(key.clone(), RelaySpec { clients, ..there.clone() }));
         }
     }
-    // Dials before what they lead to, entries before their relays.
-    let dials = changes(&policy.kernel.dials, &reality.kernel.dials).remove;
-    steps.extend(dials.into_iter().copied().map(Step::RemoveDial));
+    // Redirects before what they lead to, entries before their relays.
+    let redirects = changes(&policy.kernel.redirects, &reality.kernel.redirects).remove;
+    steps.extend(redirects.into_iter().copied().map(Step::RemoveRedirect));
     let denied = reality.kernel.entries.keys().filter(|key| is_denied(policy, key));
     steps.extend(denied.map(|key| Step::RemoveEntry(*key)));
     let handed_over = handed_over(policy);
@@ -76,7 +76,7 @@ pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
 
 /// Returns true if the policy has an entry that leads to nobody where a relay of a bridge listens.
 fn is_refused(policy: &Policy, key: &RelayKey) -> bool {
-    let anywhere = key.entry().map(|entry| RuleKey { ifindex: 0, ..entry });
+    let anywhere = key.entry().map(|entry| EntryKey { ifindex: 0, ..entry });
     let entries = key.entry().into_iter().chain(anywhere).filter_map(|key| policy.kernel.entries.get(&key));
     entries.into_iter().any(|entry| entry.target_port == 0 && !entry.has(Entry::RELAYED))
 }
@@ -91,15 +91,15 @@ fn sources_of_others<'a>(
     actual.sources.difference(&desired.sources).filter(stays).copied()
 }
 
-/// Returns the views of single addresses whose holders may be others by now: those at the gateways of entries
+/// Returns the overrides of single addresses whose holders may be others by now: those at the gateways of entries
 /// that are for some sources only.
-fn views_of_others(policy: &Policy, reality: &Reality) -> BTreeSet<(ViewKey, u32)> {
-    let single = ViewKey::prefix_len(&Address([u32::MAX; 4]));
+fn overrides_of_others(policy: &Policy, reality: &Reality) -> BTreeSet<(OverrideKey, u32)> {
+    let single = OverrideKey::prefix_len(&Address([u32::MAX; 4]));
     let mut stale = reality
         .kernel
-        .views
+        .overrides
         .keys()
-        .filter(|view| view.1 == single && !policy.kernel.views.contains_key(view))
+        .filter(|names| names.1 == single && !policy.kernel.overrides.contains_key(names))
         .peekable();
     if stale.peek().is_none() {
         return BTreeSet::new();
@@ -112,7 +112,7 @@ fn views_of_others(policy: &Policy, reality: &Reality) -> BTreeSet<(ViewKey, u32
 
 /// Returns true if an entry must be removed and no relay replaces it. Such a relay would have to listen
 /// first.
-fn is_denied(policy: &Policy, key: &RuleKey) -> bool {
+fn is_denied(policy: &Policy, key: &EntryKey) -> bool {
     let address = SocketAddr::new(key.gateway.into(), key.port);
     let is_relayed = |relay: &RelayKey| match relay.place {
         Place::Bridge { ifindex, .. } => [0, ifindex].contains(&key.ifindex),
@@ -133,10 +133,10 @@ fn is_moved(policy: &Policy, key: &RelayKey) -> bool {
 /// entries do not name the interface, another network's rule may have that address, too.
 fn handed_over(policy: &Policy) -> BTreeSet<&RelayKey> {
     // One that leads to a relay, or to nobody, takes nothing over.
-    let steers = |key: &RuleKey| policy.kernel.entries.get(key).is_some_and(|entry| entry.target_port != 0);
-    let is_entered = |key: &RuleKey| key.protocol == u16::from(TCP) && steers(key);
+    let steers = |key: &EntryKey| policy.kernel.entries.get(key).is_some_and(|entry| entry.target_port != 0);
+    let is_entered = |key: &EntryKey| key.protocol == u16::from(TCP) && steers(key);
     let taken_over = |gateway: &&GatewayOutcome| {
-        gateway.outcome.state != State::Blocked && gateway.rule_key.as_ref().is_some_and(is_entered)
+        gateway.outcome.state != State::Blocked && gateway.entry_key.as_ref().is_some_and(is_entered)
     };
     let gateways = policy.outcomes.iter().flat_map(|outcome| &outcome.gateways);
     gateways.filter(taken_over).map(|gateway| &gateway.relay_key).collect()
@@ -145,10 +145,10 @@ fn handed_over(policy: &Policy) -> BTreeSet<&RelayKey> {
 /// Returns the steps from `reality` to `policy`; empty if they agree.
 pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     let (desired, actual) = (&policy.kernel, &reality.kernel);
-    let views = changes(&desired.views, &actual.views);
-    let replies = changes(&desired.replies, &actual.replies);
+    let overrides = changes(&desired.overrides, &actual.overrides);
+    let reply_sources = changes(&desired.reply_sources, &actual.reply_sources);
     let entries = changes(&desired.entries, &actual.entries);
-    let dials = changes(&desired.dials, &actual.dials);
+    let redirects = changes(&desired.redirects, &actual.redirects);
     let attach = |set| (desired.hooks[set] && !actual.hooks[set]).then_some(Step::AttachHooks(set));
     let detach = |set| (actual.hooks[set] && !desired.hooks[set]).then_some(Step::DetachHooks(set));
 
@@ -157,9 +157,9 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     steps.extend(desired.targets.difference(&actual.targets).copied().map(Step::AddTarget));
     steps.extend(attach(HookSet::Names));
     steps.extend(attach(HookSet::Connect));
-    steps.extend(views.puts(Step::PutView));
+    steps.extend(overrides.puts(Step::PutOverride));
     steps.extend(attach(HookSet::Replies));
-    steps.extend(replies.puts(Step::PutReply));
+    steps.extend(reply_sources.puts(Step::PutReplySource));
     steps.extend(registrations(policy, reality));
     steps.extend(relays_to_open(policy, reality));
     steps.extend(detach(HookSet::Connect));
@@ -168,17 +168,18 @@ pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
     // The other entries are revoked: no relay replaces them.
     let replaced = entries.remove.into_iter().filter(|key| !is_denied(policy, key));
     steps.extend(replaced.copied().map(Step::RemoveEntry));
-    // A view goes after its entry: without an entry, the kernel refuses connections that would look local.
-    let revoked = views_of_others(policy, reality);
-    steps
-        .extend(views.remove.into_iter().filter(|key| !revoked.contains(key)).copied().map(Step::RemoveView));
+    // An override goes after its entry: without an entry, the kernel refuses connections that would look local.
+    let revoked = overrides_of_others(policy, reality);
+    steps.extend(
+        overrides.remove.into_iter().filter(|key| !revoked.contains(key)).copied().map(Step::RemoveOverride),
+    );
     let revoked: BTreeSet<_> = sources_of_others(desired, actual).collect();
     let later = actual.sources.difference(&desired.sources).filter(|key| !revoked.contains(key));
     steps.extend(later.copied().map(Step::RemoveSource));
-    steps.extend(dials.puts(Step::PutDial));
+    steps.extend(redirects.puts(Step::PutRedirect));
     steps.extend(relays_to_close(policy, reality));
     steps.extend(detach(HookSet::Names).filter(|_| !reality.name_hooks_in_use));
-    steps.extend(replies.remove.into_iter().copied().map(Step::RemoveReply));
+    steps.extend(reply_sources.remove.into_iter().copied().map(Step::RemoveReplySource));
     steps.extend(detach(HookSet::Replies));
     let is_watched = |key: &&ListenerKey| {
         let (address, port, protocol) = (key.address, key.port, key.protocol.into());

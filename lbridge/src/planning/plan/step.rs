@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lbridge_common::wire::{
-    AcceptedKey, Dial, DialKey, Entry, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, SourceKey,
-    TargetKey, UDP, ViewKey,
+    AcceptedKey, Entry, EntryKey, ListenerKey, NameOverride, OverrideKey, Redirect, RedirectKey, ReplySource,
+    ReplySourceKey, SourceKey, TargetKey, UDP,
 };
 
 use crate::planning::{
@@ -23,10 +23,10 @@ pub enum Step {
     AddTarget(TargetKey),
     /// Attach a set of hooks.
     AttachHooks(HookSet),
-    /// Make a gateway's connections look local, or change how they look.
-    PutView((ViewKey, u32), LoopbackView),
+    /// Put a name override, which makes a gateway's connections look local, or change it.
+    PutOverride((OverrideKey, u32), NameOverride),
     /// Give a UDP service's replies their source, or another one.
-    PutReply((ReplyKey, u32), Reply),
+    PutReplySource((ReplySourceKey, u32), ReplySource),
     /// Register the socket of this inode.
     Register {
         /// The key to register the socket under.
@@ -45,15 +45,15 @@ pub enum Step {
     /// Have conntrack forget the flows that accept rules let in, except open connections.
     ForgetFlows(BTreeSet<(AcceptedKey, u32)>),
     /// Put an entry, or change where it leads.
-    PutEntry(RuleKey, Entry),
+    PutEntry(EntryKey, Entry),
     /// Remove an entry.
-    RemoveEntry(RuleKey),
+    RemoveEntry(EntryKey),
     /// Stop letting a source use an entry.
     RemoveSource(SourceKey),
-    /// Lead a dial to its gateway.
-    PutDial(DialKey, Dial),
-    /// Stop leading a dial to its gateway.
-    RemoveDial(DialKey),
+    /// Put a connect redirect, or change its gateway.
+    PutRedirect(RedirectKey, Redirect),
+    /// Remove a connect redirect.
+    RemoveRedirect(RedirectKey),
     /// Stop listening as a relay.
     CloseRelay {
         /// Key of the relay.
@@ -61,12 +61,12 @@ pub enum Step {
         /// True if the kernel has taken over: handshakes under way are then still completed.
         handed_over: bool,
     },
-    /// Stop making a gateway's connections look local.
-    RemoveView((ViewKey, u32)),
+    /// Remove a name override.
+    RemoveOverride((OverrideKey, u32)),
     /// Detach a set of hooks.
     DetachHooks(HookSet),
     /// Stop giving a UDP service's replies another source.
-    RemoveReply((ReplyKey, u32)),
+    RemoveReplySource((ReplySourceKey, u32)),
     /// Remove a listener from the kernel's map.
     Unregister(ListenerKey),
     /// Stop watching an address and port.
@@ -114,7 +114,7 @@ impl Step {
                 vec![Hooks(HookSet::Names), Hooks(HookSet::Replies)]
             }
             Self::PutEntry(..) | Self::OpenRelay(..) => vec![Hooks(HookSet::Names)],
-            Self::PutDial(..) => vec![Hooks(HookSet::Connect)],
+            Self::PutRedirect(..) => vec![Hooks(HookSet::Connect)],
             Self::Accept { opening, .. } => vec![IsRefused(opening.accepted())],
             Self::RemoveAccepted(key) => vec![NoFlows(*key)],
             _ => vec![],

@@ -5,12 +5,12 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use lbridge_common::wire::{Dial, DialKey, Endpoint, TCP};
+use lbridge_common::wire::{Endpoint, Redirect, RedirectKey, TCP};
 
 use super::Resolver;
 use crate::planning::{
     hooks::HookSet,
-    policy::{DialOutcome, GatewayOutcome, Outcome, Place, State},
+    policy::{GatewayOutcome, Outcome, Place, RedirectOutcome, State},
     reason::Reason,
     rule::Rule,
 };
@@ -18,7 +18,7 @@ use crate::planning::{
 impl Resolver<'_> {
     /// Leads the port of the containers' localhost to the network's gateways: 127.0.0.1 to an IPv4 gateway,
     /// ::1 to the gateway that serves best, since most sockets for IPv6 take IPv4 as well.
-    pub(super) fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<DialOutcome> {
+    pub(super) fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<RedirectOutcome> {
         self.policy.kernel.hooks[HookSet::Connect] |= self.abilities.hooks[HookSet::Connect].is_ok();
         // Every gateway of a rule is on the same bridge.
         let Some(Place::Bridge { interface, ifindex }) = gateways.first().map(|g| &g.relay_key.place) else {
@@ -34,11 +34,12 @@ impl Resolver<'_> {
             .map(|(ip, gateway)| {
                 let gateway = gateway.map(|gateway| gateway.relay_key.address.ip());
                 let (protocol, port) = (u16::from(TCP), rule.spec.port);
-                let key = |netns| DialKey { address: ip.into(), ifindex: *ifindex, port, protocol, netns };
+                let key =
+                    |netns| RedirectKey { address: ip.into(), ifindex: *ifindex, port, protocol, netns };
                 let keys: Vec<_> = self.namespaces_of(rule).into_iter().map(key).collect();
-                let outcome = self.dial(&keys, gateway);
+                let outcome = self.redirect(&keys, gateway);
                 let (address, interface) = (SocketAddr::new(ip, port), interface.clone());
-                DialOutcome { address, keys, gateway, interface, ifindex: *ifindex, outcome }
+                RedirectOutcome { address, keys, gateway, interface, ifindex: *ifindex, outcome }
             })
             .collect()
     }
@@ -55,7 +56,7 @@ impl Resolver<'_> {
         rule.options.from.iter().filter(is_there).filter_map(container).collect()
     }
 
-    fn dial(&mut self, keys: &[DialKey], gateway: Option<IpAddr>) -> Outcome {
+    fn redirect(&mut self, keys: &[RedirectKey], gateway: Option<IpAddr>) -> Outcome {
         if let Err(why) = &self.abilities.hooks[HookSet::Connect] {
             return Outcome::because(State::Blocked, Reason::NoConnectHooks(why.clone()));
         }
@@ -67,7 +68,7 @@ impl Resolver<'_> {
         }
         for key in keys {
             let gateway = Endpoint::new(gateway.into(), key.port);
-            self.policy.kernel.dials.insert(*key, Dial { key: *key, gateway, reserved: 0 });
+            self.policy.kernel.redirects.insert(*key, Redirect { key: *key, gateway, reserved: 0 });
         }
         self.policy.kernel.hooks[HookSet::Names] |= self.abilities.hooks[HookSet::Names].is_ok();
         Outcome::steered()

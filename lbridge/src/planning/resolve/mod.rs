@@ -20,8 +20,8 @@ use std::{
 use lbridge_common::{
     verdict::listening_addresses,
     wire::{
-        Address, Endpoint, Entry, ListenerKey, LoopbackView, Reply, ReplyKey, RuleKey, SourceKey, TargetKey,
-        ViewKey,
+        Address, Endpoint, Entry, EntryKey, ListenerKey, NameOverride, OverrideKey, ReplySource,
+        ReplySourceKey, SourceKey, TargetKey,
     },
 };
 
@@ -127,8 +127,8 @@ impl Resolver<'_> {
         self.policy.kernel.targets.extend(targets(rule));
         let (gateways, without_gateway) =
             if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
-        let dials = if rule.options.localhost { self.localhost(rule, &gateways) } else { vec![] };
-        RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway, dials }
+        let redirects = if rule.options.localhost { self.localhost(rule, &gateways) } else { vec![] };
+        RuleOutcome { rule: rule.clone(), origin, gateways, without_gateway, redirects }
     }
 
     fn on_bridge(&mut self, rule: &Rule) -> (Vec<GatewayOutcome>, Option<Outcome>) {
@@ -177,7 +177,7 @@ impl Resolver<'_> {
         let way = self.way(rule, relay_key.address, claim, " in that namespace");
         let told = namespace.address.unwrap_or_else(|| stand_in_for(namespace.key.id).into());
         let outcome = self.outcome(rule, way, &relay_key, None, Clients::Inside(told));
-        GatewayOutcome { relay_key, rule_key: None, opening: None, alias: None, outcome }
+        GatewayOutcome { relay_key, entry_key: None, opening: None, alias: None, outcome }
     }
 
     /// Decides for one of a bridge's own addresses, or for an alias that the bridge's containers dial as
@@ -194,7 +194,7 @@ impl Resolver<'_> {
         let gateway = SocketAddr::new(ip, rule.spec.port);
         let subnet = Subnet::of(own, prefix);
         let opening = Opening::new(interface, (own, prefix), ip, rule.spec.protocol, rule.spec.port);
-        let rule_key = opening.entry(if self.checks_interface() { index } else { 0 });
+        let entry_key = opening.entry(if self.checks_interface() { index } else { 0 });
         let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
         let relay_key = RelayKey { address: gateway, place };
         let mut way = self.way(rule, gateway, Claim::Bridge(index), "");
@@ -202,14 +202,14 @@ impl Resolver<'_> {
         if alias.is_some() && !self.checks_interface() {
             way = match way {
                 Way::Refuse(outcome) => Way::None(outcome),
-                Way::Kernel(..) if self.policy.kernel.entries.contains_key(&rule_key) => {
+                Way::Kernel(..) if self.policy.kernel.entries.contains_key(&entry_key) => {
                     let taken = Reason::AliasTaken { alias: gateway, gateway: own };
                     Way::None(Outcome::because(State::Blocked, taken))
                 }
                 way => way,
             };
         }
-        let kernel = (rule_key, subnet);
+        let kernel = (entry_key, subnet);
         let outcome = if rule.options.from.is_empty() {
             self.outcome(rule, way, &relay_key, Some(kernel), Clients::Subnet(subnet))
         } else {
@@ -219,7 +219,7 @@ impl Resolver<'_> {
             let outcome = self.outcome(rule, way, &relay_key, Some(kernel), clients);
             // A blocked rule has nothing in force but what refuses, and the key may be another rule's.
             if outcome.state != State::Blocked || is_refused {
-                for (key, grant) in sources.grants(rule_key) {
+                for (key, grant) in sources.grants(entry_key) {
                     if self.policy.kernel.sources.contains(&key) {
                         self.policy.grants.entry(key).or_default().insert(grant);
                     }
@@ -231,14 +231,14 @@ impl Resolver<'_> {
         // too. But only where an entry, or a relay that listens, keeps what comes through from the host's
         // other services.
         let is_guarded = self.checks_interface()
-            || self.policy.kernel.entries.contains_key(&rule_key)
+            || self.policy.kernel.entries.contains_key(&entry_key)
             || self.policy.relays.contains_key(&relay_key);
         if outcome.state != State::Blocked && is_guarded {
             let via = alias.map(|_| own);
             self.policy.openings.insert(opening.clone(), Link { ifindex: index, via });
         }
         let alias = alias.map(|(_, alias)| alias);
-        GatewayOutcome { relay_key, rule_key: Some(rule_key), opening: Some(opening), alias, outcome }
+        GatewayOutcome { relay_key, entry_key: Some(entry_key), opening: Some(opening), alias, outcome }
     }
 
     /// Returns true if the kernel steers, and tells the interface that a packet came in by.
@@ -249,7 +249,7 @@ impl Resolver<'_> {
     /// Adds a kernel entry for these clients. Returns the addresses and netmasks that the entry serves.
     fn put_entry(
         &mut self,
-        key: RuleKey,
+        key: EntryKey,
         subnet: Subnet,
         clients: &Clients,
         target: Endpoint,
@@ -278,31 +278,34 @@ impl Resolver<'_> {
         rule: &Rule,
         way: Way,
         relay_key: &RelayKey,
-        kernel: Option<(RuleKey, Subnet)>,
+        kernel: Option<(EntryKey, Subnet)>,
         clients: Clients,
     ) -> Outcome {
         match (way, kernel) {
             (Way::None(outcome), _) | (Way::Refuse(outcome), None) => outcome,
-            (Way::Refuse(outcome), Some((rule_key, subnet))) => {
-                self.put_entry(rule_key, subnet, &clients, NOBODY, 0);
+            (Way::Refuse(outcome), Some((entry_key, subnet))) => {
+                self.put_entry(entry_key, subnet, &clients, NOBODY, 0);
                 outcome
             }
             (Way::Kernel(..), None) => Outcome::because(State::Blocked, Reason::NoBridgeLeads),
-            (Way::Kernel(target, outcome), Some((rule_key, subnet))) => {
+            (Way::Kernel(target, outcome), Some((entry_key, subnet))) => {
                 if rule.spec.protocol == Protocol::Udp
-                    && let Err(blocked) = self.replies(target, rule_key.gateway, subnet)
+                    && let Err(blocked) = self.reply_sources(target, entry_key.gateway, subnet)
                 {
                     return blocked;
                 }
-                let served = self.put_entry(rule_key, subnet, &clients, target, 0);
+                let served = self.put_entry(entry_key, subnet, &clients, target, 0);
                 self.register(rule, target);
                 if rule.options.source == Source::Loopback {
                     // Only for clients that are served: a service that takes the connections of others must
                     // not take them for local ones.
-                    let gateway = Endpoint::new(rule_key.gateway, rule_key.port);
-                    let view = LoopbackView { gateway, target };
-                    let key = |(peer, mask)| (ViewKey { gateway, peer }, ViewKey::prefix_len(&mask));
-                    self.policy.kernel.views.extend(served.into_iter().map(|peer| (key(peer), view)));
+                    let gateway = Endpoint::new(entry_key.gateway, entry_key.port);
+                    let names = NameOverride { gateway, target };
+                    let key = |(peer, mask)| (OverrideKey { gateway, peer }, OverrideKey::prefix_len(&mask));
+                    self.policy
+                        .kernel
+                        .overrides
+                        .extend(served.into_iter().map(|peer| (key(peer), names)));
                     self.policy.kernel.hooks[HookSet::Names] = true;
                 }
                 outcome
@@ -313,8 +316,8 @@ impl Resolver<'_> {
             }
             (Way::Relay(service, reasons), kernel) => {
                 let kernel = kernel.filter(|_| self.checks_interface());
-                if let Some((rule_key, subnet)) = kernel {
-                    self.put_entry(rule_key, subnet, &clients, NOBODY, Entry::RELAYED);
+                if let Some((entry_key, subnet)) = kernel {
+                    self.put_entry(entry_key, subnet, &clients, NOBODY, Entry::RELAYED);
                 }
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
                 self.policy.kernel.hooks[HookSet::Names] |= rule.options.source == Source::Container
@@ -339,22 +342,25 @@ impl Resolver<'_> {
     /// Makes what a UDP service sends to the subnet leave with the gateway as its source, but not what it
     /// sends to the host itself. Fails if the service's replies to that subnet have another gateway as their
     /// source already.
-    fn replies(&mut self, service: Endpoint, gateway: Address, subnet: Subnet) -> Result<(), Outcome> {
-        let key = |peer, mask: &Address| (ReplyKey { service, peer }, ReplyKey::prefix_len(mask));
+    fn reply_sources(&mut self, service: Endpoint, gateway: Address, subnet: Subnet) -> Result<(), Outcome> {
+        let key = |peer, mask: &Address| (ReplySourceKey { service, peer }, ReplySourceKey::prefix_len(mask));
         let to_subnet = key(subnet.base, &subnet.mask);
         // The hook that chooses the source does not know which address its receiver has dialled.
         if let Some(first) =
-            self.policy.kernel.replies.get(&to_subnet).filter(|first| first.gateway != gateway)
+            self.policy.kernel.reply_sources.get(&to_subnet).filter(|first| first.gateway != gateway)
         {
             let only = Reason::OneAnswerAddress(first.gateway.into());
             return Err(Outcome::because(State::Blocked, only));
         }
-        self.policy.kernel.replies.insert(to_subnet, Reply { service, gateway });
+        self.policy.kernel.reply_sources.insert(to_subnet, ReplySource { service, gateway });
         self.policy.kernel.hooks[HookSet::Replies] = true;
         let own = self.inventory.interfaces.iter().flat_map(|interface| &interface.addresses);
         for (ip, _) in own.filter(|(ip, _)| subnet.contains(*ip)) {
             let to_host = key((*ip).into(), &Address([u32::MAX; 4]));
-            self.policy.kernel.replies.insert(to_host, Reply { service, gateway: Address::ANY_V6 });
+            self.policy
+                .kernel
+                .reply_sources
+                .insert(to_host, ReplySource { service, gateway: Address::ANY_V6 });
         }
         Ok(())
     }

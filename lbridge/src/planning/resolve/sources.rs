@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use lbridge_common::wire::{RuleKey, SourceKey};
+use lbridge_common::wire::{EntryKey, SourceKey};
 
 use super::Resolver;
 use crate::planning::{
@@ -29,7 +29,7 @@ pub(super) struct Sources {
 
 impl Sources {
     /// Returns the grants of the addresses that may use the entry of this key.
-    pub(super) fn grants(&self, rule: RuleKey) -> impl Iterator<Item = (SourceKey, Grant)> {
+    pub(super) fn grants(&self, rule: EntryKey) -> impl Iterator<Item = (SourceKey, Grant)> {
         self.grants.iter().map(move |(ip, grant)| (SourceKey { rule, source: (*ip).into() }, grant.clone()))
     }
 

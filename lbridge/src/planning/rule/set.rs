@@ -74,7 +74,7 @@ impl Rules {
                 }
             }
         }
-        let max = wire::MAX_RULES as usize;
+        let max = wire::MAX_ENTRIES as usize;
         if rules.len() > max {
             return Err(RuleError::TooMany { count: rules.len(), max });
         }

@@ -251,7 +251,7 @@ fn what_should_be_and_what_is_differ() {
     let (key, value) = reality.kernel.entries.pop_first().unwrap();
     let told = host.explain_with("app", 80, None, &reality, &[]);
     assert!(text(&told, Stage::Lookup).ends_with("which the rule asks for: the next look puts it there"));
-    let other = Entry { key: lbridge_common::wire::RuleKey { port: 81, ..key }, ..value };
+    let other = Entry { key: lbridge_common::wire::EntryKey { port: 81, ..key }, ..value };
     reality.kernel.entries.insert(key, other);
     let told = host.explain_with("app", 80, None, &reality, &[]);
     assert!(text(&told, Stage::Lookup).contains("another key's"), "as the kernel program compares");
@@ -310,7 +310,7 @@ fn an_old_kernel_knows_no_interface() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
     host.abilities.steer.as_mut().unwrap().interface_check = false;
     let told = host.explain("app", 80);
-    assert!(text(&told, Stage::Lookup).starts_with("RULES has (any interface, 172.18.0.1, 80)"));
+    assert!(text(&told, Stage::Lookup).starts_with("ENTRIES has (any interface, 172.18.0.1, 80)"));
     host.abilities.steer = Err("no sk_lookup".to_owned());
     host.abilities.hooks[HookSet::Names] = Err("none".to_owned());
     let told = host.explain("app", 80);

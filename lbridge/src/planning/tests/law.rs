@@ -29,23 +29,23 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             Step::AttachHooks(set) => reality.kernel.hooks[*set] = true,
             Step::DetachHooks(set) => {
                 let unneeded = match set {
-                    HookSet::Names => reality.kernel.views.is_empty(),
-                    HookSet::Connect => reality.kernel.dials.is_empty(),
-                    HookSet::Replies => reality.kernel.replies.is_empty(),
+                    HookSet::Names => reality.kernel.overrides.is_empty(),
+                    HookSet::Connect => reality.kernel.redirects.is_empty(),
+                    HookSet::Replies => reality.kernel.reply_sources.is_empty(),
                 };
                 assert!(unneeded, "{set:?} is still needed");
                 reality.kernel.hooks[*set] = false;
             }
-            Step::PutView(endpoint, view) => {
+            Step::PutOverride(endpoint, names) => {
                 assert!(reality.kernel.hooks[HookSet::Names], "hooks come first");
-                reality.kernel.views.insert(*endpoint, *view);
+                reality.kernel.overrides.insert(*endpoint, *names);
             }
-            Step::RemoveView(endpoint) => assert!(reality.kernel.views.remove(endpoint).is_some()),
-            Step::PutReply(key, reply) => {
+            Step::RemoveOverride(endpoint) => assert!(reality.kernel.overrides.remove(endpoint).is_some()),
+            Step::PutReplySource(key, reply) => {
                 assert!(reality.kernel.hooks[HookSet::Replies], "hooks come first");
-                reality.kernel.replies.insert(*key, *reply);
+                reality.kernel.reply_sources.insert(*key, *reply);
             }
-            Step::RemoveReply(key) => assert!(reality.kernel.replies.remove(key).is_some()),
+            Step::RemoveReplySource(key) => assert!(reality.kernel.reply_sources.remove(key).is_some()),
             Step::Register { key, .. } => {
                 assert!(reality.kernel.targets.contains(&target_of(key)), "watched first");
                 assert!(key.slot < SLOTS);
@@ -78,11 +78,11 @@ fn carry_out(reality: &mut Reality, steps: &[Step]) {
             Step::AddAccepted(key) => assert!(reality.accepted.insert(*key)),
             Step::RemoveAccepted(key) => assert!(reality.accepted.remove(key)),
             Step::ForgetFlows(_) => panic!("no accept rule let anything in"),
-            Step::PutDial(key, dial) => {
+            Step::PutRedirect(key, redirect) => {
                 assert!(reality.kernel.hooks[HookSet::Connect], "hooks come first");
-                reality.kernel.dials.insert(*key, *dial);
+                reality.kernel.redirects.insert(*key, *redirect);
             }
-            Step::RemoveDial(key) => assert!(reality.kernel.dials.remove(key).is_some()),
+            Step::RemoveRedirect(key) => assert!(reality.kernel.redirects.remove(key).is_some()),
             Step::OpenRelay(key, spec) => {
                 reality.lingering.remove(key);
                 reality.relay_sockets.extend(key.entry().filter(|_| spec.by_entry));
@@ -219,7 +219,7 @@ proptest! {
             prop_assert_eq!(&reality.kernel.sources, &policy.kernel.sources);
             prop_assert!(policy.grants.keys().eq(&policy.kernel.sources), "a source that is nobody's");
             prop_assert_eq!(&reality.relays, &policy.relays);
-            prop_assert_eq!(&reality.kernel.dials, &policy.kernel.dials);
+            prop_assert_eq!(&reality.kernel.redirects, &policy.kernel.redirects);
             for (entry, value) in policy.kernel.entries.iter().filter(|(_, value)| !value.has(Entry::RELAYED)) {
                 // Without an interface another network's entry may be there, which leaves these alone.
                 let takes = |ip: std::net::IpAddr| {

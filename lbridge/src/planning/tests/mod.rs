@@ -13,7 +13,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use lbridge_common::wire::RuleKey;
+use lbridge_common::wire::EntryKey;
 
 use super::{
     firewall::{Filtering, FirewallMode},
@@ -23,7 +23,7 @@ use super::{
         Inventory, Listener, ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering, find_networks,
     },
     owner::incumbents,
-    policy::{DialOutcome, Place, Policy, State},
+    policy::{Place, Policy, RedirectOutcome, State},
     reality::Reality,
     resolve::resolve,
     rule::{Network, Options, Origin, PathChoice, ProcessStart, Rule, Rules, Source},
@@ -221,14 +221,14 @@ impl Host {
     /// One line for each address of the containers' own: `127.0.0.1:80 to 172.18.0.1 steered`.
     fn dials(&self) -> Vec<String> {
         let outcomes = self.policy().outcomes;
-        let told = |dial: &DialOutcome| {
+        let told = |dial: &RedirectOutcome| {
             let what = match dial.gateway {
                 Some(gateway) => format!("{} to {gateway}", dial.address),
                 None => dial.address.to_string(),
             };
             line(&what, dial.outcome.state, dial.outcome.why())
         };
-        outcomes.iter().flat_map(|outcome| &outcome.dials).map(told).collect()
+        outcomes.iter().flat_map(|outcome| &outcome.redirects).map(told).collect()
     }
 
     fn policy(&self) -> Policy {
@@ -255,7 +255,7 @@ impl Host {
 }
 
 /// The keys under which the relays that a policy wants can be reached once they are open.
-fn relay_sockets(policy: &Policy) -> BTreeSet<RuleKey> {
+fn relay_sockets(policy: &Policy) -> BTreeSet<EntryKey> {
     let by_entry = policy.relays.iter().filter(|(_, spec)| spec.by_entry);
     by_entry.filter_map(|(key, _)| key.entry()).collect()
 }

@@ -154,7 +154,7 @@ fn what_only_takes_access_away_comes_first() {
         let told = revocations.into_iter().map(|step| match step {
             Step::RemoveEntry(_) => "remove entry".to_owned(),
             Step::RemoveSource(key) => format!("remove {}", IpAddr::from(key.source)),
-            Step::RemoveView((key, _)) => format!("remove the view of {}", IpAddr::from(key.peer)),
+            Step::RemoveOverride((key, _)) => format!("remove the view of {}", IpAddr::from(key.peer)),
             Step::CloseRelay { handed_over, .. } => format!("close relay, handed over: {handed_over}"),
             Step::OpenRelay(_, spec) => format!("{:?}", spec.clients),
             step => panic!("{step:?}"),
@@ -210,7 +210,7 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
     let nowhere = "blocked (no gateway is served that it could lead to)";
     // Of two names of one bridge the first has the port.
     assert_eq!(second.dials(), [format!("127.0.0.1:80 {nowhere}"), format!("[::1]:80 {nowhere}")]);
-    assert!(second.policy().kernel.dials.is_empty());
+    assert!(second.policy().kernel.redirects.is_empty());
     let gone = Host::new().allow("gone", "80").with_localhost("gone", 80);
     assert!(gone.dials().is_empty() && gone.policy().kernel.hooks[HookSet::Connect]);
     let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
@@ -223,7 +223,7 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
             "[::1]:80 to 172.18.0.1 blocked (needs Linux 5.14)"
         ]
     );
-    assert!(old.policy().kernel.dials.is_empty() && !old.policy().kernel.hooks[HookSet::Connect]);
+    assert!(old.policy().kernel.redirects.is_empty() && !old.policy().kernel.hooks[HookSet::Connect]);
 }
 
 /// Their neighbours' localhost is their neighbours'.
@@ -237,7 +237,8 @@ fn localhost_of_some_containers_is_theirs_alone() {
     for (name, netns) in [("web", 41), ("api", 42), ("far", 43)] {
         host.inventory.containers.get_mut(name).unwrap().as_mut().unwrap().netns = Some(netns);
     }
-    let whose = |host: &Host| host.policy().kernel.dials.keys().map(|key| key.netns).collect::<BTreeSet<_>>();
+    let whose =
+        |host: &Host| host.policy().kernel.redirects.keys().map(|key| key.netns).collect::<BTreeSet<_>>();
     assert_eq!(whose(&host), [41, 42].into(), "far is on another network");
     host.inventory.containers.get_mut("api").unwrap().as_mut().unwrap().running = false;
     assert_eq!(whose(&host), [41].into());
@@ -251,7 +252,7 @@ fn what_is_dialled_is_named_where_that_can_be() {
     assert!(host.policy().kernel.hooks[HookSet::Names]);
     host.abilities.hooks[HookSet::Names] = Err("none".to_owned());
     assert!(
-        !host.policy().kernel.hooks[HookSet::Names] && host.policy().kernel.dials.len() == 2,
+        !host.policy().kernel.hooks[HookSet::Names] && host.policy().kernel.redirects.len() == 2,
         "it is served all the same"
     );
 }
@@ -346,7 +347,7 @@ fn an_alias_is_for_the_named_containers_alone() {
     let host = host.allow_for("app", "80", Source::Loopback, PathChoice::Auto, &["web"]);
     assert_eq!(host.states(), ["172.18.0.1:80 steered (for web)", "172.17.0.1:80 steered (for web)"]);
     let policy = host.policy();
-    assert_eq!((policy.kernel.sources.len(), policy.kernel.views.len()), (2, 2));
+    assert_eq!((policy.kernel.sources.len(), policy.kernel.overrides.len()), (2, 2));
     assert!(policy.kernel.entries.values().all(|entry| entry.flags == Entry::LISTED));
 }
 
@@ -374,7 +375,7 @@ fn udp_replies_leave_from_the_gateway() {
     let policy = host.policy();
     let told: Vec<_> = policy
         .kernel
-        .replies
+        .reply_sources
         .iter()
         .map(|((key, bits), reply)| {
             (IpAddr::from(key.peer).to_string(), bits - 160, IpAddr::from(reply.gateway))
@@ -413,5 +414,5 @@ fn udp_is_never_relayed() {
     host.abilities.steer = Ok(Steering { interface_check: true, kernel_registers: true });
     host.inventory.udp_unseen = Some("cannot list UDP sockets".to_owned());
     assert_eq!(host.states(), ["172.18.0.1:53 blocked (cannot list UDP sockets)"]);
-    assert!(host.policy().relays.is_empty() && host.policy().kernel.replies.is_empty());
+    assert!(host.policy().relays.is_empty() && host.policy().kernel.reply_sources.is_empty());
 }

@@ -25,7 +25,9 @@ fn a_loopback_service_is_steered_to() {
     assert_eq!((IpAddr::from(key.gateway), key.ifindex, key.port), ("172.18.0.1".parse().unwrap(), 7, 5432));
     assert_eq!(IpAddr::from(value.subnet), "172.18.0.0".parse::<IpAddr>().unwrap());
     assert!(
-        policy.relays.is_empty() && !policy.kernel.hooks[HookSet::Names] && policy.kernel.views.is_empty()
+        policy.relays.is_empty()
+            && !policy.kernel.hooks[HookSet::Names]
+            && policy.kernel.overrides.is_empty()
     );
 }
 
@@ -167,7 +169,7 @@ fn source_loopback_changes_names_in_both_ways() {
     let policy = steered.policy();
     let gateway = Endpoint::new(Address::from("172.18.0.1".parse::<IpAddr>().unwrap()), 80);
     let inside = "172.18.3.4".parse::<IpAddr>().unwrap().into();
-    let ((key, bits), view) = policy.kernel.views.first_key_value().unwrap();
+    let ((key, bits), view) = policy.kernel.overrides.first_key_value().unwrap();
     assert!(
         policy.kernel.hooks[HookSet::Names]
             && view.gateway == gateway
@@ -298,7 +300,10 @@ fn the_order_of_steps_leaves_no_gap() {
     };
     let steps = plan(&host.policy(), &Reality::default());
     assert_eq!(steps.iter().filter(|step| matches!(step, Step::AddTarget(_))).count(), 4);
-    assert_eq!(names(&steps)[3..], ["AddTarget", "AttachHooks", "PutView", "Register", "PutEntry", "Probe"]);
+    assert_eq!(
+        names(&steps)[3..],
+        ["AddTarget", "AttachHooks", "PutOverride", "Register", "PutEntry", "Probe"]
+    );
 
     // The service comes back with MPTCP, and back again.
     let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
