@@ -4,6 +4,7 @@
 //! Every test runs in a sandbox, and thus in a process, of its own: what it leaves behind dies with it, and a
 //! test that hangs can be killed.
 
+mod bpf;
 pub mod client;
 pub mod daemon;
 pub mod docker;
