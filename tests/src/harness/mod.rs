@@ -23,6 +23,7 @@ pub mod podman;
 pub mod programs;
 pub mod sandbox;
 pub mod scene;
+pub mod server;
 pub mod service;
 pub mod suite;
 pub mod systemd;

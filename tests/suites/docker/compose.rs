@@ -11,12 +11,12 @@ use lbridge_tests::harness::daemon::{Daemon, Options, Output};
 use lbridge_tests::harness::docker::{Container, Engine};
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
+use lbridge_tests::harness::server::{self, Server, as_nobody, printed};
 use lbridge_tests::harness::suite::{Need, Test, postgres_folder};
 use lbridge_tests::tests;
 use serde_json::Value;
 
 use super::Scene;
-use super::server::{self, Server, as_nobody, printed};
 
 const COMPOSE: Need = Need::Program("docker-compose");
 /// Not the one that is first on the PATH, which may be a wrapper.

@@ -11,9 +11,6 @@ mod localhost;
 mod names;
 mod networks;
 mod revocation;
-#[path = "../clients/server.rs"]
-#[expect(dead_code, reason = "not all of what the other suite needs")]
-mod server;
 mod swarm;
 mod walled;
 
