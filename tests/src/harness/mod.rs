@@ -9,6 +9,7 @@ pub mod client;
 pub mod daemon;
 pub mod docker;
 pub mod doctor;
+pub mod engine;
 pub mod follow;
 pub mod forge;
 pub mod kernel;
