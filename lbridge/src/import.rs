@@ -11,7 +11,7 @@ use crate::{
     docker::look,
     host::interfaces,
     planning::{
-        inventory::{DockerNetwork, Interface},
+        inventory::{DockerNetwork, Interface, Product},
         rule::{Network, Options, Origin, PortSpec, Protocol, Rule, RuleId, Source, Target},
     },
     recipes::{
@@ -184,15 +184,24 @@ fn network(forward: &Forward, bridges: &Bridges) -> Result<(Network, IpAddr, Str
     let network = match (
         bridges.networks.iter().find(|network| network.bridge.as_ref() == Some(name)),
         &bridges.without_docker,
+        engine_that_names(name),
     ) {
-        (Some(network), _) => Network::Docker(network.name.clone()),
-        // The names that Docker gives its bridges.
-        (None, Some(why)) if name == "docker0" || name.starts_with("br-") => {
-            return Err(format!("{name} may be of a Docker network, and Docker does not answer: {why}"));
+        (Some(network), ..) => Network::Docker(network.name.clone()),
+        (None, Some(why), Some(engine)) => {
+            return Err(format!("{name} may be of a {engine} network, and {engine} does not answer: {why}"));
         }
-        (None, _) => Network::Bridge(name.clone()),
+        (None, ..) => Network::Bridge(name.clone()),
     };
     Ok((network, gateway, name.clone()))
+}
+
+/// Returns the engine that gives such names to its bridges. Podman gives a name again, to another network, so that a
+/// rule must not name its bridge.
+fn engine_that_names(bridge: &str) -> Option<Product> {
+    if bridge == "docker0" || bridge.starts_with("br-") {
+        return Some(Product::Docker);
+    }
+    (bridge.starts_with("podman") || bridge.starts_with("cni-podman")).then_some(Product::Podman)
 }
 
 fn standing(rule: &Rule, rules: &[RuleStatus]) -> Standing {

@@ -12,9 +12,10 @@ use lbridge_tests::harness::suite::{Need, Suite};
 use lbridge_tests::tests;
 
 fn main() {
-    let needs = &[Need::Root, Need::Cgroup2, Need::Program("ip")];
-    Suite::new(needs, tests![packets_flow, loopback_is_not_reached, the_sandbox_is_private, init_reaps])
-        .main()
+    let tests = tests![packets_flow, loopback_is_not_reached, the_sandbox_is_private, init_reaps];
+    let mut suite = Suite::new(&[], tests);
+    suite.needs = vec![Need::Root, Need::Cgroup2, Need::Program("ip")];
+    suite.main()
 }
 
 /// Container to host, container to container of another bridge, LAN to a gateway: whatever is refused later on is

@@ -8,8 +8,9 @@ use std::process::Command;
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
+use lbridge_tests::harness::suite::find_program;
 
-use crate::workspace::{has_program, output, run};
+use crate::workspace::{output, run};
 
 /// The keys of every Debian release that is still signed.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -26,7 +27,7 @@ pub(crate) fn missing(packages: &[&'static str]) -> Vec<&'static str> {
 /// Installs packages, without their recommendations and without removing any other.
 pub(crate) fn install(packages: &[&'static str]) -> Result<()> {
     let command_line = format!("apt-get install -y --no-install-recommends {}", packages.join(" "));
-    ensure!(has_program("apt-get"), "no apt-get here; on Debian it would be: {command_line}");
+    ensure!(find_program("apt-get").is_some(), "no apt-get here; on Debian it would be: {command_line}");
     ensure!(nix::unistd::geteuid().is_root(), "only root can install packages: {command_line}");
     if let Err(error) = run(apt_get().args(["--quiet", "update"])) {
         // One of several sources may fail without being needed.

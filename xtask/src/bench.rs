@@ -14,13 +14,14 @@ use anyhow::{Context, Result, bail, ensure};
 use lbridge_tests::harness::daemon::{Daemon, Options};
 use lbridge_tests::harness::lab::{Bridge, Lab};
 use lbridge_tests::harness::netns::NetNs;
-use lbridge_tests::harness::{logs, sandbox};
+use lbridge_tests::harness::suite::find_program;
+use lbridge_tests::harness::{logs, patience, sandbox};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::bench_peer::{Measure, hold, measure};
 use crate::run::enter_lab;
-use crate::workspace::{build_release, has_program};
+use crate::workspace::build_release;
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
 /// A relay that only listens as a systemd unit, or as this program imitates one.
@@ -98,9 +99,9 @@ impl Way {
     fn is_possible(self) -> bool {
         match self {
             Way::Direct | Way::Steer | Way::Localhost | Way::Relay | Way::RelayLoopback => true,
-            Way::Socat => has_program("socat"),
+            Way::Socat => find_program("socat").is_some(),
             Way::Haproxy => haproxy().is_some(),
-            Way::SocketProxyd => has_program(ACTIVATE) && Path::new(SOCKET_PROXYD).is_file(),
+            Way::SocketProxyd => find_program(ACTIVATE).is_some() && Path::new(SOCKET_PROXYD).is_file(),
         }
     }
 
@@ -136,7 +137,7 @@ impl Way {
 
 /// Finds HAProxy, which Debian installs outside a user's `PATH`.
 fn haproxy() -> Option<PathBuf> {
-    if has_program("haproxy") {
+    if find_program("haproxy").is_some() {
         return Some("haproxy".into());
     }
     Some(PathBuf::from("/usr/sbin/haproxy")).filter(|path| path.is_file())
@@ -222,8 +223,8 @@ fn paths(rounds: usize, time: Duration) -> Result<()> {
     let _others =
         ways.iter().filter_map(|way| start_other(*way, &place).transpose()).collect::<Result<Vec<_>>>()?;
     for way in &ways {
-        wait_for(|| place.measure(Measure::Connections, way.address(), Duration::from_millis(20)).map(drop))
-            .with_context(|| way.title())?;
+        let measure = || place.measure(Measure::Connections, way.address(), Duration::from_millis(20));
+        patience::until(way.title(), || Ok(measure().ok()))?;
     }
 
     // Indexed by measure, path and round.
@@ -292,17 +293,6 @@ fn start_other(way: Way, place: &Place) -> Result<Option<Process>> {
         }
     };
     Process::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null())).map(Some)
-}
-
-fn wait_for(mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
-    let start = Instant::now();
-    loop {
-        match attempt() {
-            Ok(()) => return Ok(()),
-            Err(error) if start.elapsed() > Duration::from_secs(5) => return Err(error),
-            Err(_) => thread::sleep(Duration::from_millis(20)),
-        }
-    }
 }
 
 /// Prints the second table: the daemon.

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::{fmt, fs};
 
 use anyhow::{Context, Result, bail, ensure};
+use lbridge_tests::harness::suite::find_program;
 use serde::{Deserialize, Serialize};
 
 use crate::workspace::{cargo, output, run, target};
@@ -146,7 +147,7 @@ pub(crate) fn missing() -> Vec<&'static str> {
     {
         missing.push(PACKAGES[1]);
     }
-    if !crate::workspace::has_program(OBJCOPY) || llvm_library().is_err() {
+    if find_program(OBJCOPY).is_none() || llvm_library().is_err() {
         missing.push(PACKAGES[2]);
     }
     missing

@@ -73,11 +73,6 @@ fn line(command: &Command) -> String {
         .join(" ")
 }
 
-/// Returns true if the program is somewhere on `PATH`.
-pub(crate) fn has_program(name: &str) -> bool {
-    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(name).is_file()))
-}
-
 /// Replaces a file atomically; does nothing if its content is the same already.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     if fs::read(path).is_ok_and(|old| old == bytes) {

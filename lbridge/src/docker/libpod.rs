@@ -7,11 +7,13 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, ensure};
+use bollard::models::ContainerInspectResponse;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::{Request, Response, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
 use tokio::net::UnixStream;
 
 /// The oldest major version of the API with these fields; every later one still serves it.
@@ -88,16 +90,37 @@ impl Libpod {
     /// Lists Podman's networks.
     pub(super) async fn networks(&self) -> anyhow::Result<Vec<Network>> {
         let resource = format!("/v{OLDEST}.0.0/libpod/networks/json");
-        let list = async {
-            let (response, _) = get(&self.path, &resource).await?;
-            let status = response.status();
-            ensure!(status.is_success(), "it answers {status}");
-            let body = Limited::new(response.into_body(), LONGEST).collect().await;
-            let body = body.map_err(|error| anyhow!("{error}"))?.to_bytes();
-            Ok(serde_json::from_slice(&body)?)
-        };
-        list.await.context("cannot list Podman's networks")
+        self.ask(&resource).await.context("cannot list Podman's networks")
     }
+
+    /// Describes a container that exists as Docker's API does. From a container's end until Podman has cleaned up
+    /// after it, Podman gives even there a status that Docker does not have.
+    ///
+    /// # Errors
+    ///
+    /// If Podman does not answer, knows of no such container, or describes it otherwise.
+    pub(super) async fn container(&self, name: &str) -> anyhow::Result<ContainerInspectResponse> {
+        let container = self.ask(&format!("/containers/{name}/json")).await;
+        Ok(serde_json::from_value(in_dockers_words(container?))?)
+    }
+
+    /// Sends a GET request; returns the answer, parsed.
+    async fn ask<T: DeserializeOwned>(&self, resource: &str) -> anyhow::Result<T> {
+        let (response, _) = get(&self.path, resource).await?;
+        let status = response.status();
+        ensure!(status.is_success(), "it answers {status}");
+        let body = Limited::new(response.into_body(), LONGEST).collect().await;
+        let body = body.map_err(|error| anyhow!("{error}"))?.to_bytes();
+        Ok(serde_json::from_slice(&body)?)
+    }
+}
+
+/// Replaces the status that only Podman has, `stopped`, in the description of a container.
+fn in_dockers_words(mut container: Value) -> Value {
+    if let Some(status) = container.pointer_mut("/State/Status").filter(|status| **status == "stopped") {
+        *status = "exited".into();
+    }
+    container
 }
 
 /// Sends a GET request. Returns the response, whose body is not read yet, and the user id of the process that
@@ -143,5 +166,17 @@ mod tests {
         );
         assert_eq!(managed.bridge(), Some("br0"));
         assert_eq!(network(",\"driver\":\"bridge\"").bridge(), None);
+    }
+
+    #[test]
+    fn a_container_that_is_not_cleaned_up_has_ended() {
+        let text = r#"{"Id":"ab","Name":"/web","State":{"Status":"stopped","Running":false,"Pid":0}}"#;
+        assert!(
+            serde_json::from_str::<ContainerInspectResponse>(text).is_err(),
+            "bollard knows it: drop this"
+        );
+        let container = in_dockers_words(serde_json::from_str(text).unwrap());
+        let container: ContainerInspectResponse = serde_json::from_value(container).unwrap();
+        assert_eq!(container.state.and_then(|state| state.pid), Some(0));
     }
 }

@@ -137,7 +137,16 @@ fn labelled_container(container: ContainerSummary) -> Option<Labelled> {
 /// Looks up the container of this name or id. What the engine reports against a single container is part of
 /// the sighting; an error is a failure of the engine itself.
 pub(super) async fn container(docker: &Docker, engine: &Engine, name: &str) -> anyhow::Result<Sighting> {
-    match docker.inspect_container(name, None::<InspectContainerOptions>).await {
+    let found = docker.inspect_container(name, None::<InspectContainerOptions>).await;
+    let found = match (found, &engine.libpod) {
+        // A status that only Podman has, or anything else that bollard does not expect.
+        (Err(Error::JsonDataError { .. }), Some(libpod)) => {
+            let container = libpod.container(name).await;
+            Ok(container.with_context(|| format!("cannot inspect container {name}"))?)
+        }
+        (found, _) => found,
+    };
+    match found {
         Ok(container) => Ok(meant(container, name).map(|container| as_trusted(container, engine))),
         Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(Ok(None)),
         Err(Error::DockerResponseServerError { message, .. }) => {

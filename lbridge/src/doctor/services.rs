@@ -52,8 +52,8 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
         if !told.insert((listener.address, holder.name.clone())) {
             continue;
         }
-        if holder.program.as_deref() == Some("dockerd") {
-            findings.push(held_by_dockerd(listener, &names));
+        if let Some(engine @ ("dockerd" | "conmon")) = holder.program.as_deref() {
+            findings.push(held_by_the_engine(listener, engine, &names));
         }
         if listener.address.ip().is_unspecified() {
             findings.push(exposed(listener, &holder));
@@ -128,13 +128,20 @@ fn exposed(listener: &Listener, holder: &Holder) -> Finding {
     finding.type_this([Some(see), edit].into_iter().flatten())
 }
 
-/// With `userland-proxy: false` the engine listens on published ports to reserve them, but never accepts.
-fn held_by_dockerd(listener: &Listener, rules: &[String]) -> Finding {
-    let what = format!("dockerd itself holds {}: its userland proxy is off", listener.address);
+/// Docker with `userland-proxy: false` and Podman of root (its program `conmon`) listen on published ports to reserve
+/// them, but never accept: connections reach the container by NAT.
+fn held_by_the_engine(listener: &Listener, engine: &str, rules: &[String]) -> Finding {
+    let (client, why) = match engine {
+        "dockerd" => ("docker", "its userland proxy is off"),
+        _ => ("podman", "Podman publishes ports by NAT"),
+    };
+    let what = format!("{engine} itself holds {}: {why}", listener.address);
     Finding::new("docker-proxy", Level::Warning, what)
         .because(format!(
             "It keeps the port of a published container and answers nobody there, so that these hang: {}.",
             listed(rules)
         ))
-        .type_this(["docker network connect NETWORK CONTAINER    # no rule needed between containers"])
+        .type_this([format!(
+            "{client} network connect NETWORK CONTAINER    # no rule needed between containers"
+        )])
 }

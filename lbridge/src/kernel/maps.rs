@@ -187,9 +187,7 @@ impl Maps {
         (key, bits): (OverrideKey, u32),
         names: &NameOverride,
     ) -> anyhow::Result<()> {
-        self.overrides
-            .insert(&Key::new(bits, key), names, 0)
-            .context("cannot make the gateway look local")
+        self.overrides.insert(&Key::new(bits, key), names, 0).context("cannot make the gateway look local")
     }
 
     /// Removes an override, so that a gateway's connections look as they are; does nothing if it is not there.

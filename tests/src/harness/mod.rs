@@ -4,10 +4,12 @@
 //! Every test runs in a sandbox, and thus in a process, of its own: what it leaves behind dies with it, and a
 //! test that hangs can be killed.
 
+mod bpf;
 pub mod client;
 pub mod daemon;
 pub mod docker;
 pub mod doctor;
+pub mod engine;
 pub mod follow;
 pub mod forge;
 pub mod kernel;
@@ -22,6 +24,7 @@ pub mod podman;
 pub mod programs;
 pub mod sandbox;
 pub mod scene;
+pub mod server;
 pub mod service;
 pub mod suite;
 pub mod systemd;

@@ -2,27 +2,19 @@
 //! are written in the kernel's instructions, so that no toolchain is needed.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use nix::errno::Errno;
+
+use super::bpf::{self, EXIT, Kind, ONE, SK_LOOKUP, SOCK_OPS};
 
 // From include/uapi/linux/bpf.h.
-const BPF_PROG_LOAD: libc::c_long = 5;
-const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
-const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
 const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 const BPF_CGROUP_UDP4_SENDMSG: u32 = 14;
 const BPF_CGROUP_INET4_GETPEERNAME: u32 = 29;
-const BPF_SK_LOOKUP: u32 = 36;
-
-/// The instruction `r0 = 1`.
-const ONE: u64 = 0x0000_0001_0000_00b7;
-/// The instruction `exit`.
-const EXIT: u64 = 0x0000_0000_0000_0095;
 
 /// A program attached to its hook until this is dropped.
 #[derive(Debug)]
@@ -44,7 +36,7 @@ pub enum AddressHook {
 
 /// Attaches a program that changes port `from` to port `to`.
 pub fn change_port(cgroup: &Path, hook: AddressHook, from: u16, to: u16) -> Result<Attached> {
-    let attach = match hook {
+    let hook = match hook {
         AddressHook::Connect => BPF_CGROUP_INET4_CONNECT,
         AddressHook::Sendmsg => BPF_CGROUP_UDP4_SENDMSG,
         AddressHook::Getpeername => BPF_CGROUP_INET4_GETPEERNAME,
@@ -59,7 +51,8 @@ pub fn change_port(cgroup: &Path, hook: AddressHook, from: u16, to: u16) -> Resu
         ONE,
         EXIT,
     ];
-    attach_program(BPF_PROG_TYPE_CGROUP_SOCK_ADDR, attach, &instructions, &File::open(cgroup)?)
+    let kind = Kind { program: BPF_PROG_TYPE_CGROUP_SOCK_ADDR, hook };
+    attach(kind, &instructions, &File::open(cgroup)?)
 }
 
 /// Attaches a program to a network namespace that refuses connections to a port, whatever listens there.
@@ -72,46 +65,48 @@ pub fn refuse_port(netns: &impl AsFd, port: u16) -> Result<Attached> {
         0x0000_0000_0000_00b7,                         // r0 = 0
         EXIT,
     ];
-    attach_program(BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP, &instructions, netns)
+    attach(SK_LOOKUP, &instructions, netns)
 }
 
-fn attach_program(kind: u32, attach: u32, instructions: &[u64], to: &impl AsFd) -> Result<Attached> {
+fn attach(kind: Kind, instructions: &[u64], to: &impl AsFd) -> Result<Attached> {
+    let program = bpf::load(kind, "", instructions)?;
+    Ok(Attached { _link: bpf::attach(&program, to, kind.hook)?, _program: program })
+}
+
+/// Attaches a program that does nothing to a cgroup's `sock_ops` hook, without a link and exclusively. It
+/// stays until the cgroup is removed.
+pub fn take_sock_ops(cgroup: &Path) -> Result<()> {
+    attach_sock_ops(cgroup, &[ONE, EXIT], 0)
+}
+
+/// Attaches a program to a cgroup's `sock_ops` hook, next to others, that requests an initial SYN time-out of
+/// `jiffies`, as data centres do. It stays until the cgroup is removed.
+pub fn ask_for_timeout(cgroup: &Path, jiffies: u8) -> Result<()> {
+    const BPF_F_ALLOW_MULTI: u32 = 2;
+    let reply = 0x0000_0000_0000_03b7 | u64::from(jiffies) << 32;
+    // `struct bpf_sock_ops` begins with `op` and `reply`; BPF_SOCK_OPS_TIMEOUT_INIT is 1.
+    let instructions = [
+        0x0000_0000_0000_1261, // r2 = *(u32 *)(r1 + 0)
+        0x0000_0001_0002_0255, // if r2 != 1 goto +2
+        reply,                 // r3 = jiffies
+        0x0000_0000_0004_3163, // *(u32 *)(r1 + 4) = r3
+        ONE,
+        EXIT,
+    ];
+    attach_sock_ops(cgroup, &instructions, BPF_F_ALLOW_MULTI)
+}
+
+/// Attaches a program as before there were links.
+fn attach_sock_ops(cgroup: &Path, instructions: &[u64], flags: u32) -> Result<()> {
     #[repr(C)]
-    struct Load {
-        kind: u32,
-        count: u32,
-        instructions: u64,
-        license: u64,
-        unused: [u32; 11],
-        attach: u32,
-    }
-    #[repr(C)]
-    struct Create {
+    struct Attach {
+        cgroup: u32,
         program: u32,
-        target: u32,
-        attach: u32,
+        hook: u32,
         flags: u32,
     }
-    let mut load = Load {
-        kind,
-        count: u32::try_from(instructions.len())?,
-        instructions: instructions.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        unused: [0; 11],
-        attach,
-    };
-    let program = descriptor(BPF_PROG_LOAD, &mut load).context("load a program")?;
-    let (program_fd, target) = (program.as_raw_fd().cast_unsigned(), to.as_fd().as_raw_fd().cast_unsigned());
-    let mut create = Create { program: program_fd, target, attach, flags: 0 };
-    let link = descriptor(BPF_LINK_CREATE, &mut create).context("attach a program")?;
-    Ok(Attached { _link: link, _program: program })
-}
-
-fn descriptor<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
-    let (pointer, size) = (std::ptr::from_mut(attributes), size_of::<T>());
-    // SAFETY: the length of the attributes is correct, and what they point to outlives the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, pointer, size) };
-    let fd = i32::try_from(Errno::result(result)?).unwrap_or(i32::MAX);
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let (program, cgroup) = (bpf::load(SOCK_OPS, "", instructions)?, File::open(cgroup)?);
+    let (program, cgroup) = (bpf::number(&program), bpf::number(&cgroup));
+    let mut attach = Attach { cgroup, program, hook: SOCK_OPS.hook, flags };
+    bpf::bpf(BPF_PROG_ATTACH, &mut attach).context("attach a program").map(drop)
 }

@@ -90,6 +90,9 @@ impl Need {
     }
 }
 
+/// The needs of a test in a sandbox that runs `lbridge` beside a [`super::lab`] or an engine.
+const BASE: [Need; 4] = [Need::Root, Need::Cgroup2, Need::Program("ip"), Need::Lbridge];
+
 /// Finds a program on the PATH.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH")?;
@@ -133,7 +136,7 @@ macro_rules! tests {
 #[derive(Clone, Debug)]
 pub struct Suite {
     /// The needs of every test.
-    pub needs: &'static [Need],
+    pub needs: Vec<Need>,
     /// Number of tests that run at the same time, unless the command line says otherwise.
     pub threads: usize,
     /// Time limit of a test, in seconds.
@@ -145,9 +148,10 @@ pub struct Suite {
 }
 
 impl Suite {
-    /// Creates a suite of sandboxed tests, two at a time, with a limit of a minute each.
-    pub fn new(needs: &'static [Need], tests: Vec<Test>) -> Suite {
-        Suite { needs, threads: 2, limit: 60, sandboxed: true, tests }
+    /// Creates a suite of sandboxed tests, two at a time, with a limit of a minute each. They need root, cgroup2,
+    /// iproute2 and a built `lbridge`, and `more`.
+    pub fn new(more: &[Need], tests: Vec<Test>) -> Suite {
+        Suite { needs: [&BASE, more].concat(), threads: 2, limit: 60, sandboxed: true, tests }
     }
 
     /// Runs the suite as its `main`, and ends the process.

@@ -39,16 +39,8 @@ use super::{patience, sandbox};
 const SYSTEMD: &str = "/lib/systemd/systemd";
 /// Path at which units find the built `lbridge`.
 pub const LBRIDGE: &str = "/usr/local/bin/lbridge";
-/// The requirements of this module.
-pub const NEEDS: [Need; 7] = [
-    Need::Root,
-    Need::Cgroup2,
-    Need::Lbridge,
-    Need::Program("ip"),
-    Need::Program("nsenter"),
-    Need::Program("systemctl"),
-    Need::Program(SYSTEMD),
-];
+/// The requirements of this module, in addition to those of every suite.
+pub const NEEDS: [Need; 3] = [Need::Program("nsenter"), Need::Program("systemctl"), Need::Program(SYSTEMD)];
 /// Environment variable of the process that becomes systemd: the folder for its root.
 const BECOME: &str = "LBRIDGE_SYSTEMD_FOLDER";
 /// Environment variable, set if the root is not the machine's with the built `lbridge` in it: the lower layer

@@ -13,11 +13,10 @@ use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::daemon::{Daemon, Options, Output, binary};
 use lbridge_tests::harness::doctor::{self, Report};
 use lbridge_tests::harness::lab::Lab;
-use lbridge_tests::harness::pins;
 use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::service::{self, Service};
 use lbridge_tests::harness::suite::{Need, Test};
-use lbridge_tests::harness::{patience, sandbox};
+use lbridge_tests::harness::{patience, pins, programs, sandbox};
 use lbridge_tests::tests;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -310,7 +309,7 @@ fn a_hook_that_is_taken_is_a_problem() -> Result<()> {
     let lab = Lab::new()?;
     let mut daemon = Daemon::prepare(lab.host(), Options::default())?;
     Report::of(&daemon)?.must("cgroup2", "ok")?;
-    pins::take_sock_ops(sandbox::CGROUP_ROOT.as_ref())?;
+    programs::take_sock_ops(sandbox::CGROUP_ROOT.as_ref())?;
     let finding = Report::of(&daemon)?.must("cgroup2", "problem")?;
     ensure!(finding.text.contains("for itself alone"), "{finding:?}");
     ensure!(daemon.start_refused()?.stderr.contains("cannot attach"), "it is right");

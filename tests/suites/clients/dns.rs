@@ -7,7 +7,7 @@ use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::udp;
 use lbridge_tests::tests;
 
-use crate::server::Server;
+use lbridge_tests::harness::server::Server;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![dnsmasq_answers_containers: [Need::Program("dnsmasq"), Need::Program("busybox")]]

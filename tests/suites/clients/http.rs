@@ -11,7 +11,7 @@ use lbridge_tests::tests;
 use tempfile::TempDir;
 
 use crate::bytes::bytes;
-use crate::server::{self, Server};
+use lbridge_tests::harness::server::{self, Server};
 
 /// Debian keeps it off a user's PATH.
 const APACHE: &str = "/usr/sbin/apache2";

@@ -8,7 +8,7 @@ use lbridge_tests::harness::scene::Scene;
 use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::tests;
 
-use crate::server::{self, Server};
+use lbridge_tests::harness::server::{self, Server};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![a_server_on_localhost_is_reached_from_both_families: [Need::Program("node")]]

@@ -16,7 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::server::{self, Server, as_nobody, printed};
+use lbridge_tests::harness::server::{self, Server, as_nobody, printed};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![

@@ -14,7 +14,7 @@ use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::tests;
 use tempfile::TempDir;
 
-use crate::server::{self, Server};
+use lbridge_tests::harness::server::{self, Server};
 
 /// Debian's redis-tools has the server under this name; it goes by how it is called.
 const SERVER: &str = "redis-check-rdb";

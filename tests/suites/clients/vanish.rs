@@ -18,7 +18,7 @@ use lbridge_tests::tests;
 use crate::bytes::part;
 use crate::crowd::{Dialler, accept};
 use crate::relayed::Relayed;
-use crate::server;
+use lbridge_tests::harness::server;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![

@@ -5,13 +5,13 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
-use lbridge_tests::harness::docker::{Container, Engine, Network};
+use lbridge_tests::harness::engine::{Container, Engine, Network};
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
 use serde_json::Value;
 
-use super::{Scene, at};
+use super::{Scene, Tested};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -85,7 +85,7 @@ fn host_docker_internal_is_served() -> Result<()> {
         ensure!(stage.asks(&stage.inside, 8080)?.contains("service"));
         let greeting = scene.served(&stage.inside, stage.to(8080), "service")?;
         ensure!(!greeting.peer.ip().is_loopback(), "{greeting:?}");
-        scene.served(&stage.inside, at(&stage.app, 8080), "service")?;
+        scene.served(&stage.inside, stage.app.at(8080), "service")?;
         // By one network's rule one network.
         for container in [&stage.other, &stage.own] {
             client::not_served(&scene.engine.netns(container)?, None, stage.to(8080))?;
@@ -160,7 +160,7 @@ fn what_listens_there_is_overridden_for_the_network_alone() -> Result<()> {
     scene.must_be("app", 8080, "relayed")?;
     let told = stage.told("app", 8080)?.context("an alias")?;
     ensure!(told["state"] == "relayed", "{told}");
-    for to in [at(&stage.app, 8080), stage.to(8080)] {
+    for to in [stage.app.at(8080), stage.to(8080)] {
         scene.served(&stage.inside, to, "service")?;
     }
     scene.served(&stage.other, stage.to(8080), "docker0's")?;
@@ -172,7 +172,7 @@ fn docker_may_be_told_another_address() -> Result<()> {
     host.ip("link add extra type bridge")?;
     host.ip("addr add 10.99.0.1/32 dev extra")?;
     host.ip("link set extra up")?;
-    let mut engine = Engine::prepare(false)?;
+    let mut engine = Tested::prepare(false)?;
     fs::create_dir_all("/etc/docker")?;
     fs::write("/etc/docker/daemon.json", "{\"host-gateway-ip\": \"10.99.0.1\"}")?;
     engine.up()?;
@@ -220,7 +220,7 @@ fn a_firewall_is_opened_for_it() -> Result<()> {
     scene.daemon.allow(&["app", "8080"])?;
     scene.must_be("app", 8080, "steered")?;
     scene.served(&stage.inside, stage.to(8080), "service")?;
-    scene.served(&stage.inside, at(&stage.app, 8080), "service")?;
+    scene.served(&stage.inside, stage.app.at(8080), "service")?;
     let bridge = format!("br-{}", &stage.app.id[..12]);
     let rules = iptables("-S INPUT")?;
     ensure!(rules.contains(&format!("-d {}/32 -i {bridge}", stage.alias)), "{rules}");

@@ -1,6 +1,7 @@
 //! Completion beside a real engine: its networks, and the containers on one of them.
 
 use anyhow::{Result, ensure};
+use lbridge_tests::harness::engine::Engine;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
@@ -20,7 +21,7 @@ fn networks_and_containers_of_the_engine_are_offered() -> Result<()> {
         scene.engine.run(network, &["--name", name])?;
     }
     // One that does not run can be named, too.
-    scene.engine.docker(&["stop", "worker"])?;
+    scene.engine.cli(&["stop", "worker"])?;
     let offered = |words: &[&str]| -> Result<Vec<String>> {
         let output = scene.daemon.cli(&[&["complete", "--", "lbridge"], words].concat())?;
         ensure!(output.status == 0 && output.stderr.is_empty(), "{words:?}: {output:?}");

@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use lbridge_tests::harness::daemon::{Daemon, Options, Output};
-use lbridge_tests::harness::docker::{Container, Engine};
+use lbridge_tests::harness::daemon::Output;
+use lbridge_tests::harness::engine::{Container, Engine};
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
+use lbridge_tests::harness::server::{self, Server, as_nobody, printed};
 use lbridge_tests::harness::suite::{Need, Test, postgres_folder};
 use lbridge_tests::tests;
 use serde_json::Value;
 
-use super::Scene;
-use super::server::{self, Server, as_nobody, printed};
+use super::{Scene, Tested};
 
 const COMPOSE: Need = Need::Program("docker-compose");
 /// Not the one that is first on the PATH, which may be a wrapper.
@@ -48,22 +48,12 @@ struct Example {
 impl Example {
     /// With an image that does nothing for as long as one likes.
     fn new(name: &str, config: &str) -> Result<Example> {
-        let engine = Engine::start()?;
-        engine.docker(&["create", "--name=still", "lab", "sh"])?;
-        engine.docker(&["commit", "--change", r#"CMD ["sleep", "1000000"]"#, "still", "idle"])?;
-        engine.docker(&["rm", "still"])?;
-        let host = NetNs::current()?;
-        let daemon = Daemon::start_with(&host, Options { docker: true, ..Options::default() })?;
-        let example = Example { scene: Scene { engine, daemon, host }, folder: examples().join(name) };
-        example.reload(config)?;
-        Ok(example)
-    }
-
-    fn reload(&self, config: &str) -> Result<()> {
-        fs::write(self.scene.daemon.config(), config)?;
-        let output = self.scene.daemon.cli(&["reload"])?;
-        ensure!(output.status == 0, "{output:?}");
-        Ok(())
+        let engine = Tested::start()?;
+        engine.cli(&["create", "--name=still", "lab", "sh"])?;
+        engine.cli(&["commit", "--change", r#"CMD ["sleep", "1000000"]"#, "still", "idle"])?;
+        engine.cli(&["rm", "still"])?;
+        let scene = Scene::configured(engine, config)?;
+        Ok(Example { scene, folder: examples().join(name) })
     }
 
     fn compose(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
@@ -81,7 +71,7 @@ impl Example {
     /// The service's containers.
     fn containers(&self, service: &str) -> Result<Vec<Container>> {
         let label = format!("label=com.docker.compose.service={service}");
-        let ids = self.scene.engine.docker(&["ps", "--quiet", "--no-trunc", "--filter", &label])?;
+        let ids = self.scene.engine.cli(&["ps", "--quiet", "--no-trunc", "--filter", &label])?;
         Ok(ids.lines().map(|id| Container { id: id.to_owned() }).collect())
     }
 
@@ -232,7 +222,7 @@ fn postgresql_trusts_no_container_unasked() -> Result<()> {
     example.compose(&["up", "-d"], &[])?;
     example.served("example_default", 5432)?;
     let app = example.container("app")?;
-    let own = example.scene.engine.docker(&[
+    let own = example.scene.engine.cli(&[
         "inspect",
         "--format",
         "{{.NetworkSettings.Networks.example_default.IPAddress}}",
@@ -265,7 +255,7 @@ fn postgresql_trusts_no_container_unasked() -> Result<()> {
     ensure!(problem["label"] == "lbridge.source=loopback", "{problem}");
     let output = postgres.address_seen(&example, &app, "")?;
     ensure!(output.status != 0 && output.stderr.contains("Connection refused"), "{output:?}");
-    example.reload(&format!("{CONFIG}label_sources = [\"container\", \"loopback\"]\n"))?;
+    example.scene.reload(&format!("{CONFIG}label_sources = [\"container\", \"loopback\"]\n"))?;
     example.served("example_default", 5432)?;
     let output = postgres.address_seen(&example, &app, "")?;
     ensure!(output.stdout.trim_end() == "127.0.0.1", "{output:?}");

@@ -1,40 +1,24 @@
-//! The doctor and the importer beside a real engine.
+//! Findings of the doctor that only Docker gives cause for.
 
 use std::fs;
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::daemon::{Daemon, Options};
-use lbridge_tests::harness::docker::Engine;
 use lbridge_tests::harness::doctor::Report;
+use lbridge_tests::harness::engine::Engine;
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
 
-use super::{Scene, at};
+use super::{Scene, Tested};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
-        a_healthy_host_is_told_so,
         containers_that_dial_docker0_are_told,
-        an_engine_that_is_away_is_told,
         an_engine_of_another_host_is_told,
         ports_that_the_engine_only_keeps_are_told,
-        import_names_docker_networks,
     ]
-}
-
-fn a_healthy_host_is_told_so() -> Result<()> {
-    let scene = Scene::new()?;
-    let network = scene.engine.create_network("app", &[])?;
-    let container = scene.engine.run("app", &[])?;
-    let _service = scene.service("service", "127.0.0.1:8080")?;
-    scene.daemon.allow(&["app", "8080"])?;
-    scene.served(&container, at(&network, 8080), "service")?;
-    let report = Report::of(&scene.daemon)?;
-    ensure!(report.status == 0 && report.complaints().is_empty(), "{report:?}");
-    ensure!(report.must("docker", "ok")?.text.contains("docker.sock"), "{report:?}");
-    Ok(())
 }
 
 /// What Docker calls the host is served, unless something is in the way there.
@@ -74,25 +58,12 @@ fn containers_that_dial_docker0_are_told() -> Result<()> {
     ensure!(!finding.text.contains("told"), "{finding:?}");
     let option = format!("--network app --add-host host.docker.internal:{}", network.gateway);
     ensure!(finding.remedy[0].contains(&option), "{finding:?}");
-    scene.served(&misled, at(&network, 8080), "service").map(drop)
-}
-
-fn an_engine_that_is_away_is_told() -> Result<()> {
-    let mut scene = Scene::new()?;
-    scene.engine.down()?;
-    scene.wait_for_docker("away")?;
-    Report::of(&scene.daemon)?.must("docker", "note")?;
-    scene.daemon.allow(&["app", "8080"])?;
-    let finding = Report::of(&scene.daemon)?.must("docker", "problem")?;
-    ensure!(finding.remedy == ["systemctl start docker.service"], "{finding:?}");
-    scene.engine.up()?;
-    scene.wait_for_docker("reachable")?;
-    Report::of(&scene.daemon)?.must("docker", "ok").map(drop)
+    scene.served(&misled, network.at(8080), "service").map(drop)
 }
 
 /// Its bridges are in another network namespace than the doctor.
 fn an_engine_of_another_host_is_told() -> Result<()> {
-    let engine = Engine::start()?;
+    let engine = Tested::start()?;
     let daemon = Daemon::prepare(&NetNs::new()?, Options { docker: true, ..Options::default() })?;
     let finding = Report::of(&daemon)?.must("docker", "warning")?;
     ensure!(finding.text.contains("none of its bridges is on this host"), "{finding:?}");
@@ -102,7 +73,7 @@ fn an_engine_of_another_host_is_told() -> Result<()> {
 
 /// Without the userland proxy the engine listens on published ports, and accepts nobody.
 fn ports_that_the_engine_only_keeps_are_told() -> Result<()> {
-    let mut engine = Engine::prepare(false)?;
+    let mut engine = Tested::prepare(false)?;
     fs::create_dir_all("/etc/docker")?;
     fs::write("/etc/docker/daemon.json", "{\"userland-proxy\": false}")?;
     engine.up()?;
@@ -116,31 +87,4 @@ fn ports_that_the_engine_only_keeps_are_told() -> Result<()> {
     ensure!(finding.text.contains("dockerd") && finding.text.contains("app 8080"), "{finding:?}");
     // That is how the engine does without.
     report.must("route_localnet", "warning").map(drop)
-}
-
-/// No systemd is needed to read its units.
-fn import_names_docker_networks() -> Result<()> {
-    let mut scene = Scene::new()?;
-    let network = scene.engine.create_network("app", &[])?;
-    let gateway = network.gateway;
-    // The engine's /etc is a copy that goes with the test.
-    fs::create_dir_all("/etc/systemd/system")?;
-    let unit = format!("[Service]\nExecStart=socat TCP-LISTEN:80,bind={gateway},fork TCP:127.0.0.1:8080\n");
-    fs::write("/etc/systemd/system/socat-app.service", unit)?;
-    fs::create_dir_all("/etc/ufw")?;
-    let bridge = format!("br-{}", &network.id[..12]);
-    let tuple = format!("### tuple ### allow tcp 80 {gateway} any 0.0.0.0/0 in_{bridge}\n");
-    fs::write("/etc/ufw/user.rules", tuple)?;
-
-    scene.engine.down()?;
-    scene.wait_for_docker("away")?;
-    let said = scene.daemon.cli(&["import"])?.stdout;
-    ensure!(said.contains("Docker does not answer"), "{said}");
-    scene.engine.up()?;
-    scene.wait_for_docker("reachable")?;
-    let said = scene.daemon.cli(&["import", "--yes"])?.stdout;
-    ensure!(said.starts_with(&format!("app 80: {gateway}:80 -> 127.0.0.1:8080")), "{said}");
-    let delete = format!("  ufw delete allow in on {bridge} to {gateway} port 80 proto tcp\n");
-    ensure!(said.ends_with(&delete), "{said}");
-    scene.must_be("app", 80, "waiting")
 }

@@ -14,8 +14,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use lbridge_tests::harness::daemon::{Daemon, Options};
-use lbridge_tests::harness::docker::Engine;
+use lbridge_tests::harness::daemon::Options;
+use lbridge_tests::harness::engine::Engine;
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::pins::Map;
@@ -28,8 +28,9 @@ use nix::sys::fanotify::{
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::from::Crowd;
-use super::{Scene, address};
+use super::engines::IMAGE;
+use super::engines::from::Crowd;
+use super::{Scene, Tested};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -87,14 +88,13 @@ impl SlowTool {
     }
 
     /// `app` and its containers behind a firewall that has to be asked, and a rule for `web`.
-    fn crowd(&self, engine: Engine) -> Result<Crowd> {
+    fn crowd(&self, engine: Tested) -> Result<Crowd> {
         let host = NetNs::current()?;
         let done = host.command("iptables").args(["-w", "-P", "INPUT", "DROP"]).status()?;
         ensure!(done.success(), "iptables: {done}");
         let path = format!("{}:{}", self.folder.display(), std::env::var("PATH")?);
-        let options = Options { docker: true, env: vec![("PATH".to_owned(), path)], ..Options::default() };
-        let daemon = Daemon::start_with(&host, options)?;
-        let crowd = Crowd::with(Scene { engine, daemon, host })?;
+        let options = Options { env: vec![("PATH".to_owned(), path)], ..Options::default() };
+        let crowd = Crowd::with(Scene::with_options(engine, options)?)?;
         crowd.allow(&[])?;
         crowd.wait_for("steered", "for web")?;
         Ok(crowd)
@@ -163,17 +163,18 @@ struct SlowEngine {
 impl SlowEngine {
     const SOCKET: &'static str = "/run/slow-engine.sock";
 
-    fn new(container: &str) -> Result<SlowEngine> {
+    fn new(engine: &Tested, container: &str) -> Result<SlowEngine> {
         let listener = UnixListener::bind(SlowEngine::SOCKET)?;
         let (held, waits) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let engine = SlowEngine { held: held.clone(), waits: waits.clone() };
+        let (slow, upstream) = (SlowEngine { held: held.clone(), waits: waits.clone() }, engine.socket());
         let request = format!("/containers/{container}/json");
         // Its threads end with the sandbox.
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let (held, waits, request) = (held.clone(), waits.clone(), request.clone());
+                let (held, waits, request, upstream) =
+                    (held.clone(), waits.clone(), request.clone(), upstream.clone());
                 thread::spawn(move || {
-                    let upstream = UnixStream::connect("/run/docker.sock").ok()?;
+                    let upstream = UnixStream::connect(&upstream).ok()?;
                     let (back, to_client) = (upstream.try_clone().ok()?, client.try_clone().ok()?);
                     thread::spawn(move || pass_on(back, to_client, &|_| {}));
                     pass_on(client, upstream, &|bytes| {
@@ -187,7 +188,7 @@ impl SlowEngine {
                 });
             }
         });
-        Ok(engine)
+        Ok(slow)
     }
 
     fn hold(&self) {
@@ -230,13 +231,13 @@ fn shrinks_to(map: Map, length: usize) -> JoinHandle<Result<SystemTime>> {
 }
 
 /// When the engine says that this happened, last.
-fn happened(engine: &Engine, since: SystemTime, event: &str) -> Result<SystemTime> {
+fn happened(engine: &Tested, since: SystemTime, event: &str) -> Result<SystemTime> {
     let seconds = |time: SystemTime| -> Result<String> {
         Ok(format!("{:.9}", time.duration_since(UNIX_EPOCH)?.as_secs_f64()))
     };
     let (since, until) = (seconds(since)?, seconds(SystemTime::now())?);
     let filter = format!("event={event}");
-    let text = engine.docker(&[
+    let text = engine.cli(&[
         "events",
         "--since",
         &since,
@@ -257,7 +258,7 @@ fn leaves_in_time(crowd: &Crowd, leave: &[&str], event: &str, left: usize) -> Re
     let map = sources(crowd)?;
     ensure!(map.len()? > left, "its address is not in the list");
     let (began, gone) = (SystemTime::now(), shrinks_to(map, left));
-    crowd.scene.engine.docker(leave)?;
+    crowd.scene.engine.cli(leave)?;
     let gone = gone.join().map_err(|_| anyhow!("a thread panicked"))??;
     // The end of a process may be seen before the engine tells of it.
     let told = happened(&crowd.scene.engine, began, event)?;
@@ -269,16 +270,16 @@ fn leaves_in_time(crowd: &Crowd, leave: &[&str], event: &str, left: usize) -> Re
 
 /// A container that will have the address of `web`, and dials from its first moment on.
 fn create_heir(crowd: &Crowd, port: u16) -> Result<()> {
-    let its = address(&crowd.scene, &crowd.web, &crowd.app)?;
+    let its = crowd.scene.address(&crowd.web, &crowd.app)?;
     let dial = format!("while :; do echo x | timeout 1 nc 10.50.0.1 {port}; done");
-    let heir = ["create", "--name", "heir", "--network", "app", "--ip", &its, "lab", "sh", "-c", &dial];
-    crowd.scene.engine.docker(&heir).map(drop)
+    let heir = ["create", "--name", "heir", "--network", "app", "--ip", &its, IMAGE, "sh", "-c", &dial];
+    crowd.scene.engine.cli(&heir).map(drop)
 }
 
 /// Starts that container as soon as the address is free; it must not be served.
 fn the_heir_is_refused(crowd: &Crowd) -> Result<()> {
     let before = crowd.service.accepted();
-    let start = || Ok(crowd.scene.engine.docker(&["start", "heir"]).is_ok().then_some(()));
+    let start = || Ok(crowd.scene.engine.cli(&["start", "heir"]).is_ok().then_some(()));
     patience::until("the other has the address", start)?;
     thread::sleep(Duration::from_millis(300));
     ensure!(crowd.service.accepted() == before, "the address let another in");
@@ -306,8 +307,8 @@ fn ends_and_is_inherited(
         if let Some(mut busy) = busy {
             busy.wait()?;
         }
-        engine.docker(&["kill", "heir"])?;
-        engine.docker(&["start", "web"])?;
+        engine.cli(&["kill", "heir"])?;
+        engine.cli(&["start", "web"])?;
         crowd.wait_for("steered", "for web")?;
     }
     Ok(())
@@ -315,7 +316,7 @@ fn ends_and_is_inherited(
 
 fn while_a_new_network_has_the_firewall_read() -> Result<()> {
     let tool = SlowTool::new()?;
-    let crowd = tool.crowd(Engine::start()?)?;
+    let crowd = tool.crowd(Tested::start()?)?;
     ends_and_is_inherited(&tool, &crowd, ROUNDS, |round| {
         crowd.scene.engine.create_network(&format!("new{round}"), &[]).map(|_| None)
     })
@@ -327,7 +328,7 @@ fn started(command: Result<Command>, arguments: &[&str]) -> Result<Option<Child>
 
 fn while_another_rule_is_allowed() -> Result<()> {
     let tool = SlowTool::new()?;
-    let crowd = tool.crowd(Engine::start()?)?;
+    let crowd = tool.crowd(Tested::start()?)?;
     ends_and_is_inherited(&tool, &crowd, 2, |round| {
         started(crowd.scene.daemon.command(), &["allow", "elsewhere", &format!("909{round}")])
     })
@@ -336,7 +337,7 @@ fn while_another_rule_is_allowed() -> Result<()> {
 /// The daemon has decided to enter the address, but not done it yet, when the container ends.
 fn while_its_own_rule_is_allowed() -> Result<()> {
     let tool = SlowTool::new()?;
-    let crowd = tool.crowd(Engine::start()?)?;
+    let crowd = tool.crowd(Tested::start()?)?;
     let (engine, daemon) = (&crowd.scene.engine, &crowd.scene.daemon);
     create_heir(&crowd, 8081)?;
     // The loop may go by the change before it takes the command; then there is nothing to enter.
@@ -362,8 +363,8 @@ fn while_its_own_rule_is_allowed() -> Result<()> {
             Ok(())
         })?;
         ensure!(crowd.service.accepted() == before, "the address let another in");
-        engine.docker(&["kill", "heir"])?;
-        engine.docker(&["start", "web"])?;
+        engine.cli(&["kill", "heir"])?;
+        engine.cli(&["start", "web"])?;
         daemon.deny(&["app", "8081"])?;
         crowd.wait_for("steered", "for web")?;
     }
@@ -389,7 +390,7 @@ fn stays_empty(map: &Map, work: impl FnOnce() -> Result<()>) -> Result<()> {
 
 fn while_a_connection_is_explained() -> Result<()> {
     let tool = SlowTool::new()?;
-    let crowd = tool.crowd(Engine::start()?)?;
+    let crowd = tool.crowd(Tested::start()?)?;
     ends_and_is_inherited(&tool, &crowd, 2, |_| {
         started(crowd.scene.daemon.command(), &["explain", "elsewhere", "9999"])
     })
@@ -407,19 +408,18 @@ fn while_the_disk_is_slow() -> Result<()> {
     leaves_in_time(&crowd, &["kill", "web"], "die", 0)?;
     the_heir_is_refused(&crowd)?;
     disk.let_go()?;
-    crowd.scene.engine.docker(&["kill", "heir"])?;
-    crowd.scene.engine.docker(&["start", "web"])?;
+    crowd.scene.engine.cli(&["kill", "heir"])?;
+    crowd.scene.engine.cli(&["start", "web"])?;
     crowd.wait_for("steered", "for web")?;
     crowd.served(&crowd.web)
 }
 
 /// Events are heard while the lists are read, which wait for the engine.
 fn while_the_engine_describes_another_container() -> Result<()> {
-    let (engine, host) = (Engine::start()?, NetNs::current()?);
-    let slow = SlowEngine::new("other")?;
+    let engine = Tested::start()?;
+    let slow = SlowEngine::new(&engine, "other")?;
     let env = vec![("DOCKER_HOST".to_owned(), format!("unix://{}", SlowEngine::SOCKET))];
-    let daemon = Daemon::start_with(&host, Options { docker: true, env, ..Options::default() })?;
-    let crowd = Crowd::with(Scene { engine, daemon, host })?;
+    let crowd = Crowd::with(Scene::with_options(engine, Options { env, ..Options::default() })?)?;
     crowd.allow(&["--from", "other"])?;
     crowd.wait_for("steered", "for other, web")?;
     // Each may dial the gateway, and docker0's address.
@@ -432,7 +432,7 @@ fn while_the_engine_describes_another_container() -> Result<()> {
         leaves_in_time(&crowd, leave, event, left)?;
         slow.held.store(false, Ordering::SeqCst);
     }
-    crowd.scene.engine.docker(&["network", "connect", "app", "web"])?;
+    crowd.scene.engine.cli(&["network", "connect", "app", "web"])?;
     crowd.wait_for("steered", "for web; container other does not run")?;
     crowd.served(&crowd.web)
 }
@@ -440,10 +440,10 @@ fn while_the_engine_describes_another_container() -> Result<()> {
 /// Nobody tells of the end of a container but the kernel.
 fn while_the_engine_is_away() -> Result<()> {
     let tool = SlowTool::new()?;
-    let mut crowd = tool.crowd(Engine::start_with(true)?)?;
-    let pid = crowd.scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "web"])?;
+    let mut crowd = tool.crowd(Tested::start_lasting()?)?;
+    let pid = crowd.scene.engine.pid(&crowd.web)?.cast_signed();
     crowd.scene.engine.down()?;
-    crowd.scene.wait_for_docker("away")?;
+    crowd.scene.wait_for_engine("away")?;
     tool.hold()?;
     // What the kernel tells of wakes the loop.
     let done = crowd.scene.host.command("iptables").args(["-w", "-N", "another"]).status()?;
@@ -451,7 +451,7 @@ fn while_the_engine_is_away() -> Result<()> {
     tool.is_waited_for()?;
     let gone = shrinks_to(sources(&crowd)?, 0);
     let ended = SystemTime::now();
-    kill(Pid::from_raw(pid.parse()?), Signal::SIGKILL)?;
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
     let gone = gone.join().map_err(|_| anyhow!("a thread panicked"))??;
     let passed = gone.duration_since(ended).unwrap_or_default();
     println!("gone {passed:?} after its process was killed");
@@ -460,8 +460,8 @@ fn while_the_engine_is_away() -> Result<()> {
     tool.let_go()?;
     crowd.wait_for("waiting", "container web does not run")?;
     crowd.scene.engine.up()?;
-    crowd.scene.wait_for_docker("reachable")?;
-    crowd.scene.engine.docker(&["start", "web"])?;
+    crowd.scene.wait_for_engine("reachable")?;
+    crowd.scene.engine.cli(&["start", "web"])?;
     crowd.wait_for("steered", "for web")?;
     crowd.served(&crowd.web)
 }

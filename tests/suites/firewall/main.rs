@@ -23,10 +23,6 @@ use lbridge_tests::harness::suite::{Need, Suite};
 
 fn main() {
     const NEEDS: &[Need] = &[
-        Need::Root,
-        Need::Cgroup2,
-        Need::Lbridge,
-        Need::Program("ip"),
         Need::Program("nft"),
         Need::Program("iptables-nft"),
         Need::Program("iptables-legacy"),

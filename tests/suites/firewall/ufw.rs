@@ -5,7 +5,8 @@ use std::thread;
 use anyhow::{Result, ensure};
 use lbridge_tests::harness::client;
 use lbridge_tests::harness::daemon::{Daemon, Options};
-use lbridge_tests::harness::docker::Engine;
+use lbridge_tests::harness::docker::Docker;
+use lbridge_tests::harness::engine::Engine;
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::sandbox;
 use lbridge_tests::harness::service::Service;
@@ -83,7 +84,7 @@ fn ufw_off() -> Result<()> {
 
 /// A Docker host as there are many: the engine's rules and UFW's in the same tables, both ways of containers to a service.
 fn containers_behind_ufw() -> Result<()> {
-    let engine = Engine::start()?;
+    let engine = Docker::start()?;
     let host = NetNs::current()?;
     host.shell("ufw --force enable")?;
     let daemon = Daemon::start_with(&host, Options { docker: true, ..Options::default() })?;

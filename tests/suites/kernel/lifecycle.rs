@@ -1,6 +1,8 @@
 //! The daemon dies, restarts, is upgraded, meets another one; connections and rules in force do not notice.
 
+use std::fs;
 use std::io::{Read, Write};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
@@ -19,6 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
         restart_has_no_gap,
         restart_after_kill_has_no_gap,
         restart_adopts_what_is_pinned,
+        pins_of_version_3_are_adopted,
         start_takes_listeners_that_run_already,
         changes_while_dead_are_caught_up_with,
         sigterm_leaves_steered_rules_in_force,
@@ -177,12 +180,12 @@ fn changes_while_dead_are_caught_up_with() -> Result<()> {
     let one = scene.service("one", "127.0.0.1:8080")?;
     let _two = scene.service("two", "127.0.0.1:8081")?;
     scene.allow(&["8080", "8081", "8082"])?;
-    let saved = std::fs::read(scene.daemon.rules_file())?;
+    let saved = fs::read(scene.daemon.rules_file())?;
     scene.deny(&["8081"])?;
     scene.daemon.kill9()?;
     one.stop();
     let _three = scene.service("three", "127.0.0.1:8082")?;
-    std::fs::write(scene.daemon.rules_file(), saved)?;
+    fs::write(scene.daemon.rules_file(), saved)?;
     scene.lab.host().ip("link del lab0")?;
     let bridge = scene.lab.add_bridge("lab0", "10.7.0.1/24")?;
     scene.container = scene.lab.container(&bridge, "10.7.0.2/24")?;
@@ -241,7 +244,7 @@ fn daemon_starts_where_pins_are_broken() -> Result<()> {
     let pinned = pins::files(scene.daemon.bpffs())?;
     for path in &pinned {
         scene.daemon.kill9()?;
-        std::fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
+        fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
         scene.daemon.restart().with_context(|| format!("start without {}", path.display()))?;
         scene.must_be(8080, "steered").with_context(|| format!("without {}", path.display()))?;
         scene.served(8080, "service").with_context(|| format!("without {}", path.display()))?;
@@ -257,10 +260,61 @@ fn links_removed_under_the_daemon_come_back() -> Result<()> {
     for link in ["link_steer", "link_listeners"] {
         let mut files = pins::files(scene.daemon.bpffs())?.into_iter();
         let path = files.find(|path| path.ends_with(link)).with_context(|| format!("no pin {link}"))?;
-        std::fs::remove_file(&path)?;
+        fs::remove_file(&path)?;
         scene.must_be(8080, "steered")?;
         ensure!(path.exists(), "{link} is pinned again");
         scene.served(8080, "service")?;
+    }
+    Ok(())
+}
+
+/// Version 3 had the same maps and links, some under other names. Their contents, and what is stored in open
+/// sockets, stay, also if a first start was interrupted.
+fn pins_of_version_3_are_adopted() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let _service = scene.service("service", "127.0.0.1:8080")?;
+    scene.allow(&["8080", "--source", "loopback", "--localhost"])?;
+    let mut open = client::connect(&scene.container, scene.gateway(8080))?;
+    connects_during(&mut scene, |daemon| {
+        for interrupted in [false, true] {
+            let before = pins::ids(daemon.bpffs())?;
+            daemon.terminate()?;
+            name_as_version_3(daemon.bpffs(), interrupted)?;
+            daemon.restart()?;
+            ensure!(pins::ids(daemon.bpffs())? == before, "the same maps and links: {before:?}");
+            ensure!(!daemon.bpffs().join("v3").exists());
+        }
+        Ok(())
+    })?;
+    open.echo(b"the connection does not notice")?;
+    scene.must_be(8080, "steered")?;
+    scene.deny(&["8080"])?;
+    scene.refused(8080)
+}
+
+/// Moves the pins to where version 3 had them; half of them, if a start was interrupted as it moved them back.
+fn name_as_version_3(bpffs: &Path, interrupted: bool) -> Result<()> {
+    const NAMES: [(&str, &str); 8] = [
+        ("ENTRIES", "RULES"),
+        ("REDIRECT_NETNS", "GUESTS"),
+        ("REDIRECTS", "DIALS"),
+        ("ORIGINAL_DST", "DIALLED"),
+        ("NAME_OVERRIDES", "LOOPBACK_VIEWS"),
+        ("REPLY_SOURCES", "REPLIES"),
+        ("link_redirect4", "link_dial4"),
+        ("link_redirect6", "link_dial6"),
+    ];
+    let (old, new) = (bpffs.join("v3"), bpffs.join("v4"));
+    fs::create_dir(&old)?;
+    for (position, pin) in pins::files(&new)?.iter().enumerate() {
+        let name = pin.file_name().context("a pin")?.to_string_lossy();
+        let then = NAMES.iter().find(|(now, _)| name == *now).map_or(&*name, |(_, then)| *then);
+        if !interrupted || position % 2 == 0 {
+            fs::rename(pin, old.join(then))?;
+        }
+    }
+    if !interrupted {
+        fs::remove_dir(new)?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use lbridge_tests::harness::programs::{self, AddressHook};
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::udp::{self, Echo};
-use lbridge_tests::harness::{client, patience, pins, sandbox};
+use lbridge_tests::harness::{client, patience, sandbox};
 use lbridge_tests::tests;
 
 pub(crate) fn tests() -> Vec<Test> {
@@ -86,7 +86,7 @@ fn a_sock_ops_program_before_ours_is_heard() -> Result<()> {
     let lab = lab()?;
     let alone = gives_up_after(lab.host())?;
     ensure!(alone > Duration::from_secs(2), "the default: {alone:?}");
-    pins::ask_for_timeout(sandbox::CGROUP_ROOT.as_ref(), JIFFIES)?;
+    programs::ask_for_timeout(sandbox::CGROUP_ROOT.as_ref(), JIFFIES)?;
     heard(lab.host())?;
     let daemon = Daemon::start(lab.host())?;
     heard(lab.host())?;
@@ -97,13 +97,13 @@ fn a_sock_ops_program_before_ours_is_heard() -> Result<()> {
 fn a_sock_ops_program_after_ours_is_heard() -> Result<()> {
     let lab = lab()?;
     let _daemon = Daemon::start(lab.host())?;
-    pins::ask_for_timeout(sandbox::CGROUP_ROOT.as_ref(), JIFFIES)?;
+    programs::ask_for_timeout(sandbox::CGROUP_ROOT.as_ref(), JIFFIES)?;
     heard(lab.host())
 }
 
 fn a_sock_ops_program_is_heard_when_the_daemon_is_dead() -> Result<()> {
     let lab = lab()?;
-    pins::ask_for_timeout(sandbox::CGROUP_ROOT.as_ref(), JIFFIES)?;
+    programs::ask_for_timeout(sandbox::CGROUP_ROOT.as_ref(), JIFFIES)?;
     let mut daemon = Daemon::start(lab.host())?;
     daemon.kill9()?;
     heard(lab.host())

@@ -28,7 +28,9 @@ const NEEDS: [Need; 6] = [
 ];
 
 fn main() {
-    Suite::new(&NEEDS, [deb::tests(), rpm::tests()].concat()).main()
+    let mut suite = Suite::new(&[], [deb::tests(), rpm::tests()].concat());
+    suite.needs = NEEDS.to_vec();
+    suite.main()
 }
 
 const UNIT: &str = "lbridge.service";

@@ -5,12 +5,12 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
 use lbridge_tests::harness::doctor::Report;
+use lbridge_tests::harness::engine::Engine;
 use lbridge_tests::harness::lab::Lab;
-use lbridge_tests::harness::podman::Podman;
 use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::tests;
 
-use super::Scene;
+use super::{Scene, Tested};
 
 const MAPS: Need = Need::Program("newuidmap");
 const SLIRP: Need = Need::Program("slirp4netns");
@@ -29,11 +29,11 @@ fn localhost() -> SocketAddr {
 }
 
 fn containers_of_a_user_are_served() -> Result<()> {
-    let scene = Scene::with(Podman::rootless()?)?;
+    let scene = Scene::with(Tested::rootless()?)?;
     let service = scene.service("host's", "127.0.0.1:8080")?;
     for (network, name) in [("none", "alone"), ("slirp4netns", "slirp"), ("podman", "bridged")] {
         let split = ["--cgroups", "split", "--name", name];
-        let container = scene.podman.run(network, &split).context(network)?;
+        let container = scene.engine.run(network, &split).context(network)?;
         scene.refused(&container, localhost())?;
         let rule = format!("container:{name}");
         scene.daemon.allow(&[&rule, "8080"])?;
@@ -41,9 +41,9 @@ fn containers_of_a_user_are_served() -> Result<()> {
         // What a user's engine says of addresses is not shown to services, which may know another by that one.
         ensure!(!greeting.peer.ip().to_string().starts_with("10."), "{greeting:?}");
         let dial = "echo over and out | timeout 5 nc 127.0.0.1 8080";
-        let said = scene.podman.exec(&container, &["sh", "-c", dial])?;
+        let said = scene.engine.exec(&container, &["sh", "-c", dial])?;
         ensure!(said.stdout.contains("over and out"), "{said:?}");
-        scene.podman.podman(&["restart", "--time", "0", name])?;
+        scene.engine.cli(&["restart", "--time", "0", name])?;
         scene.daemon.wait_for_state(&rule, 8080, "relayed")?;
         scene.served(&container, localhost(), "host's").context("after a restart")?;
         scene.daemon.deny(&[&rule, "8080"])?;
@@ -55,7 +55,7 @@ fn containers_of_a_user_are_served() -> Result<()> {
 
 /// podman0 here may be root's.
 fn a_bridge_of_the_same_name_is_none_of_the_users() -> Result<()> {
-    let podman = Podman::rootless()?;
+    let podman = Tested::rootless()?;
     let network = podman.network("podman")?;
     let scene = Scene::with(podman)?;
     let lab = Lab::with_host(scene.host.clone());
@@ -66,7 +66,7 @@ fn a_bridge_of_the_same_name_is_none_of_the_users() -> Result<()> {
     let state = scene.daemon.rule_state("podman", 8080)?;
     ensure!(state.state == "blocked", "{state:?}");
     ensure!(state.why.as_deref().is_some_and(|why| why.contains("bridge (rootless)")), "{state:?}");
-    client::refused(&container, SocketAddr::new(network.gateway, 8080))?;
+    client::refused(&container, network.at(8080))?;
     let finding = Report::of(&scene.daemon)?.must("docker", "warning")?;
     ensure!(finding.text.contains("it is rootless"), "{finding:?}");
     ensure!(finding.remedy == ["lbridge allow container:NAME PORT"], "{finding:?}");
@@ -77,15 +77,15 @@ fn a_bridge_of_the_same_name_is_none_of_the_users() -> Result<()> {
 
 /// Then there is nothing but a user's word for whose process it is.
 fn a_container_without_a_cgroup_is_not_believed() -> Result<()> {
-    let scene = Scene::with(Podman::rootless_without_cgroup()?)?;
-    let container = scene.podman.run("none", &["--name", "bare"])?;
+    let scene = Scene::with(Tested::rootless_without_cgroup()?)?;
+    let container = scene.engine.run("none", &["--name", "bare"])?;
     let _service = scene.service("host's", "127.0.0.1:8080")?;
     scene.daemon.allow(&["container:bare", "8080"])?;
     let state = scene.daemon.rule_state("container:bare", 8080)?;
     ensure!(state.state == "blocked", "{state:?}");
     ensure!(state.why.as_deref().is_some_and(|why| why.contains("none of this container's")), "{state:?}");
     // Root can name the process.
-    let pid = scene.podman.podman(&["inspect", "--format", "{{.State.Pid}}", "bare"])?;
+    let pid = scene.engine.pid(&container)?;
     scene.daemon.allow(&[&format!("pid:{pid}"), "8080"])?;
     scene.served(&container, localhost(), "host's").map(drop)
 }

@@ -1,22 +1,32 @@
-//! Podman's service comes and goes, since containers do not need it: what is in force stays. And what is said of it.
+//! Podman's service, which its containers do not need.
 
-use anyhow::{Result, ensure};
-use lbridge_tests::harness::client;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::doctor::Report;
-use lbridge_tests::harness::suite::Test;
+use lbridge_tests::harness::engine::Engine;
+use lbridge_tests::harness::patience;
+use lbridge_tests::harness::suite::{Test, find_program};
 use lbridge_tests::tests;
+use nix::mount::{MsFlags, mount, umount};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use super::{Scene, at};
+use super::Scene;
 
 pub(crate) fn tests() -> Vec<Test> {
-    tests![podman_is_called_so, service_restarts, daemon_restarts_while_the_service_is_away]
+    tests![
+        podman_is_called_so,
+        containers_restart_while_the_service_is_away,
+        a_container_that_is_not_cleaned_up_has_ended,
+    ]
 }
 
 fn podman_is_called_so() -> Result<()> {
     let mut scene = Scene::new()?;
     // A bridge that is not there yet is as it should be.
-    scene.podman.create_network("app", &[])?;
-    let version = scene.podman.podman(&["version", "--format", "{{.Client.Version}}"])?;
+    scene.engine.create_network("app", &[])?;
+    let version = scene.engine.cli(&["version", "--format", "{{.Client.Version}}"])?;
     let status = scene.daemon.status()?;
     ensure!(status["docker"]["engine"] == "podman" && status["docker"]["version"] == *version, "{status:#}");
     let human = scene.daemon.cli(&["status"])?.stdout;
@@ -25,8 +35,8 @@ fn podman_is_called_so() -> Result<()> {
     let finding = report.must("docker", "ok")?;
     ensure!(finding.text.starts_with(&format!("Podman {version} answers at unix://")), "{finding:?}");
 
-    scene.podman.down()?;
-    scene.wait_for_podman("away")?;
+    scene.engine.down()?;
+    scene.wait_for_engine("away")?;
     let human = scene.daemon.cli(&["status"])?.stdout;
     ensure!(human.contains("\nPodman   away since 20"), "{human}");
     scene.daemon.allow(&["app", "8080"])?;
@@ -35,59 +45,48 @@ fn podman_is_called_so() -> Result<()> {
     Ok(())
 }
 
-fn service_restarts() -> Result<()> {
+/// What comes while the service is away is served once it can say whose the bridge is.
+fn containers_restart_while_the_service_is_away() -> Result<()> {
     let mut scene = Scene::new()?;
-    let network = scene.podman.create_network("app", &[])?;
-    let container = scene.podman.run("app", &[])?;
-    let alone = scene.podman.run("none", &["--name", "alone"])?;
+    let network = scene.engine.create_network("app", &[])?;
+    let container = scene.engine.run("app", &[])?;
     let _service = scene.service("service", "127.0.0.1:8080")?;
     scene.daemon.allow(&["app", "8080"])?;
-    scene.daemon.allow(&["container:alone", "8080"])?;
-    let inside = "127.0.0.1:8080".parse()?;
-    let mut connection = client::connect(&scene.podman.netns(&container)?, at(&network, 8080))?;
-    for _ in 0..2 {
-        scene.podman.down()?;
-        scene.wait_for_podman("away")?;
-        scene.must_be("app", 8080, "steered")?;
-        connection.echo(b"without a service")?;
-        scene.served(&container, at(&network, 8080), "service")?;
-        scene.served(&alone, inside, "service")?;
-        scene.refused(&container, at(&network, 8081))?;
-        scene.podman.up()?;
-        scene.wait_for_podman("reachable")?;
-        scene.must_be("app", 8080, "steered")?;
-        connection.echo(b"and with it again")?;
-        scene.served(&alone, inside, "service")?;
-    }
-    // What comes while it is away is served once it can say whose it is.
-    scene.podman.down()?;
-    scene.wait_for_podman("away")?;
-    scene.podman.podman(&["restart", "--time", "0", &container.id])?;
+    scene.engine.down()?;
+    scene.wait_for_engine("away")?;
+    scene.engine.cli(&["restart", "--time", "0", &container.id])?;
     scene.daemon.wait_for_state("app", 8080, "waiting")?;
-    scene.refused(&container, at(&network, 8080))?;
-    scene.podman.up()?;
+    scene.refused(&container, network.at(8080))?;
+    scene.engine.up()?;
     scene.daemon.wait_for_state("app", 8080, "steered")?;
-    scene.served(&container, at(&network, 8080), "service").map(drop)
+    scene.served(&container, network.at(8080), "service").map(drop)
 }
 
-fn daemon_restarts_while_the_service_is_away() -> Result<()> {
-    let mut scene = Scene::new()?;
-    let network = scene.podman.create_network("app", &[])?;
-    let container = scene.podman.run("app", &[])?;
+/// Until it has cleaned up after a container, Podman gives it a status that Docker does not have; for ever if nothing does.
+fn a_container_that_is_not_cleaned_up_has_ended() -> Result<()> {
+    let scene = Scene::new()?;
+    let alone = scene.engine.run("none", &["--name", "alone"])?;
+    let other = scene.engine.run("none", &["--name", "other"])?;
     let _service = scene.service("service", "127.0.0.1:8080")?;
-    scene.daemon.allow(&["app", "8080"])?;
-    scene.podman.down()?;
-    for kill in [false, true] {
-        if kill {
-            scene.daemon.kill9()?;
-        }
-        scene.daemon.restart()?;
-        scene.wait_for_podman("away")?;
-        scene.must_be("app", 8080, "steered")?;
-        scene.served(&container, at(&network, 8080), "service")?;
-    }
-    scene.podman.up()?;
-    scene.wait_for_podman("reachable")?;
-    scene.must_be("app", 8080, "steered")?;
-    scene.served(&container, at(&network, 8080), "service").map(drop)
+    scene.daemon.allow(&["container:alone", "8080"])?;
+    scene.daemon.allow(&["container:other", "8080"])?;
+    let localhost = "127.0.0.1:8080".parse()?;
+    scene.served(&alone, localhost, "service")?;
+    let conmon = scene.engine.cli(&["inspect", "--format", "{{.State.ConmonPid}}", "alone"])?;
+    let pid = scene.engine.pid(&alone)?.cast_signed();
+    // What conmon starts in order to clean up does nothing.
+    let (podman, none) = (find_program("podman").context("no podman")?, None::<&str>);
+    mount(find_program("true").as_ref(), &podman, none, MsFlags::MS_BIND, none)?;
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    let conmon = Path::new("/proc").join(conmon);
+    patience::until("conmon has ended", || Ok((!conmon.exists()).then_some(())))?;
+    umount(&podman)?;
+    scene.daemon.wait_for_state("container:alone", 8080, "waiting")?;
+    let status = scene.engine.cli(&["inspect", "--format", "{{.State.Status}}", "alone"])?;
+    ensure!(status == "stopped", "{status}");
+    // A command has Podman asked about both.
+    scene.daemon.allow(&["container:alone", "8081=8080"])?;
+    ensure!(scene.engine_state()?.0 == "reachable", "{}", scene.daemon.log());
+    scene.must_be("container:alone", 8081, "waiting")?;
+    scene.served(&other, localhost, "service").map(drop)
 }

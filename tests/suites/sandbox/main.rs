@@ -10,11 +10,6 @@ use lbridge_tests::harness::suite::{Need, Suite};
 
 fn main() {
     const NEEDS: &[Need] = &[
-        // To become somebody else, and to keep the machine out of it.
-        Need::Root,
-        Need::Cgroup2,
-        Need::Lbridge,
-        Need::Program("ip"),
         Need::Program("bwrap"),
         Need::Program("unshare"),
         Need::Program("setpriv"),

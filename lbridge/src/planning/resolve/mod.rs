@@ -302,10 +302,7 @@ impl Resolver<'_> {
                     let gateway = Endpoint::new(entry_key.gateway, entry_key.port);
                     let names = NameOverride { gateway, target };
                     let key = |(peer, mask)| (OverrideKey { gateway, peer }, OverrideKey::prefix_len(&mask));
-                    self.policy
-                        .kernel
-                        .overrides
-                        .extend(served.into_iter().map(|peer| (key(peer), names)));
+                    self.policy.kernel.overrides.extend(served.into_iter().map(|peer| (key(peer), names)));
                     self.policy.kernel.hooks[HookSet::Names] = true;
                 }
                 outcome

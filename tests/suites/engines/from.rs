@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
-use lbridge_tests::harness::docker::{Container, Engine, Network};
+use lbridge_tests::harness::engine::{Container, Engine, Network};
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
 use serde_json::Value;
 
-use super::{Scene, address, at};
+use super::{IMAGE, Scene};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -68,7 +68,7 @@ impl Crowd {
     }
 
     fn to(&self) -> SocketAddr {
-        at(&self.app, 8080)
+        self.app.at(8080)
     }
 
     pub(crate) fn served(&self, container: &Container) -> Result<()> {
@@ -129,7 +129,7 @@ fn several_containers_are_named() -> Result<()> {
     crowd.served(&crowd.other)?;
     crowd.refused(&third)?;
     crowd.refused(&crowd.far)?;
-    crowd.scene.engine.docker(&["network", "connect", "app", "far"])?;
+    crowd.scene.engine.cli(&["network", "connect", "app", "far"])?;
     crowd.wait_for("steered", "for far, other, web")?;
     crowd.served(&crowd.far)?;
     // A rule may be made before its containers.
@@ -144,14 +144,14 @@ fn a_container_that_restarts_with_another_address_is_followed() -> Result<()> {
     let crowd = Crowd::new()?;
     crowd.allow(&[])?;
     let engine = &crowd.scene.engine;
-    let before = address(&crowd.scene, &crowd.web, &crowd.app)?;
-    engine.docker(&["stop", "--time", "0", "web"])?;
+    let before = crowd.scene.address(&crowd.web, &crowd.app)?;
+    engine.cli(&["stop", "--time", "0", "web"])?;
     crowd.wait_for("waiting", "container web does not run")?;
     let heir = engine.run("app", &["--name", "heir", "--ip", &before])?;
     crowd.refused(&heir)?;
-    engine.docker(&["start", "web"])?;
+    engine.cli(&["start", "web"])?;
     crowd.wait_for("steered", "for web")?;
-    ensure!(address(&crowd.scene, &crowd.web, &crowd.app)? != before, "it should have another address");
+    ensure!(crowd.scene.address(&crowd.web, &crowd.app)? != before, "it should have another address");
     crowd.served(&crowd.web)?;
     crowd.refused(&heir)
 }
@@ -160,10 +160,10 @@ fn the_name_decides_who_gets_in() -> Result<()> {
     let crowd = Crowd::new()?;
     crowd.allow(&[])?;
     let engine = &crowd.scene.engine;
-    engine.docker(&["rename", "web", "web2"])?;
+    engine.cli(&["rename", "web", "web2"])?;
     crowd.wait_for("waiting", "no container web; did you mean web2?")?;
     crowd.refused(&crowd.web)?;
-    engine.docker(&["rename", "other", "web"])?;
+    engine.cli(&["rename", "other", "web"])?;
     crowd.wait_for("steered", "for web")?;
     crowd.served(&crowd.other)?;
     crowd.refused(&crowd.web)?;
@@ -175,15 +175,15 @@ fn a_container_that_leaves_the_network_is_out() -> Result<()> {
     let crowd = Crowd::new()?;
     crowd.allow(&[])?;
     let engine = &crowd.scene.engine;
-    let old = address(&crowd.scene, &crowd.web, &crowd.app)?;
-    engine.docker(&["network", "connect", "elsewhere", "web"])?;
+    let old = crowd.scene.address(&crowd.web, &crowd.app)?;
+    engine.cli(&["network", "connect", "elsewhere", "web"])?;
     crowd.served(&crowd.web)?;
-    engine.docker(&["network", "disconnect", "app", "web"])?;
+    engine.cli(&["network", "disconnect", "app", "web"])?;
     crowd.wait_for("waiting", "container web is not on app, but on elsewhere")?;
-    engine.docker(&["network", "disconnect", "elsewhere", "far"])?;
-    engine.docker(&["network", "connect", "--ip", &old, "app", "far"])?;
+    engine.cli(&["network", "disconnect", "elsewhere", "far"])?;
+    engine.cli(&["network", "connect", "--ip", &old, "app", "far"])?;
     crowd.refused(&crowd.far)?;
-    engine.docker(&["network", "connect", "app", "web"])?;
+    engine.cli(&["network", "connect", "app", "web"])?;
     crowd.wait_for("steered", "for web")?;
     crowd.served(&crowd.web)?;
     crowd.refused(&crowd.far)
@@ -194,22 +194,10 @@ fn an_address_that_is_given_again_lets_nobody_in() -> Result<()> {
     let crowd = Crowd::new()?;
     crowd.allow(&[])?;
     let engine = &crowd.scene.engine;
-    let its = address(&crowd.scene, &crowd.web, &crowd.app)?;
+    let its = crowd.scene.address(&crowd.web, &crowd.app)?;
     // From its first moment on.
     let dial = "while :; do echo x | timeout 1 nc 10.50.0.1 8080; done";
-    engine.docker(&[
-        "create",
-        "--name",
-        "heir",
-        "--network",
-        "app",
-        "--ip",
-        &its,
-        "lab",
-        "sh",
-        "-c",
-        dial,
-    ])?;
+    engine.cli(&["create", "--name", "heir", "--network", "app", "--ip", &its, IMAGE, "sh", "-c", dial])?;
     for round in 0..3 {
         crowd.served(&crowd.web)?;
         let before = crowd.service.accepted();
@@ -222,10 +210,10 @@ fn an_address_that_is_given_again_lets_nobody_in() -> Result<()> {
                 &["network", "connect", "--ip", &its, "app", "far"],
             ),
         };
-        engine.docker(end)?;
+        engine.cli(end)?;
         let ended = Instant::now();
         // It may be a moment until the address is free.
-        patience::until("the other has the address", || Ok(engine.docker(start).is_ok().then_some(())))?;
+        patience::until("the other has the address", || Ok(engine.cli(start).is_ok().then_some(())))?;
         let given = ended.elapsed();
         if round == 2 {
             crowd.refused(&crowd.far)?;
@@ -235,8 +223,8 @@ fn an_address_that_is_given_again_lets_nobody_in() -> Result<()> {
         println!("given again {given:?} after the command that ended it");
         ensure!(crowd.service.accepted() == before, "the address let another in");
         if round < 2 {
-            engine.docker(&["kill", "heir"])?;
-            engine.docker(&["start", "web"])?;
+            engine.cli(&["kill", "heir"])?;
+            engine.cli(&["start", "web"])?;
             crowd.wait_for("steered", "for web")?;
         }
     }
@@ -250,18 +238,18 @@ fn a_relay_serves_the_named_container_alone() -> Result<()> {
     crowd.served(&crowd.web)?;
     let out = |container: &Container| -> Result<()> {
         let before = crowd.service.accepted();
-        client::not_served(&crowd.scene.engine.netns(container)?, None, crowd.to())?;
+        crowd.scene.not_served(container, crowd.to())?;
         ensure!(crowd.service.accepted() == before, "it got through");
         Ok(())
     };
     out(&crowd.other)?;
     out(&crowd.far)?;
-    let its = address(&crowd.scene, &crowd.web, &crowd.app)?;
-    crowd.scene.engine.docker(&["kill", "web"])?;
+    let its = crowd.scene.address(&crowd.web, &crowd.app)?;
+    crowd.scene.engine.cli(&["kill", "web"])?;
     crowd.wait_for("waiting", "container web does not run")?;
     let heir = crowd.scene.engine.run("app", &["--name", "heir", "--ip", &its])?;
     out(&heir)?;
-    crowd.scene.engine.docker(&["start", "web"])?;
+    crowd.scene.engine.cli(&["start", "web"])?;
     crowd.wait_for("relayed", "as the rule asks; for web")?;
     crowd.served(&crowd.web)?;
     out(&heir)
@@ -281,10 +269,10 @@ fn whoever_is_not_named_is_no_local_peer() -> Result<()> {
     let _wide = crowd.scene.service("wide", "0.0.0.0:8081")?;
     let allow = ["app", "8081=8080", "--from", "web", "--source", "loopback"];
     crowd.scene.daemon.allow(&allow)?;
-    let to = at(&crowd.app, 8081);
+    let to = crowd.app.at(8081);
     let greeting = crowd.scene.served(&crowd.web, to, "service")?;
     ensure!(greeting.peer.ip().is_loopback(), "{greeting:?}");
-    let its = address(&crowd.scene, &crowd.other, &crowd.app)?;
+    let its = crowd.scene.address(&crowd.other, &crowd.app)?;
     let greeting = crowd.scene.served(&crowd.other, to, "wide")?;
     let seen = [greeting.accept.ip(), greeting.peer.ip()].map(|ip| ip.to_string());
     ensure!(seen == [its.clone(), its], "{greeting:?}");
@@ -320,7 +308,7 @@ fn an_ipv6_container_is_named() -> Result<()> {
 fn a_bridge_has_the_containers_of_its_network() -> Result<()> {
     let crowd = Crowd::new()?;
     let daemon = &crowd.scene.daemon;
-    let bridge = format!("bridge:br-{}", &crowd.app.id[..12]);
+    let bridge = format!("bridge:{}", crowd.app.bridge);
     daemon.allow(&[&bridge, "8080", "--from", "web"])?;
     crowd.served(&crowd.web)?;
     crowd.refused(&crowd.other)?;
@@ -352,55 +340,56 @@ fn the_daemon_restarts() -> Result<()> {
     }
     // What changed meanwhile is made good.
     crowd.scene.daemon.kill9()?;
-    let its = address(&crowd.scene, &crowd.web, &crowd.app)?;
-    crowd.scene.engine.docker(&["kill", "web"])?;
+    let its = crowd.scene.address(&crowd.web, &crowd.app)?;
+    crowd.scene.engine.cli(&["kill", "web"])?;
     let heir = crowd.scene.engine.run("app", &["--name", "heir", "--ip", &its])?;
     crowd.scene.daemon.restart()?;
     crowd.refused(&heir)
 }
 
 fn the_engine_is_away() -> Result<()> {
-    let mut crowd = Crowd::with(Scene::with(Engine::start_with(true)?)?)?;
+    let mut crowd = Crowd::with(Scene::lasting()?)?;
     crowd.allow(&[])?;
     let [web, other] = [&crowd.web, &crowd.other].map(|container| crowd.scene.engine.netns(container));
     let (web, other) = (web?, other?);
-    let pid = crowd.scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "web"])?;
+    let pid = crowd.scene.engine.pid(&crowd.web)?.cast_signed();
     crowd.scene.engine.down()?;
-    crowd.scene.wait_for_docker("away")?;
+    crowd.scene.wait_for_engine("away")?;
     client::served_by(&web, crowd.to(), "service")?;
     client::refused(&other, crowd.to())?;
     crowd.wait_for("steered", "for web")?;
     // Nobody tells that it ends.
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.parse()?), nix::sys::signal::Signal::SIGKILL)?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
     crowd.wait_for("waiting", "container web does not run")?;
-    client::refused(&web, crowd.to())?;
+    client::not_served(&web, None, crowd.to())?;
     crowd.scene.engine.up()?;
-    crowd.scene.wait_for_docker("reachable")?;
-    crowd.scene.engine.docker(&["start", "web"])?;
+    crowd.scene.wait_for_engine("reachable")?;
+    crowd.scene.engine.cli(&["start", "web"])?;
     crowd.wait_for("steered", "for web")?;
     crowd.served(&crowd.web)?;
     // A daemon that starts meanwhile knows whom it saw, and whether that is still there.
-    let pid = crowd.scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "web"])?;
+    let pid = crowd.scene.engine.pid(&crowd.web)?.cast_signed();
     let web = crowd.scene.engine.netns(&crowd.web)?;
     crowd.scene.engine.down()?;
-    crowd.scene.wait_for_docker("away")?;
+    crowd.scene.wait_for_engine("away")?;
     crowd.scene.daemon.restart()?;
     crowd.wait_for("steered", "for web")?;
     client::served_by(&web, crowd.to(), "service")?;
     client::refused(&other, crowd.to())?;
     crowd.scene.daemon.terminate()?;
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.parse()?), nix::sys::signal::Signal::SIGKILL)?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
     crowd.scene.daemon.restart()?;
     crowd.wait_for("waiting", "container web does not run")?;
-    client::refused(&web, crowd.to())?;
+    client::not_served(&web, None, crowd.to())?;
     // One that never saw it lets nobody in.
     crowd.scene.daemon.terminate()?;
     fs::remove_file(crowd.scene.daemon.state_dir().join("containers.toml"))?;
     crowd.scene.daemon.restart()?;
+    // An engine that has never answered goes by Docker's name.
     crowd.wait_for("waiting", "Docker is away, and container web was not seen before")?;
     crowd.scene.engine.up()?;
-    crowd.scene.wait_for_docker("reachable")?;
-    crowd.scene.engine.docker(&["start", "web"])?;
+    crowd.scene.wait_for_engine("reachable")?;
+    crowd.scene.engine.cli(&["start", "web"])?;
     crowd.wait_for("steered", "for web")
 }
 
@@ -410,7 +399,7 @@ fn what_status_and_explain_say() -> Result<()> {
     let output = daemon.allow(&["app", "8080", "--from", "web"])?;
     ensure!(output.stdout.trim_end().ends_with("-> 127.0.0.1:8080 steered (for web)"), "{output:?}");
     let [its, others] =
-        [&crowd.web, &crowd.other].map(|container| address(&crowd.scene, container, &crowd.app));
+        [&crowd.web, &crowd.other].map(|container| crowd.scene.address(container, &crowd.app));
     let (its, others) = (its?, others?);
     let rule = daemon.rule("app", 8080)?.context("the rule")?;
     ensure!(rule["gateways"][0]["sources"] == serde_json::json!([its]), "{rule}");
@@ -436,7 +425,7 @@ fn what_status_and_explain_say() -> Result<()> {
 
 fn verify_tries_both() -> Result<()> {
     let crowd = Crowd::new()?;
-    let its = address(&crowd.scene, &crowd.web, &crowd.app)?;
+    let its = crowd.scene.address(&crowd.web, &crowd.app)?;
     for more in [&[][..], &["--path", "relay"]] {
         crowd.allow(more)?;
         let output = crowd.scene.daemon.cli(&["verify", "--json"])?;
@@ -451,7 +440,7 @@ fn verify_tries_both() -> Result<()> {
         crowd.scene.daemon.deny(&["app", "8080"])?;
     }
     crowd.allow(&[])?;
-    crowd.scene.engine.docker(&["kill", "web"])?;
+    crowd.scene.engine.cli(&["kill", "web"])?;
     crowd.wait_for("waiting", "container web does not run")?;
     let output = crowd.scene.daemon.cli(&["verify"])?;
     ensure!(output.status == 0, "{output:?}");
@@ -462,10 +451,7 @@ fn a_rule_of_the_configuration_is_changed() -> Result<()> {
     let crowd = Crowd::new()?;
     let reload = |from: &str| -> Result<()> {
         let rule = format!("[[rule]]\nnetwork = \"app\"\nport = 8080\n{from}\n");
-        fs::write(crowd.scene.daemon.config(), rule)?;
-        let output = crowd.scene.daemon.cli(&["reload"])?;
-        ensure!(output.status == 0, "{output:?}");
-        Ok(())
+        crowd.scene.reload(&rule).map(drop)
     };
     reload("from = [\"web\"]")?;
     crowd.served(&crowd.web)?;

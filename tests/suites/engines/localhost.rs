@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::{hint, thread};
 
 use anyhow::{Context, Result, ensure};
+use lbridge_tests::harness::engine::Engine;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::{client, patience};
 use lbridge_tests::tests;
 
-use super::{Scene, at};
+use super::{IMAGE, Scene, Tested};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -35,13 +36,23 @@ const STARTS: usize = 24;
 const STARTS_FROM: &str = "LBRIDGE_TEST_STARTS";
 const LOCALHOST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
 
-/// A network with a rule, and a service behind it.
+/// A network with a rule in force, and a service behind it.
 fn scene() -> Result<(Scene, Service)> {
     let scene = Scene::new()?;
-    scene.engine.create_network("app", &[])?;
+    create_network(&scene, &[])?;
     let service = scene.service("host's", "127.0.0.1:8080")?;
     scene.daemon.allow(&["app", "8080", "--localhost"])?;
     Ok((scene, service))
+}
+
+/// Creates `app`, and starts a container on it if its bridge would not exist without: then the first container to dial
+/// is not the first of all, which Podman starts while the daemon notices the bridge.
+fn create_network(scene: &Scene, more: &[&str]) -> Result<()> {
+    scene.engine.create_network("app", more)?;
+    if !Tested::BRIDGE_WITHOUT_CONTAINERS {
+        scene.engine.run("app", &[])?;
+    }
+    Ok(())
 }
 
 /// Starts containers whose only program dials at once, so many at a time. All must have been served.
@@ -50,16 +61,8 @@ fn start(scene: &Scene, at_a_time: usize) -> Result<()> {
     let next = AtomicUsize::new(0);
     let one = || -> Result<()> {
         while next.fetch_add(1, Ordering::Relaxed) < starts {
-            let said = scene.engine.docker(&[
-                "run",
-                "--rm",
-                "--network",
-                "app",
-                "lab",
-                "nc",
-                "127.0.0.1",
-                "8080",
-            ])?;
+            let said =
+                scene.engine.cli(&["run", "--rm", "--network", "app", IMAGE, "nc", "127.0.0.1", "8080"])?;
             ensure!(said.contains("host's"), "{said:?}");
         }
         Ok(())
@@ -101,58 +104,60 @@ fn count(scene: &Scene) -> Result<u64> {
 
 fn containers_are_counted_and_forgotten() -> Result<()> {
     let (scene, _service) = scene()?;
+    let before = count(&scene)?;
     let first = scene.engine.run("app", &[])?;
     let second = scene.engine.run("app", &[])?;
     scene.engine.run("none", &[])?;
-    scene.engine.run("bridge", &[])?;
-    patience::until("both are counted", || Ok((count(&scene)? == 2).then_some(())))?;
+    scene.engine.run(Tested::DEFAULT_NETWORK, &[])?;
+    patience::until("both are counted", || Ok((count(&scene)? == before + 2).then_some(())))?;
     client::served_by(&scene.engine.netns(&first)?, LOCALHOST, "host's")?;
     scene.engine.remove(&first)?;
-    scene.engine.docker(&["restart", "--time", "0", &second.id])?;
-    patience::until("one is left", || Ok((count(&scene)? == 1).then_some(())))?;
+    scene.engine.cli(&["restart", "--time", "0", &second.id])?;
+    patience::until("one of them is left", || Ok((count(&scene)? == before + 1).then_some(())))?;
     client::served_by(&scene.engine.netns(&second)?, LOCALHOST, "host's")?;
     scene.engine.remove(&second)?;
-    patience::until("none is left", || Ok((count(&scene)? == 0).then_some(())))
+    patience::until("none of them is left", || Ok((count(&scene)? == before).then_some(())))
 }
 
 fn a_container_that_shares_a_namespace_is_served() -> Result<()> {
     let (scene, _service) = scene()?;
     scene.engine.run("app", &["--name", "first"])?;
-    let said = scene.engine.docker(&[
+    let said = scene.engine.cli(&[
         "run",
         "--rm",
         "--network",
         "container:first",
-        "lab",
+        IMAGE,
         "nc",
         "127.0.0.1",
         "8080",
     ])?;
     ensure!(said.contains("host's"), "{said:?}");
-    let said = scene.engine.docker(&["exec", "first", "nc", "::1", "8080"])?;
+    let said = scene.engine.cli(&["exec", "first", "nc", "::1", "8080"])?;
     ensure!(said.contains("host's"), "{said:?}");
     Ok(())
 }
 
 fn a_container_that_joins_and_leaves_is_followed() -> Result<()> {
     let (scene, _service) = scene()?;
-    let container = scene.engine.run("bridge", &["--name", "comes"])?;
+    let container = scene.engine.run(Tested::DEFAULT_NETWORK, &["--name", "comes"])?;
     let netns = scene.engine.netns(&container)?;
     client::refused(&netns, LOCALHOST)?;
     for _ in 0..2 {
-        scene.engine.docker(&["network", "connect", "app", "comes"])?;
+        scene.engine.cli(&["network", "connect", "app", "comes"])?;
         patience::until("it is served", || Ok(client::served_by(&netns, LOCALHOST, "host's").ok()))?;
-        scene.engine.docker(&["network", "disconnect", "app", "comes"])?;
+        scene.engine.cli(&["network", "disconnect", "app", "comes"])?;
         patience::until("it is not", || Ok(client::refused(&netns, LOCALHOST).ok()))?;
     }
     Ok(())
 }
 
 fn an_internal_network_is_served() -> Result<()> {
-    let (scene, _service) = scene()?;
-    scene.engine.create_network("inner", &["--internal"])?;
-    scene.daemon.allow(&["inner", "80=8080", "--localhost"])?;
-    let said = scene.engine.docker(&["run", "--rm", "--network", "inner", "lab", "nc", "127.0.0.1", "80"])?;
+    let scene = Scene::new()?;
+    create_network(&scene, &["--internal"])?;
+    let _service = scene.service("host's", "127.0.0.1:8080")?;
+    scene.daemon.allow(&["app", "80=8080", "--localhost"])?;
+    let said = scene.engine.cli(&["run", "--rm", "--network", "app", IMAGE, "nc", "127.0.0.1", "80"])?;
     ensure!(said.contains("host's"), "{said:?}");
     Ok(())
 }
@@ -163,7 +168,7 @@ fn other_networks_are_left_alone() -> Result<()> {
     let container = scene.engine.run("other", &[])?;
     let own = scene.engine.run("app", &[])?;
     scene.refused(&container, LOCALHOST)?;
-    scene.refused(&container, at(&network, 8080))?;
+    scene.refused(&container, network.at(8080))?;
     scene.refused(&own, SocketAddr::from(([127, 0, 0, 1], 8081)))?;
     // What the container itself listens on is its own.
     let inside = Service::start(&scene.engine.netns(&own)?, "its own", "0.0.0.0:8080")?;
@@ -178,12 +183,12 @@ fn other_networks_are_left_alone() -> Result<()> {
 /// A service on every address would answer the neighbours, too, were their localhost led to the gateway.
 fn localhost_of_a_named_container_is_its_alone() -> Result<()> {
     let scene = Scene::new()?;
-    scene.engine.create_network("app", &[])?;
+    create_network(&scene, &[])?;
     let _service = scene.service("host's", "0.0.0.0:8080")?;
     let dials = |container: &str, outcome: &str| {
         patience::until(&format!("{container} is {outcome}"), || {
             let dial = ["exec", container, "sh", "-c", "echo | timeout 5 nc 127.0.0.1 8080 2>&1 || true"];
-            Ok(scene.engine.docker(&dial)?.contains(outcome).then_some(()))
+            Ok(scene.engine.cli(&dial)?.contains(outcome).then_some(()))
         })
     };
     scene.engine.run("app", &["--name", "web"])?;
@@ -193,12 +198,12 @@ fn localhost_of_a_named_container_is_its_alone() -> Result<()> {
     dials("web", "host's")?;
     dials("neighbour", "refused")?;
     // Another process, another namespace.
-    scene.engine.docker(&["restart", "--time", "0", "web"])?;
+    scene.engine.cli(&["restart", "--time", "0", "web"])?;
     dials("web", "host's")?;
     dials("neighbour", "refused")?;
-    scene.engine.docker(&["rename", "web", "gone"])?;
+    scene.engine.cli(&["rename", "web", "gone"])?;
     dials("gone", "refused")?;
-    scene.engine.docker(&["rename", "neighbour", "web"])?;
+    scene.engine.cli(&["rename", "neighbour", "web"])?;
     dials("web", "host's")
 }
 
@@ -206,13 +211,13 @@ fn localhost_of_a_named_container_is_its_alone() -> Result<()> {
 fn runs(scene: &Scene, command: &[&str]) -> Result<String> {
     let mounts = ["/usr:/usr:ro", "/usr/lib:/lib:ro", "/usr/lib64:/lib64:ro"];
     let mounts: Vec<_> = mounts.iter().flat_map(|mount| ["--volume", mount]).collect();
-    scene.engine.docker(&[&["run", "--rm", "--network", "app"][..], &mounts, &["lab"], command].concat())
+    scene.engine.cli(&[&["run", "--rm", "--network", "app"][..], &mounts, &[IMAGE], command].concat())
 }
 
 fn curl_is_served() -> Result<()> {
     const HOSTS: [&str; 3] = ["127.0.0.1", "[::1]", "localhost"];
     let scene = Scene::new()?;
-    scene.engine.create_network("app", &[])?;
+    create_network(&scene, &[])?;
     let listener = TcpListener::bind(LOCALHOST)?;
     let server = thread::spawn(move || -> std::io::Result<()> {
         for _ in HOSTS {

@@ -5,20 +5,22 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
-use lbridge_tests::harness::docker::{Container, Engine};
+use lbridge_tests::harness::engine::{Container, Engine};
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use super::{Scene, address};
+use super::{IMAGE, Scene, WITHOUT_CONTAINERS};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         a_container_without_network_is_served,
         a_container_on_macvlan_is_served,
-        the_service_sees_what_docker_says_of_the_container,
+        the_service_sees_what_the_engine_says_of_the_container,
         a_container_that_restarts_is_followed,
         a_container_of_the_same_name_is_followed,
         the_beginning_of_an_id_is_not_a_container,
@@ -76,13 +78,11 @@ fn a_container_of_a_rule_that_is_reloaded_is_served_at_once() -> Result<()> {
     let scene = Scene::new()?;
     let alone = named(&scene, "none", "alone")?;
     let _service = scene.service("host's", LOCALHOST)?;
-    fs::write(scene.daemon.config(), "[[rule]]\nnetwork = \"container:alone\"\nport = 8080\n")?;
-    let output = scene.daemon.cli(&["reload"])?;
+    let output = scene.reload("[[rule]]\nnetwork = \"container:alone\"\nport = 8080\n")?;
     let told = "added    container:alone 8080: 127.0.0.1:8080 -> 127.0.0.1:8080 relayed";
-    ensure!(output.status == 0 && output.stdout.contains(told), "{output:?}");
+    ensure!(output.stdout.contains(told), "{output:?}");
     must_reach(&scene, &alone, "host's")?;
-    fs::write(scene.daemon.config(), "")?;
-    ensure!(scene.daemon.cli(&["reload"])?.status == 0);
+    scene.reload("")?;
     ensure!(asks_localhost(&scene, &alone)?.is_empty(), "out of reach again");
     Ok(())
 }
@@ -92,7 +92,7 @@ fn a_container_on_macvlan_is_served() -> Result<()> {
     scene.host.ip("link add uplink type veth peer name lan")?;
     scene.host.ip("link set uplink up")?;
     scene.host.ip("link set lan up")?;
-    scene.engine.docker(&[
+    scene.engine.cli(&[
         "network",
         "create",
         "--driver",
@@ -113,14 +113,14 @@ fn a_container_on_macvlan_is_served() -> Result<()> {
     scene.must_be("container:far", 8080, "relayed")
 }
 
-fn the_service_sees_what_docker_says_of_the_container() -> Result<()> {
+fn the_service_sees_what_the_engine_says_of_the_container() -> Result<()> {
     let scene = Scene::new()?;
     let network = scene.engine.create_network("app", &["--internal"])?;
     let container = named(&scene, "app", "inner")?;
     let _service = scene.service("host's", LOCALHOST)?;
     scene.daemon.allow(&["container:inner", "8080"])?;
     let greeting = scene.served(&container, localhost(), "host's")?;
-    ensure!(greeting.accept.ip().to_string() == address(&scene, &container, &network)?, "{greeting:?}");
+    ensure!(greeting.accept.ip().to_string() == scene.address(&container, &network)?, "{greeting:?}");
     ensure!(greeting.peer == greeting.accept, "{greeting:?}");
 
     let alone = named(&scene, "none", "alone")?;
@@ -138,7 +138,7 @@ fn a_container_that_restarts_is_followed() -> Result<()> {
     scene.daemon.allow(&["container:alone", "8080"])?;
     for _ in 0..3 {
         must_reach(&scene, &container, "host's")?;
-        scene.engine.docker(&["restart", "--time", "0", "alone"])?;
+        scene.engine.cli(&["restart", "--time", "0", "alone"])?;
         patience::until("the container is served again", || {
             Ok(asks_localhost(&scene, &container)?.contains("host's").then_some(()))
         })?;
@@ -153,7 +153,7 @@ fn a_container_of_the_same_name_is_followed() -> Result<()> {
     scene.daemon.allow(&["container:alone", "8080"])?;
     let by_id = format!("container:{}", &first.id[..12]);
     scene.daemon.allow(&[&by_id, "8081=8080"])?;
-    scene.engine.docker(&["rename", "alone", "other"])?;
+    scene.engine.cli(&["rename", "alone", "other"])?;
     patience::until("the name is nobody's", || {
         Ok((scene.daemon.rule_state("container:alone", 8080)?.state == "waiting").then_some(()))
     })?;
@@ -186,15 +186,15 @@ fn the_beginning_of_an_id_is_not_a_container() -> Result<()> {
     scene.refused(&impostor, localhost())?;
     // The engine cannot tell containers by a digit: that is that rule's trouble, and nobody else's.
     for number in 0..17 {
-        scene.engine.docker(&["create", "--name", &format!("c{number}"), "lab", "sleep", "1"])?;
+        scene.engine.cli(&["create", "--name", &format!("c{number}"), IMAGE, "sleep", "1"])?;
     }
     for digit in "0123456789abcdef".chars() {
         scene.daemon.allow(&[&format!("container:{digit}"), "8080"])?;
     }
-    ensure!(scene.docker_state()?.0 == "reachable", "the engine is not away for that");
+    ensure!(scene.engine_state()?.0 == "reachable", "the engine is not away for that");
     scene.engine.create_network("later", &[])?;
     scene.daemon.allow(&["later", "8080"])?;
-    scene.must_be("later", 8080, "steered")
+    scene.daemon.wait_for_state("later", 8080, WITHOUT_CONTAINERS).map(drop)
 }
 
 fn containers_that_share_a_namespace_share_localhost() -> Result<()> {
@@ -210,7 +210,7 @@ fn containers_that_share_a_namespace_share_localhost() -> Result<()> {
     let states = ["first", "second"].map(|name| scene.daemon.rule_state(&format!("container:{name}"), 8080));
     let states = states.into_iter().collect::<Result<Vec<_>>>()?;
     ensure!(states[0].state == "relayed" && states[1].state == "blocked", "{states:?}");
-    scene.engine.docker(&["kill", "first"])?;
+    scene.engine.cli(&["kill", "first"])?;
     scene.daemon.wait_for_state("container:second", 8080, "relayed")?;
     must_reach(&scene, &second, "host's")
 }
@@ -231,7 +231,7 @@ fn no_other_container_is_served() -> Result<()> {
     let beside = named(&scene, "app", "beside")?;
     let service = scene.service("host's", LOCALHOST)?;
     scene.daemon.allow(&["container:inside", "8080"])?;
-    let address = address(&scene, &inside, &network)?;
+    let address = scene.address(&inside, &network)?;
     for to in [LOCALHOST.to_owned(), format!("{address}:8080"), format!("{}:8080", network.gateway)] {
         client::not_served(&scene.engine.netns(&beside)?, None, to.parse()?)?;
     }
@@ -265,7 +265,7 @@ fn a_container_is_waited_for() -> Result<()> {
     let container = named(&scene, "none", "later")?;
     scene.daemon.wait_for_state("container:later", 8080, "relayed")?;
     must_reach(&scene, &container, "host's")?;
-    scene.engine.docker(&["kill", "later"])?;
+    scene.engine.cli(&["kill", "later"])?;
     let state = scene.daemon.wait_for_state("container:later", 8080, "waiting")?;
     state.must_be_because("no_namespace")?;
     Ok(())
@@ -279,21 +279,21 @@ fn the_end_of_a_container_resets_its_connections() -> Result<()> {
     let netns = scene.engine.netns(&container)?;
     let open = client::connect(&netns, localhost())?;
     drop(netns);
-    scene.engine.docker(&["kill", "alone"])?;
+    scene.engine.cli(&["kill", "alone"])?;
     open.must_be_over()
 }
 
 fn a_container_stays_served_while_the_engine_is_away() -> Result<()> {
-    let mut scene = Scene::with(Engine::start_with(true)?)?;
+    let mut scene = Scene::lasting()?;
     let container = named(&scene, "none", "alone")?;
     let _service = scene.service("host's", LOCALHOST)?;
     scene.daemon.allow(&["container:alone", "8080"])?;
     let netns = scene.engine.netns(&container)?;
     scene.engine.down()?;
-    scene.wait_for_docker("away")?;
+    scene.wait_for_engine("away")?;
     client::served_by(&netns, localhost(), "host's")?;
     scene.engine.up()?;
-    scene.wait_for_docker("reachable")?;
+    scene.wait_for_engine("reachable")?;
     must_reach(&scene, &container, "host's")
 }
 
@@ -304,8 +304,9 @@ fn a_process_number_from_elsewhere_is_not_believed() -> Result<()> {
     let container = named(&scene, "none", "alone")?;
     let _service = scene.service("host's", LOCALHOST)?;
     // The process is the right one here; so its cgroup is made the wrong one.
-    let pid = scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "alone"])?;
-    fs::write("/sys/fs/cgroup/cgroup.procs", &pid).context("move the container out of its cgroup")?;
+    let pid = scene.engine.pid(&container)?;
+    fs::write("/sys/fs/cgroup/cgroup.procs", pid.to_string())
+        .context("move the container out of its cgroup")?;
     let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     ensure!(!cgroups.contains(&container.id), "the container is still in its cgroup: {cgroups}");
     scene.daemon.allow(&["container:alone", "8080"])?;
@@ -315,17 +316,18 @@ fn a_process_number_from_elsewhere_is_not_believed() -> Result<()> {
     scene.refused(&container, localhost())
 }
 
-/// The engine is away, its container has ended with it, and a stranger has got the number: in a namespace of its own, in a
+/// The engine is away, its container has ended, and a stranger has got the number: in a namespace of its own, in a
 /// cgroup named after the container.
 fn what_was_known_of_an_engine_that_is_away_is_not_believed_for_ever() -> Result<()> {
-    let mut scene = Scene::new()?;
+    let mut scene = Scene::lasting()?;
     let container = named(&scene, "none", "alone")?;
     let service = scene.service("host's", LOCALHOST)?;
     scene.daemon.allow(&["container:alone", "8080"])?;
     must_reach(&scene, &container, "host's")?;
-    let pid: u32 = scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "alone"])?.parse()?;
+    let pid = scene.engine.pid(&container)?;
     scene.engine.down()?;
-    scene.wait_for_docker("away")?;
+    scene.wait_for_engine("away")?;
+    kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL)?;
     patience::until("the container has ended", || {
         Ok((!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
     })?;

@@ -4,15 +4,14 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, bail, ensure};
 use lbridge_tests::harness::client::{self, Attempt};
-use lbridge_tests::harness::daemon::{Daemon, Options};
-use lbridge_tests::harness::docker::{Container, Engine, Network};
+use lbridge_tests::harness::engine::{Container, Engine, Network};
 use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::service::Service;
 use lbridge_tests::harness::suite::Test;
 use lbridge_tests::tests;
 
-use super::{Scene, at};
+use super::{Scene, Tested};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -37,12 +36,9 @@ struct Walled {
 
 impl Walled {
     fn new(config: &str) -> Result<Walled> {
-        let engine = Engine::start()?;
-        let host = NetNs::current()?;
-        host.shell(&format!("nft '{DROPS}'"))?;
-        let options = Options { docker: true, config: config.to_owned(), ..Options::default() };
-        let daemon = Daemon::start_with(&host, options)?;
-        let scene = Scene { engine, daemon, host };
+        let engine = Tested::start()?;
+        NetNs::current()?.shell(&format!("nft '{DROPS}'"))?;
+        let scene = Scene::configured(engine, config)?;
         let app = scene.engine.create_network("app", &[])?;
         let own = scene.service("own", &format!("0.0.0.0:{PORT}"))?;
         Ok(Walled { scene, app, own })
@@ -52,9 +48,13 @@ impl Walled {
         self.scene.engine.run("app", &[&["--name", name], more].concat())
     }
 
-    /// The network's gateway, and docker0's address, which containers call `host.docker.internal`.
-    fn dialled(&self) -> Result<[SocketAddr; 2]> {
-        Ok([at(&self.app, PORT), SocketAddr::new("172.17.0.1".parse()?, PORT)])
+    /// The network's gateway, and the address that containers of all networks call the host, if there is one.
+    fn dialled(&self) -> Result<Vec<SocketAddr>> {
+        let mut dialled = vec![self.app.at(PORT)];
+        if Tested::HOST_GATEWAY_IS_SHARED {
+            dialled.push(self.scene.engine.network(Tested::DEFAULT_NETWORK)?.at(PORT));
+        }
+        Ok(dialled)
     }
 
     fn served(&self, container: &Container) -> Result<()> {

@@ -7,10 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
-use lbridge_tests::harness::daemon::{Daemon, Options, Output};
-use lbridge_tests::harness::docker::{Container, Engine};
+use lbridge_tests::harness::engine::{Container, Engine};
 use lbridge_tests::harness::follow::Follow;
-use lbridge_tests::harness::netns::NetNs;
 use lbridge_tests::harness::patience;
 use lbridge_tests::harness::pins::Map;
 use lbridge_tests::harness::suite::Test;
@@ -18,7 +16,7 @@ use lbridge_tests::harness::usage;
 use lbridge_tests::tests;
 use serde_json::Value;
 
-use super::{Scene, at};
+use super::{IMAGE, Scene, Tested, WITHOUT_CONTAINERS};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -42,14 +40,7 @@ const ON: &str = "labels = true\nlabel_ports = [8080, \"8081-8085\"]\n";
 const SERVICE: &str = "127.0.0.1:8080";
 
 fn scene() -> Result<Scene> {
-    scene_with(Engine::start()?, ON)
-}
-
-fn scene_with(engine: Engine, config: &str) -> Result<Scene> {
-    let host = NetNs::current()?;
-    let options = Options { docker: true, config: config.to_owned(), ..Options::default() };
-    let daemon = Daemon::start_with(&host, options)?;
-    Ok(Scene { engine, daemon, host })
+    Scene::configured(Tested::start()?, ON)
 }
 
 fn labelled(scene: &Scene, network: &str, name: &str, labels: &[&str]) -> Result<Container> {
@@ -89,24 +80,17 @@ fn no_problems(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-fn reload(scene: &Scene, config: &str) -> Result<Output> {
-    fs::write(scene.daemon.config(), config)?;
-    let output = scene.daemon.cli(&["reload"])?;
-    ensure!(output.status == 0, "{output:?}");
-    Ok(output)
-}
-
 fn a_labelled_container_has_its_rule_while_it_runs() -> Result<()> {
     let scene = scene()?;
     let (app, db) = (scene.engine.create_network("app", &[])?, scene.engine.create_network("db", &[])?);
     let _service = scene.service("host's", SERVICE)?;
     let labels = ["--label=lbridge.allow=8080, 8081=8080", "--label=lbridge.localhost=true"];
-    scene.engine.docker(
-        &[&["create", "--name=web", "--network=app"], &labels[..], &["lab", "sleep", "1000"]].concat(),
+    scene.engine.cli(
+        &[&["create", "--name=web", "--network=app"], &labels[..], &[IMAGE, "sleep", "1000"]].concat(),
     )?;
-    scene.engine.docker(&["network", "connect", "db", "web"])?;
+    scene.engine.cli(&["network", "connect", "db", "web"])?;
     ensure!(scene.daemon.rule("app", 8080)?.is_none(), "one that does not run asks for nothing");
-    scene.engine.docker(&["start", "web"])?;
+    scene.engine.cli(&["start", "web"])?;
     let web = Container { id: "web".to_owned() };
     for network in ["app", "db"] {
         let rule = wait_for(&scene, network, 8080, "steered")?;
@@ -117,21 +101,21 @@ fn a_labelled_container_has_its_rule_while_it_runs() -> Result<()> {
         wait_for(&scene, network, 8081, "steered")?;
     }
     for network in [&app, &db] {
-        scene.served(&web, at(network, 8080), "host's")?;
-        scene.served(&web, at(network, 8081), "host's")?;
-        scene.refused(&web, at(network, 8082))?;
+        scene.served(&web, network.at(8080), "host's")?;
+        scene.served(&web, network.at(8081), "host's")?;
+        scene.refused(&web, network.at(8082))?;
     }
     no_problems(&scene)?;
-    scene.engine.docker(&["network", "disconnect", "db", "web"])?;
+    scene.engine.cli(&["network", "disconnect", "db", "web"])?;
     wait_until_gone(&scene, "db", 8080)?;
-    scene.served(&web, at(&app, 8080), "host's")?;
-    scene.engine.docker(&["kill", "web"])?;
+    scene.served(&web, app.at(8080), "host's")?;
+    scene.engine.cli(&["kill", "web"])?;
     wait_until_gone(&scene, "app", 8080)?;
     let other = scene.engine.run("app", &[])?;
-    scene.refused(&other, at(&app, 8080))?;
-    scene.engine.docker(&["start", "web"])?;
+    scene.refused(&other, app.at(8080))?;
+    scene.engine.cli(&["start", "web"])?;
     wait_for(&scene, "app", 8080, "steered")?;
-    scene.served(&web, at(&app, 8080), "host's").map(drop)
+    scene.served(&web, app.at(8080), "host's").map(drop)
 }
 
 fn containers_of_one_label_share_a_rule() -> Result<()> {
@@ -150,13 +134,13 @@ fn containers_of_one_label_share_a_rule() -> Result<()> {
     };
     shared_by(&["web_1", "web_2", "web_3"])?;
     for container in &all {
-        scene.served(container, at(&app, 8080), "host's")?;
+        scene.served(container, app.at(8080), "host's")?;
     }
-    scene.engine.docker(&["rename", "web_2", "worker"])?;
+    scene.engine.cli(&["rename", "web_2", "worker"])?;
     shared_by(&["web_1", "web_3", "worker"])?;
     scene.engine.remove(&all[0])?;
     shared_by(&["web_3", "worker"])?;
-    scene.served(&all[1], at(&app, 8080), "host's")?;
+    scene.served(&all[1], app.at(8080), "host's")?;
     no_problems(&scene)
 }
 
@@ -168,7 +152,7 @@ fn a_label_of_a_network_is_for_all_of_it() -> Result<()> {
     let _service = scene.service("host's", SERVICE)?;
     let container = scene.engine.run("app", &[])?;
     scene.daemon.wait_for_state("app", 8080, "steered")?;
-    scene.served(&container, at(&app, 8080), "host's")?;
+    scene.served(&container, app.at(8080), "host's")?;
     let verified = scene.daemon.cli(&["verify", "app", "8080"])?;
     ensure!(verified.status == 0 && verified.stdout.contains("all as they should be"), "{verified:?}");
     // A container's label adds nothing to it, and takes nothing away.
@@ -181,10 +165,10 @@ fn a_label_of_a_network_is_for_all_of_it() -> Result<()> {
         "{problems:?}"
     );
     ensure!(scene.daemon.rule("app", 8080)?.is_some_and(|rule| from(&rule).is_empty()));
-    scene.served(&container, at(&app, 8080), "host's")?;
+    scene.served(&container, app.at(8080), "host's")?;
     scene.engine.remove(&container)?;
     scene.engine.remove(&other)?;
-    scene.engine.docker(&["rm", "--force", "web"])?;
+    scene.engine.cli(&["rm", "--force", "web"])?;
     scene.engine.remove_network("app")?;
     wait_until_gone(&scene, "app", 8080)
 }
@@ -196,8 +180,8 @@ fn what_is_not_in_label_ports_stays_closed() -> Result<()> {
     let _service = scene.service("host's", SERVICE)?;
     let web = labelled(&scene, "app", "web", &["allow=8082=9000,8083=8080"])?;
     wait_for(&scene, "app", 8083, "steered")?;
-    scene.served(&web, at(&app, 8083), "host's")?;
-    scene.refused(&web, at(&app, 8082))?;
+    scene.served(&web, app.at(8083), "host's")?;
+    scene.refused(&web, app.at(8082))?;
     ensure!(secret.accepted() == 0);
     let problems = problems(&scene)?;
     ensure!(problems.len() == 1 && problems[0]["object"] == "container web", "{problems:?}");
@@ -206,23 +190,22 @@ fn what_is_not_in_label_ports_stays_closed() -> Result<()> {
     let told = scene.daemon.cli(&["status"])?.stdout;
     ensure!(told.contains("label    container web, lbridge.allow=8082=9000,8083=8080: "), "{told}");
     // The remedy, as it is told.
-    reload(&scene, "labels = true\nlabel_ports = [\"8080-8085\", 9000]\n")?;
+    scene.reload("labels = true\nlabel_ports = [\"8080-8085\", 9000]\n")?;
     wait_for(&scene, "app", 8082, "steered")?;
-    scene.served(&web, at(&app, 8082), "secret")?;
+    scene.served(&web, app.at(8082), "secret")?;
     // No word but the administrator's has a container pass for the host.
     let trusted = labelled(&scene, "app", "trusted", &["allow=8081=8080", "source=loopback"])?;
     patience::until("status tells of label_sources", || {
         Ok(scene.daemon.cli(&["status"])?.stdout.contains("label_sources").then_some(()))
     })?;
-    scene.refused(&trusted, at(&app, 8081))?;
-    reload(
-        &scene,
+    scene.refused(&trusted, app.at(8081))?;
+    scene.reload(
         "labels = true\nlabel_ports = [\"8080-8085\", 9000]\nlabel_sources = [\"container\", \"loopback\"]\n",
     )?;
     wait_for(&scene, "app", 8081, "steered")?;
-    let greeting = scene.served(&trusted, at(&app, 8081), "host's")?;
+    let greeting = scene.served(&trusted, app.at(8081), "host's")?;
     ensure!(greeting.peer.ip().is_loopback(), "{greeting:?}");
-    let greeting = scene.served(&web, at(&app, 8082), "secret")?;
+    let greeting = scene.served(&web, app.at(8082), "secret")?;
     ensure!(!greeting.peer.ip().is_loopback(), "{greeting:?}");
     no_problems(&scene)
 }
@@ -235,18 +218,20 @@ fn a_label_does_not_take_what_others_are_sent() -> Result<()> {
     let app = scene.engine.create_network("app", &["--label=lbridge.allow=8090=8080,8081=8080"])?;
     let container = scene.engine.run("app", &[])?;
     wait_for(&scene, "app", 8081, "steered")?;
-    scene.served(&container, at(&app, 8081), "host's")?;
-    scene.served(&container, at(&app, 8090), "public")?;
-    scene.served(&container, "172.17.0.1:8090".parse()?, "public")?;
+    scene.served(&container, app.at(8081), "host's")?;
+    scene.served(&container, app.at(8090), "public")?;
+    scene.engine.run(Tested::DEFAULT_NETWORK, &[])?;
+    let elsewhere = scene.engine.network(Tested::DEFAULT_NETWORK)?.at(8090);
+    scene.served(&container, elsewhere, "public")?;
     ensure!(scene.daemon.rule("app", 8090)?.is_none());
     ensure!((service.accepted(), public.accepted()) == (1, 2));
     let problems = problems(&scene)?;
     let told = problems[0].to_string();
     ensure!(problems.len() == 1 && told.contains("8090") && told.contains("label_dialled_ports"), "{told}");
     // The remedy, as it is told.
-    reload(&scene, &format!("{ON}label_dialled_ports = [8090]\n"))?;
+    scene.reload(&format!("{ON}label_dialled_ports = [8090]\n"))?;
     wait_for(&scene, "app", 8090, "steered")?;
-    scene.served(&container, at(&app, 8090), "host's")?;
+    scene.served(&container, app.at(8090), "host's")?;
     no_problems(&scene)
 }
 
@@ -273,11 +258,11 @@ fn a_bad_label_stops_nothing_else() -> Result<()> {
     let good = labelled(&scene, "app", "zgood", &["allow=8084=8080"])?;
     wait_for(&scene, "app", 8084, "steered")?;
     for port in [8084, 8085] {
-        scene.served(&good, at(&app, port), "host's")?;
+        scene.served(&good, app.at(port), "host's")?;
     }
     let typo = bad.last().context("the last one")?;
-    scene.served(typo, at(&app, 8083), "host's")?;
-    scene.refused(&good, at(&app, 8081))?;
+    scene.served(typo, app.at(8083), "host's")?;
+    scene.refused(&good, app.at(8081))?;
     let problems = problems(&scene)?;
     ensure!(problems.len() == 8, "{problems:#?}");
     for problem in &problems {
@@ -297,8 +282,8 @@ fn a_bad_label_stops_nothing_else() -> Result<()> {
             .filter(|line| line.contains(&format!("label of container {name}, ")))
             .count()
     };
-    scene.engine.docker(&["restart", "--time=0", "flag"])?;
-    scene.engine.docker(&["restart", "--time=0", "unix"])?;
+    scene.engine.cli(&["restart", "--time=0", "flag"])?;
+    scene.engine.cli(&["restart", "--time=0", "unix"])?;
     labelled(&scene, "app", "later", &["allow=8082=8080"])?;
     wait_for(&scene, "app", 8082, "steered")?;
     ensure!(told("flag") == 1 && told("unix") == 1, "once: {}", scene.daemon.log());
@@ -318,9 +303,9 @@ fn an_allow_wins_over_a_label() -> Result<()> {
         output.status == 4 && output.stderr.contains("label") && !output.stderr.contains("file"),
         "{output:?}"
     );
-    scene.served(&web, at(&app, 8080), "one")?;
+    scene.served(&web, app.at(8080), "one")?;
     scene.daemon.allow(&["app", "8080=8081"])?;
-    scene.served(&web, at(&app, 8080), "other")?;
+    scene.served(&web, app.at(8080), "other")?;
     let problem = problems(&scene)?.remove(0);
     let (wrong, remedy) = (problem["wrong"].to_string(), problem["remedy"].to_string());
     ensure!(problem["object"] == "container web" && wrong.contains("lbridge allow"), "{problem}");
@@ -333,7 +318,7 @@ fn an_allow_wins_over_a_label() -> Result<()> {
         "{output:?}"
     );
     wait_for(&scene, "app", 8080, "steered")?;
-    scene.served(&web, at(&app, 8080), "one")?;
+    scene.served(&web, app.at(8080), "one")?;
     no_problems(&scene)?;
     // What a rule covers it has.
     scene.daemon.allow(&["app", "8080"])?;
@@ -342,10 +327,10 @@ fn an_allow_wins_over_a_label() -> Result<()> {
     );
     no_problems(&scene)?;
     // The rule first, of the file.
-    reload(&scene, &format!("{ON}[[rule]]\nnetwork = \"app\"\nport = \"8082=8081\"\n"))?;
+    scene.reload(&format!("{ON}[[rule]]\nnetwork = \"app\"\nport = \"8082=8081\"\n"))?;
     let second = labelled(&scene, "app", "second", &["allow=8082,8083=8080"])?;
     wait_for(&scene, "app", 8083, "steered")?;
-    scene.served(&second, at(&app, 8082), "other")?;
+    scene.served(&second, app.at(8082), "other")?;
     let problem = problems(&scene)?.remove(0);
     ensure!(problem["object"] == "container second", "{problem}");
     ensure!(problem["wrong"].as_str().is_some_and(|wrong| wrong.contains("lbridge.toml")), "{problem}");
@@ -388,44 +373,44 @@ fn an_allow_does_not_interrupt_those_of_labels() -> Result<()> {
 }
 
 fn labels_are_read_from_a_reload_to_another() -> Result<()> {
-    let scene = scene_with(Engine::start()?, "")?;
+    let scene = Scene::configured(Tested::start()?, "")?;
     let app = scene.engine.create_network("app", &["--label=lbridge.allow=8081=8080"])?;
     let _service = scene.service("host's", SERVICE)?;
     let web = labelled(&scene, "app", "web", &["allow=8080"])?;
     for _ in 0..2 {
         ensure!(scene.daemon.status()?["labels"]["enabled"] == false);
         ensure!(scene.daemon.rule("app", 8080)?.is_none() && scene.daemon.rule("app", 8081)?.is_none());
-        scene.refused(&web, at(&app, 8080))?;
+        scene.refused(&web, app.at(8080))?;
         let doctor = scene.daemon.cli(&["doctor"])?.stdout;
         ensure!(doctor.contains("labels are not read") && doctor.contains("container web"), "{doctor}");
-        let output = reload(&scene, ON)?;
+        let output = scene.reload(ON)?;
         ensure!(output.stdout.contains("changed  labels: true, was false"), "{output:?}");
         // In force when it returns.
         scene.must_be("app", 8080, "steered")?;
-        scene.served(&web, at(&app, 8080), "host's")?;
-        scene.served(&web, at(&app, 8081), "host's")?;
-        reload(&scene, "labels = true\nlabel_ports = []\n")?;
-        scene.refused(&web, at(&app, 8080))?;
+        scene.served(&web, app.at(8080), "host's")?;
+        scene.served(&web, app.at(8081), "host's")?;
+        scene.reload("labels = true\nlabel_ports = []\n")?;
+        scene.refused(&web, app.at(8080))?;
         ensure!(problems(&scene)?.len() == 2);
-        reload(&scene, ON)?;
-        scene.served(&web, at(&app, 8080), "host's")?;
-        reload(&scene, "")?;
+        scene.reload(ON)?;
+        scene.served(&web, app.at(8080), "host's")?;
+        scene.reload("")?;
     }
     Ok(())
 }
 
 fn labels_stay_in_force_while_the_engine_is_away() -> Result<()> {
-    let mut scene = scene_with(Engine::start_with(true)?, ON)?;
+    let mut scene = Scene::configured(Tested::start_lasting()?, ON)?;
     let app = scene.engine.create_network("app", &["--label=lbridge.allow=8081=8080"])?;
     let _service = scene.service("host's", SERVICE)?;
     let web = labelled(&scene, "app", "web", &["allow=8080"])?;
     wait_for(&scene, "app", 8080, "steered")?;
     let netns = scene.engine.netns(&web)?;
     scene.engine.down()?;
-    scene.wait_for_docker("away")?;
+    scene.wait_for_engine("away")?;
     let both = || {
-        client::served_by(&netns, at(&app, 8080), "host's")?;
-        client::served_by(&netns, at(&app, 8081), "host's").map(drop)
+        client::served_by(&netns, app.at(8080), "host's")?;
+        client::served_by(&netns, app.at(8081), "host's").map(drop)
     };
     both()?;
     // A daemon that starts meanwhile has them from its last look.
@@ -433,29 +418,29 @@ fn labels_stay_in_force_while_the_engine_is_away() -> Result<()> {
     both()?;
     wait_for(&scene, "app", 8080, "steered")?;
     scene.engine.up()?;
-    scene.wait_for_docker("reachable")?;
+    scene.wait_for_engine("reachable")?;
     both()?;
-    scene.engine.docker(&["kill", "web"])?;
+    scene.engine.cli(&["kill", "web"])?;
     wait_until_gone(&scene, "app", 8080)?;
-    wait_for(&scene, "app", 8081, "steered").map(drop)
+    wait_for(&scene, "app", 8081, WITHOUT_CONTAINERS).map(drop)
 }
 
 fn whoever_ends_while_the_engine_is_away_is_out() -> Result<()> {
-    let mut scene = scene_with(Engine::start_with(true)?, ON)?;
+    let mut scene = Scene::configured(Tested::start_lasting()?, ON)?;
     let app = scene.engine.create_network("app", &[])?;
     let _service = scene.service("host's", SERVICE)?;
     let web = labelled(&scene, "app", "web", &["allow=8080"])?;
     wait_for(&scene, "app", 8080, "steered")?;
     let netns = scene.engine.netns(&web)?;
-    let pid = scene.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "web"])?;
+    let pid = scene.engine.pid(&web)?.cast_signed();
     scene.engine.down()?;
-    scene.wait_for_docker("away")?;
-    client::served_by(&netns, at(&app, 8080), "host's")?;
+    scene.wait_for_engine("away")?;
+    client::served_by(&netns, app.at(8080), "host's")?;
     // Nobody tells that it ends, and whose its address is then. That the engine is away is seen by now.
     thread::sleep(Duration::from_secs(1));
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.parse()?), nix::sys::signal::Signal::SIGKILL)?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
     // Not by way of status, for which the daemon looks.
-    patience::until("it is out", || Ok(client::refused(&netns, at(&app, 8080)).ok()))?;
+    patience::until("it is out", || Ok(client::not_served(&netns, None, app.at(8080)).ok()))?;
     wait_for(&scene, "app", 8080, "waiting").map(drop)
 }
 
@@ -468,7 +453,7 @@ fn a_container_that_restarts_in_a_loop_costs_little() -> Result<()> {
     // One that the engine restarts for ever, and one that is bad as well.
     for (name, label) in [("loop", "lbridge.allow=8081=8080"), ("bad", "lbridge.allow=none")] {
         let label = format!("--label={label}");
-        scene.engine.docker(&[
+        scene.engine.cli(&[
             "run",
             "--detach",
             "--restart=always",
@@ -476,7 +461,7 @@ fn a_container_that_restarts_in_a_loop_costs_little() -> Result<()> {
             name,
             "--network=app",
             &label,
-            "lab",
+            IMAGE,
             "sh",
             "-c",
             "exit 1",
@@ -486,7 +471,7 @@ fn a_container_that_restarts_in_a_loop_costs_little() -> Result<()> {
     let before = usage::Process(pid).ticks()?;
     let started = std::time::Instant::now();
     while started.elapsed() < patience::seconds(5) {
-        scene.served(&web, at(&app, 8080), "host's")?;
+        scene.served(&web, app.at(8080), "host's")?;
         thread::sleep(Duration::from_millis(100));
     }
     let used = usage::Process(pid).ticks()? - before;
@@ -494,7 +479,8 @@ fn a_container_that_restarts_in_a_loop_costs_little() -> Result<()> {
     let most = u64::try_from(started.elapsed().as_millis() / 40)?;
     ensure!(used < most, "{used} ticks, {most} are much");
     let told = scene.daemon.log().lines().filter(|line| line.contains("label of container bad")).count();
-    ensure!(told == 1, "once, not {told} times");
+    let least = usize::from(Tested::LISTS_RESTARTING_CONTAINERS);
+    ensure!((least..=1).contains(&told), "once, not {told} times");
     Ok(())
 }
 
