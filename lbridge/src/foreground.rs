@@ -31,13 +31,13 @@ use crate::{
         trusted,
     },
     planning::{
+        actual::Actual,
+        desired::{RelayKey, RelaySpec, State},
         firewall::FirewallMode,
         hooks::PerHookSet,
         inventory::{Abilities, Absence, Entrance, Incumbents, Inventory, Namespace, NamespaceKey},
         owner,
         plan::{Step, plan},
-        policy::{RelayKey, RelaySpec, State},
-        reality::Reality,
         resolve::resolve,
         rule::{self, Network, Origin, PortSpec, Protocol, ProxyProtocol, Rule, Rules, Source, Target},
     },
@@ -277,11 +277,11 @@ impl Session {
         inventory.incumbents.clone_from(&self.incumbents);
         let without = || "lbridge relay loads no programs into the kernel".to_owned();
         let abilities = Abilities { steer: Err(without()), hooks: PerHookSet::from_fn(|_| Err(without())) };
-        let policy = resolve(&self.rules, &inventory, &abilities, FirewallMode::Off);
-        let reality =
-            Reality { relays: self.relays.specs(), lingering: self.relays.lingering(), ..Reality::default() };
+        let desired = resolve(&self.rules, &inventory, &abilities, FirewallMode::Off);
+        let actual =
+            Actual { relays: self.relays.specs(), lingering: self.relays.lingering(), ..Actual::default() };
         let mut failures = BTreeMap::new();
-        for step in plan(&policy, &reality) {
+        for step in plan(&desired, &actual) {
             match step {
                 Step::OpenRelay(key, spec) => {
                     if !self.relays.change(&key, &spec)
@@ -291,11 +291,11 @@ impl Session {
                     }
                 }
                 Step::CloseRelay { key, .. } => self.relays.close(&key, false).await,
-                // The policy of a namespace has no steps for the kernel programs.
+                // The desired state of a namespace has no steps for the kernel programs.
                 step => tracing::debug!(?step, "left out"),
             }
         }
-        for outcome in policy.outcomes.iter().flat_map(|outcome| &outcome.gateways) {
+        for outcome in desired.outcomes.iter().flat_map(|outcome| &outcome.gateways) {
             let failure = failures.get(&outcome.relay_key);
             let state = if failure.is_some() { State::Blocked } else { outcome.outcome.state };
             let why = failure.cloned().or_else(|| outcome.outcome.why()).unwrap_or_default();

@@ -12,11 +12,11 @@ use strum::VariantNames as _;
 
 use super::protocol::*;
 use crate::planning::{
+    desired::{Alias, State},
     explain::{Answer, Explanation, Fate, Question, Stage, Step, Way},
     firewall::FirewallMode,
     inventory::Product,
     labels::Problem,
-    policy::{Alias, State},
     reason::Reason,
     rule::{
         Network, Options, Origin, PathChoice, PortSpec, ProcessStart, Protocol, ProxyProtocol, Rule, Source,

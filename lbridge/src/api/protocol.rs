@@ -7,10 +7,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::planning::{
+    desired::{Alias, State},
     firewall::FirewallMode,
     inventory::{DockerNetwork, Product},
     labels,
-    policy::{Alias, State},
     reason::Reason,
     rule::{Network, Options, Origin, Protocol, Rule, RuleId},
 };

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::{
     api::protocol::RuleStatus,
     planning::{
-        policy::State,
+        desired::State,
         rule::{Network, Protocol, RuleId},
     },
 };

@@ -21,8 +21,8 @@ use sd_notify::NotifyState;
 use crate::{
     host::netns,
     planning::{
+        desired::{Place, RelayKey},
         inventory::NamespaceId,
-        policy::{Place, RelayKey},
     },
     relay::socket::Listening,
 };

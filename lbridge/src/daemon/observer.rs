@@ -10,12 +10,12 @@ use crate::{
     docker::view::{self, Presence, Sighting, View},
     host::{interfaces::Interfaces, listeners, netns, trusted, users::Users},
     planning::{
+        desired::Desired,
         inventory::{
             Absence, Container, DockerPresence, Entrance, Incumbents, Inventory, ListenerKind, Namespace,
             NamespaceId, SeenContainer,
         },
         owner::{self, Sockets},
-        policy::Policy,
         rule::{Network, ProcessStart, Protocol, RuleId, Rules, Target},
     },
 };
@@ -138,11 +138,11 @@ impl Observer {
     /// Finds the owner of the listener that serves each rule.
     pub(super) async fn owners(
         &mut self,
-        policy: &Policy,
+        desired: &Desired,
         inventory: &Inventory,
     ) -> BTreeMap<RuleId, ListenerUser> {
         let sockets = Sockets::new(inventory);
-        let rules = policy.outcomes.iter().map(|outcome| &outcome.rule);
+        let rules = desired.outcomes.iter().map(|outcome| &outcome.rule);
         let uids: Vec<_> = rules.filter_map(|rule| Some((rule.id(), sockets.user_of(rule)?))).collect();
         self.users.look(&uids.iter().map(|(_, uid)| *uid).collect()).await;
         let named = |uid| ListenerUser { uid, name: self.users.name(uid).map(str::to_owned) };

@@ -15,14 +15,14 @@ use crate::{
         RuleStatus,
     },
     planning::{
+        actual::Actual,
+        desired::{
+            Clients, Desired, GatewayOutcome, Outcome, Place, RedirectOutcome, RelayKey, RelaySpec,
+            RuleOutcome, State,
+        },
         firewall::Passage,
         hooks::HookSet,
         inventory::{Entrance, NamespaceKey},
-        policy::{
-            Clients, GatewayOutcome, Outcome, Place, Policy, RedirectOutcome, RelayKey, RelaySpec,
-            RuleOutcome, State,
-        },
-        reality::Reality,
         reason::Reason,
         rule::{Origin, Rule, RuleId, Rules},
     },
@@ -36,9 +36,9 @@ const MAX_CHANGES: usize = 100;
 #[derive(Debug, Default)]
 pub(super) struct Report {
     /// Desired state, as resolved from the rules.
-    pub(super) policy: Policy,
+    pub(super) desired: Desired,
     /// Actual state, as last read back.
-    pub(super) reality: Reality,
+    pub(super) actual: Actual,
     /// Failures of the steps that were carried out last.
     pub(super) failures: Failures,
     /// Connection and byte counts of each relay.
@@ -50,7 +50,7 @@ pub(super) struct Report {
 impl Report {
     /// Lists the status of every rule, in order.
     pub(super) fn rules(&self) -> Vec<RuleStatus> {
-        self.policy.outcomes.iter().map(|outcome| self.rule(outcome)).collect()
+        self.desired.outcomes.iter().map(|outcome| self.rule(outcome)).collect()
     }
 
     /// Lists, for the log, the rules whose state has changed, and those that are new or gone.
@@ -60,7 +60,7 @@ impl Report {
             return vec![format!("{} rules have changed", changes.len())];
         }
         let was_labels = |id: &RuleId| {
-            let mut outcomes = before.policy.outcomes.iter();
+            let mut outcomes = before.desired.outcomes.iter();
             outcomes.any(|outcome| outcome.origin == Origin::Label && outcome.rule.id() == *id)
         };
         let told = |(id, now): (RuleId, Option<RuleStatus>)| match now {
@@ -84,7 +84,7 @@ impl Report {
             let RuleStatus { state, why, reasons, .. } = now?;
             Some(Happening::State { network, port, protocol, state, why, reasons })
         });
-        let refused = self.policy.outcomes.iter().filter_map(|outcome| {
+        let refused = self.desired.outcomes.iter().filter_map(|outcome| {
             let connections = self.counts(outcome).refused.saturating_sub(before.counts(outcome).refused);
             let RuleId { network, port, protocol } = outcome.rule.id();
             (connections > 0).then_some(Happening::Refused { network, port, protocol, connections })
@@ -95,7 +95,7 @@ impl Report {
     /// Lists the rules whose state has changed, with the new status; `None` for those that are gone. Compares
     /// states only: a reason may contain text of others' choice, and change at every moment.
     fn states_since(&self, before: &Self) -> Vec<(RuleId, Option<RuleStatus>)> {
-        if self.policy.outcomes == before.policy.outcomes && self.failures.steps == before.failures.steps {
+        if self.desired.outcomes == before.desired.outcomes && self.failures.steps == before.failures.steps {
             return vec![];
         }
         let states = before.rules().into_iter().map(|rule| (rule.id(), rule.state));
@@ -120,13 +120,13 @@ impl Report {
 
     /// Returns the state of the host's firewall, which stands in front of the rules.
     pub(super) fn firewall(&self) -> FirewallStatus {
-        let filtering = &self.reality.filtering;
+        let filtering = &self.actual.filtering;
         let untried = filtering.passages.iter().find_map(|(opening, passage)| match passage {
             Passage::Unknown(why) => Some(format!("{opening}: {why}")),
             Passage::Open | Passage::Dropped => None,
         });
         FirewallStatus {
-            mode: self.policy.firewall,
+            mode: self.desired.firewall,
             firewalls: filtering.keepers().iter().map(ToString::to_string).collect(),
             accept_rules: filtering.accepts.values().map(|accepted| accepted.copies).sum(),
             unreadable: filtering.unreadable.clone(),
@@ -173,8 +173,8 @@ impl Report {
 
     /// Returns the status of a dial: the status of its gateway, if the dial's entries and hooks are in place.
     fn dial(&self, meant: &RedirectOutcome, gateways: &[GatewayStatus]) -> DialStatus {
-        let entries = meant.keys.iter().all(|key| self.reality.kernel.redirects.contains_key(key));
-        let there = self.reality.kernel.hooks[HookSet::Connect] && entries;
+        let entries = meant.keys.iter().all(|key| self.actual.kernel.redirects.contains_key(key));
+        let there = self.actual.kernel.hooks[HookSet::Connect] && entries;
         let gateway = gateways.iter().find(|gateway| Some(gateway.address) == meant.gateway);
         let of = |outcome: &Outcome| (outcome.state, outcome.why(), told(outcome));
         let (state, why, reasons) = match gateway {
@@ -186,7 +186,7 @@ impl Report {
             address: meant.address.ip(),
             interface: meant.interface.clone(),
             gateway: meant.gateway,
-            containers: self.reality.whose_localhost(meant),
+            containers: self.actual.whose_localhost(meant),
             state,
             why,
             reasons,
@@ -198,7 +198,7 @@ impl Report {
         let Some(opening) = meant.opening.as_ref().filter(|_| outcome.state != State::Blocked) else {
             return outcome;
         };
-        let filtering = &self.reality.filtering;
+        let filtering = &self.actual.filtering;
         // An opening that was dropped, and for which no accept rule could be put, is not probed again.
         let dropped = match filtering.passages.get(opening) {
             Some(passage) => *passage == Passage::Dropped,
@@ -213,24 +213,24 @@ impl Report {
     }
 
     fn gateway(&self, meant: &GatewayOutcome, rule: &Rule) -> GatewayStatus {
-        let entry = meant.entry_key.and_then(|key| self.reality.kernel.entries.get(&key));
-        let relayed = self.reality.relays.get(&meant.relay_key);
+        let entry = meant.entry_key.and_then(|key| self.actual.kernel.entries.get(&key));
+        let relayed = self.actual.relays.get(&meant.relay_key);
         let reached =
-            relayed.is_some_and(|spec| !spec.by_entry || entry.is_some_and(|it| self.reality.serves(it)));
+            relayed.is_some_and(|spec| !spec.by_entry || entry.is_some_and(|it| self.actual.serves(it)));
         let blocked = |failure: Option<&String>, otherwise: Reason| {
             Outcome::because(State::Blocked, failure.cloned().map_or(otherwise, Reason::Failed))
         };
         let observed = match (meant.outcome.state, entry) {
             (State::Waiting | State::Blocked, _) => meant.outcome.clone(),
-            (State::Steered, _) if self.reality.detached => blocked(None, Reason::Detached),
+            (State::Steered, _) if self.actual.detached => blocked(None, Reason::Detached),
             (State::Steered, Some(entry))
-                if !sources(&self.policy.kernel.sources, entry)
-                    .is_subset(&sources(&self.reality.kernel.sources, entry)) =>
+                if !sources(&self.desired.kernel.sources, entry)
+                    .is_subset(&sources(&self.actual.kernel.sources, entry)) =>
             {
                 let failure = self.failures.entries.get(&entry.key);
                 blocked(failure, Reason::SourcesMissing)
             }
-            (State::Steered, Some(entry)) if self.reality.serves(entry) => meant.outcome.clone(),
+            (State::Steered, Some(entry)) if self.actual.serves(entry) => meant.outcome.clone(),
             (State::Steered, Some(entry)) => {
                 let failure = self.failures.listeners.get(&entry.target_port);
                 blocked(failure, Reason::ListenerUnregistered)
@@ -239,7 +239,7 @@ impl Report {
                 let failure = meant.entry_key.and_then(|key| self.failures.entries.get(&key));
                 blocked(failure, Reason::EntryMissing)
             }
-            (State::Relayed, _) if self.reality.detached && relayed.is_some_and(|relay| relay.by_entry) => {
+            (State::Relayed, _) if self.actual.detached && relayed.is_some_and(|relay| relay.by_entry) => {
                 blocked(None, Reason::Detached)
             }
             (State::Relayed, _) if reached => meant.outcome.clone(),
@@ -250,7 +250,7 @@ impl Report {
             }
         };
         let observed = self.through_firewall(meant, observed);
-        let steered = meant.entry_key.and_then(|key| self.reality.steered.get(&key)).copied();
+        let steered = meant.entry_key.and_then(|key| self.actual.steered.get(&key)).copied();
         let by_relay = meant.relay().and_then(|key| self.relayed.get(key)).copied().unwrap_or_default();
         GatewayStatus {
             address: meant.relay_key.address.ip(),
@@ -260,10 +260,10 @@ impl Report {
                 Place::Namespace(key) => Some(namespace(key)),
             },
             alias: meant.alias,
-            sources: match (meant.relay().and_then(|key| self.reality.relays.get(key)), entry) {
+            sources: match (meant.relay().and_then(|key| self.actual.relays.get(key)), entry) {
                 (Some(RelaySpec { clients: Clients::Listed(listed), .. }), _) => Some(listed.clone()),
                 (None, Some(entry)) if entry.has(Entry::LISTED) => {
-                    Some(sources(&self.reality.kernel.sources, entry))
+                    Some(sources(&self.actual.kernel.sources, entry))
                 }
                 _ => None,
             },

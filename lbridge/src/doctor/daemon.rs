@@ -12,7 +12,7 @@ use crate::{
     },
     host::processes::{self, Unit},
     kernel::pins,
-    planning::{policy::State, rule::PathChoice},
+    planning::{desired::State, rule::PathChoice},
 };
 
 /// Paths at which the unit may be installed.

@@ -11,9 +11,9 @@ use crate::{
         look::{self, EngineInfo},
     },
     planning::{
+        desired::State,
         inventory::{DEFAULT_NETWORK, Product, find_networks},
         labels::{ALLOW, Labelled},
-        policy::State,
         rule::Network,
     },
 };

@@ -19,7 +19,7 @@ use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 
 use crate::{
     host::{listeners, netlink},
-    planning::reality::Flows,
+    planning::actual::Flows,
 };
 
 /// `CTA_ZONE` (include/uapi/linux/netfilter/nfnetlink_conntrack.h).

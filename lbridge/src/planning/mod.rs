@@ -2,13 +2,15 @@
 //!
 //! ```text
 //! Labels --derive--> Rules
-//! Rules + Inventory + Abilities --resolve--> Policy --plan(policy, reality)--> Steps
+//! Rules + Inventory + Abilities --resolve--> Desired --plan(desired, actual)--> Steps
 //! ```
 //!
 //! May import `lbridge_common`, and nothing else of lbridge. From other crates it may import those that do no
 //! I/O: serde, jiff for its format of durations (files and the API contain these types), ipnet, strsim,
 //! strum, thiserror. Every shell may import planning.
 
+pub mod actual;
+pub mod desired;
 pub mod explain;
 pub mod firewall;
 pub mod grant;
@@ -19,8 +21,6 @@ pub mod kernel_state;
 pub mod labels;
 pub mod owner;
 pub mod plan;
-pub mod policy;
-pub mod reality;
 pub mod reason;
 pub mod resolve;
 pub mod rule;

@@ -5,7 +5,7 @@ use std::{io, net::IpAddr, net::SocketAddr};
 
 use super::rule::{Network, RuleId, Target};
 
-/// A reason for a [`State`](super::policy::State).
+/// A reason for a [`State`](super::desired::State).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, strum::IntoStaticStr, strum::VariantNames)]
 #[strum(serialize_all = "snake_case")]
 pub enum Reason {

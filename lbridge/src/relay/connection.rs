@@ -27,7 +27,7 @@ use super::{PeerNames, meter::Statistics, splice};
 use crate::{
     host::trusted,
     planning::{
-        policy::{RelaySpec, Service, stand_in_for_container},
+        desired::{RelaySpec, Service, stand_in_for_container},
         rule::{ProxyProtocol, Source},
     },
 };

@@ -25,7 +25,7 @@ use super::{
     meter::Statistics,
     pause::Pause,
 };
-use crate::planning::policy::{Clients, RelaySpec};
+use crate::planning::desired::{Clients, RelaySpec};
 
 /// The time that handshakes which began before the kernel took over have to complete.
 const LINGER: Duration = Duration::from_secs(1);

@@ -58,7 +58,7 @@ pub fn raise_descriptor_limit() {
 
 #[cfg(test)]
 mod tests {
-    use crate::planning::policy::stand_in_for_container as stand_in;
+    use crate::planning::desired::stand_in_for_container as stand_in;
 
     #[test]
     fn a_stand_in_is_never_localhost() {

@@ -28,7 +28,7 @@ use super::{
     workers::Workers,
 };
 use crate::planning::{
-    policy::{RelayKey, RelaySpec},
+    desired::{RelayKey, RelaySpec},
     rule::{Network, RuleId},
 };
 

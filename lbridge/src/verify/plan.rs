@@ -8,8 +8,8 @@ use std::{
 use crate::{
     api::protocol::{GatewayStatus, NamespaceStatus, RuleStatus, Status},
     planning::{
+        desired::{State, Subnet},
         inventory::Interface,
-        policy::{State, Subnet},
         rule::{Protocol, RuleId},
     },
 };

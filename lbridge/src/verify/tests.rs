@@ -5,8 +5,8 @@ use crate::{
         NetworkStatus, RuleStatus, Status,
     },
     planning::{
+        desired::State,
         inventory::Interface,
-        policy::State,
         rule::{PortSpec, Rule},
     },
 };

@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, bail, ensure};
+use lbridge::planning::actual::Actual;
+use lbridge::planning::desired::{
+    Clients, Desired, Place, RelayKey, RelaySpec, Service as RelayedTo, Subnet,
+};
 use lbridge::planning::explain::{Fate, Known, Question, explain};
 use lbridge::planning::firewall::{Opening, Passage};
 use lbridge::planning::hooks::PerHookSet;
 use lbridge::planning::inventory::{Abilities, Interface, Inventory, Listener, ListenerKind, Steering};
-use lbridge::planning::policy::{Clients, Place, Policy, RelayKey, RelaySpec, Service as RelayedTo, Subnet};
-use lbridge::planning::reality::Reality;
 use lbridge::planning::rule::{Protocol, RuleId, Source};
 use lbridge_common::verdict::{Lookups, Verdict, decide};
 use lbridge_common::wire::{
@@ -196,7 +198,7 @@ impl Stage {
     fn maps(&self, case: &Case) -> Result<Maps> {
         let source = Address::from(ip(case.source)?);
         let dialled = Endpoint::new(ip(GATEWAY)?.into(), PORT);
-        let mut maps = Maps { reality: Reality::default(), entry: None, source, dialled };
+        let mut maps = Maps { actual: Actual::default(), entry: None, source, dialled };
         if let Some(entry) = &case.entry {
             let key = self.key(entry.bridge)?;
             let (base, prefix) = entry.subnet;
@@ -211,12 +213,12 @@ impl Stage {
                 flags: entry.flags,
                 reserved: [0; 2],
             };
-            maps.reality.kernel.entries.insert(key, value);
+            maps.actual.kernel.entries.insert(key, value);
             if case.listed {
-                maps.reality.kernel.sources.insert(SourceKey { rule: key, source });
+                maps.actual.kernel.sources.insert(SourceKey { rule: key, source });
             }
             if case.relay {
-                maps.reality.relay_sockets.insert(key);
+                maps.actual.relay_sockets.insert(key);
             }
         }
         if let Some(prefix) = case.accepted {
@@ -227,16 +229,16 @@ impl Stage {
                 protocol: TCP.into(),
                 source: source.masked(&mask),
             };
-            maps.reality.accepted.insert((key, AcceptedKey::prefix_len(&mask)));
+            maps.actual.accepted.insert((key, AcceptedKey::prefix_len(&mask)));
         }
         if let Some(prefix) = case.view {
             let mask = source.mask(prefix);
             let key = OverrideKey { gateway: dialled, peer: source.masked(&mask) };
             let view = NameOverride { gateway: dialled, target: endpoint(SERVICE.parse()?) };
-            maps.reality.kernel.overrides.insert((key, OverrideKey::prefix_len(&mask)), view);
+            maps.actual.kernel.overrides.insert((key, OverrideKey::prefix_len(&mask)), view);
         }
         // What the kernel program looks up.
-        maps.entry = maps.reality.kernel.entries.get(&self.key(case.from)?).copied();
+        maps.entry = maps.actual.kernel.entries.get(&self.key(case.from)?).copied();
         Ok(maps)
     }
 
@@ -245,21 +247,21 @@ impl Stage {
         let relay = u32::try_from(std::os::fd::AsRawFd::as_raw_fd(&self.relay))?;
         let write =
             |map: &Map, key: &[u8], value: &[u8]| if put { map.put(key, value) } else { map.remove(key) };
-        let reality = &maps.reality;
-        for (key, value) in &reality.kernel.entries {
+        let actual = &maps.actual;
+        for (key, value) in &actual.kernel.entries {
             let value = wire::CountedEntry { entry: *value, steered: 0 };
             write(&self.rules, bytes(key), bytes(&value))?;
         }
-        for key in &reality.kernel.sources {
+        for key in &actual.kernel.sources {
             write(&self.sources, bytes(key), &[1])?;
         }
-        for (key, bits) in &reality.accepted {
+        for (key, bits) in &actual.accepted {
             write(&self.accepted, &[&bits.to_ne_bytes(), bytes(key)].concat(), &[1])?;
         }
-        for ((key, bits), view) in &reality.kernel.overrides {
+        for ((key, bits), view) in &actual.kernel.overrides {
             write(&self.views, &[&bits.to_ne_bytes(), bytes(key)].concat(), bytes(view))?;
         }
-        for key in &reality.relay_sockets {
+        for key in &actual.relay_sockets {
             write(&self.relays, bytes(key), &relay.to_ne_bytes())?;
         }
         Ok(())
@@ -289,7 +291,7 @@ impl Stage {
 
     /// What `lbridge explain` says, for a SYN of the network that the gateway is of.
     fn explained(&self, case: &Case, maps: &Maps) -> Result<Fate> {
-        let mut reality = maps.reality.clone();
+        let mut actual = maps.actual.clone();
         let (gateway, source) = (ip(GATEWAY)?, ip(case.source)?);
         let listener = |address: &str, inode| -> Result<Listener> {
             let (single_family, bound_interface, kind) = (true, 0, ListenerKind::Tcp);
@@ -315,11 +317,11 @@ impl Stage {
             hooks: PerHookSet::from_fn(|_| Ok(())),
         };
         let service = endpoint(SERVICE.parse()?);
-        reality.registered =
+        actual.registered =
             [ListenerKey { address: service.address, port: service.port, slot: 0, protocol: TCP }].into();
         let dialled = SocketAddr::new(gateway, PORT);
         let opening = Opening::new("lab0", (gateway, 24), gateway, Protocol::Tcp, PORT);
-        reality.filtering.passages = [(opening, Passage::Open)].into();
+        actual.filtering.passages = [(opening, Passage::Open)].into();
         let place = Place::Bridge { interface: "lab0".to_owned(), ifindex: self.indices[0] };
         if case.relay {
             let spec = RelaySpec {
@@ -332,15 +334,15 @@ impl Stage {
                 max_connections: 1,
                 idle_timeout: None,
             };
-            reality.relays = [(RelayKey { address: dialled, place }, spec)].into();
+            actual.relays = [(RelayKey { address: dialled, place }, spec)].into();
         }
         let network = "bridge:lab0".parse()?;
         let question = Question { network, port: PORT, protocol: Protocol::Tcp, source: Some(source) };
         let known = Known {
             inventory: &inventory,
             abilities: &abilities,
-            policy: &Policy::default(),
-            reality: &reality,
+            desired: &Desired::default(),
+            actual: &actual,
             relay_failures: &BTreeMap::new(),
             entry_failures: &BTreeMap::new(),
             holders: &BTreeMap::new(),
@@ -354,7 +356,7 @@ impl Stage {
 
 /// The maps of a case, and what the decision asks of them.
 struct Maps {
-    reality: Reality,
+    actual: Actual,
     entry: Option<wire::Entry>,
     source: Address,
     dialled: Endpoint,
@@ -367,17 +369,17 @@ impl Lookups for Maps {
 
     fn is_listed(&self) -> bool {
         let key = |entry: wire::Entry| SourceKey { rule: entry.key, source: self.source };
-        self.entry.is_some_and(|entry| self.reality.kernel.sources.contains(&key(entry)))
+        self.entry.is_some_and(|entry| self.actual.kernel.sources.contains(&key(entry)))
     }
 
     fn is_accepted(&self) -> bool {
         let Endpoint { address: gateway, port, .. } = self.dialled;
         let packet = AcceptedKey { gateway, port, protocol: TCP.into(), source: self.source };
-        self.reality.accepted.iter().any(|(key, bits)| key.matches(*bits, &packet))
+        self.actual.accepted.iter().any(|(key, bits)| key.matches(*bits, &packet))
     }
 
     fn looks_local(&self) -> bool {
-        let mut views = self.reality.kernel.overrides.keys();
+        let mut views = self.actual.kernel.overrides.keys();
         views.any(|(key, bits)| key.matches(*bits, &self.dialled, &self.source))
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     cli::Failure,
     doctor::quoted,
     import::{Plan, Standing, Taken},
-    planning::policy::State,
+    planning::desired::State,
 };
 
 /// Prints what an import would do, and what to type.

@@ -21,7 +21,7 @@ use serde::Serialize;
 
 use super::{Failure, complete::Candidate, log};
 use crate::planning::{
-    policy::State,
+    desired::State,
     text::{is_unprintable, shown},
 };
 pub(super) use {

@@ -227,7 +227,7 @@ fn options(rule: &RuleStatus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::planning::policy::State;
+    use crate::planning::desired::State;
 
     fn rule(port: u16, target: &str) -> RuleStatus {
         let rule = RuleStatus::example("app", port, target, vec![]);

@@ -7,11 +7,11 @@ use lbridge_common::wire::{AcceptedKey, EntryKey, SourceKey};
 use crate::{
     daemon::sources::Contradicted,
     planning::{
+        desired::RelayKey,
         firewall::Opening,
         hooks::PerHookSet,
         inventory::ListenerKind,
         plan::{Prerequisite, Step},
-        policy::RelayKey,
     },
 };
 

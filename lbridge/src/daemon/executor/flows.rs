@@ -7,7 +7,7 @@ use std::{
 
 use lbridge_common::wire::AcceptedKey;
 
-use crate::{firewall::conntrack, planning::reality::Flows};
+use crate::{firewall::conntrack, planning::actual::Flows};
 
 /// Least time between two searches for flows if all keys have open connections.
 const PAUSE: Duration = Duration::from_secs(5);

@@ -33,13 +33,13 @@ use crate::{
     host::socket_fd::{self, Taker},
     kernel::{loader::Kernel, maps::RelayNames},
     planning::{
+        actual::Actual,
+        desired::{Desired, RelayKey},
         firewall::{Filtering, Link, Opening},
         hooks::{HookSet, PerHookSet},
         inventory::{Abilities, NamespaceId},
         kernel_state::KernelState,
         plan::{self, Step},
-        policy::{Policy, RelayKey},
-        reality::Reality,
     },
     relay::{
         self,
@@ -114,31 +114,31 @@ impl Executor {
         &self.abilities
     }
 
-    /// Brings the namespaces whose localhost leads to the host up to the policy, and adds their numbers and
+    /// Brings the namespaces whose localhost leads to the host up to the desired state, and adds their numbers and
     /// the state of the host's firewall to `in_force`. This may take as long as the firewall's tools do.
-    pub(super) async fn look(&mut self, policy: &Policy, in_force: Reality) -> Reality {
+    pub(super) async fn look(&mut self, desired: &Desired, in_force: Actual) -> Actual {
         if let Some(guests) = &mut self.guests {
-            guests.want(policy.kernel.redirects.keys().map(|key| key.ifindex).collect()).await;
+            guests.want(desired.kernel.redirects.keys().map(|key| key.ifindex).collect()).await;
         }
-        self.with_firewall(policy, Reality { guests: self.guests(), ..in_force }).await
+        self.with_firewall(desired, Actual { guests: self.guests(), ..in_force }).await
     }
 
     /// Reads back the actual state, probes `openings`, and changes nothing.
     pub(super) async fn inspect(
         &mut self,
-        policy: &Policy,
+        desired: &Desired,
         openings: &BTreeMap<Opening, Link>,
-    ) -> anyhow::Result<Reality> {
-        self.firewall.look(&policy.openings).await;
+    ) -> anyhow::Result<Actual> {
+        self.firewall.look(&desired.openings).await;
         self.probe(openings).await;
         let in_force = self.in_force()?;
-        Ok(self.with_firewall(policy, in_force).await)
+        Ok(self.with_firewall(desired, in_force).await)
     }
 
-    async fn with_firewall(&mut self, policy: &Policy, in_force: Reality) -> Reality {
-        let filtering = self.firewall.look(&policy.openings).await.clone();
+    async fn with_firewall(&mut self, desired: &Desired, in_force: Actual) -> Actual {
+        let filtering = self.firewall.look(&desired.openings).await.clone();
         let gone: BTreeSet<_> = in_force.accepted.difference(&filtering.accepted()).copied().collect();
-        Reality { filtering, flows: self.gone_flows.look(&gone), ..in_force }
+        Actual { filtering, flows: self.gone_flows.look(&gone), ..in_force }
     }
 
     /// Has accept rules that could not be put tried again.
@@ -146,9 +146,9 @@ impl Executor {
         self.firewall.try_again();
     }
 
-    /// Returns the number of connections and bytes of each relay that the policy wants.
-    pub(super) fn relayed(&self, policy: &Policy) -> BTreeMap<RelayKey, Counts> {
-        policy.relays.keys().map(|key| (key.clone(), self.relays.counts(key))).collect()
+    /// Returns the number of connections and bytes of each relay that the desired state wants.
+    pub(super) fn relayed(&self, desired: &Desired) -> BTreeMap<RelayKey, Counts> {
+        desired.relays.keys().map(|key| (key.clone(), self.relays.counts(key))).collect()
     }
 
     /// Returns how often the kernel programs have come to an outcome; `None` without a kernel half.
@@ -196,14 +196,14 @@ impl Executor {
         self.relays.drain(limit).await
     }
 
-    /// Withdraws what the policy does not grant, and waits for nobody. Returns what is in force then, without
+    /// Withdraws what the desired state does not grant, and waits for nobody. Returns what is in force then, without
     /// the state of the firewall.
-    pub(super) async fn revoke(&mut self, policy: &Policy) -> anyhow::Result<Reality> {
+    pub(super) async fn revoke(&mut self, desired: &Desired) -> anyhow::Result<Actual> {
         if let Some(sources) = &self.sources {
-            sources.want(&policy.grants);
+            sources.want(&desired.grants);
         }
         let found = self.in_force()?;
-        let steps = plan::revocations(policy, &found);
+        let steps = plan::revocations(desired, &found);
         if steps.is_empty() {
             return Ok(found);
         }
@@ -213,14 +213,14 @@ impl Executor {
     }
 
     /// Returns what is in force in the kernel and the relay set.
-    fn in_force(&mut self) -> anyhow::Result<Reality> {
+    fn in_force(&mut self) -> anyhow::Result<Actual> {
         let relays = self.relays.specs();
         let lingering = self.relays.lingering();
         let Some(kernel) = &self.kernel else {
-            return Ok(Reality { relays, lingering, ..Reality::default() });
+            return Ok(Actual { relays, lingering, ..Actual::default() });
         };
         let (entries, steered) = kernel.maps.entries()?;
-        Ok(Reality {
+        Ok(Actual {
             kernel: KernelState {
                 targets: kernel.maps.targets()?,
                 entries,

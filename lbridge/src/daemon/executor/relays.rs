@@ -11,8 +11,8 @@ use crate::{
         netns::{LOOPBACK, Namespace},
     },
     planning::{
+        desired::{Place, RelayKey, RelaySpec},
         inventory::Absence,
-        policy::{Place, RelayKey, RelaySpec},
     },
     relay::{self, socket::Listening},
 };

@@ -158,16 +158,16 @@ impl Reconciler {
         let asked = explain::with_network(self.rules(), &question.network);
         self.ask_docker(&asked, std::iter::once(&question.network)).await;
         let scene = self.look(&asked).await.map_err(|error| failed(&error))?;
-        let Scene { inventory, mut policy } = scene;
+        let Scene { inventory, mut desired } = scene;
         let abilities = self.executor.abilities().clone();
         let openings = planning::explain::openings(question, &inventory, &abilities);
-        policy.openings.extend(openings.clone());
-        let reality = self.executor.inspect(&policy, &openings).await.map_err(|error| failed(&error))?;
+        desired.openings.extend(openings.clone());
+        let actual = self.executor.inspect(&desired, &openings).await.map_err(|error| failed(&error))?;
         let known = Known {
-            policy: &policy,
+            desired: &desired,
             inventory: &inventory,
             abilities: &abilities,
-            reality: &reality,
+            actual: &actual,
             relay_failures: &self.last.failures.relays,
             entry_failures: &self.last.failures.entries,
             holders: &BTreeMap::new(),

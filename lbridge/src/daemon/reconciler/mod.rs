@@ -29,9 +29,9 @@ use crate::{
     },
     kernel::maps::Events,
     planning::{
+        desired::{Desired, State},
         inventory::{Inventory, Product, find_networks},
         plan::plan,
-        policy::{Policy, State},
         resolve::resolve,
         rule::{Network, Rule, Rules, Target},
     },
@@ -58,7 +58,7 @@ const DOCKER_REFRESH: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 struct Scene {
     inventory: Inventory,
-    policy: Policy,
+    desired: Desired,
 }
 
 /// Owner of the state that the loop changes.
@@ -190,7 +190,7 @@ impl Reconciler {
         let blind = !reported && !rules.is_empty();
         let inside = rules.iter().any(|(_, rule, _)| rule.network.is_namespace());
         let unix = rules.iter().any(|(_, rule, _)| matches!(rule.spec.target, Target::Unix(_)));
-        let relaying = !self.last.policy.relays.is_empty();
+        let relaying = !self.last.desired.relays.is_empty();
         // Changes that the kernel does not report must reach subscribers in time, too.
         let followed = self.journal.is_heard();
         // While the engine is away, nobody reports whether the containers that rules are for still run.
@@ -289,21 +289,21 @@ impl Reconciler {
                 docker.refresh(DOCKER_REFRESH).await;
                 continue;
             }
-            let Scene { inventory, policy } = scene;
+            let Scene { inventory, desired } = scene;
             self.observer.note_incumbents(&inventory);
             // This comes before anything that may take seconds.
-            let in_force = self.executor.revoke(&policy).await?;
-            let reality = self.executor.look(&policy, in_force).await;
-            if reality.registered.len() < MAX_LISTENERS as usize {
+            let in_force = self.executor.revoke(&desired).await?;
+            let actual = self.executor.look(&desired, in_force).await;
+            if actual.registered.len() < MAX_LISTENERS as usize {
                 self.observer.note_room();
             }
-            let steps = self.executor.without_kernel_steps(plan(&policy, &reality));
+            let steps = self.executor.without_kernel_steps(plan(&desired, &actual));
             // Steps that have failed in this pass would fail again.
             if steps.iter().all(|step| failures.steps.contains(step)) || rounds == ROUNDS {
-                let relayed = self.executor.relayed(&policy);
-                let listeners = self.observer.owners(&policy, &inventory).await;
+                let relayed = self.executor.relayed(&desired);
+                let listeners = self.observer.owners(&desired, &inventory).await;
                 self.inventory = Some(inventory);
-                self.conclude(Report { policy, reality, failures, relayed, listeners });
+                self.conclude(Report { desired, actual, failures, relayed, listeners });
                 return match unseen {
                     Some(error) => Err(error.context("the change is made to what was seen last")),
                     None => Ok(()),
@@ -344,8 +344,8 @@ impl Reconciler {
     /// Resolves the rules in force on an observed host.
     fn scene(&self, inventory: Inventory) -> Scene {
         let firewall = self.configuration.config().firewall;
-        let policy = resolve(self.rules(), &inventory, self.executor.abilities(), firewall);
-        Scene { inventory, policy }
+        let desired = resolve(self.rules(), &inventory, self.executor.abilities(), firewall);
+        Scene { inventory, desired }
     }
 
     /// Logs and publishes what a pass has changed.

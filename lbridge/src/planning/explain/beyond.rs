@@ -8,8 +8,8 @@ use super::{
     words::{addresses, step, taken_back},
 };
 use crate::planning::{
+    desired::{Clients, Outcome, Place, RelayKey, RelaySpec, RuleOutcome, Service, State},
     inventory::{Interface, Listener},
-    policy::{Clients, Outcome, Place, RelayKey, RelaySpec, RuleOutcome, Service, State},
     reason::Reason,
     rule::Protocol,
 };
@@ -22,7 +22,7 @@ impl Explainer<'_> {
         let key = RelayKey { address: way.dialled, place };
         // A relay of that port is TCP's.
         if self.question.protocol == Protocol::Tcp {
-            match self.known.reality.relays.get(&key) {
+            match self.known.actual.relays.get(&key) {
                 Some(spec) if !spec.by_entry => return self.relay(way, spec),
                 // Only the entry leads to it.
                 Some(_) => {}
@@ -37,9 +37,9 @@ impl Explainer<'_> {
     pub(super) fn by_relay(&self, way: &mut Way, bridge: &Interface) -> End {
         let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         let key = RelayKey { address: way.dialled, place };
-        let reality = self.known.reality;
-        let reached = key.entry().is_some_and(|entry| reality.relay_sockets.contains(&entry));
-        if let Some(spec) = reality.relays.get(&key).filter(|_| reached) {
+        let actual = self.known.actual;
+        let reached = key.entry().is_some_and(|entry| actual.relay_sockets.contains(&entry));
+        if let Some(spec) = actual.relays.get(&key).filter(|_| reached) {
             return self.relay(way, spec);
         }
         self.no_relay(way, &key);
@@ -63,10 +63,10 @@ impl Explainer<'_> {
 
     /// Adds a step about a relay that a rule asks for and that is not there, or that is about to go.
     pub(super) fn no_relay(&self, way: &mut Way, key: &RelayKey) {
-        let text = if self.known.policy.relays.contains_key(key) {
+        let text = if self.known.desired.relays.contains_key(key) {
             let why = self.known.relay_failures.get(key).map_or("the next look opens it", String::as_str);
             format!("the rule asks for a relay on {}, which is not open: {why}", way.dialled)
-        } else if self.known.reality.lingering.contains(key) {
+        } else if self.known.actual.lingering.contains(key) {
             "a relay only completes what had begun when the kernel took over".to_owned()
         } else {
             return;

@@ -15,10 +15,10 @@ use super::{
     words::{addresses, described, step, subnet},
 };
 use crate::planning::{
+    actual::Actual,
+    desired::{Clients, Place, RelayKey, RelaySpec, State},
     firewall::{Opening, Passage},
     inventory::{DockerPresence, Interface, find_networks},
-    policy::{Clients, Place, RelayKey, RelaySpec, State},
-    reality::Reality,
     resolve::bridge_of,
     rule::{Network, Protocol},
 };
@@ -145,7 +145,7 @@ impl Explainer<'_> {
         let source = way.source;
         let dialled = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
         let protocol = self.question.protocol;
-        let maps = Maps { reality: self.known.reality, entry, source: source.into(), dialled, protocol };
+        let maps = Maps { actual: self.known.actual, entry, source: source.into(), dialled, protocol };
         let verdict = decide(entry, &source.into(), &dialled, protocol.number(), &maps);
         let mut by_source = |answer, text| way.steps.push(step(Stage::Source, answer, text));
         match (verdict, entry) {
@@ -211,11 +211,11 @@ impl Explainer<'_> {
 
     /// Returns the addresses that the entry or relay there is for; empty if it is for all.
     fn listed(&self, bridge: &Interface, dialled: SocketAddr) -> BTreeSet<IpAddr> {
-        let reality = self.known.reality;
+        let actual = self.known.actual;
         let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         if self.question.protocol == Protocol::Tcp
             && let Some(RelaySpec { clients: Clients::Listed(listed), .. }) =
-                reality.relays.get(&RelayKey { address: dialled, place })
+                actual.relays.get(&RelayKey { address: dialled, place })
         {
             return listed.clone();
         }
@@ -224,7 +224,7 @@ impl Explainer<'_> {
             (key.gateway, key.port, key.protocol) == (dialled.ip().into(), dialled.port(), protocol)
                 && [0, bridge.index].contains(&key.ifindex)
         };
-        let listed = reality.kernel.sources.iter().filter(|key| here(&key.rule));
+        let listed = actual.kernel.sources.iter().filter(|key| here(&key.rule));
         listed.map(|key| key.source.into()).collect()
     }
 
@@ -253,7 +253,7 @@ impl Explainer<'_> {
     fn firewall(&self, way: &mut Way, own: (IpAddr, u8)) -> Option<End> {
         let (protocol, dialled) = (self.question.protocol, way.dialled);
         let opening = Opening::new(&way.interface, own, dialled.ip(), protocol, dialled.port());
-        let filtering = &self.known.reality.filtering;
+        let filtering = &self.known.actual.filtering;
         let (verdict, text) = match filtering.passages.get(&opening) {
             Some(Passage::Open) => {
                 let accepts = filtering.accepts.keys().find(|(_, accepted)| *accepted == opening);
@@ -289,7 +289,7 @@ impl Explainer<'_> {
 
 /// The maps as they were read, with their answers about one packet.
 struct Maps<'a> {
-    reality: &'a Reality,
+    actual: &'a Actual,
     entry: Option<&'a Entry>,
     source: Address,
     dialled: Endpoint,
@@ -303,18 +303,18 @@ impl Lookups for Maps<'_> {
 
     fn is_listed(&self) -> bool {
         let key = |entry: &Entry| SourceKey { rule: entry.key, source: self.source };
-        self.entry.is_some_and(|entry| self.reality.kernel.sources.contains(&key(entry)))
+        self.entry.is_some_and(|entry| self.actual.kernel.sources.contains(&key(entry)))
     }
 
     fn is_accepted(&self) -> bool {
         let Endpoint { address: gateway, port, .. } = self.dialled;
         let packet =
             AcceptedKey { gateway, port, protocol: self.protocol.number().into(), source: self.source };
-        self.reality.accepted.iter().any(|(key, bits)| key.matches(*bits, &packet))
+        self.actual.accepted.iter().any(|(key, bits)| key.matches(*bits, &packet))
     }
 
     fn looks_local(&self) -> bool {
-        let mut views = self.reality.kernel.overrides.keys();
+        let mut views = self.actual.kernel.overrides.keys();
         views.any(|(key, bits)| key.matches(*bits, &self.dialled, &self.source))
     }
 }

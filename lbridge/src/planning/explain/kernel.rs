@@ -12,14 +12,14 @@ use super::{
     words::{key_address, step, subnet, taken_back, target},
 };
 use crate::planning::{
+    desired::Outcome,
     inventory::{Interface, Listener},
-    policy::Outcome,
 };
 
 impl Explainer<'_> {
     /// Adds a step about the kernel program's lookup, and returns the entry that it finds.
     pub(super) fn lookup(&self, way: &mut Way, bridge: &Interface) -> Option<&Entry> {
-        let Known { abilities, reality, policy, .. } = self.known;
+        let Known { abilities, actual, desired, .. } = self.known;
         let mut no = |text| way.steps.push(step(Stage::Lookup, Answer::No, text));
         let steering = match &abilities.steer {
             Ok(steering) => steering,
@@ -28,7 +28,7 @@ impl Explainer<'_> {
                 return None;
             }
         };
-        if reality.detached {
+        if actual.detached {
             no("the kernel programs are detached; `lbridge status` has the daemon attach them again"
                 .to_owned());
             return None;
@@ -43,8 +43,8 @@ impl Explainer<'_> {
         let interface = if steering.interface_check { &bridge.name } else { "any interface" };
         let (port, suffix) = (way.dialled.port(), self.question.protocol.suffix());
         let asked = format!("({interface}, {}, {port}{suffix})", way.dialled.ip());
-        let Some(entry) = reality.kernel.entries.get(&key) else {
-            let missing = if policy.kernel.entries.contains_key(&key) {
+        let Some(entry) = actual.kernel.entries.get(&key) else {
+            let missing = if desired.kernel.entries.contains_key(&key) {
                 let why =
                     self.known.entry_failures.get(&key).map_or("the next look puts it there", String::as_str);
                 format!(", which the rule asks for: {why}")
@@ -58,14 +58,14 @@ impl Explainer<'_> {
             no(format!("what ENTRIES has for {asked} is another key's: left alone"));
             return None;
         }
-        let wanted = match policy.kernel.entries.get(&key) {
+        let wanted = match desired.kernel.entries.get(&key) {
             Some(wanted) if wanted == entry => String::new(),
             Some(wanted) => format!("; the rule asks for {}: the next look puts that", leads_to(wanted)),
             None => {
                 "; no rule asks for it, somebody else has put it there: the next look removes it".to_owned()
             }
         };
-        let steered = reality.steered.get(&key).copied().unwrap_or_default();
+        let steered = actual.steered.get(&key).copied().unwrap_or_default();
         let so_far = if entry.has(Entry::RELAYED) { String::new() } else { format!(", {steered} so far") };
         let text =
             format!("ENTRIES has {asked}: from {} to {}{so_far}{wanted}", subnet(entry), leads_to(entry));
@@ -76,7 +76,7 @@ impl Explainer<'_> {
     /// Adds a step about the listener that the kernel program assigns, and returns the end.
     pub(super) fn listener(&self, way: &mut Way, entry: &Entry) -> End {
         let taken = |key: &ListenerKey| {
-            self.known.reality.registered.contains(key) && self.is_of_family(key, way.dialled.ip())
+            self.known.actual.registered.contains(key) && self.is_of_family(key, way.dialled.ip())
         };
         let found = first_candidate(&entry.target, entry.target_port, entry.protocol(), |key| {
             taken(&key).then_some(key)
@@ -138,7 +138,7 @@ impl Explainer<'_> {
         let of_address = |key: &&ListenerKey| {
             (key.address, key.port, key.protocol) == (address, entry.target_port, entry.protocol())
         };
-        let registered = self.known.reality.registered.iter().filter(of_address).count();
+        let registered = self.known.actual.registered.iter().filter(of_address).count();
         let there: Vec<_> = self.at(bound).map(|listener| self.named(listener)).collect();
         match (registered, there.is_empty()) {
             (0, true) => format!("{bound}: nothing listens"),

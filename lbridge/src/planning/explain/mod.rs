@@ -22,10 +22,10 @@ use lbridge_common::wire::EntryKey;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    actual::Actual,
+    desired::{Desired, RelayKey},
     firewall::{self, Link, Opening},
     inventory::{Abilities, Inventory, Listener},
-    policy::{Policy, RelayKey},
-    reality::Reality,
     resolve::bridge_of,
     rule::{Network, Protocol},
 };
@@ -53,9 +53,9 @@ pub struct Known<'a> {
     /// Abilities of the kernel.
     pub abilities: &'a Abilities,
     /// The desired state: what the rules ask for, given the inventory.
-    pub policy: &'a Policy,
+    pub desired: &'a Desired,
     /// The actual state, read back just now.
-    pub reality: &'a Reality,
+    pub actual: &'a Actual,
     /// The errors of relays that could not be opened.
     pub relay_failures: &'a BTreeMap<RelayKey, String>,
     /// The errors of entries that could not be put.
@@ -174,14 +174,14 @@ pub fn listeners_of_interest(question: &Question, known: &Known<'_>) -> BTreeSet
     let mut ports = BTreeSet::from([question.port]);
     ports.extend(
         known
-            .reality
+            .actual
             .kernel
             .entries
             .iter()
             .filter(|(k, _)| k.port == question.port)
             .map(|(_, v)| v.target_port),
     );
-    let meant = known.policy.outcomes.iter().filter(|meant| meant.rule.spec.port == question.port);
+    let meant = known.desired.outcomes.iter().filter(|meant| meant.rule.spec.port == question.port);
     ports.extend(meant.filter_map(|meant| meant.rule.spec.target.port()));
     let of_port = |listener: &&Listener| ports.contains(&listener.address.port());
     let listeners = known.inventory.sockets(question.protocol).iter().chain(known.inside);

@@ -4,9 +4,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::{Answer, End, Explainer, Fate, Known, Stage, Step, Way, Ways, beyond::answering, words::step};
 use crate::planning::{
+    desired::{Place, RelayKey, RuleOutcome, State},
     hooks::HookSet,
     inventory::{Absence, Attachment, Namespace, find_networks},
-    policy::{Place, RelayKey, RuleOutcome, State},
     rule::{Network, Protocol},
 };
 
@@ -61,7 +61,7 @@ impl Explainer<'_> {
             open.address == dialled
                 && matches!(&open.place, Place::Namespace(there) if there.id == namespace.key.id)
         };
-        let end = if let Some((_, spec)) = self.known.reality.relays.iter().find(|(open, _)| is_there(open)) {
+        let end = if let Some((_, spec)) = self.known.actual.relays.iter().find(|(open, _)| is_there(open)) {
             self.relay(&mut way, spec)
         } else if let Some(end) = self.led_to_gateway(&mut way) {
             end
@@ -75,7 +75,7 @@ impl Explainer<'_> {
     /// Follows a container's localhost to the gateway that a rule of one of its networks leads it to; `None`
     /// if somebody inside listens there, or no rule leads it.
     fn led_to_gateway(&self, way: &mut Way) -> Option<End> {
-        let Known { policy, reality, inventory, inside, .. } = self.known;
+        let Known { desired, actual, inventory, inside, .. } = self.known;
         let Network::Container(name) = &self.question.network else { return None };
         let container = inventory.containers.get(name)?.as_ref().ok()?;
         let dialled = way.dialled;
@@ -91,13 +91,13 @@ impl Explainer<'_> {
         };
         let leads = |meant: &RuleOutcome| {
             let dial = meant.redirects.iter().find(|dial| dial.address == dialled)?;
-            let gateway = dial.gateway.filter(|_| reality.kernel.hooks[HookSet::Connect])?;
-            let there = dial.keys.iter().any(|key| reality.kernel.redirects.contains_key(key));
+            let gateway = dial.gateway.filter(|_| actual.kernel.hooks[HookSet::Connect])?;
+            let there = dial.keys.iter().any(|key| actual.kernel.redirects.contains_key(key));
             let outcome = meant.gateways.iter().find(|it| it.relay_key.address.ip() == gateway)?;
             there.then_some((gateway, outcome.outcome.state))
         };
         let (meant, (gateway, state)) =
-            policy.outcomes.iter().filter(is_on).find_map(|meant| Some((meant, leads(meant)?)))?;
+            desired.outcomes.iter().filter(is_on).find_map(|meant| Some((meant, leads(meant)?)))?;
         let (rule, to) = (meant.rule.id(), SocketAddr::new(gateway, dialled.port()));
         let text = format!("connect() leads to {to}, by the rule {rule} --localhost: nobody listens inside");
         way.steps.push(step(Stage::Localhost, Answer::Yes, text));

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use super::{Answer, Explainer, Stage, Step, Way, words::step};
 use crate::planning::{
+    desired::{Outcome, Place, RuleOutcome},
     hooks::HookSet,
-    policy::{Outcome, Place, RuleOutcome},
     resolve::bridge_of,
     rule::{Origin, RuleId},
 };
@@ -27,7 +27,7 @@ impl Explainer<'_> {
     /// Returns the question's rule, or whichever rule has one of the question's addresses: two names may mean
     /// one bridge.
     pub(super) fn rule(&self) -> Option<&RuleOutcome> {
-        let outcomes = &self.known.policy.outcomes;
+        let outcomes = &self.known.desired.outcomes;
         let by_name = outcomes.iter().find(|meant| meant.rule.id() == self.id());
         by_name.or_else(|| {
             let bridge = bridge_of(&self.question.network, self.known.inventory, self.known.abilities).ok()?;
@@ -69,13 +69,13 @@ impl Explainer<'_> {
     /// Returns a step about the containers' own localhost, if the rule leads it anywhere.
     pub(super) fn localhost_step(&self) -> Option<Step> {
         let meant = self.rule().filter(|meant| !meant.redirects.is_empty())?;
-        let reality = self.known.reality;
+        let actual = self.known.actual;
         let told = meant.redirects.iter().map(|dial| {
             let address = dial.address;
-            let there = dial.keys.first().and_then(|key| reality.kernel.redirects.get(key));
-            match (there.filter(|_| reality.kernel.hooks[HookSet::Connect]), dial.outcome.why()) {
+            let there = dial.keys.first().and_then(|key| actual.kernel.redirects.get(key));
+            match (there.filter(|_| actual.kernel.hooks[HookSet::Connect]), dial.outcome.why()) {
                 (Some(there), _) => {
-                    let containers = reality.whose_localhost(dial);
+                    let containers = actual.whose_localhost(dial);
                     let gateway = IpAddr::from(there.gateway.address);
                     let whose = if containers == 1 { "container" } else { "containers" };
                     (true, format!("{address} in {containers} {whose} leads to {gateway}, unless it is listened on there"))
@@ -94,7 +94,7 @@ impl Explainer<'_> {
         let distance = |meant: &RuleOutcome| meant.rule.spec.port.abs_diff(self.question.port);
         let is_other = |meant: &RuleOutcome| meant.rule.network != self.question.network;
         let leads_there = |meant: &RuleOutcome| meant.rule.spec.target.port() == Some(self.question.port);
-        let outcomes = self.known.policy.outcomes.iter();
+        let outcomes = self.known.desired.outcomes.iter();
         let mut near: Vec<_> = outcomes
             .filter(|meant| !is_other(meant) || distance(meant) <= NEAR)
             .map(|meant| (!leads_there(meant) || is_other(meant), distance(meant), is_other(meant), meant))

@@ -6,9 +6,9 @@ use lbridge_common::wire::{Address, Endpoint, Entry, OverrideKey};
 
 use super::{Answer, End, Explainer, Fate, Stage, Step, Way};
 use crate::planning::{
+    desired::{RelaySpec, RuleOutcome, Service, stand_in_for_container},
     hooks::HookSet,
     inventory::{DockerNetwork, Listener, ListenerKind},
-    policy::{RelaySpec, RuleOutcome, Service, stand_in_for_container},
     rule::{Origin, Protocol, Source},
 };
 
@@ -50,14 +50,14 @@ impl Explainer<'_> {
     }
 
     pub(super) fn steered_peer(&self, way: &Way) -> Step {
-        let reality = self.known.reality;
+        let actual = self.known.actual;
         let gateway = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
         // As the kernel's longest-prefix match has it; a gateway's subnets do not overlap.
         let found =
             |((key, bits), _): &(&(OverrideKey, u32), _)| key.matches(*bits, &gateway, &way.source.into());
-        let view = reality.kernel.overrides.iter().filter(found);
+        let view = actual.kernel.overrides.iter().filter(found);
         let view = view.max_by_key(|((_, bits), _)| *bits).map(|(_, view)| view);
-        let text = match view.filter(|_| reality.kernel.hooks[HookSet::Names]) {
+        let text = match view.filter(|_| actual.kernel.hooks[HookSet::Names]) {
             Some(view) => format!(
                 "the service sees {} as its peer, which it may trust, and itself as {}",
                 IpAddr::from(view.target.address),
@@ -78,7 +78,7 @@ impl Explainer<'_> {
                 // An IPv4 socket cannot be shown an IPv6 peer.
                 let nameable = container.is_ipv4() || address.is_ipv6();
                 let stands_in = stand_in_for_container(container);
-                if self.known.reality.kernel.hooks[HookSet::Names]
+                if self.known.actual.kernel.hooks[HookSet::Names]
                     && nameable
                     && IpAddr::from(stands_in) != container
                 {

@@ -9,22 +9,22 @@ use lbridge_common::wire::{AcceptedKey, Address, TCP};
 
 use super::Step;
 use crate::planning::{
+    actual::Actual,
+    desired::{Clients, Desired, Place, RelayKey, RelaySpec},
     firewall::{Chain, Filtering, FirewallMode, Link, Opening, Passage, Place as Dialled},
-    policy::{Clients, Place, Policy, RelayKey, RelaySpec},
-    reality::Reality,
 };
 
-/// Returns the steps that bring the firewall's accept rules to the policy. What they let in and no entry
+/// Returns the steps that bring the firewall's accept rules to the desired state. What they let in and no entry
 /// admits is refused by the kernel first, and for as long as an accept rule or a flow that it let in exists.
-pub(super) fn steps(policy: &Policy, reality: &Reality) -> Vec<Step> {
-    let rules = accept_rules(&guarded(policy, reality), policy.firewall, &reality.filtering);
-    let accepted = accepted(policy, reality, &rules);
-    let mut steps: Vec<_> = accepted.difference(&reality.accepted).copied().map(Step::AddAccepted).collect();
+pub(super) fn steps(desired: &Desired, actual: &Actual) -> Vec<Step> {
+    let rules = accept_rules(&guarded(desired, actual), desired.firewall, &actual.filtering);
+    let accepted = accepted(desired, actual, &rules);
+    let mut steps: Vec<_> = accepted.difference(&actual.accepted).copied().map(Step::AddAccepted).collect();
     // A flow that conntrack knows passes without an accept rule, and would reach a service that listens on
     // every address.
-    let flows = |key| reality.flows.get(key).copied().unwrap_or_default();
+    let flows = |key| actual.flows.get(key).copied().unwrap_or_default();
     // While a flow is open, its key stays. The first look after its end finds that it may be forgotten.
-    let gone: Vec<_> = reality.accepted.difference(&accepted).filter(|key| flows(*key).open == 0).collect();
+    let gone: Vec<_> = actual.accepted.difference(&accepted).filter(|key| flows(*key).open == 0).collect();
     let known: BTreeSet<_> =
         gone.iter().copied().filter(|key| flows(*key).forgettable > 0).copied().collect();
     steps.extend((!known.is_empty()).then_some(Step::ForgetFlows(known)));
@@ -91,28 +91,28 @@ fn next_accept(
 
 /// Returns the traffic that the kernel must refuse unless an entry admits it: what lbridge's accept rules let
 /// in, now or by a step of `firewall`.
-fn accepted(policy: &Policy, reality: &Reality, firewall: &[Step]) -> BTreeSet<(AcceptedKey, u32)> {
-    if policy.steering.is_none() {
+fn accepted(desired: &Desired, actual: &Actual, firewall: &[Step]) -> BTreeSet<(AcceptedKey, u32)> {
+    if desired.steering.is_none() {
         return BTreeSet::new();
     }
     let planned = firewall
         .iter()
         .filter_map(|step| if let Step::Accept { opening, .. } = step { Some(opening) } else { None });
-    let mut accepted = reality.filtering.accepted();
+    let mut accepted = actual.filtering.accepted();
     accepted.extend(planned.map(Opening::accepted));
     // A rule that could not be read may still be there.
-    if reality.filtering.failed {
-        accepted.extend(&reality.accepted);
+    if actual.filtering.failed {
+        accepted.extend(&actual.accepted);
     }
     // No entry admits the clients of a relay that is bound to the gateway: once it listens, they are not
     // refused.
-    let bound: Vec<_> = policy.relays.iter().filter(|(key, spec)| is_bound(key, spec)).collect();
+    let bound: Vec<_> = desired.relays.iter().filter(|(key, spec)| is_bound(key, spec)).collect();
     let is_served = |(key, bits): &(AcceptedKey, u32)| {
         key.protocol == u16::from(TCP)
             && bound.iter().any(|(relay, spec)| {
                 let (gateway, port) = (Address::from(relay.address.ip()), relay.address.port());
                 let client = |source| AcceptedKey { gateway, port, source, ..*key };
-                reality.relays.contains_key(relay)
+                actual.relays.contains_key(relay)
                     && match &spec.clients {
                         Clients::Subnet(subnet) => key.matches(*bits, &client(subnet.base)),
                         Clients::Listed(listed) => {
@@ -133,15 +133,15 @@ fn is_bound(key: &RelayKey, spec: &RelaySpec) -> bool {
 
 /// Returns the openings for which a firewall may let packets in now. Leaves out those of a relay without an
 /// entry that is not open: what comes through would reach the host's other services.
-fn guarded(policy: &Policy, reality: &Reality) -> BTreeMap<Opening, Link> {
-    let is_checked = policy.steering.is_some_and(|steering| steering.interface_check);
+fn guarded(desired: &Desired, actual: &Actual) -> BTreeMap<Opening, Link> {
+    let is_checked = desired.steering.is_some_and(|steering| steering.interface_check);
     let is_guarded = |(opening, link): &(&Opening, &Link)| {
         let entry = opening.entry(if is_checked { link.ifindex } else { 0 });
         is_checked
-            || policy.kernel.entries.contains_key(&entry)
-            || reality.relays.contains_key(&bound_relay(opening, link.ifindex))
+            || desired.kernel.entries.contains_key(&entry)
+            || actual.relays.contains_key(&bound_relay(opening, link.ifindex))
     };
-    let openings = policy.openings.iter().filter(is_guarded);
+    let openings = desired.openings.iter().filter(is_guarded);
     openings.map(|(opening, link)| (opening.clone(), *link)).collect()
 }
 

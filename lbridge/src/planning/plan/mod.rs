@@ -1,4 +1,4 @@
-//! Plan: the steps from the actual to the desired state ([`Reality`] to [`Policy`]), in an order that leaves
+//! Plan: the steps from the actual to the desired state ([`Actual`] to [`Desired`]), in an order that leaves
 //! no gap and no hole.
 //!
 //! - a port is watched before its listeners are looked for, and a listener is ready before the entry that
@@ -26,10 +26,10 @@ use lbridge_common::wire::{
 
 pub use self::step::{Prerequisite, Step};
 use super::{
+    actual::Actual,
+    desired::{Clients, Desired, GatewayOutcome, Place, RelayKey, RelaySpec, State},
     hooks::HookSet,
     kernel_state::{KernelState, changes},
-    policy::{Clients, GatewayOutcome, Place, Policy, RelayKey, RelaySpec, State},
-    reality::Reality,
 };
 
 pub(super) mod firewall;
@@ -37,12 +37,12 @@ mod step;
 
 /// Returns the steps that only take access away, and that depend on nothing new. They come first in every
 /// plan, and can be carried out before the firewall is looked at.
-pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
+pub fn revocations(desired: &Desired, actual: &Actual) -> Vec<Step> {
     let mut steps: Vec<_> =
-        sources_of_others(&policy.kernel, &reality.kernel).map(Step::RemoveSource).collect();
-    steps.extend(overrides_of_others(policy, reality).into_iter().map(Step::RemoveOverride));
-    for (key, there) in &reality.relays {
-        let meant = policy.relays.get(key).map(|spec| &spec.clients);
+        sources_of_others(&desired.kernel, &actual.kernel).map(Step::RemoveSource).collect();
+    steps.extend(overrides_of_others(desired, actual).into_iter().map(Step::RemoveOverride));
+    for (key, there) in &actual.relays {
+        let meant = desired.relays.get(key).map(|spec| &spec.clients);
         let clients = match (&there.clients, meant) {
             (Clients::Listed(there), Some(Clients::Listed(meant))) => {
                 there.intersection(meant).copied().collect()
@@ -56,28 +56,28 @@ pub fn revocations(policy: &Policy, reality: &Reality) -> Vec<Step> {
         }
     }
     // Redirects before what they lead to, entries before their relays.
-    let redirects = changes(&policy.kernel.redirects, &reality.kernel.redirects).remove;
+    let redirects = changes(&desired.kernel.redirects, &actual.kernel.redirects).remove;
     steps.extend(redirects.into_iter().copied().map(Step::RemoveRedirect));
-    let denied = reality.kernel.entries.keys().filter(|key| is_denied(policy, key));
+    let denied = actual.kernel.entries.keys().filter(|key| is_denied(desired, key));
     steps.extend(denied.map(|key| Step::RemoveEntry(*key)));
-    let handed_over = handed_over(policy);
+    let handed_over = handed_over(desired);
     let denied = |key: &&RelayKey| {
-        !policy.relays.contains_key(key) && !handed_over.contains(key) && !is_moved(policy, key)
+        !desired.relays.contains_key(key) && !handed_over.contains(key) && !is_moved(desired, key)
     };
     // Includes relays that linger. Where an entry that refuses replaces a relay, the relay closes after the
     // entry is put.
-    for key in reality.relays.keys().chain(&reality.lingering).filter(denied) {
-        if !is_refused(policy, key) {
+    for key in actual.relays.keys().chain(&actual.lingering).filter(denied) {
+        if !is_refused(desired, key) {
             steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
         }
     }
     steps
 }
 
-/// Returns true if the policy has an entry that leads to nobody where a relay of a bridge listens.
-fn is_refused(policy: &Policy, key: &RelayKey) -> bool {
+/// Returns true if the desired state has an entry that leads to nobody where a relay of a bridge listens.
+fn is_refused(desired: &Desired, key: &RelayKey) -> bool {
     let anywhere = key.entry().map(|entry| EntryKey { ifindex: 0, ..entry });
-    let entries = key.entry().into_iter().chain(anywhere).filter_map(|key| policy.kernel.entries.get(&key));
+    let entries = key.entry().into_iter().chain(anywhere).filter_map(|key| desired.kernel.entries.get(&key));
     entries.into_iter().any(|entry| entry.target_port == 0 && !entry.has(Entry::RELAYED))
 }
 
@@ -93,18 +93,18 @@ fn sources_of_others<'a>(
 
 /// Returns the overrides of single addresses whose holders may be others by now: those at the gateways of entries
 /// that are for some sources only.
-fn overrides_of_others(policy: &Policy, reality: &Reality) -> BTreeSet<(OverrideKey, u32)> {
+fn overrides_of_others(desired: &Desired, actual: &Actual) -> BTreeSet<(OverrideKey, u32)> {
     let single = OverrideKey::prefix_len(&Address([u32::MAX; 4]));
-    let mut stale = reality
+    let mut stale = actual
         .kernel
         .overrides
         .keys()
-        .filter(|names| names.1 == single && !policy.kernel.overrides.contains_key(names))
+        .filter(|key| key.1 == single && !desired.kernel.overrides.contains_key(key))
         .peekable();
     if stale.peek().is_none() {
         return BTreeSet::new();
     }
-    let listed = policy.kernel.entries.values().filter(|entry| entry.has(Entry::LISTED));
+    let listed = desired.kernel.entries.values().filter(|entry| entry.has(Entry::LISTED));
     let gateways: BTreeSet<_> =
         listed.map(|entry| Endpoint::new(entry.key.gateway, entry.key.port)).collect();
     stale.filter(|(key, _)| gateways.contains(&key.gateway)).copied().collect()
@@ -112,7 +112,7 @@ fn overrides_of_others(policy: &Policy, reality: &Reality) -> BTreeSet<(Override
 
 /// Returns true if an entry must be removed and no relay replaces it. Such a relay would have to listen
 /// first.
-fn is_denied(policy: &Policy, key: &EntryKey) -> bool {
+fn is_denied(desired: &Desired, key: &EntryKey) -> bool {
     let address = SocketAddr::new(key.gateway.into(), key.port);
     let is_relayed = |relay: &RelayKey| match relay.place {
         Place::Bridge { ifindex, .. } => [0, ifindex].contains(&key.ifindex),
@@ -120,88 +120,89 @@ fn is_denied(policy: &Policy, key: &EntryKey) -> bool {
     };
     let first = RelayKey { address, place: Place::Bridge { interface: String::new(), ifindex: 0 } };
     let mut relays =
-        policy.relays.range(first..).map(|(relay, _)| relay).take_while(|r| r.address == address);
-    !policy.kernel.entries.contains_key(key) && !relays.any(is_relayed)
+        desired.relays.range(first..).map(|(relay, _)| relay).take_while(|r| r.address == address);
+    !desired.kernel.entries.contains_key(key) && !relays.any(is_relayed)
 }
 
 /// Returns true if the relay's namespace is found through another entrance now.
-fn is_moved(policy: &Policy, key: &RelayKey) -> bool {
-    policy.relays.keys().any(|new| new.address == key.address && new.is_beside(key))
+fn is_moved(desired: &Desired, key: &RelayKey) -> bool {
+    desired.relays.keys().any(|new| new.address == key.address && new.is_beside(key))
 }
 
 /// Returns the relays that the kernel takes over from. The entry must be of the relay's own rule: where
 /// entries do not name the interface, another network's rule may have that address, too.
-fn handed_over(policy: &Policy) -> BTreeSet<&RelayKey> {
+fn handed_over(desired: &Desired) -> BTreeSet<&RelayKey> {
     // One that leads to a relay, or to nobody, takes nothing over.
-    let steers = |key: &EntryKey| policy.kernel.entries.get(key).is_some_and(|entry| entry.target_port != 0);
+    let steers = |key: &EntryKey| desired.kernel.entries.get(key).is_some_and(|entry| entry.target_port != 0);
     let is_entered = |key: &EntryKey| key.protocol == u16::from(TCP) && steers(key);
     let taken_over = |gateway: &&GatewayOutcome| {
         gateway.outcome.state != State::Blocked && gateway.entry_key.as_ref().is_some_and(is_entered)
     };
-    let gateways = policy.outcomes.iter().flat_map(|outcome| &outcome.gateways);
+    let gateways = desired.outcomes.iter().flat_map(|outcome| &outcome.gateways);
     gateways.filter(taken_over).map(|gateway| &gateway.relay_key).collect()
 }
 
-/// Returns the steps from `reality` to `policy`; empty if they agree.
-pub fn plan(policy: &Policy, reality: &Reality) -> Vec<Step> {
-    let (desired, actual) = (&policy.kernel, &reality.kernel);
-    let overrides = changes(&desired.overrides, &actual.overrides);
-    let reply_sources = changes(&desired.reply_sources, &actual.reply_sources);
-    let entries = changes(&desired.entries, &actual.entries);
-    let redirects = changes(&desired.redirects, &actual.redirects);
-    let attach = |set| (desired.hooks[set] && !actual.hooks[set]).then_some(Step::AttachHooks(set));
-    let detach = |set| (actual.hooks[set] && !desired.hooks[set]).then_some(Step::DetachHooks(set));
+/// Returns the steps from `actual` to `desired`; empty if they agree.
+pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Step> {
+    let (wanted, there) = (&desired.kernel, &actual.kernel);
+    let overrides = changes(&wanted.overrides, &there.overrides);
+    let reply_sources = changes(&wanted.reply_sources, &there.reply_sources);
+    let entries = changes(&wanted.entries, &there.entries);
+    let redirects = changes(&wanted.redirects, &there.redirects);
+    let attach = |set| (wanted.hooks[set] && !there.hooks[set]).then_some(Step::AttachHooks(set));
+    let detach = |set| (there.hooks[set] && !wanted.hooks[set]).then_some(Step::DetachHooks(set));
 
-    let mut steps = revocations(policy, reality);
-    steps.extend(reality.detached.then_some(Step::Attach));
-    steps.extend(desired.targets.difference(&actual.targets).copied().map(Step::AddTarget));
+    let mut steps = revocations(desired, actual);
+    steps.extend(actual.detached.then_some(Step::Attach));
+    steps.extend(wanted.targets.difference(&there.targets).copied().map(Step::AddTarget));
     steps.extend(attach(HookSet::Names));
     steps.extend(attach(HookSet::Connect));
     steps.extend(overrides.puts(Step::PutOverride));
     steps.extend(attach(HookSet::Replies));
     steps.extend(reply_sources.puts(Step::PutReplySource));
-    steps.extend(registrations(policy, reality));
-    steps.extend(relays_to_open(policy, reality));
+    steps.extend(registrations(desired, actual));
+    steps.extend(relays_to_open(desired, actual));
     steps.extend(detach(HookSet::Connect));
-    steps.extend(desired.sources.difference(&actual.sources).copied().map(Step::AddSource));
+    steps.extend(wanted.sources.difference(&there.sources).copied().map(Step::AddSource));
     steps.extend(entries.puts(Step::PutEntry));
     // The other entries are revoked: no relay replaces them.
-    let replaced = entries.remove.into_iter().filter(|key| !is_denied(policy, key));
+    let replaced = entries.remove.into_iter().filter(|key| !is_denied(desired, key));
     steps.extend(replaced.copied().map(Step::RemoveEntry));
     // An override goes after its entry: without an entry, the kernel refuses connections that would look local.
-    let revoked = overrides_of_others(policy, reality);
+    let revoked = overrides_of_others(desired, actual);
     steps.extend(
         overrides.remove.into_iter().filter(|key| !revoked.contains(key)).copied().map(Step::RemoveOverride),
     );
-    let revoked: BTreeSet<_> = sources_of_others(desired, actual).collect();
-    let later = actual.sources.difference(&desired.sources).filter(|key| !revoked.contains(key));
+    let revoked: BTreeSet<_> = sources_of_others(wanted, there).collect();
+    let later = there.sources.difference(&wanted.sources).filter(|key| !revoked.contains(key));
     steps.extend(later.copied().map(Step::RemoveSource));
     steps.extend(redirects.puts(Step::PutRedirect));
-    steps.extend(relays_to_close(policy, reality));
-    steps.extend(detach(HookSet::Names).filter(|_| !reality.name_hooks_in_use));
+    steps.extend(relays_to_close(desired, actual));
+    steps.extend(detach(HookSet::Names).filter(|_| !actual.name_hooks_in_use));
     steps.extend(reply_sources.remove.into_iter().copied().map(Step::RemoveReplySource));
     steps.extend(detach(HookSet::Replies));
     let is_watched = |key: &&ListenerKey| {
         let (address, port, protocol) = (key.address, key.port, key.protocol.into());
-        desired.targets.contains(&TargetKey { address, port, protocol })
+        wanted.targets.contains(&TargetKey { address, port, protocol })
     };
-    let unwatched = reality.registered.iter().filter(|key| !is_watched(key));
+    let unwatched = actual.registered.iter().filter(|key| !is_watched(key));
     steps.extend(unwatched.copied().map(Step::Unregister));
-    steps.extend(actual.targets.difference(&desired.targets).copied().map(Step::RemoveTarget));
-    steps.extend(firewall::steps(policy, reality));
+    steps.extend(there.targets.difference(&wanted.targets).copied().map(Step::RemoveTarget));
+    steps.extend(firewall::steps(desired, actual));
     steps
 }
 
 /// Opens the relays that are missing or have another specification.
-fn relays_to_open(policy: &Policy, reality: &Reality) -> Vec<Step> {
+fn relays_to_open(desired: &Desired, actual: &Actual) -> Vec<Step> {
     // The port of a relay that is found through another entrance now has to be free first.
-    let moved = reality.relays.keys().filter(|key| !policy.relays.contains_key(key) && is_moved(policy, key));
+    let moved =
+        actual.relays.keys().filter(|key| !desired.relays.contains_key(key) && is_moved(desired, key));
     let mut steps: Vec<_> =
         moved.map(|key| Step::CloseRelay { key: key.clone(), handed_over: false }).collect();
-    for (key, spec) in &policy.relays {
+    for (key, spec) in &desired.relays {
         let is_reached =
-            || !spec.by_entry || key.entry().is_some_and(|entry| reality.relay_sockets.contains(&entry));
-        if reality.relays.get(key) != Some(spec) || !is_reached() {
+            || !spec.by_entry || key.entry().is_some_and(|entry| actual.relay_sockets.contains(&entry));
+        if actual.relays.get(key) != Some(spec) || !is_reached() {
             steps.push(Step::OpenRelay(key.clone(), spec.clone()));
         }
     }
@@ -209,14 +210,14 @@ fn relays_to_open(policy: &Policy, reality: &Reality) -> Vec<Step> {
 }
 
 /// Closes the relays that the kernel has taken over from, and those that an entry which refuses replaces.
-fn relays_to_close(policy: &Policy, reality: &Reality) -> Vec<Step> {
-    let handed_over = handed_over(policy);
+fn relays_to_close(desired: &Desired, actual: &Actual) -> Vec<Step> {
+    let handed_over = handed_over(desired);
     let mut steps = vec![];
-    let there = reality.relays.keys().chain(&reality.lingering);
-    for key in there.filter(|key| !policy.relays.contains_key(key)) {
-        if handed_over.contains(key) && reality.relays.contains_key(key) {
+    let there = actual.relays.keys().chain(&actual.lingering);
+    for key in there.filter(|key| !desired.relays.contains_key(key)) {
+        if handed_over.contains(key) && actual.relays.contains_key(key) {
             steps.push(Step::CloseRelay { key: key.clone(), handed_over: true });
-        } else if !handed_over.contains(key) && is_refused(policy, key) {
+        } else if !handed_over.contains(key) && is_refused(desired, key) {
             steps.push(Step::CloseRelay { key: key.clone(), handed_over: false });
         }
     }
@@ -225,11 +226,11 @@ fn relays_to_close(policy: &Policy, reality: &Reality) -> Vec<Step> {
 
 /// Fills the free slots of each bound address with its newest sockets. Inode numbers grow, so the newest
 /// socket is the last of the list. A socket may be registered twice, which does no harm.
-fn registrations(policy: &Policy, reality: &Reality) -> Vec<Step> {
+fn registrations(desired: &Desired, actual: &Actual) -> Vec<Step> {
     let mut steps = vec![];
-    for (bound, inodes) in &policy.listeners {
+    for (bound, inodes) in &desired.listeners {
         let keys = (0..SLOTS).map(|slot| ListenerKey { slot, ..*bound });
-        let free: Vec<_> = keys.filter(|key| !reality.registered.contains(key)).collect();
+        let free: Vec<_> = keys.filter(|key| !actual.registered.contains(key)).collect();
         let missing = inodes.len().min(usize::from(SLOTS)).saturating_sub(usize::from(SLOTS) - free.len());
         let newest = inodes.iter().rev().take(missing);
         steps.extend(free.into_iter().zip(newest).map(|(key, inode)| Step::Register { key, inode: *inode }));

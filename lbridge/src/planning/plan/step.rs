@@ -8,9 +8,9 @@ use lbridge_common::wire::{
 };
 
 use crate::planning::{
+    desired::{RelayKey, RelaySpec},
     firewall::{Chain, Link, Opening},
     hooks::HookSet,
-    policy::{RelayKey, RelaySpec},
 };
 
 /// One change, to be carried out literally: everything about it was decided before.

@@ -7,8 +7,8 @@ use std::{
 
 use super::Resolver;
 use crate::planning::{
+    desired::{Alias, GatewayOutcome, RuleOutcome, State},
     inventory::{DEFAULT_NETWORK, Interface},
-    policy::{Alias, GatewayOutcome, RuleOutcome, State},
     rule::Protocol,
 };
 

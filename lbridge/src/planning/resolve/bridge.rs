@@ -2,9 +2,9 @@
 
 use super::Resolver;
 use crate::planning::{
+    desired::{Outcome, State},
     hint,
     inventory::{DockerNetwork, DockerPresence, Interface, find_networks},
-    policy::{Outcome, State},
     reason::Reason,
     rule::Network,
 };

@@ -9,8 +9,8 @@ use lbridge_common::wire::{Endpoint, Redirect, RedirectKey, TCP};
 
 use super::Resolver;
 use crate::planning::{
+    desired::{GatewayOutcome, Outcome, Place, RedirectOutcome, State},
     hooks::HookSet,
-    policy::{GatewayOutcome, Outcome, Place, RedirectOutcome, State},
     reason::Reason,
     rule::Rule,
 };
@@ -19,7 +19,7 @@ impl Resolver<'_> {
     /// Leads the port of the containers' localhost to the network's gateways: 127.0.0.1 to an IPv4 gateway,
     /// ::1 to the gateway that serves best, since most sockets for IPv6 take IPv4 as well.
     pub(super) fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<RedirectOutcome> {
-        self.policy.kernel.hooks[HookSet::Connect] |= self.abilities.hooks[HookSet::Connect].is_ok();
+        self.desired.kernel.hooks[HookSet::Connect] |= self.abilities.hooks[HookSet::Connect].is_ok();
         // Every gateway of a rule is on the same bridge.
         let Some(Place::Bridge { interface, ifindex }) = gateways.first().map(|g| &g.relay_key.place) else {
             return vec![];
@@ -68,9 +68,9 @@ impl Resolver<'_> {
         }
         for key in keys {
             let gateway = Endpoint::new(gateway.into(), key.port);
-            self.policy.kernel.redirects.insert(*key, Redirect { key: *key, gateway, reserved: 0 });
+            self.desired.kernel.redirects.insert(*key, Redirect { key: *key, gateway, reserved: 0 });
         }
-        self.policy.kernel.hooks[HookSet::Names] |= self.abilities.hooks[HookSet::Names].is_ok();
+        self.desired.kernel.hooks[HookSet::Names] |= self.abilities.hooks[HookSet::Names].is_ok();
         Outcome::steered()
     }
 }

@@ -27,14 +27,14 @@ use lbridge_common::{
 
 use self::way::{Way, is_suitable};
 use super::{
+    desired::{
+        Alias, Clients, Desired, GatewayOutcome, Outcome, Place, RelayKey, RelaySpec, RuleOutcome, Service,
+        State, Subnet, stand_in_for,
+    },
     firewall::{FirewallMode, Link, Opening},
     hooks::HookSet,
     inventory::{Abilities, Absence, Interface, Inventory, Namespace, NamespaceId},
     owner::{Sockets, loopback},
-    policy::{
-        Alias, Clients, GatewayOutcome, Outcome, Place, Policy, RelayKey, RelaySpec, RuleOutcome, Service,
-        State, Subnet, stand_in_for,
-    },
     reason::Reason,
     rule::{DEFAULT_CONNECTIONS, Network, Origin, Protocol, Rule, RuleId, Rules, Source, Target},
 };
@@ -46,23 +46,23 @@ pub fn resolve(
     inventory: &Inventory,
     abilities: &Abilities,
     firewall: FirewallMode,
-) -> Policy {
+) -> Desired {
     let mut resolver = Resolver::new(inventory, abilities);
     for (_, rule, origin) in rules.iter() {
         let outcome = resolver.rule(rule, origin);
-        resolver.policy.outcomes.push(outcome);
+        resolver.desired.outcomes.push(outcome);
     }
     // An address that is some network's gateway is that first, so aliases come last.
-    let mut outcomes = std::mem::take(&mut resolver.policy.outcomes);
+    let mut outcomes = std::mem::take(&mut resolver.desired.outcomes);
     for outcome in &mut outcomes {
         resolver.add_aliases(outcome);
     }
-    resolver.policy.outcomes = outcomes;
+    resolver.desired.outcomes = outcomes;
     let wanted = std::mem::take(&mut resolver.registered).into_iter();
-    resolver.policy.listeners = wanted.map(|(key, inodes)| (key, inodes.into_iter().collect())).collect();
-    resolver.policy.firewall = firewall;
-    resolver.policy.steering = abilities.steer.as_ref().ok().copied();
-    resolver.policy
+    resolver.desired.listeners = wanted.map(|(key, inodes)| (key, inodes.into_iter().collect())).collect();
+    resolver.desired.firewall = firewall;
+    resolver.desired.steering = abilities.steer.as_ref().ok().copied();
+    resolver.desired
 }
 
 /// Returns the bridge that a network is, or the outcome that keeps the network's rules from being served.
@@ -89,9 +89,9 @@ fn targets(rule: &Rule) -> impl Iterator<Item = TargetKey> {
 struct Resolver<'a> {
     inventory: &'a Inventory,
     abilities: &'a Abilities,
-    policy: Policy,
+    desired: Desired,
     sockets: Sockets<'a>,
-    /// The listeners that `policy.listeners` will hold, each socket once.
+    /// The listeners that `desired.listeners` will hold, each socket once.
     registered: BTreeMap<ListenerKey, BTreeSet<u64>>,
     /// Addresses that a rule has claimed, whatever its outcome: the first rule in order, not the first whose
     /// service is up. A namespace is one place, through whichever entrance it is found.
@@ -114,7 +114,7 @@ impl<'a> Resolver<'a> {
         Self {
             inventory,
             abilities,
-            policy: Policy::default(),
+            desired: Desired::default(),
             sockets: Sockets::new(inventory),
             registered: BTreeMap::new(),
             claimed: BTreeMap::new(),
@@ -124,7 +124,7 @@ impl<'a> Resolver<'a> {
 
 impl Resolver<'_> {
     fn rule(&mut self, rule: &Rule, origin: Origin) -> RuleOutcome {
-        self.policy.kernel.targets.extend(targets(rule));
+        self.desired.kernel.targets.extend(targets(rule));
         let (gateways, without_gateway) =
             if rule.network.is_namespace() { self.in_namespace(rule) } else { self.on_bridge(rule) };
         let redirects = if rule.options.localhost { self.localhost(rule, &gateways) } else { vec![] };
@@ -202,7 +202,7 @@ impl Resolver<'_> {
         if alias.is_some() && !self.checks_interface() {
             way = match way {
                 Way::Refuse(outcome) => Way::None(outcome),
-                Way::Kernel(..) if self.policy.kernel.entries.contains_key(&entry_key) => {
+                Way::Kernel(..) if self.desired.kernel.entries.contains_key(&entry_key) => {
                     let taken = Reason::AliasTaken { alias: gateway, gateway: own };
                     Way::None(Outcome::because(State::Blocked, taken))
                 }
@@ -220,8 +220,8 @@ impl Resolver<'_> {
             // A blocked rule has nothing in force but what refuses, and the key may be another rule's.
             if outcome.state != State::Blocked || is_refused {
                 for (key, grant) in sources.grants(entry_key) {
-                    if self.policy.kernel.sources.contains(&key) {
-                        self.policy.grants.entry(key).or_default().insert(grant);
+                    if self.desired.kernel.sources.contains(&key) {
+                        self.desired.grants.entry(key).or_default().insert(grant);
                     }
                 }
             }
@@ -231,11 +231,11 @@ impl Resolver<'_> {
         // too. But only where an entry, or a relay that listens, keeps what comes through from the host's
         // other services.
         let is_guarded = self.checks_interface()
-            || self.policy.kernel.entries.contains_key(&entry_key)
-            || self.policy.relays.contains_key(&relay_key);
+            || self.desired.kernel.entries.contains_key(&entry_key)
+            || self.desired.relays.contains_key(&relay_key);
         if outcome.state != State::Blocked && is_guarded {
             let via = alias.map(|_| own);
-            self.policy.openings.insert(opening.clone(), Link { ifindex: index, via });
+            self.desired.openings.insert(opening.clone(), Link { ifindex: index, via });
         }
         let alias = alias.map(|(_, alias)| alias);
         GatewayOutcome { relay_key, entry_key: Some(entry_key), opening: Some(opening), alias, outcome }
@@ -259,7 +259,7 @@ impl Resolver<'_> {
         if let Clients::Listed(listed) = clients {
             flags |= Entry::LISTED;
             let listed: Vec<Address> = listed.iter().copied().map(Address::from).collect();
-            self.policy
+            self.desired
                 .kernel
                 .sources
                 .extend(listed.iter().map(|source| SourceKey { rule: key, source: *source }));
@@ -268,11 +268,11 @@ impl Resolver<'_> {
         let (Subnet { base: subnet, mask }, Endpoint { address: target, port: target_port, .. }) =
             (subnet, target);
         let entry = Entry { key, subnet, mask, target, target_port, flags, reserved: [0; 2] };
-        self.policy.kernel.entries.insert(key, entry);
+        self.desired.kernel.entries.insert(key, entry);
         served
     }
 
-    /// Adds to the policy what a way needs, and returns the outcome.
+    /// Adds to the desired state what a way needs, and returns the outcome.
     fn outcome(
         &mut self,
         rule: &Rule,
@@ -302,8 +302,8 @@ impl Resolver<'_> {
                     let gateway = Endpoint::new(entry_key.gateway, entry_key.port);
                     let names = NameOverride { gateway, target };
                     let key = |(peer, mask)| (OverrideKey { gateway, peer }, OverrideKey::prefix_len(&mask));
-                    self.policy.kernel.overrides.extend(served.into_iter().map(|peer| (key(peer), names)));
-                    self.policy.kernel.hooks[HookSet::Names] = true;
+                    self.desired.kernel.overrides.extend(served.into_iter().map(|peer| (key(peer), names)));
+                    self.desired.kernel.hooks[HookSet::Names] = true;
                 }
                 outcome
             }
@@ -317,7 +317,7 @@ impl Resolver<'_> {
                     self.put_entry(entry_key, subnet, &clients, NOBODY, Entry::RELAYED);
                 }
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
-                self.policy.kernel.hooks[HookSet::Names] |= rule.options.source == Source::Container
+                self.desired.kernel.hooks[HookSet::Names] |= rule.options.source == Source::Container
                     && matches!(service, Service::Tcp(_))
                     && self.abilities.hooks[HookSet::Names].is_ok();
                 let spec = RelaySpec {
@@ -330,7 +330,7 @@ impl Resolver<'_> {
                     max_connections: rule.options.max_connections.map_or(DEFAULT_CONNECTIONS, Into::into),
                     idle_timeout: rule.options.idle_timeout,
                 };
-                self.policy.relays.insert(relay_key.clone(), spec);
+                self.desired.relays.insert(relay_key.clone(), spec);
                 Outcome { state: State::Relayed, reasons }
             }
         }
@@ -344,17 +344,17 @@ impl Resolver<'_> {
         let to_subnet = key(subnet.base, &subnet.mask);
         // The hook that chooses the source does not know which address its receiver has dialled.
         if let Some(first) =
-            self.policy.kernel.reply_sources.get(&to_subnet).filter(|first| first.gateway != gateway)
+            self.desired.kernel.reply_sources.get(&to_subnet).filter(|first| first.gateway != gateway)
         {
             let only = Reason::OneAnswerAddress(first.gateway.into());
             return Err(Outcome::because(State::Blocked, only));
         }
-        self.policy.kernel.reply_sources.insert(to_subnet, ReplySource { service, gateway });
-        self.policy.kernel.hooks[HookSet::Replies] = true;
+        self.desired.kernel.reply_sources.insert(to_subnet, ReplySource { service, gateway });
+        self.desired.kernel.hooks[HookSet::Replies] = true;
         let own = self.inventory.interfaces.iter().flat_map(|interface| &interface.addresses);
         for (ip, _) in own.filter(|(ip, _)| subnet.contains(*ip)) {
             let to_host = key((*ip).into(), &Address([u32::MAX; 4]));
-            self.policy
+            self.desired
                 .kernel
                 .reply_sources
                 .insert(to_host, ReplySource { service, gateway: Address::ANY_V6 });

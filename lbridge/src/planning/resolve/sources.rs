@@ -6,10 +6,10 @@ use lbridge_common::wire::{EntryKey, SourceKey};
 
 use super::Resolver;
 use crate::planning::{
+    desired::{Outcome, State, Subnet},
     grant::{Grant, addresses_on, networks_meant},
     hint,
     inventory::{DockerNetwork, DockerPresence},
-    policy::{Outcome, State, Subnet},
     reason::Reason,
     rule::{Network, Rule},
 };

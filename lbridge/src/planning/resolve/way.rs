@@ -10,10 +10,10 @@ use lbridge_common::wire::Endpoint;
 
 use super::{Claim, Resolver};
 use crate::planning::{
+    desired::{Outcome, Service, State},
     hooks::HookSet,
     inventory::{Listener, ListenerKind},
     owner::{is_regular, loopback},
-    policy::{Outcome, Service, State},
     reason::Reason,
     rule::{PathChoice, Protocol, Rule, Source, Target},
 };

@@ -2,11 +2,11 @@
 
 use super::{Host, in_force};
 use crate::planning::{
+    actual::{Actual, Flows},
+    desired::Desired,
     firewall::{Accepted, Chain, Denial, Family, Filtering, InputChain, Keeper, Opening, Passage, Through},
     inventory::Steering,
     plan::{Step, plan},
-    policy::Policy,
-    reality::{Flows, Reality},
     rule::{PathChoice, Source},
 };
 
@@ -14,8 +14,8 @@ fn chain(through: Through) -> Chain {
     Chain { through, family: Family::Inet, table: "filter".to_owned(), name: "input".to_owned() }
 }
 
-/// A firewall that drops what a policy needs, with these accept rules.
-fn dropping(through: Through, policy: &Policy, accepts: &[Opening]) -> Filtering {
+/// A firewall that drops what a desired state needs, with these accept rules.
+fn dropping(through: Through, desired: &Desired, accepts: &[Opening]) -> Filtering {
     let passage = |opening: &Opening| {
         if accepts.contains(opening) { Passage::Open } else { Passage::Dropped }
     };
@@ -29,56 +29,56 @@ fn dropping(through: Through, policy: &Policy, accepts: &[Opening]) -> Filtering
             .iter()
             .map(|opening| ((chain(through), opening.clone()), Accepted { copies: 1, first: true }))
             .collect(),
-        passages: policy.openings.keys().map(|opening| (opening.clone(), passage(opening))).collect(),
+        passages: desired.openings.keys().map(|opening| (opening.clone(), passage(opening))).collect(),
         ..Filtering::default()
     }
 }
 
-fn opening(policy: &Policy) -> Opening {
-    policy.openings.keys().next().unwrap().clone()
+fn opening(desired: &Desired) -> Opening {
+    desired.openings.keys().next().unwrap().clone()
 }
 
 #[test]
 fn strangers_are_refused_before_the_accept_rule_is_put() {
     for path in [PathChoice::Auto, PathChoice::Relay] {
         let host = Host::new().listens("127.0.0.1:80").allow_with("app", "80", Source::Container, path);
-        let policy = host.policy();
-        let accepted = opening(&policy).accepted();
-        let mut reality = in_force(&policy, dropping(Through::Nft, &policy, &[]));
-        let steps = plan(&policy, &reality);
+        let desired = host.desired();
+        let accepted = opening(&desired).accepted();
+        let mut actual = in_force(&desired, dropping(Through::Nft, &desired, &[]));
+        let steps = plan(&desired, &actual);
         let [Step::AddAccepted(added), Step::Accept { .. }] = &steps[..] else { panic!("{steps:?}") };
         assert_eq!(*added, accepted);
         // They are for as long as the accept rule is there, and no longer.
-        reality = in_force(&policy, dropping(Through::Nft, &policy, &[opening(&policy)]));
-        assert_eq!(plan(&policy, &reality), []);
-        reality.filtering.accepts.clear();
-        reality.filtering.chains.clear();
-        assert_eq!(plan(&policy, &reality), [Step::RemoveAccepted(accepted)]);
+        actual = in_force(&desired, dropping(Through::Nft, &desired, &[opening(&desired)]));
+        assert_eq!(plan(&desired, &actual), []);
+        actual.filtering.accepts.clear();
+        actual.filtering.chains.clear();
+        assert_eq!(plan(&desired, &actual), [Step::RemoveAccepted(accepted)]);
     }
 }
 
 #[test]
 fn what_is_denied_is_refused_until_its_accept_rule_is_gone() {
-    let steered = Host::new().listens("127.0.0.1:80").allow("app", "80").policy();
-    let denied = Host::new().listens("127.0.0.1:80").policy();
+    let steered = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
+    let denied = Host::new().listens("127.0.0.1:80").desired();
     let (key, accepted) = (opening(&steered).entry(7), opening(&steered).accepted());
-    let mut reality = in_force(&steered, dropping(Through::Nft, &steered, &[opening(&steered)]));
-    let steps = plan(&denied, &reality);
+    let mut actual = in_force(&steered, dropping(Through::Nft, &steered, &[opening(&steered)]));
+    let steps = plan(&denied, &actual);
     assert!(steps.contains(&Step::RemoveEntry(key)));
     assert!(steps.iter().any(|step| matches!(step, Step::Unaccept { .. })));
     assert!(!steps.contains(&Step::RemoveAccepted(accepted)), "only once it is seen that it is gone");
-    reality.filtering.accepts.clear();
-    assert!(plan(&denied, &reality).contains(&Step::RemoveAccepted(accepted)));
+    actual.filtering.accepts.clear();
+    assert!(plan(&denied, &actual).contains(&Step::RemoveAccepted(accepted)));
 }
 
 /// A firewall lets in what belongs to a flow that it has let in before.
 #[test]
 fn what_conntrack_knows_is_refused_until_it_is_forgotten() {
-    let steered = Host::new().listens("127.0.0.1:80").allow("app", "80").policy();
-    let denied = Host::new().listens("127.0.0.1:80").policy();
+    let steered = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
+    let denied = Host::new().listens("127.0.0.1:80").desired();
     let accepted = opening(&steered).accepted();
-    let mut reality = in_force(&steered, dropping(Through::Nft, &steered, &[opening(&steered)]));
-    reality.filtering.accepts.clear();
+    let mut actual = in_force(&steered, dropping(Through::Nft, &steered, &[opening(&steered)]));
+    actual.filtering.accepts.clear();
     for (flows, planned) in [
         (Flows { open: 0, forgettable: 0 }, &[Step::RemoveAccepted(accepted)][..]),
         (
@@ -87,8 +87,8 @@ fn what_conntrack_knows_is_refused_until_it_is_forgotten() {
         ),
         (Flows { open: 1, forgettable: 2 }, &[]),
     ] {
-        reality.flows = [(accepted, flows)].into();
-        let steps = plan(&denied, &reality);
+        actual.flows = [(accepted, flows)].into();
+        let steps = plan(&denied, &actual);
         let of_accepted = |step: &&Step| matches!(step, Step::ForgetFlows(_) | Step::RemoveAccepted(_));
         assert!(steps.iter().filter(of_accepted).eq(planned), "{flows:?}: {steps:?}");
     }
@@ -97,26 +97,27 @@ fn what_conntrack_knows_is_refused_until_it_is_forgotten() {
 /// Accept rules that name the same sources, whichever the chain or the bridge, are one thing to the kernel.
 #[test]
 fn two_accept_rules_are_refused_as_one() {
-    let policy = Host::new().listens("127.0.0.1:80").allow("app", "80").policy();
-    let older = Opening { interface: "br-old".to_owned(), ..opening(&policy) };
-    let mut reality = in_force(&policy, dropping(Through::Nft, &policy, &[opening(&policy), older.clone()]));
-    assert_eq!(reality.accepted.len(), 1);
-    let steps = plan(&policy, &reality);
+    let desired = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
+    let older = Opening { interface: "br-old".to_owned(), ..opening(&desired) };
+    let mut actual =
+        in_force(&desired, dropping(Through::Nft, &desired, &[opening(&desired), older.clone()]));
+    assert_eq!(actual.accepted.len(), 1);
+    let steps = plan(&desired, &actual);
     assert_eq!(steps, [Step::Unaccept { chain: chain(Through::Nft), opening: older.clone() }]);
-    reality.filtering.accepts.remove(&(chain(Through::Nft), older));
-    assert_eq!(plan(&policy, &reality), []);
+    actual.filtering.accepts.remove(&(chain(Through::Nft), older));
+    assert_eq!(plan(&desired, &actual), []);
 }
 
 /// A listing that fails says nothing of what is there.
 #[test]
 fn what_cannot_be_read_may_be_there() {
-    let policy = Host::new().listens("127.0.0.1:80").allow("app", "80").policy();
-    let accepted = opening(&policy).accepted();
-    for wanted in [&policy, &Policy::default()] {
+    let desired = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
+    let accepted = opening(&desired).accepted();
+    for wanted in [&desired, &Desired::default()] {
         let unread = Filtering { failed: true, ..Filtering::default() };
-        let reality = Reality { accepted: [accepted].into(), ..in_force(&policy, unread) };
-        let steering = policy.steering;
-        let steps = plan(&Policy { steering, ..wanted.clone() }, &reality);
+        let actual = Actual { accepted: [accepted].into(), ..in_force(&desired, unread) };
+        let steering = desired.steering;
+        let steps = plan(&Desired { steering, ..wanted.clone() }, &actual);
         assert!(!steps.contains(&Step::RemoveAccepted(accepted)), "{steps:?}");
     }
 }
@@ -124,11 +125,11 @@ fn what_cannot_be_read_may_be_there() {
 /// Older versions named no subnet.
 #[test]
 fn an_accept_rule_for_everybody_is_replaced() {
-    let policy = Host::new().listens("127.0.0.1:80").allow("app", "80").policy();
-    let older = Opening { sources: "0.0.0.0/0".parse().unwrap(), ..opening(&policy) };
-    let mut filtering = dropping(Through::Nft, &policy, std::slice::from_ref(&older));
+    let desired = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
+    let older = Opening { sources: "0.0.0.0/0".parse().unwrap(), ..opening(&desired) };
+    let mut filtering = dropping(Through::Nft, &desired, std::slice::from_ref(&older));
     filtering.passages.values_mut().for_each(|passage| *passage = Passage::Open);
-    let steps = plan(&policy, &in_force(&policy, filtering));
+    let steps = plan(&desired, &in_force(&desired, filtering));
     let [
         Step::AddAccepted(added),
         Step::Accept { opening: put, .. },
@@ -137,7 +138,7 @@ fn an_accept_rule_for_everybody_is_replaced() {
     else {
         panic!("{steps:?}")
     };
-    assert_eq!((*added, put, removed), (opening(&policy).accepted(), &opening(&policy), &older));
+    assert_eq!((*added, put, removed), (opening(&desired).accepted(), &opening(&desired), &older));
 }
 
 /// A relay that is bound to the gateway has no entry that admits its clients; nothing else would keep what comes through from
@@ -146,15 +147,15 @@ fn an_accept_rule_for_everybody_is_replaced() {
 fn a_relay_without_an_entry_is_let_in_only_while_it_listens() {
     let mut host = Host::new().allow_with("app", "80", Source::Container, PathChoice::Relay);
     host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: true });
-    let policy = host.listens("127.0.0.1:80").policy();
-    let mut reality = in_force(&policy, dropping(Through::Nft, &policy, &[]));
-    let steps = plan(&policy, &reality);
+    let desired = host.listens("127.0.0.1:80").desired();
+    let mut actual = in_force(&desired, dropping(Through::Nft, &desired, &[]));
+    let steps = plan(&desired, &actual);
     assert!(matches!(&steps[..], [Step::Accept { .. }]), "the relay's clients are not refused: {steps:?}");
     // One that could not be opened, and one that is not open any more.
-    reality.relays.clear();
-    assert!(matches!(&plan(&policy, &reality)[..], [Step::OpenRelay(..)]));
-    reality.filtering = dropping(Through::Nft, &policy, &[opening(&policy)]);
-    assert!(plan(&policy, &reality).iter().any(|step| matches!(step, Step::Unaccept { .. })));
+    actual.relays.clear();
+    assert!(matches!(&plan(&desired, &actual)[..], [Step::OpenRelay(..)]));
+    actual.filtering = dropping(Through::Nft, &desired, &[opening(&desired)]);
+    assert!(plan(&desired, &actual).iter().any(|step| matches!(step, Step::Unaccept { .. })));
 }
 
 /// Where the kernel does not steer there is no map to tell.
@@ -162,8 +163,8 @@ fn a_relay_without_an_entry_is_let_in_only_while_it_listens() {
 fn without_steering_the_kernel_is_told_nothing() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
     host.abilities.steer = Err("Linux 4.19".to_owned());
-    let policy = host.policy();
-    let filtering = dropping(Through::Nft, &policy, &[opening(&policy)]);
-    let reality = Reality { accepted: [].into(), ..in_force(&policy, filtering) };
-    assert_eq!(plan(&policy, &reality), []);
+    let desired = host.desired();
+    let filtering = dropping(Through::Nft, &desired, &[opening(&desired)]);
+    let actual = Actual { accepted: [].into(), ..in_force(&desired, filtering) };
+    assert_eq!(plan(&desired, &actual), []);
 }

@@ -4,6 +4,8 @@ use lbridge_common::wire::Entry;
 
 use super::{Host, br_app, in_force};
 use crate::planning::{
+    actual::Actual,
+    desired::RelayKey,
     explain::{
         Answer::{No, Note, Yes},
         Explanation, Fate, Known, Question, Stage, explain, listeners_of_interest,
@@ -11,17 +13,15 @@ use crate::planning::{
     firewall::{Filtering, Passage},
     hooks::HookSet,
     inventory::{Absence, DockerPresence, Listener, ListenerKind, Steering},
-    policy::RelayKey,
-    reality::Reality,
     rule::{PathChoice, Protocol, Source},
 };
 
 impl Host {
-    /// What is in force once everything that the policy wants is.
-    fn in_force(&self) -> Reality {
-        let policy = self.policy();
-        let passages = policy.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect();
-        in_force(&policy, Filtering { passages, ..Filtering::default() })
+    /// What is in force once everything that the desired state wants is.
+    fn in_force(&self) -> Actual {
+        let desired = self.desired();
+        let passages = desired.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect();
+        in_force(&desired, Filtering { passages, ..Filtering::default() })
     }
 
     fn explain(&self, network: &str, port: u16) -> Explanation {
@@ -33,7 +33,7 @@ impl Host {
         network: &str,
         port: u16,
         source: Option<&str>,
-        reality: &Reality,
+        actual: &Actual,
         inside: &[Listener],
     ) -> Explanation {
         let source = source.map(|source| source.parse().unwrap());
@@ -42,8 +42,8 @@ impl Host {
         let known = Known {
             inventory: &self.inventory,
             abilities: &self.abilities,
-            policy: &self.policy(),
-            reality,
+            desired: &self.desired(),
+            actual,
             relay_failures: &BTreeMap::new(),
             entry_failures: &BTreeMap::new(),
             holders: &BTreeMap::new(),
@@ -108,13 +108,13 @@ fn a_steered_connection_step_by_step() {
 #[test]
 fn what_is_registered_counts_not_what_listens() {
     let host = Host::new().listens("127.0.0.1:80").listens("0.0.0.0:80").allow("app", "80");
-    let mut reality = host.in_force();
+    let mut actual = host.in_force();
     assert!(text(&host.explain("app", 80), Stage::Listener).starts_with("127.0.0.1:80"));
-    reality.registered.retain(|key| key.address == lbridge_common::wire::Address::ANY_V4);
-    let told = host.explain_with("app", 80, None, &reality, &[]);
+    actual.registered.retain(|key| key.address == lbridge_common::wire::Address::ANY_V4);
+    let told = host.explain_with("app", 80, None, &actual, &[]);
     assert!(text(&told, Stage::Listener).starts_with("0.0.0.0:80"));
-    reality.registered = BTreeSet::new();
-    let told = host.explain_with("app", 80, None, &reality, &[]);
+    actual.registered = BTreeSet::new();
+    let told = host.explain_with("app", 80, None, &actual, &[]);
     assert_eq!(
         fates(&told),
         ["172.18.0.1:80 refused"],
@@ -149,7 +149,7 @@ fn each_family_goes_its_own_way() {
     assert_eq!(told.remedy, "`lbridge deny dual 80` takes it back", "said once");
     let one = host.explain_with("dual", 80, Some("fd00::77"), &host.in_force(), &[]);
     assert_eq!(fates(&one), ["[fd00::1]:80 steered"]);
-    let none = Host::new().explain_with("app", 80, Some("fd00::77"), &Reality::default(), &[]);
+    let none = Host::new().explain_with("app", 80, Some("fd00::77"), &Actual::default(), &[]);
     assert!(none.ways.is_empty() && none.outcome.contains("no gateway of the source's family"));
 }
 
@@ -227,12 +227,12 @@ fn relays_and_what_services_see() {
     assert_eq!(fates(&told), ["172.18.0.1:80 relayed"]);
     assert!(told.outcome.contains("relayed to 127.0.0.1:80 (the service listens with MPTCP"));
     assert_eq!(text(&told, Stage::Peer), "the service sees 172.18.0.2 as its peer");
-    let mut reality = mptcp.in_force();
-    reality.kernel.hooks[HookSet::Names] = false;
-    let told = mptcp.explain_with("app", 80, None, &reality, &[]);
+    let mut actual = mptcp.in_force();
+    actual.kernel.hooks[HookSet::Names] = false;
+    let told = mptcp.explain_with("app", 80, None, &actual, &[]);
     assert!(text(&told, Stage::Peer).starts_with("the service sees 127.146.0.2 as its peer"));
-    reality.lingering = std::mem::take(&mut reality.relays).into_keys().collect();
-    let told = mptcp.explain_with("app", 80, None, &reality, &[]);
+    actual.lingering = std::mem::take(&mut actual.relays).into_keys().collect();
+    let told = mptcp.explain_with("app", 80, None, &actual, &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
     assert!(text(&told, Stage::Relay).contains("not open: the next look opens it"));
 
@@ -247,13 +247,13 @@ fn relays_and_what_services_see() {
 #[test]
 fn what_should_be_and_what_is_differ() {
     let host = Host::new().listens("127.0.0.1:80").allow("app", "80");
-    let mut reality = host.in_force();
-    let (key, value) = reality.kernel.entries.pop_first().unwrap();
-    let told = host.explain_with("app", 80, None, &reality, &[]);
+    let mut actual = host.in_force();
+    let (key, value) = actual.kernel.entries.pop_first().unwrap();
+    let told = host.explain_with("app", 80, None, &actual, &[]);
     assert!(text(&told, Stage::Lookup).ends_with("which the rule asks for: the next look puts it there"));
     let other = Entry { key: lbridge_common::wire::EntryKey { port: 81, ..key }, ..value };
-    reality.kernel.entries.insert(key, other);
-    let told = host.explain_with("app", 80, None, &reality, &[]);
+    actual.kernel.entries.insert(key, other);
+    let told = host.explain_with("app", 80, None, &actual, &[]);
     assert!(text(&told, Stage::Lookup).contains("another key's"), "as the kernel program compares");
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
 
@@ -263,16 +263,16 @@ fn what_should_be_and_what_is_differ() {
     assert_eq!(fates(&told), ["172.18.0.1:80 steered"]);
     assert!(text(&told, Stage::Lookup).contains("somebody else has put it there"));
 
-    let mut reality = host.in_force();
-    reality.detached = true;
-    assert_eq!(fates(&host.explain_with("app", 80, None, &reality, &[])), ["172.18.0.1:80 refused"]);
+    let mut actual = host.in_force();
+    actual.detached = true;
+    assert_eq!(fates(&host.explain_with("app", 80, None, &actual, &[])), ["172.18.0.1:80 refused"]);
 }
 
 #[test]
 fn namespaces() {
     let host = Host::new().namespace("netns:/run/x", 42, &["127.0.0.1", "::1"]).listens("127.0.0.1:80");
     let own = |address: &str| Host::new().listens(address).inventory.listeners;
-    let told = host.explain_with("netns:/run/x", 80, None, &Reality::default(), &own("0.0.0.0:80"));
+    let told = host.explain_with("netns:/run/x", 80, None, &Actual::default(), &own("0.0.0.0:80"));
     assert_eq!(fates(&told), ["127.0.0.1:80 passed", "[::1]:80 refused"]);
     let told = host.allow("netns:/run/x", "80").explain("netns:/run/x", 80);
     assert_eq!(fates(&told), ["127.0.0.1:80 relayed", "[::1]:80 relayed"]);
@@ -326,13 +326,13 @@ fn an_old_kernel_knows_no_interface() {
 #[test]
 fn a_firewall_comes_first() {
     let host = Host::new().listens("127.0.0.1:80").allow("app", "80");
-    let mut reality = host.in_force();
-    let opening = host.policy().openings.into_keys().next().unwrap();
-    reality.filtering.passages.insert(opening.clone(), Passage::Dropped);
-    let told = host.explain_with("app", 80, None, &reality, &[]);
+    let mut actual = host.in_force();
+    let opening = host.desired().openings.into_keys().next().unwrap();
+    actual.filtering.passages.insert(opening.clone(), Passage::Dropped);
+    let told = host.explain_with("app", 80, None, &actual, &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 dropped"]);
     assert_eq!(told.outcome, "connections from app to 172.18.0.1:80 time out: a firewall drops them");
-    assert_eq!(told.remedy, reality.filtering.why_dropped(&opening));
+    assert_eq!(told.remedy, actual.filtering.why_dropped(&opening));
     assert!(told.ways[0].steps.iter().all(|step| step.stage < Stage::Lookup), "it gets no further");
 
     let told = host.explain_with("app", 81, None, &host.in_force(), &[]);

@@ -138,7 +138,7 @@ impl World {
 #[test]
 fn what_a_rule_opens_is_an_opening() {
     let host = Host::new().bridge("br-6", 9, &["fd00::1/64"]).allow("app", "80").allow("bridge:br-6", "81");
-    let openings: Vec<_> = host.policy().openings.into_iter().collect();
+    let openings: Vec<_> = host.desired().openings.into_iter().collect();
     let v6 = Opening { interface: "br-6".to_owned(), ..opening("fd00::1", 81) };
     assert_eq!(
         openings,
@@ -148,7 +148,7 @@ fn what_a_rule_opens_is_an_opening() {
     let host =
         Host::new().allow("app", "80").allow("bridge:br-app", "80").namespace("netns:/c", 3, &["127.0.0.1"]);
     let host = host.allow("netns:/c", "80").allow("gone", "80");
-    assert_eq!(host.policy().openings.into_keys().collect::<Vec<_>>(), [opening("172.18.0.1", 80)]);
+    assert_eq!(host.desired().openings.into_keys().collect::<Vec<_>>(), [opening("172.18.0.1", 80)]);
 }
 
 #[test]

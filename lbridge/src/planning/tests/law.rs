@@ -6,101 +6,101 @@ use proptest::prelude::*;
 
 use super::Host;
 use crate::planning::{
+    actual::Actual,
+    desired::{Clients, Desired, Place},
     firewall::{FirewallMode, Passage},
     hooks::HookSet,
     inventory::{ListenerKind, Steering},
     plan::{Step, plan, revocations},
-    policy::{Clients, Place, Policy},
-    reality::Reality,
     resolve::resolve,
     rule::{PathChoice, Source},
 };
 
 /// The kernel and the relay set, as far as a step can tell. Panics where a step breaks the order that it relies on.
-fn carry_out(reality: &mut Reality, steps: &[Step]) {
+fn carry_out(actual: &mut Actual, steps: &[Step]) {
     for step in steps {
         match step {
-            Step::AddTarget(target) => assert!(reality.kernel.targets.insert(*target)),
+            Step::AddTarget(target) => assert!(actual.kernel.targets.insert(*target)),
             Step::RemoveTarget(target) => {
                 let is_of = |key: &ListenerKey| target_of(key) == *target;
-                assert!(!reality.registered.iter().any(is_of), "a forgotten listener");
-                assert!(reality.kernel.targets.remove(target));
+                assert!(!actual.registered.iter().any(is_of), "a forgotten listener");
+                assert!(actual.kernel.targets.remove(target));
             }
-            Step::AttachHooks(set) => reality.kernel.hooks[*set] = true,
+            Step::AttachHooks(set) => actual.kernel.hooks[*set] = true,
             Step::DetachHooks(set) => {
                 let unneeded = match set {
-                    HookSet::Names => reality.kernel.overrides.is_empty(),
-                    HookSet::Connect => reality.kernel.redirects.is_empty(),
-                    HookSet::Replies => reality.kernel.reply_sources.is_empty(),
+                    HookSet::Names => actual.kernel.overrides.is_empty(),
+                    HookSet::Connect => actual.kernel.redirects.is_empty(),
+                    HookSet::Replies => actual.kernel.reply_sources.is_empty(),
                 };
                 assert!(unneeded, "{set:?} is still needed");
-                reality.kernel.hooks[*set] = false;
+                actual.kernel.hooks[*set] = false;
             }
             Step::PutOverride(endpoint, names) => {
-                assert!(reality.kernel.hooks[HookSet::Names], "hooks come first");
-                reality.kernel.overrides.insert(*endpoint, *names);
+                assert!(actual.kernel.hooks[HookSet::Names], "hooks come first");
+                actual.kernel.overrides.insert(*endpoint, *names);
             }
-            Step::RemoveOverride(endpoint) => assert!(reality.kernel.overrides.remove(endpoint).is_some()),
+            Step::RemoveOverride(endpoint) => assert!(actual.kernel.overrides.remove(endpoint).is_some()),
             Step::PutReplySource(key, reply) => {
-                assert!(reality.kernel.hooks[HookSet::Replies], "hooks come first");
-                reality.kernel.reply_sources.insert(*key, *reply);
+                assert!(actual.kernel.hooks[HookSet::Replies], "hooks come first");
+                actual.kernel.reply_sources.insert(*key, *reply);
             }
-            Step::RemoveReplySource(key) => assert!(reality.kernel.reply_sources.remove(key).is_some()),
+            Step::RemoveReplySource(key) => assert!(actual.kernel.reply_sources.remove(key).is_some()),
             Step::Register { key, .. } => {
-                assert!(reality.kernel.targets.contains(&target_of(key)), "watched first");
+                assert!(actual.kernel.targets.contains(&target_of(key)), "watched first");
                 assert!(key.slot < SLOTS);
-                assert!(reality.registered.insert(*key), "a slot that is taken");
+                assert!(actual.registered.insert(*key), "a slot that is taken");
             }
             Step::Unregister(key) => {
                 let is_it = |candidate: ListenerKey| (candidate == *key).then_some(());
                 let named =
                     |e: &Entry| first_candidate(&e.target, e.target_port, e.protocol(), is_it).is_some();
-                let named = reality.kernel.entries.values().any(named);
+                let named = actual.kernel.entries.values().any(named);
                 assert!(!named, "an entry goes before its listener");
-                assert!(reality.registered.remove(key));
+                assert!(actual.registered.remove(key));
             }
             Step::PutEntry(key, value) => {
                 if value.has(Entry::RELAYED) {
-                    assert!(reality.relay_sockets.contains(key), "a relay listens before its entry");
+                    assert!(actual.relay_sockets.contains(key), "a relay listens before its entry");
                 } else if value.target_port != 0 {
                     for address in listening_addresses(&value.target) {
                         let (port, protocol) = (value.target_port, key.protocol);
-                        assert!(reality.kernel.targets.contains(&TargetKey { address, port, protocol }));
+                        assert!(actual.kernel.targets.contains(&TargetKey { address, port, protocol }));
                     }
                 }
-                reality.kernel.entries.insert(*key, *value);
+                actual.kernel.entries.insert(*key, *value);
             }
-            Step::RemoveEntry(key) => assert!(reality.kernel.entries.remove(key).is_some()),
+            Step::RemoveEntry(key) => assert!(actual.kernel.entries.remove(key).is_some()),
             Step::AddSource(key) => {
-                assert!(reality.kernel.sources.insert(*key));
+                assert!(actual.kernel.sources.insert(*key));
             }
-            Step::RemoveSource(key) => assert!(reality.kernel.sources.remove(key)),
-            Step::AddAccepted(key) => assert!(reality.accepted.insert(*key)),
-            Step::RemoveAccepted(key) => assert!(reality.accepted.remove(key)),
+            Step::RemoveSource(key) => assert!(actual.kernel.sources.remove(key)),
+            Step::AddAccepted(key) => assert!(actual.accepted.insert(*key)),
+            Step::RemoveAccepted(key) => assert!(actual.accepted.remove(key)),
             Step::ForgetFlows(_) => panic!("no accept rule let anything in"),
             Step::PutRedirect(key, redirect) => {
-                assert!(reality.kernel.hooks[HookSet::Connect], "hooks come first");
-                reality.kernel.redirects.insert(*key, *redirect);
+                assert!(actual.kernel.hooks[HookSet::Connect], "hooks come first");
+                actual.kernel.redirects.insert(*key, *redirect);
             }
-            Step::RemoveRedirect(key) => assert!(reality.kernel.redirects.remove(key).is_some()),
+            Step::RemoveRedirect(key) => assert!(actual.kernel.redirects.remove(key).is_some()),
             Step::OpenRelay(key, spec) => {
-                reality.lingering.remove(key);
-                reality.relay_sockets.extend(key.entry().filter(|_| spec.by_entry));
-                reality.relays.insert(key.clone(), spec.clone());
+                actual.lingering.remove(key);
+                actual.relay_sockets.extend(key.entry().filter(|_| spec.by_entry));
+                actual.relays.insert(key.clone(), spec.clone());
             }
             Step::CloseRelay { key, handed_over } => {
-                assert!(reality.relays.remove(key).is_some() || reality.lingering.remove(key));
+                assert!(actual.relays.remove(key).is_some() || actual.lingering.remove(key));
                 if *handed_over {
-                    reality.lingering.insert(key.clone());
+                    actual.lingering.insert(key.clone());
                 }
                 // The kernel removes a socket that closes, and refuses what an entry leads to it.
-                key.entry().map(|entry| reality.relay_sockets.remove(&entry));
+                key.entry().map(|entry| actual.relay_sockets.remove(&entry));
             }
-            Step::Attach => reality.detached = false,
+            Step::Attach => actual.detached = false,
             // This host has no firewall; `super::firewall` has some.
             Step::Probe(openings) => {
                 let open = openings.keys().map(|opening| (opening.clone(), Passage::Open));
-                reality.filtering.passages.extend(open);
+                actual.filtering.passages.extend(open);
             }
             Step::Accept { .. } | Step::Unaccept { .. } => panic!("nothing denies"),
         }
@@ -193,40 +193,40 @@ prop_compose! {
 proptest! {
     #[test]
     fn a_plan_carried_out_leaves_nothing_to_plan(before in host(), after in host()) {
-        let mut reality = Reality::default();
+        let mut actual = Actual::default();
         for host in [&before, &after] {
             // Whoever restarted meanwhile is registered no more.
-            reality.registered.clear();
-            reality.detached = true;
-            let policy = host.policy();
+            actual.registered.clear();
+            actual.detached = true;
+            let desired = host.desired();
             // What takes access away may be carried out on its own before.
-            let mut in_two = reality.clone();
-            carry_out(&mut in_two, &revocations(&policy, &reality));
-            prop_assert_eq!(revocations(&policy, &in_two), vec![]);
-            let steps = plan(&policy, &in_two);
+            let mut in_two = actual.clone();
+            carry_out(&mut in_two, &revocations(&desired, &actual));
+            prop_assert_eq!(revocations(&desired, &in_two), vec![]);
+            let steps = plan(&desired, &in_two);
             carry_out(&mut in_two, &steps);
-            let steps = plan(&policy, &reality);
-            carry_out(&mut reality, &steps);
-            for reality in [&mut in_two, &mut reality] {
+            let steps = plan(&desired, &actual);
+            carry_out(&mut actual, &steps);
+            for actual in [&mut in_two, &mut actual] {
                 // The firewall is tried for a relay that is bound to the gateway once that is open.
-                let steps = plan(&policy, reality);
+                let steps = plan(&desired, actual);
                 prop_assert!(steps.iter().all(|step| matches!(step, Step::Probe(_))), "{:?}", steps);
-                carry_out(reality, &steps);
+                carry_out(actual, &steps);
             }
-            prop_assert_eq!(&in_two, &reality);
-            prop_assert_eq!(plan(&policy, &reality), vec![]);
-            prop_assert_eq!(&reality.kernel.entries, &policy.kernel.entries);
-            prop_assert_eq!(&reality.kernel.sources, &policy.kernel.sources);
-            prop_assert!(policy.grants.keys().eq(&policy.kernel.sources), "a source that is nobody's");
-            prop_assert_eq!(&reality.relays, &policy.relays);
-            prop_assert_eq!(&reality.kernel.redirects, &policy.kernel.redirects);
-            for (entry, value) in policy.kernel.entries.iter().filter(|(_, value)| !value.has(Entry::RELAYED)) {
+            prop_assert_eq!(&in_two, &actual);
+            prop_assert_eq!(plan(&desired, &actual), vec![]);
+            prop_assert_eq!(&actual.kernel.entries, &desired.kernel.entries);
+            prop_assert_eq!(&actual.kernel.sources, &desired.kernel.sources);
+            prop_assert!(desired.grants.keys().eq(&desired.kernel.sources), "a source that is nobody's");
+            prop_assert_eq!(&actual.relays, &desired.relays);
+            prop_assert_eq!(&actual.kernel.redirects, &desired.kernel.redirects);
+            for (entry, value) in desired.kernel.entries.iter().filter(|(_, value)| !value.has(Entry::RELAYED)) {
                 // Without an interface another network's entry may be there, which leaves these alone.
                 let takes = |ip: std::net::IpAddr| {
                     let own = entry.ifindex != 0 || Address::from(ip).masked(&value.mask) == value.subnet;
                     own && Address::from(ip).is_v4() == value.subnet.is_v4()
                 };
-                let relayed = policy.relays.iter().any(|(k, spec)| {
+                let relayed = desired.relays.iter().any(|(k, spec)| {
                     let of_network = match &spec.clients {
                         Clients::Subnet(subnet) => takes(subnet.base.into()),
                         Clients::Listed(listed) => listed.iter().any(|ip| takes(*ip)),
@@ -241,11 +241,11 @@ proptest! {
                 prop_assert!(!relayed, "an entry would take the relay's connections");
             }
         }
-        let steps = plan(&Policy::default(), &reality);
-        carry_out(&mut reality, &steps);
+        let steps = plan(&Desired::default(), &actual);
+        carry_out(&mut actual, &steps);
         // Knowledge, and harmless.
-        reality.filtering.passages.clear();
-        prop_assert_eq!(reality, Reality::default(), "nothing is left behind");
+        actual.filtering.passages.clear();
+        prop_assert_eq!(actual, Actual::default(), "nothing is left behind");
     }
 
     #[test]
@@ -255,7 +255,7 @@ proptest! {
         if reverse {
             shuffled.docker_networks.reverse();
         }
-        let policy = resolve(&host.rules, &shuffled, &host.abilities, FirewallMode::default());
-        prop_assert_eq!(policy, host.policy());
+        let desired = resolve(&host.rules, &shuffled, &host.abilities, FirewallMode::default());
+        prop_assert_eq!(desired, host.desired());
     }
 }

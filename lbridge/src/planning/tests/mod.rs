@@ -16,6 +16,8 @@ use std::{
 use lbridge_common::wire::EntryKey;
 
 use super::{
+    actual::Actual,
+    desired::{Desired, Place, RedirectOutcome, State},
     firewall::{Filtering, FirewallMode},
     hooks::PerHookSet,
     inventory::{
@@ -23,8 +25,6 @@ use super::{
         Inventory, Listener, ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering, find_networks,
     },
     owner::incumbents,
-    policy::{Place, Policy, RedirectOutcome, State},
-    reality::Reality,
     resolve::resolve,
     rule::{Network, Options, Origin, PathChoice, ProcessStart, Rule, Rules, Source},
 };
@@ -220,7 +220,7 @@ impl Host {
 
     /// One line for each address of the containers' own: `127.0.0.1:80 to 172.18.0.1 steered`.
     fn dials(&self) -> Vec<String> {
-        let outcomes = self.policy().outcomes;
+        let outcomes = self.desired().outcomes;
         let told = |dial: &RedirectOutcome| {
             let what = match dial.gateway {
                 Some(gateway) => format!("{} to {gateway}", dial.address),
@@ -231,14 +231,14 @@ impl Host {
         outcomes.iter().flat_map(|outcome| &outcome.redirects).map(told).collect()
     }
 
-    fn policy(&self) -> Policy {
+    fn desired(&self) -> Desired {
         resolve(&self.rules, &self.inventory, &self.abilities, FirewallMode::default())
     }
 
     /// One line for each gateway (or rule without one): `172.18.0.1:80 steered`.
     fn states(&self) -> Vec<String> {
         let mut lines = vec![];
-        for rule in self.policy().outcomes {
+        for rule in self.desired().outcomes {
             if let Some(without) = rule.without_gateway {
                 lines.push(line(&rule.rule.id().to_string(), without.state, without.why()));
             }
@@ -254,22 +254,22 @@ impl Host {
     }
 }
 
-/// The keys under which the relays that a policy wants can be reached once they are open.
-fn relay_sockets(policy: &Policy) -> BTreeSet<EntryKey> {
-    let by_entry = policy.relays.iter().filter(|(_, spec)| spec.by_entry);
+/// The keys under which the relays that a desired state wants can be reached once they are open.
+fn relay_sockets(desired: &Desired) -> BTreeSet<EntryKey> {
+    let by_entry = desired.relays.iter().filter(|(_, spec)| spec.by_entry);
     by_entry.filter_map(|(key, _)| key.entry()).collect()
 }
 
-/// The actual state once everything that a policy wants is in force, behind a firewall.
-fn in_force(policy: &Policy, filtering: Filtering) -> Reality {
-    Reality {
-        kernel: policy.kernel.clone(),
-        relay_sockets: relay_sockets(policy),
-        relays: policy.relays.clone(),
-        registered: policy.listeners.keys().copied().collect(),
+/// The actual state once everything that a desired state wants is in force, behind a firewall.
+fn in_force(desired: &Desired, filtering: Filtering) -> Actual {
+    Actual {
+        kernel: desired.kernel.clone(),
+        relay_sockets: relay_sockets(desired),
+        relays: desired.relays.clone(),
+        registered: desired.listeners.keys().copied().collect(),
         accepted: filtering.accepts.keys().map(|(_, opening)| opening.accepted()).collect(),
         filtering,
-        ..Reality::default()
+        ..Actual::default()
     }
 }
 

@@ -6,11 +6,11 @@ use lbridge_common::wire::Entry;
 
 use super::Host;
 use crate::planning::{
+    actual::Actual,
+    desired::Service,
     inventory::{ListenerKind, Steering},
     owner::{Sockets, is_regular},
     plan::{Step, plan},
-    policy::Service,
-    reality::Reality,
     rule::{PathChoice, Source},
 };
 
@@ -38,7 +38,7 @@ fn relayed_to(host: &Host) -> Vec<String> {
         Service::Tcp(address) => address.to_string(),
         Service::Unix(path) => path.display().to_string(),
     };
-    host.policy().relays.into_values().map(|spec| told(spec.service)).collect()
+    host.desired().relays.into_values().map(|spec| told(spec.service)).collect()
 }
 
 /// Where each entry leads that steers, or refuses: gateway and target.
@@ -46,13 +46,13 @@ fn entries(host: &Host) -> Vec<String> {
     let told = |entry: &Entry| {
         format!("{} -> {}:{}", IpAddr::from(entry.key.gateway), IpAddr::from(entry.target), entry.target_port)
     };
-    let entries = host.policy().kernel.entries;
+    let entries = host.desired().kernel.entries;
     entries.values().filter(|entry| !entry.has(Entry::RELAYED)).map(told).collect()
 }
 
 /// The sockets that the kernel is given, by the address that they are bound to.
 fn registered(host: &Host) -> Vec<String> {
-    host.policy().listeners.keys().map(|key| IpAddr::from(key.address).to_string()).collect()
+    host.desired().listeners.keys().map(|key| IpAddr::from(key.address).to_string()).collect()
 }
 
 #[test]
@@ -205,9 +205,9 @@ fn while_the_service_restarts_the_stranger_waits_in_vain() {
     assert!(registered(&down).is_empty() && relayed_to(&down).is_empty());
 
     // The relay that goes frees its port at once: the service may come back on all addresses.
-    let before = both.policy();
-    let reality = Reality { relays: before.relays, kernel: before.kernel, ..Reality::default() };
-    let closed = plan(&down.policy(), &reality).into_iter();
+    let before = both.desired();
+    let actual = Actual { relays: before.relays, kernel: before.kernel, ..Actual::default() };
+    let closed = plan(&down.desired(), &actual).into_iter();
     let closed: Vec<_> = closed.filter(|step| matches!(step, Step::CloseRelay { .. })).collect();
     assert!(matches!(closed[..], [Step::CloseRelay { handed_over: false, .. }]), "{closed:?}");
 

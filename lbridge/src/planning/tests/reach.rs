@@ -7,11 +7,11 @@ use lbridge_common::wire::{Entry, SourceKey, UDP};
 
 use super::Host;
 use crate::planning::{
+    actual::Actual,
+    desired::Clients,
     hooks::HookSet,
     inventory::{DockerPresence, Steering},
     plan::{Step, plan, revocations},
-    policy::Clients,
-    reality::Reality,
     rule::{PathChoice, Source},
 };
 
@@ -33,20 +33,20 @@ fn crowd() -> Host {
 fn a_rule_for_some_containers_lists_their_addresses() {
     let host = from(crowd(), &["web", "api"], Source::Container, PathChoice::Auto);
     assert_eq!(host.states(), ["172.18.0.1:80 steered (for api, web)"]);
-    let policy = host.policy();
-    let (key, entry) = policy.kernel.entries.first_key_value().unwrap();
+    let desired = host.desired();
+    let (key, entry) = desired.kernel.entries.first_key_value().unwrap();
     assert_eq!(entry.flags, Entry::LISTED);
     let source = |ip: &str| SourceKey { rule: *key, source: ip.parse::<IpAddr>().unwrap().into() };
-    assert_eq!(policy.kernel.sources, [source("172.18.0.2"), source("172.18.0.3")].into());
+    assert_eq!(desired.kernel.sources, [source("172.18.0.2"), source("172.18.0.3")].into());
 
     let relayed = from(crowd(), &["web"], Source::Container, PathChoice::Relay);
     assert_eq!(relayed.states(), ["172.18.0.1:80 relayed (as the rule asks; for web)"]);
-    let policy = relayed.policy();
-    let clients = &policy.relays.first_key_value().unwrap().1.clients;
+    let desired = relayed.desired();
+    let clients = &desired.relays.first_key_value().unwrap().1.clients;
     assert_eq!(*clients, Clients::Listed(["172.18.0.2".parse().unwrap()].into()));
-    let (key, entry) = policy.kernel.entries.first_key_value().unwrap();
+    let (key, entry) = desired.kernel.entries.first_key_value().unwrap();
     assert_eq!(entry.flags, Entry::LISTED | Entry::RELAYED);
-    assert_eq!(policy.kernel.sources, [SourceKey { rule: *key, ..source("172.18.0.2") }].into());
+    assert_eq!(desired.kernel.sources, [SourceKey { rule: *key, ..source("172.18.0.2") }].into());
 }
 
 #[test]
@@ -57,11 +57,11 @@ fn a_rule_for_containers_that_are_not_there_is_for_nobody() {
         let missing = "container far is not on app, but on db; no container gone; did you mean shop-gone-1?; \
                        container odd has no IPv4 address beside 172.18.0.1";
         assert_eq!(host.states(), [format!("172.18.0.1:80 waiting ({missing})")]);
-        let policy = host.policy();
-        assert!(policy.relays.is_empty() && policy.kernel.sources.is_empty());
+        let desired = host.desired();
+        assert!(desired.relays.is_empty() && desired.kernel.sources.is_empty());
         // In the kernel the entry keeps everybody from whoever else listens there.
-        assert!(policy.kernel.entries.values().all(|entry| entry.flags == Entry::LISTED));
-        assert_eq!(policy.kernel.entries.len(), usize::from(path == PathChoice::Auto));
+        assert!(desired.kernel.entries.values().all(|entry| entry.flags == Entry::LISTED));
+        assert_eq!(desired.kernel.entries.len(), usize::from(path == PathChoice::Auto));
     }
 }
 
@@ -124,9 +124,9 @@ fn an_entry_is_never_open_to_those_that_it_is_not_for() {
     let some = from(crowd(), &["web"], Source::Container, PathChoice::Auto);
     let other = from(crowd(), &["api"], Source::Container, PathChoice::Auto);
     let steps = |before: &Host, after: &Host| {
-        let policy = before.policy();
-        let reality = Reality { kernel: policy.kernel, ..Reality::default() };
-        let steps = plan(&after.policy(), &reality).into_iter();
+        let desired = before.desired();
+        let actual = Actual { kernel: desired.kernel, ..Actual::default() };
+        let steps = plan(&after.desired(), &actual).into_iter();
         let told = steps.filter_map(|step| match step {
             Step::PutEntry(..) => Some("put"),
             Step::RemoveEntry(_) => Some("remove"),
@@ -147,9 +147,9 @@ fn an_entry_is_never_open_to_those_that_it_is_not_for() {
 fn what_only_takes_access_away_comes_first() {
     let by = |path, containers: &[&str]| from(crowd(), containers, Source::Container, path);
     let first = |before: &Host, after: &Host| {
-        let policy = before.policy();
-        let reality = Reality { kernel: policy.kernel, relays: policy.relays, ..Reality::default() };
-        let (steps, revocations) = (plan(&after.policy(), &reality), revocations(&after.policy(), &reality));
+        let desired = before.desired();
+        let actual = Actual { kernel: desired.kernel, relays: desired.relays, ..Actual::default() };
+        let (steps, revocations) = (plan(&after.desired(), &actual), revocations(&after.desired(), &actual));
         assert!(steps.starts_with(&revocations), "{steps:?}");
         let told = revocations.into_iter().map(|step| match step {
             Step::RemoveEntry(_) => "remove entry".to_owned(),
@@ -210,9 +210,9 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
     let nowhere = "blocked (no gateway is served that it could lead to)";
     // Of two names of one bridge the first has the port.
     assert_eq!(second.dials(), [format!("127.0.0.1:80 {nowhere}"), format!("[::1]:80 {nowhere}")]);
-    assert!(second.policy().kernel.redirects.is_empty());
+    assert!(second.desired().kernel.redirects.is_empty());
     let gone = Host::new().allow("gone", "80").with_localhost("gone", 80);
-    assert!(gone.dials().is_empty() && gone.policy().kernel.hooks[HookSet::Connect]);
+    assert!(gone.dials().is_empty() && gone.desired().kernel.hooks[HookSet::Connect]);
     let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
     old.abilities.hooks[HookSet::Connect] = Err("needs Linux 5.14".to_owned());
     assert_eq!(old.states(), ["172.18.0.1:80 steered"], "the gateway is served all the same");
@@ -223,7 +223,7 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
             "[::1]:80 to 172.18.0.1 blocked (needs Linux 5.14)"
         ]
     );
-    assert!(old.policy().kernel.redirects.is_empty() && !old.policy().kernel.hooks[HookSet::Connect]);
+    assert!(old.desired().kernel.redirects.is_empty() && !old.desired().kernel.hooks[HookSet::Connect]);
 }
 
 /// Their neighbours' localhost is their neighbours'.
@@ -238,7 +238,7 @@ fn localhost_of_some_containers_is_theirs_alone() {
         host.inventory.containers.get_mut(name).unwrap().as_mut().unwrap().netns = Some(netns);
     }
     let whose =
-        |host: &Host| host.policy().kernel.redirects.keys().map(|key| key.netns).collect::<BTreeSet<_>>();
+        |host: &Host| host.desired().kernel.redirects.keys().map(|key| key.netns).collect::<BTreeSet<_>>();
     assert_eq!(whose(&host), [41, 42].into(), "far is on another network");
     host.inventory.containers.get_mut("api").unwrap().as_mut().unwrap().running = false;
     assert_eq!(whose(&host), [41].into());
@@ -249,10 +249,10 @@ fn localhost_of_some_containers_is_theirs_alone() {
 #[test]
 fn what_is_dialled_is_named_where_that_can_be() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
-    assert!(host.policy().kernel.hooks[HookSet::Names]);
+    assert!(host.desired().kernel.hooks[HookSet::Names]);
     host.abilities.hooks[HookSet::Names] = Err("none".to_owned());
     assert!(
-        !host.policy().kernel.hooks[HookSet::Names] && host.policy().kernel.redirects.len() == 2,
+        !host.desired().kernel.hooks[HookSet::Names] && host.desired().kernel.redirects.len() == 2,
         "it is served all the same"
     );
 }
@@ -278,9 +278,9 @@ fn what_docker_calls_the_host_is_served_as_the_gateway() {
             "172.17.0.1:80 steered",
         ]
     );
-    let policy = host.policy();
+    let desired = host.desired();
     let at_alias =
-        policy.kernel.entries.values().filter(|e| IpAddr::from(e.key.gateway).to_string() == "172.17.0.1");
+        desired.kernel.entries.values().filter(|e| IpAddr::from(e.key.gateway).to_string() == "172.17.0.1");
     let told: Vec<_> = at_alias
         .map(|entry| (entry.key.ifindex, IpAddr::from(entry.subnet).to_string(), entry.target_port))
         .collect();
@@ -289,10 +289,10 @@ fn what_docker_calls_the_host_is_served_as_the_gateway() {
         told,
         [(3, subnet("172.17.0.0"), 80), (7, subnet("172.18.0.0"), 80), (8, subnet("172.19.0.0"), 81)]
     );
-    let via: Vec<_> = policy.openings.values().filter_map(|link| link.via).collect();
+    let via: Vec<_> = desired.openings.values().filter_map(|link| link.via).collect();
     assert_eq!(via, ["172.18.0.1", "172.19.0.1"].map(|ip| ip.parse::<IpAddr>().unwrap()));
     let relays = beside_docker0().allow_with("app", "80", Source::Container, PathChoice::Relay);
-    let relays = relays.allow_with("db", "80", Source::Container, PathChoice::Relay).policy().relays;
+    let relays = relays.allow_with("db", "80", Source::Container, PathChoice::Relay).desired().relays;
     assert_eq!(relays.keys().filter(|key| key.address.ip().to_string() == "172.17.0.1").count(), 2);
 }
 
@@ -346,9 +346,9 @@ fn an_alias_is_for_the_named_containers_alone() {
     let host = beside_docker0().container("web", &[("app", &["172.18.0.2"])]);
     let host = host.allow_for("app", "80", Source::Loopback, PathChoice::Auto, &["web"]);
     assert_eq!(host.states(), ["172.18.0.1:80 steered (for web)", "172.17.0.1:80 steered (for web)"]);
-    let policy = host.policy();
-    assert_eq!((policy.kernel.sources.len(), policy.kernel.overrides.len()), (2, 2));
-    assert!(policy.kernel.entries.values().all(|entry| entry.flags == Entry::LISTED));
+    let desired = host.desired();
+    assert_eq!((desired.kernel.sources.len(), desired.kernel.overrides.len()), (2, 2));
+    assert!(desired.kernel.entries.values().all(|entry| entry.flags == Entry::LISTED));
 }
 
 #[test]
@@ -358,22 +358,22 @@ fn udp_is_steered_to_udp_sockets_alone() {
     assert_eq!(host().listens("127.0.0.1:53").states(), waiting);
     let host = host().takes_datagrams("127.0.0.1:53");
     assert_eq!(host.states(), ["172.18.0.1:53 steered"]);
-    let policy = host.policy();
-    assert!(policy.listeners.keys().all(|key| key.protocol == UDP));
-    let opening = policy.openings.keys().next().unwrap();
+    let desired = host.desired();
+    assert!(desired.listeners.keys().all(|key| key.protocol == UDP));
+    let opening = desired.openings.keys().next().unwrap();
     assert_eq!(opening.to_string(), "172.18.0.1 port 53/udp from br-app");
     // Both of one port.
     let both = host.allow("app", "53").listens("127.0.0.1:53");
     assert_eq!(both.states(), ["172.18.0.1:53 steered", "172.18.0.1:53 steered"]);
-    assert_eq!((both.policy().kernel.entries.len(), both.policy().openings.len()), (2, 2));
+    assert_eq!((both.desired().kernel.entries.len(), both.desired().openings.len()), (2, 2));
 }
 
 /// Replies to the subnet leave from the gateway, what the host's own addresses get leaves as it is.
 #[test]
 fn udp_replies_leave_from_the_gateway() {
     let host = Host::new().takes_datagrams("127.0.0.1:53").allow("app", "53/udp");
-    let policy = host.policy();
-    let told: Vec<_> = policy
+    let desired = host.desired();
+    let told: Vec<_> = desired
         .kernel
         .reply_sources
         .iter()
@@ -414,5 +414,5 @@ fn udp_is_never_relayed() {
     host.abilities.steer = Ok(Steering { interface_check: true, kernel_registers: true });
     host.inventory.udp_unseen = Some("cannot list UDP sockets".to_owned());
     assert_eq!(host.states(), ["172.18.0.1:53 blocked (cannot list UDP sockets)"]);
-    assert!(host.policy().relays.is_empty() && host.policy().kernel.reply_sources.is_empty());
+    assert!(host.desired().relays.is_empty() && host.desired().kernel.reply_sources.is_empty());
 }

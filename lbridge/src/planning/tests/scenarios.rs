@@ -4,12 +4,12 @@ use lbridge_common::wire::{Address, Endpoint, Entry, TCP, TargetKey};
 
 use super::{Host, br_app, in_force};
 use crate::planning::{
+    actual::Actual,
+    desired::{Clients, RelayKey, Service},
     firewall::{Filtering, Passage},
     hooks::HookSet,
     inventory::{Absence, DockerPresence, ListenerKind, Steering},
     plan::{Step, plan},
-    policy::{Clients, RelayKey, Service},
-    reality::Reality,
     rule::{Origin, PathChoice, Rules, Source},
 };
 
@@ -20,14 +20,14 @@ const MPTCP: &str =
 fn a_loopback_service_is_steered_to() {
     let host = Host::new().listens("127.0.0.1:5432").allow("app", "5432");
     assert_eq!(host.states(), ["172.18.0.1:5432 steered"]);
-    let policy = host.policy();
-    let (key, value) = policy.kernel.entries.first_key_value().unwrap();
+    let desired = host.desired();
+    let (key, value) = desired.kernel.entries.first_key_value().unwrap();
     assert_eq!((IpAddr::from(key.gateway), key.ifindex, key.port), ("172.18.0.1".parse().unwrap(), 7, 5432));
     assert_eq!(IpAddr::from(value.subnet), "172.18.0.0".parse::<IpAddr>().unwrap());
     assert!(
-        policy.relays.is_empty()
-            && !policy.kernel.hooks[HookSet::Names]
-            && policy.kernel.overrides.is_empty()
+        desired.relays.is_empty()
+            && !desired.kernel.hooks[HookSet::Names]
+            && desired.kernel.overrides.is_empty()
     );
 }
 
@@ -35,13 +35,13 @@ fn a_loopback_service_is_steered_to() {
 fn a_service_that_is_down_has_its_entry_ready() {
     let host = Host::new().allow("app", "80=3000");
     assert_eq!(host.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:3000)"]);
-    assert_eq!(host.policy().kernel.entries.len(), 1);
+    assert_eq!(host.desired().kernel.entries.len(), 1);
     let target = |address: &str| TargetKey {
         address: address.parse::<IpAddr>().unwrap().into(),
         port: 3000,
         protocol: TCP.into(),
     };
-    assert_eq!(host.policy().kernel.targets, ["127.0.0.1", "::1", "0.0.0.0", "::"].map(target).into());
+    assert_eq!(host.desired().kernel.targets, ["127.0.0.1", "::1", "0.0.0.0", "::"].map(target).into());
 }
 
 #[test]
@@ -50,31 +50,31 @@ fn wildcards_serve_and_loopback_comes_first() {
         assert_eq!(Host::new().listens(address).allow("app", "80").states(), ["172.18.0.1:80 steered"]);
     }
     let both = Host::new().listens("0.0.0.0:80").listens("127.0.0.1:80").allow("app", "80");
-    assert_eq!(both.policy().listeners.len(), 2);
+    assert_eq!(both.desired().listeners.len(), 2);
     let elsewhere = Host::new().listens("192.168.1.5:80").listens("127.0.0.2:80").allow("app", "80");
     assert_eq!(elsewhere.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:80)"]);
-    assert!(elsewhere.policy().listeners.is_empty());
+    assert!(elsewhere.desired().listeners.is_empty());
 }
 
 #[test]
 fn what_the_kernel_cannot_take_is_relayed_with_the_reason() {
     let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
     assert_eq!(mptcp.states(), [format!("172.18.0.1:80 relayed ({MPTCP})")]);
-    let policy = mptcp.policy();
+    let desired = mptcp.desired();
     assert!(
-        policy.kernel.entries.values().all(|entry| entry.flags == Entry::RELAYED),
+        desired.kernel.entries.values().all(|entry| entry.flags == Entry::RELAYED),
         "the entry leads to the relay"
     );
-    assert!(policy.relays.values().all(|relay| relay.by_entry) && policy.listeners.is_empty());
+    assert!(desired.relays.values().all(|relay| relay.by_entry) && desired.listeners.is_empty());
     let mut old = mptcp;
     old.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
-    assert!(old.policy().kernel.entries.is_empty(), "an entry would refuse what the relay is to serve");
-    assert!(old.policy().relays.values().all(|relay| !relay.by_entry));
+    assert!(old.desired().kernel.entries.is_empty(), "an entry would refuse what the relay is to serve");
+    assert!(old.desired().relays.values().all(|relay| !relay.by_entry));
 
     let v6 = Host::new().listens("[::1]:80").allow("app", "80");
     assert_eq!(v6.states(), ["172.18.0.1:80 relayed (IPv4 was dialled, the service listens on [::1]:80)"]);
     assert!(
-        v6.policy().kernel.hooks[HookSet::Names],
+        v6.desired().kernel.hooks[HookSet::Names],
         "the service must not take the container for a local client"
     );
 
@@ -82,7 +82,7 @@ fn what_the_kernel_cannot_take_is_relayed_with_the_reason() {
     old.abilities.steer = Err("no sk_lookup".to_owned());
     old.abilities.hooks[HookSet::Names] = Err("no hooks".to_owned());
     assert_eq!(old.states(), ["172.18.0.1:80 relayed (no sk_lookup)"]);
-    assert!(!old.policy().kernel.hooks[HookSet::Names]);
+    assert!(!old.desired().kernel.hooks[HookSet::Names]);
 }
 
 #[test]
@@ -124,7 +124,7 @@ fn relay_if_asked_and_only_while_the_service_listens() {
     );
     let down = rule(Host::new());
     assert_eq!(down.states(), ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:80)"]);
-    let (relays, entries) = (down.policy().relays, down.policy().kernel.entries);
+    let (relays, entries) = (down.desired().relays, down.desired().kernel.entries);
     assert!(
         relays.is_empty() && entries.values().all(|entry| entry.target_port == 0),
         "nobody gets it meanwhile"
@@ -137,7 +137,7 @@ fn unix_sockets_are_relayed_to() {
     assert_eq!(host.states(), ["172.18.0.1:5432 waiting (nothing listens on unix:/run/pg)"]);
     host.inventory.unix_listeners.insert("/run/pg".into());
     assert_eq!(host.states(), ["172.18.0.1:5432 relayed (the service listens on a Unix socket)"]);
-    assert!(matches!(host.policy().relays.values().next().unwrap().service, Service::Unix(_)));
+    assert!(matches!(host.desired().relays.values().next().unwrap().service, Service::Unix(_)));
 }
 
 #[test]
@@ -166,12 +166,12 @@ fn source_loopback_changes_names_in_both_ways() {
     let steered =
         Host::new().listens("127.0.0.1:80").allow_with("app", "80", Source::Loopback, PathChoice::Auto);
     assert_eq!(steered.states(), ["172.18.0.1:80 steered"]);
-    let policy = steered.policy();
+    let desired = steered.desired();
     let gateway = Endpoint::new(Address::from("172.18.0.1".parse::<IpAddr>().unwrap()), 80);
     let inside = "172.18.3.4".parse::<IpAddr>().unwrap().into();
-    let ((key, bits), view) = policy.kernel.overrides.first_key_value().unwrap();
+    let ((key, bits), view) = desired.kernel.overrides.first_key_value().unwrap();
     assert!(
-        policy.kernel.hooks[HookSet::Names]
+        desired.kernel.hooks[HookSet::Names]
             && view.gateway == gateway
             && key.matches(*bits, &gateway, &inside)
     );
@@ -224,7 +224,7 @@ fn networks_that_cannot_be_served() {
             "bridge:eth0 80 blocked (eth0 is not a bridge; name the bridge that the containers are on)",
         ]
     );
-    assert!(host.policy().kernel.entries.is_empty());
+    assert!(host.desired().kernel.entries.is_empty());
 }
 
 #[test]
@@ -260,8 +260,8 @@ fn an_ambiguous_name_opens_nothing() {
 #[test]
 fn a_relay_that_lingers_is_closed_by_deny() {
     let key = RelayKey { address: "172.18.0.1:80".parse().unwrap(), place: br_app() };
-    let lingers = Reality { lingering: [key.clone()].into(), ..Reality::default() };
-    assert_eq!(plan(&Host::new().policy(), &lingers), [Step::CloseRelay { key, handed_over: false }]);
+    let lingers = Actual { lingering: [key.clone()].into(), ..Actual::default() };
+    assert_eq!(plan(&Host::new().desired(), &lingers), [Step::CloseRelay { key, handed_over: false }]);
 }
 
 #[test]
@@ -288,7 +288,7 @@ fn one_gateway_is_given_once() {
 fn kernels_that_do_not_tell_the_interface_get_keys_without_it() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
     host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
-    assert!(host.policy().kernel.entries.keys().all(|key| key.ifindex == 0));
+    assert!(host.desired().kernel.entries.keys().all(|key| key.ifindex == 0));
 }
 
 #[test]
@@ -298,7 +298,7 @@ fn the_order_of_steps_leaves_no_gap() {
     let names = |steps: &[Step]| -> Vec<String> {
         steps.iter().map(|s| format!("{s:?}").split(['(', ' ']).next().unwrap().to_owned()).collect()
     };
-    let steps = plan(&host.policy(), &Reality::default());
+    let steps = plan(&host.desired(), &Actual::default());
     assert_eq!(steps.iter().filter(|step| matches!(step, Step::AddTarget(_))).count(), 4);
     assert_eq!(
         names(&steps)[3..],
@@ -309,24 +309,24 @@ fn the_order_of_steps_leaves_no_gap() {
     let mptcp = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp).allow("app", "80");
     let steered = Host::new().listens("127.0.0.1:80").allow("app", "80");
     let in_force = |host: &Host| {
-        let policy = host.policy();
-        let passages = policy.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect();
+        let desired = host.desired();
+        let passages = desired.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect();
         let filtering = Filtering { passages, ..Filtering::default() };
-        Reality { registered: BTreeSet::new(), ..in_force(&policy, filtering) }
+        Actual { registered: BTreeSet::new(), ..in_force(&desired, filtering) }
     };
-    let to_relay = plan(&mptcp.policy(), &in_force(&steered));
+    let to_relay = plan(&mptcp.desired(), &in_force(&steered));
     assert_eq!(names(&to_relay), ["AttachHooks", "OpenRelay", "PutEntry"]);
-    let to_steer = plan(&steered.policy(), &in_force(&mptcp));
+    let to_steer = plan(&steered.desired(), &in_force(&mptcp));
     assert_eq!(names(&to_steer), ["Register", "PutEntry", "CloseRelay", "DetachHooks"]);
     assert!(to_steer.iter().any(|s| matches!(s, Step::CloseRelay { handed_over: true, .. })));
-    let busy = Reality { name_hooks_in_use: true, ..in_force(&mptcp) };
+    let busy = Actual { name_hooks_in_use: true, ..in_force(&mptcp) };
     assert!(
-        !plan(&steered.policy(), &busy).contains(&Step::DetachHooks(HookSet::Names)),
+        !plan(&steered.desired(), &busy).contains(&Step::DetachHooks(HookSet::Names)),
         "open connections keep their names"
     );
 
     // Denied: at once.
-    let denied = plan(&Host::new().policy(), &in_force(&mptcp));
+    let denied = plan(&Host::new().desired(), &in_force(&mptcp));
     let key = RelayKey { address: "172.18.0.1:80".parse().unwrap(), place: br_app() };
     assert!(matches!(denied[0], Step::RemoveEntry(_)));
     assert_eq!(denied[1], Step::CloseRelay { key, handed_over: false });
@@ -348,13 +348,13 @@ fn localhost_inside_a_namespace_is_relayed() {
             "[::1]:82 waiting (nothing listens on [::1]:82)",
         ]
     );
-    let policy = host.policy();
-    assert!(policy.kernel.entries.is_empty() && policy.relays.len() == 4);
+    let desired = host.desired();
+    assert!(desired.kernel.entries.is_empty() && desired.relays.len() == 4);
 }
 
 #[test]
 fn who_is_inside_is_never_127_0_0_1_to_the_service() {
-    let told = |host: &Host| match host.policy().relays.into_values().next().unwrap().clients {
+    let told = |host: &Host| match host.desired().relays.into_values().next().unwrap().clients {
         Clients::Inside(ip) => ip,
         other => panic!("{other:?}"),
     };
@@ -404,17 +404,17 @@ fn what_only_a_relay_can_do_is_relayed() {
     rule.options.max_connections = std::num::NonZeroU32::new(5);
     let host = Host { rules: Rules::default().allow([rule], Origin::Cli).unwrap(), ..host };
     assert_eq!(host.states(), ["172.18.0.1:80 relayed (only a relay can keep the rule's limits)"]);
-    assert_eq!(host.policy().relays.into_values().next().unwrap().max_connections, 5);
+    assert_eq!(host.desired().relays.into_values().next().unwrap().max_connections, 5);
 }
 
 #[test]
 fn a_namespace_that_is_found_by_another_way_is_left_first() {
     let host = Host::new().listens("127.0.0.1:80").namespace("pid:7", 9, &["127.0.0.1"]);
-    let before = host.allow("pid:7", "80").policy();
+    let before = host.allow("pid:7", "80").desired();
     let host = Host::new().listens("127.0.0.1:80").namespace("netns:/a", 9, &["127.0.0.1"]);
-    let after = host.allow("netns:/a", "80").policy();
-    let reality = Reality { relays: before.relays, kernel: before.kernel, ..Reality::default() };
-    let steps = plan(&after, &reality);
+    let after = host.allow("netns:/a", "80").desired();
+    let actual = Actual { relays: before.relays, kernel: before.kernel, ..Actual::default() };
+    let steps = plan(&after, &actual);
     assert!(matches!(steps[..], [Step::CloseRelay { .. }, Step::OpenRelay(..)]), "{steps:?}");
 }
 

@@ -1,4 +1,4 @@
-//! Policy: the desired state. [`resolve`](super::resolve) makes it.
+//! Desired: the desired state. [`resolve`](super::resolve) makes it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -275,7 +275,7 @@ impl Subnet {
 
 /// The desired state. The maps are exactly what the kernel and the relay set must hold, no more and no less.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Policy {
+pub struct Desired {
     /// The outcome of each rule, in the order of the rules.
     pub outcomes: Vec<RuleOutcome>,
     /// The contents of the kernel's maps.

@@ -1,4 +1,4 @@
-//! Reality: the actual state, read back from the kernel, the relay set and the firewall.
+//! Actual: the actual state, read back from the kernel, the relay set and the firewall.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,14 +8,14 @@ use lbridge_common::{
 };
 
 use super::{
+    desired::{RedirectOutcome, RelayKey, RelaySpec},
     firewall::Filtering,
     kernel_state::KernelState,
-    policy::{RedirectOutcome, RelayKey, RelaySpec},
 };
 
-/// The actual state, in the terms of the policy.
+/// The actual state, in the terms of the desired state.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Reality {
+pub struct Actual {
     /// The contents of the kernel's maps.
     pub kernel: KernelState,
     /// Number of connections that each entry has steered since it was put.
@@ -35,7 +35,7 @@ pub struct Reality {
     pub lingering: BTreeSet<RelayKey>,
     /// True if a program that must always be attached is not.
     pub detached: bool,
-    /// True if sockets may exist that still need the name hooks, whatever the policy says.
+    /// True if sockets may exist that still need the name hooks, whatever the desired state says.
     pub name_hooks_in_use: bool,
     /// Number of network namespaces (guests) known to be on each bridge, by interface index. Only bridges
     /// that have redirects.
@@ -53,7 +53,7 @@ pub struct Flows {
     pub forgettable: usize,
 }
 
-impl Reality {
+impl Actual {
     /// Returns the number of network namespaces whose localhost the redirect is for.
     pub fn whose_localhost(&self, redirect: &RedirectOutcome) -> usize {
         match &redirect.keys[..] {
