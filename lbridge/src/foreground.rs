@@ -35,7 +35,9 @@ use crate::{
         desired::{RelayKey, RelaySpec, State},
         firewall::FirewallMode,
         hooks::PerHookSet,
-        inventory::{Abilities, Absence, Entrance, Incumbents, Inventory, Namespace, NamespaceKey},
+        inventory::{
+            Incumbents, Inventory, KernelFeatures, Namespace, NamespaceKey, NetnsRef, NetnsUnavailable,
+        },
         owner,
         plan::{Step, plan},
         resolve::resolve,
@@ -51,9 +53,9 @@ use crate::{
 
 /// Polling interval: without the daemon's events, polling is the only way to notice services that come and
 /// go.
-const POLL: Duration = Duration::from_millis(500);
+const FAST_RESYNC: Duration = Duration::from_millis(500);
 /// Debounce: minimum time between two passes that a relay asks for.
-const BREATH: Duration = Duration::from_millis(50);
+const DEBOUNCE: Duration = Duration::from_millis(50);
 
 /// Time that relayed connections have to end after SIGTERM.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -100,7 +102,7 @@ pub fn run(options: &Options) -> anyhow::Result<u8> {
             let host = HostNetns::open()?;
             let namespace = netns::Namespace::at(path, host.id);
             let namespace = namespace.map_err(|absence| match absence {
-                Absence::NotThere(why) | Absence::Unsuitable(why) => anyhow!(why),
+                NetnsUnavailable::NotThere(why) | NetnsUnavailable::Unsuitable(why) => anyhow!(why),
             })?;
             attach(options, namespace, Network::Netns(path.clone()))
         }
@@ -121,7 +123,7 @@ fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
     relay::raise_descriptor_limit();
     // Everything is open before the command continues.
     let door = Door::open(&held.netns())?;
-    let entrance = Entrance::Process { pid: held.pid(), start: None, container: None };
+    let entrance = NetnsRef::Process { pid: held.pid(), start: None, container: None };
     let key = NamespaceKey { id: netns::id_of(&held.netns())?, entrance };
     let runtime = runtime()?;
     let mut session = runtime.block_on(async {
@@ -276,8 +278,9 @@ impl Session {
         self.incumbents = owner::incumbents(&self.rules, &inventory, &self.incumbents);
         inventory.incumbents.clone_from(&self.incumbents);
         let without = || "lbridge relay loads no programs into the kernel".to_owned();
-        let abilities = Abilities { steer: Err(without()), hooks: PerHookSet::from_fn(|_| Err(without())) };
-        let desired = resolve(&self.rules, &inventory, &abilities, FirewallMode::Off);
+        let features =
+            KernelFeatures { steer: Err(without()), hooks: PerHookSet::from_fn(|_| Err(without())) };
+        let desired = resolve(&self.rules, &inventory, &features, FirewallMode::Off);
         let actual =
             Actual { relays: self.relays.specs(), lingering: self.relays.lingering(), ..Actual::default() };
         let mut failures = BTreeMap::new();
@@ -337,8 +340,8 @@ impl Session {
         loop {
             tokio::select! {
                 ended = &mut end => return Ok(ended),
-                _ = self.wakes.recv() => sleep_until(looked + BREATH).await,
-                () = sleep(POLL) => {}
+                _ = self.wakes.recv() => sleep_until(looked + DEBOUNCE).await,
+                () = sleep(FAST_RESYNC) => {}
             }
             // For example too few descriptors: the sandbox must keep what it has.
             if let Err(error) = self.pass().await {

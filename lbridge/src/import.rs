@@ -11,7 +11,7 @@ use crate::{
     docker::look,
     host::interfaces,
     planning::{
-        inventory::{DockerNetwork, Interface, Product},
+        inventory::{DockerNetwork, EngineKind, Interface},
         rule::{Network, Options, Origin, PortSpec, Protocol, Rule, RuleId, Source, Target},
     },
     recipes::{
@@ -197,11 +197,11 @@ fn network(forward: &Forward, bridges: &Bridges) -> Result<(Network, IpAddr, Str
 
 /// Returns the engine that gives such names to its bridges. Podman gives a name again, to another network, so that a
 /// rule must not name its bridge.
-fn engine_that_names(bridge: &str) -> Option<Product> {
+fn engine_that_names(bridge: &str) -> Option<EngineKind> {
     if bridge == "docker0" || bridge.starts_with("br-") {
-        return Some(Product::Docker);
+        return Some(EngineKind::Docker);
     }
-    (bridge.starts_with("podman") || bridge.starts_with("cni-podman")).then_some(Product::Podman)
+    (bridge.starts_with("podman") || bridge.starts_with("cni-podman")).then_some(EngineKind::Podman)
 }
 
 fn standing(rule: &Rule, rules: &[RuleStatus]) -> Standing {

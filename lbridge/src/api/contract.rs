@@ -15,12 +15,12 @@ use crate::planning::{
     desired::{Alias, State},
     explain::{Answer, Explanation, Fate, Question, Stage, Step, Way},
     firewall::FirewallMode,
-    inventory::Product,
+    inventory::EngineKind,
     labels::Problem,
     reason::Reason,
     rule::{
-        Network, Options, Origin, PathChoice, PortSpec, ProcessStart, Protocol, ProxyProtocol, Rule, Source,
-        Target,
+        DatapathChoice, Network, Options, Origin, PortSpec, ProcessStart, Protocol, ProxyProtocol, Rule,
+        Source, Target,
     },
 };
 
@@ -75,7 +75,7 @@ fn full_options(version: ProxyProtocol) -> Options {
         from: ["db".to_owned(), "web".to_owned()].into(),
         localhost: true,
         source: Source::Loopback,
-        path: PathChoice::Relay,
+        path: DatapathChoice::Relay,
         max_connections: 100.try_into().ok(),
         idle_timeout: Some(Duration::from_millis(600_500)),
         proxy_protocol: Some(version),
@@ -166,7 +166,7 @@ fn full_status() -> Status {
     Status {
         version: "0.1.0".to_owned(),
         kernel: KernelStatus {
-            path: KernelPath::Steer,
+            path: KernelDatapath::Steer,
             why: Some("a reason".to_owned()),
             interface_check: true,
             registers_listeners: true,
@@ -184,7 +184,7 @@ fn full_status() -> Status {
             }),
         },
         docker: DockerStatus::Away {
-            engine: Product::Podman,
+            engine: EngineKind::Podman,
             since: Some(time()),
             error: "connection refused".to_owned(),
         },
@@ -223,7 +223,7 @@ fn status() {
     let bare = Status {
         version: "0.1.0".to_owned(),
         kernel: KernelStatus {
-            path: KernelPath::None,
+            path: KernelDatapath::None,
             why: None,
             interface_check: false,
             registers_listeners: false,
@@ -239,8 +239,8 @@ fn status() {
     pinned("status_bare", &bare);
     let docker = [
         DockerStatus::Off,
-        DockerStatus::Reachable { engine: Product::Docker, version: "29.0.1".to_owned() },
-        DockerStatus::Away { engine: Product::Docker, since: None, error: "not asked yet".to_owned() },
+        DockerStatus::Reachable { engine: EngineKind::Docker, version: "29.0.1".to_owned() },
+        DockerStatus::Away { engine: EngineKind::Docker, since: None, error: "not asked yet".to_owned() },
     ];
     pinned("status_docker", &docker.to_vec());
 }
@@ -334,12 +334,12 @@ fn events() {
     let network = network();
     let (port, protocol) = (5432, Protocol::Udp);
     let full = [
-        Happening::Following { version: "0.1.0".to_owned() },
-        Happening::Allowed { network: network.clone(), port, protocol, uid: Some(1000) },
-        Happening::Denied { network: network.clone(), port, protocol, uid: Some(1000) },
-        Happening::Labelled { network: network.clone(), port, protocol, asked: true },
-        Happening::BadLabel(problem()),
-        Happening::State {
+        EventKind::Following { version: "0.1.0".to_owned() },
+        EventKind::Allowed { network: network.clone(), port, protocol, uid: Some(1000) },
+        EventKind::Denied { network: network.clone(), port, protocol, uid: Some(1000) },
+        EventKind::Labelled { network: network.clone(), port, protocol, asked: true },
+        EventKind::BadLabel(problem()),
+        EventKind::State {
             network: network.clone(),
             port,
             protocol,
@@ -347,27 +347,27 @@ fn events() {
             why: Some("nothing listens on 127.0.0.1:5432".to_owned()),
             reasons: reasons(),
         },
-        Happening::Listening { port },
-        Happening::Unregistered { port, error: "Operation not supported".to_owned() },
-        Happening::Closed { port },
-        Happening::Docker {
-            engine: Product::Podman,
+        EventKind::Listening { port },
+        EventKind::Unregistered { port, error: "Operation not supported".to_owned() },
+        EventKind::Closed { port },
+        EventKind::Docker {
+            engine: EngineKind::Podman,
             version: Some("5.0.0".to_owned()),
             error: Some("connection refused".to_owned()),
         },
-        Happening::Refused { network: network.clone(), port, protocol, connections: 3 },
-        Happening::Missed { events: 12 },
-        Happening::Unknown,
+        EventKind::Refused { network: network.clone(), port, protocol, connections: 3 },
+        EventKind::Missed { events: 12 },
+        EventKind::Unknown,
     ];
     let full: Vec<_> = full.into_iter().map(event).collect();
     let names: Vec<_> =
         full.iter().map(|event| serde_json::to_value(event).unwrap()["event"].clone()).collect();
-    assert_eq!(names, Happening::VARIANTS, "an example of each kind of event");
+    assert_eq!(names, EventKind::VARIANTS, "an example of each kind of event");
     pinned_full("events_full", &full);
     let bare = [
-        Happening::Allowed { network: network.clone(), port, protocol: Protocol::Tcp, uid: None },
-        Happening::Denied { network: network.clone(), port, protocol: Protocol::Tcp, uid: None },
-        Happening::State {
+        EventKind::Allowed { network: network.clone(), port, protocol: Protocol::Tcp, uid: None },
+        EventKind::Denied { network: network.clone(), port, protocol: Protocol::Tcp, uid: None },
+        EventKind::State {
             network,
             port,
             protocol: Protocol::Tcp,
@@ -375,7 +375,7 @@ fn events() {
             why: None,
             reasons: vec![],
         },
-        Happening::Docker { engine: Product::Docker, version: None, error: None },
+        EventKind::Docker { engine: EngineKind::Docker, version: None, error: None },
     ];
     pinned("events_bare", &bare.map(event).to_vec());
 }
@@ -405,13 +405,13 @@ fn words() {
         ("state", of(&[State::Steered, State::Relayed, State::Waiting, State::Blocked])),
         ("origin", of(&[Origin::Cli, Origin::Config, Origin::Label])),
         ("source", of(&[Source::Container, Source::Loopback])),
-        ("path", of(&[PathChoice::Auto, PathChoice::Steer, PathChoice::Relay])),
+        ("path", of(&[DatapathChoice::Auto, DatapathChoice::Steer, DatapathChoice::Relay])),
         ("proxy_protocol", of(&[ProxyProtocol::V1, ProxyProtocol::V2])),
         ("protocol", of(&[Protocol::Tcp, Protocol::Udp])),
         ("alias", of(&[Alias::HostGateway, Alias::Setting])),
-        ("kernel.path", of(&[KernelPath::Steer, KernelPath::None])),
+        ("kernel.path", of(&[KernelDatapath::Steer, KernelDatapath::None])),
         ("firewall.mode", of(&[FirewallMode::Manage, FirewallMode::Off])),
-        ("engine", of(&[Product::Docker, Product::Podman])),
+        ("engine", of(&[EngineKind::Docker, EngineKind::Podman])),
         (
             "stage",
             of(&[

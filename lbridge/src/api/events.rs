@@ -12,7 +12,7 @@ use tokio::sync::{
     mpsc,
 };
 
-use super::protocol::{Event, Happening};
+use super::protocol::{Event, EventKind};
 
 /// Maximum number of events that a slow subscriber may be behind.
 const BUFFER: usize = 1024;
@@ -21,14 +21,14 @@ const SUBSCRIBERS: usize = 32;
 
 /// The event bus, shared by everything in the daemon that publishes events.
 #[derive(Debug, Clone)]
-pub struct News {
+pub struct EventBus {
     /// The events as lines of JSON: serialized once, for all subscribers.
     lines: broadcast::Sender<Bytes>,
     places: Arc<Semaphore>,
     wake: mpsc::Sender<()>,
 }
 
-impl News {
+impl EventBus {
     /// Creates an event bus. `wake` gets a unit when a subscriber connects.
     pub fn new(wake: mpsc::Sender<()>) -> Self {
         let places = Arc::new(Semaphore::new(SUBSCRIBERS));
@@ -36,13 +36,13 @@ impl News {
     }
 
     /// Returns true if at least one subscriber is connected: without one, the caller need not build an event.
-    pub fn is_heard(&self) -> bool {
+    pub fn has_subscribers(&self) -> bool {
         self.lines.receiver_count() > 0
     }
 
     /// Publishes an event to all subscribers.
-    pub fn tell(&self, what: Happening) {
-        if self.is_heard() {
+    pub fn tell(&self, what: EventKind) {
+        if self.has_subscribers() {
             // The last subscriber may have left just now.
             let _ = self.lines.send(line(what));
         }
@@ -52,7 +52,7 @@ impl News {
     /// stream ends with the daemon.
     pub(super) fn subscribe(&self) -> Option<impl Stream<Item = Bytes> + Send + 'static> {
         let place = self.places.clone().try_acquire_owned().ok()?;
-        let first = Happening::Following { version: env!("CARGO_PKG_VERSION").to_owned() };
+        let first = EventKind::Following { version: env!("CARGO_PKG_VERSION").to_owned() };
         let subscriber =
             Subscriber { lines: self.lines.subscribe(), first: Some(line(first)), _place: place };
         let _ = self.wake.try_send(());
@@ -73,13 +73,13 @@ impl Subscriber {
         }
         match self.lines.recv().await {
             Ok(line) => Some(line),
-            Err(RecvError::Lagged(events)) => Some(line(Happening::Missed { events })),
+            Err(RecvError::Lagged(events)) => Some(line(EventKind::Missed { events })),
             Err(RecvError::Closed) => None,
         }
     }
 }
 
-fn line(what: Happening) -> Bytes {
+fn line(what: EventKind) -> Bytes {
     let mut line = serde_json::to_vec(&Event { at: Timestamp::now(), what }).unwrap_or_default();
     line.push(b'\n');
     line.into()
@@ -90,25 +90,25 @@ mod tests {
     use futures_util::StreamExt as _;
 
     use super::*;
-    use crate::planning::inventory::Product;
+    use crate::planning::inventory::EngineKind;
 
     fn missed(line: &Bytes) -> Option<u64> {
         match serde_json::from_slice::<Event>(line).unwrap().what {
-            Happening::Missed { events } => Some(events),
+            EventKind::Missed { events } => Some(events),
             _ => None,
         }
     }
 
     #[tokio::test]
     async fn a_slow_subscriber_loses_the_oldest_and_is_told_how_many() {
-        let news = News::new(mpsc::channel(1).0);
-        assert!(!news.is_heard());
+        let news = EventBus::new(mpsc::channel(1).0);
+        assert!(!news.has_subscribers());
         let mut slow = Box::pin(news.subscribe().unwrap());
         let mut quick = Box::pin(news.subscribe().unwrap());
         assert!(quick.next().await.is_some(), "the first line");
         for count in 1..=BUFFER as u64 + 7 {
-            news.tell(Happening::Docker {
-                engine: Product::Docker,
+            news.tell(EventKind::Docker {
+                engine: EngineKind::Docker,
                 version: None,
                 error: Some(count.to_string()),
             });
@@ -126,15 +126,15 @@ mod tests {
     #[test]
     fn events_of_later_versions_are_no_error() {
         let line = r#"{"at":"2026-01-01T00:00:00Z","event":"invented","port":5}"#;
-        assert_eq!(serde_json::from_str::<Event>(line).unwrap().what, Happening::Unknown);
+        assert_eq!(serde_json::from_str::<Event>(line).unwrap().what, EventKind::Unknown);
     }
 
     #[tokio::test]
     async fn places_are_given_back() {
-        let news = News::new(mpsc::channel(1).0);
+        let news = EventBus::new(mpsc::channel(1).0);
         let all: Vec<_> = (0..SUBSCRIBERS).map(|_| news.subscribe().unwrap()).collect();
         assert!(news.subscribe().is_none());
         drop(all);
-        assert!(news.subscribe().is_some() && !news.is_heard());
+        assert!(news.subscribe().is_some() && !news.has_subscribers());
     }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::planning::{
     desired::{Alias, State},
     firewall::FirewallMode,
-    inventory::{DockerNetwork, Product},
+    inventory::{DockerNetwork, EngineKind},
     labels,
     reason::Reason,
     rule::{Network, Options, Origin, Protocol, Rule, RuleId},
@@ -150,7 +150,7 @@ pub struct FirewallStatus {
 /// The kernel's part in serving connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum KernelPath {
+pub enum KernelDatapath {
     /// Connections are steered by `sk_lookup`.
     Steer,
     /// The kernel programs are not in use.
@@ -161,8 +161,8 @@ pub enum KernelPath {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelStatus {
     /// The kernel's part in serving connections.
-    pub path: KernelPath,
-    /// The reason for [`KernelPath::None`].
+    pub path: KernelDatapath,
+    /// The reason for [`KernelDatapath::None`].
     pub why: Option<String>,
     /// True if the ingress interface is checked; false if only the source subnet is.
     pub interface_check: bool,
@@ -211,7 +211,7 @@ pub enum DockerStatus {
     Reachable {
         /// The product: Docker or Podman.
         #[serde(default)]
-        engine: Product,
+        engine: EngineKind,
         /// The engine's version.
         version: String,
     },
@@ -219,7 +219,7 @@ pub enum DockerStatus {
     Away {
         /// The product: Docker or Podman.
         #[serde(default)]
-        engine: Product,
+        engine: EngineKind,
         /// Time since which it has not answered; `None` if it was not asked yet.
         since: Option<Timestamp>,
         /// The reason why it does not answer.
@@ -424,14 +424,14 @@ pub struct Event {
     pub at: Timestamp,
     /// The event itself.
     #[serde(flatten)]
-    pub what: Happening,
+    pub what: EventKind,
 }
 
 /// The kinds of event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[cfg_attr(test, derive(strum::VariantNames), strum(serialize_all = "snake_case"))]
-pub enum Happening {
+pub enum EventKind {
     /// The first line of the stream: every later event follows.
     Following {
         /// The daemon's version.
@@ -513,7 +513,7 @@ pub enum Happening {
     Docker {
         /// The product: Docker or Podman.
         #[serde(default)]
-        engine: Product,
+        engine: EngineKind,
         /// The engine's version; `None` while it does not answer.
         version: Option<String>,
         /// The reason why it does not answer.

@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use super::{
-    events::News,
+    events::EventBus,
     protocol::{
         ALLOW, Allow, ApiError, DENY, Deny, EVENTS, EXPLAIN, ErrorCode, RELOAD, Reloaded, RuleStatus, STATUS,
         Status,
@@ -111,7 +111,7 @@ impl ControlSocket {
     }
 
     /// Serves requests until dropped.
-    pub async fn serve(mut self, commands: mpsc::Sender<Command>, news: News) -> anyhow::Result<()> {
+    pub async fn serve(mut self, commands: mpsc::Sender<Command>, news: EventBus) -> anyhow::Result<()> {
         let Some(listener) = self.listener.take() else { return Ok(()) };
         let router = Router::new()
             .route(STATUS, get(status))
@@ -242,7 +242,7 @@ async fn explain(
     }
 }
 
-fn events(news: &News) -> Response {
+fn events(news: &EventBus) -> Response {
     let Some(lines) = news.subscribe() else {
         return failure(ErrorCode::Failed, "too many follow events already; end one of them");
     };

@@ -103,7 +103,7 @@ fn start_writer(queue: Arc<Queue>, style: Style) -> anyhow::Result<()> {
     let before = SigSet::all().thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_SETMASK)?;
     let started = thread::Builder::new().name("log".to_owned()).spawn(move || {
         // Capabilities are per thread, and the daemon's main thread needs more at its start.
-        if let Err(error) = privileges::give_up() {
+        if let Err(error) = privileges::drop_capabilities() {
             tracing::warn!("the log's thread keeps its privileges: {error}");
         }
         queue.write_to(io::stderr().as_fd(), style)

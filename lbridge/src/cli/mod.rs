@@ -35,7 +35,7 @@ use crate::{
         client::{Client, ClientError},
         protocol::ErrorCode,
     },
-    planning::rule::{Invalid, Network, PathChoice, PortSpec, ProxyProtocol, Source, container_name},
+    planning::rule::{DatapathChoice, Invalid, Network, PortSpec, ProxyProtocol, Source, container_name},
 };
 
 /// The exit statuses that scripts can rely on.
@@ -264,7 +264,7 @@ fn parse_source(text: &str) -> Result<Source, String> {
     text.parse().map_err(|error: Invalid| error.to_string())
 }
 
-fn parse_path(text: &str) -> Result<PathChoice, String> {
+fn parse_path(text: &str) -> Result<DatapathChoice, String> {
     text.parse().map_err(|error: Invalid| error.to_string())
 }
 

@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::{Limits, parse_container, parse_path, parse_source};
-use crate::planning::rule::{Options, PathChoice, Source, comment};
+use crate::planning::rule::{DatapathChoice, Options, Source, comment};
 
 /// The flags of `lbridge allow` for [`Options`], one for each.
 #[derive(Debug, Args)]
@@ -13,7 +13,7 @@ pub(super) struct OptionArgs {
     source: Source,
     /// Steer in the kernel, relay through the daemon, or whichever is possible
     #[arg(long, value_parser = parse_path, default_value = "auto", value_name = "auto|steer|relay")]
-    path: PathChoice,
+    path: DatapathChoice,
     /// Only these containers of the network, by name
     #[arg(long, value_name = "CONTAINER", value_delimiter = ',', value_parser = parse_container)]
     from: Vec<String>,

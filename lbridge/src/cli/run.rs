@@ -52,7 +52,7 @@ pub(super) fn handle(args: RunArgs, socket: PathBuf) -> Result<(), Failure> {
         .enable_all()
         // Only the main thread does what needs privileges at the start.
         .on_thread_start(|| {
-            if let Err(error) = privileges::give_up() {
+            if let Err(error) = privileges::drop_capabilities() {
                 tracing::warn!("a thread keeps its privileges: {error}");
             }
         })

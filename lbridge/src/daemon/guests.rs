@@ -26,13 +26,13 @@ use crate::{
 /// Pause before a broken socket is replaced.
 const REOPEN: Duration = Duration::from_secs(1);
 /// Interval of looks without an event, which only correct what the events missed.
-const IDLE_LOOK: Duration = Duration::from_secs(60);
+const RESYNC_INTERVAL: Duration = Duration::from_secs(60);
 /// Pause before the first search for a namespace among all processes, which takes milliseconds. It doubles
 /// after each search, up to the next constant.
 const FIRST_SEARCH: Duration = Duration::from_millis(10);
 const LAST_SEARCH: Duration = Duration::from_secs(5);
 /// Limit on how long `allow` waits until the namespaces that exist already are entered.
-const PATIENCE: Duration = Duration::from_secs(2);
+const READY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Interface indices of bridges in the host's network namespace.
 type Bridges = BTreeSet<u32>;
@@ -66,7 +66,7 @@ impl Guests {
     }
 
     /// Makes the localhost of every namespace on these bridges lead to the host, and of no other namespace.
-    /// Returns once it does, or with a warning after [`PATIENCE`].
+    /// Returns once it does, or with a warning after [`READY_TIMEOUT`].
     pub(super) async fn want(&mut self, bridges: Bridges) {
         let is_news = self.wanted.send_if_modified(|wanted| {
             let is_news = wanted.as_ref() != Some(&bridges);
@@ -75,7 +75,7 @@ impl Guests {
         });
         if is_news {
             let served = self.served.wait_for(|served| served.bridges == bridges);
-            if timeout(PATIENCE, served).await.is_err() {
+            if timeout(READY_TIMEOUT, served).await.is_err() {
                 tracing::warn!(
                     "who is on which bridge is not known yet; localhost leads to the host when it is"
                 );
@@ -211,7 +211,7 @@ struct Search {
 
 impl Default for Search {
     fn default() -> Self {
-        Self { missing: BTreeSet::new(), next: Instant::now() + IDLE_LOOK, pause: FIRST_SEARCH }
+        Self { missing: BTreeSet::new(), next: Instant::now() + RESYNC_INTERVAL, pause: FIRST_SEARCH }
     }
 }
 

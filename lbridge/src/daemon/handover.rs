@@ -33,7 +33,7 @@ const NAME: &str = "relay";
 /// Descriptors in one message; the kernel takes 253 (SCM_MAX_FD, include/net/scm.h).
 const BATCH: usize = 128;
 /// Limit on waiting for the manager to confirm that it has the sockets.
-const ANSWER: Duration = Duration::from_secs(5);
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Listening sockets of the previous daemon that no relay has taken yet, each with its name.
 #[derive(Debug, Default)]
@@ -144,12 +144,12 @@ pub(super) fn keep<'a>(sockets: impl Iterator<Item = (&'a RelayKey, bool, Borrow
 }
 
 /// Waits until the manager closes its end of a pipe, which it does once it has read everything before it
-/// (sd_notify_barrier(3)). Fails after [`ANSWER`].
+/// (sd_notify_barrier(3)). Fails after [`CONFIRM_TIMEOUT`].
 fn wait_until_taken() -> io::Result<()> {
     let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
     sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
     drop(theirs);
-    let limit = PollTimeout::try_from(ANSWER).unwrap_or(PollTimeout::MAX);
+    let limit = PollTimeout::try_from(CONFIRM_TIMEOUT).unwrap_or(PollTimeout::MAX);
     let closed = poll(&mut [PollFd::new(ours.as_fd(), PollFlags::empty())], limit)?;
     if closed == 0 { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
 }

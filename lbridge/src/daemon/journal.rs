@@ -2,30 +2,30 @@
 
 use super::report::Report;
 use crate::api::{
-    events::News,
-    protocol::{DockerStatus, Happening},
+    events::EventBus,
+    protocol::{DockerStatus, EventKind},
 };
 
 /// The event bus, and what was last published about the engine.
 #[derive(Debug)]
 pub(super) struct Journal {
-    news: News,
+    news: EventBus,
     docker: DockerStatus,
 }
 
 impl Journal {
-    pub(super) fn new(news: News) -> Self {
+    pub(super) fn new(news: EventBus) -> Self {
         Self { news, docker: DockerStatus::Off }
     }
 
     /// Returns true if at least one subscriber is connected.
-    pub(super) fn is_heard(&self) -> bool {
-        self.news.is_heard()
+    pub(super) fn has_subscribers(&self) -> bool {
+        self.news.has_subscribers()
     }
 
     /// Publishes events. They are built only if somebody subscribes.
-    pub(super) fn publish(&self, events: impl IntoIterator<Item = Happening>) {
-        if self.news.is_heard() {
+    pub(super) fn publish(&self, events: impl IntoIterator<Item = EventKind>) {
+        if self.news.has_subscribers() {
             events.into_iter().for_each(|event| self.news.tell(event));
         }
     }
@@ -35,7 +35,7 @@ impl Journal {
         for change in now.changes_since(before) {
             tracing::info!("{change}");
         }
-        if self.news.is_heard() {
+        if self.news.has_subscribers() {
             self.publish(now.news_since(before));
         }
         self.report_docker(docker);
@@ -55,14 +55,14 @@ impl Journal {
 }
 
 /// Returns the event that an engine's new state is; `None` for a daemon that follows no engine.
-fn event(docker: DockerStatus) -> Option<Happening> {
+fn event(docker: DockerStatus) -> Option<EventKind> {
     match docker {
         DockerStatus::Off => None,
         DockerStatus::Reachable { engine, version } => {
-            Some(Happening::Docker { engine, version: Some(version), error: None })
+            Some(EventKind::Docker { engine, version: Some(version), error: None })
         }
         DockerStatus::Away { engine, error, .. } => {
-            Some(Happening::Docker { engine, version: None, error: Some(error) })
+            Some(EventKind::Docker { engine, version: None, error: Some(error) })
         }
     }
 }

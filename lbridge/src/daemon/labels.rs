@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    api::protocol::{Happening, LabelStatus},
+    api::protocol::{EventKind, LabelStatus},
     docker::view::View,
     planning::{
         inventory::DockerNetwork,
@@ -31,7 +31,7 @@ pub(super) struct Labels {
 impl Labels {
     /// Derives the rules again if an input has changed, and returns what has happened. `own` are the rules of
     /// others, which take precedence.
-    pub(super) fn update(&mut self, settings: &Settings, view: Option<&View>, own: &Rules) -> Vec<Happening> {
+    pub(super) fn update(&mut self, settings: &Settings, view: Option<&View>, own: &Rules) -> Vec<EventKind> {
         let without_docker = view.is_none();
         let view = view.filter(|_| settings.enabled);
         let (labelled, networks) =
@@ -80,11 +80,11 @@ impl Labels {
         }
     }
 
-    fn changed_since(&self, before: &Derived) -> Vec<Happening> {
+    fn changed_since(&self, before: &Derived) -> Vec<EventKind> {
         let (before, now) = (ids(before), ids(&self.derived));
         let happened = |id: &RuleId, asked| {
             let RuleId { network, port, protocol } = id.clone();
-            Happening::Labelled { network, port, protocol, asked }
+            EventKind::Labelled { network, port, protocol, asked }
         };
         let gone = before.difference(&now).map(|id| happened(id, false));
         gone.chain(now.difference(&before).map(|id| happened(id, true))).collect()
@@ -92,7 +92,7 @@ impl Labels {
 
     /// Logs and returns each new problem. A problem is reported once, however often its container starts
     /// again.
-    fn new_problems(&mut self) -> Vec<Happening> {
+    fn new_problems(&mut self) -> Vec<EventKind> {
         let mut new = vec![];
         for problem in &self.derived.problems {
             if self.told.len() >= MAX_TOLD {
@@ -100,7 +100,7 @@ impl Labels {
             }
             if self.told.insert(problem.clone()) {
                 tracing::warn!("label of {problem}");
-                new.push(Happening::BadLabel(problem.clone()));
+                new.push(EventKind::BadLabel(problem.clone()));
             }
         }
         new
@@ -122,7 +122,7 @@ mod tests {
         let (mut labels, own) = (Labels::default(), Rules::default());
         let happened = labels.update(&on, None, &own);
         assert!(
-            matches!(&happened[..], [Happening::BadLabel(problem)] if problem.wrong.contains("--no-docker"))
+            matches!(&happened[..], [EventKind::BadLabel(problem)] if problem.wrong.contains("--no-docker"))
         );
         assert_eq!((labels.update(&on, None, &own), labels.status().problems.len()), (vec![], 1));
         labels.update(&Settings::default(), None, &own);

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::observer::Processes;
 use crate::{
-    docker::view::{Presence, Sighting, View},
+    docker::view::{EngineStatus, Sighting, View},
     planning::{
         inventory::{DockerNetwork, SeenContainer},
         labels::Labelled,
@@ -53,7 +53,7 @@ impl Memory {
     /// Saves what the engine reports, if it differs from what is on disk. While the engine is away nothing
     /// is saved. A failure is logged once; saving is tried again at every pass.
     pub(super) fn remember(&mut self, view: View, processes: &Processes) {
-        if !matches!(view.presence, Presence::Reachable { .. }) {
+        if !matches!(view.presence, EngineStatus::Reachable { .. }) {
             return;
         }
         let containers = running(&view, processes);

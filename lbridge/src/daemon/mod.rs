@@ -51,7 +51,7 @@ use tokio::{
 
 use crate::{
     api::{
-        events::News,
+        events::EventBus,
         server::{Command, ControlSocket},
     },
     docker::watch::Watcher,
@@ -139,14 +139,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         bail!("another lbridge daemon (process {pid}) serves this network namespace; stop it first");
     }
     let mut loaded = Kernel::load(&options.bpffs, &cgroup, netns.file.try_clone()?, netns.cookie)?;
-    if let Err(why) = &loaded.abilities.steer {
+    if let Err(why) = &loaded.features.steer {
         tracing::warn!("nothing can be steered: {why}");
     }
-    let guests = loaded.guests.take().filter(|_| loaded.abilities.hooks[HookSet::Connect].is_ok());
+    let guests = loaded.guests.take().filter(|_| loaded.features.hooks[HookSet::Connect].is_ok());
     let guests = guests.map(|map| Guests::start(map, &netns)).transpose()?;
     let mut sources = loaded.sources.take().map(SourceGate::start).transpose()?;
     // Every other thread has given up its privileges already, or is started later by this one.
-    privileges::give_up().context("cannot give up privileges")?;
+    privileges::drop_capabilities().context("cannot give up privileges")?;
 
     let (wake, wakes) = mpsc::channel(WAKE_QUEUE);
     let memory = Memory::open(store);
@@ -166,10 +166,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
 
     let (commands, requests) = mpsc::channel(COMMAND_QUEUE);
-    let Loaded { kernel, events, abilities, .. } = loaded;
-    let executor = Executor::new(kernel, abilities, guests, sources, netns.id, wake.clone())?;
+    let Loaded { kernel, events, features, .. } = loaded;
+    let executor = Executor::new(kernel, features, guests, sources, netns.id, wake.clone())?;
     let observer = Observer::new(interfaces, netns.id, memory.containers());
-    let news = News::new(wake);
+    let news = EventBus::new(wake);
     let mut reconciler =
         Reconciler::new(rules, configuration, memory, executor, observer, docker, news.clone());
     reconciler.start().await?;

@@ -7,13 +7,13 @@ use std::{
 
 use crate::{
     api::protocol::ListenerUser,
-    docker::view::{self, Presence, Sighting, View},
+    docker::view::{self, EngineStatus, Sighting, View},
     host::{interfaces::Interfaces, listeners, netns, trusted, users::Users},
     planning::{
         desired::Desired,
         inventory::{
-            Absence, Container, DockerPresence, Entrance, Incumbents, Inventory, ListenerKind, Namespace,
-            NamespaceId, SeenContainer,
+            Container, EngineAvailability, Incumbents, Inventory, ListenerKind, Namespace, NamespaceId,
+            NetnsRef, NetnsUnavailable, SeenContainer,
         },
         owner::{self, Sockets},
         rule::{Network, ProcessStart, Protocol, RuleId, Rules, Target},
@@ -112,9 +112,9 @@ impl Observer {
         let mut inventory = Inventory {
             docker_networks: docker.map(|view| view.networks.clone()).unwrap_or_default(),
             docker: match docker.map(|view| &view.presence) {
-                None => DockerPresence::Off,
-                Some(Presence::Reachable { .. }) => DockerPresence::Reachable,
-                Some(Presence::Away { .. } | Presence::Unknown) => DockerPresence::Away,
+                None => EngineAvailability::Off,
+                Some(EngineStatus::Reachable { .. }) => EngineAvailability::Reachable,
+                Some(EngineStatus::Away { .. } | EngineStatus::Unknown) => EngineAvailability::Away,
             },
             containers: docker
                 .map(|view| containers(view, rules, &self.processes, self.host))
@@ -163,7 +163,7 @@ fn containers(
         .filter(|(_, rule, _)| rule.options.localhost)
         .flat_map(|(_, rule, _)| &rule.options.from);
     let of_localhost: BTreeSet<&String> = of_localhost.collect();
-    let reachable = matches!(docker.presence, Presence::Reachable { .. });
+    let reachable = matches!(docker.presence, EngineStatus::Reachable { .. });
     let lives = |id: &str, pid| {
         let known = processes.get(&(String::from(id), pid)).cloned().flatten();
         known.is_some() && netns::process_start(pid).ok() == known
@@ -171,7 +171,7 @@ fn containers(
     let cookie = |container: &view::Container| {
         let pid = container.pid?;
         let start = processes.get(&(container.id.clone(), pid)).cloned().flatten()?;
-        let entrance = Entrance::Process { pid, start: Some(start), container: Some(container.id.clone()) };
+        let entrance = NetnsRef::Process { pid, start: Some(start), container: Some(container.id.clone()) };
         // A namespace that cannot be entered has ended, or is the host's: its localhost is not redirected.
         netns::Namespace::open(&entrance, host).ok()?.cookie().ok()?
     };
@@ -203,7 +203,7 @@ fn namespaces(
     docker: Option<&View>,
     host: NamespaceId,
     processes: &mut Processes,
-) -> BTreeMap<Network, Result<Namespace, Absence>> {
+) -> BTreeMap<Network, Result<Namespace, NetnsUnavailable>> {
     // Only processes of running containers; one that was seen stays known while Docker reports it.
     let running = docker.into_iter().flat_map(|view| view.containers.values());
     let running: BTreeSet<_> = running
@@ -231,37 +231,39 @@ fn namespace(
     docker: Option<&View>,
     host: NamespaceId,
     processes: &Processes,
-) -> Result<Namespace, Absence> {
+) -> Result<Namespace, NetnsUnavailable> {
     let (entrance, address) = match network {
         Network::Docker(_) | Network::Bridge(_) => {
-            return Err(Absence::Unsuitable("it is a network of the host".to_owned()));
+            return Err(NetnsUnavailable::Unsuitable("it is a network of the host".to_owned()));
         }
-        Network::Netns(path) => (Entrance::Path(path.clone()), None),
+        Network::Netns(path) => (NetnsRef::Path(path.clone()), None),
         Network::Process(pid) => {
-            (Entrance::Process { pid: *pid, start: process.cloned(), container: None }, None)
+            (NetnsRef::Process { pid: *pid, start: process.cloned(), container: None }, None)
         }
         Network::Container(name) => {
             let Some(docker) = docker else {
                 let why = "the daemon runs with --no-docker; name the process instead: pid:N";
-                return Err(Absence::Unsuitable(why.to_owned()));
+                return Err(NetnsUnavailable::Unsuitable(why.to_owned()));
             };
             let container = match docker.containers.get(name) {
                 Some(Ok(Some(container))) => container,
-                Some(Ok(None)) => return Err(Absence::NotThere(format!("no container {name}"))),
-                Some(Err(why)) => return Err(Absence::Unsuitable(why.clone())),
+                Some(Ok(None)) => return Err(NetnsUnavailable::NotThere(format!("no container {name}"))),
+                Some(Err(why)) => return Err(NetnsUnavailable::Unsuitable(why.clone())),
                 None => {
-                    return Err(Absence::NotThere(format!("Docker has not told of container {name} yet")));
+                    return Err(NetnsUnavailable::NotThere(format!(
+                        "Docker has not told of container {name} yet"
+                    )));
                 }
             };
             let Some(pid) = container.pid else {
-                return Err(Absence::NotThere(format!("container {name} does not run")));
+                return Err(NetnsUnavailable::NotThere(format!("container {name} does not run")));
             };
             let start = processes.get(&(container.id.clone(), pid)).cloned().flatten();
             let Some(start) = start else {
-                return Err(Absence::NotThere(format!("container {name} does not run")));
+                return Err(NetnsUnavailable::NotThere(format!("container {name} does not run")));
             };
             let entrance =
-                Entrance::Process { pid, start: Some(start), container: Some(container.id.clone()) };
+                NetnsRef::Process { pid, start: Some(start), container: Some(container.id.clone()) };
             (entrance, container.address())
         }
     };
@@ -270,11 +272,12 @@ fn namespace(
         // Whichever process has the pid now, the one that the rule is for will not come back.
         Network::Process(pid) if netns::process_start(*pid).ok().as_ref() != process => {
             let why = format!("process {pid} has ended; `lbridge deny {network}` removes its rules");
-            return Err(Absence::Unsuitable(why));
+            return Err(NetnsUnavailable::Unsuitable(why));
         }
         _ => namespace?,
     };
-    let loopback = namespace.loopback().map_err(|error| Absence::Unsuitable(format!("{error:#}")))?;
+    let loopback =
+        namespace.loopback().map_err(|error| NetnsUnavailable::Unsuitable(format!("{error:#}")))?;
     Ok(Namespace { key: namespace.key, loopback, address })
 }
 
@@ -294,7 +297,7 @@ mod tests {
         let container =
             |pid| Container { id: "ab".repeat(32), pid: Some(pid), running: true, attachments: vec![] };
         let view = |pid| View {
-            presence: Presence::Unknown,
+            presence: EngineStatus::Unknown,
             networks: vec![],
             containers: [("c".to_owned(), Ok(Some(container(pid))))].into(),
             container_names: vec![],
@@ -312,7 +315,7 @@ mod tests {
         let found = namespaces(&rules, Some(&view(own)), host, &mut processes);
         assert_eq!(
             found[&rule.network],
-            Err(Absence::NotThere("container c does not run".to_owned())),
+            Err(NetnsUnavailable::NotThere("container c does not run".to_owned())),
             "not even looked at"
         );
     }

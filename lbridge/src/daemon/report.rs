@@ -11,7 +11,7 @@ use lbridge_common::wire::{Address, Entry, ListenerEvent, SourceKey};
 use super::executor::Failures;
 use crate::{
     api::protocol::{
-        DialStatus, FirewallStatus, GatewayStatus, Happening, ListenerUser, NamespaceStatus, ReasonStatus,
+        DialStatus, EventKind, FirewallStatus, GatewayStatus, ListenerUser, NamespaceStatus, ReasonStatus,
         RuleStatus,
     },
     planning::{
@@ -20,9 +20,9 @@ use crate::{
             Clients, Desired, GatewayOutcome, Outcome, Place, RedirectOutcome, RelayKey, RelaySpec,
             RuleOutcome, State,
         },
-        firewall::Passage,
+        firewall::ProbeResult,
         hooks::HookSet,
-        inventory::{Entrance, NamespaceKey},
+        inventory::{NamespaceKey, NetnsRef},
         reason::Reason,
         rule::{Origin, Rule, RuleId, Rules},
     },
@@ -78,16 +78,16 @@ impl Report {
 
     /// Lists the changes of [`Report::changes_since`] for subscribers to events, without the rules that are
     /// gone; then the connections that relays refused.
-    pub(super) fn news_since(&self, before: &Self) -> impl Iterator<Item = Happening> {
+    pub(super) fn news_since(&self, before: &Self) -> impl Iterator<Item = EventKind> {
         let states = self.states_since(before).into_iter().filter_map(|(id, now)| {
             let RuleId { network, port, protocol } = id;
             let RuleStatus { state, why, reasons, .. } = now?;
-            Some(Happening::State { network, port, protocol, state, why, reasons })
+            Some(EventKind::State { network, port, protocol, state, why, reasons })
         });
         let refused = self.desired.outcomes.iter().filter_map(|outcome| {
             let connections = self.counts(outcome).refused.saturating_sub(before.counts(outcome).refused);
             let RuleId { network, port, protocol } = outcome.rule.id();
-            (connections > 0).then_some(Happening::Refused { network, port, protocol, connections })
+            (connections > 0).then_some(EventKind::Refused { network, port, protocol, connections })
         });
         states.chain(refused)
     }
@@ -120,16 +120,16 @@ impl Report {
 
     /// Returns the state of the host's firewall, which stands in front of the rules.
     pub(super) fn firewall(&self) -> FirewallStatus {
-        let filtering = &self.actual.filtering;
-        let untried = filtering.passages.iter().find_map(|(opening, passage)| match passage {
-            Passage::Unknown(why) => Some(format!("{opening}: {why}")),
-            Passage::Open | Passage::Dropped => None,
+        let firewall_state = &self.actual.firewall_state;
+        let untried = firewall_state.probe_results.iter().find_map(|(opening, passage)| match passage {
+            ProbeResult::Unknown(why) => Some(format!("{opening}: {why}")),
+            ProbeResult::Open | ProbeResult::Dropped => None,
         });
         FirewallStatus {
             mode: self.desired.firewall,
-            firewalls: filtering.keepers().iter().map(ToString::to_string).collect(),
-            accept_rules: filtering.accepts.values().map(|accepted| accepted.copies).sum(),
-            unreadable: filtering.unreadable.clone(),
+            firewalls: firewall_state.firewall_kinds().iter().map(ToString::to_string).collect(),
+            accept_rules: firewall_state.accepts.values().map(|accepted| accepted.copies).sum(),
+            unreadable: firewall_state.unreadable.clone(),
             untried,
         }
     }
@@ -198,16 +198,16 @@ impl Report {
         let Some(opening) = meant.opening.as_ref().filter(|_| outcome.state != State::Blocked) else {
             return outcome;
         };
-        let filtering = &self.actual.filtering;
+        let firewall_state = &self.actual.firewall_state;
         // An opening that was dropped, and for which no accept rule could be put, is not probed again.
-        let dropped = match filtering.passages.get(opening) {
-            Some(passage) => *passage == Passage::Dropped,
+        let dropped = match firewall_state.probe_results.get(opening) {
+            Some(passage) => *passage == ProbeResult::Dropped,
             None => self.failures.openings.contains_key(opening),
         };
         if !dropped {
             return outcome;
         }
-        let mut reasons = vec![Reason::FirewallDrops(filtering.why_dropped(opening))];
+        let mut reasons = vec![Reason::FirewallDrops(firewall_state.why_dropped(opening))];
         reasons.extend(self.failures.openings.get(opening).cloned().map(Reason::Failed));
         Outcome { state: State::Blocked, reasons }
     }
@@ -292,34 +292,34 @@ fn sources(known: &BTreeSet<SourceKey>, entry: &Entry) -> BTreeSet<IpAddr> {
 
 fn namespace(key: &NamespaceKey) -> NamespaceStatus {
     let path = match &key.entrance {
-        Entrance::Process { pid, .. } => format!("/proc/{pid}/ns/net").into(),
-        Entrance::Path(path) => path.clone(),
+        NetnsRef::Process { pid, .. } => format!("/proc/{pid}/ns/net").into(),
+        NetnsRef::Path(path) => path.clone(),
     };
     NamespaceStatus { path, inode: key.id.inode }
 }
 
 /// Lists the rules that were made and removed, with the user who did so.
-pub(super) fn changed_by(before: &Rules, now: &Rules, uid: Option<u32>) -> impl Iterator<Item = Happening> {
+pub(super) fn changed_by(before: &Rules, now: &Rules, uid: Option<u32>) -> impl Iterator<Item = EventKind> {
     let ids = |rules: &Rules| -> BTreeSet<RuleId> { rules.iter().map(|(id, ..)| id.clone()).collect() };
     let (before, now) = (ids(before), ids(now));
     let made: Vec<_> = now.difference(&before).cloned().collect();
     let removed: Vec<_> = before.difference(&now).cloned().collect();
     let allowed =
-        move |RuleId { network, port, protocol }| Happening::Allowed { network, port, protocol, uid };
-    let denied = move |RuleId { network, port, protocol }| Happening::Denied { network, port, protocol, uid };
+        move |RuleId { network, port, protocol }| EventKind::Allowed { network, port, protocol, uid };
+    let denied = move |RuleId { network, port, protocol }| EventKind::Denied { network, port, protocol, uid };
     made.into_iter().map(allowed).chain(removed.into_iter().map(denied))
 }
 
 /// Converts the kernel's event of a listener; `None` if its kind or port is invalid.
-pub(super) fn happening(event: &ListenerEvent) -> Option<Happening> {
+pub(super) fn happening(event: &ListenerEvent) -> Option<EventKind> {
     let port = u16::try_from(event.port).ok()?;
     match event.kind {
-        ListenerEvent::LISTENING => Some(Happening::Listening { port }),
+        ListenerEvent::LISTENING => Some(EventKind::Listening { port }),
         ListenerEvent::REFUSED => {
             let error = io::Error::from_raw_os_error(event.error.saturating_neg()).to_string();
-            Some(Happening::Unregistered { port, error })
+            Some(EventKind::Unregistered { port, error })
         }
-        ListenerEvent::CLOSED => Some(Happening::Closed { port }),
+        ListenerEvent::CLOSED => Some(EventKind::Closed { port }),
         _ => None,
     }
 }

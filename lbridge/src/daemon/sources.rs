@@ -27,7 +27,7 @@ use crate::{
     kernel::maps,
     planning::{
         grant::{Grant, addresses_on, networks_meant},
-        inventory::{DockerNetwork, Entrance, NamespaceId},
+        inventory::{DockerNetwork, NamespaceId, NetnsRef},
         rule::Network,
     },
 };
@@ -306,7 +306,7 @@ impl Follower {
                 continue;
             }
             let (this, (id, pid)) = (process.clone(), process.clone());
-            let entrance = Entrance::Process { pid, start: None, container: Some(id) };
+            let entrance = NetnsRef::Process { pid, start: None, container: Some(id) };
             // If the engine is on another host, or in another pid namespace, the pid belongs to some other
             // process: then only the engine's reports count.
             if let Ok(namespace) = Namespace::open(&entrance, self.host) {
@@ -326,7 +326,7 @@ mod tests {
     use lbridge_common::wire::{EntryKey, TCP};
 
     use super::*;
-    use crate::{docker::view::Presence, planning::inventory::Attachment};
+    use crate::{docker::view::EngineStatus, planning::inventory::Attachment};
 
     fn view() -> View {
         let network = |id: &str, name: &str, bridge: &str| DockerNetwork {
@@ -344,7 +344,7 @@ mod tests {
         let attachments = vec![attachment("app", "a", "172.18.0.2"), attachment("db", "d", "172.19.0.2")];
         let web = Container { id: "w".to_owned(), pid: Some(5), running: true, attachments };
         View {
-            presence: Presence::Unknown,
+            presence: EngineStatus::Unknown,
             networks: vec![network("a", "app", "br-app"), network("d", "db", "br-db")],
             containers: [("web".to_owned(), Ok(Some(web))), ("gone".to_owned(), Ok(None))].into(),
             container_names: vec![],

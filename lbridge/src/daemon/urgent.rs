@@ -19,8 +19,8 @@ const NICE: i32 = -15;
 /// If the thread cannot be started.
 pub(super) fn start(name: &'static str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let prepared = move || {
-        hurry(name);
-        match privileges::give_up() {
+        raise_priority(name);
+        match privileges::drop_capabilities() {
             Ok(()) => work(),
             Err(error) => {
                 tracing::error!("the thread {name} could not give up its privileges and ends: {error}");
@@ -31,7 +31,7 @@ pub(super) fn start(name: &'static str, work: impl FnOnce() + Send + 'static) ->
     started.map(drop).with_context(|| format!("failed to start the thread {name}"))
 }
 
-fn hurry(name: &str) {
+fn raise_priority(name: &str) {
     if let Err(error) = setpriority_process(None, NICE) {
         tracing::debug!(
             "could not raise the priority of the thread {name}; it may lag on a busy machine: {error}"

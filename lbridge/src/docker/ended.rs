@@ -107,7 +107,7 @@ mod tests {
     use bollard::models::EventActor;
 
     use super::*;
-    use crate::{docker::view::Presence, planning::inventory::Attachment};
+    use crate::{docker::view::EngineStatus, planning::inventory::Attachment};
 
     fn container(pid: u32) -> Container {
         let attachment = |network: &str, ip: &str| Attachment {
@@ -137,7 +137,7 @@ mod tests {
     /// changed.
     fn heard(ended: &mut Ended, event: &EventMessage) -> (Container, bool) {
         let view = View {
-            presence: Presence::Unknown,
+            presence: EngineStatus::Unknown,
             networks: vec![],
             containers: seen(5),
             container_names: vec![],

@@ -5,7 +5,7 @@ use std::{collections::HashMap, env};
 use bollard::Docker;
 
 use super::libpod::Libpod;
-use crate::planning::inventory::Product;
+use crate::planning::inventory::EngineKind;
 
 /// The name of the component by which Podman's version answer is recognized.
 const PODMAN: &str = "Podman Engine";
@@ -21,7 +21,7 @@ pub fn address() -> String {
 /// An engine, as it describes itself.
 #[derive(Debug, Clone)]
 pub(super) struct Engine {
-    pub(super) product: Product,
+    pub(super) product: EngineKind,
     pub(super) version: String,
     /// True if the engine runs without root. Its bridges are then in a network namespace of its own, whatever
     /// bridges of the same name the host has.
@@ -36,14 +36,14 @@ impl Engine {
         if let Some(libpod) = Libpod::find(&address()).await {
             let Libpod { version, rootless, .. } = libpod.clone();
             let libpod = Some(libpod).filter(Libpod::tells_bridges);
-            return Ok(Self { product: Product::Podman, version, rootless, libpod });
+            return Ok(Self { product: EngineKind::Podman, version, rootless, libpod });
         }
         let version = docker.version().await.map_err(super::plain)?;
         let components = version.components.unwrap_or_default();
         let podman = components.iter().any(|component| component.name == PODMAN);
         let options = docker.info().await.map_err(super::plain)?.security_options.unwrap_or_default();
         Ok(Self {
-            product: if podman { Product::Podman } else { Product::Docker },
+            product: if podman { EngineKind::Podman } else { EngineKind::Docker },
             version: version.version.unwrap_or_default(),
             rootless: options.iter().any(|option| option.starts_with("name=rootless")),
             libpod: None,

@@ -11,12 +11,12 @@ use tokio::time::timeout;
 
 use super::{engine::Engine, snapshot};
 use crate::planning::{
-    inventory::{DockerNetwork, Product},
+    inventory::{DockerNetwork, EngineKind},
     labels::Labelled,
 };
 
 /// The longest wait for all answers; an engine that takes longer counts as away.
-const LIMIT: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The word that containers are given in place of the host's address.
 const HOST_GATEWAY: &str = "host-gateway";
 
@@ -24,7 +24,7 @@ const HOST_GATEWAY: &str = "host-gateway";
 #[derive(Debug, Clone)]
 pub struct EngineInfo {
     /// Docker or Podman.
-    pub product: Product,
+    pub product: EngineKind,
     /// The engine's version, as it reports it.
     pub version: String,
     /// True if the engine runs without root, in namespaces of its own.
@@ -111,5 +111,5 @@ fn connect() -> anyhow::Result<Docker> {
 }
 
 async fn within<T>(answer: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    timeout(LIMIT, answer).await.context("the engine does not answer")?
+    timeout(ANSWER_TIMEOUT, answer).await.context("the engine does not answer")?
 }

@@ -12,7 +12,7 @@ use bollard::{
 use nix::net::if_::if_nametoindex;
 
 use crate::planning::{
-    inventory::{Attachment, DockerNetwork, Product},
+    inventory::{Attachment, DockerNetwork, EngineKind},
     labels::{ALLOW, Kind, Labelled},
 };
 
@@ -34,8 +34,8 @@ pub(super) async fn networks(docker: &Docker, engine: &Engine) -> anyhow::Result
     let networks = docker.list_networks(None::<ListNetworksOptions>).await;
     let networks = networks.with_context(|| format!("cannot list {}'s networks", engine.product))?;
     let networks = networks.into_iter().filter_map(|network| match engine.product {
-        Product::Docker => of_docker(network),
-        Product::Podman => of_podman(network, engine, &bridges),
+        EngineKind::Docker => of_docker(network),
+        EngineKind::Podman => of_podman(network, engine, &bridges),
     });
     let mut networks: Vec<_> = networks.map(|network| on_this_host(network, engine)).collect();
     networks.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));

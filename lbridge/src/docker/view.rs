@@ -5,26 +5,26 @@ use std::{collections::BTreeMap, net::IpAddr};
 use jiff::Timestamp;
 
 use crate::planning::{
-    inventory::{Attachment, DockerNetwork, Product},
+    inventory::{Attachment, DockerNetwork, EngineKind},
     labels::Labelled,
 };
 
 /// The state of the connection to the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Presence {
+pub enum EngineStatus {
     /// The engine was not asked yet.
     Unknown,
     /// The engine answers.
     Reachable {
         /// Docker or Podman.
-        engine: Product,
+        engine: EngineKind,
         /// The engine's version, as it reports it.
         version: String,
     },
     /// The engine does not answer.
     Away {
         /// Docker or Podman, as the engine last answered; Docker if it never did.
-        engine: Product,
+        engine: EngineKind,
         /// The time of the first failure since the engine last answered.
         since: Timestamp,
         /// The error of the latest attempt, in one line.
@@ -36,7 +36,7 @@ pub enum Presence {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
     /// The state of the connection to the engine.
-    pub presence: Presence,
+    pub presence: EngineStatus,
     /// The engine's networks; the last known ones while it is away.
     pub networks: Vec<DockerNetwork>,
     /// The containers that were asked for, each under the name that was asked for; the last known ones while

@@ -21,10 +21,10 @@ use super::{
     ended::Ended,
     engine::Engine,
     host_gateway, snapshot,
-    view::{Container, Presence, Sighting, View},
+    view::{Container, EngineStatus, Sighting, View},
 };
 use crate::planning::{
-    inventory::{DockerNetwork, Product, SeenContainer},
+    inventory::{DockerNetwork, EngineKind, SeenContainer},
     labels::Labelled,
 };
 
@@ -75,7 +75,7 @@ impl Watcher {
         });
         let (labels, follow_labels) = watch::channel(labelled.is_some());
         let unknown = View {
-            presence: Presence::Unknown,
+            presence: EngineStatus::Unknown,
             networks: last_known,
             containers: last_seen.collect(),
             container_names: vec![],
@@ -126,7 +126,7 @@ impl Watcher {
 
     /// Waits until the first request to the engine has succeeded or failed, for `limit` at most.
     pub async fn first_answer(&mut self, limit: Duration) {
-        let known = self.view.wait_for(|view| view.presence != Presence::Unknown);
+        let known = self.view.wait_for(|view| view.presence != EngineStatus::Unknown);
         let _ = timeout(limit, known).await;
     }
 
@@ -152,14 +152,14 @@ async fn follow(
         let Err(error) = ended else { return };
         let error = format!("{error:#}").replace('\n', " ");
         view.send_if_modified(|view| match &mut view.presence {
-            Presence::Away { error: known, .. } => std::mem::replace(known, error.clone()) != error,
+            EngineStatus::Away { error: known, .. } => std::mem::replace(known, error.clone()) != error,
             presence => {
                 let engine = match presence {
-                    Presence::Reachable { engine, .. } => *engine,
-                    Presence::Unknown | Presence::Away { .. } => Product::default(),
+                    EngineStatus::Reachable { engine, .. } => *engine,
+                    EngineStatus::Unknown | EngineStatus::Away { .. } => EngineKind::default(),
                 };
                 tracing::warn!("{engine} is away: {error}; rules in force stay in force");
-                *presence = Presence::Away { engine, since: Timestamp::now(), error };
+                *presence = EngineStatus::Away { engine, since: Timestamp::now(), error };
                 true
             }
         });
@@ -197,8 +197,8 @@ async fn session(
     let options = EventsOptions { since, filters: Some(Engine::events()), ..EventsOptions::default() };
     let mut events = Events::new(&docker, options, *product);
     let relist = match product {
-        Product::Docker => RELIST,
-        Product::Podman => RELIST_PODMAN,
+        EngineKind::Docker => RELIST,
+        EngineKind::Podman => RELIST_PODMAN,
     };
     // Read now, since the engine has just begun to answer: it reads its configuration when it starts.
     let host_gateways = host_gateway::told();
@@ -233,7 +233,7 @@ async fn session(
         ended.apply(&mut containers);
         *backoff = FIRST_BACKOFF;
         view.send_if_modified(|view| {
-            let presence = Presence::Reachable { engine: *product, version: version.clone() };
+            let presence = EngineStatus::Reachable { engine: *product, version: version.clone() };
             if view.presence != presence {
                 tracing::info!("{product} {version} answers");
             }
@@ -306,7 +306,7 @@ async fn look(
 struct Events<'a> {
     docker: &'a Docker,
     options: EventsOptions,
-    product: Product,
+    product: EngineKind,
     stream: BoxStream<'static, Result<EventMessage, Error>>,
     /// The time to request the events again, after the stream broke; `None` while it works.
     again: Option<Instant>,
@@ -314,7 +314,7 @@ struct Events<'a> {
 }
 
 impl<'a> Events<'a> {
-    fn new(docker: &'a Docker, options: EventsOptions, product: Product) -> Self {
+    fn new(docker: &'a Docker, options: EventsOptions, product: EngineKind) -> Self {
         let stream = docker.events(Some(options.clone())).boxed();
         Self { docker, options, product, stream, again: None, pause: FIRST_BACKOFF }
     }
@@ -339,12 +339,12 @@ impl<'a> Events<'a> {
                 Ok(Some(event))
             }
             // Podman 4 breaks the stream off when it reads half a line of its own log.
-            (_, Product::Podman) => {
+            (_, EngineKind::Podman) => {
                 self.again = Some(Instant::now() + self.pause);
                 self.pause = (self.pause * 2).min(LAST_BACKOFF);
                 Ok(None)
             }
-            (event, Product::Docker) => {
+            (event, EngineKind::Docker) => {
                 let event = event.context("the engine closed the stream of events")?;
                 event.context("the stream of events broke").map(Some)
             }

@@ -8,11 +8,11 @@ use super::{Finding, Level, Options, Wanted};
 use crate::{
     api::{
         client::{Client, ClientError},
-        protocol::{KernelPath, RuleStatus, Status},
+        protocol::{KernelDatapath, RuleStatus, Status},
     },
     host::processes::{self, Unit},
     kernel::pins,
-    planning::{desired::State, rule::PathChoice},
+    planning::{desired::State, rule::DatapathChoice},
 };
 
 /// Paths at which the unit may be installed.
@@ -50,7 +50,7 @@ pub(super) fn wanted(rule: &RuleStatus) -> Option<Wanted> {
         // A target `127.0.0.1:80` may stand for a port of either family; the address family does not matter
         // here.
         spec: format!("{}={}{}", rule.port, rule.target, rule.protocol.suffix()).parse().ok()?,
-        steerable: rule.options.path != PathChoice::Relay && !limited && !rule.network.is_namespace(),
+        steerable: rule.options.path != DatapathChoice::Relay && !limited && !rule.network.is_namespace(),
         user: rule.gateways.iter().find_map(|gateway| Some(gateway.listener_user.as_ref()?.uid)),
     })
 }
@@ -109,7 +109,7 @@ fn answered(options: &Options, daemon: Option<&Daemon>, status: &Status) -> Vec<
             Finding::new("systemd", Level::Note, what).because(why).type_this(["lbridge service install"]),
         );
     }
-    if status.kernel.path == KernelPath::Steer {
+    if status.kernel.path == KernelDatapath::Steer {
         match pins::in_place(&options.bpffs) {
             Ok(true) => {}
             Ok(false) => {

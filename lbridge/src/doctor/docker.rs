@@ -12,7 +12,7 @@ use crate::{
     },
     planning::{
         desired::State,
-        inventory::{DEFAULT_NETWORK, Product, find_networks},
+        inventory::{DEFAULT_NETWORK, EngineKind, find_networks},
         labels::{ALLOW, Labelled},
         rule::Network,
     },
@@ -63,7 +63,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
     };
     let mut bridges = engine.networks.iter().filter_map(|network| network.bridge.as_ref()).peekable();
     // Podman creates a bridge only with its first container.
-    let none = engine.product == Product::Docker
+    let none = engine.product == EngineKind::Docker
         && bridges.peek().is_some()
         && !bridges.any(|bridge| host.interfaces.iter().any(|interface| interface.name == *bridge));
     let what = format!("{} {} answers at {}", engine.product, engine.version, docker::address());

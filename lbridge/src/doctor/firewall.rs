@@ -9,7 +9,7 @@ use crate::{
     firewall,
     planning::{
         self,
-        firewall::{Filtering, FirewallMode, Link, Opening, Passage},
+        firewall::{FirewallMode, FirewallState, Link, Opening, ProbeResult},
         rule::Protocol,
     },
 };
@@ -24,11 +24,11 @@ pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Findin
     let openings = openings(host);
     let seen = firewall::examine(&openings).await;
     let mut findings = vec![];
-    for (opening, passage) in &seen.passages {
+    for (opening, passage) in &seen.probe_results {
         match passage {
-            Passage::Open => {}
-            Passage::Dropped => findings.push(dropped(opening, &seen, status)),
-            Passage::Unknown(why) => {
+            ProbeResult::Open => {}
+            ProbeResult::Dropped => findings.push(dropped(opening, &seen, status)),
+            ProbeResult::Unknown(why) => {
                 let what =
                     format!("whether a firewall drops packets for {opening} could not be tried: {why}");
                 findings.push(Finding::new(CHECK, Level::Note, what));
@@ -39,7 +39,7 @@ pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Findin
         findings.push(Finding::new(CHECK, Level::Note, format!("the ruleset could not be read: {why}")));
     }
     if findings.is_empty() {
-        let firewalls: Vec<_> = seen.keepers().iter().map(ToString::to_string).collect();
+        let firewalls: Vec<_> = seen.firewall_kinds().iter().map(ToString::to_string).collect();
         let who = if firewalls.is_empty() { "no firewall".to_owned() } else { firewalls.join(", ") };
         let what = match openings.len() {
             0 => format!("{who} on the input hook; there is no rule to try"),
@@ -55,7 +55,7 @@ pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Findin
     findings
 }
 
-fn dropped(opening: &Opening, seen: &Filtering, status: Option<&Status>) -> Finding {
+fn dropped(opening: &Opening, seen: &FirewallState, status: Option<&Status>) -> Finding {
     let remedy = seen.remedy(opening);
     let who = remedy.as_ref().map_or_else(|| "a firewall".to_owned(), |(who, _)| who.to_string());
     let finding = Finding::new(CHECK, Level::Problem, format!("{who} drops packets for {opening}"))

@@ -19,7 +19,7 @@ use crate::{
     host::{
         cgroup,
         netns::{self, HostNetns, LOOPBACK},
-        socket_fd::Taker,
+        socket_fd::SocketFdTaker,
     },
     kernel::{
         pins,
@@ -89,7 +89,7 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
     let release = release.trim();
     let mut findings = vec![];
     let netns = netns::throw_away();
-    match trial.abilities.steer.clone() {
+    match trial.features.steer.clone() {
         Err(why) => findings.push(refused(format!("Linux {release} does not steer: {why}"))),
         Ok(steering) => {
             let release = format!("Linux {release}");
@@ -121,7 +121,7 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
             }
         }
     }
-    if let Err(why) = &trial.abilities.hooks[HookSet::Names] {
+    if let Err(why) = &trial.features.hooks[HookSet::Names] {
         let finding = Finding::new(
             "names",
             Level::Warning,
@@ -131,12 +131,12 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
             "Relayed connections show an address in 127.128.0.0/9 instead, and --source loopback is relayed.",
         ));
     }
-    if let Err(why) = &trial.abilities.hooks[HookSet::Connect] {
+    if let Err(why) = &trial.features.hooks[HookSet::Connect] {
         let what = format!("containers' localhost cannot lead to the host: {why}");
         let why = "Rules with --localhost serve the gateway alone.";
         findings.push(Finding::new("localhost", Level::Note, what).because(why));
     }
-    if let Err(why) = &trial.abilities.hooks[HookSet::Replies] {
+    if let Err(why) = &trial.features.hooks[HookSet::Replies] {
         let what = format!("what UDP services answer cannot be given its source: {why}");
         findings.push(Finding::new("udp", Level::Note, what).because("Rules for UDP are blocked."));
     }
@@ -203,7 +203,7 @@ fn steer_one(trial: &mut Trial, netns: &File, steering: Steering) -> anyhow::Res
 fn take_one(netns: &File) -> anyhow::Result<()> {
     let listener = netns::within(netns, || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
     let inode = nix::sys::stat::fstat(listener.as_fd())?.st_ino;
-    Taker::default().take(inode, &HashSet::from([inode])).map(drop)
+    SocketFdTaker::default().take(inode, &HashSet::from([inode])).map(drop)
 }
 
 fn about_descriptors(daemon: Option<&Daemon>) -> Vec<Finding> {

@@ -27,8 +27,8 @@ use crate::{
     api::client::Client,
     host::interfaces,
     planning::{
-        inventory::{DockerNetwork, Interface, Product, find_networks},
-        rule::{Network, PathChoice, PortSpec, Protocol, Rule, Target},
+        inventory::{DockerNetwork, EngineKind, Interface, find_networks},
+        rule::{DatapathChoice, Network, PortSpec, Protocol, Rule, Target},
     },
     store::{Store, config::Config},
 };
@@ -132,7 +132,7 @@ struct Wanted {
 
 impl Wanted {
     fn of(rule: &Rule) -> Self {
-        let steerable = rule.options.path != PathChoice::Relay && rule.needs_relay().is_none();
+        let steerable = rule.options.path != DatapathChoice::Relay && rule.needs_relay().is_none();
         Self { network: rule.network.clone(), spec: rule.spec.clone(), steerable, user: None }
     }
 
@@ -201,7 +201,7 @@ pub async fn examine(options: &Options, client: &Client) -> Report {
     if let Some(engine) = engine {
         host.networks = engine.networks;
         // For Podman's containers the host is the gateway of their own network.
-        if engine.product == Product::Docker {
+        if engine.product == EngineKind::Docker {
             findings.extend(docker::guests(&host, status.as_ref().ok()).await);
         }
         findings.extend(docker::unread_labels(status.as_ref().ok()).await);

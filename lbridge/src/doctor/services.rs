@@ -8,7 +8,7 @@ use crate::{
         holders::processes_of,
         listeners,
         processes::{self, Unit},
-        socket_fd::{Taker, is_mptcp},
+        socket_fd::{SocketFdTaker, is_mptcp},
     },
     planning::inventory::Listener,
 };
@@ -36,7 +36,7 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
     meant.sort_by_key(|listener| (listener.address.port(), listener.address));
     let inodes: HashSet<_> = meant.iter().map(|listener| listener.inode).collect();
     let holders = processes_of(&inodes.iter().copied().collect()).unwrap_or_default();
-    let mut taker = Taker::default();
+    let mut taker = SocketFdTaker::default();
     let mut findings = vec![];
     let mut unseen = false;
     // A group that shares its port is one service.

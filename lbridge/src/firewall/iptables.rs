@@ -9,7 +9,7 @@ use super::{
     tool::{Problem, run, run_with},
 };
 use crate::planning::{
-    firewall::{Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Opening, Through},
+    firewall::{Accepted, Backend, COMMENT, Chain, Denial, Family, FirewallKind, InputChain, Opening},
     rule::Protocol,
 };
 
@@ -21,7 +21,7 @@ const LOCK_WAIT: &str = "5";
 /// One of the four programs: `iptables-nft` or `iptables-legacy`, for IPv4 or IPv6.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Variant {
-    through: Through,
+    backend: Backend,
     v6: bool,
 }
 
@@ -38,12 +38,12 @@ pub(super) struct Listed {
 
 impl Variant {
     /// Returns the program for IPv4, then that for IPv6.
-    pub(super) fn both(through: Through) -> [Self; 2] {
-        [false, true].map(|v6| Self { through, v6 })
+    pub(super) fn both(backend: Backend) -> [Self; 2] {
+        [false, true].map(|v6| Self { backend, v6 })
     }
 
     fn of(chain: &Chain) -> Self {
-        Self { through: chain.through, v6: chain.family == Family::Ip6 }
+        Self { backend: chain.backend, v6: chain.family == Family::Ip6 }
     }
 
     pub(super) fn family(self) -> Family {
@@ -51,9 +51,9 @@ impl Variant {
     }
 
     fn program(self) -> &'static str {
-        match (self.through, self.v6) {
-            (Through::IptablesLegacy, false) => "iptables-legacy",
-            (Through::IptablesLegacy, true) => "ip6tables-legacy",
+        match (self.backend, self.v6) {
+            (Backend::IptablesLegacy, false) => "iptables-legacy",
+            (Backend::IptablesLegacy, true) => "ip6tables-legacy",
             (_, false) => "iptables-nft",
             (_, true) => "ip6tables-nft",
         }
@@ -73,7 +73,7 @@ impl Variant {
 
     fn read(self, text: &str) -> Listed {
         let chain = Chain {
-            through: self.through,
+            backend: self.backend,
             family: self.family(),
             table: "filter".to_owned(),
             name: INPUT.to_owned(),
@@ -97,7 +97,7 @@ impl Variant {
             listed.others.iter().find(denies).map(|_| Denial::Rule)
         };
         let ufw = |line: &String| line.starts_with("-N ufw");
-        let firewall = if listed.others.iter().any(ufw) { Keeper::Ufw } else { Keeper::Iptables };
+        let firewall = if listed.others.iter().any(ufw) { FirewallKind::Ufw } else { FirewallKind::Iptables };
         listed.chain = denial.map(|denial| InputChain { chain, denial, firewall });
         listed
     }
@@ -108,9 +108,9 @@ impl Variant {
 
     /// Runs several commands at once, or none of them.
     async fn restore(self, commands: &str) -> Result<String, Problem> {
-        let program = match (self.through, self.v6) {
-            (Through::IptablesLegacy, false) => "iptables-legacy-restore",
-            (Through::IptablesLegacy, true) => "ip6tables-legacy-restore",
+        let program = match (self.backend, self.v6) {
+            (Backend::IptablesLegacy, false) => "iptables-legacy-restore",
+            (Backend::IptablesLegacy, true) => "ip6tables-legacy-restore",
             (_, false) => "iptables-nft-restore",
             (_, true) => "ip6tables-nft-restore",
         };
@@ -120,7 +120,7 @@ impl Variant {
 
 /// Returns true if somebody uses the legacy tables.
 pub(super) fn is_legacy_in_use() -> bool {
-    Variant::both(Through::IptablesLegacy).into_iter().any(Variant::is_in_use)
+    Variant::both(Backend::IptablesLegacy).into_iter().any(Variant::is_in_use)
 }
 
 /// Puts a rule first, and removes its older copies, all at once. Copies are removed by their text, since
@@ -191,7 +191,7 @@ fn own(text: &str) -> Option<Opening> {
 mod tests {
     use super::*;
 
-    const V4: Variant = Variant { through: Through::IptablesLegacy, v6: false };
+    const V4: Variant = Variant { backend: Backend::IptablesLegacy, v6: false };
 
     #[test]
     fn own_rules_are_told_from_others() {
@@ -226,11 +226,11 @@ mod tests {
         let ours = format!("-A INPUT {}", rule(&opening).join(" "));
         let denial = |text: &str| V4.read(text).chain.map(|chain| (chain.denial, chain.firewall));
         assert_eq!(denial(&format!("-P INPUT ACCEPT\n{ours}\n")), None);
-        assert_eq!(denial("-P INPUT DROP\n"), Some((Denial::Policy, Keeper::Iptables)));
+        assert_eq!(denial("-P INPUT DROP\n"), Some((Denial::Policy, FirewallKind::Iptables)));
         let ufw = "-P INPUT ACCEPT\n-N ufw-user-input\n-A ufw-user-input -s 1.2.3.4/32 -j DROP\n";
-        assert_eq!(denial(ufw), Some((Denial::Rule, Keeper::Ufw)));
+        assert_eq!(denial(ufw), Some((Denial::Rule, FirewallKind::Ufw)));
         let rejects = "-P INPUT ACCEPT\n-A INPUT -j REJECT --reject-with icmp-port-unreachable\n";
-        assert_eq!(denial(rejects), Some((Denial::Rule, Keeper::Iptables)));
+        assert_eq!(denial(rejects), Some((Denial::Rule, FirewallKind::Iptables)));
 
         let listed = V4.read(&format!("-P INPUT DROP\n{ours}\n-A INPUT -i lo -j ACCEPT\n{ours}\n"));
         let accepted: Vec<_> = listed.accepts.values().copied().collect();

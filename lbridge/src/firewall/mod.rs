@@ -29,7 +29,7 @@ use lbridge_common::wire::AcceptedKey;
 use tokio::sync::mpsc;
 
 use crate::planning::{
-    firewall::{Chain, Filtering, Link, Opening, Passage, Through},
+    firewall::{Backend, Chain, FirewallState, Link, Opening, ProbeResult},
     rule::Protocol,
 };
 use changes::Changes;
@@ -37,16 +37,16 @@ use ruleset::{Ruleset, Unread};
 use tool::Problem;
 
 /// Interval of reading the ruleset without a reason: nothing reports `iptables-legacy`'s changes.
-const IDLE_LOOK: Duration = Duration::from_secs(60);
+const RESYNC_INTERVAL: Duration = Duration::from_secs(60);
 /// Pause before an opening that was dropped, or could not be probed, is probed again: not every firewall is a
 /// ruleset.
 const TRY_AGAIN: Duration = Duration::from_secs(30);
 /// Shorter pause than [`TRY_AGAIN`], if the ruleset has changed somewhere since.
-const SOON: Duration = Duration::from_secs(3);
+const CHANGE_DELAY: Duration = Duration::from_secs(3);
 /// Reading takes the longer, the longer the ruleset is. It takes at most one part in this many of the time,
 /// even while the ruleset changes.
-const SHARE: u32 = 4;
-/// Limit on the pause that [`SHARE`] makes: a change is read after this time at the latest.
+const DUTY_CYCLE: u32 = 4;
+/// Limit on the pause that [`DUTY_CYCLE`] makes: a change is read after this time at the latest.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// The kernel program's knowledge of lbridge's own packets. It counts datagrams as they arrive: an answer to
@@ -77,7 +77,7 @@ pub struct Firewall {
     looked: Option<Look>,
     /// Time at which the last reported change was noticed; `None` before the first.
     changed: Option<Instant>,
-    seen: Filtering,
+    seen: FirewallState,
     tried: BTreeMap<Opening, Instant>,
 }
 
@@ -102,27 +102,27 @@ impl Firewall {
             others: 0,
             looked: None,
             changed: None,
-            seen: Filtering::default(),
+            seen: FirewallState::default(),
             tried: BTreeMap::new(),
         }
     }
 
     /// Returns what is known now of these openings. Reads the ruleset first if it may have changed.
-    pub async fn look(&mut self, openings: &BTreeMap<Opening, Link>) -> &Filtering {
-        self.seen.passages.retain(|opening, _| openings.contains_key(opening));
+    pub async fn look(&mut self, openings: &BTreeMap<Opening, Link>) -> &FirewallState {
+        self.seen.probe_results.retain(|opening, _| openings.contains_key(opening));
         self.seen.needed.retain(|opening| openings.contains_key(opening));
         self.tried.retain(|opening, _| openings.contains_key(opening));
         self.openings.clone_from(openings);
         if self.is_due() {
             self.read().await;
         }
-        let stale = |opening: &Opening, passage: &Passage| {
+        let stale = |opening: &Opening, passage: &ProbeResult| {
             let Some(tried) = self.tried.get(opening) else { return true };
             // A rule on another hook may be gone.
             let changed = self.changed.is_some_and(|changed| changed > *tried);
-            *passage != Passage::Open && tried.elapsed() >= if changed { SOON } else { TRY_AGAIN }
+            *passage != ProbeResult::Open && tried.elapsed() >= if changed { CHANGE_DELAY } else { TRY_AGAIN }
         };
-        self.seen.passages.retain(|opening, passage| !stale(opening, passage));
+        self.seen.probe_results.retain(|opening, passage| !stale(opening, passage));
         &self.seen
     }
 
@@ -130,22 +130,22 @@ impl Firewall {
     fn is_due(&mut self) -> bool {
         let Some(look) = self.looked else { return true };
         let longest = match self.seen.unreadable {
-            Some(_) => SOON.max(look.took * SHARE),
-            None => IDLE_LOOK,
+            Some(_) => CHANGE_DELAY.max(look.took * DUTY_CYCLE),
+            None => RESYNC_INTERVAL,
         };
         if look.begun.elapsed() > longest {
             return true;
         }
         let Some(changes) = self.changes.as_mut().filter(|changes| changes.any()) else { return false };
-        let pause = (look.took * SHARE).min(LONGEST_PAUSE).saturating_sub(look.begun.elapsed());
+        let pause = (look.took * DUTY_CYCLE).min(LONGEST_PAUSE).saturating_sub(look.begun.elapsed());
         if !pause.is_zero() {
             self.wake_in(pause);
             return false;
         }
         changes.seen();
         self.changed = Some(Instant::now());
-        if self.seen.passages.values().any(|passage| *passage != Passage::Open) {
-            self.wake_in(SOON);
+        if self.seen.probe_results.values().any(|passage| *passage != ProbeResult::Open) {
+            self.wake_in(CHANGE_DELAY);
         }
         true
     }
@@ -172,14 +172,14 @@ impl Firewall {
         let failed = problems.iter().any(|unread| matches!(unread.problem, Problem::Failed(_)));
         self.looked = Some(Look { begun, took: begun.elapsed() });
         if ruleset.others != self.others {
-            self.seen.passages.clear();
+            self.seen.probe_results.clear();
         }
         // An accept rule that is there was needed once; if somebody removes it, it is needed again.
         self.seen.needed.extend(ruleset.accepts.keys().map(|(_, opening)| opening.clone()));
         self.seen.chains = ruleset.chains;
         // What could not be read may be there still.
         let mut accepts = std::mem::take(&mut self.seen.accepts);
-        accepts.retain(|(chain, _), _| problems.iter().any(|unread| unread.through.contains(&chain.through)));
+        accepts.retain(|(chain, _), _| problems.iter().any(|unread| unread.backend.contains(&chain.backend)));
         accepts.extend(ruleset.accepts);
         self.seen.accepts = accepts;
         self.seen.unreadable = unreadable;
@@ -193,26 +193,26 @@ impl Firewall {
         if iptables::is_legacy_in_use() {
             self.looked = None;
         }
-        self.seen.passages.retain(|_, passage| *passage == Passage::Open);
+        self.seen.probe_results.retain(|_, passage| *passage == ProbeResult::Open);
     }
 
     /// Probes openings; [`Self::look`] returns the results. Those of UDP need `arrivals` to count datagrams.
     pub async fn probe(&mut self, openings: &BTreeMap<Opening, Link>, arrivals: Option<&dyn Arrivals>) {
         self.try_all(openings, arrivals).await;
-        let dropped = |opening| self.seen.passages.get(opening) == Some(&Passage::Dropped);
+        let dropped = |opening| self.seen.probe_results.get(opening) == Some(&ProbeResult::Dropped);
         if !openings.keys().any(dropped) {
             return;
         }
         // Not every change is reported. But the results just seen count, for a ruleset that changes all the
         // time, too.
-        let mut tried = self.seen.passages.clone();
+        let mut tried = self.seen.probe_results.clone();
         tried.retain(|opening, _| openings.contains_key(opening));
         self.read().await;
-        self.seen.passages.extend(tried);
+        self.seen.probe_results.extend(tried);
         // If no rule is in the way, something may have gone wrong with the probe itself.
         let doubtful = |opening: &Opening| {
-            let passage = self.seen.passages.get(opening);
-            passage != Some(&Passage::Open) && self.seen.in_the_way_of(opening).next().is_none()
+            let passage = self.seen.probe_results.get(opening);
+            passage != Some(&ProbeResult::Open) && self.seen.in_the_way_of(opening).next().is_none()
         };
         let doubtful: BTreeMap<_, _> = openings
             .iter()
@@ -236,15 +236,15 @@ impl Firewall {
         let tries = bridges.into_iter().map(|(ifindex, openings)| probe::bridge(ifindex, openings, arrivals));
         let accepted: BTreeSet<Opening> =
             self.seen.accepts.keys().map(|(_, opening)| opening.clone()).collect();
-        let passages = futures_util::future::join_all(tries).await.into_iter().flatten();
-        for (opening, passage) in passages.chain(probe::datagrams(&udp, arrivals).await) {
+        let probe_results = futures_util::future::join_all(tries).await.into_iter().flatten();
+        for (opening, passage) in probe_results.chain(probe::datagrams(&udp, arrivals).await) {
             match passage {
-                Passage::Dropped => drop(self.seen.needed.insert(opening.clone())),
-                Passage::Open if !accepted.contains(&opening) => drop(self.seen.needed.remove(&opening)),
-                Passage::Open | Passage::Unknown(_) => {}
+                ProbeResult::Dropped => drop(self.seen.needed.insert(opening.clone())),
+                ProbeResult::Open if !accepted.contains(&opening) => drop(self.seen.needed.remove(&opening)),
+                ProbeResult::Open | ProbeResult::Unknown(_) => {}
             }
             self.tried.insert(opening.clone(), Instant::now());
-            self.seen.passages.insert(opening, passage);
+            self.seen.probe_results.insert(opening, passage);
         }
     }
 
@@ -254,20 +254,20 @@ impl Firewall {
             opening.has_plain_name(),
             "the bridge's name could mean other interfaces to a firewall; give it another, or let it through by hand"
         );
-        let put = match chain.through {
-            Through::Nft => ruleset::accept(chain, opening).await,
-            Through::IptablesNft | Through::IptablesLegacy => iptables::accept(chain, opening).await,
-            Through::Firewalld => firewalld::accept(opening).await,
+        let put = match chain.backend {
+            Backend::Nft => ruleset::accept(chain, opening).await,
+            Backend::IptablesNft | Backend::IptablesLegacy => iptables::accept(chain, opening).await,
+            Backend::Firewalld => firewalld::accept(opening).await,
         };
         put.with_context(|| format!("cannot let {opening} through"))?;
-        self.seen.passages.remove(opening);
+        self.seen.probe_results.remove(opening);
         tracing::info!("firewall: accepts {opening}, which {chain} denied");
         self.read().await;
         Ok(())
     }
 
     /// Removes every copy of an accept rule from a chain.
-    pub async fn unaccept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
+    pub async fn remove_accept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         remove(chain, opening).await?;
         tracing::info!("firewall: the accept rule for {opening} is removed from {chain}");
         self.read().await;
@@ -276,10 +276,10 @@ impl Firewall {
 }
 
 async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
-    let removed = match chain.through {
-        Through::Nft => ruleset::remove(chain, opening).await,
-        Through::IptablesNft | Through::IptablesLegacy => iptables::remove(chain, opening).await,
-        Through::Firewalld => firewalld::remove(opening).await,
+    let removed = match chain.backend {
+        Backend::Nft => ruleset::remove(chain, opening).await,
+        Backend::IptablesNft | Backend::IptablesLegacy => iptables::remove(chain, opening).await,
+        Backend::Firewalld => firewalld::remove(opening).await,
     };
     removed.with_context(|| format!("cannot remove the firewall's accept rule for {opening}"))
 }
@@ -306,7 +306,7 @@ pub async fn remove_all(expected: bool) -> anyhow::Result<(usize, BTreeSet<(Acce
 }
 
 /// Reads the ruleset, and probes each opening. Changes nothing.
-pub async fn examine(openings: &BTreeMap<Opening, Link>) -> Filtering {
+pub async fn examine(openings: &BTreeMap<Opening, Link>) -> FirewallState {
     let mut firewall = Firewall::new(None);
     firewall.look(openings).await;
     firewall.probe(openings, None).await;

@@ -18,7 +18,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     host::scratch::{Scratch, free_address},
-    planning::firewall::{Link, Opening, Passage},
+    planning::firewall::{Link, Opening, ProbeResult},
 };
 
 use super::Arrivals;
@@ -36,7 +36,7 @@ const DATAGRAMS: [Duration; 4] = [
 ];
 /// Limit on waiting for an answer. The host answers in microseconds; but if a question for a neighbour's
 /// address gets lost, the next follows a second later.
-const PATIENCE: Duration = Duration::from_millis(1500);
+const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// SYNs that are sent at a time, far fewer than a service's queue of half-open connections holds.
 const BURST: usize = 64;
 /// Length of a TCP header in bytes; then the offsets and flags that this module reads or writes (RFC 9293,
@@ -57,39 +57,39 @@ pub(super) async fn bridge(
     ifindex: u32,
     openings: Vec<(&Opening, &Link)>,
     arrivals: Option<&dyn Arrivals>,
-) -> Vec<(Opening, Passage)> {
+) -> Vec<(Opening, ProbeResult)> {
     let mut gateways: BTreeMap<(IpAddr, u8), Vec<&Opening>> = BTreeMap::new();
     for (opening, link) in openings {
         let own = link.via.unwrap_or(opening.gateway);
         gateways.entry((own, opening.sources.prefix_len())).or_default().push(opening);
     }
-    let mut passages = vec![];
+    let mut probe_results = vec![];
     for ((gateway, prefix), openings) in gateways {
         let dialled: Dialled = openings.iter().map(|opening| (opening.gateway, opening.port)).collect();
         let answered = from_bridge(ifindex, gateway, prefix, dialled, arrivals).await;
         let answered = answered.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
-        passages.extend(openings.into_iter().map(|opening| {
+        probe_results.extend(openings.into_iter().map(|opening| {
             let passage = match &answered {
-                Ok(answered) if answered.contains(&(opening.gateway, opening.port)) => Passage::Open,
-                Ok(_) => Passage::Dropped,
-                Err(error) => Passage::Unknown(format!("{error:#}")),
+                Ok(answered) if answered.contains(&(opening.gateway, opening.port)) => ProbeResult::Open,
+                Ok(_) => ProbeResult::Dropped,
+                Err(error) => ProbeResult::Unknown(format!("{error:#}")),
             };
             (opening.clone(), passage)
         }));
     }
-    passages
+    probe_results
 }
 
-/// Probes openings of UDP; without `arrivals` the result is [`Passage::Unknown`].
+/// Probes openings of UDP; without `arrivals` the result is [`ProbeResult::Unknown`].
 pub(super) async fn datagrams(
     openings: &[(&Opening, &Link)],
     arrivals: Option<&dyn Arrivals>,
-) -> Vec<(Opening, Passage)> {
+) -> Vec<(Opening, ProbeResult)> {
     let Some(arrivals) = arrivals else {
-        let unknown = || Passage::Unknown("datagrams are tried by the daemon".to_owned());
+        let unknown = || ProbeResult::Unknown("datagrams are tried by the daemon".to_owned());
         return openings.iter().map(|(opening, _)| ((*opening).clone(), unknown())).collect();
     };
-    let mut passages = vec![];
+    let mut probe_results = vec![];
     let mut gateways: BTreeMap<(u32, IpAddr, u8), Vec<&Opening>> = BTreeMap::new();
     for (opening, link) in openings {
         match arrivals.count(opening, **link) {
@@ -97,7 +97,9 @@ pub(super) async fn datagrams(
                 let network = (link.ifindex, opening.gateway, opening.sources.prefix_len());
                 gateways.entry(network).or_default().push(opening);
             }
-            Err(error) => passages.push(((*opening).clone(), Passage::Unknown(format!("{error:#}")))),
+            Err(error) => {
+                probe_results.push(((*opening).clone(), ProbeResult::Unknown(format!("{error:#}"))));
+            }
         }
     }
     for ((ifindex, gateway, prefix), openings) in gateways {
@@ -120,15 +122,15 @@ pub(super) async fn datagrams(
         let sent = sent.await.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
         for opening in openings {
             let passage = match &sent {
-                _ if arrivals.any(opening, link) => Passage::Open,
-                Ok(()) => Passage::Dropped,
-                Err(error) => Passage::Unknown(format!("{error:#}")),
+                _ if arrivals.any(opening, link) => ProbeResult::Open,
+                Ok(()) => ProbeResult::Dropped,
+                Err(error) => ProbeResult::Unknown(format!("{error:#}")),
             };
             arrivals.forget(opening, link);
-            passages.push((opening.clone(), passage));
+            probe_results.push((opening.clone(), passage));
         }
     }
-    passages
+    probe_results
 }
 
 /// Sends an empty datagram to each port.
@@ -215,7 +217,7 @@ fn answering(source: IpAddr, gateway: IpAddr, ports: &BTreeSet<u16>) -> anyhow::
     let ports: Vec<_> = ports.iter().copied().collect();
     for burst in ports.chunks(BURST) {
         let begun = Instant::now();
-        for wait_until in AGAIN.into_iter().chain([PATIENCE]) {
+        for wait_until in AGAIN.into_iter().chain([PROBE_TIMEOUT]) {
             let silent: Vec<_> = burst.iter().filter(|port| !answered.contains(*port)).collect();
             for port in &silent {
                 let segment = syn(source, gateway, **port, sequence);

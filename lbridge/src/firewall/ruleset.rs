@@ -25,7 +25,7 @@ use super::{
     tool::{Problem, run, run_with},
 };
 use crate::planning::{
-    firewall::{Accepted, COMMENT, Chain, Denial, Family, InputChain, Keeper, Link, Opening, Through},
+    firewall::{Accepted, Backend, COMMENT, Chain, Denial, Family, FirewallKind, InputChain, Link, Opening},
     rule::Protocol,
 };
 
@@ -36,14 +36,14 @@ const LIST: [&str; 5] = ["-j", "-s", "-t", "list", "ruleset"];
 const NFT: &str = "nft";
 /// Name of firewalld's own table.
 const FIREWALLD: &str = "firewalld";
-/// The filtering table of iptables, and its input chain.
+/// The filter table of iptables, and its input chain.
 const FILTER: (&str, &str) = ("filter", "INPUT");
 
 /// Chains that could not be read, and why.
 #[derive(Debug)]
 pub(super) struct Unread {
     /// Tools that these chains are changed through.
-    pub(super) through: &'static [Through],
+    pub(super) backend: &'static [Backend],
     /// Reason why they could not be read.
     pub(super) problem: Problem,
 }
@@ -65,14 +65,14 @@ impl Ruleset {
     pub(super) async fn read(openings: &BTreeMap<Opening, Link>) -> (Self, Vec<Unread>) {
         let mut ruleset = Self::default();
         let mut problems = vec![];
-        let unread = |through, problem| Unread { through, problem };
+        let unread = |backend, problem| Unread { backend, problem };
         match list().await {
             Ok(tables) => {
-                for variant in Variant::both(Through::IptablesNft) {
+                for variant in Variant::both(Backend::IptablesNft) {
                     let family = variant.family();
                     let own = if tables.chains.contains_key(&key(family, FILTER.0, FILTER.1)) {
                         variant.list().await.unwrap_or_else(|problem| {
-                            problems.push(unread(&[Through::IptablesNft], problem));
+                            problems.push(unread(&[Backend::IptablesNft], problem));
                             Listed::default()
                         })
                     } else {
@@ -82,31 +82,31 @@ impl Ruleset {
                 }
                 ruleset.take_nftables(&tables);
                 if let Some(chain) =
-                    ruleset.chains.iter().find(|chain| chain.chain.through == Through::Firewalld)
+                    ruleset.chains.iter().find(|chain| chain.chain.backend == Backend::Firewalld)
                 {
                     match firewalld::list(&chain.chain, openings).await {
                         Ok(accepts) => ruleset.accepts.extend(accepts),
-                        Err(problem) => problems.push(unread(&[Through::Firewalld], problem)),
+                        Err(problem) => problems.push(unread(&[Backend::Firewalld], problem)),
                     }
                 }
             }
             // Without `nft` there may still be the program that most firewalls use.
             Err(missing @ Problem::Missing(_)) => {
-                problems.push(unread(&[Through::Nft, Through::Firewalld], missing));
-                for variant in Variant::both(Through::IptablesNft) {
+                problems.push(unread(&[Backend::Nft, Backend::Firewalld], missing));
+                for variant in Variant::both(Backend::IptablesNft) {
                     let problem = ruleset.take_iptables(variant).await.err();
-                    problems.extend(problem.map(|problem| unread(&[Through::IptablesNft], problem)));
+                    problems.extend(problem.map(|problem| unread(&[Backend::IptablesNft], problem)));
                 }
             }
             Err(failed) => {
-                let hidden = &[Through::Nft, Through::Firewalld, Through::IptablesNft];
+                let hidden = &[Backend::Nft, Backend::Firewalld, Backend::IptablesNft];
                 problems.push(unread(hidden, failed));
             }
         }
-        for variant in Variant::both(Through::IptablesLegacy) {
+        for variant in Variant::both(Backend::IptablesLegacy) {
             if variant.is_in_use() {
                 let problem = ruleset.take_iptables(variant).await.err();
-                problems.extend(problem.map(|problem| unread(&[Through::IptablesLegacy], problem)));
+                problems.extend(problem.map(|problem| unread(&[Backend::IptablesLegacy], problem)));
             }
         }
         ruleset.chains.sort_by_key(|chain| chain.denial);
@@ -132,17 +132,17 @@ impl Ruleset {
     fn take_nftables(&mut self, tables: &Tables) {
         for ((family, table, name), chain) in &tables.chains {
             let Some(policy) = chain.on_input else { continue };
-            let through = match (table.as_str(), name.as_str()) {
-                FILTER if *family != Family::Inet => Through::IptablesNft,
-                (FIREWALLD, _) if tables.owned.contains(&(*family, table.clone())) => Through::Firewalld,
-                _ => Through::Nft,
+            let backend = match (table.as_str(), name.as_str()) {
+                FILTER if *family != Family::Inet => Backend::IptablesNft,
+                (FIREWALLD, _) if tables.owned.contains(&(*family, table.clone())) => Backend::Firewalld,
+                _ => Backend::Nft,
             };
-            let this = Chain { through, family: *family, table: table.clone(), name: name.clone() };
+            let this = Chain { backend, family: *family, table: table.clone(), name: name.clone() };
             let mut ours_only = true;
             let mut own = BTreeSet::new();
             for rule in &chain.rules {
                 match &rule.opening {
-                    Some(opening) if through == Through::Nft => {
+                    Some(opening) if backend == Backend::Nft => {
                         let accepted = self
                             .accepts
                             .entry((this.clone(), opening.clone()))
@@ -170,11 +170,11 @@ impl Ruleset {
                 self.note(&rule.text);
             }
             let ufw = |chain: &&str| chain.starts_with("ufw-") || chain.starts_with("ufw6-");
-            let firewall = match through {
-                _ if table == FIREWALLD => Keeper::Firewalld,
-                Through::Nft => Keeper::Nftables,
-                _ if tables.names_in(*family, table).any(|name| ufw(&name)) => Keeper::Ufw,
-                _ => Keeper::Iptables,
+            let firewall = match backend {
+                _ if table == FIREWALLD => FirewallKind::Firewalld,
+                Backend::Nft => FirewallKind::Nftables,
+                _ if tables.names_in(*family, table).any(|name| ufw(&name)) => FirewallKind::Ufw,
+                _ => FirewallKind::Iptables,
             };
             self.chains.extend(denial.map(|denial| InputChain { chain: this, denial, firewall }));
         }

@@ -9,7 +9,7 @@ use rustix::{
 use tokio::io::AsyncWriteExt as _;
 
 /// Limit on the run time of a firewall's tool.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TOOL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reason why something could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +61,7 @@ pub(super) async fn run_with(
         }
         child.wait_with_output().await
     };
-    let output = match tokio::time::timeout(PATIENCE, output).await {
+    let output = match tokio::time::timeout(TOOL_TIMEOUT, output).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => return Err(Problem::Missing(program)),
         Ok(Err(error)) => return Err(failed(error.to_string())),

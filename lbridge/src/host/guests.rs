@@ -70,7 +70,7 @@ impl BridgePorts {
     /// Subscribes to changes in `home`, the host's namespace, and lists the links.
     pub async fn follow(home: &File) -> anyhow::Result<Self> {
         let home = home.try_clone()?;
-        netns::go_home(&home)?;
+        netns::restore_netns(&home)?;
         let mut questions = Socket::new(NETLINK_ROUTE).context("cannot open a netlink socket")?;
         questions.bind_auto()?;
         questions.connect(&NetlinkAddr::new(0, 0))?;

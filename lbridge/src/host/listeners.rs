@@ -257,7 +257,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::host::{holders::is_held_by, socket_fd::Taker};
+    use crate::host::{holders::is_held_by, socket_fd::SocketFdTaker};
 
     #[test]
     fn listeners_are_found_and_taken() {
@@ -269,7 +269,7 @@ mod tests {
             let seen = found.iter().find(|l| l.inode == inode).unwrap();
             assert_eq!(seen.address, listener.local_addr().unwrap());
             assert_eq!((seen.kind, seen.bound_interface), (ListenerKind::Tcp, 0));
-            let taken = Taker::default().take(inode, &HashSet::from([inode])).unwrap();
+            let taken = SocketFdTaker::default().take(inode, &HashSet::from([inode])).unwrap();
             assert_eq!(TcpListener::from(taken).local_addr().unwrap(), seen.address);
         }
     }
@@ -312,7 +312,7 @@ mod tests {
         let seen = found.iter().find(|l| l.inode == inode).unwrap();
         assert_eq!((seen.address, seen.kind), (socket.local_addr().unwrap(), ListenerKind::Udp));
         assert!(!found.iter().any(|l| l.inode == inode_of(&connected)), "it takes from one peer alone");
-        let taken = Taker::default().take(inode, &HashSet::from([inode])).unwrap();
+        let taken = SocketFdTaker::default().take(inode, &HashSet::from([inode])).unwrap();
         assert_eq!(UdpSocket::from(taken).local_addr().unwrap(), seen.address);
         let asked = lookup(Protocol::Udp, "127.0.0.7:1".parse().unwrap(), seen.address, 1).unwrap();
         assert_eq!(asked.map(|found| found.inode), Some(inode));

@@ -25,7 +25,7 @@ const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN
 /// # Errors
 ///
 /// Fails if the kernel refuses one of the calls.
-pub fn give_up() -> io::Result<()> {
+pub fn drop_capabilities() -> io::Result<()> {
     let mut sets = capabilities(None)?;
     // Without CAP_SETPCAP, a service manager has limited the bounding set already.
     if sets.effective.contains(CapabilitySet::SETPCAP) {

@@ -18,13 +18,13 @@ use super::holders::holders_of;
 
 /// Takes descriptors of listening sockets of other processes.
 #[derive(Debug, Default)]
-pub struct Taker {
+pub struct SocketFdTaker {
     /// Maps a socket's inode to the processes that hold it and their descriptors, as one walk through /proc
     /// found them. `None` before the walk.
     holders: Option<HashMap<u64, Vec<(Pid, i32)>>>,
 }
 
-impl Taker {
+impl SocketFdTaker {
     /// Returns a descriptor of the socket with this inode. Needs `CAP_SYS_PTRACE` (`PTRACE_MODE_ATTACH`,
     /// pidfd_getfd(2)).
     ///

@@ -10,7 +10,7 @@ use nix::unistd::{Uid, User};
 use tokio::{sync::oneshot, time::timeout};
 
 /// The longest wait for a name. The name service may ask another host (LDAP), which may not answer.
-const PATIENCE: Duration = Duration::from_millis(250);
+const LOOKUP_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// Returns the name of a user; `None` if the uid has none, or if the list of users cannot be read. May take
 /// as long as the host's name service does.
@@ -45,7 +45,7 @@ impl Users {
             let lookup = self.names.entry(*uid).or_insert_with(|| look_up(*uid));
             let Lookup::UnderWay(answer) = lookup else { continue };
             let answer = if begun {
-                timeout(PATIENCE, answer).await.ok().map(Result::ok)
+                timeout(LOOKUP_TIMEOUT, answer).await.ok().map(Result::ok)
             } else {
                 match answer.try_recv() {
                     Err(oneshot::error::TryRecvError::Empty) => None,

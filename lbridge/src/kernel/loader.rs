@@ -25,7 +25,7 @@ use super::{
 };
 use crate::planning::{
     hooks::{HookSet, PerHookSet},
-    inventory::{Abilities, Steering},
+    inventory::{KernelFeatures, Steering},
 };
 
 /// Returns the programs of a set; a pin has the name of its program.
@@ -71,12 +71,12 @@ pub struct Loaded {
     /// The map of the addresses that may use the entries that are not for all; `None` without a kernel half.
     pub sources: Option<Sources>,
     /// Capabilities of this kernel, with the reason for each that it lacks.
-    pub abilities: Abilities,
+    pub features: KernelFeatures,
 }
 
 impl Kernel {
     /// Loads the object, adopts what is pinned below `bpffs`, and attaches the programs. A kernel without the
-    /// hooks is no error: the abilities say so, and why. A host that is not set up (no bpffs, no cgroup2, no
+    /// hooks is no error: the features say so, and why. A host that is not set up (no bpffs, no cgroup2, no
     /// privilege, another daemon) is an error.
     ///
     /// `netns` is the host's network namespace, `cookie` its cookie if the kernel reports it.
@@ -92,7 +92,7 @@ impl Kernel {
             tracing::warn!("what is pinned does not serve this network namespace; everything is set up anew");
             pins.clear()?;
         }
-        pins.discard_misshapen(&object::shapes(&bytes)?)?;
+        pins.discard_incompatible(&object::shapes(&bytes)?)?;
 
         let host_netns = cookie.unwrap_or(0);
         let mut loader = EbpfLoader::new();
@@ -146,8 +146,8 @@ impl Kernel {
         }
         kernel.pin()?;
         let events = listeners.is_ok().then_some(events);
-        let abilities = Abilities { steer: steering, hooks: tried };
-        Ok(Loaded { kernel: Some(kernel), events, guests, sources: Some(sources), abilities })
+        let features = KernelFeatures { steer: steering, hooks: tried };
+        Ok(Loaded { kernel: Some(kernel), events, guests, sources: Some(sources), features })
     }
 
     /// Attaches the programs that are always attached, or puts this version's under the links.
@@ -320,9 +320,11 @@ fn abandon(pins: &Pins, host: strays::Host, why: &str) -> anyhow::Result<Loaded>
 impl Loaded {
     /// Returns the result for a host that cannot have a kernel half.
     fn nothing(why: &str) -> Self {
-        let abilities =
-            Abilities { steer: Err(why.to_owned()), hooks: PerHookSet::from_fn(|_| Err(why.to_owned())) };
-        Self { kernel: None, events: None, guests: None, sources: None, abilities }
+        let features = KernelFeatures {
+            steer: Err(why.to_owned()),
+            hooks: PerHookSet::from_fn(|_| Err(why.to_owned())),
+        };
+        Self { kernel: None, events: None, guests: None, sources: None, features }
     }
 }
 

@@ -203,7 +203,7 @@ impl Maps {
             .reply_sources
             .iter()
             .map(|entry| entry.map(|(key, reply)| ((key.data(), key.prefix_len()), reply)));
-        reply_sources.collect::<Result<_, MapError>>().context("cannot read the sources of reply_sources")
+        reply_sources.collect::<Result<_, MapError>>().context("failed to read map REPLY_SOURCES")
     }
 
     /// Makes a service's datagrams leave with a gateway as their source.
@@ -212,15 +212,13 @@ impl Maps {
         (key, bits): (ReplySourceKey, u32),
         reply: &ReplySource,
     ) -> anyhow::Result<()> {
-        self.reply_sources
-            .insert(&Key::new(bits, key), reply, 0)
-            .context("cannot give reply_sources their source")
+        self.reply_sources.insert(&Key::new(bits, key), reply, 0).context("failed to write map REPLY_SOURCES")
     }
 
     /// Makes a service's datagrams leave as they are; does nothing if the key is not there.
     pub fn remove_reply_source(&mut self, (key, bits): (ReplySourceKey, u32)) -> anyhow::Result<()> {
         or_absent(self.reply_sources.remove(&Key::new(bits, key)))
-            .context("cannot leave reply_sources as they are")
+            .context("failed to delete from map REPLY_SOURCES")
     }
 
     /// Lists the keys under which a listener is registered now. The kernel removes them as sockets close.

@@ -167,7 +167,7 @@ impl Pins {
 
     /// Removes what is pinned if the shape of any of its maps is not the object's: aya would take the map as
     /// it is.
-    pub(super) fn discard_misshapen(&self, shapes: &[(String, Shape)]) -> anyhow::Result<()> {
+    pub(super) fn discard_incompatible(&self, shapes: &[(String, Shape)]) -> anyhow::Result<()> {
         for (name, wanted) in shapes.iter().filter(|(name, _)| PINNED_MAPS.contains(&name.as_str())) {
             let path = self.map(name);
             if !path.exists() {

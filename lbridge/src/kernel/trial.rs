@@ -14,7 +14,7 @@ use super::{
     maps::Maps,
     object,
 };
-use crate::planning::inventory::Abilities;
+use crate::planning::inventory::KernelFeatures;
 
 /// Capacity of each large map, in entries: a trial puts one.
 const ROOM: u32 = 8;
@@ -33,7 +33,7 @@ const CGROUP_HOOKS: [bpf_attach_type; 7] = [
 #[derive(Debug)]
 pub struct Trial {
     /// Capabilities of this kernel, with the reason for each that it lacks.
-    pub abilities: Abilities,
+    pub features: KernelFeatures,
     /// Typed access to the maps.
     pub maps: Maps,
     steer: Option<&'static str>,
@@ -68,8 +68,8 @@ impl Trial {
         }
         let mut object = loader.load(&bytes).map_err(|error| anyhow::anyhow!(error_chain(&error)))?;
         let Programs { steer, listeners, hooks } = Programs::load(&mut object, cookie);
-        let abilities = Abilities { steer: steering(&steer, &listeners), hooks };
-        Ok(Self { abilities, maps: Maps::take(&mut object)?.0, steer: steer.ok(), object })
+        let features = KernelFeatures { steer: steering(&steer, &listeners), hooks };
+        Ok(Self { features, maps: Maps::take(&mut object)?.0, steer: steer.ok(), object })
     }
 
     /// Attaches the steering program to this network namespace, which was made for the trial.

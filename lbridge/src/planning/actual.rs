@@ -9,7 +9,7 @@ use lbridge_common::{
 
 use super::{
     desired::{RedirectOutcome, RelayKey, RelaySpec},
-    firewall::Filtering,
+    firewall::FirewallState,
     kernel_state::KernelState,
 };
 
@@ -41,7 +41,7 @@ pub struct Actual {
     /// that have redirects.
     pub guests: BTreeMap<u32, usize>,
     /// The state of the host's firewall.
-    pub filtering: Filtering,
+    pub firewall_state: FirewallState,
 }
 
 /// Numbers of flows that conntrack knows of what an accept rule let in.

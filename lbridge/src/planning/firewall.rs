@@ -2,7 +2,7 @@
 //! and before a relay's socket: what it drops never arrives, and the container sees a time-out. Pure, as all
 //! of planning.
 //!
-//! lbridge never concludes from a ruleset whether a packet arrives: it tries ([`Passage`]). It reads the
+//! lbridge never concludes from a ruleset whether a packet arrives: it tries ([`ProbeResult`]). It reads the
 //! ruleset to say who is in the way, and where an accept rule would count.
 
 use std::{
@@ -139,7 +139,7 @@ pub fn openings(bridge: &Interface, protocol: Protocol, port: u16) -> impl Itera
 
 /// The result of trying a packet from the bridge.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Passage {
+pub enum ProbeResult {
     /// A SYN was answered, by a service or by a reset; a datagram was counted.
     Open,
     /// Nothing came back, and nothing was counted.
@@ -150,7 +150,7 @@ pub enum Passage {
 
 /// The tool that changes a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Through {
+pub enum Backend {
     /// `nft`, for nftables.
     Nft,
     /// `iptables-nft` and `ip6tables-nft`. Their tables belong to them: `nft` may leave behind what they
@@ -198,7 +198,7 @@ impl fmt::Display for Family {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Chain {
     /// The tool that changes the chain.
-    pub through: Through,
+    pub backend: Backend,
     /// Address family of the chain's table.
     pub family: Family,
     /// Name of the chain's table.
@@ -209,14 +209,14 @@ pub struct Chain {
 
 impl fmt::Display for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { through, family, table, name } = self;
-        match (through, family) {
-            (Through::Firewalld, _) => f.write_str("firewalld's zone"),
-            (Through::Nft, _) => write!(f, "nftables' {family} {table} {name}"),
-            (Through::IptablesNft, Family::Ip6) => write!(f, "ip6tables' {name}"),
-            (Through::IptablesNft, _) => write!(f, "iptables' {name}"),
-            (Through::IptablesLegacy, Family::Ip6) => write!(f, "ip6tables-legacy's {name}"),
-            (Through::IptablesLegacy, _) => write!(f, "iptables-legacy's {name}"),
+        let Self { backend, family, table, name } = self;
+        match (backend, family) {
+            (Backend::Firewalld, _) => f.write_str("firewalld's zone"),
+            (Backend::Nft, _) => write!(f, "nftables' {family} {table} {name}"),
+            (Backend::IptablesNft, Family::Ip6) => write!(f, "ip6tables' {name}"),
+            (Backend::IptablesNft, _) => write!(f, "iptables' {name}"),
+            (Backend::IptablesLegacy, Family::Ip6) => write!(f, "ip6tables-legacy's {name}"),
+            (Backend::IptablesLegacy, _) => write!(f, "iptables-legacy's {name}"),
         }
     }
 }
@@ -232,7 +232,7 @@ pub enum Denial {
 
 /// The firewall that keeps a chain, as far as lbridge can determine it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Keeper {
+pub enum FirewallKind {
     /// UFW, recognized by the names of its chains.
     Ufw,
     /// firewalld, recognized by the name of its table.
@@ -243,7 +243,7 @@ pub enum Keeper {
     Nftables,
 }
 
-impl fmt::Display for Keeper {
+impl fmt::Display for FirewallKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Ufw => "UFW",
@@ -262,7 +262,7 @@ pub struct InputChain {
     /// The way in which the chain denies.
     pub denial: Denial,
     /// The firewall that keeps the chain.
-    pub firewall: Keeper,
+    pub firewall: FirewallKind,
 }
 
 /// The state of one of lbridge's accept rules.
@@ -276,13 +276,13 @@ pub struct Accepted {
 
 /// The firewall, as lbridge read and tried it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Filtering {
+pub struct FirewallState {
     /// Input chains that may deny, the likeliest first.
     pub chains: Vec<InputChain>,
     /// Accept rules that are lbridge's own.
     pub accepts: BTreeMap<(Chain, Opening), Accepted>,
     /// Results of the packets that were tried since the ruleset changed.
-    pub passages: BTreeMap<Opening, Passage>,
+    pub probe_results: BTreeMap<Opening, ProbeResult>,
     /// Openings that need an accept rule: they were dropped when tried without one, or have one already.
     pub needed: BTreeSet<Opening>,
     /// The reason why the ruleset could not be read; `None` if it could.
@@ -291,7 +291,7 @@ pub struct Filtering {
     pub failed: bool,
 }
 
-impl Filtering {
+impl FirewallState {
     /// Returns the keys of the traffic that lbridge's accept rules let in, with the length of each prefix in
     /// bits.
     pub fn accepted(&self) -> BTreeSet<(AcceptedKey, u32)> {
@@ -299,7 +299,7 @@ impl Filtering {
     }
 
     /// Returns the firewalls that keep chains that may deny, each once.
-    pub fn keepers(&self) -> BTreeSet<Keeper> {
+    pub fn firewall_kinds(&self) -> BTreeSet<FirewallKind> {
         self.chains.iter().map(|chain| chain.firewall).collect()
     }
 
@@ -311,7 +311,7 @@ impl Filtering {
     /// Returns the firewall that is likely to drop the opening's packets, and the command that lets them
     /// through; `None` if no chain on the input hook is in the way. The command is `None` if it would need a
     /// name that means more than itself.
-    pub fn remedy(&self, opening: &Opening) -> Option<(Keeper, Option<String>)> {
+    pub fn remedy(&self, opening: &Opening) -> Option<(FirewallKind, Option<String>)> {
         self.in_the_way_of(opening).next().map(|chain| (chain.firewall, chain.remedy(opening)))
     }
 
@@ -359,21 +359,21 @@ impl InputChain {
         let protocol = protocol.name();
         let (ip, family, suffix) = if gateway.is_ipv4() { ("ip", "ipv4", "") } else { ("ip6", "ipv6", "6") };
         Some(match self.firewall {
-            Keeper::Ufw => format!(
+            FirewallKind::Ufw => format!(
                 "ufw allow in on {interface} from {sources} to {gateway} port {port} proto {protocol}"
             ),
-            Keeper::Firewalld => format!(
+            FirewallKind::Firewalld => format!(
                 "firewall-cmd --zone=\"$(firewall-cmd --get-zone-of-interface={interface} || firewall-cmd --get-default-zone)\" \
                  --add-rich-rule='rule family=\"{family}\" source address=\"{sources}\" destination address=\"{gateway}\" port port=\"{port}\" \
                  protocol=\"{protocol}\" accept'"
             ),
-            Keeper::Iptables => {
-                let legacy = if self.chain.through == Through::IptablesLegacy { "-legacy" } else { "" };
+            FirewallKind::Iptables => {
+                let legacy = if self.chain.backend == Backend::IptablesLegacy { "-legacy" } else { "" };
                 format!(
                     "ip{suffix}tables{legacy} -I INPUT -i {interface} -s {sources} -d {gateway} -p {protocol} --dport {port} -j ACCEPT"
                 )
             }
-            Keeper::Nftables => {
+            FirewallKind::Nftables => {
                 let Chain { family, table, name, .. } = &self.chain;
                 format!(
                     "nft insert rule {family} {table} {name} iifname {interface} {ip} saddr {sources} {ip} daddr {gateway} {protocol} dport {port} accept"

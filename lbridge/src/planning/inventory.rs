@@ -1,4 +1,4 @@
-//! Inventory: the observed state of the host, and the abilities of its kernel.
+//! Inventory: the observed state of the host, and the features of its kernel.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,7 +20,7 @@ pub struct Inventory {
     /// Docker's networks; the last known ones while the engine is away.
     pub docker_networks: Vec<DockerNetwork>,
     /// Reachability of the engine. Unless it is reachable, a network that is not in the list may still exist.
-    pub docker: DockerPresence,
+    pub docker: EngineAvailability,
     /// Containers by the names that rules use, or the engine's error for a name; the last known ones while
     /// the engine is away.
     pub containers: BTreeMap<String, Result<Container, String>>,
@@ -46,7 +46,7 @@ pub struct Inventory {
     /// does not follow them.
     pub untrusted_paths: BTreeMap<PathBuf, String>,
     /// The network namespaces that rules name, or the reason why there is none.
-    pub namespaces: BTreeMap<Network, Result<Namespace, Absence>>,
+    pub namespaces: BTreeMap<Network, Result<Namespace, NetnsUnavailable>>,
     /// The owner of the service on each port of the rules. For a service that is down, the owner when it was
     /// last seen.
     pub incumbents: Incumbents,
@@ -97,7 +97,7 @@ pub fn find_networks<'a>(networks: &'a [DockerNetwork], name: &str) -> Vec<&'a D
 
 /// The reachability of a Docker Engine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum DockerPresence {
+pub enum EngineAvailability {
     /// The daemon runs with `--no-docker` and asks no engine.
     #[default]
     Off,
@@ -110,7 +110,7 @@ pub enum DockerPresence {
 /// The product that an engine is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Product {
+pub enum EngineKind {
     /// The Docker Engine, or any engine that does not say otherwise.
     #[default]
     Docker,
@@ -118,7 +118,7 @@ pub enum Product {
     Podman,
 }
 
-impl fmt::Display for Product {
+impl fmt::Display for EngineKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Docker => "Docker",
@@ -223,7 +223,7 @@ pub struct NamespaceKey {
     /// The namespace's identity.
     pub id: NamespaceId,
     /// The way to enter the namespace.
-    pub entrance: Entrance,
+    pub entrance: NetnsRef,
 }
 
 /// The identity of a namespace for as long as it exists: that of its file on nsfs.
@@ -237,7 +237,7 @@ pub struct NamespaceId {
 
 /// A way into a namespace. Once the way closes, the namespace counts as gone.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Entrance {
+pub enum NetnsRef {
     /// Through a process that is inside.
     Process {
         /// Process id of that process.
@@ -254,7 +254,7 @@ pub enum Entrance {
 
 /// The reason why there is no namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Absence {
+pub enum NetnsUnavailable {
     /// The namespace is not there, but it may come.
     NotThere(String),
     /// The namespace cannot be served.
@@ -309,9 +309,9 @@ pub struct Listener {
     pub kind: ListenerKind,
 }
 
-/// Abilities of the kernel here: tried, not guessed.
+/// Features of the kernel here: tried, not guessed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Abilities {
+pub struct KernelFeatures {
     /// `sk_lookup` steering, or the reason why the kernel cannot steer.
     pub steer: Result<Steering, String>,
     /// For each set of hooks, `Ok` if it can be attached, or the reason why not.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Labels --derive--> Rules
-//! Rules + Inventory + Abilities --resolve--> Desired --plan(desired, actual)--> Steps
+//! Rules + Inventory + KernelFeatures --resolve--> Desired --plan(desired, actual)--> Steps
 //! ```
 //!
 //! May import `lbridge_common`, and nothing else of lbridge. From other crates it may import those that do no

@@ -43,7 +43,7 @@ const IDLE_LOOKS: u32 = 4;
 /// # Errors
 ///
 /// If the service cannot be reached; the client is reset then.
-pub(super) async fn carry(
+pub(super) async fn proxy_connection(
     client: TcpStream,
     container: SocketAddr,
     spec: &RelaySpec,
@@ -52,7 +52,7 @@ pub(super) async fn carry(
 ) -> anyhow::Result<()> {
     let metered = statistics.clone().metered();
     let traffic = &*metered.traffic;
-    let Ok(early) = splice::Early::read(&client) else {
+    let Ok(early) = splice::Prefetched::read(&client) else {
         tracing::debug!("{container}: reset before the service was reached");
         return Ok(());
     };
@@ -65,12 +65,12 @@ pub(super) async fn carry(
             let speaks_first = !early.is_empty() || !header.is_empty();
             let connected = connect(*address, container, spec.source, names, speaks_first).await;
             let mut service = connected.inspect_err(|_| reset(&client))?;
-            introduce(&mut service, &header).await.inspect_err(|_| reset(&client))?;
+            write_proxy_header(&mut service, &header).await.inspect_err(|_| reset(&client))?;
             or_idle(splice::relay(client, early, service, traffic), traffic, spec.idle_timeout).await
         }
         Service::Unix(path) => {
             let mut service = connect_unix(path).await.inspect_err(|_| reset(&client))?;
-            introduce(&mut service, &header).await.inspect_err(|_| reset(&client))?;
+            write_proxy_header(&mut service, &header).await.inspect_err(|_| reset(&client))?;
             or_idle(splice::relay(client, early, service, traffic), traffic, spec.idle_timeout).await
         }
     };
@@ -131,7 +131,7 @@ fn proxy_header(version: ProxyProtocol, client: SocketAddr, dialled: SocketAddr)
     Ok(bytes)
 }
 
-async fn introduce(service: &mut (impl AsyncWrite + Unpin), header: &[u8]) -> anyhow::Result<()> {
+async fn write_proxy_header(service: &mut (impl AsyncWrite + Unpin), header: &[u8]) -> anyhow::Result<()> {
     timeout(CONNECT_TIMEOUT, service.write_all(header)).await.context("no answer")??;
     Ok(())
 }

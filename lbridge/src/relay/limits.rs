@@ -16,12 +16,12 @@ const RESERVED_DESCRIPTORS: usize = 1280;
 
 /// The places for connections, as many as the limit of open files allows.
 #[derive(Debug, Clone)]
-pub(super) struct Places {
+pub(super) struct ConnectionLimiter {
     free: Arc<Semaphore>,
     all: usize,
 }
 
-impl Places {
+impl ConnectionLimiter {
     pub(super) fn new() -> Self {
         let limit = getrlimit(Resource::Nofile)
             .current

@@ -20,10 +20,10 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     PeerNames,
-    connection::{carry, reset},
-    limits::Places,
+    connection::{proxy_connection, reset},
+    limits::ConnectionLimiter,
     meter::Statistics,
-    pause::Pause,
+    pause::LogRateLimit,
 };
 use crate::planning::desired::{Clients, RelaySpec};
 
@@ -46,30 +46,30 @@ pub(super) enum Mode {
 
 /// The desired state of a relay.
 #[derive(Debug)]
-pub(super) struct Orders {
+pub(super) struct RelayConfig {
     pub(super) spec: RelaySpec,
     pub(super) statistics: Arc<Statistics>,
 }
 
 /// The handles that all relays share.
 #[derive(Debug, Clone)]
-pub(super) struct Surroundings {
+pub(super) struct RelayContext {
     /// The way to make services see the container as their peer; `None` if there is none.
     pub(super) names: Option<Arc<dyn PeerNames>>,
     /// Gets a unit when a connection fails: if the service is not there, the relay should not be there
     /// either.
     pub(super) wake: mpsc::Sender<()>,
     /// The places for the connections of all relays.
-    pub(super) places: Places,
+    pub(super) places: ConnectionLimiter,
     /// The tasks of all relays' connections.
     pub(super) connections: TaskTracker,
 }
 
 /// A receiver that turns true when a relay's namespace has gone; `None` for the host's own, which never goes.
 #[derive(Debug, Clone)]
-pub(super) struct Gone(pub(super) Option<watch::Receiver<bool>>);
+pub(super) struct NetnsClosed(pub(super) Option<watch::Receiver<bool>>);
 
-impl Gone {
+impl NetnsClosed {
     async fn wait(&mut self) {
         match &mut self.0 {
             // The sender lives for as long as there are receivers.
@@ -84,19 +84,20 @@ pub(super) struct Listener {
     pub(super) socket: Arc<TcpListener>,
     /// The address and port that its clients dial.
     pub(super) dialled: SocketAddr,
-    pub(super) orders: watch::Receiver<Arc<Orders>>,
+    pub(super) orders: watch::Receiver<Arc<RelayConfig>>,
     pub(super) modes: watch::Receiver<Mode>,
-    pub(super) gone: Gone,
+    pub(super) gone: NetnsClosed,
     /// The number of connections that this relay took.
     pub(super) taken: Arc<AtomicU64>,
-    pub(super) surroundings: Surroundings,
+    pub(super) surroundings: RelayContext,
 }
 
 impl Listener {
     /// Accepts connections until the mode or the end of the namespace stops it. Connections are tasks of
     /// their own, and outlive this one.
     pub(super) async fn serve(mut self) {
-        let (mut deadline, mut refused, mut failed) = (None, Pause::default(), Pause::default());
+        let (mut deadline, mut refused, mut failed) =
+            (None, LogRateLimit::default(), LogRateLimit::default());
         loop {
             let end = async {
                 match deadline {
@@ -139,9 +140,9 @@ impl Listener {
         }
     }
 
-    fn take(&self, client: TcpStream, peer: SocketAddr, refused: &mut Pause) {
+    fn take(&self, client: TcpStream, peer: SocketAddr, refused: &mut LogRateLimit) {
         let orders = self.orders.borrow().clone();
-        let Orders { spec, statistics } = &*orders;
+        let RelayConfig { spec, statistics } = &*orders;
         // An inherited socket of an earlier daemon may hold connections to the address of another rule.
         if !client.local_addr().is_ok_and(|own| {
             own.port() == self.dialled.port() && own.ip().to_canonical() == self.dialled.ip().to_canonical()
@@ -181,9 +182,9 @@ impl Listener {
         let (mut gone, surroundings) = (self.gone.clone(), self.surroundings.clone());
         self.surroundings.connections.spawn(async move {
             let _permit = permit;
-            let (Orders { spec, statistics }, Surroundings { names, wake, .. }) = (&*orders, surroundings);
+            let (RelayConfig { spec, statistics }, RelayContext { names, wake, .. }) = (&*orders, surroundings);
             tokio::select! {
-                carried = carry(client, container, spec, statistics, names) => if let Err(error) = carried {
+                carried = proxy_connection(client, container, spec, statistics, names) => if let Err(error) = carried {
                     if statistics.failure_is_due() {
                         tracing::warn!("{}: a connection of {container} has failed, and others may: {error:#}", spec.rule);
                     }

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use super::{pause::Pause, splice};
+use super::{pause::LogRateLimit, splice};
 
 /// The counters of one rule.
 #[derive(Debug, Default)]
@@ -20,7 +20,7 @@ pub(super) struct Statistics {
     /// Open connections of all rules of the network.
     pub(super) of_network: Arc<AtomicU32>,
     /// The time at which a failure was last logged.
-    failed: Mutex<Pause>,
+    failed: Mutex<LogRateLimit>,
     traffic: Mutex<Meter>,
 }
 

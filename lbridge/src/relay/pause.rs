@@ -1,4 +1,4 @@
-//! Pause: keeps frequent events from filling the log.
+//! LogRateLimit: keeps frequent events from filling the log.
 
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ const LOG_PAUSE: Duration = Duration::from_secs(60);
 
 /// Limits how often a frequent event is logged; holds the time of the last log entry.
 #[derive(Debug, Default)]
-pub(super) struct Pause(Option<Instant>);
+pub(super) struct LogRateLimit(Option<Instant>);
 
-impl Pause {
+impl LogRateLimit {
     /// Returns true if the last log entry is at least [`LOG_PAUSE`] ago, and then counts this one as the
     /// last.
     pub(super) fn is_over(&mut self) -> bool {

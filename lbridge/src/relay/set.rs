@@ -21,8 +21,8 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     PeerNames,
-    limits::Places,
-    listener::{Gone, Listener, Mode, Orders, Surroundings},
+    limits::ConnectionLimiter,
+    listener::{Listener, Mode, NetnsClosed, RelayConfig, RelayContext},
     meter::Statistics,
     socket::Listening,
     workers::Workers,
@@ -40,13 +40,13 @@ pub struct RelaySet {
     statistics: HashMap<RuleId, Weak<Statistics>>,
     /// The number of open connections of each network.
     networks: HashMap<Network, Weak<AtomicU32>>,
-    surroundings: Surroundings,
+    surroundings: RelayContext,
     workers: Workers,
 }
 
 #[derive(Debug)]
 struct Relay {
-    orders: watch::Sender<Arc<Orders>>,
+    orders: watch::Sender<Arc<RelayConfig>>,
     mode: watch::Sender<Mode>,
     taken: Arc<AtomicU64>,
     /// The listening socket, shared with the task.
@@ -81,7 +81,7 @@ impl RelaySet {
     /// `wake` gets a unit when a connection to a service fails, or a namespace has gone.
     pub fn new(names: Option<Arc<dyn PeerNames>>, wake: mpsc::Sender<()>) -> anyhow::Result<Self> {
         let surroundings =
-            Surroundings { names, wake, places: Places::new(), connections: TaskTracker::new() };
+            RelayContext { names, wake, places: ConnectionLimiter::new(), connections: TaskTracker::new() };
         let workers = Workers::start().context("cannot start the relays' threads")?;
         Ok(Self {
             relays: BTreeMap::new(),
@@ -126,7 +126,7 @@ impl RelaySet {
             dialled: key.address,
             orders,
             modes,
-            gone: Gone(gone.map(|gone| watch_for(gone, self.surroundings.wake.clone()))),
+            gone: NetnsClosed(gone.map(|gone| watch_for(gone, self.surroundings.wake.clone()))),
             taken: taken.clone(),
             surroundings: self.surroundings.clone(),
         };
@@ -135,7 +135,7 @@ impl RelaySet {
         Ok(())
     }
 
-    fn orders(&mut self, spec: RelaySpec) -> Arc<Orders> {
+    fn orders(&mut self, spec: RelaySpec) -> Arc<RelayConfig> {
         self.statistics.retain(|_, statistics| statistics.strong_count() > 0);
         let known = self.statistics.get(&spec.rule).and_then(Weak::upgrade);
         let statistics = known.unwrap_or_else(|| {
@@ -146,7 +146,7 @@ impl RelaySet {
             Arc::new(Statistics::of(network))
         });
         self.statistics.insert(spec.rule.clone(), Arc::downgrade(&statistics));
-        Arc::new(Orders { spec, statistics })
+        Arc::new(RelayConfig { spec, statistics })
     }
 
     /// Stops listening; open connections continue. If the kernel has taken over (`handed_over`), handshakes

@@ -43,7 +43,7 @@ use rustix::net::{
 use super::{id_at, id_of};
 
 /// The longest wait for the child to answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The size of a request in bytes: an IPv6 address (IPv4 is mapped), then a port in native byte order.
 const REQUEST: usize = 16 + 2;
 
@@ -96,7 +96,7 @@ impl Door {
                 drop(theirs);
                 // Processes inside may stop it, so the wait is limited.
                 let socket = door.socket.lock().unwrap_or_else(PoisonError::into_inner);
-                set_socket_timeout(&*socket, Timeout::Recv, Some(PATIENCE))?;
+                set_socket_timeout(&*socket, Timeout::Recv, Some(STOP_TIMEOUT))?;
                 drop(socket);
                 door.joined(owner.is_some())?;
                 Ok(door)

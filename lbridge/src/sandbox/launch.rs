@@ -51,15 +51,15 @@ use crate::planning::inventory::NamespaceId;
 
 /// The longest time for which the held process waits until the others are detached. They stop at once, unless
 /// they wait for the held one in vfork(2).
-const OTHERS: Duration = Duration::from_millis(100);
+const CHILDREN_TIMEOUT: Duration = Duration::from_millis(100);
 /// The longest wait for processes to stop or die when told to. Those that sleep in the kernel may take
 /// longer.
-const PATIENCE: Duration = Duration::from_secs(2);
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 /// The time after which a warning says that there is no sandbox yet. A sandbox is up in milliseconds, unless
 /// a person is prompted for something first.
-const LATE: Duration = Duration::from_secs(5);
+const START_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause between two checks of processes that were told to stop or die.
-const GLANCE: Duration = Duration::from_micros(100);
+const POLL_INTERVAL: Duration = Duration::from_micros(100);
 
 /// The state of a command that was started.
 #[derive(Debug)]
@@ -102,7 +102,7 @@ impl NotStarted {
 pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     let program = command.first().context("no command")?.to_string_lossy().into_owned();
     let own = own_netns().context("cannot tell this process's network namespace")?;
-    let (mut tree, mut failure) = Tree::plant(command, &program)?;
+    let (mut tree, mut failure) = Tree::spawn_traced(command, &program)?;
     let late = warn_if_late();
     let found = tree.watch(own)?;
     drop(late);
@@ -137,12 +137,12 @@ pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     Ok(Started::Ended(status))
 }
 
-/// Starts a thread that logs a warning after [`LATE`], unless the returned sender is dropped before. A
+/// Starts a thread that logs a warning after [`START_TIMEOUT`], unless the returned sender is dropped before. A
 /// command that makes no sandbox is in the host's network, where everything seems to work.
 fn warn_if_late() -> mpsc::Sender<()> {
     let (found, wait) = mpsc::channel();
     thread::spawn(move || {
-        if wait.recv_timeout(LATE) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if wait.recv_timeout(START_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
             tracing::warn!(
                 "the command has made no network namespace of its own yet, so it is in the host's; is --unshare-net missing?"
             );
@@ -254,7 +254,7 @@ struct Tree {
 impl Tree {
     /// Starts the command, traced from before its first exec. Also returns the pipe on which the errno of a
     /// failed exec arrives.
-    fn plant(command: &[OsString], program: &str) -> anyhow::Result<(Self, PipeReader)> {
+    fn spawn_traced(command: &[OsString], program: &str) -> anyhow::Result<(Self, PipeReader)> {
         let arguments = command.iter().map(|argument| CString::new(argument.as_bytes()));
         let arguments: Vec<CString> =
             arguments.collect::<Result<_, _>>().context("an argument with a NUL byte in it")?;
@@ -263,7 +263,7 @@ impl Tree {
         let (ready, go) = io::pipe().context("cannot make a pipe")?;
         let (failure, failed) = io::pipe().context("cannot make a pipe")?;
 
-        let ignores_children = heed_children().context("cannot reset SIGCHLD")?;
+        let ignores_children = reap_children().context("cannot reset SIGCHLD")?;
         let blocked = Blocked::new()?;
         // SAFETY: the child calls nothing but async-signal-safe functions until it runs the program.
         let pid = match unsafe { fork() }.context("cannot start a process")? {
@@ -406,16 +406,16 @@ impl Tree {
                 self.tracees.extend(unknown.iter().filter(|&&pid| Some(pid) != held).map(|&pid| (pid, true)));
             }
             let alone = self.tracees.len() == usize::from(held.is_some());
-            if (alone || begin.elapsed() > OTHERS)
+            if (alone || begin.elapsed() > CHILDREN_TIMEOUT)
                 && let Some(pid) = held.take()
             {
                 if trace::let_go(pid, Stop::Trap).is_ok() {
                     self.tracees.remove(&pid);
                 }
-            } else if alone || begin.elapsed() > PATIENCE {
+            } else if alone || begin.elapsed() > STOP_TIMEOUT {
                 return std::mem::take(&mut self.tracees).into_keys().collect();
             } else {
-                sleep(GLANCE);
+                sleep(POLL_INTERVAL);
             }
         }
     }
@@ -424,7 +424,7 @@ impl Tree {
 impl Drop for Tree {
     fn drop(&mut self) {
         let begin = Instant::now();
-        while !self.tracees.is_empty() && begin.elapsed() < PATIENCE {
+        while !self.tracees.is_empty() && begin.elapsed() < STOP_TIMEOUT {
             for pid in self.tracees.keys().copied().collect::<Vec<_>>() {
                 match trace::wait(Some(pid), Wait::Peek) {
                     Ok(Some((pid, change))) => drop(self.note(pid, change)),
@@ -435,14 +435,14 @@ impl Drop for Tree {
                     }
                 }
             }
-            sleep(GLANCE);
+            sleep(POLL_INTERVAL);
         }
     }
 }
 
 /// Resets SIGCHLD to its default if it is ignored, since ignored children cannot be waited for (wait(2)).
 /// Returns true if it was ignored.
-fn heed_children() -> nix::Result<bool> {
+fn reap_children() -> nix::Result<bool> {
     // SAFETY: an all-zero sigaction is a valid value of the C structure, which the call fills; it changes
     // nothing.
     let before = unsafe {

@@ -23,7 +23,7 @@ use crate::{
         scratch::{Scratch, free_address},
     },
     planning::{
-        inventory::{Absence, Interface, Listener},
+        inventory::{Interface, Listener, NetnsUnavailable},
         rule::Protocol,
     },
 };
@@ -31,7 +31,7 @@ use crate::{
 /// Maximum wait for a service that should not answer. On one machine an answer takes a millisecond.
 const CLOSED: Duration = Duration::from_secs(1);
 /// Maximum wait for an answer that should come, even a refusal.
-const ANSWERS: Duration = Duration::from_secs(3);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 /// Maximum time that a relay needs to find that its service is not there, and to reset a connection that it
 /// has accepted.
 const STAYS: Duration = Duration::from_millis(200);
@@ -133,7 +133,7 @@ impl Grounds {
         let source = ground.source(to)?;
         let socket = ground.within(|| socket(source, to))??;
         let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
-        let limit = if aim == Aim::Closed { CLOSED } else { ANSWERS };
+        let limit = if aim == Aim::Closed { CLOSED } else { ANSWER_TIMEOUT };
         let stream = match timeout(limit, connecting).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return not_connected(error),
@@ -326,7 +326,7 @@ async fn beside() -> anyhow::Result<Ground> {
 fn open(namespace: &NamespaceStatus, host: &HostNetns) -> anyhow::Result<Namespace> {
     let opened = Namespace::at(&namespace.path, host.id);
     let opened = opened.map_err(|absence| match absence {
-        Absence::NotThere(why) | Absence::Unsuitable(why) => anyhow!(why),
+        NetnsUnavailable::NotThere(why) | NetnsUnavailable::Unsuitable(why) => anyhow!(why),
     })?;
     if opened.key.id.inode != namespace.inode {
         bail!("the namespace was replaced just now; try again");

@@ -1,8 +1,8 @@
 use super::{Expected, plan::*};
 use crate::{
     api::protocol::{
-        DockerStatus, FirewallStatus, GatewayStatus, KernelPath, KernelStatus, LabelStatus, NamespaceStatus,
-        NetworkStatus, RuleStatus, Status,
+        DockerStatus, FirewallStatus, GatewayStatus, KernelDatapath, KernelStatus, LabelStatus,
+        NamespaceStatus, NetworkStatus, RuleStatus, Status,
     },
     planning::{
         desired::State,
@@ -42,7 +42,7 @@ fn status(rules: Vec<RuleStatus>) -> Status {
     Status {
         version: String::new(),
         kernel: KernelStatus {
-            path: KernelPath::Steer,
+            path: KernelDatapath::Steer,
             why: None,
             interface_check: true,
             registers_listeners: true,

@@ -10,9 +10,9 @@ use lbridge::planning::desired::{
     Clients, Desired, Place, RelayKey, RelaySpec, Service as RelayedTo, Subnet,
 };
 use lbridge::planning::explain::{Fate, Known, Question, explain};
-use lbridge::planning::firewall::{Opening, Passage};
+use lbridge::planning::firewall::{Opening, ProbeResult};
 use lbridge::planning::hooks::PerHookSet;
-use lbridge::planning::inventory::{Abilities, Interface, Inventory, Listener, ListenerKind, Steering};
+use lbridge::planning::inventory::{Interface, Inventory, KernelFeatures, Listener, ListenerKind, Steering};
 use lbridge::planning::rule::{Protocol, RuleId, Source};
 use lbridge_common::verdict::{Lookups, Verdict, decide};
 use lbridge_common::wire::{
@@ -312,7 +312,7 @@ impl Stage {
             listeners: vec![listener(SERVICE, 1)?, listener("0.0.0.0:80", 2)?],
             ..Inventory::default()
         };
-        let abilities = Abilities {
+        let features = KernelFeatures {
             steer: Ok(Steering { interface_check: true, kernel_registers: true }),
             hooks: PerHookSet::from_fn(|_| Ok(())),
         };
@@ -321,7 +321,7 @@ impl Stage {
             [ListenerKey { address: service.address, port: service.port, slot: 0, protocol: TCP }].into();
         let dialled = SocketAddr::new(gateway, PORT);
         let opening = Opening::new("lab0", (gateway, 24), gateway, Protocol::Tcp, PORT);
-        actual.filtering.passages = [(opening, Passage::Open)].into();
+        actual.firewall_state.probe_results = [(opening, ProbeResult::Open)].into();
         let place = Place::Bridge { interface: "lab0".to_owned(), ifindex: self.indices[0] };
         if case.relay {
             let spec = RelaySpec {
@@ -340,7 +340,7 @@ impl Stage {
         let question = Question { network, port: PORT, protocol: Protocol::Tcp, source: Some(source) };
         let known = Known {
             inventory: &inventory,
-            abilities: &abilities,
+            features: &features,
             desired: &Desired::default(),
             actual: &actual,
             relay_failures: &BTreeMap::new(),

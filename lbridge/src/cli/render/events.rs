@@ -4,7 +4,7 @@ use nix::unistd::User;
 
 use super::{described, print_on, shown, time};
 use crate::{
-    api::protocol::{Event, Happening},
+    api::protocol::{Event, EventKind},
     cli::Failure,
     planning::rule::{Network, Protocol},
 };
@@ -22,42 +22,42 @@ pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
         })
     };
     let text = match &event.what {
-        Happening::Following { version } => format!("following lbridge {}", shown(version)),
-        Happening::Allowed { network, port, protocol, uid } => {
+        EventKind::Following { version } => format!("following lbridge {}", shown(version)),
+        EventKind::Allowed { network, port, protocol, uid } => {
             format!("{}: allowed{}", rule(network, port, protocol), by(uid))
         }
-        Happening::Denied { network, port, protocol, uid } => {
+        EventKind::Denied { network, port, protocol, uid } => {
             format!("{}: denied{}", rule(network, port, protocol), by(uid))
         }
-        Happening::Labelled { network, port, protocol, asked: true } => {
+        EventKind::Labelled { network, port, protocol, asked: true } => {
             format!("{}: a label asks for it", rule(network, port, protocol))
         }
-        Happening::Labelled { network, port, protocol, asked: false } => {
+        EventKind::Labelled { network, port, protocol, asked: false } => {
             format!("{}: no label asks for it any more", rule(network, port, protocol))
         }
-        Happening::BadLabel(problem) => format!("label of {}", shown(&problem.to_string())),
-        Happening::State { network, port, protocol, state, why, reasons: _ } => {
+        EventKind::BadLabel(problem) => format!("label of {}", shown(&problem.to_string())),
+        EventKind::State { network, port, protocol, state, why, reasons: _ } => {
             format!("{}: {}", rule(network, port, protocol), described(*state, why.as_deref()))
         }
-        Happening::Listening { port } => format!("port {port}: a service listens"),
-        Happening::Unregistered { port, error } => {
+        EventKind::Listening { port } => format!("port {port}: a service listens"),
+        EventKind::Unregistered { port, error } => {
             format!("port {port}: a service listens, which the kernel cannot be given: {}", shown(error))
         }
-        Happening::Closed { port } => format!("port {port}: a service listens no more"),
-        Happening::Docker { engine, version: Some(version), .. } => {
+        EventKind::Closed { port } => format!("port {port}: a service listens no more"),
+        EventKind::Docker { engine, version: Some(version), .. } => {
             format!("{engine} {} answers", shown(version))
         }
-        Happening::Docker { engine, version: None, error } => {
+        EventKind::Docker { engine, version: None, error } => {
             format!("{engine} is away ({})", shown(error.as_deref().unwrap_or_default()))
         }
-        Happening::Refused { network, port, protocol, connections } => {
+        EventKind::Refused { network, port, protocol, connections } => {
             format!(
                 "{}: {connections} connections over the limit were refused",
                 rule(network, port, protocol)
             )
         }
-        Happening::Missed { events } => format!("{events} events were missed: this reads too slowly"),
-        Happening::Unknown => "something that this version does not know of; see --json".to_owned(),
+        EventKind::Missed { events } => format!("{events} events were missed: this reads too slowly"),
+        EventKind::Unknown => "something that this version does not know of; see --json".to_owned(),
     };
     print_on(&format!("{} {text}\n", time(event.at)))
 }

@@ -8,7 +8,7 @@ use super::{
     shown,
 };
 use crate::{
-    api::protocol::{DockerStatus, FirewallStatus, KernelPath, LabelStatus, RuleStatus, Status},
+    api::protocol::{DockerStatus, FirewallStatus, KernelDatapath, LabelStatus, RuleStatus, Status},
     cli::Failure,
     planning::firewall::FirewallMode,
 };
@@ -18,7 +18,7 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
     let mut text = format!("lbridge {}\n", shown(&status.version));
     let kernel = &status.kernel;
     let _ = match kernel.path {
-        KernelPath::Steer => writeln!(
+        KernelDatapath::Steer => writeln!(
             text,
             "kernel   steers{}{}",
             if kernel.interface_check {
@@ -32,7 +32,7 @@ pub(in crate::cli) fn status(status: &Status) -> Result<(), Failure> {
                 "; a service that restarts is found while the daemon runs"
             },
         ),
-        KernelPath::None => {
+        KernelDatapath::None => {
             writeln!(text, "kernel   does not steer: {}", shown(kernel.why.as_deref().unwrap_or_default()))
         }
     };

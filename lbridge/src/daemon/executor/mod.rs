@@ -30,14 +30,14 @@ use super::{
 };
 use crate::{
     firewall::{self, Firewall, conntrack},
-    host::socket_fd::{self, Taker},
+    host::socket_fd::{self, SocketFdTaker},
     kernel::{loader::Kernel, maps::RelayNames},
     planning::{
         actual::Actual,
         desired::{Desired, RelayKey},
-        firewall::{Filtering, Link, Opening},
+        firewall::{FirewallState, Link, Opening},
         hooks::{HookSet, PerHookSet},
-        inventory::{Abilities, NamespaceId},
+        inventory::{KernelFeatures, NamespaceId},
         kernel_state::KernelState,
         plan::{self, Step},
     },
@@ -60,7 +60,7 @@ pub(super) struct Executor {
     /// The host's firewall and lbridge's accept rules in it.
     firewall: Firewall,
     /// The features of the kernel half. A set of hooks that cannot be attached is no longer one of them.
-    abilities: Abilities,
+    features: KernelFeatures,
     /// Id of the host's network namespace.
     host: NamespaceId,
     /// Handle to the owner of `REDIRECT_NETNS`; `None` if localhost cannot lead to the host.
@@ -86,19 +86,19 @@ impl Executor {
     /// If the relays' threads cannot be started.
     pub(super) fn new(
         kernel: Option<Kernel>,
-        abilities: Abilities,
+        features: KernelFeatures,
         guests: Option<Guests>,
         sources: Option<SourceGate>,
         host: NamespaceId,
         wake: mpsc::Sender<()>,
     ) -> anyhow::Result<Self> {
-        let names = kernel.as_ref().filter(|_| abilities.hooks[HookSet::Names].is_ok());
+        let names = kernel.as_ref().filter(|_| features.hooks[HookSet::Names].is_ok());
         let names = names.map(|kernel| Arc::new(kernel.maps.peers.clone()) as Arc<dyn relay::PeerNames>);
         Ok(Self {
             kernel,
             relays: RelaySet::new(names, wake.clone())?,
             firewall: Firewall::follow(wake),
-            abilities,
+            features,
             host,
             guests,
             sources,
@@ -110,8 +110,8 @@ impl Executor {
     }
 
     /// Returns the features of the kernel half.
-    pub(super) fn abilities(&self) -> &Abilities {
-        &self.abilities
+    pub(super) fn features(&self) -> &KernelFeatures {
+        &self.features
     }
 
     /// Brings the namespaces whose localhost leads to the host up to the desired state, and adds their numbers and
@@ -136,9 +136,9 @@ impl Executor {
     }
 
     async fn with_firewall(&mut self, desired: &Desired, in_force: Actual) -> Actual {
-        let filtering = self.firewall.look(&desired.openings).await.clone();
-        let gone: BTreeSet<_> = in_force.accepted.difference(&filtering.accepted()).copied().collect();
-        Actual { filtering, flows: self.gone_flows.look(&gone), ..in_force }
+        let firewall_state = self.firewall.look(&desired.openings).await.clone();
+        let gone: BTreeSet<_> = in_force.accepted.difference(&firewall_state.accepted()).copied().collect();
+        Actual { firewall_state, flows: self.gone_flows.look(&gone), ..in_force }
     }
 
     /// Has accept rules that could not be put tried again.
@@ -168,7 +168,7 @@ impl Executor {
     pub(super) fn give_up_hooks(&mut self, failures: &mut Failures) {
         for set in HookSet::ALL {
             if let Some(why) = failures.hooks[set].take() {
-                self.abilities.hooks[set] = Err(why);
+                self.features.hooks[set] = Err(why);
             }
         }
     }
@@ -240,7 +240,7 @@ impl Executor {
             name_hooks_in_use: self.name_hooks_used,
             guests: BTreeMap::new(),
             detached: !kernel.attached(),
-            filtering: Filtering::default(),
+            firewall_state: FirewallState::default(),
         })
     }
 
@@ -257,7 +257,7 @@ impl Executor {
             .iter()
             .filter_map(|s| if let Step::Register { inode, .. } = s { Some(*inode) } else { None })
             .collect();
-        let mut taker = Taker::default();
+        let mut taker = SocketFdTaker::default();
         for step in steps {
             tracing::debug!(?step);
             if let Err(error) = self.step(step, &mut taker, &wanted, &failures).await {
@@ -270,7 +270,7 @@ impl Executor {
     async fn step(
         &mut self,
         step: &Step,
-        taker: &mut Taker,
+        taker: &mut SocketFdTaker,
         wanted: &HashSet<u64>,
         failures: &Failures,
     ) -> anyhow::Result<()> {
@@ -289,7 +289,9 @@ impl Executor {
                 return Ok(());
             }
             Step::Accept { chain, opening } => return self.firewall.accept(chain, opening).await,
-            Step::Unaccept { chain, opening } => return self.firewall.unaccept(chain, opening).await,
+            Step::RemoveAccept { chain, opening } => {
+                return self.firewall.remove_accept(chain, opening).await;
+            }
             Step::Probe(openings) => {
                 self.probe(openings).await;
                 return Ok(());
@@ -329,7 +331,7 @@ impl Executor {
             Step::OpenRelay(..)
             | Step::CloseRelay { .. }
             | Step::Accept { .. }
-            | Step::Unaccept { .. }
+            | Step::RemoveAccept { .. }
             | Step::ForgetFlows(_)
             | Step::Probe(_) => Ok(()),
         }
@@ -338,7 +340,7 @@ impl Executor {
 
     /// Probes whether the firewall lets these openings through.
     async fn probe(&mut self, openings: &BTreeMap<Opening, Link>) {
-        let checked = self.abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check);
+        let checked = self.features.steer.as_ref().is_ok_and(|steering| steering.interface_check);
         let arrivals =
             self.kernel.as_ref().map(|kernel| Arrivals { probes: kernel.maps.probes.clone(), checked });
         let arrivals = arrivals.as_ref().map(|arrivals| arrivals as &dyn firewall::Arrivals);

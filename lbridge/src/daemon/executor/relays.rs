@@ -12,7 +12,7 @@ use crate::{
     },
     planning::{
         desired::{Place, RelayKey, RelaySpec},
-        inventory::Absence,
+        inventory::NetnsUnavailable,
     },
     relay::{self, socket::Listening},
 };
@@ -48,7 +48,7 @@ impl Executor {
                 let namespace = match Namespace::open(&wanted.entrance, self.host) {
                     Ok(namespace) if namespace.key == *wanted => namespace,
                     Ok(_) => bail!("the namespace was replaced meanwhile"),
-                    Err(Absence::NotThere(why) | Absence::Unsuitable(why)) => bail!(why),
+                    Err(NetnsUnavailable::NotThere(why) | NetnsUnavailable::Unsuitable(why)) => bail!(why),
                 };
                 let socket = match inherited {
                     Some(socket) => socket,

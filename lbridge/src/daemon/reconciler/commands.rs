@@ -8,7 +8,7 @@ use super::{DOCKER_REFRESH, Reconciler, Scene};
 use crate::{
     api::{
         protocol::{
-            Allow, ApiError, Counters, Deny, ErrorCode, KernelPath, KernelStatus, Reloaded, RuleStatus,
+            Allow, ApiError, Counters, Deny, ErrorCode, KernelDatapath, KernelStatus, Reloaded, RuleStatus,
             Status,
         },
         server::Command,
@@ -159,14 +159,14 @@ impl Reconciler {
         self.ask_docker(&asked, std::iter::once(&question.network)).await;
         let scene = self.look(&asked).await.map_err(|error| failed(&error))?;
         let Scene { inventory, mut desired } = scene;
-        let abilities = self.executor.abilities().clone();
-        let openings = planning::explain::openings(question, &inventory, &abilities);
+        let features = self.executor.features().clone();
+        let openings = planning::explain::openings(question, &inventory, &features);
         desired.openings.extend(openings.clone());
         let actual = self.executor.inspect(&desired, &openings).await.map_err(|error| failed(&error))?;
         let known = Known {
             desired: &desired,
             inventory: &inventory,
-            abilities: &abilities,
+            features: &features,
             actual: &actual,
             relay_failures: &self.last.failures.relays,
             entry_failures: &self.last.failures.entries,
@@ -179,11 +179,11 @@ impl Reconciler {
 
     async fn status(&mut self) -> Result<Status, ApiError> {
         self.pass().await.map_err(|error| failed(&error))?;
-        let steering = self.executor.abilities().steer.as_ref();
+        let steering = self.executor.features().steer.as_ref();
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel: KernelStatus {
-                path: if steering.is_ok() { KernelPath::Steer } else { KernelPath::None },
+                path: if steering.is_ok() { KernelDatapath::Steer } else { KernelDatapath::None },
                 why: steering.err().cloned(),
                 interface_check: steering.is_ok_and(|s| s.interface_check),
                 registers_listeners: steering.is_ok_and(|s| s.kernel_registers),

@@ -22,15 +22,15 @@ use super::{
     report::{self, Report},
 };
 use crate::{
-    api::{events::News, protocol::DockerStatus, server::Command},
+    api::{events::EventBus, protocol::DockerStatus, server::Command},
     docker::{
-        view::{Presence, View},
+        view::{EngineStatus, View},
         watch::Watcher,
     },
     kernel::maps::Events,
     planning::{
         desired::{Desired, State},
-        inventory::{Inventory, Product, find_networks},
+        inventory::{EngineKind, Inventory, find_networks},
         plan::plan,
         resolve::resolve,
         rule::{Network, Rule, Rules, Target},
@@ -39,18 +39,18 @@ use crate::{
 
 /// Limit on the rounds of a pass, which changes things and observes again until nothing is left to change.
 /// More rounds than this find nothing new.
-const ROUNDS: usize = 12;
+const MAX_ROUNDS: usize = 12;
 /// Interval of passes without a reason: with events from everywhere, they only correct what others changed
 /// unnoticed.
-const IDLE_LOOK: Duration = Duration::from_secs(60);
+const RESYNC_INTERVAL: Duration = Duration::from_secs(60);
 /// Interval of passes while nothing reports a listener that comes or goes, so that polling is the only way:
 /// without a kernel half, for a Unix or UDP socket, for a namespace, and for the end of a relay's service
 /// that ran before its port was watched. Also while somebody follows events, and while the engine is away and
 /// a rule is for some containers only.
-const POLL: Duration = Duration::from_millis(500);
+const FAST_RESYNC: Duration = Duration::from_millis(500);
 /// Least time between two passes that events ask for (debounce): long enough that a storm of events costs
 /// little, short enough to be unnoticed.
-const BREATH: Duration = Duration::from_millis(100);
+const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Limit on waiting for an engine to list its networks, so that a slow one does not hold up `allow`.
 const DOCKER_REFRESH: Duration = Duration::from_secs(2);
 
@@ -90,7 +90,7 @@ impl Reconciler {
         executor: Executor,
         observer: Observer,
         docker: Option<Watcher>,
-        news: News,
+        news: EventBus,
     ) -> Self {
         Self {
             rules,
@@ -125,21 +125,21 @@ impl Reconciler {
         // do not wait.
         let mut woken = false;
         // Set if an address that a rule is for may be another container's now.
-        let mut pressing = false;
-        let mut looked = Instant::now();
+        let mut urgent = false;
+        let mut last_pass = Instant::now();
         loop {
             self.manager.beat();
-            let pause = if woken { BREATH } else { self.pause(events.is_some()) };
-            let due = looked + if pressing { Duration::ZERO } else { pause };
+            let pause = if woken { DEBOUNCE } else { self.pause(events.is_some()) };
+            let due = last_pass + if urgent { Duration::ZERO } else { pause };
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(command) => self.command(command).await,
                     None => return Ok(()),
                 },
                 _ = wakes.recv(), if !woken => woken = true,
-                () = docker_changed(&mut self.docker), if !pressing => {
+                () = docker_changed(&mut self.docker), if !urgent => {
                     woken = true;
-                    pressing = self.names_sources();
+                    urgent = self.names_sources();
                 }
                 () = self.manager.next_beat() => {}
                 happened = listener_changed(&mut events), if !woken => {
@@ -147,12 +147,12 @@ impl Reconciler {
                     self.journal.publish(happened.iter().filter_map(report::happening));
                 }
                 () = sleep_until(due) => {
-                    (woken, pressing) = (false, false);
+                    (woken, urgent) = (false, false);
                     if let Err(error) = self.pass().await {
                         tracing::error!("cannot look at the host, trying again: {error:#}");
-                        tokio::time::sleep(POLL).await;
+                        tokio::time::sleep(FAST_RESYNC).await;
                     }
-                    looked = Instant::now();
+                    last_pass = Instant::now();
                 }
             }
         }
@@ -192,13 +192,13 @@ impl Reconciler {
         let unix = rules.iter().any(|(_, rule, _)| matches!(rule.spec.target, Target::Unix(_)));
         let relaying = !self.last.desired.relays.is_empty();
         // Changes that the kernel does not report must reach subscribers in time, too.
-        let followed = self.journal.is_heard();
+        let followed = self.journal.has_subscribers();
         // While the engine is away, nobody reports whether the containers that rules are for still run.
         let unsure = self.names_sources()
             && !matches!(self.docker_status(), DockerStatus::Reachable { .. } | DockerStatus::Off);
         let udp = wants_udp(rules);
         let moving = blind || unix || inside || relaying || udp || followed || unsure;
-        if moving { POLL } else { IDLE_LOOK }
+        if moving { FAST_RESYNC } else { RESYNC_INTERVAL }
     }
 
     /// Returns all rules that are to be in force: those of `allow`, the configuration and labels.
@@ -245,12 +245,12 @@ impl Reconciler {
     fn docker_status(&self) -> DockerStatus {
         match self.docker.as_ref().map(|docker| docker.view().presence) {
             None => DockerStatus::Off,
-            Some(Presence::Reachable { engine, version }) => DockerStatus::Reachable { engine, version },
-            Some(Presence::Away { engine, since, error }) => {
+            Some(EngineStatus::Reachable { engine, version }) => DockerStatus::Reachable { engine, version },
+            Some(EngineStatus::Away { engine, since, error }) => {
                 DockerStatus::Away { engine, since: Some(since), error }
             }
-            Some(Presence::Unknown) => DockerStatus::Away {
-                engine: Product::default(),
+            Some(EngineStatus::Unknown) => DockerStatus::Away {
+                engine: EngineKind::default(),
                 since: None,
                 error: "it has not answered since the daemon started".to_owned(),
             },
@@ -299,7 +299,7 @@ impl Reconciler {
             }
             let steps = self.executor.without_kernel_steps(plan(&desired, &actual));
             // Steps that have failed in this pass would fail again.
-            if steps.iter().all(|step| failures.steps.contains(step)) || rounds == ROUNDS {
+            if steps.iter().all(|step| failures.steps.contains(step)) || rounds == MAX_ROUNDS {
                 let relayed = self.executor.relayed(&desired);
                 let listeners = self.observer.owners(&desired, &inventory).await;
                 self.inventory = Some(inventory);
@@ -344,7 +344,7 @@ impl Reconciler {
     /// Resolves the rules in force on an observed host.
     fn scene(&self, inventory: Inventory) -> Scene {
         let firewall = self.configuration.config().firewall;
-        let desired = resolve(self.rules(), &inventory, self.executor.abilities(), firewall);
+        let desired = resolve(self.rules(), &inventory, self.executor.features(), firewall);
         Scene { inventory, desired }
     }
 
@@ -396,7 +396,9 @@ async fn listener_changed(events: &mut Option<Events>) -> Vec<ListenerEvent> {
             happened
         }
         Err(error) => {
-            tracing::warn!("the kernel's events cannot be followed, looking every {POLL:?} instead: {error}");
+            tracing::warn!(
+                "the kernel's events cannot be followed, looking every {FAST_RESYNC:?} instead: {error}"
+            );
             *events = None;
             vec![]
         }

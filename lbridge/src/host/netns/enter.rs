@@ -17,12 +17,12 @@ pub const LOOPBACK: NonZeroU32 = NonZeroU32::MIN;
 pub(in crate::host) fn cookie_of(netns: impl AsFd, home: impl AsFd) -> anyhow::Result<u64> {
     setns(netns, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
     let cookie = own_cookie();
-    go_home(home)?;
+    restore_netns(home)?;
     cookie?.context("this kernel tells no cookies of network namespaces (5.14 and later do)")
 }
 
 /// Moves this thread into the host's network namespace.
-pub(in crate::host) fn go_home(home: impl AsFd) -> anyhow::Result<()> {
+pub(in crate::host) fn restore_netns(home: impl AsFd) -> anyhow::Result<()> {
     setns(home, CloneFlags::CLONE_NEWNET).context("cannot go back into the host's network namespace")
 }
 

@@ -20,7 +20,7 @@ use rustix::{
 
 use crate::{
     host::trusted,
-    planning::{inventory::Absence, rule::ProcessStart},
+    planning::{inventory::NetnsUnavailable, rule::ProcessStart},
 };
 
 /// The magic number of nsfs: `NSFS_MAGIC` (include/uapi/linux/magic.h).
@@ -32,8 +32,8 @@ pub(super) fn of_process(
     pid: u32,
     start: Option<&ProcessStart>,
     container: Option<&str>,
-) -> Result<(OwnedFd, OwnedFd), Absence> {
-    let ended = || Absence::NotThere(format!("process {pid} has ended"));
+) -> Result<(OwnedFd, OwnedFd), NetnsUnavailable> {
+    let ended = || NetnsUnavailable::NotThere(format!("process {pid} has ended"));
     let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(ended)?;
     // First take a pidfd, then look at what the number leads to, then check that the process has not ended:
     // so the number meant this process all along.
@@ -44,7 +44,7 @@ pub(super) fn of_process(
     if let Some(container) = container {
         let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|_| ended())?;
         if !is_in_container(&cgroups, container) {
-            return Err(Absence::Unsuitable(format!(
+            return Err(NetnsUnavailable::Unsuitable(format!(
                 "process {pid} is none of this container's; does DOCKER_HOST name an engine of this host?"
             )));
         }
@@ -52,7 +52,7 @@ pub(super) fn of_process(
     let path = format!("/proc/{pid}/ns/net");
     let file = File::open(&path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => ended(),
-        _ => Absence::Unsuitable(format!("cannot open {path}: {error}")),
+        _ => NetnsUnavailable::Unsuitable(format!("cannot open {path}: {error}")),
     })?;
     if has_ended(&process) {
         return Err(ended());
@@ -102,31 +102,33 @@ pub(in crate::host) enum Follow {
 
 /// Opens the network namespace at a path. Does not open any other file: a FIFO would block, a device might
 /// act.
-pub(in crate::host) fn at_path(path: &Path, follow: Follow) -> Result<OwnedFd, Absence> {
+pub(in crate::host) fn at_path(path: &Path, follow: Follow) -> Result<OwnedFd, NetnsUnavailable> {
     let shown = path.display();
     let seen = match follow {
         Follow::Any => open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(io::Error::from),
         Follow::Trusted => trusted::open_fixed(path),
     };
     let seen = seen.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Absence::NotThere(format!("there is no {shown}")),
-        io::ErrorKind::PermissionDenied if follow == Follow::Trusted => Absence::Unsuitable(format!(
+        io::ErrorKind::NotFound => NetnsUnavailable::NotThere(format!("there is no {shown}")),
+        io::ErrorKind::PermissionDenied if follow == Follow::Trusted => NetnsUnavailable::Unsuitable(format!(
             "{shown} is not followed: {error}; name the namespace by a path that only root can change, as `ip netns attach NAME PID` \
              makes it (netns:/run/netns/NAME), or allow pid:N"
         )),
-        _ => Absence::Unsuitable(format!("cannot open {shown}: {error}")),
+        _ => NetnsUnavailable::Unsuitable(format!("cannot open {shown}: {error}")),
     })?;
     if !fstatfs(&seen).is_ok_and(|fs| fs.f_type == NSFS) {
         return Err(match fstat(&seen) {
             // `ip netns add` creates the file first, and mounts the namespace on it.
-            Ok(stat) if stat.st_size == 0 => Absence::NotThere(format!("{shown} is no namespace")),
-            _ => Absence::Unsuitable(format!("{shown} is no namespace")),
+            Ok(stat) if stat.st_size == 0 => NetnsUnavailable::NotThere(format!("{shown} is no namespace")),
+            _ => NetnsUnavailable::Unsuitable(format!("{shown} is no namespace")),
         });
     }
     let file = File::open(format!("/proc/self/fd/{}", seen.as_raw_fd()));
-    let file = file.map_err(|error| Absence::Unsuitable(format!("cannot open {shown}: {error}")))?;
+    let file = file.map_err(|error| NetnsUnavailable::Unsuitable(format!("cannot open {shown}: {error}")))?;
     if kind_of(&file).is_ok_and(|kind| kind != CloneFlags::CLONE_NEWNET.bits()) {
-        return Err(Absence::Unsuitable(format!("{shown} is a namespace, but not a network namespace")));
+        return Err(NetnsUnavailable::Unsuitable(format!(
+            "{shown} is a namespace, but not a network namespace"
+        )));
     }
     Ok(file.into())
 }

@@ -21,10 +21,10 @@ use anyhow::Context as _;
 use socket2::{Domain, Socket, Type};
 use tokio::io::unix::AsyncFd;
 
-use crate::planning::inventory::{Absence, Entrance, NamespaceId, NamespaceKey};
+use crate::planning::inventory::{NamespaceId, NamespaceKey, NetnsRef, NetnsUnavailable};
 
 pub use enter::{LOOPBACK, throw_away, within};
-pub(super) use enter::{cookie_of, go_home, on_a_thread};
+pub(super) use enter::{cookie_of, on_a_thread, restore_netns};
 pub use find::process_start;
 pub(super) use find::{Follow, at_path};
 pub use identity::id_of;
@@ -74,35 +74,36 @@ impl Namespace {
     /// Opens the namespace at an entrance. `host` is this process's own namespace, which is refused: there is
     /// nothing to relay into. Follows no path that anybody but root and this process's user can change
     /// ([`trusted::open_fixed`](super::trusted::open_fixed)).
-    pub fn open(entrance: &Entrance, host: NamespaceId) -> Result<Self, Absence> {
+    pub fn open(entrance: &NetnsRef, host: NamespaceId) -> Result<Self, NetnsUnavailable> {
         Self::open_by(entrance, host, Follow::Trusted)
     }
 
     /// Opens the namespace at a path, whoever can change that path. For commands whose user has just named
     /// it; the daemon, which follows a path for as long as its rule exists, uses [`Namespace::open`].
-    pub fn at(path: &Path, host: NamespaceId) -> Result<Self, Absence> {
-        Self::open_by(&Entrance::Path(path.to_owned()), host, Follow::Any)
+    pub fn at(path: &Path, host: NamespaceId) -> Result<Self, NetnsUnavailable> {
+        Self::open_by(&NetnsRef::Path(path.to_owned()), host, Follow::Any)
     }
 
-    fn open_by(entrance: &Entrance, host: NamespaceId, follow: Follow) -> Result<Self, Absence> {
+    fn open_by(entrance: &NetnsRef, host: NamespaceId, follow: Follow) -> Result<Self, NetnsUnavailable> {
         let (file, process) = match entrance {
-            Entrance::Process { pid, start, container } => {
+            NetnsRef::Process { pid, start, container } => {
                 let (file, process) = of_process(*pid, start.as_ref(), container.as_deref())?;
                 (file, Some(process))
             }
-            Entrance::Path(path) => (at_path(path, follow)?, None),
+            NetnsRef::Path(path) => (at_path(path, follow)?, None),
         };
-        let id = id_of(&file).map_err(|error| Absence::Unsuitable(format!("cannot look at it: {error}")))?;
+        let id = id_of(&file)
+            .map_err(|error| NetnsUnavailable::Unsuitable(format!("cannot look at it: {error}")))?;
         if id == host {
             let why = "it is in the host's own network namespace, where localhost is the host's already";
-            return Err(Absence::Unsuitable(why.to_owned()));
+            return Err(NetnsUnavailable::Unsuitable(why.to_owned()));
         }
         Ok(Self { file, process, follow, key: NamespaceKey { id, entrance: entrance.clone() } })
     }
 
     /// Wraps a namespace that was found by other means, with a pidfd of its process.
     pub fn of_process(file: OwnedFd, process: OwnedFd, pid: u32) -> io::Result<Self> {
-        let entrance = Entrance::Process { pid, start: None, container: None };
+        let entrance = NetnsRef::Process { pid, start: None, container: None };
         let key = NamespaceKey { id: id_of(&file)?, entrance };
         Ok(Self { file, process: Some(process), follow: Follow::Trusted, key })
     }
@@ -146,12 +147,12 @@ impl Namespace {
                     tracing::error!("a process cannot be watched, its relay ends: {error}");
                 }
             }
-            (None, Entrance::Path(path)) => {
+            (None, NetnsRef::Path(path)) => {
                 while at_path(&path, follow).is_ok_and(|file| id_of(&file).is_ok_and(|id| id == key.id)) {
                     tokio::time::sleep(LOOK).await;
                 }
             }
-            (None, Entrance::Process { .. }) => {}
+            (None, NetnsRef::Process { .. }) => {}
         }
     }
 }
@@ -173,26 +174,26 @@ mod tests {
 
     const NONE: NamespaceId = NamespaceId { device: 0, inode: 0 };
 
-    fn open(entrance: &Entrance) -> Result<Namespace, Absence> {
+    fn open(entrance: &NetnsRef) -> Result<Namespace, NetnsUnavailable> {
         Namespace::open(entrance, NONE)
     }
 
-    fn at(path: &Path) -> Result<Namespace, Absence> {
+    fn at(path: &Path) -> Result<Namespace, NetnsUnavailable> {
         Namespace::at(path, NONE)
     }
 
     #[test]
     fn the_hosts_own_namespace_is_none_to_relay_into() {
         let host = HostNetns::open().unwrap();
-        let own = Entrance::Process { pid: std::process::id(), start: None, container: None };
-        assert!(matches!(Namespace::open(&own, host.id), Err(Absence::Unsuitable(_))));
+        let own = NetnsRef::Process { pid: std::process::id(), start: None, container: None };
+        assert!(matches!(Namespace::open(&own, host.id), Err(NetnsUnavailable::Unsuitable(_))));
         assert_eq!(open(&own).unwrap().key.id, host.id);
         let path = Path::new("/proc/self/ns/net");
         assert_eq!(at(path).unwrap().key.id, host.id);
-        assert!(matches!(Namespace::at(path, host.id), Err(Absence::Unsuitable(_))));
+        assert!(matches!(Namespace::at(path, host.id), Err(NetnsUnavailable::Unsuitable(_))));
         // The path is not checked again, and the number may be another process's by then.
-        let by_number = open(&Entrance::Path(path.to_owned()));
-        assert!(matches!(by_number, Err(Absence::Unsuitable(why)) if why.contains("pid:N")));
+        let by_number = open(&NetnsRef::Path(path.to_owned()));
+        assert!(matches!(by_number, Err(NetnsUnavailable::Unsuitable(why)) if why.contains("pid:N")));
     }
 
     #[test]
@@ -208,8 +209,8 @@ mod tests {
             ("/etc/passwd".into(), true),
         ] {
             match at(&path) {
-                Err(Absence::NotThere(_)) => assert!(!there, "{}", path.display()),
-                Err(Absence::Unsuitable(_)) => assert!(there, "{}", path.display()),
+                Err(NetnsUnavailable::NotThere(_)) => assert!(!there, "{}", path.display()),
+                Err(NetnsUnavailable::Unsuitable(_)) => assert!(there, "{}", path.display()),
                 Ok(namespace) => panic!("{namespace:?}"),
             }
         }
@@ -217,14 +218,14 @@ mod tests {
 
     #[test]
     fn a_process_of_another_cgroup_is_not_the_containers() {
-        let own = Entrance::Process {
+        let own = NetnsRef::Process {
             pid: std::process::id(),
             start: None,
             container: Some("0123456789abcdef".repeat(4)),
         };
-        assert!(matches!(open(&own), Err(Absence::Unsuitable(why)) if why.contains("DOCKER_HOST")));
-        let none = Entrance::Process { pid: 0x7fff_fff0, start: None, container: None };
-        assert!(matches!(open(&none), Err(Absence::NotThere(_))));
+        assert!(matches!(open(&own), Err(NetnsUnavailable::Unsuitable(why)) if why.contains("DOCKER_HOST")));
+        let none = NetnsRef::Process { pid: 0x7fff_fff0, start: None, container: None };
+        assert!(matches!(open(&none), Err(NetnsUnavailable::NotThere(_))));
     }
 
     #[test]
@@ -232,15 +233,15 @@ mod tests {
         let pid = std::process::id();
         let start = process_start(pid).unwrap();
         let other = ProcessStart { ticks: start.ticks + 1, ..start.clone() };
-        assert!(open(&Entrance::Process { pid, start: Some(start), container: None }).is_ok());
-        let other = open(&Entrance::Process { pid, start: Some(other), container: None });
-        assert!(matches!(other, Err(Absence::NotThere(_))));
+        assert!(open(&NetnsRef::Process { pid, start: Some(start), container: None }).is_ok());
+        let other = open(&NetnsRef::Process { pid, start: Some(other), container: None });
+        assert!(matches!(other, Err(NetnsUnavailable::NotThere(_))));
     }
 
     #[tokio::test]
     async fn the_end_of_a_process_is_noticed() {
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-        let namespace = open(&Entrance::Process { pid: child.id(), start: None, container: None }).unwrap();
+        let namespace = open(&NetnsRef::Process { pid: child.id(), start: None, container: None }).unwrap();
         let gone = tokio::spawn(namespace.gone());
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!gone.is_finished());

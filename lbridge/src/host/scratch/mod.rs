@@ -44,9 +44,9 @@ pub(super) fn is_link(name: &str) -> bool {
 
 /// The longest wait for a bridge to forward frames from a new port. Most do at once. One with a spanning tree
 /// takes twice its forward delay, which is at least 2 s, and 15 s by default.
-const READY: Duration = Duration::from_secs(6);
+const READY_TIMEOUT: Duration = Duration::from_secs(6);
 /// The longest wait for a neighbour to answer. The kernel asks once per second.
-const MEETS: Duration = Duration::from_millis(2500);
+const NEIGH_TIMEOUT: Duration = Duration::from_millis(2500);
 
 /// A scratch namespace. Dropping it removes the link to it at once.
 #[derive(Debug)]
@@ -90,7 +90,7 @@ impl Scratch {
             if !patience.pause().await {
                 bail!(
                     "the bridge does not forward from a new port within {} s; is it up, or has it a spanning tree with a long delay?",
-                    READY.as_secs()
+                    READY_TIMEOUT.as_secs()
                 );
             }
         }
@@ -162,7 +162,7 @@ impl Scratch {
             UdpSocket::bind((any, 0))?.send_to(&[], (neighbour, DISCARD))
         })?
         .with_context(|| format!("cannot send to {neighbour} from a namespace"))?;
-        if !self.inside.learns(self.inside_index, neighbour, MEETS).await? {
+        if !self.inside.learns(self.inside_index, neighbour, NEIGH_TIMEOUT).await? {
             bail!("{neighbour} does not answer for itself on its own link");
         }
         Ok(())
@@ -255,7 +255,7 @@ impl Scratch {
     }
 }
 
-/// The pauses between two checks of a condition, doubling up to 20 ms, until [`READY`] has passed.
+/// The pauses between two checks of a condition, doubling up to 20 ms, until [`READY_TIMEOUT`] has passed.
 struct Patience {
     limit: Instant,
     next: Duration,
@@ -263,7 +263,7 @@ struct Patience {
 
 impl Patience {
     fn new() -> Self {
-        Self { limit: Instant::now() + READY, next: Duration::from_millis(1) }
+        Self { limit: Instant::now() + READY_TIMEOUT, next: Duration::from_millis(1) }
     }
 
     /// Sleeps until the next check is due. Returns false once the time is up.

@@ -19,7 +19,7 @@ use rtnetlink::{Handle, LinkUnspec};
 use tokio::{task::JoinHandle, time::Instant};
 
 /// The longest wait for a neighbour on a bridge to answer for its address.
-const ANSWERS: Duration = Duration::from_millis(50);
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// A connection to rtnetlink in the namespace of the thread that opened it.
 #[derive(Debug)]
@@ -157,7 +157,7 @@ impl Netlink {
         let ask = self.handle.neighbours().add(index, ip);
         let ask = ask.state(NeighbourState::None).flags(NeighbourFlags::Use).replace();
         ask.execute().await.context("cannot ask for a neighbour")?;
-        let answers = self.learns(index, ip, ANSWERS).await?;
+        let answers = self.learns(index, ip, ANSWER_TIMEOUT).await?;
         if !answers {
             let _ = forget(index, ip);
         }

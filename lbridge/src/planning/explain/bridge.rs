@@ -17,8 +17,8 @@ use super::{
 use crate::planning::{
     actual::Actual,
     desired::{Clients, Place, RelayKey, RelaySpec, State},
-    firewall::{Opening, Passage},
-    inventory::{DockerPresence, Interface, find_networks},
+    firewall::{Opening, ProbeResult},
+    inventory::{EngineAvailability, Interface, find_networks},
     resolve::bridge_of,
     rule::{Network, Protocol},
 };
@@ -30,7 +30,7 @@ impl Explainer<'_> {
             Network::Docker(name) => find_networks(&self.known.inventory.docker_networks, name),
             _ => vec![],
         };
-        let bridge = match bridge_of(network, self.known.inventory, self.known.abilities) {
+        let bridge = match bridge_of(network, self.known.inventory, self.known.features) {
             Ok(bridge) => bridge,
             Err(outcome) => {
                 let why = outcome.why().unwrap_or_default();
@@ -52,7 +52,7 @@ impl Explainer<'_> {
             _ => format!("the bridge {}", bridge.name),
         };
         let away = match (network, self.known.inventory.docker) {
-            (Network::Docker(_), DockerPresence::Away) => "; as last seen, Docker is away",
+            (Network::Docker(_), EngineAvailability::Away) => "; as last seen, Docker is away",
             _ => "",
         };
         if addresses.is_empty() {
@@ -253,10 +253,10 @@ impl Explainer<'_> {
     fn firewall(&self, way: &mut Way, own: (IpAddr, u8)) -> Option<End> {
         let (protocol, dialled) = (self.question.protocol, way.dialled);
         let opening = Opening::new(&way.interface, own, dialled.ip(), protocol, dialled.port());
-        let filtering = &self.known.actual.filtering;
-        let (verdict, text) = match filtering.passages.get(&opening) {
-            Some(Passage::Open) => {
-                let accepts = filtering.accepts.keys().find(|(_, accepted)| *accepted == opening);
+        let firewall_state = &self.known.actual.firewall_state;
+        let (verdict, text) = match firewall_state.probe_results.get(&opening) {
+            Some(ProbeResult::Open) => {
+                let accepts = firewall_state.accepts.keys().find(|(_, accepted)| *accepted == opening);
                 let by =
                     accepts.map_or_else(String::new, |(chain, _)| format!(", by lbridge's rule in {chain}"));
                 (
@@ -264,8 +264,8 @@ impl Explainer<'_> {
                     format!("the firewall lets it in{by}: {} was sent and {}", self.packet(), self.arrived()),
                 )
             }
-            Some(Passage::Dropped) => {
-                let why = filtering.why_dropped(&opening);
+            Some(ProbeResult::Dropped) => {
+                let why = firewall_state.why_dropped(&opening);
                 way.steps.push(step(
                     Stage::Firewall,
                     Answer::No,
@@ -277,7 +277,7 @@ impl Explainer<'_> {
                 };
                 return Some(self.end(way, Fate::Dropped, "a firewall drops them", remedy));
             }
-            Some(Passage::Unknown(why)) => {
+            Some(ProbeResult::Unknown(why)) => {
                 (Answer::Note, format!("whether a firewall drops it could not be tried: {why}"))
             }
             None => (Answer::Note, "whether a firewall drops it was not tried".to_owned()),

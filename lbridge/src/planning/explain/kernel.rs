@@ -19,9 +19,9 @@ use crate::planning::{
 impl Explainer<'_> {
     /// Adds a step about the kernel program's lookup, and returns the entry that it finds.
     pub(super) fn lookup(&self, way: &mut Way, bridge: &Interface) -> Option<&Entry> {
-        let Known { abilities, actual, desired, .. } = self.known;
+        let Known { features, actual, desired, .. } = self.known;
         let mut no = |text| way.steps.push(step(Stage::Lookup, Answer::No, text));
-        let steering = match &abilities.steer {
+        let steering = match &features.steer {
             Ok(steering) => steering,
             Err(why) => {
                 no(format!("the kernel does not steer: {why}"));

@@ -25,7 +25,7 @@ use super::{
     actual::Actual,
     desired::{Desired, RelayKey},
     firewall::{self, Link, Opening},
-    inventory::{Abilities, Inventory, Listener},
+    inventory::{Inventory, KernelFeatures, Listener},
     resolve::bridge_of,
     rule::{Network, Protocol},
 };
@@ -50,8 +50,8 @@ pub struct Question {
 pub struct Known<'a> {
     /// The observed host, the namespace of the question included.
     pub inventory: &'a Inventory,
-    /// Abilities of the kernel.
-    pub abilities: &'a Abilities,
+    /// Features of the kernel.
+    pub features: &'a KernelFeatures,
     /// The desired state: what the rules ask for, given the inventory.
     pub desired: &'a Desired,
     /// The actual state, read back just now.
@@ -192,9 +192,9 @@ pub fn listeners_of_interest(question: &Question, known: &Known<'_>) -> BTreeSet
 pub fn openings(
     question: &Question,
     inventory: &Inventory,
-    abilities: &Abilities,
+    features: &KernelFeatures,
 ) -> BTreeMap<Opening, Link> {
-    let bridge = bridge_of(&question.network, inventory, abilities).ok();
+    let bridge = bridge_of(&question.network, inventory, features).ok();
     bridge.iter().flat_map(|bridge| firewall::openings(bridge, question.protocol, question.port)).collect()
 }
 

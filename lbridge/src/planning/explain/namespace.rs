@@ -6,7 +6,7 @@ use super::{Answer, End, Explainer, Fate, Known, Stage, Step, Way, Ways, beyond:
 use crate::planning::{
     desired::{Place, RelayKey, RuleOutcome, State},
     hooks::HookSet,
-    inventory::{Absence, Attachment, Namespace, find_networks},
+    inventory::{Attachment, Namespace, NetnsUnavailable, find_networks},
     rule::{Network, Protocol},
 };
 
@@ -19,11 +19,11 @@ impl Explainer<'_> {
         };
         let namespace = match self.known.inventory.namespaces.get(network) {
             None => return without("there is no such process", "name one that runs".to_owned()),
-            Some(Err(Absence::NotThere(why))) => {
+            Some(Err(NetnsUnavailable::NotThere(why))) => {
                 let remedy = format!("`lbridge allow {}` waits for it", self.id());
                 return without(why, remedy);
             }
-            Some(Err(Absence::Unsuitable(why))) => {
+            Some(Err(NetnsUnavailable::Unsuitable(why))) => {
                 return without(why, "name another network, or what the reason says".to_owned());
             }
             Some(Ok(namespace)) if namespace.loopback.is_empty() => {

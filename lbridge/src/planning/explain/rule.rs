@@ -30,7 +30,7 @@ impl Explainer<'_> {
         let outcomes = &self.known.desired.outcomes;
         let by_name = outcomes.iter().find(|meant| meant.rule.id() == self.id());
         by_name.or_else(|| {
-            let bridge = bridge_of(&self.question.network, self.known.inventory, self.known.abilities).ok()?;
+            let bridge = bridge_of(&self.question.network, self.known.inventory, self.known.features).ok()?;
             outcomes.iter().find(|meant| {
                 let here = |place: &Place| matches!(place, Place::Bridge { ifindex, .. } if *ifindex == bridge.index);
                 meant.rule.spec.port == self.question.port

@@ -139,7 +139,7 @@ fn rules_of_others_go_first() {
     let with = |own: &Rules| derived(&web, &settings(&["80"]), own);
     let same = allowed(
         &[("app", "80")],
-        |rule| rule.options.path = super::super::rule::PathChoice::Relay,
+        |rule| rule.options.path = super::super::rule::DatapathChoice::Relay,
         Origin::Cli,
     );
     assert_eq!(with(&same), (vec![], vec![]), "it covers the label");

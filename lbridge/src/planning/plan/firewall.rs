@@ -11,13 +11,13 @@ use super::Step;
 use crate::planning::{
     actual::Actual,
     desired::{Clients, Desired, Place, RelayKey, RelaySpec},
-    firewall::{Chain, Filtering, FirewallMode, Link, Opening, Passage, Place as Dialled},
+    firewall::{Chain, FirewallMode, FirewallState, Link, Opening, Place as Dialled, ProbeResult},
 };
 
 /// Returns the steps that bring the firewall's accept rules to the desired state. What they let in and no entry
 /// admits is refused by the kernel first, and for as long as an accept rule or a flow that it let in exists.
 pub(super) fn steps(desired: &Desired, actual: &Actual) -> Vec<Step> {
-    let rules = accept_rules(&guarded(desired, actual), desired.firewall, &actual.filtering);
+    let rules = accept_rules(&guarded(desired, actual), desired.firewall, &actual.firewall_state);
     let accepted = accepted(desired, actual, &rules);
     let mut steps: Vec<_> = accepted.difference(&actual.accepted).copied().map(Step::AddAccepted).collect();
     // A flow that conntrack knows passes without an accept rule, and would reach a service that listens on
@@ -39,14 +39,14 @@ pub(super) fn steps(desired: &Desired, actual: &Actual) -> Vec<Step> {
 pub(in crate::planning) fn accept_rules(
     openings: &BTreeMap<Opening, Link>,
     mode: FirewallMode,
-    seen: &Filtering,
+    seen: &FirewallState,
 ) -> Vec<Step> {
     let wanted = |opening: &Opening| mode == FirewallMode::Manage && openings.contains_key(opening);
     let mut steps = vec![];
     let places: BTreeSet<_> = seen.accepts.keys().map(|(_, accepted)| accepted.place()).collect();
     let mut unknown = BTreeMap::new();
     for (opening, link) in openings {
-        let passage = seen.passages.get(opening);
+        let passage = seen.probe_results.get(opening);
         match next_accept(opening, passage, seen, &places).filter(|_| wanted(opening)) {
             Some(chain) => steps.push(Step::Accept { chain, opening: opening.clone() }),
             None if passage.is_none() => drop(unknown.insert(opening.clone(), *link)),
@@ -55,7 +55,8 @@ pub(in crate::planning) fn accept_rules(
     }
     let unwanted = seen.accepts.keys().filter(|(_, opening)| !wanted(opening));
     steps.extend(
-        unwanted.map(|(chain, opening)| Step::Unaccept { chain: chain.clone(), opening: opening.clone() }),
+        unwanted
+            .map(|(chain, opening)| Step::RemoveAccept { chain: chain.clone(), opening: opening.clone() }),
     );
     if !unknown.is_empty() {
         steps.push(Step::Probe(unknown));
@@ -67,8 +68,8 @@ pub(in crate::planning) fn accept_rules(
 /// there were not enough, or a chain has several copies.
 fn next_accept(
     opening: &Opening,
-    passage: Option<&Passage>,
-    seen: &Filtering,
+    passage: Option<&ProbeResult>,
+    seen: &FirewallState,
     accepted: &BTreeSet<Dialled<'_>>,
 ) -> Option<Chain> {
     let of = |chain: &Chain| seen.accepts.get(&(chain.clone(), opening.clone()));
@@ -82,7 +83,7 @@ fn next_accept(
     let lacking = || chains().find(|chain| !of(chain).is_some_and(|accepted| accepted.first));
     let next = match passage {
         _ if doubled.is_some() => doubled,
-        Some(Passage::Dropped) => lacking(),
+        Some(ProbeResult::Dropped) => lacking(),
         _ if is_needed() && none() => lacking(),
         _ => None,
     };
@@ -98,10 +99,10 @@ fn accepted(desired: &Desired, actual: &Actual, firewall: &[Step]) -> BTreeSet<(
     let planned = firewall
         .iter()
         .filter_map(|step| if let Step::Accept { opening, .. } = step { Some(opening) } else { None });
-    let mut accepted = actual.filtering.accepted();
+    let mut accepted = actual.firewall_state.accepted();
     accepted.extend(planned.map(Opening::accepted));
     // A rule that could not be read may still be there.
-    if actual.filtering.failed {
+    if actual.firewall_state.failed {
         accepted.extend(&actual.accepted);
     }
     // No entry admits the clients of a relay that is bound to the gateway: once it listens, they are not

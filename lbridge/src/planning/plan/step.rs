@@ -79,7 +79,7 @@ pub enum Step {
         opening: Opening,
     },
     /// Remove an accept rule from the firewall.
-    Unaccept {
+    RemoveAccept {
         /// The chain that has the rule.
         chain: Chain,
         /// The traffic that the rule accepts.
@@ -97,7 +97,7 @@ impl Step {
             Self::OpenRelay(..)
                 | Self::CloseRelay { .. }
                 | Self::Accept { .. }
-                | Self::Unaccept { .. }
+                | Self::RemoveAccept { .. }
                 | Self::ForgetFlows(_)
                 | Self::Probe(_)
         )

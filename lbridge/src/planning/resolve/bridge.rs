@@ -4,7 +4,7 @@ use super::Resolver;
 use crate::planning::{
     desired::{Outcome, State},
     hint,
-    inventory::{DockerNetwork, DockerPresence, Interface, find_networks},
+    inventory::{DockerNetwork, EngineAvailability, Interface, find_networks},
     reason::Reason,
     rule::Network,
 };
@@ -46,9 +46,9 @@ impl Resolver<'_> {
 
     fn unknown_network(&self, name: &str) -> Outcome {
         match self.inventory.docker {
-            DockerPresence::Off => Outcome::because(State::Blocked, Reason::EngineOff),
-            DockerPresence::Away => Outcome::because(State::Waiting, Reason::EngineAway(name.to_owned())),
-            DockerPresence::Reachable => {
+            EngineAvailability::Off => Outcome::because(State::Blocked, Reason::EngineOff),
+            EngineAvailability::Away => Outcome::because(State::Waiting, Reason::EngineAway(name.to_owned())),
+            EngineAvailability::Reachable => {
                 let hint = hint::unknown_network(name, self.inventory);
                 Outcome::because(State::Waiting, Reason::NoSuchNetwork { name: name.to_owned(), hint })
             }

@@ -19,7 +19,7 @@ impl Resolver<'_> {
     /// Leads the port of the containers' localhost to the network's gateways: 127.0.0.1 to an IPv4 gateway,
     /// ::1 to the gateway that serves best, since most sockets for IPv6 take IPv4 as well.
     pub(super) fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<RedirectOutcome> {
-        self.desired.kernel.hooks[HookSet::Connect] |= self.abilities.hooks[HookSet::Connect].is_ok();
+        self.desired.kernel.hooks[HookSet::Connect] |= self.features.hooks[HookSet::Connect].is_ok();
         // Every gateway of a rule is on the same bridge.
         let Some(Place::Bridge { interface, ifindex }) = gateways.first().map(|g| &g.relay_key.place) else {
             return vec![];
@@ -57,7 +57,7 @@ impl Resolver<'_> {
     }
 
     fn redirect(&mut self, keys: &[RedirectKey], gateway: Option<IpAddr>) -> Outcome {
-        if let Err(why) = &self.abilities.hooks[HookSet::Connect] {
+        if let Err(why) = &self.features.hooks[HookSet::Connect] {
             return Outcome::because(State::Blocked, Reason::NoConnectHooks(why.clone()));
         }
         let Some(gateway) = gateway else {
@@ -70,7 +70,7 @@ impl Resolver<'_> {
             let gateway = Endpoint::new(gateway.into(), key.port);
             self.desired.kernel.redirects.insert(*key, Redirect { key: *key, gateway, reserved: 0 });
         }
-        self.desired.kernel.hooks[HookSet::Names] |= self.abilities.hooks[HookSet::Names].is_ok();
+        self.desired.kernel.hooks[HookSet::Names] |= self.features.hooks[HookSet::Names].is_ok();
         Outcome::steered()
     }
 }

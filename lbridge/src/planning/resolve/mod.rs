@@ -33,7 +33,7 @@ use super::{
     },
     firewall::{FirewallMode, Link, Opening},
     hooks::HookSet,
-    inventory::{Abilities, Absence, Interface, Inventory, Namespace, NamespaceId},
+    inventory::{Interface, Inventory, KernelFeatures, Namespace, NamespaceId, NetnsUnavailable},
     owner::{Sockets, loopback},
     reason::Reason,
     rule::{DEFAULT_CONNECTIONS, Network, Origin, Protocol, Rule, RuleId, Rules, Source, Target},
@@ -44,10 +44,10 @@ use super::{
 pub fn resolve(
     rules: &Rules,
     inventory: &Inventory,
-    abilities: &Abilities,
+    features: &KernelFeatures,
     firewall: FirewallMode,
 ) -> Desired {
-    let mut resolver = Resolver::new(inventory, abilities);
+    let mut resolver = Resolver::new(inventory, features);
     for (_, rule, origin) in rules.iter() {
         let outcome = resolver.rule(rule, origin);
         resolver.desired.outcomes.push(outcome);
@@ -61,7 +61,7 @@ pub fn resolve(
     let wanted = std::mem::take(&mut resolver.registered).into_iter();
     resolver.desired.listeners = wanted.map(|(key, inodes)| (key, inodes.into_iter().collect())).collect();
     resolver.desired.firewall = firewall;
-    resolver.desired.steering = abilities.steer.as_ref().ok().copied();
+    resolver.desired.steering = features.steer.as_ref().ok().copied();
     resolver.desired
 }
 
@@ -69,9 +69,9 @@ pub fn resolve(
 pub(super) fn bridge_of(
     network: &Network,
     inventory: &Inventory,
-    abilities: &Abilities,
+    features: &KernelFeatures,
 ) -> Result<Interface, Outcome> {
-    Resolver::new(inventory, abilities).bridge(network).cloned()
+    Resolver::new(inventory, features).bridge(network).cloned()
 }
 
 /// Returns the addresses and ports at which a service must listen for a rule to lead to it.
@@ -88,7 +88,7 @@ fn targets(rule: &Rule) -> impl Iterator<Item = TargetKey> {
 
 struct Resolver<'a> {
     inventory: &'a Inventory,
-    abilities: &'a Abilities,
+    features: &'a KernelFeatures,
     desired: Desired,
     sockets: Sockets<'a>,
     /// The listeners that `desired.listeners` will hold, each socket once.
@@ -110,10 +110,10 @@ enum Claim {
 const NOBODY: Endpoint = Endpoint::new(Address::ANY_V6, 0);
 
 impl<'a> Resolver<'a> {
-    fn new(inventory: &'a Inventory, abilities: &'a Abilities) -> Self {
+    fn new(inventory: &'a Inventory, features: &'a KernelFeatures) -> Self {
         Self {
             inventory,
-            abilities,
+            features,
             desired: Desired::default(),
             sockets: Sockets::new(inventory),
             registered: BTreeMap::new(),
@@ -154,8 +154,10 @@ impl Resolver<'_> {
         let without = |state, reason| (vec![], Some(Outcome::because(state, reason)));
         match inventory.namespaces.get(&rule.network) {
             None => without(State::Waiting, Reason::NotLookedAt),
-            Some(Err(Absence::NotThere(why))) => without(State::Waiting, Reason::NoNamespace(why.clone())),
-            Some(Err(Absence::Unsuitable(why))) => {
+            Some(Err(NetnsUnavailable::NotThere(why))) => {
+                without(State::Waiting, Reason::NoNamespace(why.clone()))
+            }
+            Some(Err(NetnsUnavailable::Unsuitable(why))) => {
                 without(State::Blocked, Reason::UnsuitableNamespace(why.clone()))
             }
             Some(Ok(namespace)) if namespace.loopback.is_empty() => {
@@ -243,7 +245,7 @@ impl Resolver<'_> {
 
     /// Returns true if the kernel steers, and tells the interface that a packet came in by.
     fn checks_interface(&self) -> bool {
-        self.abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check)
+        self.features.steer.as_ref().is_ok_and(|steering| steering.interface_check)
     }
 
     /// Adds a kernel entry for these clients. Returns the addresses and netmasks that the entry serves.
@@ -319,7 +321,7 @@ impl Resolver<'_> {
                 // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
                 self.desired.kernel.hooks[HookSet::Names] |= rule.options.source == Source::Container
                     && matches!(service, Service::Tcp(_))
-                    && self.abilities.hooks[HookSet::Names].is_ok();
+                    && self.features.hooks[HookSet::Names].is_ok();
                 let spec = RelaySpec {
                     rule: rule.id(),
                     service,

@@ -9,7 +9,7 @@ use crate::planning::{
     desired::{Outcome, State, Subnet},
     grant::{Grant, addresses_on, networks_meant},
     hint,
-    inventory::{DockerNetwork, DockerPresence},
+    inventory::{DockerNetwork, EngineAvailability},
     reason::Reason,
     rule::{Network, Rule},
 };
@@ -61,9 +61,11 @@ impl Resolver<'_> {
                 let on_bridge = networks_meant(network, networks);
                 let (state, reason) = match self.inventory.docker {
                     _ if !on_bridge.is_empty() => return Ok(on_bridge),
-                    DockerPresence::Off => (State::Blocked, Reason::FromWithoutEngine),
-                    DockerPresence::Away => (State::Waiting, Reason::FromWhileEngineAway(name.clone())),
-                    DockerPresence::Reachable => (State::Blocked, Reason::FromOnForeignBridge(name.clone())),
+                    EngineAvailability::Off => (State::Blocked, Reason::FromWithoutEngine),
+                    EngineAvailability::Away => (State::Waiting, Reason::FromWhileEngineAway(name.clone())),
+                    EngineAvailability::Reachable => {
+                        (State::Blocked, Reason::FromOnForeignBridge(name.clone()))
+                    }
                 };
                 Err(Outcome::because(state, reason))
             }
@@ -108,7 +110,7 @@ impl Resolver<'_> {
             (Some(Err(error)), _) => {
                 return Err(Reason::ContainerError { name: name(), error: error.clone() });
             }
-            (None, DockerPresence::Reachable) => {
+            (None, EngineAvailability::Reachable) => {
                 let hint = hint::unknown_container(&name(), self.inventory);
                 return Err(Reason::NoSuchContainer { name: name(), hint });
             }

@@ -15,7 +15,7 @@ use crate::planning::{
     inventory::{Listener, ListenerKind},
     owner::{is_regular, loopback},
     reason::Reason,
-    rule::{PathChoice, Protocol, Rule, Source, Target},
+    rule::{DatapathChoice, Protocol, Rule, Source, Target},
 };
 
 /// The way to serve connections to one gateway.
@@ -96,7 +96,7 @@ impl Resolver<'_> {
             (None, None) if same_family && may_start => Way::Kernel(entry, waiting()),
             (None, None) if same_family => Way::Refuse(waiting()),
             (_, Some(why))
-                if rule.options.path == PathChoice::Steer || rule.spec.protocol == Protocol::Udp =>
+                if rule.options.path == DatapathChoice::Steer || rule.spec.protocol == Protocol::Udp =>
             {
                 Way::None(Outcome::because(State::Blocked, why))
             }
@@ -131,7 +131,7 @@ impl Resolver<'_> {
                 && Some(listener.uid) != owner
         };
         let stranger = || self.sockets.on(rule.spec.protocol, dialled.port()).find(takes);
-        if self.abilities.steer.is_err() || matches!(rule.spec.target, Target::Unix(_)) {
+        if self.features.steer.is_err() || matches!(rule.spec.target, Target::Unix(_)) {
             return way;
         }
         match way {
@@ -156,12 +156,12 @@ impl Resolver<'_> {
     /// Returns the way to a relay that is not open because its service is down. Without an entry, whoever
     /// listens on the gateway, or on every address, would get the connections meanwhile.
     fn closed(&self, outcome: Outcome) -> Way {
-        if self.abilities.steer.is_ok() { Way::Refuse(outcome) } else { Way::None(outcome) }
+        if self.features.steer.is_ok() { Way::Refuse(outcome) } else { Way::None(outcome) }
     }
 
     /// Returns why the kernel must not have the rule's connections, whatever listens; `None` if it may.
     fn obstacle(&self, rule: &Rule) -> Option<Reason> {
-        if rule.options.path == PathChoice::Relay {
+        if rule.options.path == DatapathChoice::Relay {
             return Some(Reason::AsAsked);
         }
         if rule.network.is_namespace() {
@@ -170,13 +170,13 @@ impl Resolver<'_> {
         if let Some(why) = rule.needs_relay() {
             return Some(Reason::NeedsRelay(why));
         }
-        if let Err(why) = &self.abilities.steer {
+        if let Err(why) = &self.features.steer {
             return Some(Reason::NoSteering(why.clone()));
         }
         if rule.spec.protocol == Protocol::Udp {
             return self.obstacle_of_udp();
         }
-        let missing = self.abilities.hooks[HookSet::Names]
+        let missing = self.features.hooks[HookSet::Names]
             .as_ref()
             .err()
             .filter(|_| rule.options.source == Source::Loopback)?;
@@ -185,13 +185,13 @@ impl Resolver<'_> {
 
     fn obstacle_of_udp(&self) -> Option<Reason> {
         // UDP has no handshake that a spoofed source would fail.
-        if !self.abilities.steer.as_ref().is_ok_and(|steering| steering.interface_check) {
+        if !self.features.steer.as_ref().is_ok_and(|steering| steering.interface_check) {
             return Some(Reason::UdpNeedsInterface);
         }
         if let Some(why) = &self.inventory.udp_unseen {
             return Some(Reason::UdpUnseen(why.clone()));
         }
-        let why = self.abilities.hooks[HookSet::Replies].as_ref().err()?;
+        let why = self.features.hooks[HookSet::Replies].as_ref().err()?;
         Some(Reason::NoReplyHooks(why.clone()))
     }
 
@@ -221,7 +221,7 @@ impl Resolver<'_> {
     fn relay(&self, rule: &Rule, service: SocketAddr, why: Reason) -> Way {
         // IPv6 has one loopback address, so none can stand in for the container.
         if let (Err(missing), true, Source::Container) =
-            (&self.abilities.hooks[HookSet::Names], service.is_ipv6(), rule.options.source)
+            (&self.features.hooks[HookSet::Names], service.is_ipv6(), rule.options.source)
         {
             let reason = Reason::WouldLookLocal { service, missing: missing.clone() };
             return Way::None(Outcome::because(State::Blocked, reason));
@@ -230,7 +230,7 @@ impl Resolver<'_> {
     }
 
     fn unix_way(&self, rule: &Rule, path: &Path) -> Way {
-        if rule.options.path == PathChoice::Steer {
+        if rule.options.path == DatapathChoice::Steer {
             return Way::None(Outcome::because(State::Blocked, Reason::UnixSocketNotSteered));
         }
         if rule.options.source == Source::Container {

@@ -72,7 +72,7 @@ pub enum Source {
 /// The path that connections take.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum PathChoice {
+pub enum DatapathChoice {
     /// Steered in the kernel where that is possible, otherwise relayed.
     #[default]
     Auto,
@@ -104,7 +104,7 @@ macro_rules! by_serde_name {
     };
 }
 
-by_serde_name!(Source: "container or loopback", PathChoice: "auto, steer or relay");
+by_serde_name!(Source: "container or loopback", DatapathChoice: "auto, steer or relay");
 
 /// Version of the PROXY protocol: a header before the first byte tells the service who connects, if the
 /// service reads it (haproxy's doc/proxy-protocol.txt).
@@ -316,7 +316,7 @@ impl Rule {
         if self.options.source == Source::Loopback {
             return Some(Contradiction::UdpFromLoopback);
         }
-        let relayed = self.options.path == PathChoice::Relay || self.needs_relay().is_some();
+        let relayed = self.options.path == DatapathChoice::Relay || self.needs_relay().is_some();
         relayed.then_some(Contradiction::UdpRelayed)
     }
 

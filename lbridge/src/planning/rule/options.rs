@@ -14,7 +14,7 @@ use serde::{
     },
 };
 
-use super::{PathChoice, ProxyProtocol, Source, container_name};
+use super::{DatapathChoice, ProxyProtocol, Source, container_name};
 
 /// Declares the options, and lists their names and values from the same fields.
 macro_rules! options {
@@ -51,7 +51,7 @@ options! {
         /// The peer that the service sees.
         pub source: Source,
         /// The path that connections take.
-        pub path: PathChoice,
+        pub path: DatapathChoice,
         /// Largest number of connections at a time; `None` for
         /// [`DEFAULT_CONNECTIONS`](super::DEFAULT_CONNECTIONS). Only relays enforce it, as they do
         /// `idle_timeout` and `proxy_protocol`.
@@ -135,7 +135,7 @@ impl Given for Source {
     }
 }
 
-impl Given for PathChoice {
+impl Given for DatapathChoice {
     fn given(&self) -> Option<Value<'_>> {
         (*self != Self::default()).then(|| Value::Text(self.to_string().into()))
     }
@@ -355,7 +355,7 @@ mod tests {
             from: ["web".to_owned()].into(),
             localhost: true,
             source: Source::Loopback,
-            path: PathChoice::Steer,
+            path: DatapathChoice::Steer,
             max_connections: NonZeroU32::new(5),
             idle_timeout: Some(Duration::from_millis(600_500)),
             proxy_protocol: Some(ProxyProtocol::V2),

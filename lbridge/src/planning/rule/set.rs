@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lbridge_common::wire;
 
-use super::{Network, Origin, PathChoice, Rule, RuleError, RuleId, Source, Target};
+use super::{DatapathChoice, Network, Origin, Rule, RuleError, RuleId, Source, Target};
 
 /// All rules: the desired state. Ordered, so that everything derived from them is deterministic.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -39,7 +39,7 @@ impl Rules {
             if matches!(rule.spec.target, Target::Unix(_)) && rule.options.source == Source::Container {
                 return Err(RuleError::NeedsLoopback { id });
             }
-            if let (PathChoice::Steer, Some(obstacle)) = (rule.options.path, rule.needs_relay()) {
+            if let (DatapathChoice::Steer, Some(obstacle)) = (rule.options.path, rule.needs_relay()) {
                 return Err(RuleError::NeedsRelay { id, obstacle });
             }
             if let Some(contradiction) = rule.contradiction() {

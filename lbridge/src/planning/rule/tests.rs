@@ -152,13 +152,13 @@ fn what_only_a_relay_can_do_is_no_steering() {
     let idle = with(rule("a", "80"), |options| options.idle_timeout = Some(Duration::from_secs(60)));
     let told = with(rule("a", "80"), |options| options.proxy_protocol = Some(ProxyProtocol::V2));
     for only_relayed in [limited, idle, told] {
-        let steered = with(only_relayed, |options| options.path = PathChoice::Steer);
+        let steered = with(only_relayed, |options| options.path = DatapathChoice::Steer);
         let refused = Rules::default().allow([steered.clone()], Origin::Cli);
         assert!(matches!(refused, Err(RuleError::NeedsRelay { .. })), "{steered:?}");
-        let auto = with(steered, |options| options.path = PathChoice::Auto);
+        let auto = with(steered, |options| options.path = DatapathChoice::Auto);
         assert!(Rules::default().allow([auto], Origin::Cli).is_ok());
     }
-    let inside = with(rule("container:a", "80"), |options| options.path = PathChoice::Steer);
+    let inside = with(rule("container:a", "80"), |options| options.path = DatapathChoice::Steer);
     assert!(matches!(Rules::default().allow([inside], Origin::Cli), Err(RuleError::NeedsRelay { .. })));
 }
 
@@ -225,7 +225,7 @@ fn options_that_do_not_go_together_are_refused() {
         "leave --source loopback out",
     );
     refused(with(rule("a", "53/udp"), |options| options.localhost = true), "leave --localhost out");
-    refused(with(rule("a", "53/udp"), |options| options.path = PathChoice::Relay), "never relayed");
+    refused(with(rule("a", "53/udp"), |options| options.path = DatapathChoice::Relay), "never relayed");
     refused(
         with(rule("a", "53/udp"), |options| options.proxy_protocol = Some(ProxyProtocol::V2)),
         "never relayed",
@@ -293,7 +293,7 @@ fn an_error_is_spelled_for_its_place() {
         ["leave --localhost out", "leave localhost out", "leave lbridge.localhost out"],
     );
     let steered = with(rule("a", "80"), |options| {
-        options.path = PathChoice::Steer;
+        options.path = DatapathChoice::Steer;
         options.max_connections = NonZeroU32::new(5);
     });
     let [cli, file, _] = refused(steered);

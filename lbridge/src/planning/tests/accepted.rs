@@ -4,33 +4,36 @@ use super::{Host, in_force};
 use crate::planning::{
     actual::{Actual, Flows},
     desired::Desired,
-    firewall::{Accepted, Chain, Denial, Family, Filtering, InputChain, Keeper, Opening, Passage, Through},
+    firewall::{
+        Accepted, Backend, Chain, Denial, Family, FirewallKind, FirewallState, InputChain, Opening,
+        ProbeResult,
+    },
     inventory::Steering,
     plan::{Step, plan},
-    rule::{PathChoice, Source},
+    rule::{DatapathChoice, Source},
 };
 
-fn chain(through: Through) -> Chain {
-    Chain { through, family: Family::Inet, table: "filter".to_owned(), name: "input".to_owned() }
+fn chain(backend: Backend) -> Chain {
+    Chain { backend, family: Family::Inet, table: "filter".to_owned(), name: "input".to_owned() }
 }
 
 /// A firewall that drops what a desired state needs, with these accept rules.
-fn dropping(through: Through, desired: &Desired, accepts: &[Opening]) -> Filtering {
+fn dropping(backend: Backend, desired: &Desired, accepts: &[Opening]) -> FirewallState {
     let passage = |opening: &Opening| {
-        if accepts.contains(opening) { Passage::Open } else { Passage::Dropped }
+        if accepts.contains(opening) { ProbeResult::Open } else { ProbeResult::Dropped }
     };
-    Filtering {
+    FirewallState {
         chains: vec![InputChain {
-            chain: chain(through),
+            chain: chain(backend),
             denial: Denial::Policy,
-            firewall: Keeper::Nftables,
+            firewall: FirewallKind::Nftables,
         }],
         accepts: accepts
             .iter()
-            .map(|opening| ((chain(through), opening.clone()), Accepted { copies: 1, first: true }))
+            .map(|opening| ((chain(backend), opening.clone()), Accepted { copies: 1, first: true }))
             .collect(),
-        passages: desired.openings.keys().map(|opening| (opening.clone(), passage(opening))).collect(),
-        ..Filtering::default()
+        probe_results: desired.openings.keys().map(|opening| (opening.clone(), passage(opening))).collect(),
+        ..FirewallState::default()
     }
 }
 
@@ -40,19 +43,19 @@ fn opening(desired: &Desired) -> Opening {
 
 #[test]
 fn strangers_are_refused_before_the_accept_rule_is_put() {
-    for path in [PathChoice::Auto, PathChoice::Relay] {
+    for path in [DatapathChoice::Auto, DatapathChoice::Relay] {
         let host = Host::new().listens("127.0.0.1:80").allow_with("app", "80", Source::Container, path);
         let desired = host.desired();
         let accepted = opening(&desired).accepted();
-        let mut actual = in_force(&desired, dropping(Through::Nft, &desired, &[]));
+        let mut actual = in_force(&desired, dropping(Backend::Nft, &desired, &[]));
         let steps = plan(&desired, &actual);
         let [Step::AddAccepted(added), Step::Accept { .. }] = &steps[..] else { panic!("{steps:?}") };
         assert_eq!(*added, accepted);
         // They are for as long as the accept rule is there, and no longer.
-        actual = in_force(&desired, dropping(Through::Nft, &desired, &[opening(&desired)]));
+        actual = in_force(&desired, dropping(Backend::Nft, &desired, &[opening(&desired)]));
         assert_eq!(plan(&desired, &actual), []);
-        actual.filtering.accepts.clear();
-        actual.filtering.chains.clear();
+        actual.firewall_state.accepts.clear();
+        actual.firewall_state.chains.clear();
         assert_eq!(plan(&desired, &actual), [Step::RemoveAccepted(accepted)]);
     }
 }
@@ -62,12 +65,12 @@ fn what_is_denied_is_refused_until_its_accept_rule_is_gone() {
     let steered = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
     let denied = Host::new().listens("127.0.0.1:80").desired();
     let (key, accepted) = (opening(&steered).entry(7), opening(&steered).accepted());
-    let mut actual = in_force(&steered, dropping(Through::Nft, &steered, &[opening(&steered)]));
+    let mut actual = in_force(&steered, dropping(Backend::Nft, &steered, &[opening(&steered)]));
     let steps = plan(&denied, &actual);
     assert!(steps.contains(&Step::RemoveEntry(key)));
-    assert!(steps.iter().any(|step| matches!(step, Step::Unaccept { .. })));
+    assert!(steps.iter().any(|step| matches!(step, Step::RemoveAccept { .. })));
     assert!(!steps.contains(&Step::RemoveAccepted(accepted)), "only once it is seen that it is gone");
-    actual.filtering.accepts.clear();
+    actual.firewall_state.accepts.clear();
     assert!(plan(&denied, &actual).contains(&Step::RemoveAccepted(accepted)));
 }
 
@@ -77,8 +80,8 @@ fn what_conntrack_knows_is_refused_until_it_is_forgotten() {
     let steered = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
     let denied = Host::new().listens("127.0.0.1:80").desired();
     let accepted = opening(&steered).accepted();
-    let mut actual = in_force(&steered, dropping(Through::Nft, &steered, &[opening(&steered)]));
-    actual.filtering.accepts.clear();
+    let mut actual = in_force(&steered, dropping(Backend::Nft, &steered, &[opening(&steered)]));
+    actual.firewall_state.accepts.clear();
     for (flows, planned) in [
         (Flows { open: 0, forgettable: 0 }, &[Step::RemoveAccepted(accepted)][..]),
         (
@@ -100,11 +103,11 @@ fn two_accept_rules_are_refused_as_one() {
     let desired = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
     let older = Opening { interface: "br-old".to_owned(), ..opening(&desired) };
     let mut actual =
-        in_force(&desired, dropping(Through::Nft, &desired, &[opening(&desired), older.clone()]));
+        in_force(&desired, dropping(Backend::Nft, &desired, &[opening(&desired), older.clone()]));
     assert_eq!(actual.accepted.len(), 1);
     let steps = plan(&desired, &actual);
-    assert_eq!(steps, [Step::Unaccept { chain: chain(Through::Nft), opening: older.clone() }]);
-    actual.filtering.accepts.remove(&(chain(Through::Nft), older));
+    assert_eq!(steps, [Step::RemoveAccept { chain: chain(Backend::Nft), opening: older.clone() }]);
+    actual.firewall_state.accepts.remove(&(chain(Backend::Nft), older));
     assert_eq!(plan(&desired, &actual), []);
 }
 
@@ -114,7 +117,7 @@ fn what_cannot_be_read_may_be_there() {
     let desired = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
     let accepted = opening(&desired).accepted();
     for wanted in [&desired, &Desired::default()] {
-        let unread = Filtering { failed: true, ..Filtering::default() };
+        let unread = FirewallState { failed: true, ..FirewallState::default() };
         let actual = Actual { accepted: [accepted].into(), ..in_force(&desired, unread) };
         let steering = desired.steering;
         let steps = plan(&Desired { steering, ..wanted.clone() }, &actual);
@@ -127,13 +130,13 @@ fn what_cannot_be_read_may_be_there() {
 fn an_accept_rule_for_everybody_is_replaced() {
     let desired = Host::new().listens("127.0.0.1:80").allow("app", "80").desired();
     let older = Opening { sources: "0.0.0.0/0".parse().unwrap(), ..opening(&desired) };
-    let mut filtering = dropping(Through::Nft, &desired, std::slice::from_ref(&older));
-    filtering.passages.values_mut().for_each(|passage| *passage = Passage::Open);
-    let steps = plan(&desired, &in_force(&desired, filtering));
+    let mut firewall_state = dropping(Backend::Nft, &desired, std::slice::from_ref(&older));
+    firewall_state.probe_results.values_mut().for_each(|passage| *passage = ProbeResult::Open);
+    let steps = plan(&desired, &in_force(&desired, firewall_state));
     let [
         Step::AddAccepted(added),
         Step::Accept { opening: put, .. },
-        Step::Unaccept { opening: removed, .. },
+        Step::RemoveAccept { opening: removed, .. },
     ] = &steps[..]
     else {
         panic!("{steps:?}")
@@ -145,26 +148,26 @@ fn an_accept_rule_for_everybody_is_replaced() {
 /// the host's other services.
 #[test]
 fn a_relay_without_an_entry_is_let_in_only_while_it_listens() {
-    let mut host = Host::new().allow_with("app", "80", Source::Container, PathChoice::Relay);
-    host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: true });
+    let mut host = Host::new().allow_with("app", "80", Source::Container, DatapathChoice::Relay);
+    host.features.steer = Ok(Steering { interface_check: false, kernel_registers: true });
     let desired = host.listens("127.0.0.1:80").desired();
-    let mut actual = in_force(&desired, dropping(Through::Nft, &desired, &[]));
+    let mut actual = in_force(&desired, dropping(Backend::Nft, &desired, &[]));
     let steps = plan(&desired, &actual);
     assert!(matches!(&steps[..], [Step::Accept { .. }]), "the relay's clients are not refused: {steps:?}");
     // One that could not be opened, and one that is not open any more.
     actual.relays.clear();
     assert!(matches!(&plan(&desired, &actual)[..], [Step::OpenRelay(..)]));
-    actual.filtering = dropping(Through::Nft, &desired, &[opening(&desired)]);
-    assert!(plan(&desired, &actual).iter().any(|step| matches!(step, Step::Unaccept { .. })));
+    actual.firewall_state = dropping(Backend::Nft, &desired, &[opening(&desired)]);
+    assert!(plan(&desired, &actual).iter().any(|step| matches!(step, Step::RemoveAccept { .. })));
 }
 
 /// Where the kernel does not steer there is no map to tell.
 #[test]
 fn without_steering_the_kernel_is_told_nothing() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
-    host.abilities.steer = Err("Linux 4.19".to_owned());
+    host.features.steer = Err("Linux 4.19".to_owned());
     let desired = host.desired();
-    let filtering = dropping(Through::Nft, &desired, &[opening(&desired)]);
-    let actual = Actual { accepted: [].into(), ..in_force(&desired, filtering) };
+    let firewall_state = dropping(Backend::Nft, &desired, &[opening(&desired)]);
+    let actual = Actual { accepted: [].into(), ..in_force(&desired, firewall_state) };
     assert_eq!(plan(&desired, &actual), []);
 }

@@ -10,18 +10,19 @@ use crate::planning::{
         Answer::{No, Note, Yes},
         Explanation, Fate, Known, Question, Stage, explain, listeners_of_interest,
     },
-    firewall::{Filtering, Passage},
+    firewall::{FirewallState, ProbeResult},
     hooks::HookSet,
-    inventory::{Absence, DockerPresence, Listener, ListenerKind, Steering},
-    rule::{PathChoice, Protocol, Source},
+    inventory::{EngineAvailability, Listener, ListenerKind, NetnsUnavailable, Steering},
+    rule::{DatapathChoice, Protocol, Source},
 };
 
 impl Host {
     /// What is in force once everything that the desired state wants is.
     fn in_force(&self) -> Actual {
         let desired = self.desired();
-        let passages = desired.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect();
-        in_force(&desired, Filtering { passages, ..Filtering::default() })
+        let probe_results =
+            desired.openings.keys().map(|opening| (opening.clone(), ProbeResult::Open)).collect();
+        in_force(&desired, FirewallState { probe_results, ..FirewallState::default() })
     }
 
     fn explain(&self, network: &str, port: u16) -> Explanation {
@@ -41,7 +42,7 @@ impl Host {
             Question { network: network.parse().unwrap(), port, protocol: Protocol::default(), source };
         let known = Known {
             inventory: &self.inventory,
-            abilities: &self.abilities,
+            features: &self.features,
             desired: &self.desired(),
             actual,
             relay_failures: &BTreeMap::new(),
@@ -162,13 +163,13 @@ fn sources_that_are_left_alone() {
         assert_eq!(told.remedy, "only the network's own containers are served");
     }
     let relayed = Host::new().listens("127.0.0.1:80");
-    let relayed = relayed.allow_with("app", "80", Source::Container, PathChoice::Relay);
+    let relayed = relayed.allow_with("app", "80", Source::Container, DatapathChoice::Relay);
     let told = relayed.explain_with("app", 80, Some("172.19.0.2"), &relayed.in_force(), &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
     assert!(text(&told, Stage::Source).starts_with("172.19.0.2 is not in 172.18.0.0/16"));
     // Before Linux 5.17 the relay's socket is bound to the gateway, and it checks who comes.
     let mut direct = relayed;
-    direct.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
+    direct.features.steer = Ok(Steering { interface_check: false, kernel_registers: false });
     let told = direct.explain_with("app", 80, Some("172.19.0.2"), &direct.in_force(), &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
     assert!(text(&told, Stage::Relay).ends_with("is none of its network's containers: reset"));
@@ -237,7 +238,7 @@ fn relays_and_what_services_see() {
     assert!(text(&told, Stage::Relay).contains("not open: the next look opens it"));
 
     let local = Host::new().listens("127.0.0.1:80");
-    let local = local.allow_with("app", "81=80", Source::Loopback, PathChoice::Auto);
+    let local = local.allow_with("app", "81=80", Source::Loopback, DatapathChoice::Auto);
     let told = local.explain("app", 81);
     assert!(
         text(&told, Stage::Peer).starts_with("the service sees 127.0.0.1 as its peer, which it may trust")
@@ -277,7 +278,8 @@ fn namespaces() {
     let told = host.allow("netns:/run/x", "80").explain("netns:/run/x", 80);
     assert_eq!(fates(&told), ["127.0.0.1:80 relayed", "[::1]:80 relayed"]);
     assert!(text(&told, Stage::Peer).contains("127.128.0.42 as its peer, which stands for"));
-    let gone = Host::new().no_namespace("netns:/run/x", Absence::NotThere("/run/x is not there".to_owned()));
+    let gone = Host::new()
+        .no_namespace("netns:/run/x", NetnsUnavailable::NotThere("/run/x is not there".to_owned()));
     assert!(gone.explain("netns:/run/x", 80).outcome.ends_with("/run/x is not there"));
 }
 
@@ -288,7 +290,7 @@ fn networks_that_cannot_be_dialled_from() {
     assert_eq!(told.outcome, "nothing of later can dial port 80: no Docker network later");
     assert!(told.remedy.starts_with("`docker network create later`"));
     let mut away = Host::new();
-    away.inventory.docker = DockerPresence::Away;
+    away.inventory.docker = EngineAvailability::Away;
     assert!(text(&away.explain("app", 80), Stage::Network).ends_with("as last seen, Docker is away"));
     let mut bare = Host::new();
     bare.inventory.interfaces[0].addresses.clear();
@@ -308,11 +310,11 @@ fn a_subnet_of_one() {
 #[test]
 fn an_old_kernel_knows_no_interface() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
-    host.abilities.steer.as_mut().unwrap().interface_check = false;
+    host.features.steer.as_mut().unwrap().interface_check = false;
     let told = host.explain("app", 80);
     assert!(text(&told, Stage::Lookup).starts_with("ENTRIES has (any interface, 172.18.0.1, 80)"));
-    host.abilities.steer = Err("no sk_lookup".to_owned());
-    host.abilities.hooks[HookSet::Names] = Err("none".to_owned());
+    host.features.steer = Err("no sk_lookup".to_owned());
+    host.features.hooks[HookSet::Names] = Err("none".to_owned());
     let told = host.explain("app", 80);
     assert_eq!(text(&told, Stage::Lookup), "the kernel does not steer: no sk_lookup");
     assert_eq!(fates(&told), ["172.18.0.1:80 relayed"]);
@@ -328,11 +330,11 @@ fn a_firewall_comes_first() {
     let host = Host::new().listens("127.0.0.1:80").allow("app", "80");
     let mut actual = host.in_force();
     let opening = host.desired().openings.into_keys().next().unwrap();
-    actual.filtering.passages.insert(opening.clone(), Passage::Dropped);
+    actual.firewall_state.probe_results.insert(opening.clone(), ProbeResult::Dropped);
     let told = host.explain_with("app", 80, None, &actual, &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 dropped"]);
     assert_eq!(told.outcome, "connections from app to 172.18.0.1:80 time out: a firewall drops them");
-    assert_eq!(told.remedy, actual.filtering.why_dropped(&opening));
+    assert_eq!(told.remedy, actual.firewall_state.why_dropped(&opening));
     assert!(told.ways[0].steps.iter().all(|step| step.stage < Stage::Lookup), "it gets no further");
 
     let told = host.explain_with("app", 81, None, &host.in_force(), &[]);

@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use super::Host;
 use crate::planning::{
     firewall::{
-        Accepted, Chain, Denial, Family, Filtering, FirewallMode, InputChain, Keeper, Link, Opening, Passage,
-        Through,
+        Accepted, Backend, Chain, Denial, Family, FirewallKind, FirewallMode, FirewallState, InputChain,
+        Link, Opening, ProbeResult,
     },
     plan::{Step, firewall::accept_rules},
     rule::Protocol,
@@ -25,7 +25,7 @@ fn opening(gateway: &str, port: u16) -> Opening {
 }
 
 fn chain(family: Family, table: &str) -> Chain {
-    Chain { through: Through::Nft, family, table: table.to_owned(), name: "input".to_owned() }
+    Chain { backend: Backend::Nft, family, table: table.to_owned(), name: "input".to_owned() }
 }
 
 /// A host whose chains all deny what lbridge has not accepted in them, first.
@@ -34,7 +34,7 @@ struct World {
     chains: Vec<Chain>,
     /// Rules in each chain, the first one first: lbridge's, or somebody's that drops all.
     rules: BTreeMap<Chain, Vec<Option<Opening>>>,
-    passages: BTreeMap<Opening, Passage>,
+    probe_results: BTreeMap<Opening, ProbeResult>,
     needed: BTreeSet<Opening>,
     /// Something drops that no chain shows.
     xdp: bool,
@@ -56,7 +56,7 @@ impl World {
         !self.xdp && in_the_way.into_iter().all(accepts)
     }
 
-    fn seen(&self) -> Filtering {
+    fn seen(&self) -> FirewallState {
         let mut accepts: BTreeMap<_, Accepted> = BTreeMap::new();
         for (chain, rules) in &self.rules {
             for (index, rule) in rules.iter().enumerate() {
@@ -71,12 +71,12 @@ impl World {
         let denies = |chain: &Chain| InputChain {
             chain: chain.clone(),
             denial: Denial::Policy,
-            firewall: Keeper::Nftables,
+            firewall: FirewallKind::Nftables,
         };
-        Filtering {
+        FirewallState {
             chains: self.chains.iter().map(denies).collect(),
             accepts,
-            passages: self.passages.clone(),
+            probe_results: self.probe_results.clone(),
             needed: self.needed.clone(),
             unreadable: None,
             failed: false,
@@ -90,9 +90,9 @@ impl World {
                     let rules = self.rules.get_mut(chain).unwrap();
                     rules.retain(|rule| rule.as_ref() != Some(opening));
                     rules.insert(0, Some(opening.clone()));
-                    self.passages.remove(opening);
+                    self.probe_results.remove(opening);
                 }
-                Step::Unaccept { chain, opening } => {
+                Step::RemoveAccept { chain, opening } => {
                     self.rules.get_mut(chain).unwrap().retain(|rule| rule.as_ref() != Some(opening));
                 }
                 Step::Probe(openings) => {
@@ -101,8 +101,8 @@ impl World {
                         if !open {
                             self.needed.insert(opening.clone());
                         }
-                        let passage = if open { Passage::Open } else { Passage::Dropped };
-                        self.passages.insert(opening.clone(), passage);
+                        let passage = if open { ProbeResult::Open } else { ProbeResult::Dropped };
+                        self.probe_results.insert(opening.clone(), passage);
                     }
                 }
                 other => panic!("{other:?}"),
@@ -131,7 +131,7 @@ impl World {
     /// The kernel tells of a change: nothing that was tried still counts.
     fn changed(&mut self, change: impl FnOnce(&mut Self)) {
         change(self);
-        self.passages.clear();
+        self.probe_results.clear();
     }
 }
 
@@ -201,7 +201,7 @@ fn off_touches_nothing_but_what_was_lbridges() {
     let mut world = World::new(&[chain(Family::Ip, "filter")]);
     world.settle(std::slice::from_ref(&one), FirewallMode::Off);
     assert_eq!(world.own(), []);
-    assert_eq!(world.passages[&one], Passage::Dropped);
+    assert_eq!(world.probe_results[&one], ProbeResult::Dropped);
     world.settle(std::slice::from_ref(&one), FirewallMode::Manage);
     assert_eq!(world.own().len(), 1);
     world.settle(std::slice::from_ref(&one), FirewallMode::Off);
@@ -213,7 +213,7 @@ fn what_no_chain_drops_is_said() {
     let one = opening("172.18.0.1", 80);
     let mut world = World { xdp: true, ..World::new(&[chain(Family::Inet, "f"), chain(Family::Ip, "g")]) };
     world.settle(std::slice::from_ref(&one), FirewallMode::Manage);
-    assert_eq!(world.passages[&one], Passage::Dropped);
+    assert_eq!(world.probe_results[&one], ProbeResult::Dropped);
     world.chains.clear();
     assert!(world.seen().why_dropped(&one).contains("XDP"));
 }
@@ -221,37 +221,37 @@ fn what_no_chain_drops_is_said() {
 #[test]
 fn the_remedy_can_be_typed() {
     let one = opening("172.18.0.1", 80);
-    let seen = |through, firewall| Filtering {
+    let seen = |backend, firewall| FirewallState {
         chains: vec![InputChain {
-            chain: Chain { through, ..chain(Family::Ip, "t") },
+            chain: Chain { backend, ..chain(Family::Ip, "t") },
             denial: Denial::Rule,
             firewall,
         }],
-        ..Filtering::default()
+        ..FirewallState::default()
     };
-    for (through, firewall, remedy) in [
+    for (backend, firewall, remedy) in [
         (
-            Through::IptablesNft,
-            Keeper::Ufw,
+            Backend::IptablesNft,
+            FirewallKind::Ufw,
             "ufw allow in on br-app from 172.18.0.0/16 to 172.18.0.1 port 80 proto tcp",
         ),
         (
-            Through::IptablesLegacy,
-            Keeper::Iptables,
+            Backend::IptablesLegacy,
+            FirewallKind::Iptables,
             "iptables-legacy -I INPUT -i br-app -s 172.18.0.0/16 -d 172.18.0.1 -p tcp --dport 80 -j ACCEPT",
         ),
         (
-            Through::Nft,
-            Keeper::Nftables,
+            Backend::Nft,
+            FirewallKind::Nftables,
             "nft insert rule ip t input iifname br-app ip saddr 172.18.0.0/16 ip daddr 172.18.0.1 tcp dport 80 accept",
         ),
         (
-            Through::Nft,
-            Keeper::Firewalld,
+            Backend::Nft,
+            FirewallKind::Firewalld,
             "--add-rich-rule='rule family=\"ipv4\" source address=\"172.18.0.0/16\" destination address=\"172.18.0.1\"",
         ),
     ] {
-        let why = seen(through, firewall).why_dropped(&one);
+        let why = seen(backend, firewall).why_dropped(&one);
         assert!(why.contains(remedy) && why.starts_with(&format!("firewall {firewall} drops it")), "{why}");
     }
 }
@@ -259,13 +259,13 @@ fn the_remedy_can_be_typed() {
 /// To a firewall or to the shell that it is pasted into.
 #[test]
 fn a_remedy_has_no_name_that_means_more() {
-    let mut seen = Filtering {
+    let mut seen = FirewallState {
         chains: vec![InputChain {
-            chain: Chain { through: Through::Nft, ..chain(Family::Inet, "t") },
+            chain: Chain { backend: Backend::Nft, ..chain(Family::Inet, "t") },
             denial: Denial::Policy,
-            firewall: Keeper::Nftables,
+            firewall: FirewallKind::Nftables,
         }],
-        ..Filtering::default()
+        ..FirewallState::default()
     };
     for name in ["br*", "br+", "$(id)", "a;id", "a&", "-x"] {
         let one = Opening { interface: name.to_owned(), ..opening("172.18.0.1", 80) };

@@ -8,12 +8,12 @@ use super::Host;
 use crate::planning::{
     actual::Actual,
     desired::{Clients, Desired, Place},
-    firewall::{FirewallMode, Passage},
+    firewall::{FirewallMode, ProbeResult},
     hooks::HookSet,
     inventory::{ListenerKind, Steering},
     plan::{Step, plan, revocations},
     resolve::resolve,
-    rule::{PathChoice, Source},
+    rule::{DatapathChoice, Source},
 };
 
 /// The kernel and the relay set, as far as a step can tell. Panics where a step breaks the order that it relies on.
@@ -99,10 +99,10 @@ fn carry_out(actual: &mut Actual, steps: &[Step]) {
             Step::Attach => actual.detached = false,
             // This host has no firewall; `super::firewall` has some.
             Step::Probe(openings) => {
-                let open = openings.keys().map(|opening| (opening.clone(), Passage::Open));
-                actual.filtering.passages.extend(open);
+                let open = openings.keys().map(|opening| (opening.clone(), ProbeResult::Open));
+                actual.firewall_state.probe_results.extend(open);
             }
-            Step::Accept { .. } | Step::Unaccept { .. } => panic!("nothing denies"),
+            Step::Accept { .. } | Step::RemoveAccept { .. } => panic!("nothing denies"),
         }
     }
 }
@@ -124,13 +124,14 @@ fn listener() -> impl Strategy<Value = (&'static str, u16, ListenerKind, u32)> {
 const NETWORKS: [&str; 9] =
     ["app", "dual", "bridge:br-app", "bridge:br-dual", "bridge", "gone", "container:c", "netns:/c", "pid:9"];
 
-fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, PathChoice, Vec<&'static str>, bool)> {
+fn rule() -> impl Strategy<Value = (&'static str, u16, u16, Source, DatapathChoice, Vec<&'static str>, bool)>
+{
     (
         prop::sample::select(NETWORKS.to_vec()),
         80..84_u16,
         80..84_u16,
         prop::sample::select(vec![Source::Container, Source::Loopback]),
-        prop::sample::select(vec![PathChoice::Auto, PathChoice::Steer, PathChoice::Relay]),
+        prop::sample::select(vec![DatapathChoice::Auto, DatapathChoice::Steer, DatapathChoice::Relay]),
         prop::sample::subsequence(vec!["c", "d"], 0..=2),
         any::<bool>(),
     )
@@ -164,7 +165,7 @@ prop_compose! {
         }
         let mut seen = std::collections::BTreeSet::new();
         for (network, port, target, source, path, from, localhost) in rules.into_values() {
-            let refused = path == PathChoice::Steer && NETWORKS[6..].contains(&network);
+            let refused = path == DatapathChoice::Steer && NETWORKS[6..].contains(&network);
             if !refused && seen.insert((network, port)) {
                 let inside = NETWORKS[6..].contains(&network);
                 let from = if inside { vec![] } else { from };
@@ -182,10 +183,10 @@ prop_compose! {
             host = host.allow(network, &format!("{port}/udp"));
             host = if takes { host.takes_datagrams(&format!("127.0.0.1:{port}")) } else { host };
         }
-        host.abilities.steer =
+        host.features.steer =
             if steers { Ok(Steering { interface_check, kernel_registers: true }) } else { Err("none".to_owned()) };
-        host.abilities.hooks[HookSet::Connect] = if connects { Ok(()) } else { Err("none".to_owned()) };
-        host.abilities.hooks[HookSet::Names] = if names && steers { Ok(()) } else { Err("none".to_owned()) };
+        host.features.hooks[HookSet::Connect] = if connects { Ok(()) } else { Err("none".to_owned()) };
+        host.features.hooks[HookSet::Names] = if names && steers { Ok(()) } else { Err("none".to_owned()) };
         host
     }
 }
@@ -244,7 +245,7 @@ proptest! {
         let steps = plan(&Desired::default(), &actual);
         carry_out(&mut actual, &steps);
         // Knowledge, and harmless.
-        actual.filtering.passages.clear();
+        actual.firewall_state.probe_results.clear();
         prop_assert_eq!(actual, Actual::default(), "nothing is left behind");
     }
 
@@ -255,7 +256,7 @@ proptest! {
         if reverse {
             shuffled.docker_networks.reverse();
         }
-        let desired = resolve(&host.rules, &shuffled, &host.abilities, FirewallMode::default());
+        let desired = resolve(&host.rules, &shuffled, &host.features, FirewallMode::default());
         prop_assert_eq!(desired, host.desired());
     }
 }

@@ -18,22 +18,23 @@ use lbridge_common::wire::EntryKey;
 use super::{
     actual::Actual,
     desired::{Desired, Place, RedirectOutcome, State},
-    firewall::{Filtering, FirewallMode},
+    firewall::{FirewallMode, FirewallState},
     hooks::PerHookSet,
     inventory::{
-        Abilities, Absence, Attachment, Container, DockerNetwork, DockerPresence, Entrance, Interface,
-        Inventory, Listener, ListenerKind, Namespace, NamespaceId, NamespaceKey, Steering, find_networks,
+        Attachment, Container, DockerNetwork, EngineAvailability, Interface, Inventory, KernelFeatures,
+        Listener, ListenerKind, Namespace, NamespaceId, NamespaceKey, NetnsRef, NetnsUnavailable, Steering,
+        find_networks,
     },
     owner::incumbents,
     resolve::resolve,
-    rule::{Network, Options, Origin, PathChoice, ProcessStart, Rule, Rules, Source},
+    rule::{DatapathChoice, Network, Options, Origin, ProcessStart, Rule, Rules, Source},
 };
 
 /// A host to be described step by step.
 #[derive(Debug, Clone)]
 struct Host {
     inventory: Inventory,
-    abilities: Abilities,
+    features: KernelFeatures,
     rules: Rules,
 }
 
@@ -41,8 +42,8 @@ impl Host {
     /// A host with Docker, one network (`app`, 172.18.0.1/16 on br-app) and a current kernel.
     fn new() -> Self {
         let host = Self {
-            inventory: Inventory { docker: DockerPresence::Reachable, ..Inventory::default() },
-            abilities: Abilities {
+            inventory: Inventory { docker: EngineAvailability::Reachable, ..Inventory::default() },
+            features: KernelFeatures {
                 steer: Ok(Steering { interface_check: true, kernel_registers: true }),
                 hooks: PerHookSet::from_fn(|_| Ok(())),
             },
@@ -96,7 +97,7 @@ impl Host {
         let namespace = Namespace {
             key: NamespaceKey {
                 id: NamespaceId { device: 4, inode },
-                entrance: Entrance::Path(format!("/run/{network}").into()),
+                entrance: NetnsRef::Path(format!("/run/{network}").into()),
             },
             loopback: loopback.iter().map(|ip| ip.parse().unwrap()).collect(),
             address: None,
@@ -105,7 +106,7 @@ impl Host {
         self
     }
 
-    fn no_namespace(mut self, network: &str, why: Absence) -> Self {
+    fn no_namespace(mut self, network: &str, why: NetnsUnavailable) -> Self {
         self.inventory.namespaces.insert(network.parse().unwrap(), Err(why));
         self
     }
@@ -178,10 +179,10 @@ impl Host {
     }
 
     fn allow(self, network: &str, port: &str) -> Self {
-        self.allow_with(network, port, Source::Container, PathChoice::Auto)
+        self.allow_with(network, port, Source::Container, DatapathChoice::Auto)
     }
 
-    fn allow_with(self, network: &str, port: &str, source: Source, path: PathChoice) -> Self {
+    fn allow_with(self, network: &str, port: &str, source: Source, path: DatapathChoice) -> Self {
         self.allow_for(network, port, source, path, &[])
     }
 
@@ -190,7 +191,7 @@ impl Host {
         network: &str,
         port: &str,
         source: Source,
-        path: PathChoice,
+        path: DatapathChoice,
         from: &[&str],
     ) -> Self {
         let rule = Rule {
@@ -232,7 +233,7 @@ impl Host {
     }
 
     fn desired(&self) -> Desired {
-        resolve(&self.rules, &self.inventory, &self.abilities, FirewallMode::default())
+        resolve(&self.rules, &self.inventory, &self.features, FirewallMode::default())
     }
 
     /// One line for each gateway (or rule without one): `172.18.0.1:80 steered`.
@@ -261,14 +262,14 @@ fn relay_sockets(desired: &Desired) -> BTreeSet<EntryKey> {
 }
 
 /// The actual state once everything that a desired state wants is in force, behind a firewall.
-fn in_force(desired: &Desired, filtering: Filtering) -> Actual {
+fn in_force(desired: &Desired, firewall_state: FirewallState) -> Actual {
     Actual {
         kernel: desired.kernel.clone(),
         relay_sockets: relay_sockets(desired),
         relays: desired.relays.clone(),
         registered: desired.listeners.keys().copied().collect(),
-        accepted: filtering.accepts.keys().map(|(_, opening)| opening.accepted()).collect(),
-        filtering,
+        accepted: firewall_state.accepts.keys().map(|(_, opening)| opening.accepted()).collect(),
+        firewall_state,
         ..Actual::default()
     }
 }

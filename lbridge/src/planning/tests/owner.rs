@@ -11,7 +11,7 @@ use crate::planning::{
     inventory::{ListenerKind, Steering},
     owner::{Sockets, is_regular},
     plan::{Step, plan},
-    rule::{PathChoice, Source},
+    rule::{DatapathChoice, Source},
 };
 
 const SYSTEM: u32 = 114;
@@ -132,7 +132,7 @@ fn a_wildcard_of_a_stranger_gets_nothing() {
 fn a_wildcard_of_a_stranger_gets_nothing_without_an_entry_for_the_relay() {
     let dual = || {
         let mut host = dual();
-        host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: true });
+        host.features.steer = Ok(Steering { interface_check: false, kernel_registers: true });
         host
     };
     for own in ["127.0.0.1:80", "0.0.0.0:80"] {
@@ -253,10 +253,10 @@ fn whoever_had_it_first_keeps_it_among_equals() {
 #[test]
 fn the_choice_is_the_same_for_a_rule_that_asks_for_a_way() {
     let host = service(service(dual(), "127.0.0.1:80", SYSTEM), "[::1]:80", MALLORY);
-    let relayed = host.allow_with("dual", "80", Source::Container, PathChoice::Relay);
+    let relayed = host.allow_with("dual", "80", Source::Container, DatapathChoice::Relay);
     assert_eq!(relayed_to(&relayed), ["127.0.0.1:80", "127.0.0.1:80"]);
     let host = service(service(dual(), "127.0.0.1:80", SYSTEM), "[::1]:80", MALLORY);
-    let steered = host.allow_with("dual", "80", Source::Container, PathChoice::Steer);
+    let steered = host.allow_with("dual", "80", Source::Container, DatapathChoice::Steer);
     assert!(steered.states()[1].contains("blocked"), "{:?}", steered.states());
     assert_eq!(entries(&steered), ["172.20.0.1 -> 127.0.0.1:80"]);
 }

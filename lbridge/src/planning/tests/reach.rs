@@ -10,12 +10,12 @@ use crate::planning::{
     actual::Actual,
     desired::Clients,
     hooks::HookSet,
-    inventory::{DockerPresence, Steering},
+    inventory::{EngineAvailability, Steering},
     plan::{Step, plan, revocations},
-    rule::{PathChoice, Source},
+    rule::{DatapathChoice, Source},
 };
 
-fn from(host: Host, containers: &[&str], source: Source, path: PathChoice) -> Host {
+fn from(host: Host, containers: &[&str], source: Source, path: DatapathChoice) -> Host {
     host.allow_for("app", "80", source, path, containers)
 }
 
@@ -31,7 +31,7 @@ fn crowd() -> Host {
 
 #[test]
 fn a_rule_for_some_containers_lists_their_addresses() {
-    let host = from(crowd(), &["web", "api"], Source::Container, PathChoice::Auto);
+    let host = from(crowd(), &["web", "api"], Source::Container, DatapathChoice::Auto);
     assert_eq!(host.states(), ["172.18.0.1:80 steered (for api, web)"]);
     let desired = host.desired();
     let (key, entry) = desired.kernel.entries.first_key_value().unwrap();
@@ -39,7 +39,7 @@ fn a_rule_for_some_containers_lists_their_addresses() {
     let source = |ip: &str| SourceKey { rule: *key, source: ip.parse::<IpAddr>().unwrap().into() };
     assert_eq!(desired.kernel.sources, [source("172.18.0.2"), source("172.18.0.3")].into());
 
-    let relayed = from(crowd(), &["web"], Source::Container, PathChoice::Relay);
+    let relayed = from(crowd(), &["web"], Source::Container, DatapathChoice::Relay);
     assert_eq!(relayed.states(), ["172.18.0.1:80 relayed (as the rule asks; for web)"]);
     let desired = relayed.desired();
     let clients = &desired.relays.first_key_value().unwrap().1.clients;
@@ -51,7 +51,7 @@ fn a_rule_for_some_containers_lists_their_addresses() {
 
 #[test]
 fn a_rule_for_containers_that_are_not_there_is_for_nobody() {
-    for path in [PathChoice::Auto, PathChoice::Relay] {
+    for path in [DatapathChoice::Auto, DatapathChoice::Relay] {
         let mut host = from(crowd(), &["far", "odd", "gone"], Source::Container, path);
         host.inventory.container_names = vec!["shop-gone-1".to_owned(), "web".to_owned()];
         let missing = "container far is not on app, but on db; no container gone; did you mean shop-gone-1?; \
@@ -61,13 +61,13 @@ fn a_rule_for_containers_that_are_not_there_is_for_nobody() {
         assert!(desired.relays.is_empty() && desired.kernel.sources.is_empty());
         // In the kernel the entry keeps everybody from whoever else listens there.
         assert!(desired.kernel.entries.values().all(|entry| entry.flags == Entry::LISTED));
-        assert_eq!(desired.kernel.entries.len(), usize::from(path == PathChoice::Auto));
+        assert_eq!(desired.kernel.entries.len(), usize::from(path == DatapathChoice::Auto));
     }
 }
 
 #[test]
 fn a_rule_serves_those_of_its_containers_that_are_there() {
-    let mut host = from(crowd(), &["web", "api"], Source::Container, PathChoice::Auto);
+    let mut host = from(crowd(), &["web", "api"], Source::Container, DatapathChoice::Auto);
     host.inventory.containers.get_mut("api").unwrap().as_mut().unwrap().running = false;
     assert_eq!(host.states(), ["172.18.0.1:80 steered (for web; container api does not run)"]);
     host.inventory.containers.insert("api".to_owned(), Err("Docker says: no".to_owned()));
@@ -78,7 +78,7 @@ fn a_rule_serves_those_of_its_containers_that_are_there() {
         ["172.18.0.1:80 waiting (nothing listens on 127.0.0.1:80; for web; container api: Docker says: no)"]
     );
     host.inventory.containers.clear();
-    host.inventory.docker = DockerPresence::Away;
+    host.inventory.docker = EngineAvailability::Away;
     let unknown = |name| format!("Docker is away, and container {name} was not seen before");
     let why = format!("nothing listens on 127.0.0.1:80; {}; {}", unknown("api"), unknown("web"));
     assert_eq!(host.states(), [format!("172.18.0.1:80 waiting ({why})")]);
@@ -86,7 +86,7 @@ fn a_rule_serves_those_of_its_containers_that_are_there() {
 
 #[test]
 fn networks_of_one_name_are_told_by_their_id() {
-    let mut host = from(crowd(), &["web"], Source::Container, PathChoice::Auto);
+    let mut host = from(crowd(), &["web"], Source::Container, DatapathChoice::Auto);
     // Another network was called so when the container joined it.
     let web = host.inventory.containers.get_mut("web").unwrap().as_mut().unwrap();
     web.attachments[0].id = Some("ff".repeat(32));
@@ -98,13 +98,13 @@ fn a_bridges_containers_are_those_of_its_docker_network() {
     let on_bridge = |bridge: &str, docker| {
         let mut host = crowd().bridge("br-own", 9, &["10.9.0.1/24"]);
         host.inventory.docker = docker;
-        if docker == DockerPresence::Off {
+        if docker == EngineAvailability::Off {
             host.inventory.docker_networks.clear();
         }
-        let host = host.allow_for(bridge, "80", Source::Container, PathChoice::Auto, &["web"]);
+        let host = host.allow_for(bridge, "80", Source::Container, DatapathChoice::Auto, &["web"]);
         host.states().remove(0)
     };
-    let here = DockerPresence::Reachable;
+    let here = EngineAvailability::Reachable;
     assert_eq!(on_bridge("bridge:br-app", here), "172.18.0.1:80 steered (for web)");
     assert_eq!(
         on_bridge("bridge:br-own", here),
@@ -112,7 +112,7 @@ fn a_bridges_containers_are_those_of_its_docker_network() {
          leave --from out)"
     );
     assert_eq!(
-        on_bridge("bridge:br-app", DockerPresence::Off),
+        on_bridge("bridge:br-app", EngineAvailability::Off),
         "bridge:br-app 80 blocked (the daemon runs with --no-docker, and knows no container's address; leave --from out)"
     );
 }
@@ -121,8 +121,8 @@ fn a_bridges_containers_are_those_of_its_docker_network() {
 #[test]
 fn an_entry_is_never_open_to_those_that_it_is_not_for() {
     let all = crowd().allow("app", "80");
-    let some = from(crowd(), &["web"], Source::Container, PathChoice::Auto);
-    let other = from(crowd(), &["api"], Source::Container, PathChoice::Auto);
+    let some = from(crowd(), &["web"], Source::Container, DatapathChoice::Auto);
+    let other = from(crowd(), &["api"], Source::Container, DatapathChoice::Auto);
     let steps = |before: &Host, after: &Host| {
         let desired = before.desired();
         let actual = Actual { kernel: desired.kernel, ..Actual::default() };
@@ -161,7 +161,7 @@ fn what_only_takes_access_away_comes_first() {
         });
         told.collect::<Vec<_>>()
     };
-    let (steer, relay) = (PathChoice::Auto, PathChoice::Relay);
+    let (steer, relay) = (DatapathChoice::Auto, DatapathChoice::Relay);
     assert_eq!(first(&by(steer, &["web"]), &by(steer, &["api"])), ["remove 172.18.0.2"]);
     assert_eq!(first(&by(steer, &["web"]), &Host::new()), ["remove entry"]);
     let narrowed = first(&by(relay, &["web", "api"]), &by(relay, &["api"]));
@@ -214,7 +214,7 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
     let gone = Host::new().allow("gone", "80").with_localhost("gone", 80);
     assert!(gone.dials().is_empty() && gone.desired().kernel.hooks[HookSet::Connect]);
     let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
-    old.abilities.hooks[HookSet::Connect] = Err("needs Linux 5.14".to_owned());
+    old.features.hooks[HookSet::Connect] = Err("needs Linux 5.14".to_owned());
     assert_eq!(old.states(), ["172.18.0.1:80 steered"], "the gateway is served all the same");
     assert_eq!(
         old.dials(),
@@ -230,7 +230,7 @@ fn localhost_leads_nowhere_where_nothing_is_served() {
 #[test]
 fn localhost_of_some_containers_is_theirs_alone() {
     let mut host =
-        crowd().allow_for("app", "80", Source::Container, PathChoice::Auto, &["web", "api", "far"]);
+        crowd().allow_for("app", "80", Source::Container, DatapathChoice::Auto, &["web", "api", "far"]);
     host = host.with_localhost("app", 80);
     let waiting = "waiting (none of its containers runs there)";
     assert_eq!(host.dials()[0], format!("127.0.0.1:80 to 172.18.0.1 {waiting}"), "not seen yet");
@@ -250,7 +250,7 @@ fn localhost_of_some_containers_is_theirs_alone() {
 fn what_is_dialled_is_named_where_that_can_be() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").with_localhost("app", 80);
     assert!(host.desired().kernel.hooks[HookSet::Names]);
-    host.abilities.hooks[HookSet::Names] = Err("none".to_owned());
+    host.features.hooks[HookSet::Names] = Err("none".to_owned());
     assert!(
         !host.desired().kernel.hooks[HookSet::Names] && host.desired().kernel.redirects.len() == 2,
         "it is served all the same"
@@ -291,8 +291,8 @@ fn what_docker_calls_the_host_is_served_as_the_gateway() {
     );
     let via: Vec<_> = desired.openings.values().filter_map(|link| link.via).collect();
     assert_eq!(via, ["172.18.0.1", "172.19.0.1"].map(|ip| ip.parse::<IpAddr>().unwrap()));
-    let relays = beside_docker0().allow_with("app", "80", Source::Container, PathChoice::Relay);
-    let relays = relays.allow_with("db", "80", Source::Container, PathChoice::Relay).desired().relays;
+    let relays = beside_docker0().allow_with("app", "80", Source::Container, DatapathChoice::Relay);
+    let relays = relays.allow_with("db", "80", Source::Container, DatapathChoice::Relay).desired().relays;
     assert_eq!(relays.keys().filter(|key| key.address.ip().to_string() == "172.17.0.1").count(), 2);
 }
 
@@ -320,7 +320,7 @@ fn only_addresses_of_the_host_are_aliases() {
 fn an_alias_goes_to_the_first_where_the_interface_is_not_told() {
     let mut host =
         beside_docker0().allow("app", "80").allow("db", "80").allow("db", "81").allow("bridge", "81");
-    host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: true });
+    host.features.steer = Ok(Steering { interface_check: false, kernel_registers: true });
     let taken = |port, dial| {
         format!(
             "172.17.0.1:{port} blocked (another network's rule has 172.17.0.1:{port}, and this kernel does not tell by which \
@@ -344,7 +344,7 @@ fn an_alias_goes_to_the_first_where_the_interface_is_not_told() {
 #[test]
 fn an_alias_is_for_the_named_containers_alone() {
     let host = beside_docker0().container("web", &[("app", &["172.18.0.2"])]);
-    let host = host.allow_for("app", "80", Source::Loopback, PathChoice::Auto, &["web"]);
+    let host = host.allow_for("app", "80", Source::Loopback, DatapathChoice::Auto, &["web"]);
     assert_eq!(host.states(), ["172.18.0.1:80 steered (for web)", "172.17.0.1:80 steered (for web)"]);
     let desired = host.desired();
     assert_eq!((desired.kernel.sources.len(), desired.kernel.overrides.len()), (2, 2));
@@ -402,16 +402,16 @@ fn udp_is_never_relayed() {
     let mut host = Host::new().takes_datagrams("[::1]:53").allow("app", "53/udp");
     let blocked = "172.18.0.1:53 blocked (IPv4 was dialled, the service listens on [::1]:53)";
     assert_eq!(host.states(), [blocked]);
-    host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
+    host.features.steer = Ok(Steering { interface_check: false, kernel_registers: false });
     assert_eq!(
         host.states(),
         [
             "172.18.0.1:53 blocked (UDP needs Linux 5.17: this kernel does not tell on which bridge a datagram comes in)"
         ]
     );
-    host.abilities.steer = Err("none".to_owned());
+    host.features.steer = Err("none".to_owned());
     assert_eq!(host.states(), ["172.18.0.1:53 blocked (none)"]);
-    host.abilities.steer = Ok(Steering { interface_check: true, kernel_registers: true });
+    host.features.steer = Ok(Steering { interface_check: true, kernel_registers: true });
     host.inventory.udp_unseen = Some("cannot list UDP sockets".to_owned());
     assert_eq!(host.states(), ["172.18.0.1:53 blocked (cannot list UDP sockets)"]);
     assert!(host.desired().relays.is_empty() && host.desired().kernel.reply_sources.is_empty());

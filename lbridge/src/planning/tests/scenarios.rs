@@ -6,11 +6,11 @@ use super::{Host, br_app, in_force};
 use crate::planning::{
     actual::Actual,
     desired::{Clients, RelayKey, Service},
-    firewall::{Filtering, Passage},
+    firewall::{FirewallState, ProbeResult},
     hooks::HookSet,
-    inventory::{Absence, DockerPresence, ListenerKind, Steering},
+    inventory::{EngineAvailability, ListenerKind, NetnsUnavailable, Steering},
     plan::{Step, plan},
-    rule::{Origin, PathChoice, Rules, Source},
+    rule::{DatapathChoice, Origin, Rules, Source},
 };
 
 const MPTCP: &str =
@@ -67,7 +67,7 @@ fn what_the_kernel_cannot_take_is_relayed_with_the_reason() {
     );
     assert!(desired.relays.values().all(|relay| relay.by_entry) && desired.listeners.is_empty());
     let mut old = mptcp;
-    old.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
+    old.features.steer = Ok(Steering { interface_check: false, kernel_registers: false });
     assert!(old.desired().kernel.entries.is_empty(), "an entry would refuse what the relay is to serve");
     assert!(old.desired().relays.values().all(|relay| !relay.by_entry));
 
@@ -79,8 +79,8 @@ fn what_the_kernel_cannot_take_is_relayed_with_the_reason() {
     );
 
     let mut old = Host::new().listens("127.0.0.1:80").allow("app", "80");
-    old.abilities.steer = Err("no sk_lookup".to_owned());
-    old.abilities.hooks[HookSet::Names] = Err("no hooks".to_owned());
+    old.features.steer = Err("no sk_lookup".to_owned());
+    old.features.hooks[HookSet::Names] = Err("no hooks".to_owned());
     assert_eq!(old.states(), ["172.18.0.1:80 relayed (no sk_lookup)"]);
     assert!(!old.desired().kernel.hooks[HookSet::Names]);
 }
@@ -102,22 +102,22 @@ fn the_service_is_the_one_that_a_local_client_reaches() {
 #[test]
 fn steer_or_nothing() {
     let host = Host::new().listens_as("127.0.0.1:80", ListenerKind::Mptcp);
-    let host = host.allow_with("app", "80", Source::Container, PathChoice::Steer);
+    let host = host.allow_with("app", "80", Source::Container, DatapathChoice::Steer);
     assert_eq!(host.states(), [format!("172.18.0.1:80 blocked ({MPTCP})")]);
-    let mut impossible = Host::new().allow_with("app", "80", Source::Container, PathChoice::Steer);
-    impossible.abilities.steer = Err("no sk_lookup".to_owned());
+    let mut impossible = Host::new().allow_with("app", "80", Source::Container, DatapathChoice::Steer);
+    impossible.features.steer = Err("no sk_lookup".to_owned());
     assert_eq!(
         impossible.states(),
         ["172.18.0.1:80 blocked (no sk_lookup)"],
         "whether the service is up or not"
     );
-    let unix = Host::new().allow_with("app", "80=unix:/run/x", Source::Loopback, PathChoice::Steer);
+    let unix = Host::new().allow_with("app", "80=unix:/run/x", Source::Loopback, DatapathChoice::Steer);
     assert_eq!(unix.states(), ["172.18.0.1:80 blocked (a Unix socket can only be relayed to)"]);
 }
 
 #[test]
 fn relay_if_asked_and_only_while_the_service_listens() {
-    let rule = |host: Host| host.allow_with("app", "80", Source::Container, PathChoice::Relay);
+    let rule = |host: Host| host.allow_with("app", "80", Source::Container, DatapathChoice::Relay);
     assert_eq!(
         rule(Host::new().listens("127.0.0.1:80")).states(),
         ["172.18.0.1:80 relayed (as the rule asks)"]
@@ -133,7 +133,7 @@ fn relay_if_asked_and_only_while_the_service_listens() {
 
 #[test]
 fn unix_sockets_are_relayed_to() {
-    let mut host = Host::new().allow_with("app", "5432=unix:/run/pg", Source::Loopback, PathChoice::Auto);
+    let mut host = Host::new().allow_with("app", "5432=unix:/run/pg", Source::Loopback, DatapathChoice::Auto);
     assert_eq!(host.states(), ["172.18.0.1:5432 waiting (nothing listens on unix:/run/pg)"]);
     host.inventory.unix_listeners.insert("/run/pg".into());
     assert_eq!(host.states(), ["172.18.0.1:5432 relayed (the service listens on a Unix socket)"]);
@@ -164,7 +164,7 @@ fn both_families_of_a_network() {
 #[test]
 fn source_loopback_changes_names_in_both_ways() {
     let steered =
-        Host::new().listens("127.0.0.1:80").allow_with("app", "80", Source::Loopback, PathChoice::Auto);
+        Host::new().listens("127.0.0.1:80").allow_with("app", "80", Source::Loopback, DatapathChoice::Auto);
     assert_eq!(steered.states(), ["172.18.0.1:80 steered"]);
     let desired = steered.desired();
     let gateway = Endpoint::new(Address::from("172.18.0.1".parse::<IpAddr>().unwrap()), 80);
@@ -179,7 +179,7 @@ fn source_loopback_changes_names_in_both_ways() {
     assert!(!key.matches(*bits, &gateway, &outside));
 
     let mut without = steered;
-    without.abilities.hooks[HookSet::Names] = Err("refused".to_owned());
+    without.features.hooks[HookSet::Names] = Err("refused".to_owned());
     assert_eq!(
         without.states(),
         ["172.18.0.1:80 relayed (--source loopback without name hooks: refused)"],
@@ -190,7 +190,7 @@ fn source_loopback_changes_names_in_both_ways() {
 #[test]
 fn no_container_is_taken_for_local_unasked() {
     let mut host = Host::new().listens("[::1]:80").allow("app", "80");
-    host.abilities.hooks[HookSet::Names] = Err("no hooks".to_owned());
+    host.features.hooks[HookSet::Names] = Err("no hooks".to_owned());
     assert_eq!(
         host.states(),
         [
@@ -198,7 +198,7 @@ fn no_container_is_taken_for_local_unasked() {
         ]
     );
     let asked = Host {
-        rules: Host::new().allow_with("app", "80", Source::Loopback, PathChoice::Relay).rules,
+        rules: Host::new().allow_with("app", "80", Source::Loopback, DatapathChoice::Relay).rules,
         ..host
     };
     assert_eq!(asked.states(), ["172.18.0.1:80 relayed (as the rule asks)"]);
@@ -230,7 +230,7 @@ fn networks_that_cannot_be_served() {
 #[test]
 fn rules_stay_in_force_while_docker_is_away() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80").allow("new", "80");
-    host.inventory.docker = DockerPresence::Away;
+    host.inventory.docker = EngineAvailability::Away;
     assert_eq!(
         host.states(),
         ["172.18.0.1:80 steered", "new 80 waiting (Docker is away, and network new was not seen before)"]
@@ -276,8 +276,9 @@ fn one_gateway_is_given_once() {
         ]
     );
     let down = Host::new().listens("127.0.0.1:81");
-    let down =
-        down.allow_with("app", "80", Source::Container, PathChoice::Relay).allow("bridge:br-app", "80=81");
+    let down = down
+        .allow_with("app", "80", Source::Container, DatapathChoice::Relay)
+        .allow("bridge:br-app", "80=81");
     assert_eq!(
         down.states()[1],
         "172.18.0.1:80 blocked (rule app 80 has 172.18.0.1:80 already; deny one of them)"
@@ -287,14 +288,14 @@ fn one_gateway_is_given_once() {
 #[test]
 fn kernels_that_do_not_tell_the_interface_get_keys_without_it() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
-    host.abilities.steer = Ok(Steering { interface_check: false, kernel_registers: false });
+    host.features.steer = Ok(Steering { interface_check: false, kernel_registers: false });
     assert!(host.desired().kernel.entries.keys().all(|key| key.ifindex == 0));
 }
 
 #[test]
 fn the_order_of_steps_leaves_no_gap() {
     let host =
-        Host::new().listens("127.0.0.1:80").allow_with("app", "80", Source::Loopback, PathChoice::Auto);
+        Host::new().listens("127.0.0.1:80").allow_with("app", "80", Source::Loopback, DatapathChoice::Auto);
     let names = |steps: &[Step]| -> Vec<String> {
         steps.iter().map(|s| format!("{s:?}").split(['(', ' ']).next().unwrap().to_owned()).collect()
     };
@@ -310,9 +311,10 @@ fn the_order_of_steps_leaves_no_gap() {
     let steered = Host::new().listens("127.0.0.1:80").allow("app", "80");
     let in_force = |host: &Host| {
         let desired = host.desired();
-        let passages = desired.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect();
-        let filtering = Filtering { passages, ..Filtering::default() };
-        Actual { registered: BTreeSet::new(), ..in_force(&desired, filtering) }
+        let probe_results =
+            desired.openings.keys().map(|opening| (opening.clone(), ProbeResult::Open)).collect();
+        let firewall_state = FirewallState { probe_results, ..FirewallState::default() };
+        Actual { registered: BTreeSet::new(), ..in_force(&desired, firewall_state) }
     };
     let to_relay = plan(&mptcp.desired(), &in_force(&steered));
     assert_eq!(names(&to_relay), ["AttachHooks", "OpenRelay", "PutEntry"]);
@@ -384,8 +386,8 @@ fn a_namespace_is_one_whichever_way_leads_there() {
 #[test]
 fn a_namespace_that_is_not_there_is_waited_for() {
     let host = Host::new().listens("127.0.0.1:80").namespace("pid:7", 9, &[]);
-    let host = host.no_namespace("container:a", Absence::NotThere("no container a".to_owned()));
-    let host = host.no_namespace("netns:/a", Absence::Unsuitable("/a is no namespace".to_owned()));
+    let host = host.no_namespace("container:a", NetnsUnavailable::NotThere("no container a".to_owned()));
+    let host = host.no_namespace("netns:/a", NetnsUnavailable::Unsuitable("/a is no namespace".to_owned()));
     let host = host.allow("container:a", "80").allow("netns:/a", "80").allow("pid:7", "80");
     assert_eq!(
         host.states(),
@@ -424,7 +426,7 @@ fn a_unix_socket_behind_a_strangers_link_is_blocked() {
     let path = std::path::PathBuf::from("/run/x.sock");
     host.inventory.unix_listeners.insert(path.clone());
     host.inventory.untrusted_paths.insert(path, "x.sock is a link of user 7".to_owned());
-    let host = host.allow_with("app", "80=unix:/run/x.sock", Source::Loopback, PathChoice::Auto);
+    let host = host.allow_with("app", "80=unix:/run/x.sock", Source::Loopback, DatapathChoice::Auto);
     assert_eq!(host.states(), ["172.18.0.1:80 blocked (x.sock is a link of user 7)"]);
 }
 

@@ -29,7 +29,7 @@ use nix::errno::Errno;
 
 pub(crate) use leg::{Leg, prepare, speak_first};
 pub(crate) use pipe::limit_pipes;
-pub(crate) use pump::Early;
+pub(crate) use pump::Prefetched;
 use pump::{Broken, Flow, Watch};
 
 /// The time that one leg's last bytes may take to reach the other leg after the first one broke; then the
@@ -90,7 +90,12 @@ pub(crate) enum Outcome {
 /// Moves bytes between `client` and `service` until both have ended or one has broken, then closes both.
 /// `early` has bytes that were read from the client before. A TCP socket must have been [prepared](prepare),
 /// or accepted from one that was.
-pub(crate) async fn relay<C: Leg, S: Leg>(client: C, early: Early, service: S, traffic: &Traffic) -> Outcome {
+pub(crate) async fn relay<C: Leg, S: Leg>(
+    client: C,
+    early: Prefetched,
+    service: S,
+    traffic: &Traffic,
+) -> Outcome {
     let mut to_service = Flow::new(Side::Client, &traffic.to_service).with(early);
     let mut to_client = Flow::new(Side::Service, &traffic.to_client);
 

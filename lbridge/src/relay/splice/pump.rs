@@ -43,9 +43,9 @@ thread_local! {
 
 /// The bytes that a client sent before its connection was relayed; `None` if it had sent none.
 #[derive(Debug, Default)]
-pub(crate) struct Early(Option<Box<[u8]>>);
+pub(crate) struct Prefetched(Option<Box<[u8]>>);
 
-impl Early {
+impl Prefetched {
     /// Reads what has arrived already; most clients speak first, and at once. Fails if the connection is
     /// broken.
     pub(crate) fn read(from: &impl Leg) -> io::Result<Self> {
@@ -124,7 +124,7 @@ impl<'a> Flow<'a> {
     }
 
     /// Makes the flow begin with bytes that were read before.
-    pub(super) fn with(self, early: Early) -> Self {
+    pub(super) fn with(self, early: Prefetched) -> Self {
         let held = match early.0 {
             Some(bytes) => Held::Bytes { bytes, written: 0 },
             None => Held::Nothing,

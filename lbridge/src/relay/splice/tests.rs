@@ -77,7 +77,9 @@ impl<S> Bridge<S> {
         let traffic = Arc::new(Traffic::default());
         let counters = Arc::clone(&traffic);
         let task =
-            tokio::spawn(async move { relay(client_leg, Early::default(), service_leg, &counters).await });
+            tokio::spawn(
+                async move { relay(client_leg, Prefetched::default(), service_leg, &counters).await },
+            );
         Self { client, service, traffic, task }
     }
 }
@@ -230,9 +232,9 @@ async fn client_ends_its_stream_and_reads_64_mib_from_a_unix_socket() {
 #[tokio::test]
 async fn early_bytes_are_relayed() {
     let (mut client, client_leg) = client_pair().await;
-    assert!(Early::read(&client_leg).unwrap().is_empty());
+    assert!(Prefetched::read(&client_leg).unwrap().is_empty());
     client.write_all(pattern(0, 100)).await.unwrap();
-    let early = Early::read(&client_leg).unwrap();
+    let early = Prefetched::read(&client_leg).unwrap();
     assert!(!early.is_empty());
     client.write_all(pattern(100, 5000)).await.unwrap();
     client.shutdown().await.unwrap();
@@ -250,7 +252,7 @@ async fn early_bytes_are_relayed() {
     client.set_zero_linger().unwrap();
     drop(client);
     client_leg.ready(Interest::ERROR).await.unwrap();
-    assert_eq!(Early::read(&client_leg).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(Prefetched::read(&client_leg).unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
 
 #[tokio::test]
@@ -563,7 +565,7 @@ async fn idle_connections_hold_no_pipe() {
 async fn an_idle_connection_is_small() {
     let (client, service) = tcp_pair().await;
     let traffic = Traffic::default();
-    let size = size_of_val(&relay(client, Early::default(), service, &traffic));
+    let size = size_of_val(&relay(client, Prefetched::default(), service, &traffic));
     assert!(size < 2048, "{size} bytes");
 }
 
