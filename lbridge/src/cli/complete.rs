@@ -47,7 +47,7 @@ pub(super) fn handle(args: &CompleteArgs, socket: PathBuf) -> Result<(), Failure
     let Some((current, before)) = args.words.split_last() else { return Ok(()) };
     let line = Line::read(&command, before.get(1..).unwrap_or_default());
     let candidates = super::block_on(async { Ok(line.candidates(current, socket).await) })?;
-    render::candidates(&candidates)
+    render::candidates(candidates.iter().map(|candidate| (&*candidate.word, &*candidate.about)))
 }
 
 /// The part of a command line before the cursor.

@@ -19,7 +19,7 @@ use std::{
 use jiff::{Timestamp, tz::TimeZone};
 use serde::Serialize;
 
-use super::{Failure, complete::Candidate, log};
+use super::{Failure, log};
 use crate::planning::{
     desired::State,
     text::{is_unprintable, shown},
@@ -80,13 +80,14 @@ pub(super) fn script(script: &[u8]) -> Result<(), Failure> {
     write(script).map(drop)
 }
 
-/// Prints the candidates for a completion, one a line, with a tab before the text about it.
-pub(super) fn candidates(candidates: &[Candidate]) -> Result<(), Failure> {
-    let line = |Candidate { word, about }: &Candidate| match about.as_str() {
+/// Prints the candidates for a completion, each a word and a text about it, which may be empty: one a line,
+/// with a tab before the text.
+pub(super) fn candidates<'a>(candidates: impl Iterator<Item = (&'a str, &'a str)>) -> Result<(), Failure> {
+    let line = |(word, about)| match about {
         "" => shown(word) + "\n",
         about => format!("{}\t{}\n", shown(word), shown(about)),
     };
-    write(candidates.iter().map(line).collect::<String>().as_bytes()).map(drop)
+    write(candidates.map(line).collect::<String>().as_bytes()).map(drop)
 }
 
 /// Prints JSON for programs.
