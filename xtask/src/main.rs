@@ -16,6 +16,7 @@ mod roots;
 mod run;
 mod setup;
 mod test;
+mod tool;
 mod workspace;
 
 #[derive(Debug, Parser)]
