@@ -66,7 +66,7 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
 }
 
 /// The maintainer, as in the packages' metadata.
-const MAINTAINER: &str = "The lbridge authors <maintainers@lbridge.invalid>";
+const MAINTAINER: &str = env!("CARGO_PKG_AUTHORS");
 
 /// The version that the workspace's packages share.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
