@@ -11,6 +11,7 @@ mod bench_peer;
 mod bpf_toolchain;
 mod build_ebpf;
 mod kernels;
+mod lint;
 mod package;
 mod roots;
 mod run;
@@ -35,6 +36,8 @@ enum Command {
     BenchPeer(bench_peer::Arguments),
     /// Build the object with the kernel programs, and the file that says what made it
     BuildEbpf(build_ebpf::Arguments),
+    /// Check the form of the sources, the documents and the commits
+    Lint,
     /// Make what people install: packages, and an archive with a static binary (target/package)
     Package(package::Arguments),
     /// Do the main job: with the Docker Engine of this machine, or else in a private lab
@@ -63,6 +66,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Bench(arguments) => bench::handle(&arguments)?,
         Command::BenchPeer(arguments) => bench_peer::handle(&arguments)?,
         Command::BuildEbpf(arguments) => build_ebpf::handle(&arguments)?,
+        Command::Lint => lint::handle()?,
         Command::Package(arguments) => package::handle(&arguments)?,
         Command::Run(arguments) => run::handle(&arguments)?,
         Command::Setup => setup::handle()?,
