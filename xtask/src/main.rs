@@ -10,6 +10,7 @@ mod bench;
 mod bench_peer;
 mod bpf_toolchain;
 mod build_ebpf;
+mod ci;
 mod kernels;
 mod lint;
 mod package;
@@ -36,6 +37,8 @@ enum Command {
     BenchPeer(bench_peer::Arguments),
     /// Build the object with the kernel programs, and the file that says what made it
     BuildEbpf(build_ebpf::Arguments),
+    /// Run everything that must hold before a change goes in
+    Ci(ci::Arguments),
     /// Check the form of the sources, the documents and the commits
     Lint,
     /// Make what people install: packages, and an archive with a static binary (target/package)
@@ -66,6 +69,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Bench(arguments) => bench::handle(&arguments)?,
         Command::BenchPeer(arguments) => bench_peer::handle(&arguments)?,
         Command::BuildEbpf(arguments) => build_ebpf::handle(&arguments)?,
+        Command::Ci(arguments) => ci::handle(&arguments)?,
         Command::Lint => lint::handle()?,
         Command::Package(arguments) => package::handle(&arguments)?,
         Command::Run(arguments) => run::handle(&arguments)?,

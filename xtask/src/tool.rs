@@ -14,6 +14,13 @@ pub(crate) const CARGO_DEB: Tool = Tool { name: "cargo-deb", version: "3.8.0", o
 pub(crate) const CARGO_RPM: Tool = Tool { name: "cargo-generate-rpm", version: "0.21.1", options: &[] };
 /// The program that lists the components of the binary.
 pub(crate) const CARGO_CYCLONEDX: Tool = Tool { name: "cargo-cyclonedx", version: "0.5.9", options: &[] };
+/// The program that checks the dependencies against deny.toml.
+pub(crate) const CARGO_DENY: Tool = Tool {
+    name: "cargo-deny",
+    version: "0.20.2",
+    // The default features fetch databases, which the checks here do not need.
+    options: &["--no-default-features"],
+};
 
 /// A program from a package of the registry, which has the same name.
 pub(crate) struct Tool {
