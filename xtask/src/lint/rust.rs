@@ -38,13 +38,12 @@ struct Line<'a> {
 }
 
 impl Line<'_> {
-    /// Returns true if a line break would change the program or a link.
+    /// Returns true if a line break would change the program, a link or a table.
     fn is_fixed(&self) -> bool {
-        let is_one_word =
-            self.text.trim().strip_prefix("//").is_some_and(|comment| {
-                comment.trim_start_matches(['/', '!']).split_whitespace().count() == 1
-            });
-        self.starts_in_literal || self.has_raw_string || is_one_word
+        let comment =
+            self.text.trim().strip_prefix("//").map(|text| text.trim_start_matches(['/', '!']).trim());
+        let is_row_or_word = comment.is_some_and(|text| text.starts_with('|') || !text.contains(' '));
+        self.starts_in_literal || self.has_raw_string || is_row_or_word
     }
 
     /// Returns the text of a doc comment, and its kind, `/` or `!`.
@@ -140,7 +139,8 @@ fn word(text: &str) -> usize {
     text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len())
 }
 
-/// Returns the number of `#`, and the length from the first of them to the quote, if a raw literal opens here.
+/// Returns the number of `#`, and the length from the first of them to the quote, if a raw literal opens
+/// here.
 fn raw_opening(prefix: &str, rest: &str) -> Option<(usize, usize)> {
     let hashes = rest.len() - rest.trim_start_matches('#').len();
     (matches!(prefix, "r" | "br" | "cr") && rest[hashes..].starts_with('"')).then_some((hashes, hashes + 1))
@@ -225,6 +225,7 @@ mod tests {
     #[test]
     fn lines_that_cannot_be_broken_may_be_wide() {
         assert_eq!(lines("// https://example.org/a/long/path\n"), NONE);
+        assert_eq!(lines("/// | a row of a table that | goes on |\n"), NONE);
         assert_eq!(lines("let a = r#\"a \"raw\" string that goes on\"#;\n"), NONE);
         assert_eq!(lines("let a = \"\na line of the value that goes on\";\n"), NONE);
         // What follows the literal is code again.
