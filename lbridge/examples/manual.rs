@@ -1,5 +1,5 @@
-//! `manual FOLDER` writes what is made from the definition of the command line: the man pages, `lbridge.1` and one for
-//! each command, and the completion scripts. `cargo xtask package` ships them.
+//! `manual FOLDER` writes what is made from the definition of the command line: the man pages, `lbridge.1`
+//! and one for each command, and the completion scripts. `cargo xtask package` ships them.
 
 use std::{
     env,

@@ -144,8 +144,9 @@ fn key(gateway: Ipv4Addr, ifindex: u32, port: u16) -> Vec<u8> {
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
 
-/// `lbridge verify --json bridge:lab0 8080`, which must fail, while there is an entry that no rule asks for. The daemon would
-/// correct it whenever it looks, so it stands still, and the command is told what it answered before.
+/// `lbridge verify --json bridge:lab0 8080`, which must fail, while there is an entry that no rule asks for.
+/// The daemon would correct it whenever it looks, so it stands still, and the command is told what it
+/// answered before.
 fn verify_with(stage: &Stage, map: &pins::Map, key: &[u8], value: &[u8]) -> Result<Vec<Value>> {
     let folder = tempfile::tempdir_in("/run")?;
     let socket = folder.path().join("lbridge.sock");
@@ -388,7 +389,8 @@ fn a_firewall_before_the_gateway_is_found() -> Result<()> {
     add(PLAIN, "DROP")?;
     add(WAITING, "DROP")?;
     add(REMAPPED, "REJECT")?;
-    // Known to the daemon, which leaves it alone; a service that rejects by ICMP is as good as one that drops.
+    // Known to the daemon, which leaves it alone; a service that rejects by ICMP is as good as one that
+    // drops.
     for port in ["8080", "7000", "80"] {
         let checks = stage.verify(&["bridge:lab0", port], 1)?;
         let blocked = checks.iter().any(|check| {

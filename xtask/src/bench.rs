@@ -276,8 +276,8 @@ fn start_other(way: Way, place: &Place) -> Result<Option<Process>> {
             fs::write(
                 &config,
                 format!(
-                    "defaults\n  mode tcp\n  option splice-auto\n  timeout connect 5s\n  timeout client 1m\n  \
-                     timeout server 1m\nlisten service\n  bind {address}\n  server one {service}\n"
+                    "defaults\n  mode tcp\n  option splice-auto\n  timeout connect 5s\n  timeout client \
+                     1m\n  timeout server 1m\nlisten service\n  bind {address}\n  server one {service}\n"
                 ),
             )?;
             let mut command = place.lab.host().command(haproxy().context("no haproxy")?);

@@ -1,5 +1,5 @@
-//! ci: `cargo xtask ci` runs everything that must hold before a change goes in, step by step: the checks of the
-//! sources, then the suites. `--fast` runs what needs neither root nor an engine.
+//! ci: `cargo xtask ci` runs everything that must hold before a change goes in, step by step: the checks of
+//! the sources, then the suites. `--fast` runs what needs neither root nor an engine.
 
 use std::env;
 use std::process::Command;
@@ -24,8 +24,8 @@ pub(crate) struct Arguments {
     fast: bool,
 }
 
-/// Runs every step, also after one that failed, so that one run shows all there is to mend. The last step of a
-/// full run is the suites: their summary is the last line of standard output.
+/// Runs every step, also after one that failed, so that one run shows all there is to mend. The last step of
+/// a full run is the suites: their summary is the last line of standard output.
 ///
 /// # Errors
 ///

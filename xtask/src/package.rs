@@ -122,7 +122,8 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
     let written =
         output(Command::new("date").args(["--utc", "--rfc-email", "--date", &format!("@{}", date()?)]))?;
     let text = format!(
-        "lbridge ({VERSION}-1) unstable; urgency=medium\n\n  * See changelog.gz.\n\n -- {MAINTAINER}  {written}"
+        "lbridge ({VERSION}-1) unstable; urgency=medium\n\n  * See changelog.gz.\n\
+         \n -- {MAINTAINER}  {written}"
     );
     fs::write(&changelog, text).with_context(|| format!("write {}", changelog.display()))?;
     let manual_folder = folder.join("manual");

@@ -35,7 +35,8 @@ pub(super) async fn handle(args: ImportArgs, client: &Client) -> Result<(), Fail
     if let Some((taken, target)) = conflict {
         let (id, unit) = (taken.rule.id(), &taken.unit);
         let message = format!(
-            "{id} leads to {target} already, {unit} to {}; nothing was changed: `lbridge deny {id}`, or disable the unit",
+            "{id} leads to {target} already, {unit} to {}; nothing was changed: `lbridge deny {id}`, or \
+             disable the unit",
             taken.rule.spec.target
         );
         return Err(Failure { exit: Exit::Rule, message });

@@ -18,7 +18,8 @@ use crate::{
 /// Arguments of `lbridge relay`.
 #[derive(Debug, Args)]
 #[command(
-    override_usage = "lbridge relay [OPTIONS] PORT... -- COMMAND...\n       lbridge relay [OPTIONS] --pid PID PORT...\n       lbridge relay [OPTIONS] --netns PATH PORT...",
+    override_usage = "lbridge relay [OPTIONS] PORT... -- COMMAND...\n       lbridge relay [OPTIONS] --pid \
+                      PID PORT...\n       lbridge relay [OPTIONS] --netns PATH PORT...",
     group = ArgGroup::new("place").required(true).args(["pid", "netns", "command"]),
 )]
 pub(super) struct RelayArgs {

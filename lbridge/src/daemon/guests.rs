@@ -164,7 +164,8 @@ impl Owner {
             if bridges.len() > BRIDGES && !self.crowded {
                 self.crowded = true;
                 tracing::warn!(
-                    "a container is on more than {BRIDGES} networks with --localhost rules; of the others' localhost nothing leads to the host"
+                    "a container is on more than {BRIDGES} networks with --localhost rules; of the others' \
+                     localhost nothing leads to the host"
                 );
             }
             let mut guest = Guest { netns: *netns, bridges: [0; BRIDGES] };

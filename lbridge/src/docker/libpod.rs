@@ -118,7 +118,8 @@ mod tests {
 
     fn network(more: &str) -> Network {
         let text = format!(
-            "{{\"id\":\"ab\",\"name\":\"app\",\"created\":\"2026-11-22T09:42:24Z\",\"dns_enabled\":true{more}}}"
+            "{{\"id\":\"ab\",\"name\":\"app\",\"created\":\"2026-11-22T09:42:24Z\",\
+             \"dns_enabled\":true{more}}}"
         );
         serde_json::from_str(&text).unwrap()
     }
@@ -134,7 +135,8 @@ mod tests {
         assert_eq!((macvlan.bridge(), &*macvlan.driver()), (None, "macvlan"));
         for (option, value) in [("mode", "unmanaged"), ("vlan", "7")] {
             let shared = network(&format!(
-                ",\"driver\":\"bridge\",\"network_interface\":\"br0\",\"options\":{{\"{option}\":\"{value}\"}}"
+                ",\"driver\":\"bridge\",\"network_interface\":\"br0\",\
+                 \"options\":{{\"{option}\":\"{value}\"}}"
             ));
             assert_eq!((shared.bridge(), shared.driver()), (None, format!("bridge ({option}={value})")));
         }

@@ -113,11 +113,15 @@ fn exposed(listener: &Listener, holder: &Holder) -> Finding {
     let see = format!("ss -ltnp 'sport = :{port}'");
     if holder.program.as_deref() == Some("docker-proxy") {
         return finding
-            .because("Rules do not restrict that. Publish the port on loopback alone; the rule goes on to serve it.")
+            .because(
+                "Rules do not restrict that. Publish the port on loopback alone; the rule goes on to \
+                 serve it.",
+            )
             .type_this([see, format!("docker run --publish 127.0.0.1:{port}:PORT ...")]);
     }
     let finding = finding.because(
-        "Rules do not restrict that: not the LAN, not other networks. Have it bind 127.0.0.1; the rule goes on to serve it.",
+        "Rules do not restrict that: not the LAN, not other networks. Have it bind 127.0.0.1; the rule goes \
+         on to serve it.",
     );
     let edit = holder.unit.as_ref().map(|unit| {
         let user = if unit.of_user { "--user " } else { "" };

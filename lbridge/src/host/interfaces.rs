@@ -109,9 +109,8 @@ pub(super) fn loopback_up() -> anyhow::Result<()> {
 }
 
 fn is_scratch(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
-    let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link)) =
-        &message.payload
-    else {
+    let NetlinkPayload::InnerMessage(message) = &message.payload else { return false };
+    let (RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link)) = message else {
         return false;
     };
     let mut names = link.attributes.iter().filter_map(|attribute| match attribute {

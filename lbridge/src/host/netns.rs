@@ -319,8 +319,8 @@ pub(super) fn at_path(path: &Path, follow: Follow) -> Result<OwnedFd, Absence> {
     let seen = seen.map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => Absence::NotThere(format!("there is no {shown}")),
         io::ErrorKind::PermissionDenied if follow == Follow::Trusted => Absence::Unsuitable(format!(
-            "{shown} is not followed: {error}; name the namespace by a path that only root can change, as `ip netns attach NAME PID` \
-             makes it (netns:/run/netns/NAME), or allow pid:N"
+            "{shown} is not followed: {error}; name the namespace by a path that only root can change, as \
+             `ip netns attach NAME PID` makes it (netns:/run/netns/NAME), or allow pid:N"
         )),
         _ => Absence::Unsuitable(format!("cannot open {shown}: {error}")),
     })?;

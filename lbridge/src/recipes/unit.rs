@@ -373,7 +373,8 @@ mod tests {
                 '%' | '$' => vec![c, c],
                 c => vec![c],
             }).collect();
-            proptest::prop_assert_eq!(of(&format!("ExecStart=a \"{quoted}\"")), [Ok(vec!["a".to_owned(), word])]);
+            let line = format!("ExecStart=a \"{quoted}\"");
+            proptest::prop_assert_eq!(of(&line), [Ok(vec!["a".to_owned(), word])]);
         }
     }
 

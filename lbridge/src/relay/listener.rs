@@ -406,8 +406,8 @@ impl Listener {
             statistics.refused.fetch_add(1, Ordering::Relaxed);
             if refused.is_over() {
                 tracing::warn!(
-                    "{}: refused {container}, and maybe others in the next minute: too many connections are open \
-                     (its limit is {}, and all rules share the limit of open files)",
+                    "{}: refused {container}, and maybe others in the next minute: too many connections are \
+                     open (its limit is {}, and all rules share the limit of open files)",
                     spec.rule,
                     spec.max_connections
                 );
@@ -419,13 +419,17 @@ impl Listener {
         self.surroundings.connections.spawn(async move {
             let _permit = permit;
             tokio::select! {
-                carried = carry(client, container, &orders, surroundings.names) => if let Err(error) = carried {
+                carried = carry(client, container, &orders, surroundings.names) => {
+                    let Err(error) = carried else { return };
                     let told = &orders.statistics.failed;
                     if told.lock().unwrap_or_else(PoisonError::into_inner).is_over() {
-                        tracing::warn!("{}: a connection of {container} has failed, and others may: {error:#}", orders.spec.rule);
+                        tracing::warn!(
+                            "{}: a connection of {container} has failed, and others may: {error:#}",
+                            orders.spec.rule,
+                        );
                     }
                     let _ = surroundings.wake.try_send(());
-                },
+                }
                 // Both ends are reset: there is nobody left to read the rest.
                 () = gone.wait() => tracing::debug!("{container}: its namespace is gone"),
             }

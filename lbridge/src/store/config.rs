@@ -306,7 +306,8 @@ impl Config {
         let allowed_in = allowed_in.display();
         rules.allow(allowed, Origin::Cli).map_err(|refused| match &refused {
             Refused::ReadOnly { id } => Unfit::Contradiction(format!(
-                "{}: {id} is allowed otherwise in {allowed_in}; remove the rule from one of them, there with `lbridge deny {id}`",
+                "{}: {id} is allowed otherwise in {allowed_in}; remove the rule from one of them, there with \
+                 `lbridge deny {id}`",
                 self.places(id).next().unwrap_or(&self.name)
             )),
             other => Unfit::Contradiction(format!("{} and {allowed_in}: {other}", self.name)),
@@ -467,7 +468,8 @@ mod tests {
         let off = read("").unwrap();
         assert_eq!(off.labels, labels::Settings::default());
         assert!(!off.labels.enabled && off.labels.ports.is_empty());
-        let text = "labels = true\nlabel_ports = [5432, \"8000-8010\", \"53/udp\"]\nlabel_dialled_ports = [80, \"9000-9010\"]\nlabel_sources = [\"loopback\"]\n";
+        let text = "labels = true\nlabel_ports = [5432, \"8000-8010\", \"53/udp\"]\n\
+                    label_dialled_ports = [80, \"9000-9010\"]\nlabel_sources = [\"loopback\"]\n";
         let on = read(text).unwrap();
         assert!(on.labels.enabled);
         let settings: Vec<_> =
@@ -542,9 +544,8 @@ mod tests {
     fn rules_that_contradict_each_other_are_told_with_their_places() {
         let text = "[[rule]]\nnetwork = \"a\"\nport = 1\n[[rule]]\nnetwork = \"a\"\nports = [2, \"1=3\"]\n";
         let error = read(text).unwrap().rules_with(vec![], Path::new("allowed")).unwrap_err();
-        assert!(
-            matches!(&error, Unfit::Rule(text) if text.starts_with("f:4:1: a 1 ") && text.contains("at f:1:1"))
-        );
+        let is_right = |text: &str| text.starts_with("f:4:1: a 1 ") && text.contains("at f:1:1");
+        assert!(matches!(&error, Unfit::Rule(text) if is_right(text)));
 
         let config = read(&text[..text.rfind("[[").unwrap()]).unwrap();
         let mut allowed = config.rules[0].rule.clone();
@@ -554,9 +555,8 @@ mod tests {
         );
         allowed.source = Source::Loopback;
         let error = config.rules_with(vec![allowed], Path::new("allowed")).unwrap_err();
-        assert!(
-            matches!(&error, Unfit::Contradiction(text) if text.starts_with("f:1:1: a 1 ") && text.contains("allowed"))
-        );
+        let is_right = |text: &str| text.starts_with("f:1:1: a 1 ") && text.contains("allowed");
+        assert!(matches!(&error, Unfit::Contradiction(text) if is_right(text)));
 
         let unix = read("[[rule]]\nnetwork = \"a\"\nport = \"1=unix:/x\"\n").unwrap();
         let error = unix.rules_with(vec![], Path::new("allowed")).unwrap_err().to_string();

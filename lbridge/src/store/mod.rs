@@ -251,7 +251,9 @@ mod tests {
         let (_directory, store) = store();
         assert_eq!(store.rules().unwrap(), []);
         let file: RulesFile = toml::from_str(
-            "version = 1\n[[rule]]\nnetwork = \"app\"\nport = \"80=[::1]:3000\"\nsource = \"loopback\"\npath = \"relay\"\ncomment = \"a \\\"b\\\"\"\n[[rule]]\nnetwork = \"bridge:br0\"\nport = \"22\"\n",
+            "version = 1\n[[rule]]\nnetwork = \"app\"\nport = \"80=[::1]:3000\"\nsource = \"loopback\"\n\
+             path = \"relay\"\ncomment = \"a \\\"b\\\"\"\n[[rule]]\nnetwork = \"bridge:br0\"\n\
+             port = \"22\"\n",
         )
         .unwrap();
         store.save_rules(file.rules.clone()).unwrap();

@@ -82,7 +82,8 @@ impl Podman {
             self.folder.join("containers.conf"),
             format!(
                 "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"runc\"\n\
-                 tmp_dir = \"{folder}/tmp\"\nstatic_dir = \"{folder}/static\"\nvolume_path = \"{folder}/volumes\"\n\
+                 tmp_dir = \"{folder}/tmp\"\nstatic_dir = \"{folder}/static\"\n\
+                 volume_path = \"{folder}/volumes\"\n\
                  [network]\nnetwork_backend = \"netavark\"\nnetwork_config_dir = \"{folder}/networks\"\n\
                  [containers]\nlog_driver = \"k8s-file\"\npids_limit = 0\n"
             ),
@@ -90,7 +91,8 @@ impl Podman {
         fs::write(
             self.folder.join("storage.conf"),
             format!(
-                "[storage]\ndriver = \"vfs\"\nrunroot = \"{folder}/runroot\"\ngraphroot = \"{folder}/storage\"\n"
+                "[storage]\ndriver = \"vfs\"\nrunroot = \"{folder}/runroot\"\n\
+                 graphroot = \"{folder}/storage\"\n"
             ),
         )?;
         Ok(())

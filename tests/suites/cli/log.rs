@@ -1,5 +1,6 @@
-//! Output that nobody takes, and text from elsewhere in it: a closed pipe, one that nobody reads, a full disk; names that would
-//! begin a line of the log. What is served goes on, and commands say what they could not do, once.
+//! Output that nobody takes, and text from elsewhere in it: a closed pipe, one that nobody reads, a full
+//! disk; names that would begin a line of the log. What is served goes on, and commands say what they could
+//! not do, once.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, PipeReader, Read, Write, pipe};

@@ -1,5 +1,5 @@
-//! The contract of commands, files and the control API: what is said, with which exit status, and that nothing is
-//! half-applied.
+//! The contract of commands, files and the control API: what is said, with which exit status, and that
+//! nothing is half-applied.
 
 mod access;
 mod commands;

@@ -192,8 +192,8 @@ fn ten_thousand_idle_connections() -> Result<()> {
     let spent = daemon.ticks()? - ticks;
     let grown = resident.saturating_sub(resident_before);
     println!(
-        "{count} connections, opened in {opened:?}: {} descriptors; {grown} KiB more resident, {} bytes each; {spent} \
-         ticks in 2 s of idling",
+        "{count} connections, opened in {opened:?}: {} descriptors; {grown} KiB more resident, {} bytes \
+         each; {spent} ticks in 2 s of idling",
         daemon.descriptors()?,
         grown * 1024 / u64::try_from(count)?
     );

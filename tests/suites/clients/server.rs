@@ -55,8 +55,8 @@ pub(crate) fn folder() -> Result<TempDir> {
     Ok(folder)
 }
 
-/// A program as `nobody` in the host's namespace. With System V memory of its own, which would outlive a program that
-/// is killed.
+/// A program as `nobody` in the host's namespace. With System V memory of its own, which would outlive a
+/// program that is killed.
 pub(crate) fn as_nobody(host: &NetNs, program: impl AsRef<Path>) -> Command {
     let mut command = host.command("unshare");
     command.args(["--ipc", "setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--"]);

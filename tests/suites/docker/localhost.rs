@@ -1,5 +1,5 @@
-//! `--localhost` for containers of a real Engine, whose first connection comes in their first millisecond; and for clients that
-//! ask for localhost in every way that there is.
+//! `--localhost` for containers of a real Engine, whose first connection comes in their first millisecond;
+//! and for clients that ask for localhost in every way that there is.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};

@@ -8,7 +8,7 @@ use lbridge_tests::tests;
 use super::{Scene, at};
 
 pub(crate) fn tests() -> Vec<Test> {
-    tests![names_that_mean_something_else, network_named_by_id, hostile_names, name_that_is_the_id_of_another,]
+    tests![names_that_mean_something_else, network_named_by_id, hostile_names, name_that_is_the_id_of_another]
 }
 
 fn names_that_mean_something_else() -> Result<()> {

@@ -183,8 +183,8 @@ fn thousands_of_ports_take_seconds() -> Result<()> {
     scene.daemon.deny(&["app", "20000-39999"]).map(drop)
 }
 
-/// What another container publishes on the host's localhost is a service like any other: for the allowed network, and for no
-/// other.
+/// What another container publishes on the host's localhost is a service like any other: for the allowed
+/// network, and for no other.
 fn port_published_on_loopback_is_served() -> Result<()> {
     let scene = Scene::new()?;
     let app = scene.engine.create_network("app", &[])?;
@@ -290,7 +290,8 @@ fn successor_of_a_network_inherits_nothing() -> Result<()> {
     scene.daemon.wait_for_state("app", 8080, "waiting").map(drop)
 }
 
-/// Removes `app`, which has rules for 8080 (steered) and 9090 (relayed), and makes `rogue` on the same subnet.
+/// Removes `app`, which has rules for 8080 (steered) and 9090 (relayed), and makes `rogue` on the same
+/// subnet.
 fn replace_network(scene: &Scene, before: impl FnOnce() -> Result<()>) -> Result<(Network, [Service; 2])> {
     let services = [scene.service("steered", "127.0.0.1:8080")?, scene.service("relayed", "127.0.0.1:9090")?];
     let network = scene.engine.create_network("app", OLD_SUBNET)?;

@@ -1,5 +1,5 @@
-//! One decision: what the kernel program does with a SYN, what `verdict::decide` says, and what `lbridge explain` foretells, over
-//! maps and packets that nobody has thought of.
+//! One decision: what the kernel program does with a SYN, what `verdict::decide` says, and what `lbridge
+//! explain` foretells, over maps and packets that nobody has thought of.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};

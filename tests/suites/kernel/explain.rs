@@ -308,8 +308,8 @@ fn detached_programs() -> Result<()> {
     fate(&scene, 8080, "steered")?;
     let pinned = pins::files(scene.daemon.bpffs())?;
     let link = pinned.iter().find(|path| path.ends_with("link_steer")).context("no link is pinned")?;
-    // A look for another reason may come in between, and attach it again: the scene's interfaces, for one, are told of
-    // for some seconds, until the last of their addresses is there.
+    // A look for another reason may come in between, and attach it again: the scene's interfaces, for one,
+    // are told of for some seconds, until the last of their addresses is there.
     let explanation = patience::until("an explanation before the daemon's next look", || {
         Link::pinned(link)?.detach()?;
         Ok(fate(&scene, 8080, "refused").ok())

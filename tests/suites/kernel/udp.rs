@@ -1,4 +1,5 @@
-//! UDP: a container's datagrams reach a service on the host's loopback, and what it answers comes from the gateway.
+//! UDP: a container's datagrams reach a service on the host's loopback, and what it answers comes from the
+//! gateway.
 
 use std::net::{SocketAddr, UdpSocket};
 
@@ -71,7 +72,8 @@ fn ipv6_is_answered() -> Result<()> {
     refused(&scene.container, scene.gateway(53))
 }
 
-/// It would be reached without a rule, too; with one it still is, and answers with the source that was dialled.
+/// It would be reached without a rule, too; with one it still is, and answers with the source that was
+/// dialled.
 fn wildcard_service_is_answered() -> Result<()> {
     for address in ["0.0.0.0:53", "[::]:53"] {
         let scene = Scene::new()?;

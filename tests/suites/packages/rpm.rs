@@ -1,5 +1,5 @@
-//! The package for distributions with RPM: on this machine, where rpm has a database of its own and knows no other
-//! package.
+//! The package for distributions with RPM: on this machine, where rpm has a database of its own and knows no
+//! other package.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -16,7 +16,8 @@ use crate::{CONFIG, Host, PROGRAM, RULES, UNIT};
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         the_rpm_has_what_the_deb_has: [Need::Program("rpm"), Need::Package("2.rpm")],
-        the_rpm_is_installed_upgraded_and_erased: [Need::Program("rpm"), Need::Package("2.rpm"), Need::RegistersAlone],
+        the_rpm_is_installed_upgraded_and_erased:
+            [Need::Program("rpm"), Need::Package("2.rpm"), Need::RegistersAlone],
     ]
 }
 

@@ -1,5 +1,5 @@
-//! Podman's networks: rules by name and by bridge. A bridge comes with the first container, goes with the last, and its name is
-//! the next network's.
+//! Podman's networks: rules by name and by bridge. A bridge comes with the first container, goes with the
+//! last, and its name is the next network's.
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
@@ -231,7 +231,8 @@ fn successor_inherits_nothing_while_the_daemon_is_dead() -> Result<()> {
     ensure!(rogue.bridge == network.bridge, "{rogue:?}");
     let container = scene.podman.run("rogue", &[])?;
     scene.refused(&container, at(&network, 8080))?;
-    // Nobody there who could say whose the bridge is: what is remembered is not believed of another interface.
+    // Nobody there who could say whose the bridge is: what is remembered is not believed of another
+    // interface.
     scene.podman.down()?;
     scene.daemon.restart()?;
     scene.must_be("app", 8080, "waiting")?;

@@ -1,4 +1,5 @@
-//! Podman's service comes and goes, since containers do not need it: what is in force stays. And what is said of it.
+//! Podman's service comes and goes, since containers do not need it: what is in force stays. And what is said
+//! of it.
 
 use anyhow::{Result, ensure};
 use lbridge_tests::harness::client;

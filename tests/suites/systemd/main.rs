@@ -33,8 +33,8 @@ const UNIT: &str = "lbridge.service";
 /// A configuration.
 const RELAY_8080: &str = "[[rule]]\nnetwork = \"bridge:lab0\"\nport = \"8080\"\npath = \"relay\"\n";
 
-/// What tests want of the unit: descriptors that systemd keeps, how long it waits for a stop and for a sign of life, and
-/// whether Docker is followed.
+/// What tests want of the unit: descriptors that systemd keeps, how long it waits for a stop and for a sign
+/// of life, and whether Docker is followed.
 #[derive(Clone, Copy, Debug)]
 struct Unit {
     store: u32,
@@ -60,7 +60,8 @@ impl Unit {
         // The limit of starts is for what fails again and again; these tests start it often.
         format!(
             "[Unit]\nStartLimitIntervalSec=0\n\n\
-             [Service]\nExecStart=\nExecStart={lbridge} run{docker}\nExecReload=\nExecReload={lbridge} reload\n\
+             [Service]\nExecStart=\nExecStart={lbridge} run{docker}\nExecReload=\n\
+             ExecReload={lbridge} reload\n\
              FileDescriptorStoreMax={store}\nTimeoutStopSec={stop}\nWatchdogSec={watchdog}\n"
         )
     }
@@ -177,7 +178,8 @@ impl Scene {
         self.wait_for("NFileDescriptorStore", "0")
     }
 
-    /// Begins a restart, and returns when systemd has `kept` sockets. An open connection must hold the stop up.
+    /// Begins a restart, and returns when systemd has `kept` sockets. An open connection must hold the stop
+    /// up.
     fn begin_restart(&self, kept: &str) -> Result<Restart<'_>> {
         let before = self.main_pid()?;
         self.systemd.must(&["--no-block", "restart", UNIT])?;

@@ -1,5 +1,5 @@
-//! commands: the command lines in a document. What it shows of `lbridge` and of `cargo xtask` must be accepted by
-//! the definitions of their command lines.
+//! commands: the command lines in a document. What it shows of `lbridge` and of `cargo xtask` must be
+//! accepted by the definitions of their command lines.
 
 use std::path::Path;
 
@@ -8,8 +8,8 @@ use clap::error::ErrorKind;
 
 use super::{Finding, markdown};
 
-/// Checks the command lines of a document: those in its blocks of shell commands as a whole; of those in the text,
-/// where words stand for values, the subcommands and the options.
+/// Checks the command lines of a document: those in its blocks of shell commands as a whole; of those in the
+/// text, where words stand for values, the subcommands and the options.
 pub(super) fn check(path: &Path, text: &str) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut continued: Option<(usize, String)> = None;
@@ -154,9 +154,11 @@ mod tests {
 
     #[test]
     fn blocks_are_parsed_as_they_would_be_run() {
-        let right = "```console\n# lbridge allow app_net 5432 --from web | cat\nlbridge nonsense, in the output\n\
+        let right = "```console\n# lbridge allow app_net 5432 --from web | cat\n\
+                     lbridge nonsense, in the output\n\
                      $ sudo LBRIDGE_LOG=debug lbridge status --json   # a comment\n```\n\
-                     ```sh\ncargo xtask test --setup && cargo build --nonsense\nlbridge allow \\\n  app_net 80\n```\n";
+                     ```sh\ncargo xtask test --setup && cargo build --nonsense\n\
+                     lbridge allow \\\n  app_net 80\n```\n";
         assert_eq!(found(right), NONE);
         let wrong = "```console\n# lbridge allow app_net 99999\n$ true; lbridge nonsense\n```\n\
                      ```sh\ncargo xtask --nonsense\nlbridge allow \\\n  app_net 80 --nonsense\n```\n\
@@ -166,7 +168,8 @@ mod tests {
 
     #[test]
     fn spans_name_commands_and_options() {
-        let right = "`lbridge explain NETWORK PORT --json`, `lbridge`, `lbridge relay 80 -- curl --fail`, `other --option`\n";
+        let right = "`lbridge explain NETWORK PORT --json`, `lbridge`, `lbridge relay 80 -- curl --fail`, \
+                     `other --option`\n";
         assert_eq!(found(right), NONE);
         assert_eq!(found("```sh\nlbridge explain NETWORK PORT\n```\n"), NONE);
         assert_eq!(found("```sh\nlbridge explain NETWORK PORT --nonsense\n```\n"), [2]);

@@ -1,5 +1,5 @@
-//! lint: `cargo xtask lint` checks the form of what no compiler reads: the width of lines, doc comments, the links
-//! and the commands in the documents, and the subjects of commits.
+//! lint: `cargo xtask lint` checks the form of what no compiler reads: the width of lines, doc comments, the
+//! links and the commands in the documents, and the subjects of commits.
 //!
 //! [`rust`] and [`markdown`] each check a file's text, [`commands`] the command lines in a document.
 
@@ -102,8 +102,8 @@ fn check(files: &BTreeMap<PathBuf, String>, rust_width: usize) -> Vec<Finding> {
     findings
 }
 
-/// Returns the width of a line of Rust, from rustfmt.toml: rustfmt keeps code within it, but neither comments nor
-/// strings.
+/// Returns the width of a line of Rust, from rustfmt.toml: rustfmt keeps code within it, but neither comments
+/// nor strings.
 fn rust_width() -> Result<usize> {
     let path = root().join("rustfmt.toml");
     let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;

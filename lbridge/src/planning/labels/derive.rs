@@ -248,10 +248,12 @@ impl<'a> Derivation<'a> {
         if !undialled.is_empty() {
             complaints.push((
                 format!(
-                    "containers would dial {}, which is neither in label_ports nor in label_dialled_ports of lbridge.toml",
+                    "containers would dial {}, which is neither in label_ports nor in label_dialled_ports of \
+                     lbridge.toml",
                     named(&undialled)
                 ),
-                "dial the port that the label leads to; or add to label_dialled_ports what labels may have dialled and run `lbridge reload`"
+                "dial the port that the label leads to; or add to label_dialled_ports what labels may have \
+                 dialled and run `lbridge reload`"
                     .to_owned(),
             ));
         }

@@ -313,7 +313,8 @@ impl Rule {
         }
         if self.spec.target.port() != Some(self.spec.port) {
             return Some(
-                "a UDP rule leads to the same port number, which the answers come from; have the service use it, or dial the service's own",
+                "a UDP rule leads to the same port number, which the answers come from; have the service use \
+                 it, or dial the service's own",
             );
         }
         if self.localhost {

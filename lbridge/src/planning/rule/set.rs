@@ -11,7 +11,8 @@ use super::{Invalid, Network, Origin, PathChoice, Rule, RuleId, Source, Target};
 pub enum Refused {
     /// A rule with the same (network, port) and other options exists.
     #[error(
-        "{network} {wanted} contradicts {network} {existing}, which is allowed already; run `lbridge deny {id}` first",
+        "{network} {wanted} contradicts {network} {existing}, which is allowed already; run `lbridge deny \
+         {id}` first",
         network = .id.network
     )]
     Conflict {
@@ -23,7 +24,10 @@ pub enum Refused {
         existing: String,
     },
     /// Like [`Refused::Conflict`], between two rules that were to be added at once.
-    #[error("{network} {wanted} contradicts {network} {existing}, both asked for at once; leave one of them out", network = .id.network)]
+    #[error(
+        "{network} {wanted} contradicts {network} {existing}, both asked for at once; leave one of them out",
+        network = .id.network
+    )]
     ConflictWithin {
         /// Id of both rules.
         id: RuleId,
@@ -46,7 +50,8 @@ pub enum Refused {
     },
     /// The rule comes from a label.
     #[error(
-        "{id} comes from a label of a container or a network; make that anew without it, or take the port out of label_ports in lbridge.toml"
+        "{id} comes from a label of a container or a network; make that anew without it, or take the port \
+         out of label_ports in lbridge.toml"
     )]
     FromLabel {
         /// Id of the rule.
@@ -54,7 +59,8 @@ pub enum Refused {
     },
     /// The rule leads to a Unix socket without `--source loopback`, and could never serve.
     #[error(
-        "{id} leads to a Unix socket, whose service would see root as its peer; allow it with --source loopback"
+        "{id} leads to a Unix socket, whose service would see root as its peer; allow it with --source \
+         loopback"
     )]
     NeedsLoopback {
         /// Id of the rule.
@@ -86,7 +92,8 @@ pub enum Refused {
     },
     /// The rule names a process by a number, without the process's start: the number alone says nothing.
     #[error(
-        "{id}: a process's number means nothing after its end; use `lbridge allow`, container:NAME or netns:PATH"
+        "{id}: a process's number means nothing after its end; use `lbridge allow`, container:NAME or \
+         netns:PATH"
     )]
     ProcessUnknown {
         /// Id of the rule.

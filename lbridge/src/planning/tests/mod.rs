@@ -1,4 +1,5 @@
-//! The planner's tests: scenarios that read like a host, and the law that a plan, carried out, leaves nothing to plan.
+//! The planner's tests: scenarios that read like a host, and the law that a plan, carried out, leaves nothing
+//! to plan.
 
 mod accepted;
 mod explain;
