@@ -30,7 +30,7 @@ fn main() {
     suite.main()
 }
 
-/// What both lack.
+/// The needs that neither kernel meets.
 const LACK: [Need; 2] = [Need::PortRanges, Need::WholeSystem];
 
 fn linux_5_10() -> Result<()> {

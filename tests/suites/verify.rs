@@ -304,7 +304,7 @@ fn an_entry_for_another_bridge_is_found() -> Result<()> {
     stage.verify(&["bridge:lab0", "8080"], 0).context("the daemon corrects it").map(drop)
 }
 
-/// What comes in there is nothing that can be made to come in.
+/// No packet can be made to come in by an uplink: an entry for one is read, not dialled.
 fn an_entry_for_an_uplink_is_found() -> Result<()> {
     let stage = Stage::new()?;
     let map = stage.entries()?;

@@ -21,7 +21,7 @@ pub(super) struct AllowArgs {
     #[expect(rustdoc::broken_intra_doc_links, reason = "an address, for --help")]
     #[arg(value_parser = parse_ports, required = true, value_name = "PORT")]
     ports: Vec<Ports>,
-    /// What the service sees: the container's address, or a loopback one, which it may trust
+    /// Address that the service sees: the container's address, or a loopback one, which it may trust
     #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
     source: Source,
     /// Steer in the kernel, relay through the daemon, or whichever is possible

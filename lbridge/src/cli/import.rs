@@ -18,7 +18,7 @@ pub(super) struct ImportArgs {
     /// Make the rules
     #[arg(long)]
     yes: bool,
-    /// What the services see: the container's address, or a loopback one, as with socat
+    /// Address that the services see: the container's address, or a loopback one, as with socat
     #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
     source: Source,
 }

@@ -123,7 +123,7 @@ struct OutputArgs {
     json: bool,
 }
 
-/// What only a relay can do with a rule's connections.
+/// The limits on a rule's connections that only a relay can keep.
 #[derive(Debug, Args)]
 struct Limits {
     /// Connections to a port at a time, at most; relayed rules keep limits, so a rule with one is relayed

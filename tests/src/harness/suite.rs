@@ -20,7 +20,7 @@ const TEST: &str = "LBRIDGE_TEST";
 /// A requirement that a machine may not meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Need {
-    /// Root privileges.
+    /// The test runs as root.
     Root,
     /// A cgroup2 mount.
     Cgroup2,
@@ -32,7 +32,7 @@ pub enum Need {
     Postgres,
     /// A built `lbridge`.
     Lbridge,
-    /// MPTCP sockets.
+    /// The kernel has MPTCP sockets.
     Mptcp,
     /// A kernel to boot, by the name of its folder.
     Kernel(&'static str),

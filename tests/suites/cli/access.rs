@@ -1,4 +1,4 @@
-//! Who may speak to the daemon, with the commands or with the control API.
+//! Tests of who may speak to the daemon, with the commands or with the control API.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

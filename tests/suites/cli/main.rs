@@ -39,7 +39,7 @@ fn one_line(output: &Output, status: i32) -> Result<&str> {
     Ok(lines[0])
 }
 
-/// What a command might have changed.
+/// The state that a command might have changed.
 #[derive(Debug, PartialEq, Eq)]
 struct State {
     rules: serde_json::Value,

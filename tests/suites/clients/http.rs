@@ -90,7 +90,7 @@ DavLockDB {root}/locks
         command
     }
 
-    /// What `curl --verbose` says of headers and connections, and what it wrote.
+    /// Returns what `curl --verbose` says of headers and connections, and the body that it wrote.
     fn verbose(&self, arguments: &[&str], path: &str) -> Result<(String, Vec<u8>)> {
         let mut curl = self.curl(&["--verbose"], path);
         let output = server::output(curl.args(arguments))?;

@@ -62,7 +62,7 @@ impl Relayed {
     }
 }
 
-/// How many descriptors a process has.
+/// The numbers of descriptors that a process has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Descriptors {
     /// Ends of pipes.

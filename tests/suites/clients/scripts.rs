@@ -48,7 +48,7 @@ enum Act {
     Reset,
 }
 
-/// Who does it: 0 is the client, 1 the service.
+/// The side that acts: 0 is the client, 1 the service.
 type Side = usize;
 
 #[derive(Clone, Debug)]
@@ -111,7 +111,7 @@ enum End {
     Reset,
 }
 
-/// What a side saw.
+/// The bytes and the end that a side saw.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Seen {
     bytes: usize,
@@ -310,7 +310,7 @@ fn play(script: &Script, (client, service): (TcpStream, TcpStream)) -> Result<[(
     Ok(play.players.map(|player| (player.seen, player.written)))
 }
 
-/// What holds for every outcome.
+/// Checks what holds for every outcome.
 fn is_possible(script: &Script, outcome: &[(Seen, usize); 2]) -> Result<()> {
     for side in 0..2 {
         let (seen, (_, written)) = (&outcome[side].0, &outcome[1 - side]);

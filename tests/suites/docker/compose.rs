@@ -99,13 +99,13 @@ impl Example {
         })
     }
 
-    /// What containers dial, as `status` has it.
+    /// Returns the address that containers dial, as `status` has it.
     fn gateway(&self, network: &str, port: u16) -> Result<String> {
         let rule = self.scene.daemon.rule(network, port)?.context("no rule")?;
         Ok(rule["gateways"][0]["address"].as_str().context("no gateway")?.to_owned())
     }
 
-    /// What an HTTP server says to a request of the container's own program.
+    /// Returns what an HTTP server says to a request of the container's own program.
     fn http(
         &self,
         container: &Container,

@@ -37,7 +37,7 @@ fn a_healthy_host_is_told_so() -> Result<()> {
     Ok(())
 }
 
-/// What Docker calls the host is served, unless something is in the way there.
+/// The address that Docker calls the host is served, unless something is in the way there.
 fn containers_that_dial_docker0_are_told() -> Result<()> {
     let scene = Scene::new()?;
     let network = scene.engine.create_network("app", &[])?;
@@ -90,7 +90,7 @@ fn an_engine_that_is_away_is_told() -> Result<()> {
     Report::of(&scene.daemon)?.must("docker", "ok").map(drop)
 }
 
-/// Its bridges are in another network namespace than the doctor.
+/// The engine's bridges are in another network namespace than the doctor.
 fn an_engine_of_another_host_is_told() -> Result<()> {
     let engine = Engine::start()?;
     let daemon = Daemon::prepare(&NetNs::new()?, Options { docker: true, ..Options::default() })?;

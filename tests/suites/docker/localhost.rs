@@ -30,7 +30,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// How many containers are started, if the environment does not say otherwise.
+/// Number of containers that are started, if the environment does not say otherwise.
 const STARTS: usize = 24;
 const STARTS_FROM: &str = "LBRIDGE_TEST_STARTS";
 const LOCALHOST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);

@@ -183,8 +183,8 @@ fn thousands_of_ports_take_seconds() -> Result<()> {
     scene.daemon.deny(&["app", "20000-39999"]).map(drop)
 }
 
-/// What another container publishes on the host's localhost is a service like any other: for the allowed
-/// network, and for no other.
+/// A port that another container publishes on the host's localhost is a service like any other: for the
+/// allowed network, and for no other.
 fn port_published_on_loopback_is_served() -> Result<()> {
     let scene = Scene::new()?;
     let app = scene.engine.create_network("app", &[])?;

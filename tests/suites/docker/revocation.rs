@@ -44,7 +44,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// How often whoever gets the address next tries.
+/// Number of attempts of whoever gets the address next.
 const ROUNDS: usize = 10;
 
 /// From Docker's word that a container has left to the kernel's list without its address.

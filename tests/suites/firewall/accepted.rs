@@ -559,7 +559,7 @@ fn a_service_on_every_address_starts_beside_a_relay() -> Result<()> {
     Ok(())
 }
 
-/// What would arrive anyway is not lbridge's to refuse.
+/// lbridge does not refuse packets that would arrive without it.
 fn without_an_accept_rule_others_are_left_alone() -> Result<()> {
     let walled = Walled::new()?;
     let scene = &walled.scene;

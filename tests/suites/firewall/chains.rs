@@ -41,7 +41,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// What is let through serves, what is not is dropped as before, and `deny` leaves no trace.
+/// Traffic that is let through is served, other traffic is dropped as before, and `deny` leaves no trace.
 fn served_until_denied(walled: &Walled, before: &str) -> Result<()> {
     let _service = walled.scene.service("walled", "127.0.0.1:8080")?;
     dropped(&walled.scene.container, walled.scene.gateway(8080))?;

@@ -69,7 +69,7 @@ impl Host {
         SocketAddr::new(self.bridge.gateway(), port)
     }
 
-    /// What firewalld answers instead of the service.
+    /// Dials, and expects firewalld's answer instead of the service's.
     fn denied(&self, port: u16) -> Result<()> {
         let attempt = client::attempt(&self.container, self.gateway(port));
         ensure!(

@@ -24,7 +24,7 @@ fn served(walled: &Walled) -> Result<()> {
     served_by(&scene.container, scene.container_ip, scene.gateway(53), "walled")
 }
 
-/// What is let through serves, what is not is dropped as before, and `deny` leaves no trace.
+/// Traffic that is let through is served, other traffic is dropped as before, and `deny` leaves no trace.
 fn served_until_denied(walled: &Walled) -> Result<()> {
     let scene = &walled.scene;
     let before = walled.must("nft list ruleset; iptables-legacy-save | grep -v '^#' | sed 's/\\[.*//'")?;

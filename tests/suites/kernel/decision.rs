@@ -32,10 +32,10 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![kernel_and_explanation_decide_alike: [Need::TellsInterfaces]]
 }
 
-/// How many maps and packets are tried.
+/// Number of maps and packets that are tried.
 const CASES: u32 = 400;
 
-/// What is dialled.
+/// The port that is dialled.
 const PORT: u16 = 80;
 const GATEWAY: &str = "10.7.0.1";
 /// The service that entries lead to, registered.
@@ -53,7 +53,7 @@ enum From {
     Host,
 }
 
-/// What the maps hold, and a SYN.
+/// The content of the maps, and a SYN.
 #[derive(Clone, Debug)]
 struct Case {
     entry: Option<Entry>,
@@ -287,7 +287,7 @@ impl Stage {
         }
     }
 
-    /// What `lbridge explain` says, for a SYN of the network that the gateway is of.
+    /// Returns what `lbridge explain` says, for a SYN of the network that the gateway is of.
     fn explained(&self, case: &Case, maps: &Maps) -> Result<Fate> {
         let mut reality = maps.reality.clone();
         let (gateway, source) = (ip(GATEWAY)?, ip(case.source)?);
@@ -382,7 +382,7 @@ impl Lookups for Maps {
     }
 }
 
-/// What comes of a verdict where the host has a service of its own at the dialled port.
+/// Returns the fate that a verdict leads to where the host has a service of its own at the dialled port.
 fn decided(case: &Case, maps: &Maps) -> Fate {
     let serves = |case: &Case| case.entry.as_ref().is_some_and(|entry| entry.target == SERVICE);
     match decide(maps.entry.as_ref(), &maps.source, &maps.dialled, TCP, maps) {

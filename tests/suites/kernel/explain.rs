@@ -52,7 +52,8 @@ fn text<'a>(way: &'a Value, stage: &str) -> Result<&'a str> {
     step.and_then(|step| step["text"].as_str()).with_context(|| format!("no step {stage}: {way}"))
 }
 
-/// What is foretold of the container's connection, which then must come true: who is met, if anybody.
+/// Returns what `explain` foretells of the container's connection, and who answers it, if anybody: the two
+/// agree.
 fn comes_true(scene: &Scene, port: u16) -> Result<(Value, Option<Greeting>)> {
     let source = scene.container_ip.to_string();
     let explanation = explained(&scene.daemon, &["bridge:lab0", &port.to_string(), "--source", &source])?;

@@ -66,7 +66,7 @@ fn service(scene: &Scene, listens: &str, port: u16, v6_only: bool) -> Result<Ser
     scene.service_with(&Options { v6_only, ..Options::new(&address, &address)? })
 }
 
-/// What `status` says of the gateway, and what happens to who dials it.
+/// Checks what `status` says of the gateway, and what happens to who dials it.
 fn takes(scene: &Scene, gateway: &str, port: u16, service: &str, way: Option<&str>) -> Result<()> {
     let status = scene.daemon.status()?;
     let rules = status["rules"].as_array().context("rules")?;

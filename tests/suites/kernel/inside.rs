@@ -412,7 +412,7 @@ fn a_path_that_is_something_else_is_never_opened() -> Result<()> {
     apart.refused("127.0.0.1:8080")
 }
 
-/// Who owns no service, no namespace and no privilege.
+/// A user who owns no service, no namespace and no privilege.
 const SOMEBODY: u32 = 54_321;
 
 /// A command of somebody's.

@@ -1,4 +1,4 @@
-//! What a rule asks of its relay: limits, the PROXY protocol; and how a daemon stops.
+//! Tests of what a rule asks of its relay: limits, the PROXY protocol; and how a daemon stops.
 
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;

@@ -528,7 +528,7 @@ fn cookie() -> Result<u64> {
     Ok(cookie)
 }
 
-/// Its index may be that of a bridge of the host's.
+/// The bridge's index may be that of one of the host's.
 fn a_bridge_of_a_nested_namespace_is_none_of_the_hosts() -> Result<()> {
     let (scene, _occupant, _service) = scene()?;
     for number in 0..8 {

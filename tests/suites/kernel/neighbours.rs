@@ -1,4 +1,4 @@
-//! What the host's other programs and sockets notice of lbridge: nothing.
+//! The host's other programs and sockets notice nothing of lbridge.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream, UdpSocket};

@@ -247,7 +247,7 @@ fn socket_of_another_namespace_is_never_used() -> Result<()> {
     Ok(())
 }
 
-/// What works without lbridge works the same with it.
+/// Traffic that works without lbridge works the same with it.
 fn the_host_is_left_alone() -> Result<()> {
     let scene = Scene::new()?;
     let host = scene.lab.host();

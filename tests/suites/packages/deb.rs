@@ -146,7 +146,7 @@ fn purge(host: &Host) -> Result<()> {
     host.run("getent", &["group", "lbridge"]).map(drop)
 }
 
-/// What is there, but for what packages' managers and systemd note for themselves.
+/// Lists the files that are there, but for what packages' managers and systemd note for themselves.
 fn written(host: &Host) -> Result<BTreeSet<PathBuf>> {
     let own = [
         "/etc/.pwd.lock",

@@ -1,4 +1,4 @@
-//! What people install, installed: the packages in the hands of dpkg, rpm and systemd.
+//! The packages that people install, in the hands of dpkg, rpm and systemd.
 
 mod deb;
 mod rpm;

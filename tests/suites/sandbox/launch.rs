@@ -43,7 +43,7 @@ fn addresses() -> [SocketAddr; 2] {
     [(Ipv4Addr::LOCALHOST, PORT).into(), (Ipv6Addr::LOCALHOST, PORT).into()]
 }
 
-/// What this program does inside. Exits with the number of connections that failed.
+/// Runs inside: dials each service, and exits with the number of connections that failed.
 pub(crate) fn connect() -> i32 {
     addresses().iter().filter(|address| TcpStream::connect(address).is_err()).map(|_| 1).sum()
 }
@@ -205,7 +205,7 @@ fn a_command_is_killable_while_it_starts() -> Result<()> {
     Ok(())
 }
 
-/// Whether a process has this command line, or this at the end of it.
+/// Returns true if a process has this command line, or this at the end of it.
 fn running(end: &str) -> Result<bool> {
     let lines = fs::read_dir("/proc")?
         .flatten()

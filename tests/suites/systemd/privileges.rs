@@ -1,5 +1,5 @@
-//! What the unit lets the daemon do, and that it needs it all: each thing is done, and with one capability
-//! less, not.
+//! Tests of what the unit lets the daemon do, and that it needs it all: each thing is done, and with one
+//! capability less, not.
 
 use std::fs;
 use std::io::{BufRead, BufReader};

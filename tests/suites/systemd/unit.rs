@@ -1,4 +1,4 @@
-//! What systemd is told, and what it does to the daemon.
+//! Tests of what systemd is told, and what it does to the daemon.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -175,7 +175,8 @@ fn steered_connections_do_not_notice_a_kill() -> Result<()> {
     traffic.all_served()
 }
 
-/// What is killed gives no sockets to anybody: refused is who comes meanwhile, and nobody for longer.
+/// A daemon that is killed gives no sockets to anybody: refused is who comes meanwhile, and nobody for
+/// longer.
 fn relays_come_back_after_a_kill() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("relayed", "127.0.0.1:8080")?;

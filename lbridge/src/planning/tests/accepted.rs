@@ -1,5 +1,5 @@
-//! What an accept rule lets in is for its rule alone: the plan has the kernel refuse everybody else first,
-//! and for as long.
+//! An accept rule lets traffic in for its own rule alone: the plan has the kernel refuse everybody else
+//! first, and for as long.
 
 use super::{Host, in_force};
 use crate::planning::{

@@ -17,7 +17,7 @@ use crate::planning::{
 };
 
 impl Host {
-    /// What is in force once everything that the policy wants is.
+    /// Returns the reality in which everything that the policy wants is in force.
     fn in_force(&self) -> Reality {
         let policy = self.policy();
         let passages = policy.openings.keys().map(|opening| (opening.clone(), Passage::Open)).collect();

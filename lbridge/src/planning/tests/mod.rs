@@ -92,7 +92,7 @@ impl Host {
         self
     }
 
-    /// What a rule's `network` leads to: a namespace, by its inode, with these loopback addresses.
+    /// Has a rule's `network` lead to the namespace with this inode and these loopback addresses.
     fn namespace(mut self, network: &str, inode: u64, loopback: &[&str]) -> Self {
         let namespace = Namespace {
             key: NamespaceKey {
