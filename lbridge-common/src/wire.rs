@@ -219,7 +219,7 @@ impl Entry {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CountedEntry {
-    /// The entry.
+    /// The part that the daemon writes.
     pub entry: Entry,
     /// Number of connections steered since the entry was put. The kernel program increments it.
     pub steered: u64,

@@ -9,9 +9,9 @@ use aya_ebpf::{
     maps::{HashMap, LpmTrie, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
 };
 use lbridge_common::wire::{
-    AcceptedKey, Address, CountedEntry, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey, LoopbackView,
-    MAX_GUESTS, MAX_LISTENERS, MAX_PROBERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, ProberKey, RelayPeer,
-    RelayPeerKey, Reply, ReplyKey, RuleKey, SourceKey, TargetKey, ViewKey,
+    AcceptedKey, Address, CountedEntry, Counter, Dial, DialKey, Endpoint, Guest, ListenerEvent, ListenerKey,
+    LoopbackView, MAX_GUESTS, MAX_LISTENERS, MAX_PROBERS, MAX_RELAY_PEERS, MAX_RULES, MAX_TARGETS, ProberKey,
+    RelayPeer, RelayPeerKey, Reply, ReplyKey, RuleKey, SourceKey, TargetKey, ViewKey,
 };
 
 // Not preallocated: an empty map uses no memory for elements.
