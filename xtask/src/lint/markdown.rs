@@ -35,12 +35,16 @@ pub(super) fn lines(text: &str) -> Vec<Line<'_>> {
     lines
 }
 
-/// Checks the width of a document's lines. Rows of tables have none, and targets of links do not count.
+/// Checks the width of a document's lines. Rows of tables have none, nor have commands with their output, which is
+/// quoted as it is. Targets of links do not count.
 pub(super) fn check(path: &Path, text: &str) -> Vec<Finding> {
-    let is_row = |line: &Line<'_>| line.block.is_none() && line.text.trim_start().starts_with('|');
+    let is_fixed = |line: &Line<'_>| match line.block {
+        Some(language) => language == "console",
+        None => line.text.trim_start().starts_with('|'),
+    };
     lines(text)
         .into_iter()
-        .filter(|line| !is_row(line))
+        .filter(|line| !is_fixed(line))
         .filter_map(|line| {
             let in_links: usize = targets(line.text).iter().map(|target| target.chars().count()).sum();
             let columns = line.text.chars().count().saturating_sub(in_links);
@@ -183,6 +187,7 @@ mod tests {
         let wide = "word ".repeat(30);
         assert_eq!(check(path, &format!("a\n\n{wide}\n")).len(), 1);
         assert_eq!(check(path, &format!("```\n{wide}\n```\n")).len(), 1);
+        assert_eq!(check(path, &format!("```console\n{wide}\n```\n")), []);
         assert_eq!(check(path, &format!("| {wide} |\n")), []);
         assert_eq!(check(path, &format!("[a]({})\n", "b".repeat(150))), []);
     }
