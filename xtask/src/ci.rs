@@ -33,7 +33,7 @@ pub(crate) struct Arguments {
 pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
     let start = Instant::now();
     let mut results = Vec::new();
-    for step in steps(arguments.fast)? {
+    for step in steps(arguments.fast) {
         results.push(step.run());
     }
     print_table(&results, start.elapsed());
@@ -57,7 +57,7 @@ fn suites() -> Step {
 }
 
 /// Returns the steps before the suites, in the order in which they run.
-fn steps(fast: bool) -> Result<Vec<Step>> {
+fn steps(fast: bool) -> Vec<Step> {
     let mut steps = vec![
         Step::new(cargo(&["fmt", "--all", "--check"])),
         Step::new(cargo(&["fmt", "--manifest-path=lbridge-ebpf/Cargo.toml", "--check"])),
@@ -95,8 +95,8 @@ fn steps(fast: bool) -> Result<Vec<Step>> {
     let packages: &[&str] = if fast {
         &["--workspace", "--all-targets"]
     } else {
-        // One check serves two ends, as a full run's time is scarce: that the oldest compiler builds what people
-        // install, and that the static binary's C library has the types that it is built with.
+        // One check serves two ends, as a full run's time is scarce: that the oldest compiler builds what
+        // people install, and that the static binary's C library has the types that it is built with.
         let mut add = Command::new("rustup");
         add.args(["target", "add", STATIC_TARGET, &toolchain]);
         steps.push(Step::new(add));
@@ -119,14 +119,17 @@ fn steps(fast: bool) -> Result<Vec<Step>> {
     let mut mdbook = Command::new("mdbook");
     mdbook.args(["build", "docs/guide"]);
     steps.push(Step::new(mdbook).needs("mdbook", Missing::Skips));
-    let mut deny = Command::new(CARGO_DENY.find()?);
+    if !CARGO_DENY.is_there() {
+        steps.push(Step::new(CARGO_DENY.install()));
+    }
+    let mut deny = Command::new(CARGO_DENY.program());
     deny.args(["--locked", "check", "bans", "licenses", "sources"]);
     steps.push(Step::new(deny));
     if fast {
         steps.push(Step::new(cargo(&["test", "--workspace", "--lib", "--bins", "--locked"])));
         steps.push(Step::new(cargo(&["test", "--workspace", "--doc", "--locked"])));
     }
-    Ok(steps)
+    steps
 }
 
 /// Returns the Cargo on PATH, rustup's, which takes a toolchain as its first argument.

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::Result;
 
@@ -44,17 +45,28 @@ impl Tool {
 
     /// Returns the program; builds it if it is missing or has another version.
     pub(crate) fn find(&self) -> Result<PathBuf> {
-        let Tool { name, version, options } = self;
         if !self.is_there() {
-            eprintln!("building {name} {version}, once (a minute or two)");
-            let mut install = cargo();
-            install.args(["install", name, "--version", version, "--locked", "--force", "--quiet"]);
-            // The programs run only a few times, so a fast build matters more than a fast program. Their
-            // common dependencies are built once.
-            install.env("CARGO_TARGET_DIR", Tool::root().join("build"));
-            install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_LTO", "off");
-            run(install.args(*options).arg("--root").arg(Tool::root()))?;
+            eprintln!("building {} {}, once (a minute or two)", self.name, self.version);
+            run(&mut self.install())?;
         }
-        Ok(Tool::root().join("bin").join(name))
+        Ok(self.program())
+    }
+
+    /// Returns the path of the program, which [`Self::install`] builds.
+    pub(crate) fn program(&self) -> PathBuf {
+        Tool::root().join("bin").join(self.name)
+    }
+
+    /// Returns the command that builds the program.
+    pub(crate) fn install(&self) -> Command {
+        let Tool { name, version, options } = self;
+        let mut install = cargo();
+        install.args(["install", name, "--version", version, "--locked", "--force", "--quiet"]);
+        // The programs run only a few times, so a fast build matters more than a fast program. Their common
+        // dependencies are built once.
+        install.env("CARGO_TARGET_DIR", Tool::root().join("build"));
+        install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_LTO", "off");
+        install.args(*options).arg("--root").arg(Tool::root());
+        install
     }
 }

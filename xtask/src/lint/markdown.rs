@@ -35,8 +35,8 @@ pub(super) fn lines(text: &str) -> Vec<Line<'_>> {
     lines
 }
 
-/// Checks the width of a document's lines. Rows of tables have none, nor have commands with their output, which is
-/// quoted as it is. Targets of links do not count.
+/// Checks the width of a document's lines. Rows of tables have none, nor have commands with their output,
+/// which is quoted as it is. Targets of links do not count.
 pub(super) fn check(path: &Path, text: &str) -> Vec<Finding> {
     let is_fixed = |line: &Line<'_>| match line.block {
         Some(language) => language == "console",
