@@ -35,11 +35,11 @@ pub(super) fn lines(text: &str) -> Vec<Line<'_>> {
     lines
 }
 
-/// Checks the width of a document's lines. Rows of tables have none, nor have commands with their output,
+/// Checks the width of a document's lines. Rows of tables have none, nor have commands and their output,
 /// which is quoted as it is. Targets of links do not count.
 pub(super) fn check(path: &Path, text: &str) -> Vec<Finding> {
     let is_fixed = |line: &Line<'_>| match line.block {
-        Some(language) => language == "console",
+        Some(language) => matches!(language, "console" | "text"),
         None => line.text.trim_start().starts_with('|'),
     };
     lines(text)
