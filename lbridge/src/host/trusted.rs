@@ -366,9 +366,9 @@ mod tests {
             mode("way", 0o1777);
             lchown(at("way/made"), Some(54_321), None).unwrap();
             let error = make_folder(&at("way/made")).unwrap_err();
-            let made = at("way/made");
+            let folder = at("way/made");
             assert!(
-                matches!(Untrusted::of(&error), Some(Untrusted::Owner { path, uid: 54_321 }) if *path == made)
+                matches!(Untrusted::of(&error), Some(Untrusted::Owner { path, uid: 54_321 }) if *path == folder)
             );
         }
     }
