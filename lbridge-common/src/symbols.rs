@@ -4,7 +4,7 @@
 
 /// Rules: [`crate::wire::RuleKey`] to [`crate::wire::CountedEntry`].
 pub const RULES: &str = "RULES";
-/// Sources that may use a rule with [`crate::wire::CountedEntry::LISTED`]: [`crate::wire::SourceKey`] to 1
+/// Sources that may use a rule with [`crate::wire::Entry::LISTED`]: [`crate::wire::SourceKey`] to 1
 /// (`u8`).
 pub const SOURCES: &str = "SOURCES";
 /// Packets that lbridge's accept rules let through the firewall: [`crate::wire::AcceptedKey`] to 1 (`u8`).
