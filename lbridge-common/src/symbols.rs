@@ -17,12 +17,14 @@ pub const LISTENERS: &str = "LISTENERS";
 pub const RELAYS: &str = "RELAYS";
 /// Gateways whose connections look local: [`crate::wire::OverrideKey`] to [`crate::wire::NameOverride`].
 pub const NAME_OVERRIDES: &str = "NAME_OVERRIDES";
-/// Network namespaces whose localhost may lead to the host: cookie (`u64`) to [`crate::wire::RedirectedNetns`].
+/// Network namespaces whose localhost may lead to the host: cookie (`u64`) to
+/// [`crate::wire::RedirectedNetns`].
 pub const REDIRECT_NETNS: &str = "REDIRECT_NETNS";
 /// Redirects, which lead from a guest's localhost to a gateway: [`crate::wire::RedirectKey`] to
 /// [`crate::wire::Redirect`].
 pub const REDIRECTS: &str = "REDIRECTS";
-/// Source addresses for the datagrams of UDP services: [`crate::wire::ReplySourceKey`] to [`crate::wire::ReplySource`].
+/// Source addresses for the datagrams of UDP services: [`crate::wire::ReplySourceKey`] to
+/// [`crate::wire::ReplySource`].
 pub const REPLY_SOURCES: &str = "REPLY_SOURCES";
 /// Source addresses of the daemon's own probes: [`crate::wire::ProberKey`] to 1 (`u8`).
 pub const PROBERS: &str = "PROBERS";

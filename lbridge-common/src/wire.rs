@@ -159,7 +159,8 @@ impl From<Address> for IpAddr {
     }
 }
 
-/// Key of an entry: the address and port that a container dials, and the interface on which the packet arrives.
+/// Key of an entry: the address and port that a container dials, and the interface on which the packet
+/// arrives.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct EntryKey {
@@ -220,7 +221,7 @@ impl Entry {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CountedEntry {
-    /// The entry.
+    /// The entry, as the daemon has put it.
     pub entry: Entry,
     /// Number of connections steered since the entry was put. The kernel program increments it.
     pub steered: u64,
@@ -372,8 +373,8 @@ pub struct ProberKey {
     pub ifindex: u32,
 }
 
-/// Key of an override (`--source loopback`): connections to `gateway` from a subnet look as if they came from and
-/// went to loopback. The key is a longest-prefix match; it ends with the subnet.
+/// Key of an override (`--source loopback`): connections to `gateway` from a subnet look as if they came from
+/// and went to loopback. The key is a longest-prefix match; it ends with the subnet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OverrideKey {

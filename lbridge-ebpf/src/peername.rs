@@ -54,8 +54,9 @@ fn is_host(ctx: &SockAddrContext) -> bool {
     host == 0 || ctx::sock_addr_netns(ctx) == host
 }
 
-/// Returns the address that a container's socket dialled, if it was redirected to `name`. Compares the redirect's
-/// gateway with `name`, since the socket may have been connected to something else in the meantime.
+/// Returns the address that a container's socket dialled, if it was redirected to `name`. Compares the
+/// redirect's gateway with `name`, since the socket may have been connected to something else in the
+/// meantime.
 #[inline(always)]
 fn dialled_instead(ctx: &SockAddrContext, name: &Endpoint, side: Side) -> Option<Endpoint> {
     match side {

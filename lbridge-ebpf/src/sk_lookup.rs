@@ -87,9 +87,9 @@ pub fn try_steer(ctx: &SkLookupContext, ifindex: u32, protocol: u8) -> Outcome {
     // Without a value in its place LLVM would leave the entry's words undefined, and read them back from the
     // stack: before Linux 6.3 the verifier refuses that ("invalid read from stack").
     let value = match pointer {
-        // SAFETY: the map's memory stays readable while the program runs. It may be written to meanwhile: with
-        // a new value, or, once the entry is removed, for another key (htab elements are reused at once from
-        // Linux 6.1 on). So the value is copied, and the copy must belong to this key.
+        // SAFETY: the map's memory stays readable while the program runs. It may be written to meanwhile:
+        // with a new value, or, once the entry is removed, for another key (htab elements are reused at once
+        // from Linux 6.1 on). So the value is copied, and the copy must belong to this key.
         Some(pointer) => unsafe { core::ptr::read_volatile(pointer) },
         None => CountedEntry::EMPTY,
     };

@@ -114,7 +114,8 @@ fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
         Started::Held(held) => held,
         Started::Ended(status) => {
             tracing::warn!(
-                "the command has ended and made no network namespace of its own, so it was in the host's; is --unshare-net missing?"
+                "the command has ended and made no network namespace of its own, so it was in the host's; is \
+                 --unshare-net missing?"
             );
             return Ok(exit_status(status));
         }
@@ -197,7 +198,8 @@ impl Options {
             }
             if matches!(spec.target, Target::Unix(_)) && self.source == Source::Container {
                 return Err(format!(
-                    "{spec} leads to a Unix socket, whose service would see you as its peer; add --source loopback"
+                    "{spec} leads to a Unix socket, whose service would see you as its peer; add --source \
+                     loopback"
                 ));
             }
         }

@@ -195,8 +195,8 @@ fn network(forward: &Forward, bridges: &Bridges) -> Result<(Network, IpAddr, Str
     Ok((network, gateway, name.clone()))
 }
 
-/// Returns the engine that gives such names to its bridges. Podman gives a name again, to another network, so that a
-/// rule must not name its bridge.
+/// Returns the engine that gives such names to its bridges. Podman gives a name again, to another network, so
+/// that a rule must not name its bridge.
 fn engine_that_names(bridge: &str) -> Option<EngineKind> {
     if bridge == "docker0" || bridge.starts_with("br-") {
         return Some(EngineKind::Docker);

@@ -1,4 +1,5 @@
-//! Runs a command in the sandbox that the suites use, to look around in: `cargo run --example sandbox -- bash`.
+//! Runs a command in the sandbox that the suites use, to look around in: `cargo run --example sandbox --
+//! bash`.
 
 use std::process::{Command, exit};
 

@@ -16,8 +16,8 @@
 //! | `packages` | packages that are installed, upgraded and removed | and systemd, dpkg, rpm; `cargo xtask test` makes them |
 //! | `vm` | the `kernel` suite on Debian's 5.10 and 6.1 | qemu, kernels; no root |
 //!
-//! `docker` and `podman` share the tests in `suites/engines`: what holds for both engines is written once, and the
-//! constants of [`harness::engine::Engine`] name the differences.
+//! `docker` and `podman` share the tests in `suites/engines`: what holds for both engines is written once,
+//! and the constants of [`harness::engine::Engine`] name the differences.
 //!
 //! A suite is a program of its own (`cargo test -p lbridge-tests --test kernel -- restart`). To look around
 //! where the tests run: `cargo run -p lbridge-tests --example sandbox -- bash`.

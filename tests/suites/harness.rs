@@ -18,8 +18,8 @@ fn main() {
     suite.main()
 }
 
-/// Container to host, container to container of another bridge, LAN to a gateway: whatever is refused later on is
-/// not refused for lack of a route.
+/// Container to host, container to container of another bridge, LAN to a gateway: whatever is refused later
+/// on is not refused for lack of a route.
 fn packets_flow() -> Result<()> {
     let lab = Lab::new()?;
     let one = lab.add_bridge("lab0", "10.7.0.1/24 fd07::1/64")?;

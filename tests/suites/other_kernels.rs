@@ -1,5 +1,5 @@
-//! The kernel suite on the kernels of Debian 11 and 12, booted in qemu. The same program runs inside: what is tested
-//! there is what was built here.
+//! The kernel suite on the kernels of Debian 11 and 12, booted in qemu. The same program runs inside: what is
+//! tested there is what was built here.
 
 mod kernel;
 
@@ -31,7 +31,7 @@ fn main() {
     suite.main()
 }
 
-/// What both lack.
+/// The needs that neither kernel meets.
 const LACK: [Need; 2] = [Need::PortRanges, Need::WholeSystem];
 
 fn linux_5_10() -> Result<()> {
@@ -43,7 +43,8 @@ fn linux_6_1() -> Result<()> {
     every_test_passes("bookworm", "6.1", &LACK)
 }
 
-/// Boots, runs, and counts: a test that was not run is no test passed. Only what needs one of `lacks` is ignored.
+/// Boots, runs, and counts: a test that was not run is no test passed. Only what needs one of `lacks` is
+/// ignored.
 fn every_test_passes(suite: &str, version: &str, lacks: &[Need]) -> Result<()> {
     let tests = kernel::suite().tests;
     let ignored = tests.iter().filter(|test| test.needs.iter().any(|need| lacks.contains(need))).count();

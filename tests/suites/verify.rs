@@ -143,8 +143,9 @@ fn key(gateway: Ipv4Addr, ifindex: u32, port: u16) -> Vec<u8> {
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
 
-/// `lbridge verify --json bridge:lab0 8080`, which must fail, while there is an entry that no rule asks for. The daemon would
-/// correct it whenever it looks, so it stands still, and the command is told what it answered before.
+/// `lbridge verify --json bridge:lab0 8080`, which must fail, while there is an entry that no rule asks for.
+/// The daemon would correct it whenever it looks, so it stands still, and the command is told what it
+/// answered before.
 fn verify_with(stage: &Stage, map: &pins::Map, key: &[u8], value: &[u8]) -> Result<Vec<Value>> {
     let folder = tempfile::tempdir_in("/run")?;
     let socket = folder.path().join("lbridge.sock");
@@ -302,7 +303,7 @@ fn an_entry_for_another_bridge_is_found() -> Result<()> {
     stage.verify(&["bridge:lab0", "8080"], 0).context("the daemon corrects it").map(drop)
 }
 
-/// What comes in there is nothing that can be made to come in.
+/// No packet can be made to come in by an uplink: an entry for one is read, not dialled.
 fn an_entry_for_an_uplink_is_found() -> Result<()> {
     let stage = Stage::new()?;
     let map = stage.entries()?;
@@ -387,7 +388,8 @@ fn a_firewall_before_the_gateway_is_found() -> Result<()> {
     add(PLAIN, "DROP")?;
     add(WAITING, "DROP")?;
     add(REMAPPED, "REJECT")?;
-    // Known to the daemon, which leaves it alone; a service that rejects by ICMP is as good as one that drops.
+    // Known to the daemon, which leaves it alone; a service that rejects by ICMP is as good as one that
+    // drops.
     for port in ["8080", "7000", "80"] {
         let checks = stage.verify(&["bridge:lab0", port], 1)?;
         let blocked = checks.iter().any(|check| {

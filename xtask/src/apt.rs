@@ -140,8 +140,8 @@ impl Mirror {
             "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)",
         ]))?;
         Mirror::parse(&targets).context(
-            "apt knows no mirror of Debian (or has never updated its lists): set LBRIDGE_DEBIAN_MIRROR to the \
-             address of one",
+            "apt knows no mirror of Debian (or has never updated its lists): set LBRIDGE_DEBIAN_MIRROR to \
+             the address of one",
         )
     }
 

@@ -37,10 +37,10 @@ const IDLE: Duration = Duration::from_secs(5);
 /// Options of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// How often each path is measured; the medians are printed
+    /// Number of measurements of each path; the medians are printed
     #[arg(long, default_value_t = 9)]
     rounds: usize,
-    /// How long each measurement takes
+    /// Time that each measurement takes, in seconds
     #[arg(long, default_value_t = 0.5)]
     seconds: f64,
     /// Run everything on one CPU: what is compared is then the work, not how the scheduler wakes another CPU
@@ -277,8 +277,8 @@ fn start_other(way: Way, place: &Place) -> Result<Option<Process>> {
             fs::write(
                 &config,
                 format!(
-                    "defaults\n  mode tcp\n  option splice-auto\n  timeout connect 5s\n  timeout client 1m\n  \
-                     timeout server 1m\nlisten service\n  bind {address}\n  server one {service}\n"
+                    "defaults\n  mode tcp\n  option splice-auto\n  timeout connect 5s\n  timeout client \
+                     1m\n  timeout server 1m\nlisten service\n  bind {address}\n  server one {service}\n"
                 ),
             )?;
             let mut command = place.lab.host().command(haproxy().context("no haproxy")?);

@@ -59,8 +59,8 @@ impl Toolchain {
         let rustc = Rustc::parse(&version).with_context(|| format!("{RUSTC} -vV printed\n{version}"))?;
         ensure!(
             rustc.llvm.split('.').next() == Some(&LLVM.to_string()),
-            "{RUSTC} {} has LLVM {}, but the linker is built with LLVM {LLVM}: xtask/src/bpf_toolchain.rs has to \
-             follow Debian's rustc-web",
+            "{RUSTC} {} has LLVM {}, but the linker is built with LLVM {LLVM}: xtask/src/bpf_toolchain.rs \
+             has to follow Debian's rustc-web",
             rustc.release,
             rustc.llvm,
         );

@@ -99,7 +99,8 @@ fn check() -> Result<()> {
     );
     ensure!(
         source_digest(&root())? == record.source_sha256,
-        "{FOLDER}/{OBJECT} is stale, its sources have changed since: run cargo xtask build-ebpf, commit the result"
+        "{FOLDER}/{OBJECT} is stale, its sources have changed since: run cargo xtask build-ebpf, commit the \
+         result"
     );
 
     let toolchain = Toolchain::find()?;
@@ -108,8 +109,8 @@ fn check() -> Result<()> {
     if differences.is_empty() {
         ensure!(
             built == committed,
-            "{FOLDER}/{OBJECT} is not what its sources and its toolchain give ({} bytes, sha256 {}): run cargo xtask \
-             build-ebpf and look at what changed",
+            "{FOLDER}/{OBJECT} is not what its sources and its toolchain give ({} bytes, sha256 {}): run \
+             cargo xtask build-ebpf and look at what changed",
             built.len(),
             hex(Sha256::digest(&built)),
         );
@@ -122,7 +123,8 @@ fn check() -> Result<()> {
         let (committed, built) = (Interface::of(&committed)?, Interface::of(&built)?);
         ensure!(
             committed == built,
-            "the object built here has other programs or maps than {FOLDER}/{OBJECT}\ncommitted: {committed:#?}\n\
+            "the object built here has other programs or maps than {FOLDER}/{OBJECT}\n\
+             committed: {committed:#?}\n\
              built: {built:#?}"
         );
         println!("{FOLDER}/{OBJECT}: the sources are those recorded, and give the same {built}");

@@ -10,12 +10,15 @@ mod bench;
 mod bench_peer;
 mod bpf_toolchain;
 mod build_ebpf;
+mod ci;
 mod kernels;
+mod lint;
 mod package;
 mod roots;
 mod run;
 mod setup;
 mod test;
+mod tool;
 mod workspace;
 
 #[derive(Debug, Parser)]
@@ -34,6 +37,10 @@ enum Command {
     BenchPeer(bench_peer::Arguments),
     /// Build the object with the kernel programs, and the file that says what made it
     BuildEbpf(build_ebpf::Arguments),
+    /// Run everything that must hold before a change goes in
+    Ci(ci::Arguments),
+    /// Check the form of the sources, the documents and the commits
+    Lint,
     /// Make what people install: packages, and an archive with a static binary (target/package)
     Package(package::Arguments),
     /// Do the main job: with the Docker Engine of this machine, or else in a private lab
@@ -62,6 +69,8 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Bench(arguments) => bench::handle(&arguments)?,
         Command::BenchPeer(arguments) => bench_peer::handle(&arguments)?,
         Command::BuildEbpf(arguments) => build_ebpf::handle(&arguments)?,
+        Command::Ci(arguments) => ci::handle(&arguments)?,
+        Command::Lint => lint::handle()?,
         Command::Package(arguments) => package::handle(&arguments)?,
         Command::Run(arguments) => run::handle(&arguments)?,
         Command::Setup => setup::handle()?,

@@ -9,12 +9,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
+use crate::tool::{CARGO_CYCLONEDX, CARGO_DEB, CARGO_RPM};
 use crate::workspace::{build_release, cargo, hex, output, root, run, target};
-
-/// Cargo's subcommands that build packages, from the registry, in versions that are known to work.
-const CARGO_DEB: Tool = Tool { name: "cargo-deb", version: "3.8.0" };
-const CARGO_RPM: Tool = Tool { name: "cargo-generate-rpm", version: "0.21.1" };
-const CARGO_CYCLONEDX: Tool = Tool { name: "cargo-cyclonedx", version: "0.5.9" };
 
 /// Target of a binary that needs nothing of the machine but its kernel.
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
@@ -70,7 +66,7 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<()> {
 }
 
 /// The maintainer, as in the packages' metadata.
-const MAINTAINER: &str = "The lbridge authors <maintainers@lbridge.invalid>";
+const MAINTAINER: &str = env!("CARGO_PKG_AUTHORS");
 
 /// The version that the workspace's packages share.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -126,7 +122,8 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
     let written =
         output(Command::new("date").args(["--utc", "--rfc-email", "--date", &format!("@{}", date()?)]))?;
     let text = format!(
-        "lbridge ({VERSION}-1) unstable; urgency=medium\n\n  * See changelog.gz.\n\n -- {MAINTAINER}  {written}"
+        "lbridge ({VERSION}-1) unstable; urgency=medium\n\n  * See changelog.gz.\n\
+         \n -- {MAINTAINER}  {written}"
     );
     fs::write(&changelog, text).with_context(|| format!("write {}", changelog.display()))?;
     let manual_folder = folder.join("manual");
@@ -273,40 +270,4 @@ fn date() -> Result<String> {
     }
     let date = output(Command::new("git").args(["log", "-1", "--format=%ct"]).current_dir(root()));
     Ok(date.context("not a checkout of git: set SOURCE_DATE_EPOCH")?.trim_end().to_owned())
-}
-
-/// A program from a package of the registry.
-struct Tool {
-    name: &'static str,
-    version: &'static str,
-}
-
-impl Tool {
-    fn root() -> PathBuf {
-        target().join("tools")
-    }
-
-    /// Returns true if the program is installed in this version.
-    fn is_there(&self) -> bool {
-        let Tool { name, version } = self;
-        // Cargo's own record of what it has installed there.
-        let record = fs::read_to_string(Tool::root().join(".crates.toml")).unwrap_or_default();
-        record.contains(&format!("\"{name} {version} ("))
-    }
-
-    /// Returns the program; builds it if it is missing or has another version.
-    fn find(&self) -> Result<PathBuf> {
-        let Tool { name, version } = self;
-        if !self.is_there() {
-            eprintln!("building {name} {version}, once (a minute or two)");
-            let mut install = cargo();
-            install.args(["install", name, "--version", version, "--locked", "--force", "--quiet"]);
-            // The programs run only a few times, so a fast build matters more than a fast program. Their
-            // common dependencies are built once.
-            install.env("CARGO_TARGET_DIR", Tool::root().join("build"));
-            install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_LTO", "off");
-            run(install.arg("--root").arg(Tool::root()))?;
-        }
-        Ok(Tool::root().join("bin").join(name))
-    }
 }

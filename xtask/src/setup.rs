@@ -6,11 +6,12 @@ use crate::bpf_toolchain::{self, Toolchain};
 use crate::{apt, kernels, package, roots};
 
 /// Packages that the suites use, in addition to the toolchain of the kernel programs.
-const PACKAGES: [&str; 31] = [
+const PACKAGES: [&str; 32] = [
     "aardvark-dns",   // Podman's names
     "apache2-bin",    // a web server, without the service that the package apache2 is
     "bubblewrap",     // sandboxes of users
     "busybox-static", // the containers' image, and the virtual machines' user space
+    "codespell",      // the spelling, in `cargo xtask ci`
     "cpio",           // their initial file systems
     "curl",           // a client that is not ours
     "dnsmasq-base",   // a server that speaks UDP, without its service

@@ -64,13 +64,22 @@ fn name(command: &Command) -> String {
     command.get_program().display().to_string()
 }
 
-/// Formats the command as a person would type it.
-fn line(command: &Command) -> String {
-    std::iter::once(command.get_program())
-        .chain(command.get_args())
-        .map(OsStr::to_string_lossy)
-        .collect::<Vec<_>>()
-        .join(" ")
+/// Formats the command as a person would type it, with the variables that it sets.
+pub(crate) fn line(command: &Command) -> String {
+    let variables =
+        command.get_envs().filter_map(|(name, value)| Some(format!("{}={}", name.display(), quoted(value?))));
+    let words = std::iter::once(command.get_program()).chain(command.get_args()).map(quoted);
+    variables.chain(words).collect::<Vec<_>>().join(" ")
+}
+
+/// Quotes a word for a shell, if that is needed.
+fn quoted(word: &OsStr) -> String {
+    let word = word.to_string_lossy();
+    let is_plain = |c: char| c.is_alphanumeric() || "+-_=./:,@%".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.into_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 /// Replaces a file atomically; does nothing if its content is the same already.
@@ -91,4 +100,17 @@ pub(crate) fn hex(digest: impl AsRef<[u8]>) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_is_shown_as_it_would_be_typed() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo 'a b'", ""]).env("A", "b c").env_remove("CARGO");
+        assert_eq!(line(&command), r"A='b c' sh -c 'echo '\''a b'\''' ''");
+        assert_eq!(line(Command::new("cargo").arg("--target=x")), "cargo --target=x");
+    }
 }

@@ -60,7 +60,8 @@ pub enum ClientError {
     },
     /// The daemon accepted the request, but ended without an answer.
     #[error(
-        "the daemon at {} ended before it answered; once it runs again `lbridge status` says what is in force",
+        "the daemon at {} ended before it answered; once it runs again `lbridge status` says what is in \
+         force",
         path.display()
     )]
     Unanswered {

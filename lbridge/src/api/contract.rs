@@ -1,5 +1,6 @@
 //! Tests: the JSON of the control API, compared with the files in `snapshots/`. Scripts read it, so a
-//! difference is a change of the contract: additions are compatible, everything else breaks somebody's script.
+//! difference is a change of the contract: additions are compatible, everything else breaks somebody's
+//! script.
 //!
 //! After an intended change run the tests with `INSTA_UPDATE=always`, and review the difference of the files.
 

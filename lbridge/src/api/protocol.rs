@@ -239,7 +239,7 @@ pub struct RuleStatus {
     pub protocol: Protocol,
     /// The target: the rule's loopback service.
     pub target: String,
-    /// What the rule asks for besides; with all options, given or not.
+    /// The options of the rule: all of them, given or not.
     #[serde(flatten)]
     pub options: Options,
     /// The origin of the rule: who or what made it.

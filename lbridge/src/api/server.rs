@@ -123,7 +123,8 @@ impl ControlSocket {
             .fallback(async || {
                 failure(
                     ErrorCode::Usage,
-                    "no such resource; there are /v1/status, /v1/allow, /v1/deny, /v1/reload, /v1/explain and /v1/events",
+                    "no such resource; there are /v1/status, /v1/allow, /v1/deny, /v1/reload, /v1/explain \
+                     and /v1/events",
                 )
             })
             .layer(DefaultBodyLimit::max(MAX_BODY))

@@ -11,7 +11,8 @@ use crate::{
 /// Arguments of `lbridge allow`.
 #[derive(Debug, Args)]
 pub(super) struct AllowArgs {
-    /// A Docker network's name or id, or bridge:IFNAME; container:NAME, netns:PATH or pid:N for localhost inside
+    /// A Docker network's name or id, or bridge:IFNAME; container:NAME, netns:PATH or pid:N for localhost
+    /// inside
     #[arg(value_parser = parse_new_network)]
     network: Network,
     /// 5432, 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000, 5432=unix:/path, 8000-8010 or 53/udp

@@ -60,7 +60,7 @@ struct Line<'a> {
     socket: Option<&'a str>,
     /// The option whose value the current word is.
     pending: Option<&'a Arg>,
-    /// True after `--`.
+    /// True after `--`: what follows are no options.
     is_escaped: bool,
 }
 

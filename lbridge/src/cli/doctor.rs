@@ -17,13 +17,13 @@ pub(super) struct DoctorArgs {
     /// The daemon's directory of rules
     #[arg(long, env = "LBRIDGE_STATE_DIR", default_value = service::STATE_DIR)]
     state_dir: PathBuf,
-    /// Its configuration file
+    /// Configuration file of the daemon
     #[arg(long, env = "LBRIDGE_CONFIG", default_value = service::CONFIG)]
     config: PathBuf,
-    /// Its directory on a bpffs
+    /// Directory on a bpffs where the daemon pins its objects
     #[arg(long, env = "LBRIDGE_BPFFS", default_value = service::BPFFS)]
     bpffs: PathBuf,
-    /// Its cgroup2 [default: the mount point in /proc/mounts]
+    /// cgroup2 that the daemon attaches to [default: the mount point in /proc/mounts]
     #[arg(long, env = "LBRIDGE_CGROUP")]
     cgroup: Option<PathBuf>,
     /// Print JSON

@@ -18,7 +18,7 @@ pub(super) struct ImportArgs {
     /// Make the rules
     #[arg(long)]
     yes: bool,
-    /// What the services see: the container's address, or a loopback one, as with socat
+    /// Address that the services see: the container's address, or a loopback one, as with socat
     #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
     source: Source,
 }
@@ -35,7 +35,8 @@ pub(super) async fn handle(args: ImportArgs, client: &Client) -> Result<(), Fail
     if let Some((taken, target)) = conflict {
         let (id, unit) = (taken.rule.id(), &taken.unit);
         let message = format!(
-            "{id} leads to {target} already, {unit} to {}; nothing was changed: `lbridge deny {id}`, or disable the unit",
+            "{id} leads to {target} already, {unit} to {}; nothing was changed: `lbridge deny {id}`, or \
+             disable the unit",
             taken.rule.spec.target
         );
         return Err(Failure { exit: Exit::Rule, message });

@@ -96,10 +96,9 @@ enum Command {
     /// Check a configuration file; needs no daemon
     CheckConfig(check_config::CheckConfigArgs),
     /// Redirect, and see that each rule is open to whom it should be and to nobody else; as root
-    ///
-    /// Makes throw-away network namespaces on the bridges, and one that stands for the LAN, and dials from there. Services
-    /// see connections that are closed at once; nothing else is sent, and nothing is left behind. Exit status 0 if everything
-    /// was as it should be, 1 if not, or if something could not be tried.
+    /// Makes throw-away network namespaces on the bridges, and one that stands for the LAN, and dials from
+    /// there. Services see connections that are closed at once; nothing else is sent, and nothing is left
+    /// behind. Exit status 0 if everything was as it should be, 1 if not, or if something could not be tried.
     Verify(verify::VerifyArgs),
     /// Say what this host can and cannot do, and what to do about it; exit status 1 if something is a problem
     Doctor(doctor::DoctorArgs),
@@ -129,7 +128,7 @@ struct OutputArgs {
     json: bool,
 }
 
-/// What only a relay can do with a rule's connections.
+/// The limits on a rule's connections that only a relay can keep.
 #[derive(Debug, Args)]
 struct Limits {
     /// Connections to a port at a time, at most; relayed rules keep limits, so a rule with one is relayed
@@ -251,7 +250,8 @@ fn parse_new_network(text: &str) -> Result<Network, String> {
         // Docker has a network of that name.
         Some(&"bridge:") | None => parse_network(text),
         Some(kind) => Err(format!(
-            "{text} says what kind of network, not which; write {kind}WHICH (a Docker network of that name goes by its id)"
+            "{text} says what kind of network, not which; write {kind}WHICH (a Docker network of that name \
+             goes by its id)"
         )),
     }
 }

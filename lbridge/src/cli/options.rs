@@ -8,7 +8,7 @@ use crate::planning::rule::{DatapathChoice, Options, Source, comment};
 /// The flags of `lbridge allow` for [`Options`], one for each.
 #[derive(Debug, Args)]
 pub(super) struct OptionArgs {
-    /// What the service sees: the container's address, or a loopback one, which it may trust
+    /// Address that the service sees: the container's address, or a loopback one, which it may trust
     #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
     source: Source,
     /// Steer in the kernel, relay through the daemon, or whichever is possible

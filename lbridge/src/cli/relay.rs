@@ -18,7 +18,8 @@ use crate::{
 /// Arguments of `lbridge relay`.
 #[derive(Debug, Args)]
 #[command(
-    override_usage = "lbridge relay [OPTIONS] PORT... -- COMMAND...\n       lbridge relay [OPTIONS] --pid PID PORT...\n       lbridge relay [OPTIONS] --netns PATH PORT...",
+    override_usage = "lbridge relay [OPTIONS] PORT... -- COMMAND...\n       lbridge relay [OPTIONS] --pid \
+                      PID PORT...\n       lbridge relay [OPTIONS] --netns PATH PORT...",
     group = ArgGroup::new("place").required(true).args(["pid", "netns", "command"]),
 )]
 pub(super) struct RelayArgs {
@@ -32,7 +33,7 @@ pub(super) struct RelayArgs {
     /// The sandbox whose network namespace is at this path
     #[arg(long, value_name = "PATH")]
     netns: Option<PathBuf>,
-    /// What the service sees: an address that stands for the sandbox, or 127.0.0.1, which it may trust
+    /// Address that the service sees: one that stands for the sandbox, or 127.0.0.1, which it may trust
     #[arg(long, value_parser = parse_source, default_value = "container", value_name = "container|loopback")]
     source: Source,
     #[command(flatten)]

@@ -1,6 +1,6 @@
-//! Guests: the only owner of `REDIRECT_NETNS`, the map of network namespaces whose localhost leads to the host. It
-//! runs on a thread of its own, beside the loop: a container's process runs a fraction of a second after its
-//! link appears, and the loop may be in the middle of a pass.
+//! Guests: the only owner of `REDIRECT_NETNS`, the map of network namespaces whose localhost leads to the
+//! host. It runs on a thread of its own, beside the loop: a container's process runs a fraction of a second
+//! after its link appears, and the loop may be in the middle of a pass.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -164,7 +164,8 @@ impl Owner {
             if bridges.len() > BRIDGES && !self.crowded {
                 self.crowded = true;
                 tracing::warn!(
-                    "a container is on more than {BRIDGES} networks with --localhost rules; of the others' localhost nothing leads to the host"
+                    "a container is on more than {BRIDGES} networks with --localhost rules; of the others' \
+                     localhost nothing leads to the host"
                 );
             }
             let mut guest = RedirectedNetns { netns: *netns, bridges: [0; BRIDGES] };

@@ -110,7 +110,8 @@ fn check(checked: io::Result<()>, what: &str, path: &Path) -> anyhow::Result<()>
 pub async fn run(options: Options) -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!(
-            "lbridge run needs root: it loads eBPF programs and takes hold of other processes' sockets; use sudo"
+            "lbridge run needs root: it loads eBPF programs and takes hold of other processes' sockets; use \
+             sudo"
         );
     }
     // Everything that can be wrong is read before anything is touched.

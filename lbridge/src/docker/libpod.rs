@@ -93,8 +93,8 @@ impl Libpod {
         self.ask(&resource).await.context("cannot list Podman's networks")
     }
 
-    /// Describes a container that exists as Docker's API does. From a container's end until Podman has cleaned up
-    /// after it, Podman gives even there a status that Docker does not have.
+    /// Describes a container that exists as Docker's API does. From a container's end until Podman has
+    /// cleaned up after it, Podman gives even there a status that Docker does not have.
     ///
     /// # Errors
     ///
@@ -141,7 +141,7 @@ mod tests {
 
     fn network(more: &str) -> Network {
         let text = format!(
-            "{{\"id\":\"ab\",\"name\":\"app\",\"created\":\"2026-11-22T09:42:24Z\",\"dns_enabled\":true{more}}}"
+            r#"{{"id":"ab","name":"app","created":"2026-11-22T09:42:24Z","dns_enabled":true{more}}}"#
         );
         serde_json::from_str(&text).unwrap()
     }
@@ -157,7 +157,7 @@ mod tests {
         assert_eq!((macvlan.bridge(), &*macvlan.driver()), (None, "macvlan"));
         for (option, value) in [("mode", "unmanaged"), ("vlan", "7")] {
             let shared = network(&format!(
-                ",\"driver\":\"bridge\",\"network_interface\":\"br0\",\"options\":{{\"{option}\":\"{value}\"}}"
+                r#","driver":"bridge","network_interface":"br0","options":{{"{option}":"{value}"}}"#
             ));
             assert_eq!((shared.bridge(), shared.driver()), (None, format!("bridge ({option}={value})")));
         }

@@ -114,7 +114,8 @@ fn answered(options: &Options, daemon: Option<&Daemon>, status: &Status) -> Vec<
             Ok(true) => {}
             Ok(false) => {
                 let what = format!("nothing is pinned below {}", options.bpffs.display());
-                let why = "If the daemon uses no other --bpffs, somebody has removed the pins, and nothing is steered.";
+                let why = "If the daemon uses no other --bpffs, somebody has removed the pins, and nothing \
+                           is steered.";
                 findings.push(Finding::new("pins", Level::Problem, what).because(why).type_this([restart]));
             }
             Err(_) => findings.push(Finding::needs_root("pins", "whether the pins are in place")),

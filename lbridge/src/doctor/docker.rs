@@ -87,7 +87,8 @@ pub(super) async fn unread_labels(status: Option<&Status>) -> Option<Finding> {
     }
     let told: Vec<_> = labelled.iter().map(Labelled::told).collect();
     let what = format!("labels are not read, and {ALLOW} is a label of {}", listed(&told));
-    let why = "The administrator decides, in lbridge.toml: labels = true, and label_ports = [...], what they may open.";
+    let why = "The administrator decides, in lbridge.toml: labels = true, and label_ports = [...], what they \
+               may open.";
     Some(Finding::new("labels", Level::Note, what).because(why).type_this(["lbridge reload"]))
 }
 

@@ -73,7 +73,8 @@ fn about_bpffs(path: &Path) -> Finding {
     const CHECK: &str = "bpffs";
     if pins::on_bpffs(path) {
         if let Some((what, remedy)) = pins::refusal(path) {
-            let why = "Whoever can change what is pinned decides what is served; lbridge run does not start like that.";
+            let why = "Whoever can change what is pinned decides what is served; lbridge run does not start \
+                       like that.";
             return Finding::new(CHECK, Level::Problem, what).because(why).type_this(remedy);
         }
         return Finding::ok(CHECK, format!("{} is on a bpffs", path.display()));
@@ -109,8 +110,8 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
             if !steering.interface_check {
                 let what =
                     format!("Linux {release} does not tell where a packet came in (5.17 and later do)");
-                let why = "Only the source's subnet is checked: a host of the LAN with a forged source gets a SYN \
-                           through, and no connection.";
+                let why = "Only the source's subnet is checked: a host of the LAN with a forged source gets \
+                           a SYN through, and no connection.";
                 findings.push(Finding::new("ingress", Level::Note, what).because(why));
             }
             if !steering.kernel_registers {

@@ -115,8 +115,9 @@ fn route_localnet(findings: &mut Vec<Finding>) {
     findings.push(
         Finding::new("route_localnet", Level::Warning, what)
             .because(
-                "With a DNAT rule, or an address forged on that link, services on loopback are reached from outside. lbridge \
-                 does not need it; Docker without its userland proxy and kube-proxy set it for themselves.",
+                "With a DNAT rule, or an address forged on that link, services on loopback are reached from \
+                 outside. lbridge does not need it; Docker without its userland proxy and kube-proxy set it \
+                 for themselves.",
             )
             .type_this(on.iter().map(|interface| {
                 let name = quoted(&format!("net/ipv4/conf/{interface}/route_localnet=0"));

@@ -68,7 +68,9 @@ fn people(owned: &[(&Wanted, u32)]) -> Vec<Finding> {
         let port = rules.first().and_then(|rule| rule.spec.target.port());
         Finding::new("users", Level::Note, what)
             .because(
-                "Any program of that user may listen there, and gets what containers send. Ignore this if it is you on your own machine; else have a service manager bind the port under a system user, or use a port below 1024.",
+                "Any program of that user may listen there, and gets what containers send. Ignore this if it \
+                 is you on your own machine; else have a service manager bind the port under a system user, \
+                 or use a port below 1024.",
             )
             .type_this(port.map(|port| format!("ss -lntup 'sport = :{port}'")))
     };
@@ -80,7 +82,10 @@ fn beside_service(stranger: &Listener, rules: &[String]) -> Finding {
     let what =
         format!("{address} belongs to {}, the service of {} does not", user(stranger.uid), listed(rules));
     Finding::new("users", Level::Warning, what)
-        .because("One user's sockets are the service, and the rules lead nothing there. Clients on the host may reach either.")
+        .because(
+            "One user's sockets are the service, and the rules lead nothing there. Clients on the host \
+             may reach either.",
+        )
         .type_this([format!("ss -lntup 'sport = :{port}'")])
 }
 

@@ -115,11 +115,15 @@ fn exposed(listener: &Listener, holder: &Holder) -> Finding {
     let see = format!("ss -ltnp 'sport = :{port}'");
     if holder.program.as_deref() == Some("docker-proxy") {
         return finding
-            .because("Rules do not restrict that. Publish the port on loopback alone; the rule goes on to serve it.")
+            .because(
+                "Rules do not restrict that. Publish the port on loopback alone; the rule goes on to \
+                 serve it.",
+            )
             .type_this([see, format!("docker run --publish 127.0.0.1:{port}:PORT ...")]);
     }
     let finding = finding.because(
-        "Rules do not restrict that: not the LAN, not other networks. Have it bind 127.0.0.1; the rule goes on to serve it.",
+        "Rules do not restrict that: not the LAN, not other networks. Have it bind 127.0.0.1; the rule goes \
+         on to serve it.",
     );
     let edit = holder.unit.as_ref().map(|unit| {
         let user = if unit.of_user { "--user " } else { "" };
@@ -128,8 +132,8 @@ fn exposed(listener: &Listener, holder: &Holder) -> Finding {
     finding.type_this([Some(see), edit].into_iter().flatten())
 }
 
-/// Docker with `userland-proxy: false` and Podman of root (its program `conmon`) listen on published ports to reserve
-/// them, but never accept: connections reach the container by NAT.
+/// Docker with `userland-proxy: false` and Podman of root (its program `conmon`) listen on published ports to
+/// reserve them, but never accept: connections reach the container by NAT.
 fn held_by_the_engine(listener: &Listener, engine: &str, rules: &[String]) -> Finding {
     let (client, why) = match engine {
         "dockerd" => ("docker", "its userland proxy is off"),

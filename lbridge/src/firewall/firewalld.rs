@@ -159,12 +159,13 @@ mod tests {
         let own = text(&Opening::new("br0", (gateway, 24), gateway, Protocol::Tcp, 5432));
         assert_eq!(
             own,
-            "rule priority=\"-21093\" family=\"ipv4\" source address=\"10.7.0.0/24\" destination address=\"10.7.0.1\" \
-             port port=\"5432\" protocol=\"tcp\" accept"
+            "rule priority=\"-21093\" family=\"ipv4\" source address=\"10.7.0.0/24\" destination \
+             address=\"10.7.0.1\" port port=\"5432\" protocol=\"tcp\" accept"
         );
         let others = own.replace("-21093", "-2109");
         let listed = format!(
-            "docker\n  target: ACCEPT\n  rich rules: \n\npublic (default, active)\n  target: default\n  rich rules: \n\
+            "docker\n  target: ACCEPT\n  rich rules: \n\npublic (default, active)\n  target: default\n  rich \
+             rules: \n\
              \t{others}\n\t{own}\n\ntrusted\n  rich rules: \n\t{own}\n"
         );
         let zones: Vec<_> = read(&listed).into_iter().map(|rule| (rule.zone, rule.port)).collect();

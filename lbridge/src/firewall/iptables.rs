@@ -162,7 +162,8 @@ fn rule(opening: &Opening) -> Vec<String> {
         _ => (format!("-s {sources} "), ""),
     };
     format!(
-        "{sources}-d {gateway}/{bits} -i {interface} -p {protocol} -m {protocol} --dport {port}{own_name} -m comment --comment {COMMENT} -j ACCEPT"
+        "{sources}-d {gateway}/{bits} -i {interface} -p {protocol} -m {protocol} --dport {port}{own_name} -m \
+         comment --comment {COMMENT} -j ACCEPT"
     )
     .split(' ')
     .map(str::to_owned)

@@ -252,7 +252,8 @@ impl Firewall {
     pub async fn accept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         anyhow::ensure!(
             opening.has_plain_name(),
-            "the bridge's name could mean other interfaces to a firewall; give it another, or let it through by hand"
+            "the bridge's name could mean other interfaces to a firewall; give it another, or let it through \
+             by hand"
         );
         let put = match chain.backend {
             Backend::Nft => ruleset::accept(chain, opening).await,

@@ -51,8 +51,8 @@ pub fn processes_of(wanted: &BTreeSet<u64>) -> anyhow::Result<BTreeMap<u64, BTre
     Ok(holders.map(|(inode, holders)| (inode, holders.into_iter().map(number).collect())).collect())
 }
 
-/// Maps the inodes of these sockets to the processes that hold them and their descriptors. Walks through /proc
-/// once.
+/// Maps the inodes of these sockets to the processes that hold them and their descriptors. Walks through
+/// /proc once.
 pub(super) fn holders_of(wanted: &HashSet<u64>) -> anyhow::Result<HashMap<u64, Vec<(Pid, i32)>>> {
     let mut holders: HashMap<u64, Vec<_>> = HashMap::new();
     for process in fs::read_dir("/proc").context("cannot list processes")? {

@@ -97,9 +97,8 @@ pub async fn list() -> anyhow::Result<Vec<Interface>> {
 }
 
 fn is_scratch(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
-    let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link)) =
-        &message.payload
-    else {
+    use RouteNetlinkMessage::{DelLink, NewLink};
+    let NetlinkPayload::InnerMessage(NewLink(link) | DelLink(link)) = &message.payload else {
         return false;
     };
     let mut names = link.attributes.iter().filter_map(|attribute| match attribute {

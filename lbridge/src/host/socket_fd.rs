@@ -1,6 +1,6 @@
-//! Foreign sockets: takes a descriptor of another process's listening socket (pidfd_getfd(2)). This is the most
-//! privileged act of the daemon: whoever has the descriptor can accept the service's connections. The daemon
-//! only registers the socket in the kernel's map, and closes the descriptor.
+//! Foreign sockets: takes a descriptor of another process's listening socket (pidfd_getfd(2)). This is the
+//! most privileged act of the daemon: whoever has the descriptor can accept the service's connections. The
+//! daemon only registers the socket in the kernel's map, and closes the descriptor.
 
 use std::{
     collections::{HashMap, HashSet},

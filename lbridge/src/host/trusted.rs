@@ -353,7 +353,11 @@ mod tests {
 
         mode("way", 0o1777);
         make_folder(&at("way/made")).unwrap();
-        let is_way = |error: io::Error| matches!(Untrusted::of(&error), Some(Untrusted::Writable { path }) if *path == at("way"));
+        let way = at("way");
+        let is_way = |error: io::Error| {
+            let error = Untrusted::of(&error);
+            matches!(error, Some(Untrusted::Writable { path }) if *path == way)
+        };
         assert!(is_way(make_folder(&at("way")).unwrap_err()) && is_way(open_folder(&at("way")).unwrap_err()));
         mode("way", 0o777);
         assert!(is_way(make_folder(&at("way/more")).unwrap_err()) && !at("way/more").exists());
@@ -362,9 +366,8 @@ mod tests {
             mode("way", 0o1777);
             lchown(at("way/made"), Some(54_321), None).unwrap();
             let error = make_folder(&at("way/made")).unwrap_err();
-            assert!(
-                matches!(Untrusted::of(&error), Some(Untrusted::Owner { path, uid: 54_321 }) if *path == at("way/made"))
-            );
+            let (error, folder) = (Untrusted::of(&error), at("way/made"));
+            assert!(matches!(error, Some(Untrusted::Owner { path, uid: 54_321 }) if *path == folder));
         }
     }
 }

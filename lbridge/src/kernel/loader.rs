@@ -333,7 +333,8 @@ pub(super) fn open_cgroup(path: &Path) -> anyhow::Result<File> {
     let is_cgroup2 = statfs(path).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
     anyhow::ensure!(
         is_cgroup2,
-        "{} is not on a cgroup2 file system; give its mount point with --cgroup, or mount one: mount -t cgroup2 none DIR",
+        "{} is not on a cgroup2 file system; give its mount point with --cgroup, or mount one: mount -t \
+         cgroup2 none DIR",
         path.display()
     );
     File::open(path).with_context(|| format!("cannot open {}", path.display()))
@@ -436,7 +437,9 @@ mod tests {
 
     #[test]
     fn the_verifiers_complaint_is_found() {
-        let log = "load failed: 0: R1=ctx() R10=fp0\n; let x\nback-edge from insn 302 to 303\n\nverification time 12 usec\nstack depth 368\nprocessed 0 insns (limit 1000000)\n: Invalid argument (os error 22)";
+        let log = "load failed: 0: R1=ctx() R10=fp0\n; let x\nback-edge from insn 302 to 303\n\n\
+                   verification time 12 usec\nstack depth 368\nprocessed 0 insns (limit 1000000)\n\
+                   : Invalid argument (os error 22)";
         assert_eq!(complaint(log), "back-edge from insn 302 to 303");
         assert_eq!(
             complaint("`bpf_prog_load` failed: Operation not permitted"),

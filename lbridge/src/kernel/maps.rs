@@ -171,8 +171,8 @@ impl Maps {
         or_absent(self.redirects.remove(key)).context("cannot leave localhost alone")
     }
 
-    /// Lists the overrides, which make gateways look local, each with the number of leading bits of the key that
-    /// count.
+    /// Lists the overrides, which make gateways look local, each with the number of leading bits of the key
+    /// that count.
     pub fn overrides(&self) -> anyhow::Result<BTreeMap<(OverrideKey, u32), NameOverride>> {
         let overrides = self
             .overrides
@@ -190,7 +190,8 @@ impl Maps {
         self.overrides.insert(&Key::new(bits, key), names, 0).context("cannot make the gateway look local")
     }
 
-    /// Removes an override, so that a gateway's connections look as they are; does nothing if it is not there.
+    /// Removes an override, so that a gateway's connections look as they are; does nothing if it is not
+    /// there.
     pub fn remove_override(&mut self, (key, bits): (OverrideKey, u32)) -> anyhow::Result<()> {
         or_absent(self.overrides.remove(&Key::new(bits, key)))
             .context("cannot make the gateway look as it is")
@@ -342,8 +343,8 @@ impl Sources {
     }
 }
 
-/// The map `REDIRECT_NETNS`: network namespaces whose localhost leads to the host. Its owner is not that of the other
-/// maps.
+/// The map `REDIRECT_NETNS`: network namespaces whose localhost leads to the host. Its owner is not that of
+/// the other maps.
 pub struct Guests(HashMap<MapData, u64, RedirectedNetns>);
 
 // aya's maps do not implement it.

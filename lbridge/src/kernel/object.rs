@@ -161,9 +161,8 @@ mod tests {
         for program in PROGRAMS.iter().filter(|program| object.programs.contains_key(program.name)) {
             let todays = |set: &&&[&str]| set.iter().all(|name| shape(name).is_some());
             let set = program.maps.iter().find(todays);
-            for name in
-                set.unwrap_or_else(|| panic!("{}: no set of maps of this version", program.name)).iter()
-            {
+            let set = set.unwrap_or_else(|| panic!("{}: no set of maps of this version", program.name));
+            for name in *set {
                 let shape = shape(name).unwrap();
                 assert!(
                     is_known_map(name.as_bytes(), shape.kind, shape.key_size),

@@ -52,7 +52,10 @@ impl Stray {
     pub fn end(&self) -> anyhow::Result<()> {
         let Self { name, id, .. } = self;
         self.link.detach().with_context(|| {
-            format!("cannot detach {name} (link {id}), which no pin names; what was denied since may go on; type: bpftool link detach id {id}")
+            format!(
+                "cannot detach {name} (link {id}), which no pin names; what was denied since may go on; \
+                 type: bpftool link detach id {id}"
+            )
         })
     }
 }
@@ -96,7 +99,8 @@ impl Search {
         for stray in self.strays(own) {
             match stray.end() {
                 Ok(()) => tracing::warn!(
-                    "detached {} (link {}): no pin of this daemon names it, so nothing could change what it served",
+                    "detached {} (link {}): no pin of this daemon names it, so nothing could change what it \
+                     served",
                     stray.name,
                     stray.id
                 ),

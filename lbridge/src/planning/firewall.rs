@@ -322,27 +322,30 @@ impl FirewallState {
         };
         match self.in_the_way_of(opening).next() {
             Some(chain) if self.in_the_way_of(opening).all(accepted) => {
-                let neighbours = "; for IPv6 a firewall must let neighbour discovery in (icmpv6 nd-neighbor-solicit, \
-                                  nd-neighbor-advert)";
+                let neighbours = "; for IPv6 a firewall must let neighbour discovery in (icmpv6 \
+                                  nd-neighbor-solicit, nd-neighbor-advert)";
                 let neighbours = if opening.gateway.is_ipv6() { neighbours } else { "" };
                 format!(
-                    "nothing comes through, though {} accepts it first: look for chains on prerouting, of bridge or netdev \
-                     tables, and for XDP programs{neighbours}",
+                    "nothing comes through, though {} accepts it first: look for chains on prerouting, of \
+                     bridge or netdev tables, and for XDP programs{neighbours}",
                     chain.chain
                 )
             }
             Some(chain) => {
                 let remedy = chain.remedy(opening).unwrap_or_else(|| {
-                    "it has to be let through by hand, since a name here could mean something else to a firewall or a shell"
+                    "it has to be let through by hand, since a name here could mean something else to a \
+                     firewall or a shell"
                         .to_owned()
                 });
                 format!("firewall {} drops it; type: {remedy}", chain.firewall)
             }
             None => match &self.unreadable {
                 Some(why) => format!("a firewall drops it, which cannot be told: {why}"),
-                None => "a firewall drops it, but no chain on the input hook: look for chains on prerouting, of bridge or \
-                         netdev tables, and for XDP programs"
-                    .to_owned(),
+                None => {
+                    "a firewall drops it, but no chain on the input hook: look for chains on prerouting, \
+                     of bridge or netdev tables, and for XDP programs"
+                        .to_owned()
+                }
             },
         }
     }
@@ -363,20 +366,23 @@ impl InputChain {
                 "ufw allow in on {interface} from {sources} to {gateway} port {port} proto {protocol}"
             ),
             FirewallKind::Firewalld => format!(
-                "firewall-cmd --zone=\"$(firewall-cmd --get-zone-of-interface={interface} || firewall-cmd --get-default-zone)\" \
-                 --add-rich-rule='rule family=\"{family}\" source address=\"{sources}\" destination address=\"{gateway}\" port port=\"{port}\" \
+                "firewall-cmd --zone=\"$(firewall-cmd --get-zone-of-interface={interface} || firewall-cmd \
+                 --get-default-zone)\" --add-rich-rule='rule family=\"{family}\" source \
+                 address=\"{sources}\" destination address=\"{gateway}\" port port=\"{port}\" \
                  protocol=\"{protocol}\" accept'"
             ),
             FirewallKind::Iptables => {
                 let legacy = if self.chain.backend == Backend::IptablesLegacy { "-legacy" } else { "" };
                 format!(
-                    "ip{suffix}tables{legacy} -I INPUT -i {interface} -s {sources} -d {gateway} -p {protocol} --dport {port} -j ACCEPT"
+                    "ip{suffix}tables{legacy} -I INPUT -i {interface} -s {sources} -d {gateway} -p \
+                     {protocol} --dport {port} -j ACCEPT"
                 )
             }
             FirewallKind::Nftables => {
                 let Chain { family, table, name, .. } = &self.chain;
                 format!(
-                    "nft insert rule {family} {table} {name} iifname {interface} {ip} saddr {sources} {ip} daddr {gateway} {protocol} dport {port} accept"
+                    "nft insert rule {family} {table} {name} iifname {interface} {ip} saddr {sources} {ip} \
+                     daddr {gateway} {protocol} dport {port} accept"
                 )
             }
         })

@@ -1,5 +1,5 @@
-//! KernelState: the contents of the kernel's maps that steps put and remove, the same type for the desired and
-//! the actual state, and the comparison of the two.
+//! KernelState: the contents of the kernel's maps that steps put and remove, the same type for the desired
+//! and the actual state, and the comparison of the two.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -51,7 +51,8 @@ pub enum Reason {
     ForeignListenerInItsPlace,
     /// Before Linux 5.17 a relay has to listen where another user's socket is.
     #[error(
-        "a relay cannot listen on {dialled}: {address} belongs to another user (uid {uid}) and gets nothing; stop that listener"
+        "a relay cannot listen on {dialled}: {address} belongs to another user (uid {uid}) and gets nothing; \
+         stop that listener"
     )]
     ForeignListenerInTheWay {
         /// The address that containers dial.
@@ -81,7 +82,8 @@ pub enum Reason {
     /// A relay's connection would come from `::1`, and nothing could show the service the container behind
     /// it.
     #[error(
-        "the service on {service} would take the container for a local client ({missing}); allow it with --source loopback"
+        "the service on {service} would take the container for a local client ({missing}); allow it with \
+         --source loopback"
     )]
     WouldLookLocal {
         /// The address that the service listens on.
@@ -102,7 +104,8 @@ pub enum Reason {
     /// Another network's rule has the alias, and the kernel does not tell the networks apart (before Linux
     /// 5.17).
     #[error(
-        "another network's rule has {alias}, and this kernel does not tell by which bridge it is dialled; dial {gateway}"
+        "another network's rule has {alias}, and this kernel does not tell by which bridge it is dialled; \
+         dial {gateway}"
     )]
     AliasTaken {
         /// The other address of the host.
@@ -151,7 +154,8 @@ pub enum Reason {
     #[error("{0} is newer than what the engine said of it")]
     BridgeNewer(String),
     /// The host has no such interface.
-    #[error("there is no interface {name}{}", if *.comes { "; it comes with the network's first container" } else { "" })]
+    #[error("there is no interface {name}{}", if *.comes { "; it comes with the network's first \
+                                                            container" } else { "" })]
     NoInterface {
         /// Name of the interface.
         name: String,

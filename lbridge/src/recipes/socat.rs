@@ -296,7 +296,8 @@ mod tests {
         for text in [
             "/usr/bin/socat TCP-LISTEN:80,bind=172.18.0.1,fork,reuseaddr TCP:127.0.0.1:3000",
             "socat tcp4-l:80,fork,bind=172.18.0.1 tcp-connect:localhost:3000,nodelay",
-            "socat -d -d -ly -lp name -t 5 TCP4-LISTEN:80,reuseaddr,bind=172.18.0.1,su=nobody TCP4:127.0.0.1:3000",
+            "socat -d -d -ly -lp name -t 5 TCP4-LISTEN:80,reuseaddr,bind=172.18.0.1,su=nobody \
+             TCP4:127.0.0.1:3000",
             "socat TCP-LISTEN:80,,bind=\"172.18.0.1\" TCP:127.0.0.1:3000",
         ] {
             is(text, gateway, 80, "127.0.0.1:3000");

@@ -373,7 +373,8 @@ mod tests {
                 '%' | '$' => vec![c, c],
                 c => vec![c],
             }).collect();
-            proptest::prop_assert_eq!(of(&format!("ExecStart=a \"{quoted}\"")), [Ok(vec!["a".to_owned(), word])]);
+            proptest::prop_assert_eq!(of(&format!("ExecStart=a \
+                                                   \"{quoted}\"")), [Ok(vec!["a".to_owned(), word])]);
         }
     }
 

@@ -1,5 +1,5 @@
-//! Limits: the number of connections that may be open at the same time, over all relays, of a network and of a
-//! rule.
+//! Limits: the number of connections that may be open at the same time, over all relays, of a network and of
+//! a rule.
 
 use std::sync::{Arc, atomic::Ordering};
 

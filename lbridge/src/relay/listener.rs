@@ -170,8 +170,8 @@ impl Listener {
             statistics.refused.fetch_add(1, Ordering::Relaxed);
             if refused.is_over() {
                 tracing::warn!(
-                    "{}: refused {container}, and maybe others in the next minute: too many connections are open \
-                     (its limit is {}, and all rules share the limit of open files)",
+                    "{}: refused {container}, and maybe others in the next minute: too many connections are \
+                     open (its limit is {}, and all rules share the limit of open files)",
                     spec.rule,
                     spec.max_connections
                 );
@@ -182,11 +182,14 @@ impl Listener {
         let (mut gone, surroundings) = (self.gone.clone(), self.surroundings.clone());
         self.surroundings.connections.spawn(async move {
             let _permit = permit;
-            let (RelayConfig { spec, statistics }, RelayContext { names, wake, .. }) = (&*orders, surroundings);
+            let (RelayConfig { spec, statistics }, RelayContext { names, wake, .. }) =
+                (&*orders, surroundings);
+            let carried = proxy_connection(client, container, spec, statistics, names);
             tokio::select! {
-                carried = proxy_connection(client, container, spec, statistics, names) => if let Err(error) = carried {
+                carried = carried => if let Err(error) = carried {
                     if statistics.failure_is_due() {
-                        tracing::warn!("{}: a connection of {container} has failed, and others may: {error:#}", spec.rule);
+                        tracing::warn!("{}: a connection of {container} has failed, and others may: \
+                                        {error:#}", spec.rule);
                     }
                     let _ = wake.try_send(());
                 },

@@ -129,22 +129,23 @@ pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     tree.let_go(None);
     if let Some(powerless) = tree.powerless.take().filter(|_| !status.success()) {
         tracing::warn!(
-            "{} ran without the privileges of its file, as all that is traced does; if the command failed for that, \
-             start the sandbox without lbridge and use --pid",
+            "{} ran without the privileges of its file, as all that is traced does; if the command failed \
+             for that, start the sandbox without lbridge and use --pid",
             powerless.display()
         );
     }
     Ok(Started::Ended(status))
 }
 
-/// Starts a thread that logs a warning after [`START_TIMEOUT`], unless the returned sender is dropped before. A
-/// command that makes no sandbox is in the host's network, where everything seems to work.
+/// Starts a thread that logs a warning after [`START_TIMEOUT`], unless the returned sender is dropped before.
+/// A command that makes no sandbox is in the host's network, where everything seems to work.
 fn warn_if_late() -> mpsc::Sender<()> {
     let (found, wait) = mpsc::channel();
     thread::spawn(move || {
         if wait.recv_timeout(START_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
             tracing::warn!(
-                "the command has made no network namespace of its own yet, so it is in the host's; is --unshare-net missing?"
+                "the command has made no network namespace of its own yet, so it is in the host's; is \
+                 --unshare-net missing?"
             );
         }
     });
@@ -277,8 +278,8 @@ impl Tree {
 
         let started = trace::seize(pid).map_err(|error| match error {
             Errno::EPERM | Errno::EACCES | Errno::ENOSYS => anyhow!(
-                "cannot watch {program} make its sandbox: ptrace is not permitted here ({}); start the sandbox \
-                 without lbridge and use --pid",
+                "cannot watch {program} make its sandbox: ptrace is not permitted here ({}); start the \
+                 sandbox without lbridge and use --pid",
                 error.desc()
             ),
             error => anyhow::Error::new(error).context(format!("cannot watch {program} make its sandbox")),

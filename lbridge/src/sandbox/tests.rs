@@ -332,11 +332,12 @@ fn a_sandbox_is_not_held_while_it_is_being_made() {
 #[test]
 fn what_is_stopped_stays_so_until_it_is_continued() {
     // A process that stops while it is traced, and is detached while stopped.
-    let script = "sleep 600 & kill -STOP $!; unshare -rn true; grep -q 'T (stopped)' /proc/$!/status || exit 1; \
-                  kill -CONT $!; sleep 0.1; grep -q 'S (sleeping)' /proc/$!/status || exit 2; kill $!";
+    let script = "sleep 600 & kill -STOP $!; unshare -rn true; grep -q 'T (stopped)' /proc/$!/status || exit \
+                  1; kill -CONT $!; sleep 0.1; grep -q 'S (sleeping)' /proc/$!/status || exit 2; kill $!";
     assert_eq!(held(&shell(script)).release().unwrap().wait().unwrap().code(), Some(0));
     // One that is continued while it is traced.
-    let script = "sh -c 'kill -STOP $$; exit 6' & sleep 0.2; kill -CONT $!; wait $!; test $? = 6 && exec unshare -rn true";
+    let script = "sh -c 'kill -STOP $$; exit 6' & sleep 0.2; kill -CONT $!; wait $!; test $? = 6 && exec \
+                  unshare -rn true";
     assert_eq!(held(&shell(script)).release().unwrap().wait().unwrap().code(), Some(0));
 }
 

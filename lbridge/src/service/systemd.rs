@@ -97,7 +97,8 @@ fn check(program: &Path) -> anyhow::Result<()> {
             fs::symlink_metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
         if metadata.uid() != 0 || metadata.mode() & 0o022 != 0 {
             bail!(
-                "others than root can change {}, and so what systemd would run as root; `sudo install {shown} /usr/local/bin/lbridge`, and run that one",
+                "others than root can change {}, and so what systemd would run as root; `sudo install \
+                 {shown} /usr/local/bin/lbridge`, and run that one",
                 path.display()
             );
         }

@@ -251,7 +251,9 @@ mod tests {
         let (_directory, store) = store();
         assert_eq!(store.rules().unwrap(), []);
         let file: RulesFile = toml::from_str(
-            "version = 1\n[[rule]]\nnetwork = \"app\"\nport = \"80=[::1]:3000\"\nsource = \"loopback\"\npath = \"relay\"\ncomment = \"a \\\"b\\\"\"\n[[rule]]\nnetwork = \"bridge:br0\"\nport = \"22\"\n",
+            "version = 1\n[[rule]]\nnetwork = \"app\"\nport = \"80=[::1]:3000\"\nsource = \"loopback\"\n\
+             path = \"relay\"\ncomment = \"a \\\"b\\\"\"\n[[rule]]\nnetwork = \"bridge:br0\"\n\
+             port = \"22\"\n",
         )
         .unwrap();
         store.save_rules(file.rules.clone()).unwrap();
@@ -263,7 +265,11 @@ mod tests {
     /// Rules written by every version stay readable, and a rule without options stays short.
     #[test]
     fn the_file_of_rules_has_what_was_given_and_no_defaults() {
-        let text = "version = 1\n\n[[rule]]\nnetwork = \"app\"\nport = \"80=[::1]:3000\"\nfrom = [\"db\", \"web\"]\nlocalhost = true\nsource = \"loopback\"\npath = \"relay\"\nmax_connections = 100\nidle_timeout = \"10m 500ms\"\nproxy_protocol = \"v2\"\ncomment = 'a \"b\"'\n\n[[rule]]\nnetwork = \"pid:7\"\nport = \"22\"\nlocalhost = true\nprocess = \"12@a-b\"\n\n[[rule]]\nnetwork = \"bridge:br0\"\nport = \"53/udp\"\n";
+        let text = "version = 1\n\n[[rule]]\nnetwork = \"app\"\nport = \"80=[::1]:3000\"\n\
+                    from = [\"db\", \"web\"]\nlocalhost = true\nsource = \"loopback\"\npath = \"relay\"\n\
+                    max_connections = 100\nidle_timeout = \"10m 500ms\"\nproxy_protocol = \"v2\"\n\
+                    comment = 'a \"b\"'\n\n[[rule]]\nnetwork = \"pid:7\"\nport = \"22\"\nlocalhost = true\n\
+                    process = \"12@a-b\"\n\n[[rule]]\nnetwork = \"bridge:br0\"\nport = \"53/udp\"\n";
         let (_directory, store) = store();
         fs::write(store.rules_file(), text).unwrap();
         store.save_rules(store.rules().unwrap()).unwrap();

@@ -102,10 +102,12 @@ impl Judge<'_> {
                 None => unverified("it was not tried"),
                 Some(Dialled::NotTried(why)) => unverified(why),
                 Some(dialled) => match (trial.expected, dialled) {
-                    (Expected::Open, Dialled::Open(taker)) => match self.is_right(by.as_ref(), taker.as_ref(), *to) {
-                        Ok(()) => (Found::Open, Verdict::Ok, None),
-                        Err(why) => failed(Found::Open, why),
-                    },
+                    (Expected::Open, Dialled::Open(taker)) => {
+                        match self.is_right(by.as_ref(), taker.as_ref(), *to) {
+                            Ok(()) => (Found::Open, Verdict::Ok, None),
+                            Err(why) => failed(Found::Open, why),
+                        }
+                    }
                     (Expected::Closed | Expected::Refused, Dialled::Open(taker)) => {
                         failed(Found::Open, who_answers(taker.as_ref(), *to))
                     }
@@ -127,22 +129,26 @@ impl Judge<'_> {
                     (_, Dialled::TimedOut) => failed(Found::TimedOut, FIREWALL.to_owned()),
                     (_, _) => failed(
                         found(dialled),
-                        "a firewall rejects it, or a route leads elsewhere; see `nft list ruleset` and `ip route`".to_owned(),
+                        "a firewall rejects it, or a route leads elsewhere; see `nft list ruleset` and `ip \
+                         route`"
+                            .to_owned(),
                     ),
                 },
             },
-            Attempt::Ask { from, to, by } => match (trial.expected, self.grounds.asked(trial.rule.protocol, from, *to)) {
-                (_, Err(why)) => unverified(&why),
-                (Expected::Open, Ok(taker)) => match self.is_right(by.as_ref(), taker.as_ref(), *to) {
-                    Ok(()) => (Found::Open, Verdict::Ok, None),
-                    Err(_) if taker.is_none() => {
-                        failed(Found::Nobody, "nobody takes it; the daemon's log may say why".to_owned())
-                    }
-                    Err(why) => failed(Found::Open, why),
-                },
-                (_, Ok(None)) => (Found::Nobody, Verdict::Ok, None),
-                (_, Ok(taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
-            },
+            Attempt::Ask { from, to, by } => {
+                match (trial.expected, self.grounds.asked(trial.rule.protocol, from, *to)) {
+                    (_, Err(why)) => unverified(&why),
+                    (Expected::Open, Ok(taker)) => match self.is_right(by.as_ref(), taker.as_ref(), *to) {
+                        Ok(()) => (Found::Open, Verdict::Ok, None),
+                        Err(_) if taker.is_none() => {
+                            failed(Found::Nobody, "nobody takes it; the daemon's log may say why".to_owned())
+                        }
+                        Err(why) => failed(Found::Open, why),
+                    },
+                    (_, Ok(None)) => (Found::Nobody, Verdict::Ok, None),
+                    (_, Ok(taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
+                }
+            }
             Attempt::Borrow { of, at, to } => {
                 match self.grounds.borrowed(trial.rule.protocol, &Place::Bridge(of.clone()), at, *to) {
                     Err(why) => unverified(&why),
@@ -150,18 +156,21 @@ impl Judge<'_> {
                     Ok((_, taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
                 }
             }
-            Attempt::Listed { source, at, to, by } => match (self.grounds.taker_of(trial.rule.protocol, *source, at, *to), by) {
-                (Err(why), _) => unverified(&why),
-                (Ok(taker), Some(by)) => match self.is_right(Some(by), taker.as_ref(), *to) {
-                    Ok(()) => (Found::Open, Verdict::Ok, None),
-                    Err(_) if taker.is_none() => {
-                        failed(Found::Nobody, "nobody would get it; the daemon's log may say why".to_owned())
-                    }
-                    Err(why) => failed(Found::Open, why),
-                },
-                (Ok(None), None) => (Found::Nobody, Verdict::Ok, None),
-                (Ok(taker), None) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
-            },
+            Attempt::Listed { source, at, to, by } => {
+                match (self.grounds.taker_of(trial.rule.protocol, *source, at, *to), by) {
+                    (Err(why), _) => unverified(&why),
+                    (Ok(taker), Some(by)) => match self.is_right(Some(by), taker.as_ref(), *to) {
+                        Ok(()) => (Found::Open, Verdict::Ok, None),
+                        Err(_) if taker.is_none() => failed(
+                            Found::Nobody,
+                            "nobody would get it; the daemon's log may say why".to_owned(),
+                        ),
+                        Err(why) => failed(Found::Open, why),
+                    },
+                    (Ok(None), None) => (Found::Nobody, Verdict::Ok, None),
+                    (Ok(taker), None) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
+                }
+            }
             Attempt::Foreign { at, to } => match self.grounds.foreign(trial.rule.protocol, at, *to) {
                 Err(why) => unverified(&why),
                 Ok((_, None)) => (Found::Nobody, Verdict::Ok, None),
@@ -184,7 +193,8 @@ impl Judge<'_> {
         }
         let taker = self.grounds.taker(from, to)?;
         Some(format!(
-            "only a firewall keeps it closed, and may not do so on every interface: {}; have it listen on 127.0.0.1",
+            "only a firewall keeps it closed, and may not do so on every interface: {}; have it listen on \
+             127.0.0.1",
             shown(&taker)
         ))
     }
@@ -252,7 +262,8 @@ fn who_answers(taker: Option<&Listener>, to: SocketAddr) -> String {
             format!("given to {}, though no rule says so; restart the daemon", shown(taker))
         }
         Some(taker) if taker.address.ip().is_unspecified() => format!(
-            "the service itself, or something else, listens on all addresses: {}; have it listen on 127.0.0.1 (ss -lntup sport = :{port})",
+            "the service itself, or something else, listens on all addresses: {}; have it listen on \
+             127.0.0.1 (ss -lntup sport = :{port})",
             shown(taker)
         ),
         Some(taker) => format!("somebody listens there: {} (ss -lntup sport = :{port})", shown(taker)),

@@ -98,7 +98,7 @@ pub(super) enum Attempt {
     /// Redirect the localhost of a namespace through an interface other than its loopback. Asked like
     /// [`Attempt::Borrow`].
     Wire {
-        /// The namespace.
+        /// The namespace that has the localhost address.
         within: Place,
         /// The localhost address.
         to: SocketAddr,

@@ -1,5 +1,5 @@
-//! bpf: the calls of bpf(2) that the harness makes itself, bypassing the program under test. Commands, types and
-//! structures are those of include/uapi/linux/bpf.h.
+//! bpf: the calls of bpf(2) that the harness makes itself, bypassing the program under test. Commands, types
+//! and structures are those of include/uapi/linux/bpf.h.
 
 use std::ffi::CString;
 use std::io;

@@ -23,8 +23,8 @@ pub struct Docker {
 }
 
 impl Docker {
-    /// Prepares an Engine without starting it; the first [`Engine::up`] has no image yet. With `live_restore` its
-    /// containers survive it.
+    /// Prepares an Engine without starting it; the first [`Engine::up`] has no image yet. With `live_restore`
+    /// its containers survive it.
     pub fn prepare(live_restore: bool) -> Result<Docker> {
         // A key is written to the first, containerd's folders to the second; nothing may stay on the machine.
         sandbox::shadow("/etc")?;

@@ -1,6 +1,6 @@
-//! engine: a container engine in the [`super::sandbox`], [`super::docker`] or [`super::podman`], and a scene of an
-//! engine and a daemon. The engines share a command line; [`Engine`] names their differences. No image is pulled:
-//! the image is made of busybox.
+//! engine: a container engine in the [`super::sandbox`], [`super::docker`] or [`super::podman`], and a scene
+//! of an engine and a daemon. The engines share a command line; [`Engine`] names their differences. No image
+//! is pulled: the image is made of busybox.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -33,24 +33,27 @@ pub trait Engine: Sized {
     const DEFAULT_BRIDGE: &'static str;
     /// The unit of systemd that starts the engine.
     const UNIT: &'static str;
-    /// True if a bridge exists as long as its network. Podman makes it with the network's first container, and
-    /// removes it with the last: a network without containers has no rule in force.
+    /// True if a bridge exists as long as its network. Podman makes it with the network's first container,
+    /// and removes it with the last: a network without containers has no rule in force.
     const BRIDGE_WITHOUT_CONTAINERS: bool;
     /// True if the engine lists the networks `host` and `none`, which only Docker has as such.
     const LISTS_HOST_AND_NONE: bool;
-    /// True if a container that the engine restarts again and again is always listed as running. Podman lists it only
-    /// while it runs: the daemon may never see it.
+    /// True if a container that the engine restarts again and again is always listed as running. Podman lists
+    /// it only while it runs: the daemon may never see it.
     const LISTS_RESTARTING_CONTAINERS: bool;
-    /// True if the engine sends an event when a network comes or goes. Podman 4 sends none: the daemon sees the
-    /// network with the next event of a container, the next command, or when it lists networks again (10 s).
+    /// True if the engine sends an event when a network comes or goes. Podman 4 sends none: the daemon sees
+    /// the network with the next event of a container, the next command, or when it lists networks again (10
+    /// s).
     const TELLS_OF_NETWORKS: bool;
-    /// True if the next network gets the name of a bridge that has gone; Docker's is made of the network's id.
+    /// True if the next network gets the name of a bridge that has gone; Docker's is made of the network's
+    /// id.
     const REUSES_BRIDGE_NAMES: bool;
-    /// True if a bridge keeps its hardware address. That of Podman's is the lowest of its containers' links: once that
-    /// container has left, the others send to the old address for some seconds, with or without lbridge.
+    /// True if a bridge keeps its hardware address. That of Podman's is the lowest of its containers' links:
+    /// once that container has left, the others send to the old address for some seconds, with or without
+    /// lbridge.
     const KEEPS_HARDWARE_ADDRESSES: bool;
-    /// True if containers of every network find [`Engine::DEFAULT_BRIDGE`]'s address under `host-gateway`. For
-    /// Podman of root it is the gateway of their own network.
+    /// True if containers of every network find [`Engine::DEFAULT_BRIDGE`]'s address under `host-gateway`.
+    /// For Podman of root it is the gateway of their own network.
     const HOST_GATEWAY_IS_SHARED: bool;
 
     /// Starts an engine with the image.
@@ -90,7 +93,8 @@ pub trait Engine: Sized {
         Ok(output)
     }
 
-    /// Runs a command of the engine's client that must succeed; returns its standard output without the newline.
+    /// Runs a command of the engine's client that must succeed; returns its standard output without the
+    /// newline.
     fn cli(&self, arguments: &[&str]) -> Result<String> {
         let output = self.attempt(arguments)?;
         ensure!(output.status == 0, "{} {arguments:?}: {}", Self::PRODUCT, output.stderr.trim());
@@ -244,9 +248,9 @@ impl Drop for Process {
 /// An engine and a daemon that follows it, both in the sandbox' own network namespace.
 #[derive(Debug)]
 pub struct Scene<E> {
-    /// The engine.
+    /// The engine, in the sandbox's namespaces.
     pub engine: E,
-    /// The daemon.
+    /// The daemon that follows the engine.
     pub daemon: Daemon,
     /// The sandbox' own network namespace.
     pub host: NetNs,
@@ -294,7 +298,8 @@ impl<E: Engine> Scene<E> {
         Ok(())
     }
 
-    /// Returns the container's network namespace, where it is to find the hardware address of its gateway anew.
+    /// Returns the container's network namespace, where it is to find the hardware address of its gateway
+    /// anew.
     fn netns(&self, container: &Container) -> Result<NetNs> {
         let netns = self.engine.netns(container)?;
         if !E::KEEPS_HARDWARE_ADDRESSES {

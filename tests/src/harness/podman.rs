@@ -1,5 +1,5 @@
-//! podman: Podman as an [`Engine`]: its command line, and the service that provides Docker's API. Containers do not
-//! need the service.
+//! podman: Podman as an [`Engine`]: its command line, and the service that provides Docker's API. Containers
+//! do not need the service.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -69,7 +69,8 @@ impl Podman {
             self.folder.join("containers.conf"),
             format!(
                 "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"runc\"\n\
-                 tmp_dir = \"{folder}/tmp\"\nstatic_dir = \"{folder}/storage/libpod\"\nvolume_path = \"{folder}/volumes\"\n\
+                 tmp_dir = \"{folder}/tmp\"\nstatic_dir = \"{folder}/storage/libpod\"\n\
+                 volume_path = \"{folder}/volumes\"\n\
                  [network]\nnetwork_backend = \"netavark\"\nnetwork_config_dir = \"{folder}/networks\"\n\
                  [containers]\nlog_driver = \"k8s-file\"\npids_limit = 0\n"
             ),
@@ -77,7 +78,8 @@ impl Podman {
         fs::write(
             self.folder.join("storage.conf"),
             format!(
-                "[storage]\ndriver = \"vfs\"\nrunroot = \"{folder}/runroot\"\ngraphroot = \"{folder}/storage\"\n"
+                "[storage]\ndriver = \"vfs\"\nrunroot = \"{folder}/runroot\"\n\
+                 graphroot = \"{folder}/storage\"\n"
             ),
         )?;
         Ok(())

@@ -55,8 +55,8 @@ pub fn folder() -> Result<TempDir> {
     Ok(folder)
 }
 
-/// Creates a command that runs a program as `nobody` in the host's namespace. It has System V memory of its own, which
-/// would outlive a program that is killed.
+/// Creates a command that runs a program as `nobody` in the host's namespace. It has System V memory of its
+/// own, which would outlive a program that is killed.
 pub fn as_nobody(host: &NetNs, program: impl AsRef<Path>) -> Command {
     let mut command = host.command("unshare");
     command.args(["--ipc", "setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--"]);

@@ -20,7 +20,7 @@ const TEST: &str = "LBRIDGE_TEST";
 /// A requirement that a machine may not meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Need {
-    /// Root privileges.
+    /// The test runs as root.
     Root,
     /// A cgroup2 mount.
     Cgroup2,
@@ -32,7 +32,7 @@ pub enum Need {
     Postgres,
     /// A built `lbridge`.
     Lbridge,
-    /// MPTCP sockets.
+    /// The kernel has MPTCP sockets.
     Mptcp,
     /// A kernel to boot, by the name of its folder.
     Kernel(&'static str),
@@ -148,8 +148,8 @@ pub struct Suite {
 }
 
 impl Suite {
-    /// Creates a suite of sandboxed tests, two at a time, with a limit of a minute each. They need root, cgroup2,
-    /// iproute2 and a built `lbridge`, and `more`.
+    /// Creates a suite of sandboxed tests, two at a time, with a limit of a minute each. They need root,
+    /// cgroup2, iproute2 and a built `lbridge`, and `more`.
     pub fn new(more: &[Need], tests: Vec<Test>) -> Suite {
         Suite { needs: [&BASE, more].concat(), threads: 2, limit: 60, sandboxed: true, tests }
     }

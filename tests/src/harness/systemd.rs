@@ -215,7 +215,7 @@ impl Systemd {
         self.must(&["daemon-reload"]).map(drop)
     }
 
-    /// Runs `systemctl …`.
+    /// Runs `systemctl` inside and returns its output.
     pub fn systemctl(&self, arguments: &[&str]) -> Result<Output> {
         let output = self.run("systemctl", arguments)?;
         self.log.note(&format!("[harness] systemctl {} -> {output:?}", arguments.join(" ")));

@@ -15,7 +15,7 @@ const CLIENTS: usize = 4;
 /// Pause between two connections of a client, so that others get the processor.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Running clients.
+/// The clients that run in the background.
 #[derive(Debug)]
 pub struct Traffic {
     stop: Arc<AtomicBool>,

@@ -1,4 +1,4 @@
-//! Who may speak to the daemon, with the commands or with the control API.
+//! Tests of who may speak to the daemon, with the commands or with the control API.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -49,7 +49,8 @@ fn output_of(command: &mut Command) -> Result<Output> {
     Ok(command.output().with_context(|| format!("{command:?}"))?.into())
 }
 
-/// It takes the request and is killed: no answer that could not be understood, and not known what has come of it.
+/// It takes the request and is killed: no answer that could not be understood, and not known what has come of
+/// it.
 fn a_daemon_that_ends_before_it_answers_is_not_reachable() -> Result<()> {
     let mut scene = Scene::new()?;
     for arguments in [&["status"][..], &["allow", "bridge:lab0", "8080"]] {

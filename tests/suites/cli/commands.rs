@@ -1,4 +1,5 @@
-//! `allow`, `deny`, `list`, `status`: what they say, with which exit status, and that nothing is half-applied.
+//! `allow`, `deny`, `list`, `status`: what they say, with which exit status, and that nothing is
+//! half-applied.
 
 use std::process::Command;
 use std::{fs, thread};
@@ -412,7 +413,8 @@ fn ranges_are_told_in_one_line() -> Result<()> {
 
     let allowed = scene.daemon.cli(&["allow", "bridge:lab0", "9100-9110"])?.stdout;
     let wanted = "\
-bridge:lab0 9100-9110: 10.7.0.1:9100-9110 -> 127.0.0.1:9100-9110 waiting (nothing listens on 127.0.0.1:9100-9110)
+bridge:lab0 9100-9110: 10.7.0.1:9100-9110 -> 127.0.0.1:9100-9110 waiting (nothing listens on \
+127.0.0.1:9100-9110)
 bridge:lab0 9100-9110: [fd07::1]:9100-9110 -> 127.0.0.1:9100-9110 waiting (nothing listens on [::1]:9100-9110)
 ";
     ensure!(allowed == wanted, "{allowed}");

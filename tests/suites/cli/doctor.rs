@@ -67,7 +67,7 @@ fn a_healthy_host_is_told_so() -> Result<()> {
     Ok(())
 }
 
-/// What people see.
+/// Runs the doctor as people do, without `--json`.
 fn people(daemon: &Daemon) -> Result<Output> {
     let paths = doctor::paths(daemon);
     daemon.cli(&["doctor"].into_iter().chain(paths.iter().map(String::as_str)).collect::<Vec<_>>())
@@ -325,7 +325,7 @@ fn few_descriptors_are_told() -> Result<()> {
     Ok(())
 }
 
-/// What an older daemon would say.
+/// The daemon answers as an older one would.
 fn a_daemon_of_another_version_is_told() -> Result<()> {
     let (mut scene, _service) = served()?;
     let mut status = scene.daemon.status()?;
@@ -375,7 +375,7 @@ fn without_root_it_says_what_it_could_not_check() -> Result<()> {
     report.must("cgroup2", "ok").map(drop)
 }
 
-/// What a doctor could leave.
+/// The things that a doctor could leave behind.
 #[derive(Debug, PartialEq, Eq)]
 struct Traces {
     pins: Vec<PathBuf>,

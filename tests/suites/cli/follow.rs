@@ -1,4 +1,4 @@
-//! What goes on until it is interrupted: `events` and `top`.
+//! The commands that run until they are interrupted: `events` and `top`.
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -1,5 +1,6 @@
-//! Output that nobody takes, and text from elsewhere in it: a closed pipe, one that nobody reads, a full disk; names that would
-//! begin a line of the log. What is served goes on, and commands say what they could not do, once.
+//! Output that nobody takes, and text from elsewhere in it: a closed pipe, one that nobody reads, a full
+//! disk; names that would begin a line of the log. What is served goes on, and commands say what they could
+//! not do, once.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, PipeReader, Read, Write, pipe};
@@ -96,7 +97,7 @@ fn the_daemon_goes_on_when_nobody_takes_its_log() -> Result<()> {
     Ok(())
 }
 
-/// What is written is read late, and is all there but for what the gap says.
+/// The log is read late, and is complete but for the lines that the gap counts.
 fn the_daemon_goes_on_while_nobody_reads_its_log() -> Result<()> {
     let (reader, stderr) = small_pipe()?;
     let mut scene = with_stderr(stderr, &[("LBRIDGE_LOG", "trace")])?;
@@ -366,7 +367,7 @@ fn commands_whose_output_nobody_takes() -> Result<()> {
 /// Text of others: it begins a line, acts on a terminal, and turns what follows around.
 const HOSTILE: &str = "x\n<0>y\u{1b}[2J\u{9b}\u{202e}\u{2028}\u{61c}z";
 
-/// What may not be in a line.
+/// Returns true if the text has a character that may not be in a line of the log.
 fn acts(text: &str) -> bool {
     text.chars().any(|c| c.is_control() || "\u{202e}\u{2028}\u{61c}".contains(c))
 }

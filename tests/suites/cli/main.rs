@@ -1,5 +1,5 @@
-//! The contract of commands, files and the control API: what is said, with which exit status, and that nothing is
-//! half-applied.
+//! The contract of commands, files and the control API: what is said, with which exit status, and that
+//! nothing is half-applied.
 
 mod access;
 mod commands;
@@ -42,7 +42,7 @@ fn one_line(output: &Output, status: i32) -> Result<&str> {
     Ok(lines[0])
 }
 
-/// What a command might have changed.
+/// The state that a command might have changed.
 #[derive(Debug, PartialEq, Eq)]
 struct State {
     rules: serde_json::Value,

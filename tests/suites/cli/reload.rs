@@ -153,7 +153,8 @@ fn a_rule_that_contradicts_allow_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// One that the file has as well is theirs again once the file has it no more; a restart in between is no different.
+/// One that the file has as well is theirs again once the file has it no more; a restart in between is no
+/// different.
 fn rules_of_allow_are_untouched() -> Result<()> {
     let mut scene = start("")?;
     scene.allow(&["8080"])?;
@@ -271,7 +272,8 @@ fn every_thread_gives_up_what_it_does_not_need() -> Result<()> {
     let _service = scene.service("service", "127.0.0.1:8080")?;
     scene.allow(&["8080", "--path", "relay"])?;
     scene.served(8080, "service")?;
-    // CAP_DAC_OVERRIDE, NET_BIND_SERVICE, NET_ADMIN, NET_RAW, SYS_PTRACE, SYS_ADMIN (include/uapi/linux/capability.h).
+    // CAP_DAC_OVERRIDE, NET_BIND_SERVICE, NET_ADMIN, NET_RAW, SYS_PTRACE, SYS_ADMIN
+    // (include/uapi/linux/capability.h).
     let kept = [1, 10, 12, 13, 19, 21].iter().fold(0_u64, |kept, number| kept | 1 << number);
     let pid = scene.daemon.pid().context("a daemon")?;
     let mut threads = 0;

@@ -208,7 +208,8 @@ fn everything_pinned() -> Result<String> {
     Ok(lines.join("\n"))
 }
 
-/// On a bpffs that was mounted without options everybody may make a folder, rename it later, and keep old programs attached by that.
+/// On a bpffs that was mounted without options everybody may make a folder, rename it later, and keep old
+/// programs attached by that.
 fn folders_of_others_are_refused() -> Result<()> {
     let lab = Lab::new()?;
     let root = Path::new(sandbox::BPFFS);

@@ -1,4 +1,5 @@
-//! Long streams in which a lost, doubled or moved part shows, cheap enough to make and to check in a debug build.
+//! Long streams in which a lost, doubled or moved part shows, cheap enough to make and to check in a debug
+//! build.
 
 use std::io::{self, Read, Write};
 use std::sync::LazyLock;

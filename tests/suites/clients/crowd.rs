@@ -21,13 +21,13 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![ten_thousand_idle_connections]
 }
 
-/// What a relay carries.
+/// Number of connections that a relay carries at the same time.
 const CONNECTIONS: usize = 10_000;
 /// Descriptors that connections leave to the rest of the daemon.
 const RESERVED: usize = 1280;
-/// What they may take of the daemon's memory, in KiB.
+/// The most memory of the daemon's that they may take, in KiB.
 const MEMORY: u64 = 100 << 10;
-/// How many processes dial, each in a container of its own.
+/// Number of processes that dial, each in a container of its own.
 const PROCESSES: usize = 2;
 
 /// Set for a process that dials: where to.
@@ -192,8 +192,8 @@ fn ten_thousand_idle_connections() -> Result<()> {
     let spent = daemon.ticks()? - ticks;
     let grown = resident.saturating_sub(resident_before);
     println!(
-        "{count} connections, opened in {opened:?}: {} descriptors; {grown} KiB more resident, {} bytes each; {spent} \
-         ticks in 2 s of idling",
+        "{count} connections, opened in {opened:?}: {} descriptors; {grown} KiB more resident, {} bytes \
+         each; {spent} ticks in 2 s of idling",
         daemon.descriptors()?,
         grown * 1024 / u64::try_from(count)?
     );

@@ -26,7 +26,8 @@ fn dnsmasq(scene: &Scene, (at, options): (&str, &[&str])) -> Result<Server> {
     Server::start("dnsmasq", command, scene.lab.host(), at.parse()?)
 }
 
-/// What `nslookup` in the container makes of it: it is connected, so that an answer must come from whom it has asked.
+/// Returns the output of `nslookup` in the container. Its socket is connected, so that an answer must come
+/// from whom it has asked.
 fn asked(scene: &Scene) -> Result<String> {
     let mut command = scene.container.command("timeout");
     command.args(["5", "busybox", "nslookup", "-type=a", "lab.test", &scene.gateway(53).ip().to_string()]);

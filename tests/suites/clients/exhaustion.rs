@@ -51,8 +51,8 @@ fn flood_is_refused_at_once_and_leaves_nothing() -> Result<()> {
     relayed.scene.container.run(|| {
         for number in 0..FLOOD {
             match TcpStream::connect_timeout(&relayed.scene.gateway(8080), patience::seconds(2)) {
-                // A word for the service, which may not be there to hear it. A reset that came before the word is told
-                // here, and once: to read would then look like an orderly end.
+                // A word for the service, which may not be there to hear it. A reset that came before the
+                // word is told here, and once: to read would then look like an orderly end.
                 Ok(mut stream) => match stream.write_all(b"-") {
                     Ok(()) => flood.push(stream),
                     Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
@@ -110,8 +110,8 @@ fn stuff(mut stream: &TcpStream) -> Result<()> {
     Ok(stream.set_nonblocking(false)?)
 }
 
-/// Every place taken by a connection that nobody reads from, in either direction, so that each holds all that a
-/// connection may hold.
+/// Every place taken by a connection that nobody reads from, in either direction, so that each holds all that
+/// a connection may hold.
 fn connections_that_are_stuck_leave_room_for_commands() -> Result<()> {
     let relayed = poor()?;
     let daemon = relayed.daemon()?;

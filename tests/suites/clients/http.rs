@@ -63,7 +63,8 @@ DavLockDB {root}/locks
 "
         );
         let path = server::file_of(folder.path(), "conf", configuration.as_bytes())?;
-        let script = "#!/bin/sh\nprintf 'Content-Type: application/octet-stream\\r\\n\\r\\n'\n/bin/cat > body\n/bin/cat body\n";
+        let script = "#!/bin/sh\nprintf 'Content-Type: application/octet-stream\\r\\n\\r\\n'\n\
+                      /bin/cat > body\n/bin/cat body\n";
         let script = server::file_of(folder.path(), "echo", script.as_bytes())?;
         fs::set_permissions(script, fs::Permissions::from_mode(0o755))?;
         let files = folder.path().join("files");
@@ -89,7 +90,7 @@ DavLockDB {root}/locks
         command
     }
 
-    /// What `curl --verbose` says of headers and connections, and what it wrote.
+    /// Returns what `curl --verbose` says of headers and connections, and the body that it wrote.
     fn verbose(&self, arguments: &[&str], path: &str) -> Result<(String, Vec<u8>)> {
         let mut curl = self.curl(&["--verbose"], path);
         let output = server::output(curl.args(arguments))?;

@@ -185,7 +185,8 @@ fn cancel(psql: &dyn Fn(&[&str]) -> Command) -> Result<()> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    let sleeps = "select count(*) from pg_stat_activity where query like 'select pg_sleep%' and wait_event = 'PgSleep'";
+    let sleeps = "select count(*) from pg_stat_activity where query like 'select pg_sleep%' and wait_event = \
+                  'PgSleep'";
     patience::until("the query runs", || Ok((server::line(&mut psql(&[sleeps]))? == "1").then_some(())))?;
     let asked = Instant::now();
     kill(Pid::from_raw(sleeper.id().cast_signed()), Signal::SIGINT)?;

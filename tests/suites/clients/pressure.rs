@@ -80,8 +80,8 @@ fn slow_readers_hold_up_their_services_and_cost_nothing() -> Result<()> {
     let (descriptors_then, resident_then, ticks_then) = look()?;
     let most = last.iter().max().context("nobody")? >> 10;
     println!(
-        "held up after {most} KiB at most; resident {resident_before} KiB before, {resident} and {resident_then} while \
-         held up; {descriptors:?}; {} ticks in 3 s",
+        "held up after {most} KiB at most; resident {resident_before} KiB before, {resident} and \
+         {resident_then} while held up; {descriptors:?}; {} ticks in 3 s",
         ticks_then - ticks
     );
     ensure!(sent(&all) == last, "held up, but goes on");

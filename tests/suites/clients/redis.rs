@@ -1,4 +1,4 @@
-//! Redis.
+//! Tests of Redis over the relay.
 
 use std::fmt::Write as _;
 use std::fs::File;

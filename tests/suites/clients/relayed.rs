@@ -47,7 +47,8 @@ impl Relayed {
         Descriptors::of(self.daemon()?)
     }
 
-    /// Waits until the daemon has no descriptor more than before, but for pipes that it keeps for the next ones.
+    /// Waits until the daemon has no descriptor more than before, but for pipes that it keeps for the next
+    /// ones.
     pub(crate) fn nothing_leaks(&self, before: Descriptors) -> Result<()> {
         // Eight to a thread, each with two ends.
         let spare = 16 * std::thread::available_parallelism()?.get();
@@ -61,7 +62,7 @@ impl Relayed {
     }
 }
 
-/// How many descriptors a process has.
+/// The numbers of descriptors that a process has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Descriptors {
     /// Ends of pipes.

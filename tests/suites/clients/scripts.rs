@@ -1,17 +1,17 @@
-//! Random endings: a script of writes, pauses, half-closes, closes and resets by client and service, run once over a
-//! plain connection and once over the relay. What each side received, and how its stream ended, must be the same.
+//! Random endings: a script of writes, pauses, half-closes, closes and resets by client and service, run once
+//! over a plain connection and once over the relay. What each side received, and how its stream ended, must
+//! be the same.
 //!
 //! Two kinds of script:
-//!
-//! - *Awaited*: the next step comes when the other side has seen the last one. Then a plain connection has one outcome
-//!   only, and the relay must have that one: the bytes, the end of each stream, and whether a side is told that its
-//!   connection is dead.
-//! - *Racing*: steps follow each other at once. Without a close or reset there is still one outcome. With one, a plain
-//!   connection has many: a RST discards what its sender had not sent yet, so how much arrives depends on the moment; a
-//!   close with unread bytes, or one that bytes arrive after, is a RST as well. A close alone, towards a side that never
-//!   writes, is not. What holds for all of them is checked on both: a side receives a prefix of what the other wrote;
-//!   an end of file means that nothing is missing and that the other side did end its stream; a reset means that
-//!   somebody did more than that.
+//! - *Awaited*: the next step comes when the other side has seen the last one. Then a plain connection has
+//!   one outcome only, and the relay must have that one: the bytes, the end of each stream, and whether a
+//!   side is told that its connection is dead.
+//! - *Racing*: steps follow each other at once. Without a close or reset there is still one outcome. With
+//!   one, a plain connection has many: a RST discards what its sender had not sent yet, so how much arrives
+//!   depends on the moment; a close with unread bytes, or one that bytes arrive after, is a RST as well. A
+//!   close alone, towards a side that never writes, is not. What holds for all of them is checked on both: a
+//!   side receives a prefix of what the other wrote; an end of file means that nothing is missing and that
+//!   the other side did end its stream; a reset means that somebody did more than that.
 
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Read, Write};
@@ -47,7 +47,7 @@ enum Act {
     Reset,
 }
 
-/// Who does it: 0 is the client, 1 the service.
+/// The side that acts: 0 is the client, 1 the service.
 type Side = usize;
 
 #[derive(Clone, Debug)]
@@ -110,7 +110,7 @@ enum End {
     Reset,
 }
 
-/// What a side saw.
+/// The bytes and the end that a side saw.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Seen {
     bytes: usize,
@@ -309,7 +309,7 @@ fn play(script: &Script, (client, service): (TcpStream, TcpStream)) -> Result<[(
     Ok(play.players.map(|player| (player.seen, player.written)))
 }
 
-/// What holds for every outcome.
+/// Checks what holds for every outcome.
 fn is_possible(script: &Script, outcome: &[(Seen, usize); 2]) -> Result<()> {
     for side in 0..2 {
         let (seen, (_, written)) = (&outcome[side].0, &outcome[1 - side]);

@@ -71,8 +71,8 @@ fn service_that_has_said_all_hears_the_client_out() -> Result<()> {
     relayed.nothing_leaks(before)
 }
 
-/// An HTTP server that answers 413 and closes while the body is still coming. What it said must arrive even so, and the
-/// client must not go on sending for ever.
+/// An HTTP server that answers 413 and closes while the body is still coming. What it said must arrive even
+/// so, and the client must not go on sending for ever.
 fn answer_of_a_service_that_hangs_up_arrives() -> Result<()> {
     const ANSWER: usize = 5000;
     let relayed = Relayed::new()?;
@@ -100,8 +100,9 @@ fn answer_of_a_service_that_hangs_up_arrives() -> Result<()> {
     relayed.nothing_leaks(before)
 }
 
-/// The client is reset in the middle of its upload, while the relay is busy sending to it: the relay may learn of the
-/// reset by a write that fails, or that is cut short. Whatever it learns, the service must not see an end of file.
+/// The client is reset in the middle of its upload, while the relay is busy sending to it: the relay may
+/// learn of the reset by a write that fails, or that is cut short. Whatever it learns, the service must not
+/// see an end of file.
 fn upload_that_is_cut_off_never_looks_finished() -> Result<()> {
     const ROUNDS: u64 = 400;
     let relayed = Relayed::new()?;
@@ -183,8 +184,8 @@ fn ten_thousand_single_bytes_arrive() -> Result<()> {
     join(echoes)
 }
 
-/// A header and a body in two writes, the pattern that Nagle's algorithm and delayed acknowledgements turn into 40 ms
-/// each way.
+/// A header and a body in two writes, the pattern that Nagle's algorithm and delayed acknowledgements turn
+/// into 40 ms each way.
 fn messages_in_pieces_are_not_held_back() -> Result<()> {
     const ROUNDS: u32 = 500;
     let relayed = Relayed::new()?;

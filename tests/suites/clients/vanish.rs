@@ -1,9 +1,9 @@
 //! Containers that vanish in the middle of a transfer.
-//!
-//! What the service can see of that: a container whose processes are killed still has a kernel, which ends each socket
-//! with a FIN, or with a RST where bytes were unread. A link that is removed says nothing. The host's kernel finds out
-//! by bytes that are not acknowledged (`tcp_retries2`: a quarter of an hour by default, here made a few seconds) or, on
-//! a connection that is idle, by keepalive, whose timer must run on both legs. Then the service's end is reset.
+//! What the service can see of that: a container whose processes are killed still has a kernel, which ends
+//! each socket with a FIN, or with a RST where bytes were unread. A link that is removed says nothing. The
+//! host's kernel finds out by bytes that are not acknowledged (`tcp_retries2`: a quarter of an hour by
+//! default, here made a few seconds) or, on a connection that is idle, by keepalive, whose timer must run on
+//! both legs. Then the service's end is reset.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -100,8 +100,8 @@ fn link_goes_in_the_middle_and_the_kernel_gives_up() -> Result<()> {
     host.sysctl("net/ipv4/tcp_retries2", "3")?;
     let before = relayed.descriptors()?;
     let (client, service) = relayed.connection()?;
-    // One that goes the other way: the host's kernel has nothing to send there, so only keepalive would find out. It is
-    // ended by the service.
+    // One that goes the other way: the host's kernel has nothing to send there, so only keepalive would find
+    // out. It is ended by the service.
     let (up, up_service) = relayed.connection()?;
     let sender = send_without_end(service);
     let reads = thread::spawn(move || {
@@ -125,7 +125,8 @@ fn link_goes_in_the_middle_and_the_kernel_gives_up() -> Result<()> {
 
     is_told(sender).context("the service that was sending")?;
     let silent = hears.join().map_err(|_| anyhow::anyhow!("the service that hears"))??;
-    // It has heard nothing for a while, and is not told: nothing is known yet. What it sends makes the kernel find out.
+    // It has heard nothing for a while, and is not told: nothing is known yet. What it sends makes the kernel
+    // find out.
     let told = send_without_end(silent);
     is_told(told).context("the service that was hearing")?;
     relayed.nothing_leaks(before)?;

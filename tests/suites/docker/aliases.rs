@@ -67,7 +67,7 @@ impl Stage {
         Ok(self.scene.engine.exec(container, &["sh", "-c", &dial])?.stdout)
     }
 
-    /// What `status` has of the alias.
+    /// Returns the entry of `status` for the alias.
     fn told(&self, network: &str, port: u16) -> Result<Option<Value>> {
         let rule = self.scene.daemon.rule(network, port)?.context("the rule")?;
         let gateways = rule["gateways"].as_array().context("gateways")?;

@@ -1,5 +1,6 @@
-//! The examples, as they are: compose, labels, and services on the host's loopback. PostgreSQL and Redis are the real ones;
-//! plain HTTP servers stand in for Ollama and for an MCP server. The images are the harness' busybox, since none can be pulled.
+//! The examples, as they are: compose, labels, and services on the host's loopback. PostgreSQL and Redis are
+//! the real ones; plain HTTP servers stand in for Ollama and for an MCP server. The images are the harness'
+//! busybox, since none can be pulled.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -88,13 +89,13 @@ impl Example {
         })
     }
 
-    /// What containers dial, as `status` has it.
+    /// Returns the address that containers dial, as `status` has it.
     fn gateway(&self, network: &str, port: u16) -> Result<String> {
         let rule = self.scene.daemon.rule(network, port)?.context("no rule")?;
         Ok(rule["gateways"][0]["address"].as_str().context("no gateway")?.to_owned())
     }
 
-    /// What an HTTP server says to a request of the container's own program.
+    /// Returns what an HTTP server says to a request of the container's own program.
     fn http(
         &self,
         container: &Container,
@@ -204,7 +205,8 @@ impl Postgres {
         self.at_home(host, "select pg_reload_conf()").map(drop)
     }
 
-    /// From the container's network, by the gateway in the example's subnet; what it says of the address that it sees, or why not.
+    /// From the container's network, by the gateway in the example's subnet; what it says of the address that
+    /// it sees, or why not.
     fn address_seen(&self, example: &Example, container: &Container, password: &str) -> Result<Output> {
         let mut psql = example.scene.engine.netns(container)?.command(self.programs.join("psql"));
         psql.env("PGHOST", "172.31.54.1").env("PGPASSWORD", password);

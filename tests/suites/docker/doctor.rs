@@ -21,7 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// What Docker calls the host is served, unless something is in the way there.
+/// The address that Docker calls the host is served, unless something is in the way there.
 fn containers_that_dial_docker0_are_told() -> Result<()> {
     let scene = Scene::new()?;
     let network = scene.engine.create_network("app", &[])?;
@@ -61,7 +61,7 @@ fn containers_that_dial_docker0_are_told() -> Result<()> {
     scene.served(&misled, network.at(8080), "service").map(drop)
 }
 
-/// Its bridges are in another network namespace than the doctor.
+/// The engine's bridges are in another network namespace than the doctor.
 fn an_engine_of_another_host_is_told() -> Result<()> {
     let engine = Tested::start()?;
     let daemon = Daemon::prepare(&NetNs::new()?, Options { docker: true, ..Options::default() })?;

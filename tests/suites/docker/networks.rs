@@ -51,8 +51,8 @@ fn networks_without_a_bridge_are_blocked() -> Result<()> {
     Ok(())
 }
 
-/// What another container publishes on the host's localhost is a service like any other: for the allowed network, and for no
-/// other.
+/// A port that another container publishes on the host's localhost is a service like any other: for the
+/// allowed network, and for no other.
 fn port_published_on_loopback_is_served() -> Result<()> {
     let scene = Scene::new()?;
     let app = scene.engine.create_network("app", &[])?;
@@ -74,7 +74,8 @@ fn port_published_on_loopback_is_served() -> Result<()> {
     scene.refused(&inside, app.at(8080))
 }
 
-/// Podman refuses such a name. Docker itself takes a name for a name before it takes it for the beginning of an id.
+/// Podman refuses such a name. Docker itself takes a name for a name before it takes it for the beginning of
+/// an id.
 fn name_that_is_the_id_of_another() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("service", "127.0.0.1:8080")?;

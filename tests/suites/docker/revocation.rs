@@ -1,4 +1,5 @@
-//! The address of a container that has left is revoked at once, whatever the daemon is doing: whoever gets it next is not served.
+//! The address of a container that has left is revoked at once, whatever the daemon is doing: whoever gets it
+//! next is not served.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -44,7 +45,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// How often whoever gets the address next tries.
+/// Number of attempts of whoever gets the address next.
 const ROUNDS: usize = 10;
 
 /// From Docker's word that a container has left to the kernel's list without its address.
@@ -63,7 +64,8 @@ impl SlowTool {
         fs::create_dir(&folder)?;
         let nft = find_program("nft").context("no nft")?;
         let script = format!(
-            "#!/bin/sh\nfor _ in $(seq 50); do\n[ -e {0}/held ] || break\n: > {0}/waits\nsleep 0.1\ndone\nexec {1} \"$@\"\n",
+            "#!/bin/sh\nfor _ in $(seq 50); do\n[ -e {0}/held ] || break\n: > {0}/waits\nsleep 0.1\ndone\n\
+             exec {1} \"$@\"\n",
             folder.display(),
             nft.display()
         );
@@ -154,7 +156,8 @@ impl Drop for SlowDisk {
     }
 }
 
-/// An engine that takes a long time to describe one container, as it does while it starts it. Everything else passes.
+/// An engine that takes a long time to describe one container, as it does while it starts it. Everything else
+/// passes.
 struct SlowEngine {
     held: Arc<AtomicBool>,
     waits: Arc<AtomicBool>,
@@ -252,8 +255,8 @@ fn happened(engine: &Tested, since: SystemTime, event: &str) -> Result<SystemTim
     Ok(UNIX_EPOCH + Duration::from_nanos(last.trim().parse()?))
 }
 
-/// Has the container leave by `leave`, and expects the list to have no more than `left` entries as soon as the engine has told of
-/// `event`.
+/// Has the container leave by `leave`, and expects the list to have no more than `left` entries as soon as
+/// the engine has told of `event`.
 fn leaves_in_time(crowd: &Crowd, leave: &[&str], event: &str, left: usize) -> Result<()> {
     let map = sources(crowd)?;
     ensure!(map.len()? > left, "its address is not in the list");

@@ -297,8 +297,8 @@ fn a_container_stays_served_while_the_engine_is_away() -> Result<()> {
     must_reach(&scene, &container, "host's")
 }
 
-/// An engine on another host, or in another pid namespace, tells numbers that mean other processes here. Its containers
-/// are in no cgroup of this host.
+/// An engine on another host, or in another pid namespace, tells numbers that mean other processes here. Its
+/// containers are in no cgroup of this host.
 fn a_process_number_from_elsewhere_is_not_believed() -> Result<()> {
     let scene = Scene::new()?;
     let container = named(&scene, "none", "alone")?;
@@ -316,8 +316,8 @@ fn a_process_number_from_elsewhere_is_not_believed() -> Result<()> {
     scene.refused(&container, localhost())
 }
 
-/// The engine is away, its container has ended, and a stranger has got the number: in a namespace of its own, in a
-/// cgroup named after the container.
+/// The engine is away, its container has ended, and a stranger has got the number: in a namespace of its own,
+/// in a cgroup named after the container.
 fn what_was_known_of_an_engine_that_is_away_is_not_believed_for_ever() -> Result<()> {
     let mut scene = Scene::lasting()?;
     let container = named(&scene, "none", "alone")?;

@@ -189,7 +189,8 @@ fn a_container_that_leaves_the_network_is_out() -> Result<()> {
     crowd.refused(&crowd.far)
 }
 
-/// A container ends and another gets its address at once: as fast as Docker can, it is not as fast as lbridge.
+/// A container ends and another gets its address at once: as fast as Docker can, it is not as fast as
+/// lbridge.
 fn an_address_that_is_given_again_lets_nobody_in() -> Result<()> {
     let crowd = Crowd::new()?;
     crowd.allow(&[])?;
@@ -263,7 +264,8 @@ fn the_service_may_see_a_local_peer() -> Result<()> {
     crowd.refused(&crowd.other)
 }
 
-/// A container that the rule is not for gets to whoever listens on all addresses, as without lbridge, and is what it is there.
+/// A container that the rule is not for gets to whoever listens on all addresses, as without lbridge, and is
+/// what it is there.
 fn whoever_is_not_named_is_no_local_peer() -> Result<()> {
     let crowd = Crowd::new()?;
     let _wide = crowd.scene.service("wide", "0.0.0.0:8081")?;

@@ -65,7 +65,7 @@ fn from(rule: &Value) -> Vec<&str> {
     rule["from"].as_array().into_iter().flatten().filter_map(Value::as_str).collect()
 }
 
-/// What is wrong with labels, once something is.
+/// Returns the problems of labels, once there is one.
 fn problems(scene: &Scene) -> Result<Vec<Value>> {
     patience::until("status tells of a label", || {
         let status = scene.daemon.status()?;

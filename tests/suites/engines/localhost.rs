@@ -1,5 +1,5 @@
-//! `--localhost` for containers of a real Engine, whose first connection comes in their first millisecond; and for clients that
-//! ask for localhost in every way that there is.
+//! `--localhost` for containers of a real Engine, whose first connection comes in their first millisecond;
+//! and for clients that ask for localhost in every way that there is.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -31,7 +31,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// How many containers are started, if the environment does not say otherwise.
+/// Number of containers that are started, if the environment does not say otherwise.
 const STARTS: usize = 24;
 const STARTS_FROM: &str = "LBRIDGE_TEST_STARTS";
 const LOCALHOST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
@@ -45,8 +45,8 @@ fn scene() -> Result<(Scene, Service)> {
     Ok((scene, service))
 }
 
-/// Creates `app`, and starts a container on it if its bridge would not exist without: then the first container to dial
-/// is not the first of all, which Podman starts while the daemon notices the bridge.
+/// Creates `app`, and starts a container on it if its bridge would not exist without: then the first
+/// container to dial is not the first of all, which Podman starts while the daemon notices the bridge.
 fn create_network(scene: &Scene, more: &[&str]) -> Result<()> {
     scene.engine.create_network("app", more)?;
     if !Tested::BRIDGE_WITHOUT_CONTAINERS {

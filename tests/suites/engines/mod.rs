@@ -1,5 +1,5 @@
-//! What holds for every engine: these tests are in the suite of each, which names its engine `Tested`. Where an engine
-//! differs, the constants of [`Engine`] say so, and why.
+//! Tests that hold for every engine: they are in the suite of each, which names its engine `Tested`. Where
+//! an engine differs, the constants of [`Engine`] say so, and why.
 
 mod containers;
 mod doctor;

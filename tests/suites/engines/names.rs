@@ -1,4 +1,4 @@
-//! What a network is called: names, ids, and words that were chosen to deceive.
+//! Tests of what a network is called: names, ids, and words that were chosen to deceive.
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::engine::Engine;

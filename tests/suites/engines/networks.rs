@@ -154,8 +154,8 @@ fn network_is_made_anew() -> Result<()> {
     Ok(())
 }
 
-/// Same subnet, same gateway, with Podman the same bridge's name, another network: none of the old rules, not for a
-/// moment.
+/// Same subnet, same gateway, with Podman the same bridge's name, another network: none of the old rules, not
+/// for a moment.
 fn successor_of_a_network_inherits_nothing() -> Result<()> {
     let scene = Scene::new()?;
     let services = [scene.service("steered", "127.0.0.1:8080")?, scene.service("relayed", "127.0.0.1:9090")?];
@@ -210,7 +210,8 @@ fn successor_inherits_nothing_while_the_daemon_is_dead() -> Result<()> {
     let netns = scene.engine.netns(&scene.engine.run("rogue", &[])?)?;
     // The entry names the interface that has gone.
     client::refused(&netns, network.at(8080))?;
-    // Nobody there who could say whose the bridge is: what is remembered is not believed of another interface.
+    // Nobody there who could say whose the bridge is: what is remembered is not believed of another
+    // interface.
     scene.engine.down()?;
     scene.daemon.restart()?;
     scene.must_be("app", 8080, "waiting")?;

@@ -1,4 +1,5 @@
-//! Rules for some containers, on a host whose firewall drops: what lbridge lets in for them is for them alone.
+//! Rules for some containers, on a host whose firewall drops: what lbridge lets in for them is for them
+//! alone.
 
 use std::net::SocketAddr;
 
@@ -22,7 +23,8 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// The port that is dialled, and on which the host has a service of its own on every address: its SSH server, say.
+/// The port that is dialled, and on which the host has a service of its own on every address: its SSH server,
+/// say.
 const PORT: u16 = 2222;
 
 const DROPS: &str = "table inet walled { chain input { type filter hook input priority 0; policy drop; \

@@ -1,5 +1,5 @@
-//! An accept rule of lbridge's lets packets in for one rule, and for nothing else: whoever the rule does not admit must not
-//! reach what else the host has at the dialled port.
+//! An accept rule of lbridge's lets packets in for one rule, and for nothing else: whoever the rule does not
+//! admit must not reach what else the host has at the dialled port.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -49,7 +49,8 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// The port that is dialled, and on which the host has a service of its own on every address: its SSH server, say.
+/// The port that is dialled, and on which the host has a service of its own on every address: its SSH server,
+/// say.
 const PORT: u16 = 2222;
 
 struct Guarded {
@@ -420,8 +421,8 @@ fn rules_that_come_and_go_open_nothing_else() -> Result<()> {
 /// Addresses of a scene, and a service of their family.
 const BOTH: [((&str, &str), &str); 2] = [(scene::V4, "127.0.0.1:8088"), (scene::V6, "[::1]:8088")];
 
-/// Removes the scene's bridge with its container, and makes another one of the same name and addresses. The accept rule
-/// names the bridge, the kernel's entry its index.
+/// Removes the scene's bridge with its container, and makes another one of the same name and addresses. The
+/// accept rule names the bridge, the kernel's entry its index.
 fn made_anew(scene: &Scene, (gateway, container): (&str, &str)) -> Result<NetNs> {
     scene.lab.host().ip("link del lab0")?;
     let bridge = scene.lab.add_bridge("lab0", gateway)?;
@@ -558,7 +559,7 @@ fn a_service_on_every_address_starts_beside_a_relay() -> Result<()> {
     Ok(())
 }
 
-/// What would arrive anyway is not lbridge's to refuse.
+/// lbridge does not refuse packets that would arrive without it.
 fn without_an_accept_rule_others_are_left_alone() -> Result<()> {
     let walled = Walled::new()?;
     let scene = &walled.scene;

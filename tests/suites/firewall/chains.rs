@@ -41,7 +41,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// What is let through serves, what is not is dropped as before, and `deny` leaves no trace.
+/// Traffic that is let through is served, other traffic is dropped as before, and `deny` leaves no trace.
 fn served_until_denied(walled: &Walled, before: &str) -> Result<()> {
     let _service = walled.scene.service("walled", "127.0.0.1:8080")?;
     dropped(&walled.scene.container, walled.scene.gateway(8080))?;
@@ -63,7 +63,10 @@ fn a_host_without_a_firewall_gets_none() -> Result<()> {
     walled.scene.served(8080, "open")?;
     ensure!(walled.ruleset()?.is_empty(), "{}", walled.ruleset()?);
     // Nor one that lets it through anyway.
-    walled.must("nft 'add table inet t; add chain inet t c { type filter hook input priority 0; policy drop; }; add rule inet t c accept'")?;
+    walled.must(
+        "nft 'add table inet t; add chain inet t c \
+         { type filter hook input priority 0; policy drop; }; add rule inet t c accept'",
+    )?;
     walled.scene.must_be(8080, "steered")?;
     ensure!(walled.own()?.is_empty(), "{}", walled.ruleset()?);
     Ok(())
@@ -94,8 +97,8 @@ fn nftables_that_rejects_at_its_end() -> Result<()> {
     for last in ["reject", "counter jump end", "ip protocol vmap { tcp : drop }"] {
         let walled = Walled::new()?;
         walled.must(&format!(
-            "nft 'table ip f {{ chain end {{ reject with icmp host-prohibited; }}; chain in {{ type filter hook input \
-             priority 0; iifname lo accept; {last}; }}; }}'"
+            "nft 'table ip f {{ chain end {{ reject with icmp host-prohibited; }}; chain in \
+             {{ type filter hook input priority 0; iifname lo accept; {last}; }}; }}'"
         ))?;
         let _service = walled.scene.service("walled", "127.0.0.1:8080")?;
         let before = walled.ruleset()?;
@@ -168,7 +171,8 @@ fn iptables_nft() -> Result<()> {
     )?;
     walled.scene.allow(&["8080"])?;
     let rules = walled.must("iptables-nft -S INPUT")?;
-    let ours = "-A INPUT -s 10.7.0.0/24 -d 10.7.0.1/32 -i lab0 -p tcp -m tcp --dport 8080 -m comment --comment lbridge -j ACCEPT";
+    let ours = "-A INPUT -s 10.7.0.0/24 -d 10.7.0.1/32 -i lab0 -p tcp -m tcp --dport 8080 -m comment \
+                --comment lbridge -j ACCEPT";
     ensure!(rules.lines().nth(1) == Some(ours), "{rules}");
     ensure!(rules.matches("lbridge").count() == 1, "{rules}");
     walled.scene.deny(&["8080"])?;
@@ -234,7 +238,8 @@ fn off_for_every_firewall() -> Result<()> {
         let why = walled.scene.must_be(8080, "blocked")?.why.unwrap_or_default();
         let command = why.strip_prefix(&format!("firewall {firewall} drops it; type: ")).unwrap_or_default();
         walled.must(command)?;
-        // Nothing tells of the old tables' changes: it is tried again after a while, and at once when it is allowed again.
+        // Nothing tells of the old tables' changes: it is tried again after a while, and at once when it is
+        // allowed again.
         walled.scene.allow(&["8080"])?;
         walled.scene.must_be(8080, "steered")?;
         walled.scene.served(8080, "walled")?;
@@ -245,7 +250,8 @@ fn off_for_every_firewall() -> Result<()> {
 fn a_drop_that_no_chain_shows() -> Result<()> {
     let walled = Walled::new()?;
     walled.must(
-        "nft 'table inet raw { chain pre { type filter hook prerouting priority raw; iifname lab0 tcp dport 8080 drop; }; }'",
+        "nft 'table inet raw \
+         { chain pre { type filter hook prerouting priority raw; iifname lab0 tcp dport 8080 drop; }; }'",
     )?;
     let before = walled.ruleset()?;
     walled.scene.allow(&["8080"])?;
@@ -300,7 +306,8 @@ fn answer_in_the_gateways_name(over: &AtomicBool) -> Result<()> {
     let socket =
         socket::socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)?;
     let mut packet = [0; 40];
-    // IPv4 (RFC 791); the kernel puts length and checksum (raw(7)). Then TCP, whose checksum no raw socket looks at.
+    // IPv4 (RFC 791); the kernel puts length and checksum (raw(7)). Then TCP, whose checksum no raw socket
+    // looks at.
     packet[0] = 0x45;
     packet[8..10].copy_from_slice(&[64, 6]);
     packet[12..20].copy_from_slice(&[10, 7, 0, 1, 10, 7, 0, 254]);
@@ -327,7 +334,8 @@ fn what_others_put_meanwhile_stays() -> Result<()> {
         fs::write(
             &wrapper,
             format!(
-                "#!/bin/sh\n{real} \"$@\" || exit\ncase \"$*\" in *'-S INPUT') {real} -I INPUT -s 192.0.2.1 -j ACCEPT; esac\n"
+                "#!/bin/sh\n{real} \"$@\" || exit\ncase \"$*\" in *'-S INPUT') {real} -I INPUT -s 192.0.2.1 \
+                 -j ACCEPT; esac\n"
             ),
         )?;
         fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;

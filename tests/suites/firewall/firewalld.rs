@@ -1,4 +1,5 @@
-//! firewalld, with the programs of a newer Debian: its tables have an owner, so that rules go through firewalld itself.
+//! firewalld, with the programs of a newer Debian: its tables have an owner, so that rules go through
+//! firewalld itself.
 
 use std::fs;
 use std::io;
@@ -68,7 +69,7 @@ impl Host {
         SocketAddr::new(self.bridge.gateway(), port)
     }
 
-    /// What firewalld answers instead of the service.
+    /// Dials, and expects firewalld's answer instead of the service's.
     fn denied(&self, port: u16) -> Result<()> {
         let attempt = client::attempt(&self.container, self.gateway(port));
         ensure!(
@@ -95,8 +96,8 @@ fn firewalld_lets_in_what_is_allowed() -> Result<()> {
     // The rule first: the daemon does not see the processes of this host's outside.
     let _service = Service::start(host.lab.host(), "walled", "127.0.0.1:8080")?;
     client::served_by(&host.container, host.gateway(8080), "walled")?;
-    let rule = "rule priority=\"-21093\" family=\"ipv4\" source address=\"10.7.0.0/24\" destination address=\"10.7.0.1\" \
-                port port=\"8080\" protocol=\"tcp\" accept";
+    let rule = "rule priority=\"-21093\" family=\"ipv4\" source address=\"10.7.0.0/24\" destination \
+                address=\"10.7.0.1\" port port=\"8080\" protocol=\"tcp\" accept";
     ensure!(host.own()? == [rule], "{:?}", host.own()?);
     host.denied(8081)?;
     // A reload forgets what was not made to last.
@@ -121,8 +122,8 @@ fn firewalld_lets_in_what_is_allowed() -> Result<()> {
     Ok(())
 }
 
-/// A rich rule names the subnet, not the bridge, and every interface of the zone meets it: a datagram with an address of the
-/// network as its source could come by any of them.
+/// A rich rule names the subnet, not the bridge, and every interface of the zone meets it: a datagram with an
+/// address of the network as its source could come by any of them.
 fn firewalld_opens_nothing_to_other_interfaces() -> Result<()> {
     let host = Host::boot()?;
     let elsewhere = host.lab.container(&host.lab.add_bridge("lab1", "10.8.0.1/24")?, "10.8.0.2/24")?;
@@ -130,8 +131,8 @@ fn firewalld_opens_nothing_to_other_interfaces() -> Result<()> {
     let of_network = SocketAddr::new("10.7.0.2".parse()?, 4000);
     let forged = || forge::datagram(&elsewhere, of_network, host.gateway(5300), b"forged");
     // The control: somebody else's rule of the same words lets them in.
-    let rule = "rule family=\"ipv4\" source address=\"10.7.0.0/24\" destination address=\"10.7.0.1\" port port=\"5300\" \
-                protocol=\"udp\" accept";
+    let rule = "rule family=\"ipv4\" source address=\"10.7.0.0/24\" destination address=\"10.7.0.1\" port \
+                port=\"5300\" protocol=\"udp\" accept";
     host.run(&format!("firewall-cmd --add-rich-rule='{rule}'"))?;
     patience::until("a forged datagram arrives", || {
         forged()?;
@@ -168,7 +169,10 @@ fn firewallds_docker_zone_needs_no_rule() -> Result<()> {
 
 fn firewalld_off() -> Result<()> {
     let host = Host::boot()?;
-    host.run("sed -i 's/^#firewall = .*/firewall = \"off\"/' /etc/lbridge/lbridge.toml && systemctl reload lbridge")?;
+    host.run(
+        "sed -i 's/^#firewall = .*/firewall = \"off\"/' /etc/lbridge/lbridge.toml && systemctl reload \
+         lbridge",
+    )?;
     let said = host.run("lbridge allow bridge:lab0 8080")?;
     let (_, command) =
         said.split_once("blocked (firewall firewalld drops it; type: ").context(said.clone())?;

@@ -1,5 +1,5 @@
-//! Flows that conntrack knows: what a firewall lets in as established (`ct state established accept`) though the accept rule that let
-//! in their first packet is gone.
+//! Flows that conntrack knows: what a firewall lets in as established (`ct state established accept`) though
+//! the accept rule that let in their first packet is gone.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -61,12 +61,14 @@ fn datagrams_of_a_denied_rule_are_dropped() -> Result<()> {
     Ok(())
 }
 
-/// The accept rule sees the port that NAT has made of the dialled one, conntrack's first packet has the dialled one.
+/// The accept rule sees the port that NAT has made of the dialled one, conntrack's first packet has the
+/// dialled one.
 fn what_is_redirected_to_the_port_is_forgotten_too() -> Result<()> {
     let walled = dropping()?;
     let scene = &walled.scene;
     walled.must(
-        "nft 'table ip redirects { chain c { type nat hook prerouting priority dstnat; udp dport 53 redirect to :5300; }; }'",
+        "nft 'table ip redirects \
+         { chain c { type nat hook prerouting priority dstnat; udp dport 53 redirect to :5300; }; }'",
     )?;
     let own = Echo::start(walled.host(), "own", "0.0.0.0:5300")?;
     let service = Echo::start(walled.host(), "steered", "127.0.0.1:5300")?;
@@ -118,8 +120,8 @@ fn connected() -> Result<Denied> {
     Ok(Denied { walled, own, listener, end, client, accepted })
 }
 
-/// The host has no socket of the connection any more, while conntrack takes it for one that is open: the container has dropped what
-/// would have ended it.
+/// The host has no socket of the connection any more, while conntrack takes it for one that is open: the
+/// container has dropped what would have ended it.
 fn forgotten_by_the_host(denied: Denied) -> Result<(Walled, Service, SocketAddr)> {
     let Denied { walled, own, listener, end, client, accepted } = denied;
     walled.scene.container.shell(

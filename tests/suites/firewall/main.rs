@@ -1,5 +1,5 @@
-//! A firewall that drops: the container's SYN would never arrive. lbridge notices by trying, lets through what rules open and
-//! nothing else, and takes it back.
+//! A firewall that drops: the container's SYN would never arrive. lbridge notices by trying, lets through
+//! what rules open and nothing else, and takes it back.
 
 mod accepted;
 mod chains;
@@ -41,8 +41,8 @@ fn main() {
     ]
     .concat();
     let mut suite = Suite::new(NEEDS, tests);
-    // firewalld and its command are Python, and started a dozen times: a test of theirs takes 15 s of a processor, of which there
-    // may be a quarter.
+    // firewalld and its command are Python, and started a dozen times: a test of theirs takes 15 s of a
+    // processor, of which there may be a quarter.
     suite.limit = 180;
     suite.main()
 }

@@ -28,7 +28,8 @@ fn in_place_of_nft(script: &str) -> Result<impl Drop + use<>> {
     Ok(Mounted)
 }
 
-/// For as long as this lives execve(2) of `nft` fails as if it was not there: ENOENT, of an interpreter that is not.
+/// For as long as this lives execve(2) of `nft` fails as if it was not there: ENOENT, of an interpreter that
+/// is not.
 pub(crate) fn without_nft() -> Result<impl Drop> {
     in_place_of_nft("#!/nowhere\n")
 }

@@ -1,5 +1,5 @@
-//! Datagrams behind a firewall. What refuses one says what the host says of a port that nobody has: neither is taken for
-//! arrival.
+//! Datagrams behind a firewall. What refuses one says what the host says of a port that nobody has: neither
+//! is taken for arrival.
 
 use anyhow::{Result, ensure};
 use lbridge_tests::harness::patience;
@@ -24,7 +24,7 @@ fn served(walled: &Walled) -> Result<()> {
     served_by(&scene.container, scene.container_ip, scene.gateway(53), "walled")
 }
 
-/// What is let through serves, what is not is dropped as before, and `deny` leaves no trace.
+/// Traffic that is let through is served, other traffic is dropped as before, and `deny` leaves no trace.
 fn served_until_denied(walled: &Walled) -> Result<()> {
     let scene = &walled.scene;
     let before = walled.must("nft list ruleset; iptables-legacy-save | grep -v '^#' | sed 's/\\[.*//'")?;
@@ -71,7 +71,10 @@ fn udp_behind_nftables() -> Result<()> {
 fn udp_behind_iptables() -> Result<()> {
     for program in ["iptables-nft", "iptables-legacy"] {
         let walled = Walled::new()?;
-        walled.must(&format!("{program} -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT && {program} -P INPUT DROP"))?;
+        walled.must(&format!(
+            "{program} -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT && \
+             {program} -P INPUT DROP"
+        ))?;
         served_until_denied(&walled)?;
     }
     Ok(())
@@ -80,7 +83,12 @@ fn udp_behind_iptables() -> Result<()> {
 /// With the very answer of a closed port.
 fn udp_behind_what_rejects() -> Result<()> {
     let walled = Walled::new()?;
-    walled.must("nft 'table ip f { chain in { type filter hook input priority 0; ct state established accept; iifname lo accept; reject with icmp port-unreachable; }; }'")?;
+    walled.must(
+        "nft 'table ip f \
+         { chain in \
+         { type filter hook input priority 0; ct state established accept; iifname lo accept; reject \
+         with icmp port-unreachable; }; }'",
+    )?;
     served_until_denied(&walled)
 }
 

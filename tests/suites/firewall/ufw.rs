@@ -74,7 +74,8 @@ fn ufw_off() -> Result<()> {
     walled.scene.allow(&["8080"])?;
     let why = walled.scene.must_be(8080, "blocked")?.why.unwrap_or_default();
     ensure!(
-        why == "firewall UFW drops it; type: ufw allow in on lab0 from 10.7.0.0/24 to 10.7.0.1 port 8080 proto tcp",
+        why == "firewall UFW drops it; type: ufw allow in on lab0 from 10.7.0.0/24 to 10.7.0.1 port 8080 \
+                proto tcp",
         "{why}"
     );
     walled.must("ufw allow in on lab0 from 10.7.0.0/24 to 10.7.0.1 port 8080 proto tcp")?;
@@ -82,7 +83,8 @@ fn ufw_off() -> Result<()> {
     walled.scene.served(8080, "walled").map(drop)
 }
 
-/// A Docker host as there are many: the engine's rules and UFW's in the same tables, both ways of containers to a service.
+/// A Docker host as there are many: the engine's rules and UFW's in the same tables, both ways of containers
+/// to a service.
 fn containers_behind_ufw() -> Result<()> {
     let engine = Docker::start()?;
     let host = NetNs::current()?;

@@ -132,7 +132,10 @@ fn the_bridge_is_as_it_was() -> Result<()> {
 fn a_kill_leaves_no_link() -> Result<()> {
     let mut walled = Walled::new()?;
     // What is dropped is waited for, with the link in place.
-    walled.must("nft 'table inet raw { chain pre { type filter hook prerouting priority raw; iifname lab0 drop; }; }'")?;
+    walled.must(
+        "nft 'table inet raw \
+         { chain pre { type filter hook prerouting priority raw; iifname lab0 drop; }; }'",
+    )?;
     let mut allow = walled.scene.daemon.command()?.args(["allow", "bridge:lab0", "8080"]).spawn()?;
     let probing = || Ok(walled.must("ip -o link show")?.contains("lbr").then_some(()));
     patience::until("a probe", probing)?;

@@ -1,5 +1,5 @@
-//! What is attached, whatever becomes of the pins: links that somebody detaches come back, and no program of an earlier daemon goes on
-//! to serve what was denied since.
+//! Tests of what stays attached, whatever becomes of the pins: links that somebody detaches come back, and no
+//! program of an earlier daemon goes on to serve what was denied since.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -308,7 +308,8 @@ fn what_is_unpinned_ends_while_the_daemon_runs() -> Result<()> {
     Ok(())
 }
 
-/// The kernel runs 64 `sk_lookup` programs in a namespace at most (`NETNS_BPF_MAX_PROGS`, kernel/bpf/net_namespace.c).
+/// The kernel runs 64 `sk_lookup` programs in a namespace at most (`NETNS_BPF_MAX_PROGS`,
+/// kernel/bpf/net_namespace.c).
 fn what_cannot_be_attached_again_is_told() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("service", "127.0.0.1:8080")?;
@@ -331,7 +332,7 @@ fn what_cannot_be_attached_again_is_told() -> Result<()> {
     scene.served(8080, "service").map(drop)
 }
 
-/// What the daemon holds serves without a pin, and the log says for how long.
+/// A link that the daemon holds serves without a pin, and the log says for how long.
 fn pins_that_cannot_be_made_again_are_told() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("service", "127.0.0.1:8080")?;

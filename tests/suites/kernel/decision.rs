@@ -1,5 +1,5 @@
-//! One decision: what the kernel program does with a SYN, what `verdict::decide` says, and what `lbridge explain` foretells, over
-//! maps and packets that nobody has thought of.
+//! One decision: what the kernel program does with a SYN, what `verdict::decide` says, and what `lbridge
+//! explain` foretells, over maps and packets that nobody has thought of.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -34,10 +34,10 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![kernel_and_explanation_decide_alike: [Need::TellsInterfaces]]
 }
 
-/// How many maps and packets are tried.
+/// Number of maps and packets that are tried.
 const CASES: u32 = 400;
 
-/// What is dialled.
+/// The port that is dialled.
 const PORT: u16 = 80;
 const GATEWAY: &str = "10.7.0.1";
 /// The service that entries lead to, registered.
@@ -55,7 +55,7 @@ enum From {
     Host,
 }
 
-/// What the maps hold, and a SYN.
+/// The content of the maps, and a SYN.
 #[derive(Clone, Debug)]
 struct Case {
     entry: Option<Entry>,
@@ -289,7 +289,7 @@ impl Stage {
         }
     }
 
-    /// What `lbridge explain` says, for a SYN of the network that the gateway is of.
+    /// Returns what `lbridge explain` says, for a SYN of the network that the gateway is of.
     fn explained(&self, case: &Case, maps: &Maps) -> Result<Fate> {
         let mut actual = maps.actual.clone();
         let (gateway, source) = (ip(GATEWAY)?, ip(case.source)?);
@@ -384,7 +384,7 @@ impl Lookups for Maps {
     }
 }
 
-/// What comes of a verdict where the host has a service of its own at the dialled port.
+/// Returns the fate that a verdict leads to where the host has a service of its own at the dialled port.
 fn decided(case: &Case, maps: &Maps) -> Fate {
     let serves = |case: &Case| case.entry.as_ref().is_some_and(|entry| entry.target == SERVICE);
     match decide(maps.entry.as_ref(), &maps.source, &maps.dialled, TCP, maps) {

@@ -1,4 +1,4 @@
-//! What the doctor says of a kernel is what the kernel does.
+//! The doctor says of a kernel what the kernel does.
 
 use anyhow::{Result, ensure};
 use lbridge_tests::harness::doctor::Report;

@@ -52,7 +52,8 @@ fn text<'a>(way: &'a Value, stage: &str) -> Result<&'a str> {
     step.and_then(|step| step["text"].as_str()).with_context(|| format!("no step {stage}: {way}"))
 }
 
-/// What is foretold of the container's connection, which then must come true: who is met, if anybody.
+/// Returns what `explain` foretells of the container's connection, and who answers it, if anybody: the two
+/// agree.
 fn comes_true(scene: &Scene, port: u16) -> Result<(Value, Option<Greeting>)> {
     let source = scene.container_ip.to_string();
     let explanation = explained(&scene.daemon, &["bridge:lab0", &port.to_string(), "--source", &source])?;
@@ -308,8 +309,8 @@ fn detached_programs() -> Result<()> {
     fate(&scene, 8080, "steered")?;
     let pinned = pins::files(scene.daemon.bpffs())?;
     let link = pinned.iter().find(|path| path.ends_with("link_steer")).context("no link is pinned")?;
-    // A look for another reason may come in between, and attach it again: the scene's interfaces, for one, are told of
-    // for some seconds, until the last of their addresses is there.
+    // A look for another reason may come in between, and attach it again: the scene's interfaces, for one,
+    // are told of for some seconds, until the last of their addresses is there.
     let explanation = patience::until("an explanation before the daemon's next look", || {
         Link::pinned(link)?.detach()?;
         Ok(fate(&scene, 8080, "refused").ok())

@@ -1,4 +1,5 @@
-//! IPv4 and IPv6 on one bridge: who dials what, which listener answers, which way. The table of `docs/data-path.md`, tried.
+//! IPv4 and IPv6 on one bridge: who dials what, which listener answers, which way. The table of
+//! `docs/data-path.md`, tried.
 
 use anyhow::{Context, Result, ensure};
 use lbridge_tests::harness::client;
@@ -30,7 +31,8 @@ const BOTH: (&str, &str) = ("10.7.0.1/24 fd07::1/64", "10.7.0.2/24 fd07::2/64");
 const V4: &str = "10.7.0.1";
 const V6: &str = "fd07::1";
 
-/// An address that a service listens on, whether for IPv6 alone, and the way that each family takes: `None` is refused.
+/// An address that a service listens on, whether for IPv6 alone, and the way that each family takes: `None`
+/// is refused.
 struct Case {
     listens: &'static str,
     v6_only: bool,
@@ -64,7 +66,7 @@ fn service(scene: &Scene, listens: &str, port: u16, v6_only: bool) -> Result<Ser
     scene.service_with(&Options { v6_only, ..Options::new(&address, &address)? })
 }
 
-/// What `status` says of the gateway, and what happens to who dials it.
+/// Checks what `status` says of the gateway, and what happens to who dials it.
 fn takes(scene: &Scene, gateway: &str, port: u16, service: &str, way: Option<&str>) -> Result<()> {
     let status = scene.daemon.status()?;
     let rules = status["rules"].as_array().context("rules")?;
@@ -78,7 +80,8 @@ fn takes(scene: &Scene, gateway: &str, port: u16, service: &str, way: Option<&st
     }
     let greeting = client::served_by(&scene.container, to, service)?;
     let shown = if gateway == V4 { "10.7.0.2" } else { "fd07::2" };
-    // An IPv4 socket cannot be shown an IPv6 peer: it is shown a stand-in, which is no local client's address either.
+    // An IPv4 socket cannot be shown an IPv6 peer: it is shown a stand-in, which is no local client's address
+    // either.
     let peer = greeting.peer.ip();
     let stand_in = peer.is_loopback() && peer.to_string() != "127.0.0.1" && peer.to_string() != "::1";
     ensure!(peer.to_canonical().to_string() == shown || (way == Some("relayed") && stand_in), "{greeting:?}");

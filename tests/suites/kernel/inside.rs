@@ -205,8 +205,8 @@ fn unix_socket_is_offered_inside() -> Result<()> {
     server.join().map_err(|_| anyhow::anyhow!("the server panicked"))?
 }
 
-/// With `route_localnet` a namespace takes packets for 127.0.0.1 from its links. Whoever is inside may open its own doors
-/// so, but not ours.
+/// With `route_localnet` a namespace takes packets for 127.0.0.1 from its links. Whoever is inside may open
+/// its own doors so, but not ours.
 fn nobody_from_outside_gets_at_localhost_inside() -> Result<()> {
     let lab = Lab::new()?;
     let bridge = lab.add_bridge("lab0", "10.7.0.1/24")?;
@@ -412,7 +412,7 @@ fn a_path_that_is_something_else_is_never_opened() -> Result<()> {
     apart.refused("127.0.0.1:8080")
 }
 
-/// Who owns no service, no namespace and no privilege.
+/// A user who owns no service, no namespace and no privilege.
 const SOMEBODY: u32 = 54_321;
 
 /// A command of somebody's.

@@ -34,8 +34,8 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// A scene with a steered port 8080 and a relayed port 9090, both served, and a control: a service on the gateway
-/// itself, which everybody who has a route reaches.
+/// A scene with a steered port 8080 and a relayed port 9090, both served, and a control: a service on the
+/// gateway itself, which everybody who has a route reaches.
 struct Open {
     scene: Scene,
     services: [Service; 2],
@@ -126,7 +126,8 @@ fn lan_is_refused_ipv6() -> Result<()> {
     Ok(())
 }
 
-/// The kernel names the bridge as the ingress interface of the host's own connections, and their source is in its subnet.
+/// The kernel names the bridge as the ingress interface of the host's own connections, and their source is in
+/// its subnet.
 fn the_host_itself_is_not_served() -> Result<()> {
     let open = Open::new()?;
     refused_though_routed(&open, open.scene.lab.host(), STEERED)
@@ -137,8 +138,8 @@ fn the_host_itself_is_not_served_by_relay() -> Result<()> {
     not_served_though_routed(&open, open.scene.lab.host(), RELAYED)
 }
 
-/// A container of the right bridge with an address that is not of its network, and a host with a route back, so that
-/// a handshake could complete.
+/// A container of the right bridge with an address that is not of its network, and a host with a route back,
+/// so that a handshake could complete.
 fn without_docker_a_rule_for_containers_is_for_nobody() -> Result<()> {
     let open = Open::new()?;
     for path in ["steer", "relay"] {
@@ -174,8 +175,8 @@ fn spoofed_source_outside_the_subnet_is_not_served_by_relay() -> Result<()> {
     open.nobody_else_was_served()
 }
 
-/// The right subnet, but by the wrong interface: replies go elsewhere, so nobody can be served; nor may a service
-/// see half a connection.
+/// The right subnet, but by the wrong interface: replies go elsewhere, so nobody can be served; nor may a
+/// service see half a connection.
 fn spoofed_source_from_another_bridge_is_not_served() -> Result<()> {
     let open = Open::new()?;
     let neighbour = neighbour(&open)?;

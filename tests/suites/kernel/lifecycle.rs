@@ -292,7 +292,8 @@ fn pins_of_version_3_are_adopted() -> Result<()> {
     scene.refused(8080)
 }
 
-/// Moves the pins to where version 3 had them; half of them, if a start was interrupted as it moved them back.
+/// Moves the pins to where version 3 had them; half of them, if a start was interrupted as it moved them
+/// back.
 fn name_as_version_3(bpffs: &Path, interrupted: bool) -> Result<()> {
     const NAMES: [(&str, &str); 8] = [
         ("ENTRIES", "RULES"),

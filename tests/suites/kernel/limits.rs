@@ -1,4 +1,4 @@
-//! What a rule asks of its relay: limits, the PROXY protocol; and how a daemon stops.
+//! Tests of what a rule asks of its relay: limits, the PROXY protocol; and how a daemon stops.
 
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
@@ -104,7 +104,8 @@ fn the_proxy_protocol_tells_who_connects() -> Result<()> {
     let port = stream.local_addr()?.port().to_be_bytes();
     let mut header = [0; 28];
     stream.read_exact(&mut header)?;
-    // Signature, version 2 and PROXY, TCP over IPv4, 12 bytes: addresses, ports (section 2.2 of the protocol's text).
+    // Signature, version 2 and PROXY, TCP over IPv4, 12 bytes: addresses, ports (section 2.2 of the
+    // protocol's text).
     let fixed = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c\x0a\x07\x00\x02\x0a\x07\x00\x01";
     ensure!(
         header[..24] == *fixed && header[24..26] == port && header[26..] == 8081_u16.to_be_bytes(),

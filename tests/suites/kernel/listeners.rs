@@ -106,7 +106,8 @@ fn group(scene: &Scene, size: usize, address: &str) -> Result<Vec<Service>> {
     (0..size).map(|_| scene.service_with(&options)).collect()
 }
 
-/// Members leave one by one, in the order they came and then in the opposite one; connects go on until the last.
+/// Members leave one by one, in the order they came and then in the opposite one; connects go on until the
+/// last.
 fn reuse_port_group_hands_over() -> Result<()> {
     let scene = Scene::new()?;
     scene.allow(&["8080"])?;

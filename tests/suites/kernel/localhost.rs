@@ -1,5 +1,5 @@
-//! `--localhost`: in the network's containers localhost leads to the host's service; in nobody else's, and not where the
-//! container has a service of its own.
+//! `--localhost`: in the network's containers localhost leads to the host's service; in nobody else's, and
+//! not where the container has a service of its own.
 
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -103,7 +103,8 @@ fn entries(scene: &Scene, map: &str) -> Result<usize> {
     maps.iter().find(|(name, _)| name.ends_with(map)).map(|(_, count)| *count).context("no such map")
 }
 
-/// A veth end of the host moves elsewhere, whose other end has, where that is, the number of a port on the bridge.
+/// A veth end of the host moves elsewhere, whose other end has, where that is, the number of a port on the
+/// bridge.
 fn a_link_that_leaves_the_host_is_no_other_port() -> Result<()> {
     let (scene, _occupant, _service) = scene()?;
     soon(&scene.container, v4(8080), "host's")?;
@@ -530,7 +531,7 @@ fn cookie() -> Result<u64> {
     Ok(cookie)
 }
 
-/// Its index may be that of a bridge of the host's.
+/// The bridge's index may be that of one of the host's.
 fn a_bridge_of_a_nested_namespace_is_none_of_the_hosts() -> Result<()> {
     let (scene, _occupant, _service) = scene()?;
     for number in 0..8 {

@@ -1,5 +1,5 @@
-//! Whom the service takes its peer for, when things do not go the usual way. What is told is told for good: a service
-//! may accept, or ask, long after the relay has done its part.
+//! Whom the service takes its peer for, when things do not go the usual way. What is told is told for good: a
+//! service may accept, or ask, long after the relay has done its part.
 
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -36,8 +36,8 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// A `[::1]` service that has not accepted anything yet, and a rule that relays to it. IPv6 has no second loopback
-/// address, so only the name hooks keep such a service from taking a container for a local client.
+/// A `[::1]` service that has not accepted anything yet, and a rule that relays to it. IPv6 has no second
+/// loopback address, so only the name hooks keep such a service from taking a container for a local client.
 fn busy_service() -> Result<(Scene, TcpListener)> {
     let scene = Scene::new()?;
     let listener = scene.lab.host().run(|| Ok(TcpListener::bind("[::1]:8080")?))?;
@@ -143,7 +143,8 @@ fn a_simultaneous_open_is_not_named_local() -> Result<()> {
     let (gateway, inside) = (scene.gateway(6379), SocketAddr::new(scene.container_ip, 7000));
     // The container does not hear the host's SYN.
     scene.container.shell(
-        "nft 'table ip t { chain i { type filter hook input priority 0; tcp flags & (syn|ack) == syn drop; }; }'",
+        "nft 'table ip t \
+         { chain i { type filter hook input priority 0; tcp flags & (syn|ack) == syn drop; }; }'",
     )?;
     let connect = |from: &NetNs, own: SocketAddr, to: SocketAddr| {
         from.run(|| {
@@ -190,7 +191,8 @@ fn ipv6_container_is_not_shown_as_some_ipv4_address() -> Result<()> {
     Ok(())
 }
 
-/// A port that bind() has chosen is lost to every connect() of the namespace: a container could use them all up.
+/// A port that bind() has chosen is lost to every connect() of the namespace: a container could use them all
+/// up.
 fn relays_leave_the_ports_of_the_host_alone() -> Result<()> {
     let scene = Scene::new()?;
     scene.lab.host().sysctl("net/ipv4/ip_local_port_range", "40000 40019")?;
@@ -266,8 +268,8 @@ fn names_of_connections_that_fail_do_not_stay() -> Result<()> {
     Ok(())
 }
 
-/// A container that is on two bridges dials the gateway of one by the other, with its address on the first: there is no rule for
-/// that, and the name hooks know no interface.
+/// A container that is on two bridges dials the gateway of one by the other, with its address on the first:
+/// there is no rule for that, and the name hooks know no interface.
 fn whoever_comes_by_another_bridge_is_no_local_peer() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("service", "127.0.0.1:8080")?;
@@ -296,9 +298,11 @@ fn relay_ends(scene: &Scene, port: u16) -> Result<Vec<SocketAddr>> {
     Ok(ends.filter(|end: &SocketAddr| end.ip().is_loopback()).collect())
 }
 
-/// A local user's connection to `to` that has the very address and port that `end` says, although another socket has them.
+/// A local user's connection to `to` that has the very address and port that `end` says, although another
+/// socket has them.
 fn connect_as(scene: &Scene, end: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
-    /// include/uapi/linux/in.h, since Linux 6.3: the highest port in the upper half, the lowest in the lower one.
+    /// include/uapi/linux/in.h, since Linux 6.3: the highest port in the upper half, the lowest in the lower
+    /// one.
     const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
     scene.lab.host().run(|| {
         let fd = kernel::stream_socket(to.is_ipv6(), false)?;
@@ -348,7 +352,8 @@ fn a_local_client_with_the_relays_end_is_no_container() -> Result<()> {
     Ok(())
 }
 
-/// The relay has no time to clean up: the kernel takes the name when the relay's socket closes, and its ends are free for others.
+/// The relay has no time to clean up: the kernel takes the name when the relay's socket closes, and its ends
+/// are free for others.
 fn a_name_goes_with_the_relays_socket() -> Result<()> {
     let scene = Scene::new()?;
     let service: SocketAddr = "127.0.0.1:8080".parse()?;

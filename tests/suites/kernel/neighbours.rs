@@ -1,4 +1,4 @@
-//! What the host's other programs and sockets notice of lbridge: nothing.
+//! The host's other programs and sockets notice nothing of lbridge.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
@@ -29,8 +29,8 @@ pub(crate) fn tests() -> Vec<Test> {
 /// An initial time-out of 50 jiffies, which is 50 to 500 ms. The default is a second.
 const JIFFIES: u8 = 50;
 
-/// Dials a neighbour that never answers; how long it took until the kernel gave up. One retry, so that it is three times the
-/// initial time-out.
+/// Dials a neighbour that never answers; how long it took until the kernel gave up. One retry, so that it is
+/// three times the initial time-out.
 fn gives_up_after(host: &NetNs) -> Result<Duration> {
     host.sysctl("net/ipv4/tcp_syn_retries", "1")?;
     let silent = [10, 7, 0, 99];

@@ -237,7 +237,8 @@ fn idle_relays_cost_no_time() -> Result<()> {
     let before = daemon.ticks()?;
     thread::sleep(Duration::from_secs(2));
     let spent = daemon.ticks()? - before;
-    // A hundredth of a second each; a busy loop takes 200. The looks at the sockets take some, most where the CPU is emulated.
+    // A hundredth of a second each; a busy loop takes 200. The looks at the sockets take some, most where the
+    // CPU is emulated.
     ensure!(spent < 100, "{spent} ticks in two seconds");
     drop(open);
     Ok(())

@@ -1,4 +1,5 @@
-//! UDP: a container's datagrams reach a service on the host's loopback, and what it answers comes from the gateway.
+//! UDP: a container's datagrams reach a service on the host's loopback, and what it answers comes from the
+//! gateway.
 
 use std::net::{SocketAddr, UdpSocket};
 
@@ -71,7 +72,8 @@ fn ipv6_is_answered() -> Result<()> {
     refused(&scene.container, scene.gateway(53))
 }
 
-/// It would be reached without a rule, too; with one it still is, and answers with the source that was dialled.
+/// It would be reached without a rule, too; with one it still is, and answers with the source that was
+/// dialled.
 fn wildcard_service_is_answered() -> Result<()> {
     for address in ["0.0.0.0:53", "[::]:53"] {
         let scene = Scene::new()?;
@@ -245,7 +247,7 @@ fn socket_of_another_namespace_is_never_used() -> Result<()> {
     Ok(())
 }
 
-/// What works without lbridge works the same with it.
+/// Traffic that works without lbridge works the same with it.
 fn the_host_is_left_alone() -> Result<()> {
     let scene = Scene::new()?;
     let host = scene.lab.host();

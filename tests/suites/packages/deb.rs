@@ -12,7 +12,7 @@ use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::traffic::Traffic;
 use lbridge_tests::tests;
 
-use crate::{CONFIG, ENTRIES, Host, PINS, PROGRAM, UNIT};
+use crate::{CONFIG, Host, PINS, PROGRAM, RULES, UNIT};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -120,7 +120,7 @@ fn removal(host: &Host) -> Result<()> {
     ensure!(host.exists(PINS));
     let output = dpkg(host, &["--remove", "lbridge"])?;
     ensure!(state(host)?.starts_with("config-files"), "{}", state(host)?);
-    ensure!(!host.exists(PROGRAM) && host.exists(CONFIG) && host.exists(ENTRIES));
+    ensure!(!host.exists(PROGRAM) && host.exists(CONFIG) && host.exists(RULES));
     ensure!(host.property("ActiveState")? == "inactive", "{output:?}");
     host.is_as_before().with_context(|| format!("{output:?}"))?;
     drop((steered, relayed));
@@ -147,7 +147,7 @@ fn purge(host: &Host) -> Result<()> {
     host.run("getent", &["group", "lbridge"]).map(drop)
 }
 
-/// What is there, but for what packages' managers and systemd note for themselves.
+/// Lists the files that are there, but for what packages' managers and systemd note for themselves.
 fn written(host: &Host) -> Result<BTreeSet<PathBuf>> {
     let own = [
         "/etc/.pwd.lock",

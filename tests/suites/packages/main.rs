@@ -1,4 +1,4 @@
-//! What people install, installed: the packages in the hands of dpkg, rpm and systemd.
+//! The packages that people install, in the hands of dpkg, rpm and systemd.
 
 mod deb;
 mod rpm;
@@ -36,7 +36,7 @@ fn main() {
 const UNIT: &str = "lbridge.service";
 const PROGRAM: &str = "/usr/bin/lbridge";
 const CONFIG: &str = "/etc/lbridge/lbridge.toml";
-const ENTRIES: &str = "/var/lib/lbridge/rules.toml";
+const RULES: &str = "/var/lib/lbridge/rules.toml";
 const PINS: &str = "/sys/fs/bpf/lbridge";
 
 /// A host with systemd, a bridge, and a container on it. No lbridge yet.

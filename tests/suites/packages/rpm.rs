@@ -1,5 +1,5 @@
-//! The package for distributions with RPM: on this machine, where rpm has a database of its own and knows no other
-//! package.
+//! The package for distributions with RPM: on this machine, where rpm has a database of its own and knows no
+//! other package.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,12 +11,13 @@ use lbridge_tests::harness::suite::{Need, Test};
 use lbridge_tests::harness::traffic::Traffic;
 use lbridge_tests::tests;
 
-use crate::{CONFIG, ENTRIES, Host, PROGRAM, UNIT};
+use crate::{CONFIG, Host, PROGRAM, RULES, UNIT};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         the_rpm_has_what_the_deb_has: [Need::Program("rpm"), Need::Package("2.rpm")],
-        the_rpm_is_installed_upgraded_and_erased: [Need::Program("rpm"), Need::Package("2.rpm"), Need::RegistersAlone],
+        the_rpm_is_installed_upgraded_and_erased:
+            [Need::Program("rpm"), Need::Package("2.rpm"), Need::RegistersAlone],
     ]
 }
 
@@ -73,7 +74,7 @@ fn the_rpm_is_installed_upgraded_and_erased() -> Result<()> {
     traffic.into_iter().try_for_each(Traffic::all_served)?;
 
     rpm(&host, &["--erase", "lbridge"])?;
-    ensure!(!host.exists(PROGRAM) && host.exists(ENTRIES));
+    ensure!(!host.exists(PROGRAM) && host.exists(RULES));
     ensure!(host.property("ActiveState")? == "inactive");
     ensure!(host.systemd.systemctl(&["is-enabled", UNIT])?.status != 0);
     host.is_as_before()

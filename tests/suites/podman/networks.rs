@@ -49,8 +49,8 @@ fn networks_without_a_bridge_are_blocked() -> Result<()> {
     Ok(())
 }
 
-/// Unlike Docker's proxy, Podman's conmon accepts nobody on a published port, which the host reaches by NAT. The rule
-/// has nowhere to lead, and the doctor says so.
+/// Unlike Docker's proxy, Podman's conmon accepts nobody on a published port, which the host reaches by NAT.
+/// The rule has nowhere to lead, and the doctor says so.
 fn a_published_port_is_only_kept() -> Result<()> {
     let scene = Scene::new()?;
     let app = scene.engine.create_network("app", &[])?;

@@ -1,4 +1,5 @@
-//! A user's Podman: its networks are in namespaces of the user's, whatever the host's are called; its containers can be named.
+//! A user's Podman: its networks are in namespaces of the user's, whatever the host's are called; its
+//! containers can be named.
 
 use std::net::SocketAddr;
 
@@ -38,7 +39,8 @@ fn containers_of_a_user_are_served() -> Result<()> {
         let rule = format!("container:{name}");
         scene.daemon.allow(&[&rule, "8080"])?;
         let greeting = scene.served(&container, localhost(), "host's").context(network)?;
-        // What a user's engine says of addresses is not shown to services, which may know another by that one.
+        // What a user's engine says of addresses is not shown to services, which may know another by that
+        // one.
         ensure!(!greeting.peer.ip().to_string().starts_with("10."), "{greeting:?}");
         let dial = "echo over and out | timeout 5 nc 127.0.0.1 8080";
         let said = scene.engine.exec(&container, &["sh", "-c", dial])?;

@@ -45,7 +45,7 @@ fn podman_is_called_so() -> Result<()> {
     Ok(())
 }
 
-/// What comes while the service is away is served once it can say whose the bridge is.
+/// Containers that start while the service is away are served once it can name the network of the bridge.
 fn containers_restart_while_the_service_is_away() -> Result<()> {
     let mut scene = Scene::new()?;
     let network = scene.engine.create_network("app", &[])?;
@@ -62,7 +62,8 @@ fn containers_restart_while_the_service_is_away() -> Result<()> {
     scene.served(&container, network.at(8080), "service").map(drop)
 }
 
-/// Until it has cleaned up after a container, Podman gives it a status that Docker does not have; for ever if nothing does.
+/// Until it has cleaned up after a container, Podman gives it a status that Docker does not have; for ever if
+/// nothing does.
 fn a_container_that_is_not_cleaned_up_has_ended() -> Result<()> {
     let scene = Scene::new()?;
     let alone = scene.engine.run("none", &["--name", "alone"])?;

@@ -1,4 +1,4 @@
-//! What a sandbox gets of the host, and what it does not.
+//! Tests of what a sandbox gets of the host, and what it does not.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -54,7 +54,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// What the program inside does to reach a service.
+/// The command of the program inside that reaches a service.
 const DIAL: &str = "echo over and out | timeout 5 nc 127.0.0.1 8080";
 
 fn must_greet(output: &Output, service: &str) -> Result<()> {
@@ -458,7 +458,7 @@ fn a_failed_look_costs_nothing() -> Result<()> {
     Ok(())
 }
 
-/// Who is inside may signal the process that makes the sockets, if it is seen.
+/// A program inside may signal the process that makes the sockets, if it is seen.
 fn a_sandbox_cannot_keep_lbridge_from_ending() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("host's", "127.0.0.1:8080")?;

@@ -1,5 +1,5 @@
-//! Commands that are caught while they make their sandbox: their ports are there when the program begins, and nothing else
-//! of lbridge is.
+//! Commands that are caught while they make their sandbox: their ports are there when the program begins, and
+//! nothing else of lbridge is.
 
 use std::io::{BufRead as _, BufReader};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -43,7 +43,7 @@ fn addresses() -> [SocketAddr; 2] {
     [(Ipv4Addr::LOCALHOST, PORT).into(), (Ipv6Addr::LOCALHOST, PORT).into()]
 }
 
-/// What this program does inside. Exits with the number of connections that failed.
+/// Runs inside: dials each service, and exits with the number of connections that failed.
 pub(crate) fn connect() -> i32 {
     addresses().iter().filter(|address| TcpStream::connect(address).is_err()).map(|_| 1).sum()
 }
@@ -117,8 +117,9 @@ fn nothing_is_left_traced() -> Result<()> {
         succeed(&mut shell(sandbox, script)?)?;
         // Others wait and are being made meanwhile.
         let busy = format!(
-            "sleep 60 & first=$!; i=0; while [ $i -lt 100 ]; do (:) & i=$((i+1)); done; (while :; do (:); done) & last=$!; \
-             {sandbox} sh -c 'CONNECT'; status=$?; grep -L 'TracerPid:.0' /proc/[0-9]*/status; kill $first $last; exit $status"
+            "sleep 60 & first=$!; i=0; while [ $i -lt 100 ]; do (:) & i=$((i+1)); done; (while :; do (:); \
+             done) & last=$!; {sandbox} sh -c 'CONNECT'; status=$?; grep -L 'TracerPid:.0' \
+             /proc/[0-9]*/status; kill $first $last; exit $status"
         );
         let output = shell("", &busy)?.output()?;
         ensure!(output.status.success() && output.stdout.is_empty(), "{output:?}");
@@ -204,7 +205,7 @@ fn a_command_is_killable_while_it_starts() -> Result<()> {
     Ok(())
 }
 
-/// Whether a process has this command line, or this at the end of it.
+/// Returns true if a process has this command line, or this at the end of it.
 fn running(end: &str) -> Result<bool> {
     let lines = fs::read_dir("/proc")?
         .flatten()

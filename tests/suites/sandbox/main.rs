@@ -1,4 +1,5 @@
-//! `lbridge relay`, run by a user without privileges around sandboxes of that user: real bubblewrap, real unshare(1).
+//! `lbridge relay`, run by a user without privileges around sandboxes of that user: real bubblewrap, real
+//! unshare(1).
 
 mod bridge;
 mod launch;

@@ -70,7 +70,7 @@ impl Scene {
         self.finish(child)
     }
 
-    /// What comes of it; killed if that takes too long.
+    /// Waits for the process and returns its output; kills it if that takes too long.
     pub(crate) fn finish(&self, child: Child) -> Result<Output> {
         let pid = Pid::from_raw(child.id().cast_signed());
         let collector = thread::spawn(move || child.wait_with_output());

@@ -1,4 +1,5 @@
-//! A restart: systemd keeps the relays' listening sockets, so that whoever connects meanwhile waits, and is served.
+//! A restart: systemd keeps the relays' listening sockets, so that whoever connects meanwhile waits, and is
+//! served.
 
 use std::fs;
 use std::io::ErrorKind;

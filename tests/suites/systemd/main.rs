@@ -30,11 +30,11 @@ fn main() {
 /// The unit's name.
 const UNIT: &str = "lbridge.service";
 
-/// A configuration.
+/// The configuration with one relayed rule, for port 8080.
 const RELAY_8080: &str = "[[rule]]\nnetwork = \"bridge:lab0\"\nport = \"8080\"\npath = \"relay\"\n";
 
-/// What tests want of the unit: descriptors that systemd keeps, how long it waits for a stop and for a sign of life, and
-/// whether Docker is followed.
+/// The settings of the unit that tests vary: descriptors that systemd keeps, how long it waits for a stop and
+/// for a sign of life, and whether Docker is followed.
 #[derive(Clone, Copy, Debug)]
 struct Unit {
     store: u32,
@@ -53,14 +53,15 @@ impl Default for Unit {
 const PACKAGED: &str = include_str!("../../../packaging/lbridge.service");
 
 impl Unit {
-    /// What differs here from the packaged unit.
+    /// Returns the drop-in with what differs here from the packaged unit.
     fn drop_in(self) -> String {
         let Unit { store, stop, watchdog, docker } = self;
         let (lbridge, docker) = (systemd::LBRIDGE, if docker { "" } else { " --no-docker" });
         // The limit of starts is for what fails again and again; these tests start it often.
         format!(
             "[Unit]\nStartLimitIntervalSec=0\n\n\
-             [Service]\nExecStart=\nExecStart={lbridge} run{docker}\nExecReload=\nExecReload={lbridge} reload\n\
+             [Service]\nExecStart=\nExecStart={lbridge} run{docker}\nExecReload=\n\
+             ExecReload={lbridge} reload\n\
              FileDescriptorStoreMax={store}\nTimeoutStopSec={stop}\nWatchdogSec={watchdog}\n"
         )
     }
@@ -151,7 +152,7 @@ impl Scene {
         client::refused(&self.container, self.gateway(port))
     }
 
-    /// Whether anything listens on the gateway at that port, systemd included.
+    /// Returns true if anything listens on the gateway at that port, systemd included.
     fn listens(&self, port: u16) -> Result<bool> {
         // The relay of these tests is the only one.
         Ok(self.lab.host().listens(self.gateway(port))? || self.lab.host().has_hidden_relays()?)
@@ -177,7 +178,8 @@ impl Scene {
         self.wait_for("NFileDescriptorStore", "0")
     }
 
-    /// Begins a restart, and returns when systemd has `kept` sockets. An open connection must hold the stop up.
+    /// Begins a restart, and returns when systemd has `kept` sockets. An open connection must hold the stop
+    /// up.
     fn begin_restart(&self, kept: &str) -> Result<Restart<'_>> {
         let before = self.main_pid()?;
         self.systemd.must(&["--no-block", "restart", UNIT])?;

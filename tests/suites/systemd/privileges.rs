@@ -1,4 +1,5 @@
-//! What the unit lets the daemon do, and that it needs it all: each thing is done, and with one capability less, not.
+//! Tests of what the unit lets the daemon do, and that it needs it all: each thing is done, and with one
+//! capability less, not.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -18,10 +19,13 @@ use crate::{PACKAGED, Scene, UNIT, Unit};
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         the_unit_is_rated_as_tight,
-        everything_works_and_needs_every_capability: [Need::Program("socat"), Need::Program("iptables-legacy")],
-        firewalls_are_got_through: [Need::Program("iptables-nft"), Need::Program("iptables-legacy"), Need::Program("nft")],
+        everything_works_and_needs_every_capability:
+            [Need::Program("socat"), Need::Program("iptables-legacy")],
+        firewalls_are_got_through:
+            [Need::Program("iptables-nft"), Need::Program("iptables-legacy"), Need::Program("nft")],
         relays_splice,
-        firewall_commands_work: [Need::Program("iptables-nft"), Need::Program("iptables-legacy"), Need::Program("nft")],
+        firewall_commands_work:
+            [Need::Program("iptables-nft"), Need::Program("iptables-legacy"), Need::Program("nft")],
         every_thread_has_given_up_what_it_does_not_need,
         localhost_leads_to_the_host: [Need::Program("socat")],
         the_group_may_use_the_socket: [Need::Program("setpriv")],
@@ -71,7 +75,8 @@ fn becomes(scene: &Scene, arguments: &[&str], state: &str) -> Result<()> {
 /// A unit with the settings of lbridge's that runs a command once.
 fn once(scene: &Scene, name: &str, command: &str) -> Result<()> {
     let drop_in = format!(
-        "[Service]\nType=oneshot\nExecStartPost=\nExecStart=\nExecStart={command}\nRestart=no\nWatchdogSec=0\n\
+        "[Service]\nType=oneshot\nExecStartPost=\nExecStart=\nExecStart={command}\nRestart=no\n\
+         WatchdogSec=0\n\
          RuntimeDirectory=\nFileDescriptorStoreMax=0\n"
     );
     scene.drop_in(name, "once.conf", &drop_in)?;
@@ -130,7 +135,8 @@ fn everything(scene: &Scene) -> Result<()> {
     scene.systemd.must(&["start", "firewall.service"]).map(drop)
 }
 
-/// The unit lets the daemon into the namespaces that runtimes keep as files, made after it was started, and lets it hurry.
+/// The unit lets the daemon into the namespaces that runtimes keep as files, made after it was started, and
+/// lets it hurry.
 fn localhost_leads_to_the_host() -> Result<()> {
     if kernel::version() < (5, 14) {
         return Ok(());

@@ -26,8 +26,8 @@ fn unit(command: &str) -> String {
     format!("[Service]\nExecStart={command}\n\n[Install]\nWantedBy=multi-user.target\n")
 }
 
-const SOCAT_APP: &str = "/usr/bin/socat \\\n  # to the application\n  TCP-LISTEN:8080,bind=10.7.0.1,fork,reuseaddr \\\n  \
-                         'TCP:127.0.0.1:8080'";
+const SOCAT_APP: &str = "/usr/bin/socat \\\n  # to the application\n  \
+                         TCP-LISTEN:8080,bind=10.7.0.1,fork,reuseaddr \\\n  'TCP:127.0.0.1:8080'";
 
 fn report(scene: &Scene) -> Result<Report> {
     Report::read(&scene.cli(&["doctor", "--json"])?)
@@ -77,7 +77,8 @@ fn a_unit_that_listens_with_mptcp_is_named() -> Result<()> {
 /// With connections all the while: sk_lookup comes before socat's socket.
 fn import_refuses_no_connection() -> Result<()> {
     let scene = Scene::new()?;
-    // The test's processes are not seen from inside; with a rule there already the kernel notes the socket itself.
+    // The test's processes are not seen from inside; with a rule there already the kernel notes the socket
+    // itself.
     scene.lbridge(&["allow", "bridge:lab0", "90=8080"])?;
     let _service = scene.service("application", "127.0.0.1:8080")?;
     scene.systemd.install_unit("socat-app.service", &unit(SOCAT_APP))?;

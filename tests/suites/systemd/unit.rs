@@ -1,4 +1,4 @@
-//! What systemd is told, and what it does to the daemon.
+//! Tests of what systemd is told, and what it does to the daemon.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -38,7 +38,11 @@ pub(crate) fn tests() -> Vec<Test> {
         a_journal_that_hangs_holds_nothing_up,
         a_loop_without_work_is_alive,
         a_drain_may_take_longer_than_the_watchdog_waits,
-        docker_may_come_later: [Need::Program("dockerd"), Need::Program("docker"), Need::File("/bin/busybox")],
+        docker_may_come_later: [
+            Need::Program("dockerd"),
+            Need::Program("docker"),
+            Need::File("/bin/busybox")
+        ],
     ]
 }
 
@@ -103,7 +107,8 @@ fn a_start_that_fails_is_told() -> Result<()> {
     scene.wait_for("ActiveState", "active")
 }
 
-/// systemd gets the sockets on every stop, since the daemon cannot know what comes next, and closes them if nothing does.
+/// systemd gets the sockets on every stop, since the daemon cannot know what comes next, and closes them if
+/// nothing does.
 fn stop_leaves_nothing_listening() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("relayed", "127.0.0.1:8080")?;
@@ -131,8 +136,8 @@ fn a_stop_may_take_as_long_as_the_drain() -> Result<()> {
     open.must_be_over()
 }
 
-/// The rule first: the kernel notes the socket. A daemon that comes later would have to take it from its process, which
-/// it does not see.
+/// The rule first: the kernel notes the socket. A daemon that comes later would have to take it from its
+/// process, which it does not see.
 fn steered(scene: &Scene) -> Result<Service> {
     scene.lbridge(&["allow", "bridge:lab0", "8080", "--path", "steer"])?;
     let service = scene.service("steered", "127.0.0.1:8080")?;
@@ -173,7 +178,8 @@ fn steered_connections_do_not_notice_a_kill() -> Result<()> {
     traffic.all_served()
 }
 
-/// What is killed gives no sockets to anybody: refused is who comes meanwhile, and nobody for longer.
+/// A daemon that is killed gives no sockets to anybody: refused is who comes meanwhile, and nobody for
+/// longer.
 fn relays_come_back_after_a_kill() -> Result<()> {
     let scene = Scene::new()?;
     let _service = scene.service("relayed", "127.0.0.1:8080")?;
@@ -272,7 +278,8 @@ fn a_daemon_that_is_stopped_is_replaced() -> Result<()> {
 }
 
 /// The thread of the loop is held, as by a lock that nobody gives back; every other goes on.
-/// Whoever hangs is the journal, and not the daemon: nothing is replaced, and what the journal has lost is told there.
+/// Whoever hangs is the journal, and not the daemon: nothing is replaced, and what the journal has lost is
+/// told there.
 fn a_journal_that_hangs_holds_nothing_up() -> Result<()> {
     const JOURNAL: &str = "systemd-journald.service";
     let unit = Unit { watchdog: "3s", ..Unit::default() };
@@ -355,8 +362,9 @@ fn a_drain_may_take_longer_than_the_watchdog_waits() -> Result<()> {
 fn docker_may_come_later() -> Result<()> {
     let scene = Scene::prepare(Unit { docker: true, ..Unit::default() }, "")?;
     // What it writes goes with the sandbox.
-    let text = "[Service]\nType=notify\nDelegate=yes\nKillSignal=SIGKILL\nExecStart=dockerd --data-root /run/docker-data \
-                --exec-opt native.cgroupdriver=cgroupfs --iptables=false --ip6tables=false --bridge=none\n";
+    let text = "[Service]\nType=notify\nDelegate=yes\nKillSignal=SIGKILL\n\
+                ExecStart=dockerd --data-root /run/docker-data --exec-opt native.cgroupdriver=cgroupfs \
+                --iptables=false --ip6tables=false --bridge=none\n";
     scene.systemd.install_unit("docker.service", text)?;
     scene.systemd.must(&["start", UNIT])?;
     ensure!(scene.systemd.property("docker.service", "ActiveState")? == "inactive", "not started by lbridge");

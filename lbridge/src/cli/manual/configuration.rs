@@ -9,11 +9,11 @@ pub struct Key {
     pub name: &'static str,
     /// The type of its value, as a phrase.
     pub value: &'static str,
-    /// What holds without the key, as a phrase; `None` if the key has to be there.
+    /// The default, as a phrase; `None` if the key is required.
     pub default: Option<&'static str>,
-    /// The meaning.
+    /// The meaning of the key, in sentences.
     pub text: &'static str,
-    /// What a reload changes, beyond what [`RELOAD`] says; may be empty.
+    /// The effect of a reload on the key, beyond what [`RELOAD`] says; may be empty.
     pub on_reload: &'static str,
     /// A whole file with the key.
     pub example: &'static str,
@@ -21,10 +21,12 @@ pub struct Key {
 
 /// The page's description.
 pub const DESCRIPTION: [&str; 2] = [
-    "lbridge.toml has the rules and the settings of the administrator, in TOML. The daemon, lbridge run, reads it when it starts and \
-     when it is told to reload it. All of it is optional, and the file may be absent.",
-    "Settings of the whole daemon go before the first [[rule]]. Unknown keys are errors, and lbridge check-config names the place of \
-     an error. Rules that lbridge allow makes are kept elsewhere, in /var/lib/lbridge, and must not contradict those of the file.",
+    "lbridge.toml has the rules and the settings of the administrator, in TOML. The daemon, lbridge run, \
+     reads it when it starts and when it is told to reload it. All of it is optional, and the file may be \
+     absent.",
+    "Settings of the whole daemon go before the first [[rule]]. Unknown keys are errors, and lbridge \
+     check-config names the place of an error. Rules that lbridge allow makes are kept elsewhere, in \
+     /var/lib/lbridge, and must not contradict those of the file.",
 ];
 
 /// The settings of the whole daemon.
@@ -33,8 +35,8 @@ pub const SETTINGS: &[Key] = &[
         name: "drain_timeout",
         value: "a time, as \"30s\" or \"2m\"",
         default: Some("\"5s\""),
-        text: "How long relayed connections may take to end when the daemon is stopped. Those that are left are reset. Steered \
-               connections outlive the daemon.",
+        text: "How long relayed connections may take to end when the daemon is stopped. Those that are left \
+               are reset. Steered connections outlive the daemon.",
         on_reload: "The new time holds for the next stop.",
         example: "drain_timeout = \"30s\"",
     },
@@ -42,8 +44,9 @@ pub const SETTINGS: &[Key] = &[
         name: "firewall",
         value: "\"manage\" or \"off\"",
         default: Some("\"manage\""),
-        text: "What lbridge may do to the host's firewall. With \"manage\" it adds an accept rule where the firewall drops what a rule \
-               opens, and removes it with the rule. With \"off\" it changes nothing, and lbridge status says what to type.",
+        text: "What lbridge may do to the host's firewall. With \"manage\" it adds an accept rule where the \
+               firewall drops what a rule opens, and removes it with the rule. With \"off\" it changes \
+               nothing, and lbridge status says what to type.",
         on_reload: "Accept rules are added, or removed, at once.",
         example: "firewall = \"off\"",
     },
@@ -51,9 +54,9 @@ pub const SETTINGS: &[Key] = &[
         name: "aliases",
         value: "a list of IP addresses",
         default: Some("none"),
-        text: "Addresses of this host, of other interfaces, that containers dial instead of their network's gateway. Every rule serves \
-               them as it does its gateway, for its own network alone. Docker's host-gateway is one without being named. Loopback \
-               addresses are errors.",
+        text: "Addresses of this host, of other interfaces, that containers dial instead of their network's \
+               gateway. Every rule serves them as it does its gateway, for its own network alone. Docker's \
+               host-gateway is one without being named. Loopback addresses are errors.",
         on_reload: "Rules are opened at new addresses, and closed at those that are gone.",
         example: "aliases = [\"10.0.0.5\", \"fd00::5\"]",
     },
@@ -61,16 +64,18 @@ pub const SETTINGS: &[Key] = &[
         name: "labels",
         value: "true or false",
         default: Some("false"),
-        text: "Whether labels of containers and networks make rules; see LABELS. Whoever may start containers then decides who reaches \
-               the ports in label_ports.",
-        on_reload: "Turned off, the rules of labels end; turned on, the labels of running containers are read.",
+        text: "Whether labels of containers and networks make rules; see LABELS. Whoever may start \
+               containers then decides who reaches the ports in label_ports.",
+        on_reload: "Turned off, the rules of labels end; turned on, the labels of running containers are \
+                    read.",
         example: "labels = true\nlabel_ports = [5432]",
     },
     Key {
         name: "label_ports",
         value: "a list of ports and ranges",
         default: Some("none, so that labels can open nothing"),
-        text: "The ports of this host that labels may lead to, and that they may have containers dial for them.",
+        text: "The ports of this host that labels may lead to, and that they may have containers dial for \
+               them.",
         on_reload: "Rules of labels that are out of bounds now end.",
         example: "labels = true\nlabel_ports = [5432, \"8000-8010\", \"53/udp\"]",
     },
@@ -78,8 +83,9 @@ pub const SETTINGS: &[Key] = &[
         name: "label_dialled_ports",
         value: "a list of ports and ranges",
         default: Some("none"),
-        text: "Further ports that labels may have containers dial: with 80, the label lbridge.allow=80=8000 may lead 80 to 8000. Leave out \
-               ports where a service of this host listens on every address: a label would take what containers send there.",
+        text: "Further ports that labels may have containers dial: with 80, the label lbridge.allow=80=8000 \
+               may lead 80 to 8000. Leave out ports where a service of this host listens on every address: a \
+               label would take what containers send there.",
         on_reload: "As for label_ports.",
         example: "labels = true\nlabel_ports = [8000]\nlabel_dialled_ports = [80]",
     },
@@ -87,7 +93,8 @@ pub const SETTINGS: &[Key] = &[
         name: "label_sources",
         value: "a list of \"container\" and \"loopback\"",
         default: Some("[\"container\"]"),
-        text: "What labels may have services see. \"loopback\" lets them ask for lbridge.source=loopback, too.",
+        text: "What labels may have services see. \"loopback\" lets them ask for lbridge.source=loopback, \
+               too.",
         on_reload: "As for label_ports.",
         example: "labels = true\nlabel_ports = [5432]\nlabel_sources = [\"container\", \"loopback\"]",
     },
@@ -95,9 +102,11 @@ pub const SETTINGS: &[Key] = &[
         name: "rule",
         value: "an array of tables, written [[rule]] once for each rule",
         default: Some("none"),
-        text: "A rule, or several for the same network that differ in the port alone; see ENTRIES for its keys.",
+        text: "A rule, or several for the same network that differ in the port alone; see ENTRIES for its \
+               keys.",
         on_reload: "",
-        example: "[[rule]]\nnetwork = \"app_net\"\nport = 5432\n\n[[rule]]\nnetwork = \"bridge:virbr0\"\nport = \"53/udp\"",
+        example: "[[rule]]\nnetwork = \"app_net\"\nport = 5432\n\n[[rule]]\nnetwork = \"bridge:virbr0\"\n\
+                  port = \"53/udp\"",
     },
 ];
 
@@ -107,9 +116,9 @@ pub const RULE: &[Key] = &[
         name: "network",
         value: "text",
         default: None,
-        text: "Where connections come from: a Docker network's name or id; \"bridge:IFNAME\" for any Linux bridge; \"container:NAME\" or \
-               \"netns:PATH\" for localhost inside of one. It need not exist yet. \"pid:N\" is for lbridge allow alone, since a process \
-               does not outlive a boot.",
+        text: "Where connections come from: a Docker network's name or id; \"bridge:IFNAME\" for any Linux \
+               bridge; \"container:NAME\" or \"netns:PATH\" for localhost inside of one. It need not exist \
+               yet. \"pid:N\" is for lbridge allow alone, since a process does not outlive a boot.",
         on_reload: "",
         example: "[[rule]]\nnetwork = \"container:agent\"\nport = 11434",
     },
@@ -117,8 +126,9 @@ pub const RULE: &[Key] = &[
         name: "port",
         value: "a number or text",
         default: Some("none; a rule has port or ports"),
-        text: "What is dialled, and where it leads: 5432; \"5432=15432\"; \"80=127.0.0.1:3000\"; \"80=[::1]:3000\"; \"8000-8010\"; \"53/udp\"; \
-               \"5432=unix:PATH\", which needs source = \"loopback\". A target without an address is served on either loopback address.",
+        text: "What is dialled, and where it leads: 5432; \"5432=15432\"; \"80=127.0.0.1:3000\"; \
+               \"80=[::1]:3000\"; \"8000-8010\"; \"53/udp\"; \"5432=unix:PATH\", which needs source = \
+               \"loopback\". A target without an address is served on either loopback address.",
         on_reload: "",
         example: "[[rule]]\nnetwork = \"app_net\"\nport = \"80=127.0.0.1:3000\"",
     },
@@ -134,8 +144,8 @@ pub const RULE: &[Key] = &[
         name: "from",
         value: "a list of container names or ids",
         default: Some("every container of the network"),
-        text: "The containers of the network that the rule is for. While none of them is there, nobody gets in. Not \
-               for container: and netns: networks, which are one namespace each.",
+        text: "The containers of the network that the rule is for. While none of them is there, nobody gets \
+               in. Not for container: and netns: networks, which are one namespace each.",
         on_reload: "",
         example: "[[rule]]\nnetwork = \"app_net\"\nport = 5432\nfrom = [\"web\", \"worker\"]",
     },
@@ -143,8 +153,8 @@ pub const RULE: &[Key] = &[
         name: "localhost",
         value: "true or false",
         default: Some("false"),
-        text: "Whether the port of the containers' own localhost leads there, too, unless the container listens there itself. Needs \
-               Linux 5.14 or later.",
+        text: "Whether the port of the containers' own localhost leads there, too, unless the container \
+               listens there itself. Needs Linux 5.14 or later.",
         on_reload: "",
         example: "[[rule]]\nnetwork = \"app_net\"\nport = 5432\nlocalhost = true",
     },
@@ -152,9 +162,11 @@ pub const RULE: &[Key] = &[
         name: "source",
         value: "\"container\" or \"loopback\"",
         default: Some("\"container\""),
-        text: "What the service sees: the container's address; or a loopback one, as of a local client, which it may trust.",
+        text: "What the service sees: the container's address; or a loopback one, as of a local client, \
+               which it may trust.",
         on_reload: "",
-        example: "[[rule]]\nnetwork = \"app_net\"\nport = \"5432=unix:/run/postgresql/.s.PGSQL.5432\"\nsource = \"loopback\"",
+        example: "[[rule]]\nnetwork = \"app_net\"\nport = \"5432=unix:/run/postgresql/.s.PGSQL.5432\"\n\
+                  source = \"loopback\"",
     },
     Key {
         name: "path",
@@ -168,7 +180,8 @@ pub const RULE: &[Key] = &[
         name: "max_connections",
         value: "a number, at least 1",
         default: Some("16384 if the rule is relayed"),
-        text: "How many connections to a port there may be at a time; more are refused. Only relays can count, so the rule is relayed.",
+        text: "How many connections to a port there may be at a time; more are refused. Only relays can \
+               count, so the rule is relayed.",
         on_reload: "",
         example: "[[rule]]\nnetwork = \"app_net\"\nport = 5432\nmax_connections = 100",
     },
@@ -184,7 +197,8 @@ pub const RULE: &[Key] = &[
         name: "proxy_protocol",
         value: "\"v1\" or \"v2\"",
         default: Some("none"),
-        text: "Tell the service who connects, in the PROXY protocol's header of this version. The rule is relayed.",
+        text: "Tell the service who connects, in the PROXY protocol's header of this version. The rule is \
+               relayed.",
         on_reload: "",
         example: "[[rule]]\nnetwork = \"app_net\"\nport = \"443=8443\"\nproxy_protocol = \"v2\"",
     },
@@ -198,13 +212,13 @@ pub const RULE: &[Key] = &[
     },
 ];
 
-/// What a reload does.
+/// The effect of a reload on the whole file.
 pub const RELOAD: [&str; 3] = [
-    "systemctl reload lbridge, lbridge reload, or SIGHUP to the daemon has the file read again. What is new is opened, what is gone is \
-     closed, and a rule with any other difference is replaced; open connections go on. Unchanged rules are not touched, nor are those \
-     of lbridge allow.",
-    "An invalid file is rejected as a whole, and the previous configuration stays active; lbridge status says so until a reload \
-     succeeds.",
+    "systemctl reload lbridge, lbridge reload, or SIGHUP to the daemon has the file read again. What is new \
+     is opened, what is gone is closed, and a rule with any other difference is replaced; open connections \
+     go on. Unchanged rules are not touched, nor are those of lbridge allow.",
+    "An invalid file is rejected as a whole, and the previous configuration stays active; lbridge status \
+     says so until a reload succeeds.",
     "A daemon does not start with an invalid file: run lbridge check-config before a restart.",
 ];
 
@@ -212,17 +226,18 @@ pub const RELOAD: [&str; 3] = [
 pub const LABELS: [Entry; 3] = [
     (
         "lbridge.allow",
-        "The ports, separated by commas, each as for port: \"5432,8080=8000\". On a container it is a rule for that container on each of \
-         its networks, while it runs; on a network, for all of the network.",
+        "The ports, separated by commas, each as for port: \"5432,8080=8000\". On a container it is a rule \
+         for that container on each of its networks, while it runs; on a network, for all of the network.",
     ),
     ("lbridge.localhost", "\"true\": as localhost = true."),
     ("lbridge.source", "\"loopback\": as source = \"loopback\", if label_sources permits it."),
 ];
 
-/// What the page says of labels in general.
-pub const LABELS_TEXT: &str = "With labels = true containers request rules by their labels, within the bounds of label_ports, \
-                               label_dialled_ports and label_sources. Rules of lbridge allow and of the file take precedence. lbridge \
-                               status reports labels that ask for too much or cannot be read; they stop nothing else.";
+/// The section about labels.
+pub const LABELS_TEXT: &str = "With labels = true containers request rules by their labels, within the \
+                               bounds of label_ports, label_dialled_ports and label_sources. Rules of \
+                               lbridge allow and of the file take precedence. lbridge status reports labels \
+                               that ask for too much or cannot be read; they stop nothing else.";
 
 /// A whole file.
 pub const EXAMPLE: &str = "\

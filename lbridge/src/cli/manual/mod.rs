@@ -17,7 +17,7 @@ use crate::service;
 
 pub use pages::PAGES;
 
-/// What the manual says about one command.
+/// The manual's text about one command.
 #[derive(Debug, Clone, Copy)]
 pub struct Page {
     /// The command's name without `lbridge`, such as `service install`; empty for `lbridge` itself.
@@ -58,7 +58,8 @@ pub const EXIT_STATUS: [(Exit, &str, &str); 5] = [
     (
         Exit::Failed,
         "failed or output not written",
-        "Failed, or standard output could not be written to. One line on standard error says why, and what to type.",
+        "Failed, or standard output could not be written to. One line on standard error says why, and what \
+         to type.",
     ),
     (Exit::Usage, "usage", "The command line is invalid."),
     (Exit::NoDaemon, "no daemon", "The daemon is not reachable, or ended before it answered."),
@@ -73,17 +74,18 @@ pub const STATES: [Entry; 4] = [
     ),
     (
         "relayed (why)",
-        "The daemon carries the connections, since the kernel cannot: they end with the daemon. The reason says what would have \
-         them steered, if anything.",
+        "The daemon carries the connections, since the kernel cannot: they end with the daemon. The reason \
+         says what would have them steered, if anything.",
     ),
     (
         "waiting (why)",
-        "The service, the container or the network is not there yet. Connections are refused; the rule takes effect by itself once \
-         it is there.",
+        "The service, the container or the network is not there yet. Connections are refused; the rule takes \
+         effect by itself once it is there.",
     ),
     (
         "blocked (why)",
-        "The rule cannot be served until something is changed. The reason says what; lbridge doctor says what to type.",
+        "The rule cannot be served until something is changed. The reason says what; lbridge doctor says \
+         what to type.",
     ),
 ];
 
@@ -102,11 +104,13 @@ const LOG: Entry =
     ("LBRIDGE_LOG", "What is logged to standard error: error, warn, info, debug or trace. By default info.");
 const QUIET_LOG: Entry = (
     "LBRIDGE_LOG",
-    "What is logged to standard error: error, warn, info, debug or trace. By default warn with a COMMAND, info without.",
+    "What is logged to standard error: error, warn, info, debug or trace. By default warn with a COMMAND, \
+     info without.",
 );
 const DOCKER_HOST: Entry = (
     "DOCKER_HOST",
-    "The engine, Docker or Podman, as unix:///run/podman/podman.sock. By default unix:///var/run/docker.sock.",
+    "The engine, Docker or Podman, as unix:///run/podman/podman.sock. By default \
+     unix:///var/run/docker.sock.",
 );
 
 /// Returns what the manual says about a command, by [`Page::command`].
@@ -114,7 +118,8 @@ pub fn page(command: &str) -> Option<&'static Page> {
     PAGES.iter().find(|page| page.command == command)
 }
 
-/// Adds the examples to `--help` of each command, but not to `-h`; and the exit statuses to that of `lbridge`.
+/// Adds the examples to `--help` of each command, but not to `-h`; and the exit statuses to that of
+/// `lbridge`.
 pub(super) fn with_examples(command: Command, first_steps: &str) -> Command {
     let statuses = EXIT_STATUS.map(|(exit, word, _)| format!("{} {word}", exit as u8)).join(", ");
     commands_with_examples(command, "").after_help(format!("{first_steps}\n\nExit status: {statuses}."))

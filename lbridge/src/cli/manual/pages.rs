@@ -128,8 +128,8 @@ pub const PAGES: &[Page] = &[
             },
         ],
         exits: ENTRIES,
-        exit_note: "A rule that exists already with other options is a conflict: deny it first. Only its comment can be \
-                    changed.",
+        exit_note: "A rule that exists already with other options is a conflict: deny it first. Only its \
+                    comment can be changed.",
         has_states: true,
         files: &[RULES_FILE, SOCKET],
         environment: &[],
@@ -248,8 +248,8 @@ pub const PAGES: &[Page] = &[
             },
         ],
         exits: ENTRIES,
-        exit_note: "An invalid file is rejected, and the previous configuration stays active: status 1, or 4 if the file \
-                    contradicts a rule that lbridge allow made.",
+        exit_note: "An invalid file is rejected, and the previous configuration stays active: status 1, or 4 \
+                    if the file contradicts a rule that lbridge allow made.",
         has_states: false,
         files: &[CONFIG_FILE, SOCKET],
         environment: &[],
@@ -329,8 +329,8 @@ pub const PAGES: &[Page] = &[
             },
         ],
         exits: ALONE,
-        exit_note: "Status 1 also means that the report names a problem; warnings and notes are none. A daemon that does not run \
-                    is reported, and is no error.",
+        exit_note: "Status 1 also means that the report names a problem; warnings and notes are none. A \
+                    daemon that does not run is reported, and is no error.",
         has_states: false,
         files: &[CONFIG_FILE, RULES_FILE, SOCKET, PINS],
         environment: &[DOCKER_HOST],
@@ -486,8 +486,8 @@ pub const PAGES: &[Page] = &[
             },
         ],
         exits: ALONE,
-        exit_note: "With a COMMAND, its own exit status; 126 if it cannot be executed, 127 if it is not found, and 128 plus the \
-                    number of the signal that ended it.",
+        exit_note: "With a COMMAND, its own exit status; 126 if it cannot be executed, 127 if it is not \
+                    found, and 128 plus the number of the signal that ended it.",
         has_states: false,
         files: &[],
         environment: &[QUIET_LOG],

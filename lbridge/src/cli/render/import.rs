@@ -43,12 +43,15 @@ pub(in crate::cli) fn import_plan(plan: &Plan) -> Result<(), Failure> {
         text += &firewall(plan);
         return print(&text);
     }
-    text += "\nNothing was changed. Services saw 127.0.0.1; they will see containers, unless --source loopback is given.\n\
+    text += "\nNothing was changed. Services saw 127.0.0.1; they will see containers, unless --source \
+             loopback is given.\n\
              Make the rules first:\n  lbridge import --yes\n\
-             The kernel asks lbridge before it looks for socat's socket: new connections go to rules that say steered, none\n\
+             The kernel asks lbridge before it looks for socat's socket: new connections go to rules that \
+             say steered, none\n\
              is refused. Those that socat carries end with it, so stop it when they may:\n";
     text += &disable(plan.taken.iter());
-    text += "Before Linux 5.17 a rule that has to be relayed is blocked (in use) until socat is stopped, and serves within a second\nof that.\n";
+    text += "Before Linux 5.17 a rule that has to be relayed is blocked (in use) until socat is stopped, and \
+             serves within a second\nof that.\n";
     text += &firewall(plan);
     print(&text)
 }
@@ -73,7 +76,8 @@ pub(in crate::cli) fn imported(plan: &Plan, made: &[RuleStatus], all: &[RuleStat
         text += &disable(served.into_iter());
     }
     if !blocked.is_empty() {
-        text += "\nRules that are blocked by socat's own socket serve within a second of its end; who connects meanwhile is\n\
+        text += "\nRules that are blocked by socat's own socket serve within a second of its end; who \
+                 connects meanwhile is\n\
                  refused:\n";
         text += &disable(blocked.into_iter());
     }
@@ -108,8 +112,8 @@ fn firewall(plan: &Plan) -> String {
         return String::new();
     }
     let lines = rules.iter().map(|rule| format!("  ufw delete {}\n", shown(rule)));
-    let start = "\nUFW's rules may go last: within seconds lbridge puts accept rules of its own. With firewall = \"off\" keep \
-                 them.\n";
+    let start = "\nUFW's rules may go last: within seconds lbridge puts accept rules of its own. With \
+                 firewall = \"off\" keep them.\n";
     std::iter::once(start.to_owned()).chain(lines).collect()
 }
 

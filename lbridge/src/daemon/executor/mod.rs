@@ -114,8 +114,9 @@ impl Executor {
         &self.features
     }
 
-    /// Brings the namespaces whose localhost leads to the host up to the desired state, and adds their numbers and
-    /// the state of the host's firewall to `in_force`. This may take as long as the firewall's tools do.
+    /// Brings the namespaces whose localhost leads to the host up to the desired state, and adds their
+    /// numbers and the state of the host's firewall to `in_force`. This may take as long as the firewall's
+    /// tools do.
     pub(super) async fn look(&mut self, desired: &Desired, in_force: Actual) -> Actual {
         if let Some(guests) = &mut self.guests {
             guests.want(desired.kernel.redirects.keys().map(|key| key.ifindex).collect()).await;
@@ -196,8 +197,8 @@ impl Executor {
         self.relays.drain(limit).await
     }
 
-    /// Withdraws what the desired state does not grant, and waits for nobody. Returns what is in force then, without
-    /// the state of the firewall.
+    /// Withdraws what the desired state does not grant, and waits for nobody. Returns what is in force then,
+    /// without the state of the firewall.
     pub(super) async fn revoke(&mut self, desired: &Desired) -> anyhow::Result<Actual> {
         if let Some(sources) = &self.sources {
             sources.want(&desired.grants);

@@ -1,5 +1,6 @@
 //! Reconciler: the loop. Whatever wakes it, it observes afresh, decides, and changes what differs. One task
-//! owns the rules, the relays, and the maps but `REDIRECT_NETNS` and `SOURCES`. [`commands`] answers requests.
+//! owns the rules, the relays, and the maps but `REDIRECT_NETNS` and `SOURCES`. [`commands`] answers
+//! requests.
 
 mod commands;
 

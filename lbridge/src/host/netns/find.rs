@@ -111,8 +111,8 @@ pub(in crate::host) fn at_path(path: &Path, follow: Follow) -> Result<OwnedFd, N
     let seen = seen.map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => NetnsUnavailable::NotThere(format!("there is no {shown}")),
         io::ErrorKind::PermissionDenied if follow == Follow::Trusted => NetnsUnavailable::Unsuitable(format!(
-            "{shown} is not followed: {error}; name the namespace by a path that only root can change, as `ip netns attach NAME PID` \
-             makes it (netns:/run/netns/NAME), or allow pid:N"
+            "{shown} is not followed: {error}; name the namespace by a path that only root can change, as \
+             `ip netns attach NAME PID` makes it (netns:/run/netns/NAME), or allow pid:N"
         )),
         _ => NetnsUnavailable::Unsuitable(format!("cannot open {shown}: {error}")),
     })?;

@@ -89,7 +89,8 @@ impl Scratch {
         {
             if !patience.pause().await {
                 bail!(
-                    "the bridge does not forward from a new port within {} s; is it up, or has it a spanning tree with a long delay?",
+                    "the bridge does not forward from a new port within {} s; is it up, or has it a spanning \
+                     tree with a long delay?",
                     READY_TIMEOUT.as_secs()
                 );
             }

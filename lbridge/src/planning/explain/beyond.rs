@@ -115,7 +115,8 @@ impl Explainer<'_> {
             way.steps.push(step(Stage::Host, Answer::Yes, text));
             let remedy = match self.rule() {
                 None => format!(
-                    "`lbridge allow {id}` would lead them to the loopback service of that port; a service that is bound to a loopback address is out of their reach"
+                    "`lbridge allow {id}` would lead them to the loopback service of that port; a service \
+                     that is bound to a loopback address is out of their reach"
                 ),
                 Some(_) => self.unserved(way),
             };

@@ -95,7 +95,8 @@ impl Explainer<'_> {
             }
             (Network::Docker(name), _) if self.rule().is_some() => {
                 format!(
-                    "`docker network create {name}`: the rule is there, and is in force as soon as the network is"
+                    "`docker network create {name}`: the rule is there, and is in force as soon as the \
+                     network is"
                 )
             }
             (Network::Docker(_), _) => {
@@ -182,7 +183,8 @@ impl Explainer<'_> {
             }
             (Verdict::LooksLocal, _) => {
                 let text = format!(
-                    "{source} is not served here, and would look local to whoever takes its connections (--source loopback): refused"
+                    "{source} is not served here, and would look local to whoever takes its connections \
+                     (--source loopback): refused"
                 );
                 by_source(Answer::No, text);
                 self.unadmitted(way)

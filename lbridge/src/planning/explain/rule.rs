@@ -32,7 +32,9 @@ impl Explainer<'_> {
         by_name.or_else(|| {
             let bridge = bridge_of(&self.question.network, self.known.inventory, self.known.features).ok()?;
             outcomes.iter().find(|meant| {
-                let here = |place: &Place| matches!(place, Place::Bridge { ifindex, .. } if *ifindex == bridge.index);
+                let here = |place: &Place| {
+                    matches!(place, Place::Bridge { ifindex, .. } if *ifindex == bridge.index)
+                };
                 meant.rule.spec.port == self.question.port
                     && meant.rule.spec.protocol == self.question.protocol
                     && meant.gateways.iter().any(|gateway| here(&gateway.relay_key.place))
@@ -78,7 +80,13 @@ impl Explainer<'_> {
                     let containers = actual.whose_localhost(dial);
                     let gateway = IpAddr::from(there.gateway.address);
                     let whose = if containers == 1 { "container" } else { "containers" };
-                    (true, format!("{address} in {containers} {whose} leads to {gateway}, unless it is listened on there"))
+                    (
+                        true,
+                        format!(
+                            "{address} in {containers} {whose} leads to {gateway}, unless it is \
+                             listened on there"
+                        ),
+                    )
                 }
                 (None, Some(why)) => (false, format!("{address} leads nowhere: {why}")),
                 (None, None) => (false, format!("{address} leads nowhere: the kernel has no entry for it")),

@@ -12,7 +12,7 @@ use crate::planning::{
 /// Most ports that one label may ask for.
 const MAX_PORTS: usize = 256;
 /// Most rules that all labels together may ask for.
-const MAX_ENTRIES: usize = 8192;
+const MAX_RULES: usize = 8192;
 /// Most problems of one object that are reported. The others are counted.
 const MAX_PROBLEMS_OF_ONE: usize = 8;
 /// Most problems of all objects together that are reported. The others are counted.
@@ -249,10 +249,12 @@ impl<'a> Derivation<'a> {
         if !undialled.is_empty() {
             complaints.push((
                 format!(
-                    "containers would dial {}, which is neither in label_ports nor in label_dialled_ports of lbridge.toml",
+                    "containers would dial {}, which is neither in label_ports nor in label_dialled_ports of \
+                     lbridge.toml",
                     named(&undialled)
                 ),
-                "dial the port that the label leads to; or add to label_dialled_ports what labels may have dialled and run `lbridge reload`"
+                "dial the port that the label leads to; or add to label_dialled_ports what labels may have \
+                 dialled and run `lbridge reload`"
                     .to_owned(),
             ));
         }
@@ -280,9 +282,9 @@ impl<'a> Derivation<'a> {
             };
             return Err((format!("{id} is allowed otherwise by {by}, as {}", spelling.rule(own)), remedy));
         }
-        let full = self.wanted.len() >= MAX_ENTRIES;
+        let full = self.wanted.len() >= MAX_RULES;
         match self.wanted.get_mut(&place) {
-            None if full => Err(mend(format!("labels ask for more than {MAX_ENTRIES} rules"))),
+            None if full => Err(mend(format!("labels ask for more than {MAX_RULES} rules"))),
             None => {
                 self.wanted.insert(place, Wanted { rule, by: object.told() });
                 Ok(())

@@ -14,8 +14,9 @@ use crate::planning::{
     firewall::{Chain, FirewallMode, FirewallState, Link, Opening, Place as Dialled, ProbeResult},
 };
 
-/// Returns the steps that bring the firewall's accept rules to the desired state. What they let in and no entry
-/// admits is refused by the kernel first, and for as long as an accept rule or a flow that it let in exists.
+/// Returns the steps that bring the firewall's accept rules to the desired state. What they let in and no
+/// entry admits is refused by the kernel first, and for as long as an accept rule or a flow that it let in
+/// exists.
 pub(super) fn steps(desired: &Desired, actual: &Actual) -> Vec<Step> {
     let rules = accept_rules(&guarded(desired, actual), desired.firewall, &actual.firewall_state);
     let accepted = accepted(desired, actual, &rules);

@@ -12,8 +12,8 @@
 //! - a source is added before the entry that it may use, and removed after it; at once, if the entry stays
 //!   for others;
 //! - what only takes access away, and needs nothing new, comes first ([`revocations`]);
-//! - a redirect is added after what answers at its gateway, and removed before it; the redirects' hooks are attached
-//!   before the redirects, and detached after them;
+//! - a redirect is added after what answers at its gateway, and removed before it; the redirects' hooks are
+//!   attached before the redirects, and detached after them;
 //! - the firewall is tried last, when everything that answers is in place;
 //! - before an accept rule is put, and for as long as the rule or a flow that it let in exists, the kernel
 //!   refuses the traffic of that rule that no entry admits.
@@ -91,8 +91,8 @@ fn sources_of_others<'a>(
     actual.sources.difference(&desired.sources).filter(stays).copied()
 }
 
-/// Returns the overrides of single addresses whose holders may be others by now: those at the gateways of entries
-/// that are for some sources only.
+/// Returns the overrides of single addresses whose holders may be others by now: those at the gateways of
+/// entries that are for some sources only.
 fn overrides_of_others(desired: &Desired, actual: &Actual) -> BTreeSet<(OverrideKey, u32)> {
     let single = OverrideKey::prefix_len(&Address([u32::MAX; 4]));
     let mut stale = actual
@@ -168,7 +168,8 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Step> {
     // The other entries are revoked: no relay replaces them.
     let replaced = entries.remove.into_iter().filter(|key| !is_denied(desired, key));
     steps.extend(replaced.copied().map(Step::RemoveEntry));
-    // An override goes after its entry: without an entry, the kernel refuses connections that would look local.
+    // An override goes after its entry: without an entry, the kernel refuses connections that would look
+    // local.
     let revoked = overrides_of_others(desired, actual);
     steps.extend(
         overrides.remove.into_iter().filter(|key| !revoked.contains(key)).copied().map(Step::RemoveOverride),

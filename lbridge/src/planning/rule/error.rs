@@ -173,7 +173,7 @@ impl Contradiction {
             Self::UdpInside => "inside a namespace only TCP can be served; allow UDP on a network".to_owned(),
             Self::UdpToUnix => "UDP does not lead to a Unix socket".to_owned(),
             Self::UdpToOtherPort => "a UDP rule leads to the same port number, which the answers come from; \
-                have the service use it, or dial the service's own"
+                                     have the service use it, or dial the service's own"
                 .to_owned(),
             Self::UdpOfLocalhost => {
                 format!("only TCP to localhost can be led to the host; leave {} out", name("localhost"))
@@ -234,7 +234,8 @@ impl fmt::Display for Spelled<'_> {
             }
             RuleError::FromLabel { id } => write!(
                 f,
-                "{id} comes from a label of a container or a network; make that anew without it, or take the port out of label_ports in lbridge.toml"
+                "{id} comes from a label of a container or a network; make that anew without it, or take the \
+                 port out of label_ports in lbridge.toml"
             ),
             RuleError::NeedsLoopback { id } => {
                 let add = match spelling {
@@ -256,7 +257,8 @@ impl fmt::Display for Spelled<'_> {
             RuleError::Invalid { id, invalid } => write!(f, "{id}: {invalid}"),
             RuleError::ProcessUnknown { id } => write!(
                 f,
-                "{id}: a process's number means nothing after its end; use `lbridge allow`, container:NAME or netns:PATH"
+                "{id}: a process's number means nothing after its end; use `lbridge allow`, container:NAME \
+                 or netns:PATH"
             ),
             RuleError::TooMany { count, max } => {
                 write!(f, "{count} rules are more than the {max} that can be in force")

@@ -82,7 +82,8 @@ pub enum DatapathChoice {
     Relay,
 }
 
-/// Implements `Display` and `FromStr` through serde's names: the CLI, the files and the API use the same words.
+/// Implements `Display` and `FromStr` through serde's names: the CLI, the files and the API use the same
+/// words.
 macro_rules! by_serde_name {
     ($($type:ty: $choices:literal),+) => {
         $(
@@ -160,7 +161,7 @@ pub struct Rule {
     /// The port that is dialled, and the service that it leads to.
     #[serde(rename = "port")]
     pub spec: PortSpec,
-    /// What the rule asks for besides.
+    /// The options of the rule.
     #[serde(flatten, serialize_with = "options::only_given")]
     pub options: Options,
     /// The start of the process of a `pid:` network. The daemon fills it in.

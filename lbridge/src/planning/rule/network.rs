@@ -69,7 +69,8 @@ impl FromStr for Network {
             let fits = Path::new(path).is_absolute() && path.len() < 4096;
             if !fits || path.chars().any(char::is_control) {
                 return invalid(format!(
-                    "{text:?} is no namespace; write netns:PATH with an absolute path, e.g. netns:/run/netns/sandbox"
+                    "{text:?} is no namespace; write netns:PATH with an absolute path, e.g. \
+                     netns:/run/netns/sandbox"
                 ));
             }
             return Ok(Self::Netns(PathBuf::from(path)));
@@ -93,7 +94,8 @@ impl FromStr for Network {
                 .any(|c| c.is_control() || c.is_whitespace() || c == '/' || (container && c == ':'))
         {
             return invalid(format!(
-                "{text:?} is no network; write a Docker network's name or id, bridge:IFNAME, container:NAME, netns:PATH or pid:N"
+                "{text:?} is no network; write a Docker network's name or id, bridge:IFNAME, container:NAME, \
+                 netns:PATH or pid:N"
             ));
         }
         if container {

@@ -38,8 +38,8 @@ macro_rules! options {
 options! {
     /// The options of a rule.
     ///
-    /// Serializes all options, as answers of the control API contain them. Files and requests contain only the
-    /// options that are given: [`only_given`].
+    /// Serializes all options, as answers of the control API contain them. Files and requests contain only
+    /// the options that are given: [`only_given`].
     #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
     #[serde(default)]
     pub struct Options {
@@ -73,11 +73,11 @@ options! {
 pub enum Value<'a> {
     /// `true`: the command's flag has no value.
     Flag(bool),
-    /// A number.
+    /// A number, without a unit.
     Number(u32),
     /// A word or a text.
     Text(Cow<'a, str>),
-    /// Several words.
+    /// Several words, in their order.
     List(&'a BTreeSet<String>),
 }
 
@@ -277,7 +277,8 @@ pub trait Beside<'de>: Default {
 }
 
 /// Deserializes a table of options and other fields. Unlike `#[serde(flatten)]`, which first collects all
-/// values, this reads each value where it stands, so that errors tell their place, and refuses unknown fields.
+/// values, this reads each value where it stands, so that errors tell their place, and refuses unknown
+/// fields.
 pub fn with_options<'de, T: Beside<'de>, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<T::Whole, D::Error> {

@@ -155,7 +155,8 @@ impl FromStr for PortSpec {
         if let Ok(address) = target.parse::<SocketAddr>() {
             if !address.ip().is_loopback() {
                 return invalid(format!(
-                    "target {address} is not on loopback; lbridge leads to 127.0.0.0/8, [::1] and unix: sockets only"
+                    "target {address} is not on loopback; lbridge leads to 127.0.0.0/8, [::1] and unix: \
+                     sockets only"
                 ));
             }
             if address.port() == 0 {
@@ -167,7 +168,8 @@ impl FromStr for PortSpec {
             return Ok(Self { port, protocol, target: Target::Port(parse_port(target, text)?) });
         }
         invalid(format!(
-            "{target:?} in {text:?} is no target; write 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000 or 5432=unix:/path"
+            "{target:?} in {text:?} is no target; write 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000 or \
+             5432=unix:/path"
         ))
     }
 }
@@ -199,7 +201,8 @@ fn unix_path(path: &str, whole: &str) -> Result<PathBuf, Invalid> {
     // sun_path less its terminating zero (unix(7)).
     if path.len() > 107 || path.chars().any(char::is_control) || !Path::new(path).is_absolute() {
         return invalid(format!(
-            "{whole:?}: a Unix socket's path is absolute, at most 107 bytes long, and has no control characters"
+            "{whole:?}: a Unix socket's path is absolute, at most 107 bytes long, and has no control \
+             characters"
         ));
     }
     Ok(PathBuf::from(path))

@@ -314,7 +314,8 @@ fn an_error_is_spelled_for_its_place() {
     );
     assert_eq!(
         Spelling::File.rule(&all),
-        "80=3000, from = [\"db\", \"web\"], localhost = true, source = \"loopback\", max_connections = 5, idle_timeout = \"10m\""
+        "80=3000, from = [\"db\", \"web\"], localhost = true, source = \"loopback\", max_connections = 5, \
+         idle_timeout = \"10m\""
     );
     assert_eq!(Spelling::Label.rule(&all), "80=3000, lbridge.localhost=true, lbridge.source=loopback");
 }

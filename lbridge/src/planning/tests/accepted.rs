@@ -1,4 +1,5 @@
-//! What an accept rule lets in is for its rule alone: the plan has the kernel refuse everybody else first, and for as long.
+//! An accept rule lets traffic in for its own rule alone: the plan has the kernel refuse everybody else
+//! first, and for as long.
 
 use super::{Host, in_force};
 use crate::planning::{
@@ -144,8 +145,8 @@ fn an_accept_rule_for_everybody_is_replaced() {
     assert_eq!((*added, put, removed), (opening(&desired).accepted(), &opening(&desired), &older));
 }
 
-/// A relay that is bound to the gateway has no entry that admits its clients; nothing else would keep what comes through from
-/// the host's other services.
+/// A relay that is bound to the gateway has no entry that admits its clients; nothing else would keep what
+/// comes through from the host's other services.
 #[test]
 fn a_relay_without_an_entry_is_let_in_only_while_it_listens() {
     let mut host = Host::new().allow_with("app", "80", Source::Container, DatapathChoice::Relay);

@@ -17,7 +17,7 @@ use crate::planning::{
 };
 
 impl Host {
-    /// What is in force once everything that the desired state wants is.
+    /// Returns the actual state once everything in the desired state is in force.
     fn in_force(&self) -> Actual {
         let desired = self.desired();
         let probe_results =

@@ -243,12 +243,14 @@ fn the_remedy_can_be_typed() {
         (
             Backend::Nft,
             FirewallKind::Nftables,
-            "nft insert rule ip t input iifname br-app ip saddr 172.18.0.0/16 ip daddr 172.18.0.1 tcp dport 80 accept",
+            "nft insert rule ip t input iifname br-app ip saddr 172.18.0.0/16 ip daddr 172.18.0.1 tcp dport \
+             80 accept",
         ),
         (
             Backend::Nft,
             FirewallKind::Firewalld,
-            "--add-rich-rule='rule family=\"ipv4\" source address=\"172.18.0.0/16\" destination address=\"172.18.0.1\"",
+            "--add-rich-rule='rule family=\"ipv4\" source address=\"172.18.0.0/16\" destination \
+             address=\"172.18.0.1\"",
         ),
     ] {
         let why = seen(backend, firewall).why_dropped(&one);
@@ -332,7 +334,9 @@ proptest! {
                 prop_assert_eq!(ours.len(), ours.iter().collect::<BTreeSet<_>>().len());
             }
             if flush {
-                world.changed(|world| world.rules.values_mut().for_each(|rules| rules.retain(Option::is_none)));
+                world.changed(|world| {
+                    world.rules.values_mut().for_each(|rules| rules.retain(Option::is_none));
+                });
             }
         }
     }

@@ -16,7 +16,8 @@ use crate::planning::{
     rule::{DatapathChoice, Source},
 };
 
-/// The kernel and the relay set, as far as a step can tell. Panics where a step breaks the order that it relies on.
+/// The kernel and the relay set, as far as a step can tell. Panics where a step breaks the order that it
+/// relies on.
 fn carry_out(actual: &mut Actual, steps: &[Step]) {
     for step in steps {
         match step {
@@ -148,10 +149,18 @@ prop_compose! {
         names in prop::bool::weighted(0.9),
         containers in prop::collection::btree_map(prop::sample::select(vec!["c", "d"]), 2..5_u8, 0..3),
         connects in prop::bool::weighted(0.9),
-        udp in prop::collection::vec((prop::sample::select(NETWORKS[..6].to_vec()), 80..84_u16, any::<bool>()), 0..3),
-        inside in prop::collection::vec((prop::sample::select(NETWORKS[6..].to_vec()), 1..3_u64, any::<bool>()), 0..3),
+        udp in prop::collection::vec(
+            (prop::sample::select(NETWORKS[..6].to_vec()), 80..84_u16, any::<bool>()),
+            0..3,
+        ),
+        inside in prop::collection::vec(
+            (prop::sample::select(NETWORKS[6..].to_vec()), 1..3_u64, any::<bool>()),
+            0..3,
+        ),
     ) -> Host {
-        let mut host = Host::new().network("dual", "br-dual").bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
+        let mut host = Host::new()
+            .network("dual", "br-dual")
+            .bridge("br-dual", 9, &["172.20.0.1/16", "fd00::1/64"]);
         if docker0 {
             host = host.network("bridge", "docker0").bridge("docker0", 3, &["172.17.0.1/16"]);
         }
@@ -177,14 +186,15 @@ prop_compose! {
         }
         for (container, last) in containers {
             let (app, dual) = (format!("172.18.0.{last}"), format!("172.20.0.{last}"));
-            host = host.container(container, &[("app", &[&app]), ("dual", &[&dual, &format!("fd00::{last}")])]);
+            let dual6 = format!("fd00::{last}");
+            host = host.container(container, &[("app", &[&app]), ("dual", &[&dual, &dual6])]);
         }
         for (network, port, takes) in udp {
             host = host.allow(network, &format!("{port}/udp"));
             host = if takes { host.takes_datagrams(&format!("127.0.0.1:{port}")) } else { host };
         }
-        host.features.steer =
-            if steers { Ok(Steering { interface_check, kernel_registers: true }) } else { Err("none".to_owned()) };
+        let steering = steers.then_some(Steering { interface_check, kernel_registers: true });
+        host.features.steer = steering.ok_or_else(|| "none".to_owned());
         host.features.hooks[HookSet::Connect] = if connects { Ok(()) } else { Err("none".to_owned()) };
         host.features.hooks[HookSet::Names] = if names && steers { Ok(()) } else { Err("none".to_owned()) };
         host
@@ -221,7 +231,8 @@ proptest! {
             prop_assert!(desired.grants.keys().eq(&desired.kernel.sources), "a source that is nobody's");
             prop_assert_eq!(&actual.relays, &desired.relays);
             prop_assert_eq!(&actual.kernel.redirects, &desired.kernel.redirects);
-            for (entry, value) in desired.kernel.entries.iter().filter(|(_, value)| !value.has(Entry::RELAYED)) {
+            let steered = desired.kernel.entries.iter().filter(|(_, value)| !value.has(Entry::RELAYED));
+            for (entry, value) in steered {
                 // Without an interface another network's entry may be there, which leaves these alone.
                 let takes = |ip: std::net::IpAddr| {
                     let own = entry.ifindex != 0 || Address::from(ip).masked(&value.mask) == value.subnet;
@@ -250,7 +261,11 @@ proptest! {
     }
 
     #[test]
-    fn the_order_of_what_is_observed_does_not_matter(host in host(), turn in any::<usize>(), reverse in any::<bool>()) {
+    fn the_order_of_what_is_observed_does_not_matter(
+        host in host(),
+        turn in any::<usize>(),
+        reverse in any::<bool>(),
+    ) {
         let mut shuffled = host.inventory.clone();
         shuffled.interfaces.rotate_left(turn % host.inventory.interfaces.len());
         if reverse {

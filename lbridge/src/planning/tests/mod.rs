@@ -1,4 +1,5 @@
-//! The planner's tests: scenarios that read like a host, and the law that a plan, carried out, leaves nothing to plan.
+//! The planner's tests: scenarios that read like a host, and the law that a plan, carried out, leaves nothing
+//! to plan.
 
 mod accepted;
 mod explain;
@@ -92,7 +93,7 @@ impl Host {
         self
     }
 
-    /// What a rule's `network` leads to: a namespace, by its inode, with these loopback addresses.
+    /// Has a rule's `network` lead to the namespace with this inode and these loopback addresses.
     fn namespace(mut self, network: &str, inode: u64, loopback: &[&str]) -> Self {
         let namespace = Namespace {
             key: NamespaceKey {

@@ -127,7 +127,8 @@ fn a_wildcard_of_a_stranger_gets_nothing() {
     }
 }
 
-/// Before Linux 5.17 a relay cannot listen beside a socket that has the dialled port on every address; what is dialled is refused.
+/// Before Linux 5.17 a relay cannot listen beside a socket that has the dialled port on every address; what
+/// is dialled is refused.
 #[test]
 fn a_wildcard_of_a_stranger_gets_nothing_without_an_entry_for_the_relay() {
     let dual = || {
@@ -195,7 +196,8 @@ fn while_the_service_restarts_the_stranger_waits_in_vain() {
     let down = service(both.clone().silent(), "[::1]:80", MALLORY).looked_at();
     let waits = |at: &str, on: &str| {
         format!(
-            "{at} waiting (nothing listens on {on}; {}; if that is the service now, deny the rule and allow it again)",
+            "{at} waiting (nothing listens on {on}; {}; if that is the service now, deny the rule and allow \
+             it again)",
             stranger("[::1]:80")
         )
     };

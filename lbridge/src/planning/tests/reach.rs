@@ -1,5 +1,5 @@
-//! that reach further than a network's gateway by or less far: some containers of it, their localhost, what they call
-//! the host, UDP.
+//! that reach further than a network's gateway by or less far: some containers of it, their localhost, what
+//! they call the host, UDP.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -108,12 +108,13 @@ fn a_bridges_containers_are_those_of_its_docker_network() {
     assert_eq!(on_bridge("bridge:br-app", here), "172.18.0.1:80 steered (for web)");
     assert_eq!(
         on_bridge("bridge:br-own", here),
-        "bridge:br-own 80 blocked (br-own is no Docker network's bridge, so Docker knows no container's address there; \
-         leave --from out)"
+        "bridge:br-own 80 blocked (br-own is no Docker network's bridge, so Docker knows no container's \
+         address there; leave --from out)"
     );
     assert_eq!(
         on_bridge("bridge:br-app", EngineAvailability::Off),
-        "bridge:br-app 80 blocked (the daemon runs with --no-docker, and knows no container's address; leave --from out)"
+        "bridge:br-app 80 blocked (the daemon runs with --no-docker, and knows no container's address; leave \
+         --from out)"
     );
 }
 
@@ -323,8 +324,8 @@ fn an_alias_goes_to_the_first_where_the_interface_is_not_told() {
     host.features.steer = Ok(Steering { interface_check: false, kernel_registers: true });
     let taken = |port, dial| {
         format!(
-            "172.17.0.1:{port} blocked (another network's rule has 172.17.0.1:{port}, and this kernel does not tell by which \
-             bridge it is dialled; dial {dial})"
+            "172.17.0.1:{port} blocked (another network's rule has 172.17.0.1:{port}, and this kernel does \
+             not tell by which bridge it is dialled; dial {dial})"
         )
     };
     assert_eq!(
@@ -392,7 +393,8 @@ fn udp_replies_leave_from_the_gateway() {
         two.allow("bridge:br-2", "53/udp").states(),
         [
             "10.1.0.1:53 steered",
-            "10.1.0.9:53 blocked (a UDP service answers one subnet from one address, which is 10.1.0.1; dial that)"
+            "10.1.0.9:53 blocked (a UDP service answers one subnet from one address, which is 10.1.0.1; dial \
+             that)"
         ]
     );
 }
@@ -405,9 +407,8 @@ fn udp_is_never_relayed() {
     host.features.steer = Ok(Steering { interface_check: false, kernel_registers: false });
     assert_eq!(
         host.states(),
-        [
-            "172.18.0.1:53 blocked (UDP needs Linux 5.17: this kernel does not tell on which bridge a datagram comes in)"
-        ]
+        ["172.18.0.1:53 blocked (UDP needs Linux 5.17: this kernel does not tell on which bridge a \
+          datagram comes in)"]
     );
     host.features.steer = Err("none".to_owned());
     assert_eq!(host.states(), ["172.18.0.1:53 blocked (none)"]);

@@ -193,9 +193,8 @@ fn no_container_is_taken_for_local_unasked() {
     host.features.hooks[HookSet::Names] = Err("no hooks".to_owned());
     assert_eq!(
         host.states(),
-        [
-            "172.18.0.1:80 blocked (the service on [::1]:80 would take the container for a local client (no hooks); allow it with --source loopback)"
-        ]
+        ["172.18.0.1:80 blocked (the service on [::1]:80 would take the container for a local client (no \
+          hooks); allow it with --source loopback)"]
     );
     let asked = Host {
         rules: Host::new().allow_with("app", "80", Source::Loopback, DatapathChoice::Relay).rules,
@@ -218,7 +217,8 @@ fn networks_that_cannot_be_served() {
     assert_eq!(
         host.states(),
         [
-            "lan 80 blocked (driver macvlan gives the host no bridge; allow its containers one by one: container:NAME)",
+            "lan 80 blocked (driver macvlan gives the host no bridge; allow its containers one by one: \
+             container:NAME)",
             "nope 80 waiting (no Docker network nope)",
             "bridge:br9 80 waiting (there is no interface br9)",
             "bridge:eth0 80 blocked (eth0 is not a bridge; name the bridge that the containers are on)",
@@ -378,7 +378,8 @@ fn a_namespace_is_one_whichever_way_leads_there() {
         host.states(),
         [
             "127.0.0.1:80 relayed (on localhost inside)",
-            "127.0.0.1:80 blocked (rule container:a 80 has 127.0.0.1:80 in that namespace already; deny one of them)",
+            "127.0.0.1:80 blocked (rule container:a 80 has 127.0.0.1:80 in that namespace already; deny one \
+             of them)",
         ]
     );
 }
@@ -446,7 +447,8 @@ fn names_that_may_have_meant_another() {
         ("br-2", "; did you mean its network shop_backend, or bridge:br-2?"),
         (
             "db",
-            "; db is a container: allow the port for container:db, or for its network app_net or shop_backend",
+            "; db is a container: allow the port for container:db, or for its network app_net or \
+             shop_backend",
         ),
         ("sealed", "; sealed is a container: allow the port for container:sealed"),
     ] {

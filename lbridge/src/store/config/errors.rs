@@ -13,7 +13,7 @@ pub struct ConfigError {
     pub(super) mistake: Mistake,
 }
 
-/// What is wrong at one place of the file, and what to write there.
+/// A mistake at one place of the file.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Mistake {
     #[error("[rule] is a single table; write [[rule]], once for each rule")]
@@ -48,11 +48,12 @@ pub enum Unfit {
     Rule {
         /// The place of the rule; the file's name if the error is about all rules.
         place: String,
-        /// The reason.
+        /// The reason, which says what to write instead.
         error: RuleError,
     },
     /// Two rules of the file are for the same network, port and protocol, and differ.
-    #[error("{second}: {} has a rule already, {}, at {first}; remove one", existing.id(), Spelling::File.rule(existing))]
+    #[error("{second}: {} has a rule already, {}, at {first}; remove \
+             one", existing.id(), Spelling::File.rule(existing))]
     Twice {
         /// The place of the first rule.
         first: String,
@@ -63,7 +64,8 @@ pub enum Unfit {
     },
     /// A rule of the file contradicts one that `allow` made.
     #[error(
-        "{place}: {id} is allowed otherwise in {}; remove the rule from one of them, there with `lbridge deny {id}`",
+        "{place}: {id} is allowed otherwise in {}; remove the rule from one of them, there with `lbridge \
+         deny {id}`",
         allowed_in.display()
     )]
     Contradiction {
@@ -81,7 +83,7 @@ pub enum Unfit {
         file: String,
         /// The file with the rules that `allow` made.
         allowed_in: PathBuf,
-        /// The reason.
+        /// The reason, which says what to write instead.
         error: RuleError,
     },
 }

@@ -41,7 +41,8 @@ fn labels_are_off_and_bounded_unless_the_file_says_otherwise() {
     let off = read("").unwrap();
     assert_eq!(off.labels, labels::Settings::default());
     assert!(!off.labels.enabled && off.labels.ports.is_empty());
-    let text = "labels = true\nlabel_ports = [5432, \"8000-8010\", \"53/udp\"]\nlabel_dialled_ports = [80, \"9000-9010\"]\nlabel_sources = [\"loopback\"]\n";
+    let text = "labels = true\nlabel_ports = [5432, \"8000-8010\", \"53/udp\"]\n\
+                label_dialled_ports = [80, \"9000-9010\"]\nlabel_sources = [\"loopback\"]\n";
     let on = read(text).unwrap();
     assert!(on.labels.enabled);
     let settings: Vec<_> =
