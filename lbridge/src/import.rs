@@ -1,5 +1,5 @@
 //! import: `lbridge import` turns socat units into rules. It inspects, and decides what to ask of the daemon;
-//! it leaves alone what is the administrator's, units and firewall rules. Imports recipes, host, docker,
+//! it leaves alone what is the administrator's, units and firewall rules. Imports migrate, host, docker,
 //! planning and the API's protocol.
 
 use std::{collections::BTreeMap, net::IpAddr, path::Path};
@@ -8,16 +8,16 @@ use anyhow::Context as _;
 
 use crate::{
     api::protocol::{DockerStatus, RuleStatus, Status},
-    docker::look,
+    docker::client,
     host::interfaces,
-    planning::{
-        inventory::{DockerNetwork, EngineKind, Interface},
-        rule::{Network, Options, Origin, PortSpec, Protocol, Rule, RuleId, Source, Target},
-    },
-    recipes::{
+    migrate::{
         socat::{self, Forward},
         ufw::{self, Allowed},
         unit::{self, Service},
+    },
+    planning::{
+        inventory::{DockerNetwork, EngineKind, Interface},
+        rule::{Network, Options, Origin, PortSpec, Protocol, Rule, RuleId, Source, Target},
     },
 };
 
@@ -72,7 +72,7 @@ pub async fn plan(source: Source, status: &Status) -> anyhow::Result<Plan> {
     let services = unit::services(&unit::FOLDERS.map(Path::new)).context("cannot read the units")?;
     let mut bridges = Bridges { interfaces: interfaces::list().await?, ..Bridges::default() };
     if status.docker != DockerStatus::Off {
-        match look::engine().await {
+        match client::engine().await {
             Ok(engine) => bridges.networks = engine.networks,
             Err(error) => bridges.without_docker = Some(format!("{error:#}")),
         }

@@ -2,8 +2,8 @@
 //! and port.
 //!
 //! ```text
-//! lbridge_common <- planning <- { store docker host firewall kernel relay sandbox recipes api }
-//!   <- { daemon foreground verify doctor import service } <- cli
+//! lbridge_common <- planning <- { store docker host firewall kernel relay sandbox migrate api }
+//!   <- { daemon sandbox_relay verify doctor import service } <- cli
 //! ```
 //!
 //! The shells in the first braces do not import each other, with these exceptions: `firewall` tests with
@@ -17,14 +17,14 @@ pub mod daemon;
 pub mod docker;
 pub mod doctor;
 pub mod firewall;
-pub mod foreground;
 pub mod host;
 pub mod import;
 pub mod kernel;
+pub mod migrate;
 pub mod planning;
-pub mod recipes;
 pub mod relay;
 pub mod sandbox;
+pub mod sandbox_relay;
 pub mod service;
 pub mod store;
 pub mod verify;

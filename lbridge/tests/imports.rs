@@ -31,9 +31,9 @@ const EXCEPTIONS: [(&str, &str); 5] = [
 /// Rooms that only some modules may import, though the ladder would let others: the room, and its importers.
 const RESERVED: [(&str, &[&str]); 4] = [
     ("daemon", &["cli::run"]),
-    ("foreground", &["cli::relay"]),
-    ("recipes", &["doctor::leftovers", "import"]),
-    ("sandbox", &["cli::relay", "foreground"]),
+    ("sandbox_relay", &["cli::relay"]),
+    ("migrate", &["doctor::leftovers", "import"]),
+    ("sandbox", &["cli::relay", "sandbox_relay"]),
 ];
 
 /// Circles that cannot be opened: the parent of the modules, and the modules.

@@ -14,7 +14,7 @@ use strum::VariantNames as _;
 use super::protocol::*;
 use crate::planning::{
     desired::{Alias, State},
-    explain::{Answer, Explanation, Fate, Question, Stage, Step, Way},
+    explain::{Answer, Explanation, Fate, Question, Stage, Step, Trace},
     firewall::FirewallMode,
     inventory::EngineKind,
     labels::Problem,
@@ -291,7 +291,7 @@ fn explain() {
     pinned("explain_request_bare", &bare);
     least(r#"{"network": "app_net", "port": 53}"#, &bare);
     let step = |stage, verdict, details| Step { stage, verdict, text: "words".to_owned(), details };
-    let way = |fate| Way {
+    let way = |fate| Trace {
         dialled: "172.18.0.1:80".parse().unwrap(),
         interface: "br-0123456789ab".to_owned(),
         source: "172.18.0.2".parse().unwrap(),

@@ -13,7 +13,7 @@ use crate::{
         client::Client,
         protocol::{RuleStatus, Status},
     },
-    docker::look,
+    docker::client,
     host::interfaces,
     planning::rule::{Network, Origin},
 };
@@ -178,7 +178,7 @@ impl<'a> Line<'a> {
                     return vec![];
                 };
                 let typed = current.rfind(',').map_or("", |comma| &current[..=comma]);
-                let names = timeout(LIMIT, look::containers_of(&network)).await;
+                let names = timeout(LIMIT, client::containers_of(&network)).await;
                 let names = names.ok().and_then(Result::ok).unwrap_or_default().into_iter();
                 let names = names.filter(|name| !typed.split(',').any(|typed| typed == name));
                 names.filter_map(|name| Candidate::of_name(name, "")).map(|name| name.behind(typed)).collect()

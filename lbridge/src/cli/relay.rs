@@ -10,9 +10,9 @@ use super::{
     parse_ports, parse_source, render,
 };
 use crate::{
-    foreground::{self, Options, Sandbox},
     planning::rule::Source,
     sandbox::launch::NotStarted,
+    sandbox_relay::{self, Options, Sandbox},
 };
 
 /// Arguments of `lbridge relay`.
@@ -69,12 +69,14 @@ pub(super) fn handle(args: RelayArgs) -> Result<ExitCode, Failure> {
         proxy_protocol: args.limits.proxy_protocol,
     };
     options.check().map_err(|message| Failure { exit: Exit::Usage, message })?;
-    foreground::run(&options).map(ExitCode::from).or_else(|error| match error.downcast_ref::<NotStarted>() {
-        Some(not_started) => {
-            let status = not_started.exit_status();
-            render::error(&format!("{error:#}"));
-            Ok(status.into())
+    sandbox_relay::run(&options).map(ExitCode::from).or_else(|error| {
+        match error.downcast_ref::<NotStarted>() {
+            Some(not_started) => {
+                let status = not_started.exit_status();
+                render::error(&format!("{error:#}"));
+                Ok(status.into())
+            }
+            None => Err(error.into()),
         }
-        None => Err(error.into()),
     })
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::observer::Processes;
 use crate::{
-    docker::view::{EngineStatus, Sighting, View},
+    docker::view::{ContainerLookup, EngineStatus, View},
     planning::{
         inventory::{DockerNetwork, SeenContainer},
         labels::Labelled,
@@ -85,8 +85,8 @@ impl Memory {
 
 /// Lists the running containers that rules name, with their processes.
 fn running(view: &View, processes: &Processes) -> Vec<SeenContainer> {
-    let seen = |(name, sighting): (&String, &Sighting)| {
-        let container = sighting.as_ref().ok()?.as_ref().filter(|container| container.running)?;
+    let seen = |(name, lookup): (&String, &ContainerLookup)| {
+        let container = lookup.found().filter(|container| container.running)?;
         let (id, pid) = (container.id.clone(), container.pid?);
         let start = processes.get(&(id.clone(), pid)).cloned().flatten()?;
         Some(SeenContainer { name: name.clone(), id, pid, start, attachments: container.attachments.clone() })

@@ -1,5 +1,5 @@
 //! Daemon: wires the other modules together and runs until it is stopped. It may import every shell but
-//! `sandbox` and `recipes`.
+//! `sandbox` and `migrate`.
 //!
 //! ```text
 //! API commands, Docker, netlink and listener events (wake-ups only)

@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     api::protocol::ListenerUser,
-    docker::view::{self, EngineStatus, Sighting, View},
+    docker::view::{self, ContainerLookup, EngineStatus, View},
     host::{interfaces::Interfaces, listeners, netns, trusted, users::Users},
     planning::{
         desired::Desired,
@@ -175,21 +175,17 @@ fn containers(
         // A namespace that cannot be entered has ended, or is the host's: its localhost is not redirected.
         netns::Namespace::open(&entrance, host).ok()?.cookie().ok()?
     };
-    let seen = |name: &String, sighting: &Sighting| match sighting {
-        Ok(None) => None,
-        Err(why) => Some(Err(why.clone())),
-        Ok(Some(container)) => {
+    let seen = |name: &String, lookup: &ContainerLookup| match lookup {
+        ContainerLookup::NotFound => None,
+        ContainerLookup::Failed(why) => Some(Err(why.clone())),
+        ContainerLookup::Found(container) => {
             let lives = || container.pid.is_some_and(|pid| lives(&container.id, pid));
             let running = container.running && (reachable || lives());
             let netns = of_localhost.contains(name).then(|| cookie(container)).flatten();
             Some(Ok(Container { running, attachments: container.attachments.clone(), netns }))
         }
     };
-    docker
-        .containers
-        .iter()
-        .filter_map(|(name, sighting)| Some((name.clone(), seen(name, sighting)?)))
-        .collect()
+    docker.containers.iter().filter_map(|(name, lookup)| Some((name.clone(), seen(name, lookup)?))).collect()
 }
 
 /// Returns true if a rule needs UDP sockets to be observed.
@@ -207,7 +203,7 @@ fn namespaces(
     // Only processes of running containers; one that was seen stays known while Docker reports it.
     let running = docker.into_iter().flat_map(|view| view.containers.values());
     let running: BTreeSet<_> = running
-        .filter_map(|sighting| sighting.as_ref().ok()?.as_ref())
+        .filter_map(ContainerLookup::found)
         .filter_map(|container| Some((container.id.clone(), container.pid?)))
         .collect();
     processes.retain(|process, _| running.contains(process));
@@ -246,9 +242,11 @@ fn namespace(
                 return Err(NetnsUnavailable::Unsuitable(why.to_owned()));
             };
             let container = match docker.containers.get(name) {
-                Some(Ok(Some(container))) => container,
-                Some(Ok(None)) => return Err(NetnsUnavailable::NotThere(format!("no container {name}"))),
-                Some(Err(why)) => return Err(NetnsUnavailable::Unsuitable(why.clone())),
+                Some(ContainerLookup::Found(container)) => container,
+                Some(ContainerLookup::NotFound) => {
+                    return Err(NetnsUnavailable::NotThere(format!("no container {name}")));
+                }
+                Some(ContainerLookup::Failed(why)) => return Err(NetnsUnavailable::Unsuitable(why.clone())),
                 None => {
                     return Err(NetnsUnavailable::NotThere(format!(
                         "Docker has not told of container {name} yet"
@@ -299,7 +297,7 @@ mod tests {
         let view = |pid| View {
             presence: EngineStatus::Unknown,
             networks: vec![],
-            containers: [("c".to_owned(), Ok(Some(container(pid))))].into(),
+            containers: [("c".to_owned(), ContainerLookup::Found(container(pid)))].into(),
             container_names: vec![],
             labelled: vec![],
             host_gateways: vec![],

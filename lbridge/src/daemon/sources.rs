@@ -217,7 +217,7 @@ impl State {
 
 /// Finds the container of this name, if it runs as far as the engine has reported.
 fn running<'a>(view: &'a View, name: &str) -> Option<&'a Container> {
-    let container = view.containers.get(name)?.as_ref().ok()?.as_ref()?;
+    let container = view.containers.get(name)?.found()?;
     container.running.then_some(container)
 }
 
@@ -326,7 +326,10 @@ mod tests {
     use lbridge_common::wire::{EntryKey, TCP};
 
     use super::*;
-    use crate::{docker::view::EngineStatus, planning::inventory::Attachment};
+    use crate::{
+        docker::view::{ContainerLookup, EngineStatus},
+        planning::inventory::Attachment,
+    };
 
     fn view() -> View {
         let network = |id: &str, name: &str, bridge: &str| DockerNetwork {
@@ -346,7 +349,11 @@ mod tests {
         View {
             presence: EngineStatus::Unknown,
             networks: vec![network("a", "app", "br-app"), network("d", "db", "br-db")],
-            containers: [("web".to_owned(), Ok(Some(web))), ("gone".to_owned(), Ok(None))].into(),
+            containers: [
+                ("web".to_owned(), ContainerLookup::Found(web)),
+                ("gone".to_owned(), ContainerLookup::NotFound),
+            ]
+            .into(),
             container_names: vec![],
             labelled: vec![],
             host_gateways: vec![],
@@ -394,7 +401,7 @@ mod tests {
         };
         let web = |change: &dyn Fn(&mut Container)| {
             changed(&|view| {
-                change(view.containers.get_mut("web").unwrap().as_mut().unwrap().as_mut().unwrap());
+                change(view.containers.get_mut("web").unwrap().found_mut().unwrap());
             })
         };
         assert!(web(&|_| {}));
@@ -405,8 +412,11 @@ mod tests {
         assert!(!changed(&|view| drop(view.networks.remove(0))), "the network is gone");
         assert!(!changed(&|view| view.networks[0].id = "b".to_owned()), "it was made anew");
         assert!(!changed(&|view| view.networks[0].name = "other".to_owned()));
-        assert!(!changed(&|view| drop(view.containers.insert("web".to_owned(), Ok(None)))), "it was renamed");
-        let wrong = Err("the engine says: no".to_owned());
+        assert!(
+            !changed(&|view| drop(view.containers.insert("web".to_owned(), ContainerLookup::NotFound))),
+            "it was renamed"
+        );
+        let wrong = ContainerLookup::Failed("the engine says: no".to_owned());
         assert!(!changed(&|view| drop(view.containers.insert("web".to_owned(), wrong.clone()))));
         assert!(!changed(&|view| view.containers.clear()), "nobody follows it");
     }
@@ -416,7 +426,7 @@ mod tests {
         let mut view = view();
         let ended = BTreeSet::from([("w".to_owned(), 5)]);
         assert!(!holds(&view, &ended, "app", &["web"], "172.18.0.2"));
-        view.containers.get_mut("web").unwrap().as_mut().unwrap().as_mut().unwrap().pid = Some(6);
+        view.containers.get_mut("web").unwrap().found_mut().unwrap().pid = Some(6);
         assert!(holds(&view, &ended, "app", &["web"], "172.18.0.2"));
     }
 }

@@ -5,17 +5,17 @@
 //! - `snapshot`: lists networks, containers and labels; `engine` and `libpod`: identify the engine, and read
 //!   what only Podman's own API reports;
 //! - `ended`: containers that are gone before the engine's lists show it;
-//! - [`look`]: a single look at the engine, for commands.
+//! - [`client`]: a single look at the engine, for commands.
 //!
 //! Level-triggered: an event only wakes, then the list is read again. The exception is that a container has
 //! ended or left a network. This takes effect at once: the list shows it later, when another container may
 //! have its address.
 
-mod ended;
+pub mod client;
+mod endings;
 mod engine;
 mod host_gateway;
 mod libpod;
-pub mod look;
 mod snapshot;
 pub mod view;
 pub mod watch;

@@ -19,7 +19,7 @@ use crate::planning::{
 use super::{
     engine::Engine,
     libpod,
-    view::{Container, Sighting},
+    view::{Container, ContainerLookup},
 };
 
 const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
@@ -135,8 +135,12 @@ fn labelled_container(container: ContainerSummary) -> Option<Labelled> {
 }
 
 /// Looks up the container of this name or id. What the engine reports against a single container is part of
-/// the sighting; an error is a failure of the engine itself.
-pub(super) async fn container(docker: &Docker, engine: &Engine, name: &str) -> anyhow::Result<Sighting> {
+/// the lookup; an error is a failure of the engine itself.
+pub(super) async fn container(
+    docker: &Docker,
+    engine: &Engine,
+    name: &str,
+) -> anyhow::Result<ContainerLookup> {
     let found = docker.inspect_container(name, None::<InspectContainerOptions>).await;
     let found = match (found, &engine.libpod) {
         // A status that only Podman has, or anything else that bollard does not expect.
@@ -147,10 +151,13 @@ pub(super) async fn container(docker: &Docker, engine: &Engine, name: &str) -> a
         (found, _) => found,
     };
     match found {
-        Ok(container) => Ok(meant(container, name).map(|container| as_trusted(container, engine))),
-        Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(Ok(None)),
+        Ok(container) => Ok(match meant(container, name) {
+            ContainerLookup::Found(container) => ContainerLookup::Found(as_trusted(container, engine)),
+            other => other,
+        }),
+        Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(ContainerLookup::NotFound),
         Err(Error::DockerResponseServerError { message, .. }) => {
-            Ok(Err(format!("the engine says: {}", message.replace('\n', " "))))
+            Ok(ContainerLookup::Failed(format!("the engine says: {}", message.replace('\n', " "))))
         }
         Err(error) => Err(error).with_context(|| format!("cannot inspect container {name}")),
     }
@@ -159,39 +166,43 @@ pub(super) async fn container(docker: &Docker, engine: &Engine, name: &str) -> a
 /// Checks that the engine found the container that was meant. The engine accepts any beginning of an id: `db`
 /// matches one container in 256. Here only the full id or its first 12 digits or more count as an id. A name
 /// that reads like an id is refused, since it may be another container's id.
-fn meant(container: ContainerInspectResponse, name: &str) -> Sighting {
+fn meant(container: ContainerInspectResponse, name: &str) -> ContainerLookup {
     const SHORT_ID: usize = 12;
     let id = container.id.as_deref().unwrap_or_default();
     let reads_as_id = name.len() >= SHORT_ID && name.bytes().all(|b| b.is_ascii_hexdigit());
     if reads_as_id && id.starts_with(name) {
-        return Ok(described(container));
+        return described(container);
     }
     let is_named = container.name.as_deref().is_some_and(|its| its.trim_start_matches('/') == name);
     match (is_named, reads_as_id) {
-        (true, false) => Ok(described(container)),
-        (true, true) => Err(format!("{name} is the name of a container, and reads like an id; rename it")),
-        (false, _) => Ok(None),
+        (true, false) => described(container),
+        (true, true) => ContainerLookup::Failed(format!(
+            "{name} is the name of a container, and reads like an id; rename it"
+        )),
+        (false, _) => ContainerLookup::NotFound,
     }
 }
 
 /// Removes the addresses of a rootless engine's container. The engine's networks are not the host's: a
 /// service must not see addresses that mean another container on the host.
-fn as_trusted(container: Option<Container>, engine: &Engine) -> Option<Container> {
-    container.map(|mut container| {
-        if engine.rootless {
-            container.attachments.iter_mut().for_each(|there| there.addresses.clear());
-        }
-        container
-    })
+fn as_trusted(mut container: Container, engine: &Engine) -> Container {
+    if engine.rootless {
+        container.attachments.iter_mut().for_each(|there| there.addresses.clear());
+    }
+    container
 }
 
-fn described(container: ContainerInspectResponse) -> Option<Container> {
+/// Describes a container. One without an id, which no engine answers, counts as none.
+fn described(container: ContainerInspectResponse) -> ContainerLookup {
     let pid = container.state.and_then(|state| u32::try_from(state.pid?).ok()).filter(|pid| *pid != 0);
     let networks = container.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
     let mut attachments: Vec<_> =
         networks.into_iter().map(|(name, endpoint)| attachment(name, &endpoint)).collect();
     attachments.sort_by(|a, b| a.network.cmp(&b.network));
-    Some(Container { id: container.id?, pid, running: pid.is_some(), attachments })
+    match container.id {
+        Some(id) => ContainerLookup::Found(Container { id, pid, running: pid.is_some(), attachments }),
+        None => ContainerLookup::NotFound,
+    }
 }
 
 fn attachment(network: String, endpoint: &EndpointSettings) -> Attachment {

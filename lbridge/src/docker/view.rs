@@ -41,7 +41,7 @@ pub struct View {
     pub networks: Vec<DockerNetwork>,
     /// The containers that were asked for, each under the name that was asked for; the last known ones while
     /// the engine is away.
-    pub containers: BTreeMap<String, Sighting>,
+    pub containers: BTreeMap<String, ContainerLookup>,
     /// The names of all containers, if one that was asked for does not exist; otherwise empty.
     pub container_names: Vec<String>,
     /// The networks and containers with lbridge's labels, if labels are followed; the last known ones while
@@ -51,9 +51,28 @@ pub struct View {
     pub host_gateways: Vec<IpAddr>,
 }
 
-/// The engine's answer about a name: a container, `None` if there is none, or an error that concerns this
-/// name only.
-pub type Sighting = Result<Option<Container>, String>;
+/// The engine's answer to a lookup of a container by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ContainerLookup {
+    /// The container of this name.
+    Found(Container),
+    /// No container has this name.
+    NotFound,
+    /// The engine's error, which concerns this name only.
+    Failed(String),
+}
+
+impl ContainerLookup {
+    /// Returns the container, if there is one.
+    pub fn found(&self) -> Option<&Container> {
+        if let Self::Found(container) = self { Some(container) } else { None }
+    }
+
+    /// Returns the container to be changed, if there is one.
+    pub fn found_mut(&mut self) -> Option<&mut Container> {
+        if let Self::Found(container) = self { Some(container) } else { None }
+    }
+}
 
 /// A container as the engine describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]

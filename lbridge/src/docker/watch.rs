@@ -18,10 +18,10 @@ use tokio::{
 };
 
 use super::{
-    ended::Ended,
+    endings::Ended,
     engine::Engine,
     host_gateway, snapshot,
-    view::{Container, EngineStatus, Sighting, View},
+    view::{Container, ContainerLookup, EngineStatus, View},
 };
 use crate::planning::{
     inventory::{DockerNetwork, EngineKind, SeenContainer},
@@ -71,7 +71,7 @@ impl Watcher {
     ) -> anyhow::Result<Self> {
         let last_seen = last_seen.into_iter().map(|seen| {
             let SeenContainer { name, id, pid, attachments, .. } = seen;
-            (name, Ok(Some(Container { id, pid: Some(pid), running: true, attachments })))
+            (name, ContainerLookup::Found(Container { id, pid: Some(pid), running: true, attachments }))
         });
         let (labels, follow_labels) = watch::channel(labelled.is_some());
         let unknown = View {
@@ -279,7 +279,7 @@ async fn session(
 /// The result of one look at the engine's lists.
 struct Look {
     networks: Vec<DockerNetwork>,
-    containers: BTreeMap<String, Sighting>,
+    containers: BTreeMap<String, ContainerLookup>,
     container_names: Vec<String>,
     labelled: Vec<Labelled>,
 }
@@ -296,7 +296,7 @@ async fn look(
         anyhow::Ok((name, container))
     });
     let containers: BTreeMap<_, _> = stream::iter(sightings).buffered(AT_A_TIME).try_collect().await?;
-    let missing = containers.values().any(|sighting| matches!(sighting, Ok(None)));
+    let missing = containers.values().any(|lookup| *lookup == ContainerLookup::NotFound);
     let container_names = if missing { within(snapshot::container_names(docker)).await? } else { vec![] };
     let labelled = if follows_labels { within(snapshot::labelled(docker)).await? } else { vec![] };
     Ok(Look { networks, containers, container_names, labelled })

@@ -8,7 +8,7 @@ use crate::{
     api::protocol::{DockerStatus, Status},
     docker::{
         self,
-        look::{self, EngineInfo},
+        client::{self, EngineInfo},
     },
     planning::{
         desired::State,
@@ -27,7 +27,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
     }
     let needed =
         host.rules.iter().any(|rule| matches!(rule.network, Network::Docker(_) | Network::Container(_)));
-    let engine = match look::engine().await {
+    let engine = match client::engine().await {
         Ok(engine) => engine,
         Err(error) => {
             let finding = match (&followed, nix::unistd::geteuid().is_root()) {
@@ -81,7 +81,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
 /// Reports labels that the daemon does not read.
 pub(super) async fn unread_labels(status: Option<&Status>) -> Option<Finding> {
     let unread = status.is_some_and(|status| !status.labels.enabled);
-    let labelled = if unread { look::labelled().await.ok()? } else { vec![] };
+    let labelled = if unread { client::labelled().await.ok()? } else { vec![] };
     if labelled.is_empty() {
         return None;
     }
@@ -104,7 +104,7 @@ fn serves_docker0(status: Option<&Status>, network: &Network, port: u16) -> bool
 /// dial docker0's address. That address is served like the gateway, but an internal network has no route to
 /// it.
 pub(super) async fn guests(host: &Host, status: Option<&Status>) -> Vec<Finding> {
-    let Ok(guests) = look::guests().await else { return vec![] };
+    let Ok(guests) = client::guests().await else { return vec![] };
     let docker0 = host.bridge(&Network::Docker(DEFAULT_NETWORK.to_owned()));
     let docker0 = docker0.and_then(|bridge| bridge.addresses.first()).map(|(address, _)| address.to_string());
     let docker0 = docker0.unwrap_or_else(|| "docker0's address".to_owned());
@@ -117,7 +117,7 @@ pub(super) async fn guests(host: &Host, status: Option<&Status>) -> Vec<Finding>
             continue;
         }
         let served = serves_docker0(status, &rule.network, rule.spec.port);
-        let misled_there = |guest: &&look::HostNameUser| {
+        let misled_there = |guest: &&client::HostNameUser| {
             guest.networks.contains(&network.name) && !(guest.has_way_out && served)
         };
         for guest in guests.iter().filter(misled_there) {

@@ -8,7 +8,7 @@ use crate::{
         listeners,
         processes::{self, Process},
     },
-    recipes::{socat, ufw, unit},
+    migrate::{socat, ufw, unit},
 };
 
 const LETS_IN: &str = "Whoever reaches its address is let in, and the service takes them for local.";

@@ -9,10 +9,10 @@
 //! - [`changes`]: the kernel's notifications that a ruleset has changed;
 //! - [`conntrack`]: flows that are let in though their accept rule is gone.
 
-mod changes;
 pub mod conntrack;
 mod firewalld;
 mod iptables;
+mod nft_monitor;
 mod probe;
 mod ruleset;
 mod tool;
@@ -32,7 +32,7 @@ use crate::planning::{
     firewall::{Backend, Chain, FirewallState, Link, Opening, ProbeResult},
     rule::Protocol,
 };
-use changes::Changes;
+use nft_monitor::Changes;
 use ruleset::{Ruleset, Unread};
 use tool::Problem;
 

@@ -22,8 +22,8 @@ use super::{
     PeerNames,
     connection::{proxy_connection, reset},
     limits::ConnectionLimiter,
+    log_rate_limit::LogRateLimit,
     meter::Statistics,
-    pause::LogRateLimit,
 };
 use crate::planning::desired::{Clients, RelaySpec};
 

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use super::{pause::LogRateLimit, splice};
+use super::{log_rate_limit::LogRateLimit, splice};
 
 /// The counters of one rule.
 #[derive(Debug, Default)]

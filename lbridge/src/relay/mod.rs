@@ -14,8 +14,8 @@
 mod connection;
 mod limits;
 mod listener;
+mod log_rate_limit;
 mod meter;
-mod pause;
 pub mod set;
 pub mod socket;
 mod splice;

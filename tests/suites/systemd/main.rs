@@ -1,8 +1,8 @@
 //! lbridge as a unit of a real systemd: starts, stops, and restarts that refuse nobody.
 
 mod handover;
+mod migrate;
 mod privileges;
-mod recipes;
 mod service;
 mod unit;
 
@@ -22,7 +22,7 @@ use lbridge_tests::harness::systemd::{self, Systemd};
 fn main() {
     Suite::new(
         &systemd::NEEDS,
-        [unit::tests(), privileges::tests(), service::tests(), handover::tests(), recipes::tests()].concat(),
+        [unit::tests(), privileges::tests(), service::tests(), handover::tests(), migrate::tests()].concat(),
     )
     .main()
 }

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     api::{events::EventBus, protocol::DockerStatus, server::Command},
     docker::{
-        view::{EngineStatus, View},
+        view::{ContainerLookup, EngineStatus, View},
         watch::Watcher,
     },
     kernel::maps::Events,
@@ -223,14 +223,15 @@ impl Reconciler {
         docker.want(names(rules, &known).into_iter().chain(names(followed, &known)).collect());
         let unknown = |network: &Network| match network {
             Network::Docker(name) => find_networks(&known.networks, name).is_empty(),
-            Network::Container(name) => !matches!(known.containers.get(name), Some(Ok(Some(_)))),
+            Network::Container(name) => known.containers.get(name).and_then(ContainerLookup::found).is_none(),
             Network::Bridge(_) | Network::Netns(_) | Network::Process(_) => false,
         };
         // A range of ports names its network once for each port.
         let networks: BTreeSet<&Network> = networks.collect();
         let asked = rules.iter().filter(|(id, ..)| networks.contains(&id.network));
         let mut named = asked.flat_map(|(_, rule, _)| &rule.options.from);
-        let is_unknown = |name: &String| !matches!(known.containers.get(name), Some(Ok(Some(_))));
+        let is_unknown =
+            |name: &String| known.containers.get(name).and_then(ContainerLookup::found).is_none();
         // The network may be so new that its event is still under way.
         if named.any(is_unknown) || networks.into_iter().any(unknown) {
             docker.refresh(DOCKER_REFRESH).await;

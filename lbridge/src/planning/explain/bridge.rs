@@ -11,8 +11,8 @@ use lbridge_common::{
 };
 
 use super::{
-    Answer, End, Explainer, Fate, Stage, Step, Way, Ways,
-    words::{addresses, described, step, subnet},
+    Answer, End, Explainer, Fate, Stage, Step, Trace, Traces,
+    render::{addresses, described, step, subnet},
 };
 use crate::planning::{
     actual::Actual,
@@ -24,7 +24,7 @@ use crate::planning::{
 };
 
 impl Explainer<'_> {
-    pub(super) fn bridge(&self) -> (Step, Ways) {
+    pub(super) fn bridge(&self) -> (Step, Traces) {
         let network = &self.question.network;
         let docker = match network {
             Network::Docker(name) => find_networks(&self.known.inventory.docker_networks, name),
@@ -122,11 +122,11 @@ impl Explainer<'_> {
 
     /// Follows a SYN, or a datagram, all the way to a gateway or to another address of the host. `own` is the
     /// bridge's address, with the length of its prefix in bits.
-    fn to_gateway(&self, bridge: &Interface, gateway: IpAddr, own: (IpAddr, u8)) -> (Way, End) {
+    fn to_gateway(&self, bridge: &Interface, gateway: IpAddr, own: (IpAddr, u8)) -> (Trace, End) {
         let dialled = SocketAddr::new(gateway, self.question.port);
         let source = self.question.source.or_else(|| self.listed(bridge, dialled).into_iter().next());
         let source = source.unwrap_or_else(|| neighbour(own.0, own.1));
-        let mut way = Way {
+        let mut way = Trace {
             dialled,
             interface: bridge.name.clone(),
             source,
@@ -142,7 +142,7 @@ impl Explainer<'_> {
     }
 
     /// Follows the packet by the kernel program's verdict, given its entry.
-    fn verdict(&self, way: &mut Way, bridge: &Interface, entry: Option<&Entry>) -> End {
+    fn verdict(&self, way: &mut Trace, bridge: &Interface, entry: Option<&Entry>) -> End {
         let source = way.source;
         let dialled = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
         let protocol = self.question.protocol;
@@ -252,7 +252,7 @@ impl Explainer<'_> {
     }
 
     /// Adds a step about what was tried of the firewall. Returns an end if nothing comes through.
-    fn firewall(&self, way: &mut Way, own: (IpAddr, u8)) -> Option<End> {
+    fn firewall(&self, way: &mut Trace, own: (IpAddr, u8)) -> Option<End> {
         let (protocol, dialled) = (self.question.protocol, way.dialled);
         let opening = Opening::new(&way.interface, own, dialled.ip(), protocol, dialled.port());
         let firewall_state = &self.known.actual.firewall_state;

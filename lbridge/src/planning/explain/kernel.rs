@@ -8,8 +8,8 @@ use lbridge_common::{
 };
 
 use super::{
-    Answer, End, Explainer, Fate, Known, Stage, Step, Way,
-    words::{key_address, step, subnet, taken_back, target},
+    Answer, End, Explainer, Fate, Known, Stage, Step, Trace,
+    render::{key_address, step, subnet, taken_back, target},
 };
 use crate::planning::{
     desired::Outcome,
@@ -18,7 +18,7 @@ use crate::planning::{
 
 impl Explainer<'_> {
     /// Adds a step about the kernel program's lookup, and returns the entry that it finds.
-    pub(super) fn lookup(&self, way: &mut Way, bridge: &Interface) -> Option<&Entry> {
+    pub(super) fn lookup(&self, way: &mut Trace, bridge: &Interface) -> Option<&Entry> {
         let Known { features, actual, desired, .. } = self.known;
         let mut no = |text| way.steps.push(step(Stage::Lookup, Answer::No, text));
         let steering = match &features.steer {
@@ -74,7 +74,7 @@ impl Explainer<'_> {
     }
 
     /// Adds a step about the listener that the kernel program assigns, and returns the end.
-    pub(super) fn listener(&self, way: &mut Way, entry: &Entry) -> End {
+    pub(super) fn listener(&self, way: &mut Trace, entry: &Entry) -> End {
         let taken = |key: &ListenerKey| {
             self.known.actual.registered.contains(key) && self.is_of_family(key, way.dialled.ip())
         };

@@ -6,12 +6,12 @@
 //! (entry, listener) -> `beyond` (relay, host); in a namespace `namespace` -> `beyond`. `words` has the names
 //! of things.
 
-mod beyond;
 mod bridge;
 mod kernel;
 mod namespace;
+mod passed;
+mod render;
 mod rule;
-mod words;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -77,7 +77,7 @@ pub struct Explanation {
     /// the rule covers it.
     pub steps: Vec<Step>,
     /// One way for each address that can be dialled.
-    pub ways: Vec<Way>,
+    pub ways: Vec<Trace>,
     /// The outcomes of all ways in one sentence.
     pub outcome: String,
     /// The advice on what to do.
@@ -86,7 +86,7 @@ pub struct Explanation {
 
 /// The path of a connection to one address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Way {
+pub struct Trace {
     /// The address and port that are dialled.
     pub dialled: SocketAddr,
     /// Name of the bridge; `lo` inside a namespace.
@@ -241,4 +241,4 @@ struct Explainer<'a> {
     known: &'a Known<'a>,
 }
 
-type Ways = Result<Vec<(Way, End)>, End>;
+type Traces = Result<Vec<(Trace, End)>, End>;

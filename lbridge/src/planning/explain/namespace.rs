@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::{Answer, End, Explainer, Fate, Known, Stage, Step, Way, Ways, beyond::answering, words::step};
+use super::{
+    Answer, End, Explainer, Fate, Known, Stage, Step, Trace, Traces, passed::answering, render::step,
+};
 use crate::planning::{
     desired::{Place, RelayKey, RuleOutcome, State},
     hooks::HookSet,
@@ -11,7 +13,7 @@ use crate::planning::{
 };
 
 impl Explainer<'_> {
-    pub(super) fn namespace(&self) -> (Step, Ways) {
+    pub(super) fn namespace(&self) -> (Step, Traces) {
         let network = &self.question.network;
         let without = |why: &str, remedy: String| {
             let sentence = format!("nothing in {network} can dial its localhost through lbridge: {why}");
@@ -44,11 +46,11 @@ impl Explainer<'_> {
         (step(Stage::Network, Answer::Yes, text), Ok(ways))
     }
 
-    fn inside(&self, namespace: &Namespace, ip: IpAddr) -> (Way, End) {
+    fn inside(&self, namespace: &Namespace, ip: IpAddr) -> (Trace, End) {
         let dialled = SocketAddr::new(ip, self.question.port);
         let text =
             format!("{dialled} is dialled inside, over lo; nothing of the host is passed on the way there");
-        let mut way = Way {
+        let mut way = Trace {
             dialled,
             interface: "lo".to_owned(),
             source: ip,
@@ -74,7 +76,7 @@ impl Explainer<'_> {
 
     /// Follows a container's localhost to the gateway that a rule of one of its networks leads it to; `None`
     /// if somebody inside listens there, or no rule leads it.
-    fn led_to_gateway(&self, way: &mut Way) -> Option<End> {
+    fn led_to_gateway(&self, way: &mut Trace) -> Option<End> {
         let Known { desired, actual, inventory, inside, .. } = self.known;
         let Network::Container(name) = &self.question.network else { return None };
         let container = inventory.containers.get(name)?.as_ref().ok()?;

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{Answer, Explainer, Stage, Step, Way, words::step};
+use super::{Answer, Explainer, Stage, Step, Trace, render::step};
 use crate::planning::{
     desired::{Outcome, Place, RuleOutcome},
     hooks::HookSet,
@@ -113,7 +113,7 @@ impl Explainer<'_> {
     }
 
     /// Returns the outcome that the rule means for this way.
-    pub(super) fn meant(&self, way: &Way) -> Option<&Outcome> {
+    pub(super) fn meant(&self, way: &Trace) -> Option<&Outcome> {
         let gateways = &self.rule()?.gateways;
         Some(&gateways.iter().find(|gateway| gateway.relay_key.address == way.dialled)?.outcome)
     }

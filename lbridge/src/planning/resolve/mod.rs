@@ -8,9 +8,9 @@
 
 mod aliases;
 mod bridge;
+mod datapath;
 mod localhost;
 mod sources;
-mod way;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,7 +25,7 @@ use lbridge_common::{
     },
 };
 
-use self::way::{Way, is_suitable};
+use self::datapath::{Datapath, is_suitable};
 use super::{
     desired::{
         Alias, Clients, Desired, GatewayOutcome, Outcome, Place, RelayKey, RelaySpec, RuleOutcome, Service,
@@ -203,10 +203,10 @@ impl Resolver<'_> {
         // Without the interface check, an alias is one address for all networks.
         if alias.is_some() && !self.checks_interface() {
             way = match way {
-                Way::Refuse(outcome) => Way::None(outcome),
-                Way::Kernel(..) if self.desired.kernel.entries.contains_key(&entry_key) => {
+                Datapath::Refuse(outcome) => Datapath::None(outcome),
+                Datapath::Kernel(..) if self.desired.kernel.entries.contains_key(&entry_key) => {
                     let taken = Reason::AliasTaken { alias: gateway, gateway: own };
-                    Way::None(Outcome::because(State::Blocked, taken))
+                    Datapath::None(Outcome::because(State::Blocked, taken))
                 }
                 way => way,
             };
@@ -217,7 +217,7 @@ impl Resolver<'_> {
         } else {
             let sources = self.sources(rule, own, subnet);
             let clients = Clients::Listed(sources.addresses.clone());
-            let is_refused = matches!(way, Way::Refuse(_));
+            let is_refused = matches!(way, Datapath::Refuse(_));
             let outcome = self.outcome(rule, way, &relay_key, Some(kernel), clients);
             // A blocked rule has nothing in force but what refuses, and the key may be another rule's.
             if outcome.state != State::Blocked || is_refused {
@@ -278,19 +278,19 @@ impl Resolver<'_> {
     fn outcome(
         &mut self,
         rule: &Rule,
-        way: Way,
+        way: Datapath,
         relay_key: &RelayKey,
         kernel: Option<(EntryKey, Subnet)>,
         clients: Clients,
     ) -> Outcome {
         match (way, kernel) {
-            (Way::None(outcome), _) | (Way::Refuse(outcome), None) => outcome,
-            (Way::Refuse(outcome), Some((entry_key, subnet))) => {
+            (Datapath::None(outcome), _) | (Datapath::Refuse(outcome), None) => outcome,
+            (Datapath::Refuse(outcome), Some((entry_key, subnet))) => {
                 self.put_entry(entry_key, subnet, &clients, NOBODY, 0);
                 outcome
             }
-            (Way::Kernel(..), None) => Outcome::because(State::Blocked, Reason::NoBridgeLeads),
-            (Way::Kernel(target, outcome), Some((entry_key, subnet))) => {
+            (Datapath::Kernel(..), None) => Outcome::because(State::Blocked, Reason::NoBridgeLeads),
+            (Datapath::Kernel(target, outcome), Some((entry_key, subnet))) => {
                 if rule.spec.protocol == Protocol::Udp
                     && let Err(blocked) = self.reply_sources(target, entry_key.gateway, subnet)
                 {
@@ -310,10 +310,10 @@ impl Resolver<'_> {
                 outcome
             }
             // Nobody to listen for.
-            (Way::Relay(_, reasons), _) if clients == Clients::Listed(BTreeSet::new()) => {
+            (Datapath::Relay(_, reasons), _) if clients == Clients::Listed(BTreeSet::new()) => {
                 Outcome { state: State::Relayed, reasons }
             }
-            (Way::Relay(service, reasons), kernel) => {
+            (Datapath::Relay(service, reasons), kernel) => {
                 let kernel = kernel.filter(|_| self.checks_interface());
                 if let Some((entry_key, subnet)) = kernel {
                     self.put_entry(entry_key, subnet, &clients, NOBODY, Entry::RELAYED);

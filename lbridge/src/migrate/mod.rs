@@ -1,4 +1,4 @@
-//! recipes: reads what people used before lbridge: socat in systemd units, and UFW's rules for them. Changes
+//! Migrate: reads what people used before lbridge: socat in systemd units, and UFW's rules for them. Changes
 //! nothing. Imports planning's rules.
 //!
 //! - [`mod@unit`]: unit files, as far as needed to know what a service runs;

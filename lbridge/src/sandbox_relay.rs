@@ -1,5 +1,5 @@
-//! foreground: `lbridge relay`, the daemon's loop on a small scale, for one sandbox, without privileges and
-//! without kernel programs. Observes, decides with the same planning, opens and closes relays. Imports
+//! Sandbox relay: `lbridge relay`, the daemon's loop on a small scale, for one sandbox, without privileges
+//! and without kernel programs. Observes, decides with the same planning, opens and closes relays. Imports
 //! planning, host, relay and sandbox.
 
 use std::{

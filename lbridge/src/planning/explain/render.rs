@@ -1,10 +1,10 @@
-//! Words: the names of ends, of listeners and their processes, and of what a service sees as its peer.
+//! Render: the names of ends, of listeners and their processes, and of what a service sees as its peer.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use lbridge_common::wire::{Address, Endpoint, Entry, OverrideKey};
 
-use super::{Answer, End, Explainer, Fate, Stage, Step, Way};
+use super::{Answer, End, Explainer, Fate, Stage, Step, Trace};
 use crate::planning::{
     desired::{RelaySpec, RuleOutcome, Service, stand_in_for_container},
     hooks::HookSet,
@@ -16,7 +16,7 @@ use crate::planning::{
 const SHORT_ID: usize = 12;
 
 impl Explainer<'_> {
-    pub(super) fn end(&self, way: &mut Way, fate: Fate, what: &str, remedy: String) -> End {
+    pub(super) fn end(&self, way: &mut Trace, fate: Fate, what: &str, remedy: String) -> End {
         way.fate = fate;
         let these = match self.question.protocol {
             Protocol::Tcp => "connections",
@@ -49,7 +49,7 @@ impl Explainer<'_> {
         }
     }
 
-    pub(super) fn steered_peer(&self, way: &Way) -> Step {
+    pub(super) fn steered_peer(&self, way: &Trace) -> Step {
         let actual = self.known.actual;
         let gateway = Endpoint::new(way.dialled.ip().into(), way.dialled.port());
         // As the kernel's longest-prefix match has it; a gateway's subnets do not overlap.

@@ -1,5 +1,5 @@
-//! Changes: the kernel's notifications that nftables' ruleset has changed, `iptables-nft`'s part included.
-//! Their contents are not read.
+//! nft monitor: the kernel's notifications that nftables' ruleset has changed, `iptables-nft`'s part
+//! included. Their contents are not read.
 
 use std::{
     io,

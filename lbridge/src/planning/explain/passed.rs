@@ -1,11 +1,11 @@
-//! Beyond: a relay, or whatever listens on the dialled address, takes a connection that the kernel program
+//! Passed: a relay, or whatever listens on the dialled address, takes a connection that the kernel program
 //! leaves alone.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use super::{
-    Answer, End, Explainer, Fate, Stage, Way,
-    words::{addresses, step, taken_back},
+    Answer, End, Explainer, Fate, Stage, Trace,
+    render::{addresses, step, taken_back},
 };
 use crate::planning::{
     desired::{Clients, Outcome, Place, RelayKey, RelaySpec, RuleOutcome, Service, State},
@@ -17,7 +17,7 @@ use crate::planning::{
 impl Explainer<'_> {
     /// Follows a connection that the kernel treats as if lbridge were not there: to a relay, to whatever
     /// listens on the gateway, or nowhere.
-    pub(super) fn beyond(&self, way: &mut Way, bridge: &Interface) -> End {
+    pub(super) fn beyond(&self, way: &mut Trace, bridge: &Interface) -> End {
         let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         let key = RelayKey { address: way.dialled, place };
         // A relay of that port is TCP's.
@@ -34,7 +34,7 @@ impl Explainer<'_> {
     }
 
     /// Follows a connection that the kernel's entry leads to a relay.
-    pub(super) fn by_relay(&self, way: &mut Way, bridge: &Interface) -> End {
+    pub(super) fn by_relay(&self, way: &mut Trace, bridge: &Interface) -> End {
         let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         let key = RelayKey { address: way.dialled, place };
         let actual = self.known.actual;
@@ -48,7 +48,7 @@ impl Explainer<'_> {
     }
 
     /// Ends a connection that the kernel program refuses: only sources that the rule admits may get through.
-    pub(super) fn unadmitted(&self, way: &mut Way) -> End {
+    pub(super) fn unadmitted(&self, way: &mut Trace) -> End {
         let outcome = self.meant(way).filter(|it| matches!(it.state, State::Waiting | State::Blocked));
         let why = outcome.and_then(Outcome::why);
         let why = why.unwrap_or_else(|| match self.rule() {
@@ -62,7 +62,7 @@ impl Explainer<'_> {
     }
 
     /// Adds a step about a relay that a rule asks for and that is not there, or that is about to go.
-    pub(super) fn no_relay(&self, way: &mut Way, key: &RelayKey) {
+    pub(super) fn no_relay(&self, way: &mut Trace, key: &RelayKey) {
         let text = if self.known.desired.relays.contains_key(key) {
             let why = self.known.relay_failures.get(key).map_or("the next look opens it", String::as_str);
             format!("the rule asks for a relay on {}, which is not open: {why}", way.dialled)
@@ -74,7 +74,7 @@ impl Explainer<'_> {
         way.steps.push(step(Stage::Relay, Answer::No, text));
     }
 
-    pub(super) fn relay(&self, way: &mut Way, spec: &RelaySpec) -> End {
+    pub(super) fn relay(&self, way: &mut Trace, spec: &RelaySpec) -> End {
         let reason = self.meant(way).and_then(Outcome::why);
         let reason = reason.map_or_else(String::new, |why| format!(" ({why})"));
         let service = match &spec.service {
@@ -106,7 +106,7 @@ impl Explainer<'_> {
     }
 
     /// Ends a connection at whatever listens on the dialled address itself, whether there is a rule or not.
-    pub(super) fn host(&self, way: &mut Way, who: Option<&Listener>) -> End {
+    pub(super) fn host(&self, way: &mut Trace, who: Option<&Listener>) -> End {
         let id = self.id();
         if let Some(listener) = who {
             let named = self.named(listener);
@@ -140,7 +140,7 @@ impl Explainer<'_> {
     }
 
     /// Returns what to do if a rule does not serve the connection.
-    fn unserved(&self, way: &Way) -> String {
+    fn unserved(&self, way: &Trace) -> String {
         let Some(meant) = self.rule() else { return String::new() };
         let outcome = self.meant(way);
         // If none of the listed containers is served, the service is not what is missing.

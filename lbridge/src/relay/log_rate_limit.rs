@@ -1,4 +1,4 @@
-//! LogRateLimit: keeps frequent events from filling the log.
+//! Log rate limit: keeps frequent events from filling the log.
 
 use std::time::Duration;
 

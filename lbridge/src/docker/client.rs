@@ -1,4 +1,4 @@
-//! Look: asks the engine once, for commands that do not follow it.
+//! Client: asks the engine once, for commands that do not follow it.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Ended containers: applies the engine's events about containers that have ended or left a network, before
+//! Endings: applies the engine's events about containers that have ended or left a network, before
 //! its lists show it.
 
 use std::collections::{BTreeMap, HashMap};
@@ -7,7 +7,7 @@ use bollard::models::EventMessage;
 use jiff::Timestamp;
 use tokio::sync::watch;
 
-use super::view::{Container, Sighting, View};
+use super::view::{Container, ContainerLookup, View};
 
 /// The containers that have ended or left a network, according to the engine's events.
 #[derive(Debug, Default)]
@@ -78,9 +78,9 @@ impl Ended {
     }
 
     /// Applies the known departures to the result of a look, until the engine reports them itself.
-    pub(super) fn apply(&mut self, containers: &mut BTreeMap<String, Sighting>) {
+    pub(super) fn apply(&mut self, containers: &mut BTreeMap<String, ContainerLookup>) {
         let before = std::mem::take(&mut self.processes);
-        for its in containers.values_mut().filter_map(|sighting| sighting.as_mut().ok()?.as_mut()) {
+        for its in containers.values_mut().filter_map(ContainerLookup::found_mut) {
             if let Some(pid) = its.pid.filter(|pid| before.get(&its.id) == Some(pid)) {
                 its.running = false;
                 self.processes.insert(its.id.clone(), pid);
@@ -97,7 +97,7 @@ impl Ended {
 /// Applies `change` to the known state of a container, and notifies subscribers if it returns true.
 fn change(view: &watch::Sender<View>, id: &str, mut change: impl FnMut(&mut Container) -> bool) {
     view.send_if_modified(|view| {
-        let known = view.containers.values_mut().filter_map(|sighting| sighting.as_mut().ok()?.as_mut());
+        let known = view.containers.values_mut().filter_map(ContainerLookup::found_mut);
         known.filter(|its| its.id == id).fold(false, |changed, its| change(its) | changed)
     });
 }
@@ -119,8 +119,12 @@ mod tests {
         Container { id: "c".to_owned(), pid: Some(pid), running: true, attachments }
     }
 
-    fn seen(pid: u32) -> BTreeMap<String, Sighting> {
-        [("web".to_owned(), Ok(Some(container(pid)))), ("gone".to_owned(), Ok(None))].into()
+    fn seen(pid: u32) -> BTreeMap<String, ContainerLookup> {
+        [
+            ("web".to_owned(), ContainerLookup::Found(container(pid))),
+            ("gone".to_owned(), ContainerLookup::NotFound),
+        ]
+        .into()
     }
 
     fn event(action: &str, id: &str, seconds: i64) -> EventMessage {
@@ -146,7 +150,7 @@ mod tests {
         };
         let (sender, receiver) = watch::channel(view);
         ended.hear(event, Timestamp::from_second(10).unwrap(), &sender);
-        let now = receiver.borrow().containers["web"].clone().unwrap().unwrap();
+        let now = receiver.borrow().containers["web"].found().cloned().unwrap();
         (now, receiver.has_changed().unwrap())
     }
 
@@ -158,7 +162,7 @@ mod tests {
         ended.begin_look();
         let mut looked = seen(5);
         ended.apply(&mut looked);
-        assert!(!looked["web"].as_ref().unwrap().as_ref().unwrap().running, "not yet");
+        assert!(!looked["web"].found().unwrap().running, "not yet");
         let mut looked = seen(6);
         ended.apply(&mut looked);
         assert_eq!(looked, seen(6), "it was started again");
@@ -182,7 +186,7 @@ mod tests {
         let apply = |ended: &mut Ended, pid| {
             let mut looked = seen(pid);
             ended.apply(&mut looked);
-            looked.remove("web").unwrap().unwrap().unwrap()
+            looked["web"].found().cloned().unwrap()
         };
         let mut ended = Ended::default();
         ended.begin_look();

@@ -1,4 +1,4 @@
-//! Way: whether the kernel, a relay or nothing serves what is dialled at one address.
+//! Datapath: whether the kernel, a relay or nothing serves what is dialled at one address.
 
 use std::{
     collections::btree_map::Entry,
@@ -19,7 +19,7 @@ use crate::planning::{
 };
 
 /// The way to serve connections to one gateway.
-pub(super) enum Way {
+pub(super) enum Datapath {
     /// The kernel serves them, given this listener; or nobody does yet, with everything in place for a
     /// service that starts.
     Kernel(Endpoint, Outcome),
@@ -40,7 +40,7 @@ struct Found {
     obstacle: Option<Reason>,
 }
 
-impl Way {
+impl Datapath {
     /// Adds a reason to the way.
     fn with(self, reason: Reason) -> Self {
         match self {
@@ -57,11 +57,17 @@ impl Way {
 
 impl Resolver<'_> {
     /// Decides how connections to an address can be served, unless an earlier rule has the address.
-    pub(super) fn way(&mut self, rule: &Rule, dialled: SocketAddr, claim: Claim, place: &'static str) -> Way {
+    pub(super) fn way(
+        &mut self,
+        rule: &Rule,
+        dialled: SocketAddr,
+        claim: Claim,
+        place: &'static str,
+    ) -> Datapath {
         match self.claimed.entry((dialled, rule.spec.protocol, claim)) {
             Entry::Occupied(first) => {
                 let taken = Reason::AddressTaken { first: first.get().clone(), dialled, place };
-                return Way::None(Outcome::because(State::Blocked, taken));
+                return Datapath::None(Outcome::because(State::Blocked, taken));
             }
             Entry::Vacant(free) => free.insert(rule.id()),
         };
@@ -72,7 +78,7 @@ impl Resolver<'_> {
         }
     }
 
-    fn way_to_service(&self, rule: &Rule, gateway: IpAddr) -> Way {
+    fn way_to_service(&self, rule: &Rule, gateway: IpAddr) -> Datapath {
         let target = match &rule.spec.target {
             Target::Unix(path) => return self.unix_way(rule, path),
             Target::Port(port) => SocketAddr::new(loopback(gateway.is_ipv4()), *port),
@@ -89,16 +95,16 @@ impl Resolver<'_> {
         let stranger = self.sockets.stranger(rule, target);
         let may_start = stranger.is_none() && self.sockets.may_start(rule, target.is_ipv4());
         let way = match (service, obstacle) {
-            (Some(_), None) => Way::Kernel(entry, Outcome::steered()),
+            (Some(_), None) => Datapath::Kernel(entry, Outcome::steered()),
             // The entry is put all the same: the kernel registers a service that starts, with or without the
             // daemon. It would register a stranger, too: where the service is not expected, an entry keeps
             // the gateway from whoever comes first.
-            (None, None) if same_family && may_start => Way::Kernel(entry, waiting()),
-            (None, None) if same_family => Way::Refuse(waiting()),
+            (None, None) if same_family && may_start => Datapath::Kernel(entry, waiting()),
+            (None, None) if same_family => Datapath::Refuse(waiting()),
             (_, Some(why))
                 if rule.options.path == DatapathChoice::Steer || rule.spec.protocol == Protocol::Udp =>
             {
-                Way::None(Outcome::because(State::Blocked, why))
+                Datapath::None(Outcome::because(State::Blocked, why))
             }
             (None, _) => self.closed(waiting()),
             (Some(at), Some(why)) => self.relay(rule, at, why),
@@ -120,7 +126,7 @@ impl Resolver<'_> {
     /// whoever listens on the dialled address. If that is a person other than the service's owner, an entry
     /// that leads to nobody keeps the connections from that socket. Before Linux 5.17 this applies to relays,
     /// too, which cannot listen beside such a socket.
-    fn past_strangers(&self, rule: &Rule, way: Way, dialled: SocketAddr, interface: u32) -> Way {
+    fn past_strangers(&self, rule: &Rule, way: Datapath, dialled: SocketAddr, interface: u32) -> Datapath {
         let owner = self.sockets.user_of(rule);
         let takes = |listener: &&Listener| {
             let bound = listener.address;
@@ -135,28 +141,28 @@ impl Resolver<'_> {
             return way;
         }
         match way {
-            Way::Kernel(..) | Way::Refuse(_) => way,
+            Datapath::Kernel(..) | Datapath::Refuse(_) => way,
             // The kernel's entry leads to it.
-            Way::Relay(..) if self.checks_interface() => way,
-            Way::Relay(service, why) => match stranger() {
-                None => Way::Relay(service, why),
+            Datapath::Relay(..) if self.checks_interface() => way,
+            Datapath::Relay(service, why) => match stranger() {
+                None => Datapath::Relay(service, why),
                 Some(Listener { address, uid, .. }) => {
                     let (address, uid) = (*address, *uid);
                     let reason = Reason::ForeignListenerInTheWay { dialled, address, uid };
-                    Way::Refuse(Outcome::because(State::Blocked, reason))
+                    Datapath::Refuse(Outcome::because(State::Blocked, reason))
                 }
             },
-            Way::None(outcome) => match stranger() {
-                None => Way::None(outcome),
-                Some(stranger) => Way::Refuse(outcome.with(foreign(stranger))),
+            Datapath::None(outcome) => match stranger() {
+                None => Datapath::None(outcome),
+                Some(stranger) => Datapath::Refuse(outcome.with(foreign(stranger))),
             },
         }
     }
 
     /// Returns the way to a relay that is not open because its service is down. Without an entry, whoever
     /// listens on the gateway, or on every address, would get the connections meanwhile.
-    fn closed(&self, outcome: Outcome) -> Way {
-        if self.features.steer.is_ok() { Way::Refuse(outcome) } else { Way::None(outcome) }
+    fn closed(&self, outcome: Outcome) -> Datapath {
+        if self.features.steer.is_ok() { Datapath::Refuse(outcome) } else { Datapath::None(outcome) }
     }
 
     /// Returns why the kernel must not have the rule's connections, whatever listens; `None` if it may.
@@ -218,32 +224,32 @@ impl Resolver<'_> {
         Some(Found { at, obstacle: Some(Reason::FamilyMismatch { dialled: gateway, listens_on: at }) })
     }
 
-    fn relay(&self, rule: &Rule, service: SocketAddr, why: Reason) -> Way {
+    fn relay(&self, rule: &Rule, service: SocketAddr, why: Reason) -> Datapath {
         // IPv6 has one loopback address, so none can stand in for the container.
         if let (Err(missing), true, Source::Container) =
             (&self.features.hooks[HookSet::Names], service.is_ipv6(), rule.options.source)
         {
             let reason = Reason::WouldLookLocal { service, missing: missing.clone() };
-            return Way::None(Outcome::because(State::Blocked, reason));
+            return Datapath::None(Outcome::because(State::Blocked, reason));
         }
-        Way::Relay(Service::Tcp(service), vec![why])
+        Datapath::Relay(Service::Tcp(service), vec![why])
     }
 
-    fn unix_way(&self, rule: &Rule, path: &Path) -> Way {
+    fn unix_way(&self, rule: &Rule, path: &Path) -> Datapath {
         if rule.options.path == DatapathChoice::Steer {
-            return Way::None(Outcome::because(State::Blocked, Reason::UnixSocketNotSteered));
+            return Datapath::None(Outcome::because(State::Blocked, Reason::UnixSocketNotSteered));
         }
         if rule.options.source == Source::Container {
-            return Way::None(Outcome::because(State::Blocked, Reason::UnixPeerIsRoot));
+            return Datapath::None(Outcome::because(State::Blocked, Reason::UnixPeerIsRoot));
         }
         if let Some(why) = self.inventory.untrusted_paths.get(path) {
-            return Way::None(Outcome::because(State::Blocked, Reason::UntrustedPath(why.clone())));
+            return Datapath::None(Outcome::because(State::Blocked, Reason::UntrustedPath(why.clone())));
         }
         if !self.inventory.unix_listeners.contains(path) {
             let nothing = Reason::NothingListens(rule.spec.target.clone());
             return self.closed(Outcome::because(State::Waiting, nothing));
         }
-        Way::Relay(Service::Unix(path.to_owned()), vec![Reason::UnixSocket])
+        Datapath::Relay(Service::Unix(path.to_owned()), vec![Reason::UnixSocket])
     }
 
     /// Returns the other family's loopback address, if the rule leaves the family open and only that address
