@@ -21,7 +21,7 @@ use sd_notify::NotifyState;
 use crate::{
     host::netns,
     planning::{
-        desired::{Place, RelayKey},
+        desired::{BindScope, RelayKey},
         inventory::NamespaceId,
     },
     relay::socket::Listening,
@@ -80,7 +80,7 @@ impl Inherited {
 /// dialled address, which the socket's own address does not show.
 fn name(key: &RelayKey, by_entry: bool) -> String {
     match key.place {
-        Place::Bridge { ifindex, .. } if by_entry => {
+        BindScope::Bridge { ifindex, .. } if by_entry => {
             // A name has no colons (sd_pid_notify_with_fds(3)).
             let address = lbridge_common::wire::Address::from(key.address.ip());
             let words = address.0.map(|word| format!("{:08x}", u32::from_be(word)));
@@ -94,7 +94,7 @@ fn name(key: &RelayKey, by_entry: bool) -> String {
 /// entry leads to, it reports everything but the dialled address, which is in the name.
 fn is_at(socket: &OwnedFd, key: &RelayKey, by_entry: bool, host: NamespaceId) -> io::Result<bool> {
     let address = std::net::SocketAddr::try_from(rustix::net::getsockname(socket)?)?;
-    let hidden = by_entry && matches!(key.place, Place::Bridge { .. });
+    let hidden = by_entry && matches!(key.place, BindScope::Bridge { .. });
     let fits = if hidden { address.is_ipv4() == key.address.is_ipv4() } else { address == key.address };
     if !sockopt::socket_acceptconn(socket)? || !fits {
         return Ok(false);
@@ -103,8 +103,8 @@ fn is_at(socket: &OwnedFd, key: &RelayKey, by_entry: bool, host: NamespaceId) ->
     let bound = socket_ref.device_index_v4()?;
     let namespace = netns::id_of(&netns_of(socket)?)?;
     Ok(match &key.place {
-        Place::Bridge { ifindex, .. } => namespace == host && bound == NonZeroU32::new(*ifindex),
-        Place::Namespace(wanted) => namespace == wanted.id && bound == Some(netns::LOOPBACK),
+        BindScope::Bridge { ifindex, .. } => namespace == host && bound == NonZeroU32::new(*ifindex),
+        BindScope::Namespace(wanted) => namespace == wanted.id && bound == Some(netns::LOOPBACK),
     })
 }
 

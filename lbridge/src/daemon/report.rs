@@ -17,7 +17,7 @@ use crate::{
     planning::{
         actual::Actual,
         desired::{
-            Clients, Desired, GatewayOutcome, Outcome, Place, RedirectOutcome, RelayKey, RelaySpec,
+            BindScope, Clients, Desired, GatewayOutcome, Outcome, RedirectOutcome, RelayKey, RelaySpec,
             RuleOutcome, State,
         },
         firewall::ProbeResult,
@@ -256,8 +256,8 @@ impl Report {
             address: meant.relay_key.address.ip(),
             interface: meant.relay_key.place.interface().to_owned(),
             namespace: match &meant.relay_key.place {
-                Place::Bridge { .. } => None,
-                Place::Namespace(key) => Some(namespace(key)),
+                BindScope::Bridge { .. } => None,
+                BindScope::Namespace(key) => Some(namespace(key)),
             },
             alias: meant.alias,
             sources: match (meant.relay().and_then(|key| self.actual.relays.get(key)), entry) {

@@ -9,7 +9,7 @@ use crate::{
     firewall,
     planning::{
         self,
-        firewall::{FirewallMode, FirewallState, Link, Opening, ProbeResult},
+        firewall::{FirewallMode, FirewallState, Opening, ProbeResult, ProbeRoute},
         rule::Protocol,
     },
 };
@@ -76,7 +76,7 @@ fn dropped(opening: &Opening, seen: &FirewallState, status: Option<&Status>) -> 
     }
 }
 
-fn openings(host: &Host) -> BTreeMap<Opening, Link> {
+fn openings(host: &Host) -> BTreeMap<Opening, ProbeRoute> {
     let of_rule = |rule: &super::Wanted| {
         let bridge = host.bridge(&rule.network);
         let (protocol, port) = (rule.spec.protocol, rule.spec.port);

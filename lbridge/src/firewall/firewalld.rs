@@ -12,7 +12,7 @@ use ipnet::IpNet;
 
 use super::tool::{Problem, run};
 use crate::planning::{
-    firewall::{Accepted, Chain, Link, Opening},
+    firewall::{Accepted, Chain, Opening, ProbeRoute},
     rule::Protocol,
 };
 
@@ -35,7 +35,7 @@ struct Rule {
 /// known.
 pub(super) async fn list(
     chain: &Chain,
-    openings: &BTreeMap<Opening, Link>,
+    openings: &BTreeMap<Opening, ProbeRoute>,
 ) -> Result<BTreeMap<(Chain, Opening), Accepted>, Problem> {
     let mut accepts = BTreeMap::new();
     let mut zones = BTreeMap::new();

@@ -29,7 +29,7 @@ use lbridge_common::wire::AcceptedKey;
 use tokio::sync::mpsc;
 
 use crate::planning::{
-    firewall::{Backend, Chain, FirewallState, Link, Opening, ProbeResult},
+    firewall::{Backend, Chain, FirewallState, Opening, ProbeResult, ProbeRoute},
     rule::Protocol,
 };
 use nft_monitor::Changes;
@@ -57,11 +57,11 @@ pub trait Arrivals: Send + Sync {
     /// Stops taking packets from this address and interface as probes.
     fn end(&self, source: IpAddr, ifindex: u32);
     /// Starts counting the datagrams of an opening.
-    fn count(&self, opening: &Opening, link: Link) -> anyhow::Result<()>;
+    fn count(&self, opening: &Opening, link: ProbeRoute) -> anyhow::Result<()>;
     /// Returns true if at least one was counted.
-    fn any(&self, opening: &Opening, link: Link) -> bool;
+    fn any(&self, opening: &Opening, link: ProbeRoute) -> bool;
     /// Stops counting the datagrams of an opening.
-    fn forget(&self, opening: &Opening, link: Link);
+    fn forget(&self, opening: &Opening, link: ProbeRoute);
 }
 
 /// The host's firewall, as seen from this process's network namespace.
@@ -71,7 +71,7 @@ pub struct Firewall {
     wake: Option<mpsc::Sender<()>>,
     changes: Option<Changes>,
     /// Openings that are to be let through, each with the link that it is probed from.
-    openings: BTreeMap<Opening, Link>,
+    openings: BTreeMap<Opening, ProbeRoute>,
     /// Hash of everybody else's rules, as in [`Ruleset::others`].
     others: u64,
     looked: Option<Look>,
@@ -108,7 +108,7 @@ impl Firewall {
     }
 
     /// Returns what is known now of these openings. Reads the ruleset first if it may have changed.
-    pub async fn look(&mut self, openings: &BTreeMap<Opening, Link>) -> &FirewallState {
+    pub async fn look(&mut self, openings: &BTreeMap<Opening, ProbeRoute>) -> &FirewallState {
         self.seen.probe_results.retain(|opening, _| openings.contains_key(opening));
         self.seen.needed.retain(|opening| openings.contains_key(opening));
         self.tried.retain(|opening, _| openings.contains_key(opening));
@@ -197,7 +197,7 @@ impl Firewall {
     }
 
     /// Probes openings; [`Self::look`] returns the results. Those of UDP need `arrivals` to count datagrams.
-    pub async fn probe(&mut self, openings: &BTreeMap<Opening, Link>, arrivals: Option<&dyn Arrivals>) {
+    pub async fn probe(&mut self, openings: &BTreeMap<Opening, ProbeRoute>, arrivals: Option<&dyn Arrivals>) {
         self.try_all(openings, arrivals).await;
         let dropped = |opening| self.seen.probe_results.get(opening) == Some(&ProbeResult::Dropped);
         if !openings.keys().any(dropped) {
@@ -224,10 +224,10 @@ impl Firewall {
         }
     }
 
-    async fn try_all(&mut self, openings: &BTreeMap<Opening, Link>, arrivals: Option<&dyn Arrivals>) {
-        let is_udp = |(opening, _): &(&Opening, &Link)| opening.protocol == Protocol::Udp;
+    async fn try_all(&mut self, openings: &BTreeMap<Opening, ProbeRoute>, arrivals: Option<&dyn Arrivals>) {
+        let is_udp = |(opening, _): &(&Opening, &ProbeRoute)| opening.protocol == Protocol::Udp;
         let (udp, tcp): (Vec<_>, Vec<_>) = openings.iter().partition(is_udp);
-        let mut bridges: BTreeMap<u32, Vec<(&Opening, &Link)>> = BTreeMap::new();
+        let mut bridges: BTreeMap<u32, Vec<(&Opening, &ProbeRoute)>> = BTreeMap::new();
         for (opening, link) in tcp {
             bridges.entry(link.ifindex).or_default().push((opening, link));
         }
@@ -307,7 +307,7 @@ pub async fn remove_all(expected: bool) -> anyhow::Result<(usize, BTreeSet<(Acce
 }
 
 /// Reads the ruleset, and probes each opening. Changes nothing.
-pub async fn examine(openings: &BTreeMap<Opening, Link>) -> FirewallState {
+pub async fn examine(openings: &BTreeMap<Opening, ProbeRoute>) -> FirewallState {
     let mut firewall = Firewall::new(None);
     firewall.look(openings).await;
     firewall.probe(openings, None).await;

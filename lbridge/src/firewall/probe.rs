@@ -18,7 +18,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     host::scratch::{Scratch, free_address},
-    planning::firewall::{Link, Opening, ProbeResult},
+    planning::firewall::{Opening, ProbeResult, ProbeRoute},
 };
 
 use super::Arrivals;
@@ -55,7 +55,7 @@ type Dialled = BTreeSet<(IpAddr, u16)>;
 /// Probes the TCP openings of one bridge.
 pub(super) async fn bridge(
     ifindex: u32,
-    openings: Vec<(&Opening, &Link)>,
+    openings: Vec<(&Opening, &ProbeRoute)>,
     arrivals: Option<&dyn Arrivals>,
 ) -> Vec<(Opening, ProbeResult)> {
     let mut gateways: BTreeMap<(IpAddr, u8), Vec<&Opening>> = BTreeMap::new();
@@ -82,7 +82,7 @@ pub(super) async fn bridge(
 
 /// Probes openings of UDP; without `arrivals` the result is [`ProbeResult::Unknown`].
 pub(super) async fn datagrams(
-    openings: &[(&Opening, &Link)],
+    openings: &[(&Opening, &ProbeRoute)],
     arrivals: Option<&dyn Arrivals>,
 ) -> Vec<(Opening, ProbeResult)> {
     let Some(arrivals) = arrivals else {
@@ -103,7 +103,7 @@ pub(super) async fn datagrams(
         }
     }
     for ((ifindex, gateway, prefix), openings) in gateways {
-        let link = Link { ifindex, via: None };
+        let link = ProbeRoute { ifindex, via: None };
         let missing = || -> Vec<u16> {
             openings.iter().filter(|o| !arrivals.any(o, link)).map(|opening| opening.port).collect()
         };

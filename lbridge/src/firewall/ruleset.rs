@@ -25,7 +25,9 @@ use super::{
     tool::{Problem, run, run_with},
 };
 use crate::planning::{
-    firewall::{Accepted, Backend, COMMENT, Chain, Denial, Family, FirewallKind, InputChain, Link, Opening},
+    firewall::{
+        Accepted, Backend, COMMENT, Chain, Denial, Family, FirewallKind, InputChain, Opening, ProbeRoute,
+    },
     rule::Protocol,
 };
 
@@ -62,7 +64,7 @@ pub(super) struct Ruleset {
 
 impl Ruleset {
     /// Reads all of it. Also returns the chains that could not be read, and why.
-    pub(super) async fn read(openings: &BTreeMap<Opening, Link>) -> (Self, Vec<Unread>) {
+    pub(super) async fn read(openings: &BTreeMap<Opening, ProbeRoute>) -> (Self, Vec<Unread>) {
         let mut ruleset = Self::default();
         let mut problems = vec![];
         let unread = |backend, problem| Unread { backend, problem };

@@ -13,7 +13,7 @@ use aya::programs::Program;
 use aya_obj::generated::bpf_attach_type;
 
 use super::{
-    links::{Link, Place, program_info},
+    links::{AttachTarget, Link, program_info},
     object::PROGRAMS,
     pins,
 };
@@ -63,10 +63,10 @@ impl Hooks {
     }
 
     /// Returns the place that `program` is to be attached to.
-    fn place(&self, program: &Program) -> io::Result<Place> {
+    fn place(&self, program: &Program) -> io::Result<AttachTarget> {
         Ok(match program {
-            Program::SkLookup(_) => Place::Netns(self.netns.metadata()?.ino()),
-            _ => Place::Cgroup(self.cgroup.metadata()?.ino()),
+            Program::SkLookup(_) => AttachTarget::Netns(self.netns.metadata()?.ino()),
+            _ => AttachTarget::Cgroup(self.cgroup.metadata()?.ino()),
         })
     }
 
@@ -81,7 +81,7 @@ impl Hooks {
         if !pin.exists() {
             return Ok(false);
         }
-        let ours = Place::Netns(self.netns.metadata()?.ino());
+        let ours = AttachTarget::Netns(self.netns.metadata()?.ino());
         Ok(Link::pinned(pin).and_then(|link| link.info()).is_ok_and(|info| info.place != ours))
     }
 }

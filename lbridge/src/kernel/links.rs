@@ -21,14 +21,14 @@ use super::object::NAME_LENGTH;
 /// The place that a link is attached to, by inode number. It is 0 for a link that was detached, and for a
 /// namespace that is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum AttachTarget {
     Netns(u64),
     Cgroup(u64),
     /// Place of a link of any other kind.
     Elsewhere,
 }
 
-impl Place {
+impl AttachTarget {
     /// Returns true if the link is still attached.
     pub(super) fn is_attached(self) -> bool {
         !matches!(self, Self::Netns(0) | Self::Cgroup(0))
@@ -43,7 +43,7 @@ pub(super) struct LinkInfo {
     /// Kernel id of the program under the link.
     pub(super) program: u32,
     /// Place that the link is attached to.
-    pub(super) place: Place,
+    pub(super) place: AttachTarget,
     /// Hook of the link (`bpf_attach_type`); `None` for [`Place::Elsewhere`].
     pub(super) hook: Option<u32>,
 }
@@ -89,13 +89,13 @@ impl Link {
         let (place, hook) = if info.type_ == bpf_link_type::BPF_LINK_TYPE_NETNS as u32 {
             // SAFETY: the kernel has filled the member that belongs to the type.
             let netns = unsafe { info.__bindgen_anon_1.netns };
-            (Place::Netns(u64::from(netns.netns_ino)), Some(netns.attach_type))
+            (AttachTarget::Netns(u64::from(netns.netns_ino)), Some(netns.attach_type))
         } else if info.type_ == bpf_link_type::BPF_LINK_TYPE_CGROUP as u32 {
             // SAFETY: as above.
             let cgroup = unsafe { info.__bindgen_anon_1.cgroup };
-            (Place::Cgroup(cgroup.cgroup_id), Some(cgroup.attach_type))
+            (AttachTarget::Cgroup(cgroup.cgroup_id), Some(cgroup.attach_type))
         } else {
-            (Place::Elsewhere, None)
+            (AttachTarget::Elsewhere, None)
         };
         Ok(LinkInfo { id: info.id, program: info.prog_id, place, hook })
     }

@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use aya::maps::{Array, Map, MapData, MapInfo};
 
 use super::{
-    links::{self, Link, Place},
+    links::{self, AttachTarget, Link},
     object::{Known, is_known_map},
     pins,
 };
@@ -166,7 +166,7 @@ impl Search {
             return Ok(None);
         }
         let serves = match info.place {
-            Place::Netns(netns) => Some(netns == self.host.netns),
+            AttachTarget::Netns(netns) => Some(netns == self.host.netns),
             _ => match (self.host.cookie, infos.iter().find_map(host_netns)) {
                 (Some(own), Some(its)) => Some(own == its),
                 _ => None,

@@ -12,7 +12,7 @@ use lbridge_common::wire::{Address, EntryKey, ListenerKey, RedirectKey, SourceKe
 use serde::{Deserialize, Serialize};
 
 use super::{
-    firewall::{FirewallMode, Link, Opening},
+    firewall::{FirewallMode, Opening, ProbeRoute},
     grant::Grant,
     inventory::{NamespaceId, NamespaceKey, Steering},
     kernel_state::KernelState,
@@ -158,14 +158,14 @@ pub struct RelayKey {
     /// The address and port that are dialled.
     pub address: SocketAddr,
     /// The bridge or network namespace that the address is in.
-    pub place: Place,
+    pub place: BindScope,
 }
 
 impl RelayKey {
     /// Returns true if `other` is in the same namespace, found through another entrance.
     pub fn is_beside(&self, other: &Self) -> bool {
         match (&self.place, &other.place) {
-            (Place::Namespace(this), Place::Namespace(that)) => {
+            (BindScope::Namespace(this), BindScope::Namespace(that)) => {
                 this.id == that.id && this.entrance != that.entrance
             }
             _ => false,
@@ -175,7 +175,7 @@ impl RelayKey {
     /// Returns the key of the kernel's entry that leads to the relay, for kernels that check the bridge's
     /// index. `None` for a relay that is on no bridge.
     pub fn entry(&self) -> Option<EntryKey> {
-        let Place::Bridge { ifindex, .. } = self.place else { return None };
+        let BindScope::Bridge { ifindex, .. } = self.place else { return None };
         let (gateway, port) = (self.address.ip().into(), self.address.port());
         Some(EntryKey { gateway, ifindex, port, protocol: TCP.into() })
     }
@@ -183,7 +183,7 @@ impl RelayKey {
 
 /// The place of a dialled address.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Place {
+pub enum BindScope {
     /// On a bridge of the host. The relay is bound to the bridge: the address alone would let in whoever
     /// routes packets to it.
     Bridge {
@@ -196,7 +196,7 @@ pub enum Place {
     Namespace(NamespaceKey),
 }
 
-impl Place {
+impl BindScope {
     /// Returns the name of the interface that a relay is bound to.
     pub fn interface(&self) -> &str {
         match self {
@@ -288,7 +288,7 @@ pub struct Desired {
     /// Relays that should listen, with their specifications.
     pub relays: BTreeMap<RelayKey, RelaySpec>,
     /// Openings that the host's firewall must let through, and the link that each is tried from.
-    pub openings: BTreeMap<Opening, Link>,
+    pub openings: BTreeMap<Opening, ProbeRoute>,
     /// The changes that lbridge may make to the firewall: a setting, not a decision.
     pub firewall: FirewallMode,
     /// The features of the kernel's steering; `None` if it does not steer. Observed, not decided.

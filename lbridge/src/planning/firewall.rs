@@ -122,7 +122,7 @@ fn is_plain(name: &str) -> bool {
 
 /// The link that an opening is tried from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Link {
+pub struct ProbeRoute {
     /// Interface index of the bridge.
     pub ifindex: u32,
     /// The bridge's own address, if the dialled address is elsewhere on the host.
@@ -130,10 +130,14 @@ pub struct Link {
 }
 
 /// Returns the openings that a port dialled on a bridge needs, one for each of the bridge's addresses.
-pub fn openings(bridge: &Interface, protocol: Protocol, port: u16) -> impl Iterator<Item = (Opening, Link)> {
+pub fn openings(
+    bridge: &Interface,
+    protocol: Protocol,
+    port: u16,
+) -> impl Iterator<Item = (Opening, ProbeRoute)> {
     bridge.addresses.iter().map(move |own| {
         let opening = Opening::new(&bridge.name, *own, own.0, protocol, port);
-        (opening, Link { ifindex: bridge.index, via: None })
+        (opening, ProbeRoute { ifindex: bridge.index, via: None })
     })
 }
 

@@ -14,7 +14,7 @@ use nix::net::if_::if_nameindex;
 use socket2::{Domain, Socket, Type};
 use tokio::{net::TcpSocket, time::timeout};
 
-use super::plan::{Attempt, Place, Plan, subnet};
+use super::plan::{Attempt, Plan, Vantage, subnet};
 use crate::{
     api::protocol::NamespaceStatus,
     host::{
@@ -79,24 +79,25 @@ enum Ground {
 
 /// All prepared places, or the reason why one could not be prepared.
 #[derive(Debug)]
-pub(super) struct Grounds(BTreeMap<Place, Result<Ground, String>>);
+pub(super) struct Grounds(BTreeMap<Vantage, Result<Ground, String>>);
 
 impl Grounds {
     /// Creates or opens the places that a plan needs.
     pub(super) async fn make(plan: &Plan) -> anyhow::Result<Self> {
         let host = HostNetns::open()?;
-        let needed = |place: &Place| {
+        let needed = |place: &Vantage| {
             plan.trials.iter().any(|trial| match &trial.attempt {
                 Attempt::Connect { from, .. } | Attempt::Ask { from, .. } => from == place,
-                Attempt::Borrow { of, at, .. } => at == place || *place == Place::Bridge(of.clone()),
+                Attempt::Borrow { of, at, .. } => at == place || *place == Vantage::Bridge(of.clone()),
                 Attempt::Listed { at: only, .. }
                 | Attempt::Foreign { at: only, .. }
                 | Attempt::Wire { within: only, .. } => only == place,
                 Attempt::Nothing { .. } => false,
             })
         };
-        let bridges = plan.bridges.iter().map(|(name, bridge)| (Place::Bridge(name.clone()), Some(bridge)));
-        let places: Vec<_> = bridges.chain([(Place::Lan, None)]).filter(|(place, _)| needed(place)).collect();
+        let bridges = plan.bridges.iter().map(|(name, bridge)| (Vantage::Bridge(name.clone()), Some(bridge)));
+        let places: Vec<_> =
+            bridges.chain([(Vantage::Lan, None)]).filter(|(place, _)| needed(place)).collect();
         let made = places.into_iter().map(async |(place, bridge)| {
             let ground = match bridge {
                 Some(bridge) => on_bridge(bridge).await,
@@ -107,12 +108,12 @@ impl Grounds {
         let mut grounds: BTreeMap<_, _> = join_all(made).await.into_iter().collect();
         for (rule, namespace) in &plan.namespaces {
             let opened = open(namespace, &host).map(Ground::Namespace);
-            grounds.insert(Place::Inside(rule.clone()), opened.map_err(|error| format!("{error:#}")));
+            grounds.insert(Vantage::Inside(rule.clone()), opened.map_err(|error| format!("{error:#}")));
         }
         Ok(Self(grounds))
     }
 
-    fn get(&self, place: &Place) -> Result<&Ground, String> {
+    fn get(&self, place: &Vantage) -> Result<&Ground, String> {
         match self.0.get(place) {
             Some(Ok(ground)) => Ok(ground),
             Some(Err(why)) => Err(why.clone()),
@@ -121,14 +122,14 @@ impl Grounds {
     }
 
     /// Makes a connection from a place, for the purpose `aim`.
-    pub(super) async fn dial(&self, from: &Place, to: SocketAddr, aim: Aim) -> Dialled {
+    pub(super) async fn dial(&self, from: &Vantage, to: SocketAddr, aim: Aim) -> Dialled {
         match self.try_dial(from, to, aim).await {
             Ok(dialled) => dialled,
             Err(error) => Dialled::NotTried(format!("{error:#}")),
         }
     }
 
-    async fn try_dial(&self, from: &Place, to: SocketAddr, aim: Aim) -> anyhow::Result<Dialled> {
+    async fn try_dial(&self, from: &Vantage, to: SocketAddr, aim: Aim) -> anyhow::Result<Dialled> {
         let ground = self.get(from).map_err(|why| anyhow!(why))?;
         let source = ground.source(to)?;
         let socket = ground.within(|| socket(source, to))??;
@@ -151,7 +152,7 @@ impl Grounds {
     }
 
     /// Returns the listener that would get a connection, if it arrived.
-    pub(super) fn taker(&self, from: &Place, to: SocketAddr) -> Option<Listener> {
+    pub(super) fn taker(&self, from: &Vantage, to: SocketAddr) -> Option<Listener> {
         self.asked(Protocol::Tcp, from, to).ok()?
     }
 
@@ -159,7 +160,7 @@ impl Grounds {
     pub(super) fn asked(
         &self,
         protocol: Protocol,
-        from: &Place,
+        from: &Vantage,
         to: SocketAddr,
     ) -> Result<Option<Listener>, String> {
         let ground = self.get(from)?;
@@ -175,8 +176,8 @@ impl Grounds {
     pub(super) fn borrowed(
         &self,
         protocol: Protocol,
-        of: &Place,
-        at: &Place,
+        of: &Vantage,
+        at: &Vantage,
         to: SocketAddr,
     ) -> Result<(IpAddr, Option<Listener>), String> {
         let source = self.get(of)?.source(to).map_err(|error| format!("{error:#}"))?;
@@ -189,12 +190,12 @@ impl Grounds {
         &self,
         protocol: Protocol,
         source: IpAddr,
-        at: &Place,
+        at: &Vantage,
         to: SocketAddr,
     ) -> Result<Option<Listener>, String> {
         let from = SocketAddr::new(source, 1);
         let found = match at {
-            Place::Interface { index, .. } => listeners::lookup(protocol, from, to, *index),
+            Vantage::Interface { index, .. } => listeners::lookup(protocol, from, to, *index),
             at => self.get(at)?.lookup(protocol, from, to),
         };
         found.map_err(|error| format!("{error:#}"))
@@ -205,7 +206,7 @@ impl Grounds {
     pub(super) fn foreign(
         &self,
         protocol: Protocol,
-        at: &Place,
+        at: &Vantage,
         to: SocketAddr,
     ) -> Result<(IpAddr, Option<Listener>), String> {
         let ground = self.get(at)?;
@@ -221,7 +222,7 @@ impl Grounds {
 
     /// Returns the socket that would get a connection to a namespace's localhost that arrives on an interface
     /// other than its loopback.
-    pub(super) fn wire(&self, within: &Place, to: SocketAddr) -> Result<Option<Listener>, String> {
+    pub(super) fn wire(&self, within: &Vantage, to: SocketAddr) -> Result<Option<Listener>, String> {
         let Ground::Namespace(namespace) = self.get(within)? else { return Ok(None) };
         let [source, _] = documentation(to);
         let look = || -> anyhow::Result<_> {

@@ -10,7 +10,7 @@ use lbridge_common::verdict::listening_addresses;
 use super::{
     Check, Expected, Found, Verdict,
     ground::{Dialled, Grounds},
-    plan::{Attempt, By, Place, Trial},
+    plan::{Attempt, By, Trial, Vantage},
 };
 use crate::{
     api::protocol::Status,
@@ -32,7 +32,7 @@ pub(super) struct Judge<'a> {
     /// The places that are dialled from.
     pub(super) grounds: &'a Grounds,
     /// The results of the connections, by where they were made from and to.
-    pub(super) dialled: BTreeMap<(Place, SocketAddr), Dialled>,
+    pub(super) dialled: BTreeMap<(Vantage, SocketAddr), Dialled>,
     /// The host's TCP listeners.
     pub(super) listeners: Vec<Listener>,
     /// The host's UDP sockets.
@@ -48,9 +48,9 @@ impl Judge<'_> {
             }
             Attempt::Borrow { of, at, to } => {
                 let source =
-                    match self.grounds.borrowed(trial.rule.protocol, &Place::Bridge(of.clone()), at, *to) {
+                    match self.grounds.borrowed(trial.rule.protocol, &Vantage::Bridge(of.clone()), at, *to) {
                         Ok((source, _)) => source.to_string(),
-                        Err(_) => self.name(&Place::Bridge(of.clone())),
+                        Err(_) => self.name(&Vantage::Bridge(of.clone())),
                     };
                 (format!("{}, as {source}", self.name(at)), to.to_string())
             }
@@ -81,12 +81,12 @@ impl Judge<'_> {
         }
     }
 
-    fn name(&self, place: &Place) -> String {
+    fn name(&self, place: &Vantage) -> String {
         match place {
-            Place::Lan => "the LAN".to_owned(),
-            Place::Interface { name, .. } => name.clone(),
-            Place::Inside(rule) => rule.network.to_string(),
-            Place::Bridge(bridge) => {
+            Vantage::Lan => "the LAN".to_owned(),
+            Vantage::Interface { name, .. } => name.clone(),
+            Vantage::Inside(rule) => rule.network.to_string(),
+            Vantage::Bridge(bridge) => {
                 let is_its = |bridge_of: &Option<String>| bridge_of.as_ref() == Some(bridge);
                 let network = self.status.docker_networks.iter().find(|network| is_its(&network.bridge));
                 network.map_or_else(|| format!("bridge:{bridge}"), |network| network.name.clone())
@@ -150,7 +150,7 @@ impl Judge<'_> {
                 }
             }
             Attempt::Borrow { of, at, to } => {
-                match self.grounds.borrowed(trial.rule.protocol, &Place::Bridge(of.clone()), at, *to) {
+                match self.grounds.borrowed(trial.rule.protocol, &Vantage::Bridge(of.clone()), at, *to) {
                     Err(why) => unverified(&why),
                     Ok((_, None)) => (Found::Nobody, Verdict::Ok, None),
                     Ok((_, taker)) => failed(Found::Open, who_answers(taker.as_ref(), *to)),
@@ -187,8 +187,8 @@ impl Judge<'_> {
     /// Explains a connection from the LAN that nobody answers although a listener exists. A firewall may
     /// treat a newly created interface differently from the LAN's. Localhost over the wire is excluded: the
     /// kernel stops it, not a firewall.
-    fn behind_a_firewall(&self, from: &Place, to: SocketAddr) -> Option<String> {
-        if *from != Place::Lan || to.ip().is_loopback() {
+    fn behind_a_firewall(&self, from: &Vantage, to: SocketAddr) -> Option<String> {
+        if *from != Vantage::Lan || to.ip().is_loopback() {
             return None;
         }
         let taker = self.grounds.taker(from, to)?;

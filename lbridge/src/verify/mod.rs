@@ -39,7 +39,7 @@ use crate::{
 
 use ground::{Aim, Dialled, Grounds};
 use judge::Judge;
-use plan::{Attempt, By, Place, Plan, plan};
+use plan::{Attempt, By, Plan, Vantage, plan};
 
 /// Maximum number of connections at the same time; the soft limit of open files is 1,024 nearly everywhere.
 const AT_A_TIME: usize = 256;
@@ -150,7 +150,7 @@ fn is_the_daemons_host(daemon: Option<u32>) -> anyhow::Result<()> {
 }
 
 /// Makes every connection of the plan once: several trials may need the same one.
-async fn dial_all(plan: &Plan, grounds: &Grounds) -> BTreeMap<(Place, SocketAddr), Dialled> {
+async fn dial_all(plan: &Plan, grounds: &Grounds) -> BTreeMap<(Vantage, SocketAddr), Dialled> {
     let mut wanted = BTreeMap::new();
     for trial in &plan.trials {
         if let Attempt::Connect { from, to, by } = &trial.attempt {

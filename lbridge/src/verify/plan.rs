@@ -18,7 +18,7 @@ use super::Expected;
 
 /// A place to test from.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum Place {
+pub(super) enum Vantage {
     /// A neighbour of the host on the LAN, which sends everything to the host.
     Lan,
     /// A bridge of the host, by name.
@@ -51,7 +51,7 @@ pub(super) enum Attempt {
     /// Make a connection. If it should succeed, also ask the kernel which socket gets it.
     Connect {
         /// The place to dial from.
-        from: Place,
+        from: Vantage,
         /// The address to dial.
         to: SocketAddr,
         /// The socket that must get it; `None` if none may.
@@ -60,7 +60,7 @@ pub(super) enum Attempt {
     /// Send nothing; ask the kernel which socket would get a datagram.
     Ask {
         /// The place that it would come from.
-        from: Place,
+        from: Vantage,
         /// The address that it would go to.
         to: SocketAddr,
         /// The socket that must get it; `None` if none may.
@@ -72,7 +72,7 @@ pub(super) enum Attempt {
         /// The bridge whose address is used.
         of: String,
         /// The place where the packets arrive.
-        at: Place,
+        at: Vantage,
         /// The address that they go to.
         to: SocketAddr,
     },
@@ -82,7 +82,7 @@ pub(super) enum Attempt {
         /// The container's address.
         source: IpAddr,
         /// The place where the packets arrive.
-        at: Place,
+        at: Vantage,
         /// The address that they go to.
         to: SocketAddr,
         /// The socket that must get it; `None` if none may.
@@ -91,7 +91,7 @@ pub(super) enum Attempt {
     /// Use an address outside the network, on its bridge; asked like [`Attempt::Borrow`].
     Foreign {
         /// The bridge where the packets arrive.
-        at: Place,
+        at: Vantage,
         /// The address that they go to.
         to: SocketAddr,
     },
@@ -99,7 +99,7 @@ pub(super) enum Attempt {
     /// [`Attempt::Borrow`].
     Wire {
         /// The namespace that has the localhost address.
-        within: Place,
+        within: Vantage,
         /// The localhost address.
         to: SocketAddr,
     },
@@ -152,7 +152,7 @@ pub(super) fn plan(status: &Status, interfaces: &[Interface], wanted: Option<&Ru
         uplinks: interfaces
             .iter()
             .filter(|i| if i.is_bridge { !names.contains(i.name.as_str()) } else { !i.addresses.is_empty() })
-            .map(|i| Place::Interface { name: i.name.clone(), index: i.index })
+            .map(|i| Vantage::Interface { name: i.name.clone(), index: i.index })
             .collect(),
         host: interfaces.iter().flat_map(|i| i.addresses.iter().map(|(ip, _)| *ip)).collect(),
         interface_check: status.kernel.interface_check,
@@ -173,7 +173,7 @@ struct Planner<'a> {
     dialled: BTreeSet<(&'a str, SocketAddr, Protocol)>,
     /// Interfaces with addresses, and bridges that neither a rule nor Docker knows. Nothing is plugged into
     /// those; the LAN may be behind them.
-    uplinks: Vec<Place>,
+    uplinks: Vec<Vantage>,
     /// Every address of the host.
     host: BTreeSet<IpAddr>,
     interface_check: bool,
@@ -199,7 +199,7 @@ impl Planner<'_> {
         self.plan.trials.push(Trial { rule: rule.id(), attempt, expected });
     }
 
-    fn closed(&mut self, rule: &RuleStatus, from: &Place, to: SocketAddr) {
+    fn closed(&mut self, rule: &RuleStatus, from: &Vantage, to: SocketAddr) {
         self.add(rule, attempt(rule, from.clone(), to, None), Expected::Closed);
     }
 
@@ -213,10 +213,10 @@ impl Planner<'_> {
         for gateway in &rule.gateways {
             let to = SocketAddr::new(gateway.address, rule.port);
             let from = match &gateway.namespace {
-                None => Place::Bridge(gateway.interface.clone()),
+                None => Vantage::Bridge(gateway.interface.clone()),
                 Some(namespace) => {
                     self.plan.namespaces.insert(rule.id(), namespace.clone());
-                    Place::Inside(rule.id())
+                    Vantage::Inside(rule.id())
                 }
             };
             let (by, expected) = match gateway.state {
@@ -257,7 +257,7 @@ impl Planner<'_> {
         let localhost = if rule.protocol == Protocol::Udp { &[][..] } else { &localhost[..] };
         for port in ports {
             for ip in self.host.clone().into_iter().chain(localhost.iter().copied()) {
-                self.closed(rule, &Place::Lan, SocketAddr::new(ip, port));
+                self.closed(rule, &Vantage::Lan, SocketAddr::new(ip, port));
             }
         }
     }
@@ -281,7 +281,7 @@ impl Planner<'_> {
                     // Without an address of that family there is no route there, and none back.
                     let has_family = bridge.addresses.iter().any(|(ip, _)| ip.is_ipv4() == to.is_ipv4());
                     if has_family && !self.dialled.contains(&dialled_at(&bridge.name, to, rule)) {
-                        self.closed(rule, &Place::Bridge(bridge.name.clone()), to);
+                        self.closed(rule, &Vantage::Bridge(bridge.name.clone()), to);
                     }
                 }
             }
@@ -294,7 +294,7 @@ impl Planner<'_> {
         for gateway in &rule.gateways {
             let to = SocketAddr::new(gateway.address, rule.port);
             if gateway.state == State::Steered {
-                let at = Place::Bridge(gateway.interface.clone());
+                let at = Vantage::Bridge(gateway.interface.clone());
                 self.add(rule, Attempt::Foreign { at, to }, Expected::Closed);
             }
             // If the kernel does not check the interface, the documentation says what happens to such
@@ -308,7 +308,7 @@ impl Planner<'_> {
                 continue;
             }
             let others = self.plan.bridges.keys().filter(|name| **name != gateway.interface);
-            let others = others.map(|name| Place::Bridge(name.clone())).chain([Place::Lan]);
+            let others = others.map(|name| Vantage::Bridge(name.clone())).chain([Vantage::Lan]);
             let places: Vec<_> = others.chain(self.uplinks.iter().cloned()).collect();
             // The rule refuses any other address anyway.
             let listed = gateway.sources.as_ref().and_then(|sources| sources.first().copied());
@@ -325,13 +325,13 @@ impl Planner<'_> {
     fn inside(&mut self, rule: &RuleStatus) {
         for gateway in rule.gateways.iter().filter(|gateway| gateway.state == State::Relayed) {
             let to = SocketAddr::new(gateway.address, rule.port);
-            self.add(rule, Attempt::Wire { within: Place::Inside(rule.id()), to }, Expected::Closed);
+            self.add(rule, Attempt::Wire { within: Vantage::Inside(rule.id()), to }, Expected::Closed);
         }
     }
 }
 
 /// Builds the attempt for the rule's protocol.
-fn attempt(rule: &RuleStatus, from: Place, to: SocketAddr, by: Option<By>) -> Attempt {
+fn attempt(rule: &RuleStatus, from: Vantage, to: SocketAddr, by: Option<By>) -> Attempt {
     match rule.protocol {
         Protocol::Tcp => Attempt::Connect { from, to, by },
         Protocol::Udp => Attempt::Ask { from, to, by },

@@ -73,7 +73,7 @@ fn host() -> Vec<Interface> {
     ]
 }
 
-fn connects(plan: &Plan, place: &Place, expected: Expected) -> Vec<String> {
+fn connects(plan: &Plan, place: &Vantage, expected: Expected) -> Vec<String> {
     let to = plan.trials.iter().filter_map(|trial| match &trial.attempt {
         Attempt::Connect { from, to, .. } if from == place && trial.expected == expected => {
             Some(to.to_string())
@@ -83,8 +83,8 @@ fn connects(plan: &Plan, place: &Place, expected: Expected) -> Vec<String> {
     to.collect()
 }
 
-fn bridge(name: &str) -> Place {
-    Place::Bridge(name.to_owned())
+fn bridge(name: &str) -> Vantage {
+    Vantage::Bridge(name.to_owned())
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn a_rule_is_open_to_its_network_and_closed_to_all_others() {
         connects(&plan, &bridge("br-db"), Expected::Closed),
         ["10.7.0.1:80", "10.8.0.1:80", "10.7.0.1:3000", "10.8.0.1:3000"]
     );
-    let lan = connects(&plan, &Place::Lan, Expected::Closed);
+    let lan = connects(&plan, &Vantage::Lan, Expected::Closed);
     for to in ["203.0.113.5:3000", "10.7.0.1:80", "[fd07::1]:80", "127.0.0.1:3000", "[::1]:80"] {
         assert!(lan.contains(&to.to_owned()), "{to} in {lan:?}");
     }
@@ -182,8 +182,8 @@ fn false_addresses_are_tried_where_the_kernel_tells_the_interface() {
     };
     let mut status = status(steered());
     let [uplink, of_others] =
-        [("eth0", 2), ("br-lan", 5)].map(|(name, index)| Place::Interface { name: name.to_owned(), index });
-    let elsewhere = [bridge("br-db"), Place::Lan, uplink, of_others];
+        [("eth0", 2), ("br-lan", 5)].map(|(name, index)| Vantage::Interface { name: name.to_owned(), index });
+    let elsewhere = [bridge("br-db"), Vantage::Lan, uplink, of_others];
     assert_eq!(borrowed(&status), [&[bridge("br-app")], &elsewhere[..]].concat());
     status.kernel.interface_check = false;
     assert_eq!(borrowed(&status), [bridge("br-app")], "the subnet is checked everywhere");
@@ -197,10 +197,10 @@ fn a_namespace_is_dialled_from_inside() {
     inside.namespace = Some(NamespaceStatus { path: "/proc/7/ns/net".into(), inode: 1 });
     let plan = plan(&status(vec![rule("pid:7", 80, "127.0.0.1:3000", vec![inside])]), &host(), None);
     let id = Rule::new("pid:7".parse().unwrap(), PortSpec::same(80)).id();
-    assert_eq!(connects(&plan, &Place::Inside(id.clone()), Expected::Open), ["127.0.0.1:80"]);
+    assert_eq!(connects(&plan, &Vantage::Inside(id.clone()), Expected::Open), ["127.0.0.1:80"]);
     assert!(plan.trials.iter().any(|trial| matches!(trial.attempt, Attempt::Wire { .. })));
     // The port is dialled inside the namespace; the service is the host's.
-    let lan = connects(&plan, &Place::Lan, Expected::Closed);
+    let lan = connects(&plan, &Vantage::Lan, Expected::Closed);
     assert!(lan.contains(&"203.0.113.5:3000".to_owned()) && !lan.contains(&"203.0.113.5:80".to_owned()));
     assert_eq!(plan.namespaces.keys().collect::<Vec<_>>(), [&id]);
 }

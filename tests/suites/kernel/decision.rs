@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result, bail, ensure};
 use lbridge::planning::actual::Actual;
 use lbridge::planning::desired::{
-    Clients, Desired, Place, RelayKey, RelaySpec, Service as RelayedTo, Subnet,
+    BindScope, Clients, Desired, RelayKey, RelaySpec, Service as RelayedTo, Subnet,
 };
 use lbridge::planning::explain::{Fate, Known, Question, explain};
 use lbridge::planning::firewall::{Opening, ProbeResult};
@@ -322,7 +322,7 @@ impl Stage {
         let dialled = SocketAddr::new(gateway, PORT);
         let opening = Opening::new("lab0", (gateway, 24), gateway, Protocol::Tcp, PORT);
         actual.firewall_state.probe_results = [(opening, ProbeResult::Open)].into();
-        let place = Place::Bridge { interface: "lab0".to_owned(), ifindex: self.indices[0] };
+        let place = BindScope::Bridge { interface: "lab0".to_owned(), ifindex: self.indices[0] };
         if case.relay {
             let spec = RelaySpec {
                 rule: RuleId { network: "bridge:lab0".parse()?, port: PORT, protocol: Protocol::Tcp },

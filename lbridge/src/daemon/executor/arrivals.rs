@@ -7,7 +7,7 @@ use lbridge_common::wire::ProberKey;
 use crate::{
     firewall,
     kernel::maps::Probes,
-    planning::firewall::{Link, Opening},
+    planning::firewall::{Opening, ProbeRoute},
 };
 
 /// The daemon's own probes, as the kernel program sees them.
@@ -34,15 +34,15 @@ impl firewall::Arrivals for Arrivals {
         }
     }
 
-    fn count(&self, opening: &Opening, link: Link) -> anyhow::Result<()> {
+    fn count(&self, opening: &Opening, link: ProbeRoute) -> anyhow::Result<()> {
         self.probes.count(&opening.entry(link.ifindex))
     }
 
-    fn any(&self, opening: &Opening, link: Link) -> bool {
+    fn any(&self, opening: &Opening, link: ProbeRoute) -> bool {
         self.probes.counted(&opening.entry(link.ifindex)).is_ok_and(|count| count > 0)
     }
 
-    fn forget(&self, opening: &Opening, link: Link) {
+    fn forget(&self, opening: &Opening, link: ProbeRoute) {
         if let Err(error) = self.probes.forget(&opening.entry(link.ifindex)) {
             tracing::warn!("{error:#}");
         }

@@ -35,7 +35,7 @@ use crate::{
     planning::{
         actual::Actual,
         desired::{Desired, RelayKey},
-        firewall::{FirewallState, Link, Opening},
+        firewall::{FirewallState, Opening, ProbeRoute},
         hooks::{HookSet, PerHookSet},
         inventory::{KernelFeatures, NamespaceId},
         kernel_state::KernelState,
@@ -128,7 +128,7 @@ impl Executor {
     pub(super) async fn inspect(
         &mut self,
         desired: &Desired,
-        openings: &BTreeMap<Opening, Link>,
+        openings: &BTreeMap<Opening, ProbeRoute>,
     ) -> anyhow::Result<Actual> {
         self.firewall.look(&desired.openings).await;
         self.probe(openings).await;
@@ -340,7 +340,7 @@ impl Executor {
     }
 
     /// Probes whether the firewall lets these openings through.
-    async fn probe(&mut self, openings: &BTreeMap<Opening, Link>) {
+    async fn probe(&mut self, openings: &BTreeMap<Opening, ProbeRoute>) {
         let checked = self.features.steer.as_ref().is_ok_and(|steering| steering.interface_check);
         let arrivals =
             self.kernel.as_ref().map(|kernel| Arrivals { probes: kernel.maps.probes.clone(), checked });

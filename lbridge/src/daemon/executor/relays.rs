@@ -11,7 +11,7 @@ use crate::{
         netns::{LOOPBACK, Namespace},
     },
     planning::{
-        desired::{Place, RelayKey, RelaySpec},
+        desired::{BindScope, RelayKey, RelaySpec},
         inventory::NetnsUnavailable,
     },
     relay::{self, socket::Listening},
@@ -35,7 +35,7 @@ impl Executor {
     fn begin_relay(&mut self, key: &RelayKey, spec: &RelaySpec) -> anyhow::Result<()> {
         let inherited = self.inherited.find(key, spec.by_entry, self.host);
         match &key.place {
-            Place::Bridge { ifindex, .. } => {
+            BindScope::Bridge { ifindex, .. } => {
                 let index = NonZeroU32::new(*ifindex).context("an interface without an index")?;
                 let socket = match inherited {
                     Some(socket) => socket,
@@ -44,7 +44,7 @@ impl Executor {
                 };
                 self.relays.open(key, spec.clone(), socket, None::<Pending<()>>)
             }
-            Place::Namespace(wanted) => {
+            BindScope::Namespace(wanted) => {
                 let namespace = match Namespace::open(&wanted.entrance, self.host) {
                     Ok(namespace) if namespace.key == *wanted => namespace,
                     Ok(_) => bail!("the namespace was replaced meanwhile"),

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::planning::{
     actual::Actual,
-    desired::{Clients, Place, RelayKey, RelaySpec, State},
+    desired::{BindScope, Clients, RelayKey, RelaySpec, State},
     firewall::{Opening, ProbeResult},
     inventory::{EngineAvailability, Interface, find_networks},
     resolve::bridge_of,
@@ -114,7 +114,8 @@ impl Explainer<'_> {
     fn aliases(&self, bridge: &Interface) -> impl Iterator<Item = IpAddr> {
         let index = bridge.index;
         let gateways = self.rule().into_iter().flat_map(|meant| &meant.gateways);
-        let here = move |place: &Place| matches!(place, Place::Bridge { ifindex, .. } if *ifindex == index);
+        let here =
+            move |place: &BindScope| matches!(place, BindScope::Bridge { ifindex, .. } if *ifindex == index);
         let aliases =
             gateways.filter(move |gateway| gateway.alias.is_some() && here(&gateway.relay_key.place));
         aliases.map(|gateway| gateway.relay_key.address.ip())
@@ -214,7 +215,7 @@ impl Explainer<'_> {
     /// Returns the addresses that the entry or relay there is for; empty if it is for all.
     fn listed(&self, bridge: &Interface, dialled: SocketAddr) -> BTreeSet<IpAddr> {
         let actual = self.known.actual;
-        let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
+        let place = BindScope::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         if self.question.protocol == Protocol::Tcp
             && let Some(RelaySpec { clients: Clients::Listed(listed), .. }) =
                 actual.relays.get(&RelayKey { address: dialled, place })

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     actual::Actual,
     desired::{Desired, RelayKey},
-    firewall::{self, Link, Opening},
+    firewall::{self, Opening, ProbeRoute},
     inventory::{Inventory, KernelFeatures, Listener},
     resolve::bridge_of,
     rule::{Network, Protocol},
@@ -193,7 +193,7 @@ pub fn openings(
     question: &Question,
     inventory: &Inventory,
     features: &KernelFeatures,
-) -> BTreeMap<Opening, Link> {
+) -> BTreeMap<Opening, ProbeRoute> {
     let bridge = bridge_of(&question.network, inventory, features).ok();
     bridge.iter().flat_map(|bridge| firewall::openings(bridge, question.protocol, question.port)).collect()
 }

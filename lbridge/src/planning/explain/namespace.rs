@@ -6,7 +6,7 @@ use super::{
     Answer, End, Explainer, Fate, Known, Stage, Step, Trace, Traces, passed::answering, render::step,
 };
 use crate::planning::{
-    desired::{Place, RelayKey, RuleOutcome, State},
+    desired::{BindScope, RelayKey, RuleOutcome, State},
     hooks::HookSet,
     inventory::{Attachment, Namespace, NetnsUnavailable, find_networks},
     rule::{Network, Protocol},
@@ -57,11 +57,11 @@ impl Explainer<'_> {
             steps: vec![step(Stage::Arrival, Answer::Note, text)],
             fate: Fate::Refused,
         };
-        let place = Place::Namespace(namespace.key.clone());
+        let place = BindScope::Namespace(namespace.key.clone());
         let key = RelayKey { address: dialled, place };
         let is_there = |open: &&RelayKey| {
             open.address == dialled
-                && matches!(&open.place, Place::Namespace(there) if there.id == namespace.key.id)
+                && matches!(&open.place, BindScope::Namespace(there) if there.id == namespace.key.id)
         };
         let end = if let Some((_, spec)) = self.known.actual.relays.iter().find(|(open, _)| is_there(open)) {
             self.relay(&mut way, spec)

@@ -8,7 +8,7 @@ use super::{
     render::{addresses, step, taken_back},
 };
 use crate::planning::{
-    desired::{Clients, Outcome, Place, RelayKey, RelaySpec, RuleOutcome, Service, State},
+    desired::{BindScope, Clients, Outcome, RelayKey, RelaySpec, RuleOutcome, Service, State},
     inventory::{Interface, Listener},
     reason::Reason,
     rule::Protocol,
@@ -18,7 +18,7 @@ impl Explainer<'_> {
     /// Follows a connection that the kernel treats as if lbridge were not there: to a relay, to whatever
     /// listens on the gateway, or nowhere.
     pub(super) fn beyond(&self, way: &mut Trace, bridge: &Interface) -> End {
-        let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
+        let place = BindScope::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         let key = RelayKey { address: way.dialled, place };
         // A relay of that port is TCP's.
         if self.question.protocol == Protocol::Tcp {
@@ -35,7 +35,7 @@ impl Explainer<'_> {
 
     /// Follows a connection that the kernel's entry leads to a relay.
     pub(super) fn by_relay(&self, way: &mut Trace, bridge: &Interface) -> End {
-        let place = Place::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
+        let place = BindScope::Bridge { interface: bridge.name.clone(), ifindex: bridge.index };
         let key = RelayKey { address: way.dialled, place };
         let actual = self.known.actual;
         let reached = key.entry().is_some_and(|entry| actual.relay_sockets.contains(&entry));

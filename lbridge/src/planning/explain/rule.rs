@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::{Answer, Explainer, Stage, Step, Trace, render::step};
 use crate::planning::{
-    desired::{Outcome, Place, RuleOutcome},
+    desired::{BindScope, Outcome, RuleOutcome},
     hooks::HookSet,
     resolve::bridge_of,
     rule::{Origin, RuleId},
@@ -32,8 +32,8 @@ impl Explainer<'_> {
         by_name.or_else(|| {
             let bridge = bridge_of(&self.question.network, self.known.inventory, self.known.features).ok()?;
             outcomes.iter().find(|meant| {
-                let here = |place: &Place| {
-                    matches!(place, Place::Bridge { ifindex, .. } if *ifindex == bridge.index)
+                let here = |place: &BindScope| {
+                    matches!(place, BindScope::Bridge { ifindex, .. } if *ifindex == bridge.index)
                 };
                 meant.rule.spec.port == self.question.port
                     && meant.rule.spec.protocol == self.question.protocol

@@ -75,13 +75,13 @@ pub fn derive(
 }
 
 /// A bridge, a port of its gateway, and the port's protocol.
-type Place = (String, u16, Protocol);
+type Claimed = (String, u16, Protocol);
 
 struct Derivation<'a> {
     settings: &'a Settings,
     networks: &'a [DockerNetwork],
-    own: BTreeMap<Place, (Rule, Origin)>,
-    wanted: BTreeMap<Place, Wanted>,
+    own: BTreeMap<Claimed, (Rule, Origin)>,
+    wanted: BTreeMap<Claimed, Wanted>,
 }
 
 struct Wanted {

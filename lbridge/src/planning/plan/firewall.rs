@@ -10,8 +10,8 @@ use lbridge_common::wire::{AcceptedKey, Address, TCP};
 use super::Step;
 use crate::planning::{
     actual::Actual,
-    desired::{Clients, Desired, Place, RelayKey, RelaySpec},
-    firewall::{Chain, FirewallMode, FirewallState, Link, Opening, Place as Dialled, ProbeResult},
+    desired::{BindScope, Clients, Desired, RelayKey, RelaySpec},
+    firewall::{Chain, FirewallMode, FirewallState, Opening, Place, ProbeResult, ProbeRoute},
 };
 
 /// Returns the steps that bring the firewall's accept rules to the desired state. What they let in and no
@@ -38,7 +38,7 @@ pub(super) fn steps(desired: &Desired, actual: &Actual) -> Vec<Step> {
 /// rules want. An opening that was just accepted is not known to pass any more, so the next round tries it.
 /// An accept rule that is no longer wanted goes after the one that takes its place.
 pub(in crate::planning) fn accept_rules(
-    openings: &BTreeMap<Opening, Link>,
+    openings: &BTreeMap<Opening, ProbeRoute>,
     mode: FirewallMode,
     seen: &FirewallState,
 ) -> Vec<Step> {
@@ -71,7 +71,7 @@ fn next_accept(
     opening: &Opening,
     passage: Option<&ProbeResult>,
     seen: &FirewallState,
-    accepted: &BTreeSet<Dialled<'_>>,
+    accepted: &BTreeSet<Place<'_>>,
 ) -> Option<Chain> {
     let of = |chain: &Chain| seen.accepts.get(&(chain.clone(), opening.clone()));
     let chains = || seen.in_the_way_of(opening).map(|chain| &chain.chain);
@@ -130,14 +130,14 @@ fn accepted(desired: &Desired, actual: &Actual, firewall: &[Step]) -> BTreeSet<(
 
 /// Returns true if a relay listens on the gateway itself.
 fn is_bound(key: &RelayKey, spec: &RelaySpec) -> bool {
-    !spec.by_entry && matches!(key.place, Place::Bridge { .. })
+    !spec.by_entry && matches!(key.place, BindScope::Bridge { .. })
 }
 
 /// Returns the openings for which a firewall may let packets in now. Leaves out those of a relay without an
 /// entry that is not open: what comes through would reach the host's other services.
-fn guarded(desired: &Desired, actual: &Actual) -> BTreeMap<Opening, Link> {
+fn guarded(desired: &Desired, actual: &Actual) -> BTreeMap<Opening, ProbeRoute> {
     let is_checked = desired.steering.is_some_and(|steering| steering.interface_check);
-    let is_guarded = |(opening, link): &(&Opening, &Link)| {
+    let is_guarded = |(opening, link): &(&Opening, &ProbeRoute)| {
         let entry = opening.entry(if is_checked { link.ifindex } else { 0 });
         is_checked
             || desired.kernel.entries.contains_key(&entry)
@@ -149,6 +149,6 @@ fn guarded(desired: &Desired, actual: &Actual) -> BTreeMap<Opening, Link> {
 
 /// Returns the key of the relay that is bound to the address and port of an opening.
 fn bound_relay(opening: &Opening, ifindex: u32) -> RelayKey {
-    let place = Place::Bridge { interface: opening.interface.clone(), ifindex };
+    let place = BindScope::Bridge { interface: opening.interface.clone(), ifindex };
     RelayKey { address: SocketAddr::new(opening.gateway, opening.port), place }
 }

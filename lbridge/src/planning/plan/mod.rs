@@ -27,7 +27,7 @@ use lbridge_common::wire::{
 pub use self::step::{Prerequisite, Step};
 use super::{
     actual::Actual,
-    desired::{Clients, Desired, GatewayOutcome, Place, RelayKey, RelaySpec, State},
+    desired::{BindScope, Clients, Desired, GatewayOutcome, RelayKey, RelaySpec, State},
     hooks::HookSet,
     kernel_state::{KernelState, changes},
 };
@@ -115,10 +115,10 @@ fn overrides_of_others(desired: &Desired, actual: &Actual) -> BTreeSet<(Override
 fn is_denied(desired: &Desired, key: &EntryKey) -> bool {
     let address = SocketAddr::new(key.gateway.into(), key.port);
     let is_relayed = |relay: &RelayKey| match relay.place {
-        Place::Bridge { ifindex, .. } => [0, ifindex].contains(&key.ifindex),
-        Place::Namespace(_) => false,
+        BindScope::Bridge { ifindex, .. } => [0, ifindex].contains(&key.ifindex),
+        BindScope::Namespace(_) => false,
     };
-    let first = RelayKey { address, place: Place::Bridge { interface: String::new(), ifindex: 0 } };
+    let first = RelayKey { address, place: BindScope::Bridge { interface: String::new(), ifindex: 0 } };
     let mut relays =
         desired.relays.range(first..).map(|(relay, _)| relay).take_while(|r| r.address == address);
     !desired.kernel.entries.contains_key(key) && !relays.any(is_relayed)

@@ -9,7 +9,7 @@ use lbridge_common::wire::{
 
 use crate::planning::{
     desired::{RelayKey, RelaySpec},
-    firewall::{Chain, Link, Opening},
+    firewall::{Chain, Opening, ProbeRoute},
     hooks::HookSet,
 };
 
@@ -86,7 +86,7 @@ pub enum Step {
         opening: Opening,
     },
     /// Try whether the firewall lets packets through these openings.
-    Probe(BTreeMap<Opening, Link>),
+    Probe(BTreeMap<Opening, ProbeRoute>),
 }
 
 impl Step {

@@ -9,7 +9,7 @@ use lbridge_common::wire::{Endpoint, Redirect, RedirectKey, TCP};
 
 use super::Resolver;
 use crate::planning::{
-    desired::{GatewayOutcome, Outcome, Place, RedirectOutcome, State},
+    desired::{BindScope, GatewayOutcome, Outcome, RedirectOutcome, State},
     hooks::HookSet,
     reason::Reason,
     rule::Rule,
@@ -21,7 +21,8 @@ impl Resolver<'_> {
     pub(super) fn localhost(&mut self, rule: &Rule, gateways: &[GatewayOutcome]) -> Vec<RedirectOutcome> {
         self.desired.kernel.hooks[HookSet::Connect] |= self.features.hooks[HookSet::Connect].is_ok();
         // Every gateway of a rule is on the same bridge.
-        let Some(Place::Bridge { interface, ifindex }) = gateways.first().map(|g| &g.relay_key.place) else {
+        let Some(BindScope::Bridge { interface, ifindex }) = gateways.first().map(|g| &g.relay_key.place)
+        else {
             return vec![];
         };
         let served = |gateway: &&GatewayOutcome| gateway.outcome.state != State::Blocked;

@@ -28,10 +28,10 @@ use lbridge_common::{
 use self::datapath::{Datapath, is_suitable};
 use super::{
     desired::{
-        Alias, Clients, Desired, GatewayOutcome, Outcome, Place, RelayKey, RelaySpec, RuleOutcome, Service,
-        State, Subnet, stand_in_for,
+        Alias, BindScope, Clients, Desired, GatewayOutcome, Outcome, RelayKey, RelaySpec, RuleOutcome,
+        Service, State, Subnet, stand_in_for,
     },
-    firewall::{FirewallMode, Link, Opening},
+    firewall::{FirewallMode, Opening, ProbeRoute},
     hooks::HookSet,
     inventory::{Interface, Inventory, KernelFeatures, Namespace, NamespaceId, NetnsUnavailable},
     owner::{Sockets, loopback},
@@ -173,7 +173,7 @@ impl Resolver<'_> {
     fn inside(&mut self, rule: &Rule, namespace: &Namespace, ip: IpAddr) -> GatewayOutcome {
         let relay_key = RelayKey {
             address: SocketAddr::new(ip, rule.spec.port),
-            place: Place::Namespace(namespace.key.clone()),
+            place: BindScope::Namespace(namespace.key.clone()),
         };
         let claim = Claim::Namespace(namespace.key.id);
         let way = self.way(rule, relay_key.address, claim, " in that namespace");
@@ -197,7 +197,7 @@ impl Resolver<'_> {
         let subnet = Subnet::of(own, prefix);
         let opening = Opening::new(interface, (own, prefix), ip, rule.spec.protocol, rule.spec.port);
         let entry_key = opening.entry(if self.checks_interface() { index } else { 0 });
-        let place = Place::Bridge { interface: interface.to_owned(), ifindex: index };
+        let place = BindScope::Bridge { interface: interface.to_owned(), ifindex: index };
         let relay_key = RelayKey { address: gateway, place };
         let mut way = self.way(rule, gateway, Claim::Bridge(index), "");
         // Without the interface check, an alias is one address for all networks.
@@ -237,7 +237,7 @@ impl Resolver<'_> {
             || self.desired.relays.contains_key(&relay_key);
         if outcome.state != State::Blocked && is_guarded {
             let via = alias.map(|_| own);
-            self.desired.openings.insert(opening.clone(), Link { ifindex: index, via });
+            self.desired.openings.insert(opening.clone(), ProbeRoute { ifindex: index, via });
         }
         let alias = alias.map(|(_, alias)| alias);
         GatewayOutcome { relay_key, entry_key: Some(entry_key), opening: Some(opening), alias, outcome }

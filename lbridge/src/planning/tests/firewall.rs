@@ -9,7 +9,7 @@ use super::Host;
 use crate::planning::{
     firewall::{
         Accepted, Backend, Chain, Denial, Family, FirewallKind, FirewallMode, FirewallState, InputChain,
-        Link, Opening, ProbeResult,
+        Opening, ProbeResult, ProbeRoute,
     },
     plan::{Step, firewall::accept_rules},
     rule::Protocol,
@@ -113,7 +113,7 @@ impl World {
     /// As the daemon's pass does.
     fn settle(&mut self, openings: &[Opening], mode: FirewallMode) {
         let openings: BTreeMap<_, _> =
-            openings.iter().map(|opening| (opening.clone(), Link { ifindex: 7, via: None })).collect();
+            openings.iter().map(|opening| (opening.clone(), ProbeRoute { ifindex: 7, via: None })).collect();
         for _ in 0..ROUNDS {
             let steps = accept_rules(&openings, mode, &self.seen());
             if steps.is_empty() {
@@ -142,7 +142,10 @@ fn what_a_rule_opens_is_an_opening() {
     let v6 = Opening { interface: "br-6".to_owned(), ..opening("fd00::1", 81) };
     assert_eq!(
         openings,
-        [(v6, Link { ifindex: 9, via: None }), (opening("172.18.0.1", 80), Link { ifindex: 7, via: None })]
+        [
+            (v6, ProbeRoute { ifindex: 9, via: None }),
+            (opening("172.18.0.1", 80), ProbeRoute { ifindex: 7, via: None })
+        ]
     );
     // Two rules for one address; and a namespace has no bridge.
     let host =
@@ -179,7 +182,7 @@ fn a_rule_that_somebody_removes_comes_back() {
     world.settle(std::slice::from_ref(&one), FirewallMode::Manage);
     // Without a probe that would have to time out first.
     world.changed(|world| drop(world.rules.insert(filter.clone(), vec![None])));
-    let openings = [(one.clone(), Link { ifindex: 7, via: None })].into();
+    let openings = [(one.clone(), ProbeRoute { ifindex: 7, via: None })].into();
     let steps = accept_rules(&openings, FirewallMode::Manage, &world.seen());
     assert!(matches!(&steps[..], [Step::Accept { .. }]), "{steps:?}");
     world.settle(std::slice::from_ref(&one), FirewallMode::Manage);

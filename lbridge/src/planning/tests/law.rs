@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::Host;
 use crate::planning::{
     actual::Actual,
-    desired::{Clients, Desired, Place},
+    desired::{BindScope, Clients, Desired},
     firewall::{FirewallMode, ProbeResult},
     hooks::HookSet,
     inventory::{ListenerKind, Steering},
@@ -244,7 +244,7 @@ proptest! {
                         Clients::Listed(listed) => listed.iter().any(|ip| takes(*ip)),
                         Clients::Inside(_) => false,
                     };
-                    matches!(k.place, Place::Bridge { ifindex, .. } if [0, ifindex].contains(&entry.ifindex))
+                    matches!(k.place, BindScope::Bridge { ifindex, .. } if [0, ifindex].contains(&entry.ifindex))
                         && Address::from(k.address.ip()) == entry.gateway
                         && k.address.port() == entry.port
                         && of_network

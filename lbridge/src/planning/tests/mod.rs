@@ -18,7 +18,7 @@ use lbridge_common::wire::EntryKey;
 
 use super::{
     actual::Actual,
-    desired::{Desired, Place, RedirectOutcome, State},
+    desired::{BindScope, Desired, RedirectOutcome, State},
     firewall::{FirewallMode, FirewallState},
     hooks::PerHookSet,
     inventory::{
@@ -275,8 +275,8 @@ fn in_force(desired: &Desired, firewall_state: FirewallState) -> Actual {
     }
 }
 
-fn br_app() -> Place {
-    Place::Bridge { interface: "br-app".to_owned(), ifindex: 7 }
+fn br_app() -> BindScope {
+    BindScope::Bridge { interface: "br-app".to_owned(), ifindex: 7 }
 }
 
 fn line(what: &str, state: State, why: Option<String>) -> String {
