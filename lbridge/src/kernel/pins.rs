@@ -219,8 +219,18 @@ impl Pins {
 
 /// Returns true if what is always attached is pinned below `root`, and attached. Changes nothing.
 pub fn in_place(root: &Path) -> io::Result<bool> {
-    let current = root.join(format!("v{ABI_VERSION}"));
-    match trusted::open_folder(&current) {
+    // After an upgrade, the pins are the last version's until the daemon starts.
+    for version in [ABI_VERSION, ADOPTED] {
+        if is_attached(&root.join(format!("v{version}")))? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Returns true if what is always attached is pinned in the directory of one version, and attached.
+fn is_attached(folder: &Path) -> io::Result<bool> {
+    match trusted::open_folder(folder) {
         Ok(_) => {}
         // A folder that others could change is not the daemon's, nor is anything in it.
         Err(error) if error.kind() == ErrorKind::NotFound || Untrusted::of(&error).is_some() => {
@@ -229,7 +239,7 @@ pub fn in_place(root: &Path) -> io::Result<bool> {
         Err(error) => return Err(error),
     }
     for link in [STEER_LINK, LISTENERS_LINK] {
-        match Link::pinned(&current.join(format!("{LINK}{link}"))).and_then(|link| link.info()) {
+        match Link::pinned(&folder.join(format!("{LINK}{link}"))).and_then(|link| link.info()) {
             Ok(info) if info.place.is_attached() => {}
             Ok(_) => return Ok(false),
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),

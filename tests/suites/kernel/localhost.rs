@@ -382,7 +382,7 @@ fn without_localhost_nothing_is_attached() -> Result<()> {
     let _service = scene.service("host's", "127.0.0.1:8080")?;
     let hooks = || -> Result<usize> {
         let pins = pins::files(scene.daemon.bpffs())?;
-        Ok(pins.iter().filter(|pin| pin.to_string_lossy().contains("link_dial")).count())
+        Ok(pins.iter().filter(|pin| pin.to_string_lossy().contains("link_redirect")).count())
     };
     scene.allow(&["8080"])?;
     ensure!(hooks()? == 0);
