@@ -2,7 +2,7 @@
 //!
 //! A program must not be named like its section (`fn sk_lookup` in section `sk_lookup` fails to link).
 
-/// Rules: [`crate::wire::EntryKey`] to [`crate::wire::CountedEntry`].
+/// Entries: [`crate::wire::EntryKey`] to [`crate::wire::CountedEntry`].
 pub const ENTRIES: &str = "ENTRIES";
 /// Sources that may use a rule with [`crate::wire::Entry::LISTED`]: [`crate::wire::SourceKey`] to 1
 /// (`u8`).
@@ -53,7 +53,7 @@ pub const HOST_NETNS: &str = "HOST_NETNS";
 
 /// `sk_lookup` program that checks the ingress interface (Linux 5.17 and later).
 pub const STEER: &str = "steer";
-/// `sk_lookup` program that does not read `ingress_ifindex`; its rules have interface 0.
+/// `sk_lookup` program that does not read `ingress_ifindex`; its entries have interface 0.
 pub const STEER_ANY_INTERFACE: &str = "steer_any_interface";
 /// `sock_ops` program that registers listeners (needs `bpf_get_netns_cookie` in `sock_ops`, Linux 5.15 and
 /// later).

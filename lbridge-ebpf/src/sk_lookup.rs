@@ -1,5 +1,5 @@
-//! sk_lookup: steers packets. If the packet's (ingress interface, gateway, port) is in the rules and its
-//! source is in the rule's subnet, the connection goes to the registered listener. Runs for every TCP packet
+//! sk_lookup: steers packets. If the packet's (ingress interface, gateway, port) has an entry and its
+//! source is in the entry's subnet, the connection goes to the registered listener. Runs for every TCP packet
 //! that no connection claims, which are mostly SYNs, and for every datagram that no connected socket claims.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};

@@ -4,7 +4,7 @@
 //! - [`watch`]: the task that follows the engine, and [`view`], the state it publishes;
 //! - `snapshot`: lists networks, containers and labels; `engine` and `libpod`: identify the engine, and read
 //!   what only Podman's own API reports;
-//! - `ended`: containers that are gone before the engine's lists show it;
+//! - `endings`: containers that are gone before the engine's lists show it;
 //! - [`client`]: a single look at the engine, for commands.
 //!
 //! Level-triggered: an event only wakes, then the list is read again. The exception is that a container has

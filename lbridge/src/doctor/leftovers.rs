@@ -131,7 +131,7 @@ fn route_localnet(findings: &mut Vec<Finding>) {
 fn ufw_rules(host: &Host, findings: &mut Vec<Finding>) {
     const CHECK: &str = "ufw";
     let Ok(allowed) = ufw::allowed(Path::new(ufw::FOLDER)) else {
-        return findings.push(Finding::needs_root(CHECK, "UFW's rules for older recipes"));
+        return findings.push(Finding::needs_root(CHECK, "UFW's rules for socat"));
     };
     let listening = listeners::tcp().unwrap_or_default();
     for rule in allowed {

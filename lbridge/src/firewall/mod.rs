@@ -1,12 +1,12 @@
 //! Firewall: probes whether packets arrive, reads which rules are in the way, and keeps accept rules. Decides
-//! nothing: `planning/firewall.rs` does.
+//! nothing: `planning/plan/firewall.rs` does.
 //!
 //! - [`probe`]: a SYN or a datagram from a namespace on the bridge;
 //! - [`ruleset`]: nftables' rules, in the types of the `nftables` crate;
 //! - [`iptables`]: the tables of `iptables-nft` and `iptables-legacy`, through those programs;
 //! - [`firewalld`]: firewalld whose table takes rules from nobody else;
 //! - [`tool`]: runs the programs of firewalls;
-//! - [`changes`]: the kernel's notifications that a ruleset has changed;
+//! - [`nft_monitor`]: the kernel's notifications that a ruleset has changed;
 //! - [`conntrack`]: flows that are let in though their accept rule is gone.
 
 pub mod conntrack;

@@ -6,7 +6,7 @@
 //! - `listener`: one relay: accepts and checks;
 //! - `limits`: the number of connections that may be open;
 //! - `meter`: the counters of a rule;
-//! - `pause`: keeps frequent events from filling the log;
+//! - `log_rate_limit`: keeps frequent events from filling the log;
 //! - `connection`: the life of one connection, which reaches the service;
 //! - [`splice`]: moves the bytes of one connection;
 //! - [`workers`]: the threads that relays run on.

@@ -46,7 +46,7 @@ impl Explainer<'_> {
         let Some(entry) = actual.kernel.entries.get(&key) else {
             let missing = if desired.kernel.entries.contains_key(&key) {
                 let why =
-                    self.known.entry_failures.get(&key).map_or("the next look puts it there", String::as_str);
+                    self.known.entry_failures.get(&key).map_or("the next pass puts it there", String::as_str);
                 format!(", which the rule asks for: {why}")
             } else {
                 String::new()
@@ -60,9 +60,9 @@ impl Explainer<'_> {
         }
         let wanted = match desired.kernel.entries.get(&key) {
             Some(wanted) if wanted == entry => String::new(),
-            Some(wanted) => format!("; the rule asks for {}: the next look puts that", leads_to(wanted)),
+            Some(wanted) => format!("; the rule asks for {}: the next pass puts that", leads_to(wanted)),
             None => {
-                "; no rule asks for it, somebody else has put it there: the next look removes it".to_owned()
+                "; no rule asks for it, somebody else has put it there: the next pass removes it".to_owned()
             }
         };
         let steered = actual.steered.get(&key).copied().unwrap_or_default();

@@ -3,7 +3,7 @@
 //! this question.
 //!
 //! A connection's path through the files: `rule` and, on a bridge, `bridge` (network, firewall) -> `kernel`
-//! (entry, listener) -> `beyond` (relay, host); in a namespace `namespace` -> `beyond`. `words` has the names
+//! (entry, listener) -> `passed` (relay, host); in a namespace `namespace` -> `passed`. `render` has the names
 //! of things.
 
 mod bridge;

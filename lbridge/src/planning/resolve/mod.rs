@@ -3,7 +3,7 @@
 //!
 //! - `bridge`: the bridge that a network is;
 //! - `sources`: the containers that a rule is for;
-//! - `way`: the way to serve what is dialled, given who listens;
+//! - `datapath`: the datapath that serves what is dialled, given who listens;
 //! - `localhost`, `aliases`: the other addresses that lead to a gateway.
 
 mod aliases;

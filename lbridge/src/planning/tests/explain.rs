@@ -235,7 +235,7 @@ fn relays_and_what_services_see() {
     actual.lingering = std::mem::take(&mut actual.relays).into_keys().collect();
     let told = mptcp.explain_with("app", 80, None, &actual, &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
-    assert!(text(&told, Stage::Relay).contains("not open: the next look opens it"));
+    assert!(text(&told, Stage::Relay).contains("not open: the next pass opens it"));
 
     let local = Host::new().listens("127.0.0.1:80");
     let local = local.allow_with("app", "81=80", Source::Loopback, DatapathChoice::Auto);
@@ -251,7 +251,7 @@ fn what_should_be_and_what_is_differ() {
     let mut actual = host.in_force();
     let (key, value) = actual.kernel.entries.pop_first().unwrap();
     let told = host.explain_with("app", 80, None, &actual, &[]);
-    assert!(text(&told, Stage::Lookup).ends_with("which the rule asks for: the next look puts it there"));
+    assert!(text(&told, Stage::Lookup).ends_with("which the rule asks for: the next pass puts it there"));
     let other = Entry { key: lbridge_common::wire::EntryKey { port: 81, ..key }, ..value };
     actual.kernel.entries.insert(key, other);
     let told = host.explain_with("app", 80, None, &actual, &[]);
