@@ -35,8 +35,8 @@ fn bridge_with_a_name_of_its_own_is_served() -> Result<()> {
 fn thousands_of_ports_take_seconds() -> Result<()> {
     let scene = Scene::new()?;
     scene.engine.create_network("app", &[])?;
-    scene.daemon.allow(&["app", "20000-39999"])?;
-    scene.daemon.deny(&["app", "20000-39999"]).map(drop)
+    scene.daemon.allow(&["app", "20000-29999"])?;
+    scene.daemon.deny(&["app", "20000-29999"]).map(drop)
 }
 
 fn networks_without_a_bridge_are_blocked() -> Result<()> {
