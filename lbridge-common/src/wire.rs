@@ -247,8 +247,8 @@ impl CountedEntry {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SourceKey {
-    /// The rule's key.
-    pub rule: EntryKey,
+    /// The entry's key.
+    pub entry: EntryKey,
     /// The container's address.
     pub source: Address,
 }

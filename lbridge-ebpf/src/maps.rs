@@ -16,39 +16,57 @@ use lbridge_common::wire::{
 };
 
 // Not preallocated: an empty map uses no memory for elements.
+/// Entries: the target of each dialled address and port. The daemon's loop writes them; `steer` counts.
 #[map]
 pub static ENTRIES: HashMap<EntryKey, CountedEntry> =
     HashMap::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
+/// Sources that may use an entry with [`Entry::LISTED`](lbridge_common::wire::Entry::LISTED), each to 1. The
+/// daemon's source gate writes them.
 #[map]
 pub static SOURCES: HashMap<SourceKey, u8> = HashMap::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
+/// Traffic that lbridge's accept rules let through the firewall, to 1. The daemon's loop writes it.
 #[map]
 static ACCEPTED: LpmTrie<AcceptedKey, u8> = LpmTrie::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
+/// Bound addresses and ports whose listeners are registered, each to 1. The daemon's loop writes them.
 #[map]
 pub static TARGETS: HashMap<TargetKey, u8> = HashMap::with_max_entries(MAX_TARGETS, BPF_F_NO_PREALLOC);
+/// Registered listening sockets. `register` writes them as they begin to listen, the daemon those that were
+/// there before, and UDP sockets; the kernel removes those that close.
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
+/// Listening sockets of the daemon's relays, by the entry that leads there. The daemon's loop writes them.
 #[map]
 pub static RELAYS: SockHash<EntryKey> = SockHash::with_max_entries(MAX_LISTENERS, 0);
+/// Gateways whose connections look local to the service (`--source loopback`). The daemon's loop writes them.
 #[map]
 static NAME_OVERRIDES: LpmTrie<OverrideKey, NameOverride> =
     LpmTrie::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
+/// Network namespaces whose localhost may lead to the host, by cookie. The daemon's thread `guests` writes
+/// them.
 #[map]
 static REDIRECT_NETNS: HashMap<u64, RedirectedNetns> =
     HashMap::with_max_entries(MAX_REDIRECT_NETNS, BPF_F_NO_PREALLOC);
+/// Connect redirects: addresses of containers' localhost, to the gateway. The daemon's loop writes them.
 #[map]
 static REDIRECTS: HashMap<RedirectKey, Redirect> = HashMap::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
+/// Source addresses of UDP services' replies. The daemon's loop writes them.
 #[map]
 static REPLY_SOURCES: LpmTrie<ReplySourceKey, ReplySource> =
     LpmTrie::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
+/// Source addresses of the daemon's own probes, each to 1. The daemon writes them while it probes.
 #[map]
 pub static PROBERS: HashMap<ProberKey, u8> = HashMap::with_max_entries(MAX_PROBERS, BPF_F_NO_PREALLOC);
+/// Numbers of probe datagrams that arrived, by entry. The daemon adds a key, `steer` counts.
 #[map]
 pub static PROBES: HashMap<EntryKey, u64> = HashMap::with_max_entries(MAX_ENTRIES, BPF_F_NO_PREALLOC);
+/// Relayed connections, by both ends, to the container behind each. `register` and `announce` write them when
+/// the relay's socket connects, and remove them when it closes.
 // Not an LRU map: an entry evicted while its connection lives would make the service see a local peer. If the
 // map is full, a relay gives up the connection instead.
 #[map]
 pub static RELAY_PEERS: HashMap<RelayPeerKey, RelayPeer> =
     HashMap::with_max_entries(MAX_RELAY_PEERS, BPF_F_NO_PREALLOC);
+/// Sockets of relays that are about to connect, by cookie, to the container's end. The relay writes them.
 #[map]
 pub static RELAY_CONNECTS: HashMap<u64, Endpoint> =
     HashMap::with_max_entries(MAX_RELAY_PEERS, BPF_F_NO_PREALLOC);
@@ -63,8 +81,10 @@ pub static LOOPBACK_NAMES: SkStorage<Endpoint> = SkStorage::new();
 /// The redirect that a container's socket used. It lives as long as that socket.
 #[btf_map]
 pub static ORIGINAL_DST: SkStorage<Redirect> = SkStorage::new();
+/// Counters of outcomes, per CPU, by [`Counter`]. Every program counts.
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);
+/// Events of listeners, for the daemon. `register` and `announce` write them.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 

@@ -61,7 +61,7 @@ impl Lookups for Maps<'_> {
 
     #[inline(always)]
     fn is_listed(&self) -> bool {
-        SOURCES.get_ptr(SourceKey { rule: self.key, source: self.source }).is_some()
+        SOURCES.get_ptr(SourceKey { entry: self.key, source: self.source }).is_some()
     }
 
     #[inline(always)]

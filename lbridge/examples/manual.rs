@@ -197,7 +197,7 @@ fn configuration_page(folder: &Path) -> io::Result<()> {
     roff.text([italic(FILES[0].0)]);
     paragraphs(&mut roff, "DESCRIPTION", &DESCRIPTION);
     keys(&mut roff, "SETTINGS", SETTINGS);
-    keys(&mut roff, "ENTRIES", RULE);
+    keys(&mut roff, "RULES", RULE);
     paragraphs(&mut roff, "LABELS", &[LABELS_TEXT]);
     for (name, text) in LABELS {
         tagged(&mut roff, vec![bold(name)], text);

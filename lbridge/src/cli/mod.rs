@@ -95,7 +95,8 @@ enum Command {
     Reload(OutputArgs),
     /// Check a configuration file; needs no daemon
     CheckConfig(check_config::CheckConfigArgs),
-    /// Redirect, and see that each rule is open to whom it should be and to nobody else; as root
+    /// Dial, and see that each rule is open to whom it should be and to nobody else; as root
+    ///
     /// Makes throw-away network namespaces on the bridges, and one that stands for the LAN, and dials from
     /// there. Services see connections that are closed at once; nothing else is sent, and nothing is left
     /// behind. Exit status 0 if everything was as it should be, 1 if not, or if something could not be tried.

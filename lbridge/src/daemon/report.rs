@@ -285,7 +285,7 @@ fn told(outcome: &Outcome) -> Vec<ReasonStatus> {
 
 /// Lists the addresses in `known` that may use an entry which is not for all.
 fn sources(known: &BTreeSet<SourceKey>, entry: &Entry) -> BTreeSet<IpAddr> {
-    let of_words = |words| SourceKey { rule: entry.key, source: Address(words) };
+    let of_words = |words| SourceKey { entry: entry.key, source: Address(words) };
     let of_entry = known.range(of_words([0; 4])..=of_words([u32::MAX; 4]));
     of_entry.map(|key| key.source.into()).collect()
 }

@@ -3,7 +3,7 @@
 //! ended. So it leaves the list at once, whatever the loop is doing: a firewall tool that hangs, a slow disk
 //! or a command must not keep it there.
 //!
-//! The gate compares desired with actual state. The loop says which containers each address is meant for
+//! The gate compares grants with the engine's view. The loop says which containers each address is meant for
 //! ([`SourceGate::want`]); the engine's view says which container has the address. At every change of either,
 //! a thread of the gate's own removes the addresses that the view contradicts. Such an address cannot be
 //! added, either: the loop may still be carrying out a plan made from an older view.
@@ -192,7 +192,7 @@ impl State {
         for key in contradicted {
             match self.map.remove(&key) {
                 Ok(()) => {
-                    let (source, port) = (IpAddr::from(key.source), key.rule.port);
+                    let (source, port) = (IpAddr::from(key.source), key.entry.port);
                     tracing::debug!(%source, port, "revoked: its container has left");
                     self.wanted.entry(key).and_modify(|source| source.revoked = true);
                 }
@@ -369,7 +369,7 @@ mod tests {
         let grants = containers.iter().map(grant).collect();
         let gateway = "172.18.0.1".parse::<IpAddr>().unwrap().into();
         let rule = EntryKey { gateway, ifindex: 7, port: 80, protocol: TCP.into() };
-        let key = SourceKey { rule, source: ip.parse::<IpAddr>().unwrap().into() };
+        let key = SourceKey { entry: rule, source: ip.parse::<IpAddr>().unwrap().into() };
         Holders::new(view, ended).any(&key, &grants)
     }
 

@@ -18,7 +18,7 @@ const LONGEST: u64 = 1 << 20;
 /// Lists the configured addresses. Reads the command line of root's dockerd that shares this process's
 /// network and pid namespaces, and the configuration file that it names. Without such a dockerd, reads the
 /// configuration at its usual place.
-pub(super) fn told() -> Vec<IpAddr> {
+pub(super) fn configured_addresses() -> Vec<IpAddr> {
     let arguments = command_line().unwrap_or_default();
     let file = values(&arguments, CONFIGURATION_FLAG).pop().map(PathBuf::from);
     let mut told = addresses(values(&arguments, FLAG).iter().map(String::as_str));

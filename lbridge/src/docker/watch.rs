@@ -80,7 +80,7 @@ impl Watcher {
             containers: last_seen.collect(),
             container_names: vec![],
             labelled: labelled.unwrap_or_default(),
-            host_gateways: host_gateway::told(),
+            host_gateways: host_gateway::configured_addresses(),
         };
         let (sender, view) = watch::channel(unknown);
         let (wanted, names) = watch::channel(containers);
@@ -201,7 +201,7 @@ async fn session(
         EngineKind::Podman => RELIST_PODMAN,
     };
     // Read now, since the engine has just begun to answer: it reads its configuration when it starts.
-    let host_gateways = host_gateway::told();
+    let host_gateways = host_gateway::configured_addresses();
     let mut waiting: Option<oneshot::Sender<()>> = None;
     let mut ended = Ended::default();
     let mut again = relist;

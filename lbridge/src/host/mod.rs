@@ -1,4 +1,4 @@
-//! Host: reads the host's actual state from netlink, /proc and pidfds. Covers interfaces and their addresses,
+//! Host: observes the host from netlink, /proc and pidfds. Covers interfaces and their addresses,
 //! guests on bridges, listening sockets, network namespaces, processes and users. Also makes throw-away
 //! neighbours of the host to test reachability from, and opens paths that other users cannot redirect. The
 //! only module that uses the netlink crates, except for the firewall's wake-ups and conntrack. Imports

@@ -44,7 +44,7 @@ pub(super) struct LinkInfo {
     pub(super) program: u32,
     /// Place that the link is attached to.
     pub(super) place: AttachTarget,
-    /// Hook of the link (`bpf_attach_type`); `None` for [`Place::Elsewhere`].
+    /// Hook of the link (`bpf_attach_type`); `None` for [`AttachTarget::Elsewhere`].
     pub(super) hook: Option<u32>,
 }
 

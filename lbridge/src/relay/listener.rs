@@ -44,7 +44,7 @@ pub(super) enum Mode {
     Closing,
 }
 
-/// The desired state of a relay.
+/// A relay's specification, and its rule's counters.
 #[derive(Debug)]
 pub(super) struct RelayConfig {
     pub(super) spec: RelaySpec,

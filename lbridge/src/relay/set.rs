@@ -1,5 +1,5 @@
 //! Relay set: opens, changes and closes the relays of this process. A single owner changes it: the executor,
-//! or the foreground.
+//! or the sandbox relay.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

@@ -95,7 +95,7 @@ pub(super) enum Attempt {
         /// The address that they go to.
         to: SocketAddr,
     },
-    /// Redirect the localhost of a namespace through an interface other than its loopback. Asked like
+    /// Dial the localhost of a namespace through an interface other than its loopback. Asked like
     /// [`Attempt::Borrow`].
     Wire {
         /// The namespace that has the localhost address.

@@ -1,5 +1,6 @@
 //! Clients and servers that people use, over the relay: what they said must arrive, and how they ended must
 //! show.
+//!
 //! Every test has a container dial the gateway, and a service on the host's 127.0.0.1 behind a rule, most of
 //! them with `--path relay`.
 

@@ -3,6 +3,7 @@
 //! be the same.
 //!
 //! Two kinds of script:
+//!
 //! - *Awaited*: the next step comes when the other side has seen the last one. Then a plain connection has
 //!   one outcome only, and the relay must have that one: the bytes, the end of each stream, and whether a
 //!   side is told that its connection is dead.

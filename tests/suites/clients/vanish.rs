@@ -1,4 +1,5 @@
 //! Containers that vanish in the middle of a transfer.
+//!
 //! What the service can see of that: a container whose processes are killed still has a kernel, which ends
 //! each socket with a FIN, or with a RST where bytes were unread. A link that is removed says nothing. The
 //! host's kernel finds out by bytes that are not acknowledged (`tcp_retries2`: a quarter of an hour by

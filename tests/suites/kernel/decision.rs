@@ -215,7 +215,7 @@ impl Stage {
             };
             maps.actual.kernel.entries.insert(key, value);
             if case.listed {
-                maps.actual.kernel.sources.insert(SourceKey { rule: key, source });
+                maps.actual.kernel.sources.insert(SourceKey { entry: key, source });
             }
             if case.relay {
                 maps.actual.relay_sockets.insert(key);
@@ -368,7 +368,7 @@ impl Lookups for Maps {
     }
 
     fn is_listed(&self) -> bool {
-        let key = |entry: wire::Entry| SourceKey { rule: entry.key, source: self.source };
+        let key = |entry: wire::Entry| SourceKey { entry: entry.key, source: self.source };
         self.entry.is_some_and(|entry| self.actual.kernel.sources.contains(&key(entry)))
     }
 

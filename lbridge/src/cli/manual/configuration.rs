@@ -102,7 +102,7 @@ pub const SETTINGS: &[Key] = &[
         name: "rule",
         value: "an array of tables, written [[rule]] once for each rule",
         default: Some("none"),
-        text: "A rule, or several for the same network that differ in the port alone; see ENTRIES for its \
+        text: "A rule, or several for the same network that differ in the port alone; see RULES for its \
                keys.",
         on_reload: "",
         example: "[[rule]]\nnetwork = \"app_net\"\nport = 5432\n\n[[rule]]\nnetwork = \"bridge:virbr0\"\n\

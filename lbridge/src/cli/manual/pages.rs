@@ -7,7 +7,7 @@ use super::{
 use crate::cli::Exit;
 
 /// Of commands that change or look up rules.
-const ENTRIES: &[Exit] = &[Exit::Done, Exit::Failed, Exit::Usage, Exit::NoDaemon, Exit::Rule];
+const RULE_COMMANDS: &[Exit] = &[Exit::Done, Exit::Failed, Exit::Usage, Exit::NoDaemon, Exit::Rule];
 /// Of commands that only ask the daemon.
 const DAEMON: &[Exit] = &[Exit::Done, Exit::Failed, Exit::Usage, Exit::NoDaemon];
 /// Of commands that need no daemon.
@@ -41,7 +41,7 @@ pub const PAGES: &[Page] = &[
                 lines: &["# lbridge deny app_net 5432", "app_net 5432: denied; open connections go on"],
             },
         ],
-        exits: ENTRIES,
+        exits: RULE_COMMANDS,
         exit_note: "",
         has_states: true,
         files: &[CONFIG_FILE, RULES_FILE, SOCKET, PINS, DOCUMENTATION],
@@ -127,7 +127,7 @@ pub const PAGES: &[Page] = &[
                 ],
             },
         ],
-        exits: ENTRIES,
+        exits: RULE_COMMANDS,
         exit_note: "A rule that exists already with other options is a conflict: deny it first. Only its \
                     comment can be changed.",
         has_states: true,
@@ -152,7 +152,7 @@ pub const PAGES: &[Page] = &[
                 lines: &["# lbridge deny app_net 8000-8010 53/udp"],
             },
         ],
-        exits: ENTRIES,
+        exits: RULE_COMMANDS,
         exit_note: "A rule of lbridge.toml is removed there, and denying it is a conflict.",
         has_states: false,
         files: &[RULES_FILE, SOCKET],
@@ -247,7 +247,7 @@ pub const PAGES: &[Page] = &[
                 lines: &["# lbridge check-config && systemctl reload lbridge"],
             },
         ],
-        exits: ENTRIES,
+        exits: RULE_COMMANDS,
         exit_note: "An invalid file is rejected, and the previous configuration stays active: status 1, or 4 \
                     if the file contradicts a rule that lbridge allow made.",
         has_states: false,
@@ -286,7 +286,7 @@ pub const PAGES: &[Page] = &[
         description: &[],
         examples: &[
             Example {
-                purpose: "Redirect one rule's port from its network, and from where it is closed",
+                purpose: "Test one rule's port from its network, and from where it is closed",
                 lines: &[
                     "# lbridge verify app_net 5432",
                     "...",
@@ -298,7 +298,7 @@ pub const PAGES: &[Page] = &[
                 lines: &["# lbridge verify --json > report.json"],
             },
         ],
-        exits: ENTRIES,
+        exits: RULE_COMMANDS,
         exit_note: "Status 1 also means that a check failed or could not be made.",
         has_states: false,
         files: &[SOCKET],
@@ -364,7 +364,7 @@ pub const PAGES: &[Page] = &[
                 ],
             },
         ],
-        exits: ENTRIES,
+        exits: RULE_COMMANDS,
         exit_note: "",
         has_states: false,
         files: &[

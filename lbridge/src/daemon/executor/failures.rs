@@ -49,7 +49,7 @@ impl Failures {
             // new plan.
             Step::AddSource(_) if error.is::<Contradicted>() => tracing::debug!("{text}"),
             Step::OpenRelay(key, _) => drop(self.relays.insert(key.clone(), text)),
-            Step::PutEntry(key, _) | Step::AddSource(SourceKey { rule: key, .. }) => {
+            Step::PutEntry(key, _) | Step::AddSource(SourceKey { entry: key, .. }) => {
                 drop(self.entries.insert(*key, text));
             }
             Step::ForgetFlows(keys) => self.flows.extend(keys.iter().map(|key| (*key, text.clone()))),

@@ -140,7 +140,7 @@ impl Reconciler {
                 _ = wakes.recv(), if !woken => woken = true,
                 () = docker_changed(&mut self.docker), if !urgent => {
                     woken = true;
-                    urgent = self.names_sources();
+                    urgent = self.has_from_rules();
                 }
                 () = self.manager.next_beat() => {}
                 happened = listener_changed(&mut events), if !woken => {
@@ -195,7 +195,7 @@ impl Reconciler {
         // Changes that the kernel does not report must reach subscribers in time, too.
         let followed = self.journal.has_subscribers();
         // While the engine is away, nobody reports whether the containers that rules are for still run.
-        let unsure = self.names_sources()
+        let unsure = self.has_from_rules()
             && !matches!(self.docker_status(), DockerStatus::Reachable { .. } | DockerStatus::Off);
         let udp = wants_udp(rules);
         let moving = blind || unix || inside || relaying || udp || followed || unsure;
@@ -208,7 +208,7 @@ impl Reconciler {
     }
 
     /// Returns true if a rule is for only some containers of its network, as the rules of labels are.
-    fn names_sources(&self) -> bool {
+    fn has_from_rules(&self) -> bool {
         self.rules().iter().any(|(_, rule, _)| !rule.options.from.is_empty())
     }
 

@@ -227,7 +227,7 @@ impl Explainer<'_> {
             (key.gateway, key.port, key.protocol) == (dialled.ip().into(), dialled.port(), protocol)
                 && [0, bridge.index].contains(&key.ifindex)
         };
-        let listed = actual.kernel.sources.iter().filter(|key| here(&key.rule));
+        let listed = actual.kernel.sources.iter().filter(|key| here(&key.entry));
         listed.map(|key| key.source.into()).collect()
     }
 
@@ -305,7 +305,7 @@ impl Lookups for Maps<'_> {
     }
 
     fn is_listed(&self) -> bool {
-        let key = |entry: &Entry| SourceKey { rule: entry.key, source: self.source };
+        let key = |entry: &Entry| SourceKey { entry: entry.key, source: self.source };
         self.entry.is_some_and(|entry| self.actual.kernel.sources.contains(&key(entry)))
     }
 

@@ -3,8 +3,8 @@
 //! this question.
 //!
 //! A connection's path through the files: `rule` and, on a bridge, `bridge` (network, firewall) -> `kernel`
-//! (entry, listener) -> `passed` (relay, host); in a namespace `namespace` -> `passed`. `render` has the names
-//! of things.
+//! (entry, listener) -> `passed` (relay, host); in a namespace `namespace` -> `passed`. `render` has the
+//! names of things.
 
 mod bridge;
 mod kernel;

@@ -87,7 +87,7 @@ fn sources_of_others<'a>(
     desired: &'a KernelState,
     actual: &'a KernelState,
 ) -> impl Iterator<Item = SourceKey> + 'a {
-    let stays = |key: &&SourceKey| desired.entries.get(&key.rule).is_some_and(|it| it.has(Entry::LISTED));
+    let stays = |key: &&SourceKey| desired.entries.get(&key.entry).is_some_and(|it| it.has(Entry::LISTED));
     actual.sources.difference(&desired.sources).filter(stays).copied()
 }
 

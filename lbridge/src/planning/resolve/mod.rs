@@ -264,7 +264,7 @@ impl Resolver<'_> {
             self.desired
                 .kernel
                 .sources
-                .extend(listed.iter().map(|source| SourceKey { rule: key, source: *source }));
+                .extend(listed.iter().map(|source| SourceKey { entry: key, source: *source }));
             served = listed.into_iter().map(|ip| (ip, Address([u32::MAX; 4]))).collect();
         }
         let (Subnet { base: subnet, mask }, Endpoint { address: target, port: target_port, .. }) =
@@ -318,7 +318,8 @@ impl Resolver<'_> {
                 if let Some((entry_key, subnet)) = kernel {
                     self.put_entry(entry_key, subnet, &clients, NOBODY, Entry::RELAYED);
                 }
-                // Without hooks a relay shows an address of its own instead, see `relay::stand_in`.
+                // Without hooks a relay shows an address of its own instead, see
+                // `desired::stand_in_for_container`.
                 self.desired.kernel.hooks[HookSet::Names] |= rule.options.source == Source::Container
                     && matches!(service, Service::Tcp(_))
                     && self.features.hooks[HookSet::Names].is_ok();

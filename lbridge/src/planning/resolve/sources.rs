@@ -30,7 +30,9 @@ pub(super) struct Sources {
 impl Sources {
     /// Returns the grants of the addresses that may use the entry of this key.
     pub(super) fn grants(&self, rule: EntryKey) -> impl Iterator<Item = (SourceKey, Grant)> {
-        self.grants.iter().map(move |(ip, grant)| (SourceKey { rule, source: (*ip).into() }, grant.clone()))
+        self.grants
+            .iter()
+            .map(move |(ip, grant)| (SourceKey { entry: rule, source: (*ip).into() }, grant.clone()))
     }
 
     /// Adds the containers that are served, and those that are missing, to the outcome. If no container is

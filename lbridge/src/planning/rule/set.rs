@@ -6,7 +6,8 @@ use lbridge_common::wire;
 
 use super::{DatapathChoice, Network, Origin, Rule, RuleError, RuleId, Source, Target};
 
-/// All rules: the desired state. Ordered, so that everything derived from them is deterministic.
+/// All rules, from which the desired state is resolved. Ordered, so that everything derived from them is
+/// deterministic.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules(BTreeMap<RuleId, (Rule, Origin)>);
 

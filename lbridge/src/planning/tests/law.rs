@@ -244,7 +244,8 @@ proptest! {
                         Clients::Listed(listed) => listed.iter().any(|ip| takes(*ip)),
                         Clients::Inside(_) => false,
                     };
-                    matches!(k.place, BindScope::Bridge { ifindex, .. } if [0, ifindex].contains(&entry.ifindex))
+                    let meets = |ifindex| [0, ifindex].contains(&entry.ifindex);
+                    matches!(k.place, BindScope::Bridge { ifindex, .. } if meets(ifindex))
                         && Address::from(k.address.ip()) == entry.gateway
                         && k.address.port() == entry.port
                         && of_network

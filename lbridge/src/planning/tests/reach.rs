@@ -1,5 +1,5 @@
-//! that reach further than a network's gateway by or less far: some containers of it, their localhost, what
-//! they call the host, UDP.
+//! Rules that reach further than a network's gateway, or less far: some containers of it, their localhost,
+//! what they call the host, UDP.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -36,7 +36,7 @@ fn a_rule_for_some_containers_lists_their_addresses() {
     let desired = host.desired();
     let (key, entry) = desired.kernel.entries.first_key_value().unwrap();
     assert_eq!(entry.flags, Entry::LISTED);
-    let source = |ip: &str| SourceKey { rule: *key, source: ip.parse::<IpAddr>().unwrap().into() };
+    let source = |ip: &str| SourceKey { entry: *key, source: ip.parse::<IpAddr>().unwrap().into() };
     assert_eq!(desired.kernel.sources, [source("172.18.0.2"), source("172.18.0.3")].into());
 
     let relayed = from(crowd(), &["web"], Source::Container, DatapathChoice::Relay);
@@ -46,7 +46,7 @@ fn a_rule_for_some_containers_lists_their_addresses() {
     assert_eq!(*clients, Clients::Listed(["172.18.0.2".parse().unwrap()].into()));
     let (key, entry) = desired.kernel.entries.first_key_value().unwrap();
     assert_eq!(entry.flags, Entry::LISTED | Entry::RELAYED);
-    assert_eq!(desired.kernel.sources, [SourceKey { rule: *key, ..source("172.18.0.2") }].into());
+    assert_eq!(desired.kernel.sources, [SourceKey { entry: *key, ..source("172.18.0.2") }].into());
 }
 
 #[test]
