@@ -103,7 +103,11 @@ impl ControlSocket {
             match chown(path, None, Some(group.gid)) {
                 Ok(()) => fs::set_permissions(path, fs::Permissions::from_mode(0o660))?,
                 // A service manager that withholds the privilege may set the group itself; the unit does.
-                Err(Errno::EPERM) => tracing::debug!("{} is not given to {GROUP}", path.display()),
+                Err(Errno::EPERM) => tracing::debug!(
+                    path = %path.display(),
+                    group = GROUP,
+                    "control socket not given to the group: no privilege to do so"
+                ),
                 Err(error) => bail!("cannot give {} to {GROUP}: {error}", path.display()),
             }
         }

@@ -158,7 +158,7 @@ async fn follow(
                     EngineStatus::Reachable { engine, .. } => *engine,
                     EngineStatus::Unknown | EngineStatus::Away { .. } => EngineKind::default(),
                 };
-                tracing::warn!("{engine} is away: {error}; rules in force stay in force");
+                tracing::warn!(%engine, error, "engine does not answer; rules in force stay in force");
                 *presence = EngineStatus::Away { engine, since: Timestamp::now(), error };
                 true
             }
@@ -235,7 +235,7 @@ async fn session(
         view.send_if_modified(|view| {
             let presence = EngineStatus::Reachable { engine: *product, version: version.clone() };
             if view.presence != presence {
-                tracing::info!("{product} {version} answers");
+                tracing::info!(engine = %product, version, "engine answers");
             }
             let host_gateways = host_gateways.clone();
             let now = View { presence, networks, containers, container_names, labelled, host_gateways };

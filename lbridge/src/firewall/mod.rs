@@ -163,8 +163,9 @@ impl Firewall {
         // A kernel that has no nf_tables yet may get it later.
         if let (None, Some(wake)) = (&self.changes, &self.wake) {
             let followed = Changes::follow(wake.clone());
-            let followed = followed
-                .inspect_err(|error| tracing::debug!("changes of the firewall are not told: {error}"));
+            let followed = followed.inspect_err(
+                |error| tracing::debug!(%error, "could not follow changes of the firewall; polling"),
+            );
             self.changes = followed.ok();
         }
         let (ruleset, problems) = Ruleset::read(&self.openings).await;
@@ -262,7 +263,7 @@ impl Firewall {
         };
         put.with_context(|| format!("cannot let {opening} through"))?;
         self.seen.probe_results.remove(opening);
-        tracing::info!("firewall: accepts {opening}, which {chain} denied");
+        log_accept_rule(chain, opening, "accept rule added: the firewall dropped what it lets in");
         self.read().await;
         Ok(())
     }
@@ -270,10 +271,15 @@ impl Firewall {
     /// Removes every copy of an accept rule from a chain.
     pub async fn remove_accept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         remove(chain, opening).await?;
-        tracing::info!("firewall: the accept rule for {opening} is removed from {chain}");
+        log_accept_rule(chain, opening, "accept rule removed");
         self.read().await;
         Ok(())
     }
+}
+
+fn log_accept_rule(chain: &Chain, opening: &Opening, message: &str) {
+    let Opening { interface, gateway, sources, protocol, port } = opening;
+    tracing::info!(interface, %gateway, port, protocol = protocol.name(), %sources, %chain, "{message}");
 }
 
 async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {

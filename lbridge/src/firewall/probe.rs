@@ -67,7 +67,7 @@ pub(super) async fn bridge(
     for ((gateway, prefix), openings) in gateways {
         let dialled: Dialled = openings.iter().map(|opening| (opening.gateway, opening.port)).collect();
         let answered = from_bridge(ifindex, gateway, prefix, dialled, arrivals).await;
-        let answered = answered.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
+        let answered = answered.inspect_err(|error| log_failed(gateway, error));
         probe_results.extend(openings.into_iter().map(|opening| {
             let passage = match &answered {
                 Ok(answered) if answered.contains(&(opening.gateway, opening.port)) => ProbeResult::Open,
@@ -78,6 +78,10 @@ pub(super) async fn bridge(
         }));
     }
     probe_results
+}
+
+fn log_failed(gateway: IpAddr, error: &anyhow::Error) {
+    tracing::debug!(%gateway, error = format!("{error:#}"), "could not probe the firewall");
 }
 
 /// Probes openings of UDP; without `arrivals` the result is [`ProbeResult::Unknown`].
@@ -119,7 +123,7 @@ pub(super) async fn datagrams(
             }
             anyhow::Ok(())
         };
-        let sent = sent.await.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
+        let sent = sent.await.inspect_err(|error| log_failed(gateway, error));
         for opening in openings {
             let passage = match &sent {
                 _ if arrivals.any(opening, link) => ProbeResult::Open,

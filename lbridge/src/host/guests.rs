@@ -186,7 +186,11 @@ impl BridgePorts {
                 continue;
             }
             if let Err(error) = self.learn(&path, missing) {
-                tracing::debug!("{}: {error:#}", path.display());
+                tracing::debug!(
+                    path = %path.display(),
+                    error = format!("{error:#}"),
+                    "could not look at a network namespace"
+                );
             }
         }
     }

@@ -118,7 +118,7 @@ impl Pins {
             fs::rename(pin.path(), &new)
                 .with_context(|| format!("cannot move {} to {}", pin.path().display(), new.display()))?;
         }
-        tracing::info!("adopted the pins of {}", old.display());
+        tracing::info!(path = %old.display(), "adopted the pins of another version");
         Ok(())
     }
 
@@ -190,8 +190,9 @@ impl Pins {
             };
             if found.as_ref() != Some(wanted) {
                 tracing::warn!(
-                    "{} is not a map of this lbridge ({found:?}); everything is set up anew",
-                    path.display()
+                    path = %path.display(),
+                    found = ?found,
+                    "pinned map has another layout; setting everything up anew"
                 );
                 return self.clear();
             }
@@ -209,7 +210,7 @@ impl Pins {
     pub(super) fn remove_other_versions(&self) -> anyhow::Result<()> {
         for (version, path) in versions(&self.root)? {
             if version != ABI_VERSION {
-                tracing::info!("removing {}, pinned by another version", path.display());
+                tracing::info!(path = %path.display(), "removing the pins of another version");
                 remove_version(&self.root, &path)?;
             }
         }
@@ -403,7 +404,7 @@ fn detach_link(path: &Path) {
         return;
     }
     if let Err(error) = Link::pinned(path).and_then(|link| link.detach()) {
-        tracing::debug!("{} is left to its closing: {error}", path.display());
+        tracing::debug!(path = %path.display(), %error, "could not detach a link; it ends when it is closed");
     }
 }
 

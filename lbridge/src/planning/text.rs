@@ -94,7 +94,8 @@ mod tests {
 
     #[test]
     fn values_are_quoted_only_if_they_must_be_and_escaped_once() {
-        for plain in ["bridge:lab0", "172.18.0.1:80/tcp", "[::1]:80", "/run/netns/a", "a,b", "grün", "it's"] {
+        for plain in ["bridge:lab0", "172.18.0.1:80/tcp", "[::1]:80", "/run/netns/a", "a,b", "grün", "it's"]
+        {
             assert_eq!(field_value(plain), plain);
         }
         assert_eq!(field_value(""), r#""""#);

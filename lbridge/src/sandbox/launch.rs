@@ -129,9 +129,9 @@ pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     tree.let_go(None);
     if let Some(powerless) = tree.powerless.take().filter(|_| !status.success()) {
         tracing::warn!(
-            "{} ran without the privileges of its file, as all that is traced does; if the command failed \
-             for that, start the sandbox without lbridge and use --pid",
-            powerless.display()
+            program = %powerless.display(),
+            "program was traced, so it ran without its file's privileges; if it needs them, start the \
+             sandbox without lbridge and use --pid"
         );
     }
     Ok(Started::Ended(status))
@@ -144,8 +144,7 @@ fn warn_if_late() -> mpsc::Sender<()> {
     thread::spawn(move || {
         if wait.recv_timeout(START_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
             tracing::warn!(
-                "the command has made no network namespace of its own yet, so it is in the host's; is \
-                 --unshare-net missing?"
+                "command has made no network namespace yet and runs in the host's; is --unshare-net missing?"
             );
         }
     });
@@ -182,7 +181,10 @@ impl Held {
         if !left.is_empty() {
             // A process that sleeps in the kernel, or the dead first thread of one.
             let left: Vec<_> = left.iter().map(ToString::to_string).collect();
-            tracing::warn!("still traced, since they do not stop: {}", left.join(", "));
+            tracing::warn!(
+                pids = left.join(","),
+                "could not detach from processes that do not stop; they stay traced"
+            );
         }
         let Tree { command, handle, passing, ended, .. } = &mut *self.tree;
         let passing = passing.take().context("signals are not passed on")?;

@@ -144,7 +144,7 @@ impl Store {
             }
             Ok(_) => vec![],
             Err(error) => {
-                tracing::warn!("the list of networks last seen is of no use: {error:#}");
+                log_unreadable("networks", &error);
                 vec![]
             }
         }
@@ -163,7 +163,7 @@ impl Store {
             Ok(Some(file)) if file.version == VERSION => file.containers,
             Ok(_) => vec![],
             Err(error) => {
-                tracing::warn!("the list of containers last seen is of no use: {error:#}");
+                log_unreadable("containers", &error);
                 vec![]
             }
         }
@@ -180,7 +180,7 @@ impl Store {
             Ok(Some(file)) if file.version == VERSION => file.labelled,
             Ok(_) => vec![],
             Err(error) => {
-                tracing::warn!("the list of labels last seen is of no use: {error:#}");
+                log_unreadable("labels", &error);
                 vec![]
             }
         }
@@ -214,6 +214,14 @@ impl Store {
 fn boot() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id");
     id.map(|id| id.trim().to_owned()).unwrap_or_default()
+}
+
+fn log_unreadable(what: &str, error: &anyhow::Error) {
+    tracing::warn!(
+        what,
+        error = format!("{error:#}"),
+        "could not read the last seen state; starting without it"
+    );
 }
 
 fn read_toml<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {

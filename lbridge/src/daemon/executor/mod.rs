@@ -260,7 +260,7 @@ impl Executor {
             .collect();
         let mut taker = SocketFdTaker::default();
         for step in steps {
-            tracing::debug!(?step);
+            tracing::debug!(%step, "carrying out a step");
             if let Err(error) = self.step(step, &mut taker, &wanted, &failures).await {
                 failures.add(step, &error);
             }
@@ -282,7 +282,7 @@ impl Executor {
         match step {
             Step::ForgetFlows(keys) => {
                 let forgotten = conntrack::forget(keys);
-                return forgotten.context("conntrack could not forget flows that accept rules let in");
+                return forgotten.with_context(|| format!("failed to {step}"));
             }
             Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {
@@ -336,7 +336,7 @@ impl Executor {
             | Step::ForgetFlows(_)
             | Step::Probe(_) => Ok(()),
         }
-        .with_context(|| format!("{step:?}"))
+        .with_context(|| format!("failed to {step}"))
     }
 
     /// Probes whether the firewall lets these openings through.
@@ -371,7 +371,11 @@ impl relay::PeerNames for RelayNames {
 
     fn withdraw(&self, cookie: u64) {
         if let Err(error) = self.remove_connect(cookie) {
-            tracing::warn!("{error:#}");
+            tracing::warn!(
+                cookie,
+                error = format!("{error:#}"),
+                "could not withdraw the name of a relayed connection"
+            );
         }
     }
 }

@@ -144,7 +144,7 @@ impl Namespace {
                 let watched = unsafe { AsyncFd::register(process) };
                 let ended = async { watched.map_err(io::Error::from)?.readable().await.map(drop) };
                 if let Err(error) = ended.await {
-                    tracing::error!("a process cannot be watched, its relay ends: {error}");
+                    tracing::error!(netns = key.id.inode, %error, "could not watch a process; its relay closes");
                 }
             }
             (None, NetnsRef::Path(path)) => {

@@ -131,7 +131,7 @@ impl Scratch {
         host.up(scratch.link.index).await.context("cannot bring up a veth")?;
         scratch.route_via(hosts.into()).await?;
         if let Err(error) = both {
-            tracing::debug!("a neighbour without IPv6: {error:#}");
+            tracing::debug!(error = format!("{error:#}"), "probing namespace has no IPv6");
         } else {
             scratch.route_via(hosts6.into()).await?;
         }
@@ -290,8 +290,11 @@ impl Drop for Link {
         link.attributes.push(LinkAttribute::IfName(self.name.clone()));
         // Not on the tokio runtime, which may be gone.
         if let Err(error) = request(RouteNetlinkMessage::DelLink(link)) {
-            // The kernel removes it a little later, together with the namespace.
-            tracing::debug!("cannot remove a veth: {error:#}");
+            tracing::debug!(
+                interface = self.name,
+                error = format!("{error:#}"),
+                "could not remove a veth; the kernel does with its namespace"
+            );
         }
         for (interface, ip) in &self.known_as {
             // The host may have no such entry.

@@ -1,10 +1,14 @@
 //! Step: one change to the kernel, the relays or the firewall.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use lbridge_common::wire::{
-    AcceptedKey, Entry, EntryKey, ListenerKey, NameOverride, OverrideKey, Redirect, RedirectKey, ReplySource,
-    ReplySourceKey, SourceKey, TargetKey, UDP,
+    AcceptedKey, Address, Endpoint, Entry, EntryKey, ListenerKey, NameOverride, OverrideKey, Redirect,
+    RedirectKey, ReplySource, ReplySourceKey, SourceKey, TargetKey, UDP,
 };
 
 use crate::planning::{
@@ -87,6 +91,114 @@ pub enum Step {
     },
     /// Try whether the firewall lets packets through these openings.
     Probe(BTreeMap<Opening, Link>),
+}
+
+/// Writes what the step does to what, as in "failed to put the entry 172.18.0.1:80/tcp on interface 7".
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Attach => f.write_str("attach the programs"),
+            Self::AddTarget(key) => {
+                write!(f, "watch listeners on {}", port(key.address, key.port, key.protocol))
+            }
+            Self::RemoveTarget(key) => {
+                write!(f, "stop watching listeners on {}", port(key.address, key.port, key.protocol))
+            }
+            Self::AttachHooks(set) => write!(f, "attach the {} hooks", hooks(*set)),
+            Self::DetachHooks(set) => write!(f, "detach the {} hooks", hooks(*set)),
+            Self::PutOverride((key, _), _) => {
+                write!(f, "put the name override for {}", endpoint(&key.gateway))
+            }
+            Self::RemoveOverride((key, _)) => {
+                write!(f, "remove the name override for {}", endpoint(&key.gateway))
+            }
+            Self::PutReplySource((key, _), reply) => {
+                let gateway = IpAddr::from(reply.gateway);
+                write!(f, "set the reply source of {}/udp to {gateway}", endpoint(&key.service))
+            }
+            Self::RemoveReplySource((key, _)) => {
+                write!(f, "remove the reply source of {}/udp", endpoint(&key.service))
+            }
+            Self::Register { key, inode } => {
+                let listener = port(key.address, key.port, key.protocol.into());
+                write!(f, "register the listener {listener} (inode {inode})")
+            }
+            Self::Unregister(key) => {
+                write!(f, "unregister the listener {}", port(key.address, key.port, key.protocol.into()))
+            }
+            Self::OpenRelay(key, _) => {
+                write!(f, "open the relay {} on {}", key.address, key.place.interface())
+            }
+            Self::CloseRelay { key, .. } => {
+                write!(f, "close the relay {} on {}", key.address, key.place.interface())
+            }
+            Self::AddSource(key) => {
+                write!(f, "let {} use the entry {}", IpAddr::from(key.source), entry(&key.rule))
+            }
+            Self::RemoveSource(key) => {
+                write!(f, "revoke the use of the entry {} by {}", entry(&key.rule), IpAddr::from(key.source))
+            }
+            Self::AddAccepted(key) => write!(f, "refuse other traffic to {}", accepted(key)),
+            Self::RemoveAccepted(key) => write!(f, "stop refusing other traffic to {}", accepted(key)),
+            Self::ForgetFlows(keys) => {
+                let keys: Vec<_> = keys.iter().map(accepted).collect();
+                write!(f, "have conntrack forget the flows to {}", keys.join(", "))
+            }
+            Self::PutEntry(key, _) => write!(f, "put the entry {}", entry(key)),
+            Self::RemoveEntry(key) => write!(f, "remove the entry {}", entry(key)),
+            Self::PutRedirect(key, redirect) => {
+                write!(f, "redirect {} to {}", redirected(key), endpoint(&redirect.gateway))
+            }
+            Self::RemoveRedirect(key) => write!(f, "remove the redirect of {}", redirected(key)),
+            Self::Accept { chain, opening } => {
+                write!(f, "put the accept rule for {opening} into {chain}")
+            }
+            Self::RemoveAccept { chain, opening } => {
+                write!(f, "remove the accept rule for {opening} from {chain}")
+            }
+            Self::Probe(openings) => {
+                let openings: Vec<_> = openings.keys().map(ToString::to_string).collect();
+                write!(f, "probe the firewall for {}", openings.join(", "))
+            }
+        }
+    }
+}
+
+fn port(address: Address, port: u16, protocol: u16) -> String {
+    let protocol = if protocol == u16::from(UDP) { "udp" } else { "tcp" };
+    format!("{}/{protocol}", SocketAddr::new(address.into(), port))
+}
+
+fn endpoint(endpoint: &Endpoint) -> SocketAddr {
+    SocketAddr::new(endpoint.address.into(), endpoint.port)
+}
+
+fn entry(key: &EntryKey) -> String {
+    let EntryKey { gateway, ifindex, port: dialled, protocol } = *key;
+    format!("{} on interface {ifindex}", port(gateway, dialled, protocol))
+}
+
+fn redirected(key: &RedirectKey) -> String {
+    let RedirectKey { address, ifindex, port: dialled, protocol, netns } = *key;
+    let dialled = port(address, dialled, protocol);
+    match netns {
+        0 => format!("{dialled} on interface {ifindex}"),
+        netns => format!("{dialled} on interface {ifindex} in the namespace with cookie {netns}"),
+    }
+}
+
+fn accepted((key, bits): &(AcceptedKey, u32)) -> String {
+    let (dialled, source) = (port(key.gateway, key.port, key.protocol), IpAddr::from(key.source));
+    let prefix = bits.saturating_sub(AcceptedKey::BITS - if source.is_ipv4() { 32 } else { 128 });
+    format!("{dialled} from {source}/{prefix}")
+}
+
+fn hooks(set: HookSet) -> &'static str {
+    match set {
+        HookSet::Names => "getpeername and getsockname",
+        HookSet::Connect => "connect",
+        HookSet::Replies => "sendmsg",
+    }
 }
 
 impl Step {

@@ -281,6 +281,13 @@ pub enum Origin {
     Label,
 }
 
+/// Writes the name that the API uses.
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
 impl Rule {
     /// Checks the fields that hold free text, whoever filled them in. Fields with a type of their own were
     /// checked when they were parsed.
