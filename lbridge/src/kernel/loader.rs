@@ -156,7 +156,7 @@ impl Kernel {
     /// Attaches the programs that are always attached, or puts this version's under the links.
     pub fn attach(&mut self) -> anyhow::Result<()> {
         for (program, link) in self.programs.clone() {
-            self.attach_one(program, link).with_context(|| format!("cannot attach {link}"))?;
+            self.attach_one(program, link).with_context(|| format!("failed to attach the {link} program"))?;
         }
         Ok(())
     }
@@ -196,7 +196,7 @@ impl Kernel {
         for hook in programs_of(set) {
             if let Err(error) = self.attach_one(hook, hook) {
                 self.detach_hooks(set)?;
-                return Err(error.context(format!("cannot attach {hook}")));
+                return Err(error.context(format!("failed to attach the {hook} program")));
             }
         }
         Ok(())

@@ -312,7 +312,7 @@ fn a_hook_that_is_taken_is_a_problem() -> Result<()> {
     programs::take_sock_ops(sandbox::CGROUP_ROOT.as_ref())?;
     let finding = Report::of(&daemon)?.must("cgroup2", "problem")?;
     ensure!(finding.text.contains("for itself alone"), "{finding:?}");
-    ensure!(daemon.start_refused()?.stderr.contains("cannot attach"), "it is right");
+    ensure!(daemon.start_refused()?.stderr.contains("failed to attach"), "it is right");
     Ok(())
 }
 

@@ -254,7 +254,7 @@ impl Reconciler {
 
     /// Sends the current status to the service manager.
     fn tell(&mut self) {
-        let refused = self.configuration.refused().map_or("", |_| "; the configuration is not reloaded");
+        let refused = self.configuration.refused().map_or("", |_| "; configuration not reloaded");
         self.manager.status(format!("{}{refused}", self.summary()));
     }
 
