@@ -584,7 +584,8 @@ mod tests {
         let log = log.with_ansi(false).event_format(Journal(format)).finish();
         tracing::subscriber::with_default(log, || {
             let name = "web\n<0>forged \u{1b}[2J\u{202e}\u{2028}";
-            tracing::warn!(name, other = %name, port = 80, list = ?[1, 2], forged = "a\" b=\"", "label of {name}");
+            tracing::warn!(name, other = %name, port = 80, list = ?[1, 2], forged = "a\" b=\"", "label of \
+            {name}");
         });
         queue.wait_until_written(PATIENCE);
         let text = std::fs::read_to_string(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();

@@ -135,7 +135,8 @@ pub(super) fn keep<'a>(sockets: impl Iterator<Item = (&'a RelayKey, bool, Borrow
             {
                 tracing::warn!(
                     %error,
-                    "service manager refused the listening sockets; relays refuse connections until the next start"
+                    "service manager refused the listening sockets; relays refuse connections until the next \
+                     start"
                 );
                 return;
             }

@@ -110,7 +110,7 @@ fn check(checked: io::Result<()>, what: &str, path: &Path) -> anyhow::Result<()>
 pub async fn run(options: Options) -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!(
-            "lbridge run needs root: it loads eBPF programs and takes hold of other processes' sockets; use \
+            "lbridge run needs root: it loads eBPF programs and duplicates other processes' sockets; use \
              sudo"
         );
     }
@@ -147,7 +147,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let guests = guests.map(|map| Guests::start(map, &netns)).transpose()?;
     let mut sources = loaded.sources.take().map(SourceGate::start).transpose()?;
     // Every other thread has given up its privileges already, or is started later by this one.
-    privileges::drop_capabilities().context("cannot give up privileges")?;
+    privileges::drop_capabilities().context("cannot drop privileges")?;
 
     let (wake, wakes) = mpsc::channel(WAKE_QUEUE);
     let memory = Memory::open(store);

@@ -23,7 +23,8 @@ pub(super) fn start(name: &'static str, work: impl FnOnce() + Send + 'static) ->
         match privileges::drop_capabilities() {
             Ok(()) => work(),
             Err(error) => {
-                tracing::error!(thread = name, %error, "could not drop a thread's privileges; the thread ends");
+                tracing::error!(thread = name, %error, "could not drop a thread's privileges; the thread \
+                                                        ends");
             }
         }
     };

@@ -187,8 +187,8 @@ async fn session(
     requests: &mut mpsc::Receiver<oneshot::Sender<()>>,
     backoff: &mut Duration,
 ) -> anyhow::Result<()> {
-    let docker = Docker::connect_with_defaults()
-        .context("no engine is found (is dockerd running, is DOCKER_HOST right?)")?;
+    let docker =
+        Docker::connect_with_defaults().context("no engine found (is it running, is DOCKER_HOST right?)")?;
     let engine = within(Engine::ask(&docker)).await?;
     let Engine { product, version, .. } = &engine;
     // The request for events is sent when the first event is awaited, after the list was read. So it asks for
@@ -346,7 +346,7 @@ impl<'a> Events<'a> {
             }
             (event, EngineKind::Docker) => {
                 let event = event.context("the engine closed the stream of events")?;
-                event.context("the stream of events broke").map(Some)
+                event.context("the stream of events failed").map(Some)
             }
         }
     }

@@ -253,15 +253,15 @@ impl Firewall {
     pub async fn accept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         anyhow::ensure!(
             opening.has_plain_name(),
-            "the bridge's name could mean other interfaces to a firewall; give it another, or let it through \
-             by hand"
+            "the bridge's name could match other interfaces in a firewall; rename the bridge, or add the \
+             accept rule by hand"
         );
         let put = match chain.backend {
             Backend::Nft => ruleset::accept(chain, opening).await,
             Backend::IptablesNft | Backend::IptablesLegacy => iptables::accept(chain, opening).await,
             Backend::Firewalld => firewalld::accept(opening).await,
         };
-        put.with_context(|| format!("cannot let {opening} through"))?;
+        put.with_context(|| format!("failed to add the accept rule for {opening}"))?;
         self.seen.probe_results.remove(opening);
         log_accept_rule(chain, opening, "accept rule added: the firewall dropped what it lets in");
         self.read().await;
@@ -288,7 +288,7 @@ async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         Backend::IptablesNft | Backend::IptablesLegacy => iptables::remove(chain, opening).await,
         Backend::Firewalld => firewalld::remove(opening).await,
     };
-    removed.with_context(|| format!("cannot remove the firewall's accept rule for {opening}"))
+    removed.with_context(|| format!("failed to remove the firewall's accept rule for {opening}"))
 }
 
 /// Removes every accept rule of lbridge's, for good. Returns how many there were, and what they let in. Call
@@ -305,7 +305,7 @@ pub async fn remove_all(expected: bool) -> anyhow::Result<(usize, BTreeSet<(Acce
     }
     anyhow::ensure!(
         problems.is_empty(),
-        "whether accept rules are left in the firewall cannot be told: {}",
+        "could not determine if accept rules are left in the firewall: {}",
         listed(&problems)
     );
     let let_in = ruleset.accepts.keys().map(|(_, opening)| opening.accepted()).collect();

@@ -90,7 +90,7 @@ pub(super) async fn datagrams(
     arrivals: Option<&dyn Arrivals>,
 ) -> Vec<(Opening, ProbeResult)> {
     let Some(arrivals) = arrivals else {
-        let unknown = || ProbeResult::Unknown("datagrams are tried by the daemon".to_owned());
+        let unknown = || ProbeResult::Unknown("only the daemon can probe UDP".to_owned());
         return openings.iter().map(|(opening, _)| ((*opening).clone(), unknown())).collect();
     };
     let mut probe_results = vec![];
@@ -163,7 +163,7 @@ impl<'a> Prober<'a> {
         arrivals: Option<&'a dyn Arrivals>,
     ) -> anyhow::Result<Self> {
         let source = free_address(ifindex, gateway, prefix, &[]).await?;
-        let source = source.with_context(|| format!("every address of {gateway}/{prefix} is taken"))?;
+        let source = source.with_context(|| format!("no free address in {gateway}/{prefix}"))?;
         let scratch = Arc::new(Scratch::on_bridge(ifindex, &[(source, prefix)]).await?);
         if let Some(arrivals) = arrivals {
             arrivals.begin(source, ifindex)?;

@@ -57,7 +57,7 @@ impl Hooks {
     fn replace(&self, program: &Program, link: Link) -> anyhow::Result<Link> {
         let (there, place) = (link.info()?.place, self.place(program)?);
         if !there.is_attached() {
-            bail!("somebody has detached it");
+            bail!("it was detached");
         }
         if there != place {
             bail!("it is attached elsewhere ({there:?}, ours is {place:?})");

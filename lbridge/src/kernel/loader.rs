@@ -124,7 +124,7 @@ impl Kernel {
         let guests = Some(Guests::take(&mut object)?);
         maps.peers.clear()?;
         let pinned = paths.iter().map(|(name, path)| Ok((*name, MapData::from_pin(path)?)));
-        let pinned = pinned.collect::<anyhow::Result<_>>().context("cannot open what is pinned")?;
+        let pinned = pinned.collect::<anyhow::Result<_>>().context("cannot open the pinned maps")?;
         let mut kernel = Self {
             maps,
             object,
@@ -289,10 +289,10 @@ impl Programs {
         let hooks = PerHookSet::from_fn(|set| match (set, cookie) {
             // The kernel reports from Linux 5.14 on which namespace is the host's.
             (HookSet::Connect, None) => {
-                Err("localhost needs Linux 5.14, which tells network namespaces apart".to_owned())
+                Err("localhost needs Linux 5.14, which reports cookies of network namespaces".to_owned())
             }
             (HookSet::Replies, None) => {
-                Err("the kernel does not tell the cookie of a network namespace".to_owned())
+                Err("the kernel does not report the cookie of a network namespace".to_owned())
             }
             _ => programs_of(set).iter().try_for_each(|program| load(object, program)),
         });
@@ -380,7 +380,7 @@ fn load(object: &mut Ebpf, name: &str) -> Result<(), String> {
         Program::SkLookup(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),
-        _ => return Err(format!("{name} is of no type known here")),
+        _ => return Err(format!("{name} is of an unknown program type")),
     };
     loaded.map_err(|error| {
         tracing::debug!(program = name, error = error_chain(&error), "kernel refused a program");

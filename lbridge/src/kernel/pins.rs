@@ -128,7 +128,7 @@ impl Pins {
         trusted::make_folder(&self.current).map_err(|error| refused(&self.current, error))?;
         for pin in self.entries()? {
             let uid = fs::symlink_metadata(&pin)
-                .with_context(|| format!("cannot look at {}", pin.display()))?
+                .with_context(|| format!("cannot inspect {}", pin.display()))?
                 .uid();
             if !trusted::is_trusted(uid) {
                 return Err(refused(&pin, Untrusted::Owner { path: pin.clone(), uid }.into()));
@@ -185,7 +185,7 @@ impl Pins {
                     None
                 }
                 Err(error) => {
-                    return Err(error).with_context(|| format!("cannot look at {}", path.display()));
+                    return Err(error).with_context(|| format!("cannot inspect {}", path.display()));
                 }
             };
             if found.as_ref() != Some(wanted) {

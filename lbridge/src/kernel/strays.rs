@@ -53,8 +53,8 @@ impl Stray {
         let Self { name, id, .. } = self;
         self.link.detach().with_context(|| {
             format!(
-                "cannot detach {name} (link {id}), which no pin names; what was denied since may go on; \
-                 type: bpftool link detach id {id}"
+                "cannot detach {name} (link {id}), which no pin names; it may still serve rules that were \
+                 denied; type: bpftool link detach id {id}"
             )
         })
     }

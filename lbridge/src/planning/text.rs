@@ -1,6 +1,7 @@
 //! Text: escapes text from elsewhere (Docker's names, labels, comments, process names, errors of other
-//! programs) for the log and the commands, and quotes it as the value of a log field. Whoever chooses such a text must not be able to begin a new line,
-//! to act on a terminal, or to change how the rest of the line reads.
+//! programs) for the log and the commands, and quotes it as the value of a log field. Whoever chooses such a
+//! text must not be able to begin a new line, to act on a terminal, or to change how the rest of the line
+//! reads.
 
 /// Returns true if `c` acts where it should only be shown: control characters (C0, DEL, C1), line and
 /// paragraph separators, controls of writing direction, and characters that show nothing (Unicode's

@@ -81,7 +81,8 @@ pub(super) async fn proxy_connection(
         Some(splice::Outcome::Failed(side, error)) => format!("failed at the {side:?}: {error}"),
         None => "idle for too long".to_owned(),
     };
-    tracing::debug!(container = %container, service = ?spec.service, sent, received, ended, "relayed connection ended");
+    tracing::debug!(container = %container, service = ?spec.service, sent, received, ended, "relayed \
+    connection ended");
     Ok(())
 }
 

@@ -154,7 +154,8 @@ impl Listener {
         if !client.local_addr().is_ok_and(|own| {
             own.port() == self.dialled.port() && own.ip().to_canonical() == self.dialled.ip().to_canonical()
         }) {
-            tracing::debug!(client = %peer, dialled = %self.dialled, "relay refused a client: it dialled another address");
+            tracing::debug!(client = %peer, dialled = %self.dialled, "relay refused a client: it dialled \
+                                                                      another address");
             return reset(&client);
         }
         let container = match &spec.clients {
@@ -212,7 +213,8 @@ impl Listener {
                     let _ = wake.try_send(());
                 },
                 // Both ends are reset: there is nobody left to read the rest.
-                () = gone.wait() => tracing::debug!(container = %container, "relayed connection reset: the namespace is gone"),
+                () = gone.wait() => tracing::debug!(container = %container, "relayed connection reset: the \
+                                                                             namespace is gone"),
             }
         });
     }

@@ -101,7 +101,7 @@ impl NotStarted {
 /// reaped.
 pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     let program = command.first().context("no command")?.to_string_lossy().into_owned();
-    let own = own_netns().context("cannot tell this process's network namespace")?;
+    let own = own_netns().context("cannot determine this process's network namespace")?;
     let (mut tree, mut failure) = Tree::spawn_traced(command, &program)?;
     let late = warn_if_late();
     let found = tree.watch(own)?;
@@ -109,7 +109,7 @@ pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     if let Some((pid, netns)) = found {
         return Ok(Started::Held(Held { tree: Box::new(tree), netns, pid, _on_this_thread: PhantomData }));
     }
-    let status = tree.ended.context("the command was lost sight of")?;
+    let status = tree.ended.context("lost track of the command")?;
     if !tree.has_run {
         let mut errno = [0; 4];
         // If no errno arrives, the child was killed before its exec.
@@ -187,7 +187,7 @@ impl Held {
             );
         }
         let Tree { command, handle, passing, ended, .. } = &mut *self.tree;
-        let passing = passing.take().context("signals are not passed on")?;
+        let passing = passing.take().context("signals are not forwarded to the command")?;
         Ok(Child { pid: *command, handle: handle.clone(), ended: *ended, _passing: passing })
     }
 }
@@ -263,8 +263,8 @@ impl Tree {
             arguments.collect::<Result<_, _>>().context("an argument with a NUL byte in it")?;
         let pointers: Vec<*const c_char> =
             arguments.iter().map(|argument| argument.as_ptr()).chain([ptr::null()]).collect();
-        let (ready, go) = io::pipe().context("cannot make a pipe")?;
-        let (failure, failed) = io::pipe().context("cannot make a pipe")?;
+        let (ready, go) = io::pipe().context("cannot create a pipe")?;
+        let (failure, failed) = io::pipe().context("cannot create a pipe")?;
 
         let ignores_children = reap_children().context("cannot reset SIGCHLD")?;
         let blocked = Blocked::new()?;

@@ -232,7 +232,7 @@ fn read_toml<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {
     toml::from_str(&text).map(Some).map_err(|error| {
         let place = error.span().map_or_else(String::new, |span| place(&text, span.start));
         let message = error.message().replace('\n', " ");
-        anyhow::anyhow!("{}{place}: {message}; mend or remove the file, then start again", path.display())
+        anyhow::anyhow!("{}{place}: {message}; fix or remove the file, then start again", path.display())
     })
 }
 

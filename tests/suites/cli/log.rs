@@ -218,7 +218,10 @@ fn what_a_full_disk_took_away_is_told_once_there_is_room() -> Result<()> {
     let denied = lines[..gap].iter().filter(removed).count();
     ensure!(whole + denied + lost == 122, "{whole} and {denied} were written, {lost} lost:\n{text}");
     let rest = lines[gap..].join("\n");
-    ensure!(rest.contains("port=7000 protocol=tcp state=waiting") && rest.contains("daemon stopped; "), "{rest}");
+    ensure!(
+        rest.contains("port=7000 protocol=tcp state=waiting") && rest.contains("daemon stopped; "),
+        "{rest}"
+    );
     Ok(())
 }
 

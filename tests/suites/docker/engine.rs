@@ -41,7 +41,9 @@ fn what_cannot_be_kept_is_told_once() -> Result<()> {
     scene.served(&container, app.at(8080), "service")?;
     umount(&state)?;
     scene.engine.create_network("four", &[])?;
-    patience::until("it is told", || Ok((told("last seen state saved again what=networks") == 1).then_some(())))?;
+    patience::until("it is told", || {
+        Ok((told("last seen state saved again what=networks") == 1).then_some(()))
+    })?;
     scene.daemon.allow(&["later", "8080"]).map(drop)
 }
 

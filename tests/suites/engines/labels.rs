@@ -478,7 +478,8 @@ fn a_container_that_restarts_in_a_loop_costs_little() -> Result<()> {
     // A quarter of the time, in hundredths of a second.
     let most = u64::try_from(started.elapsed().as_millis() / 40)?;
     ensure!(used < most, "{used} ticks, {most} are much");
-    let told = scene.daemon.log().lines().filter(|line| line.contains("label has a problem container=bad")).count();
+    let told =
+        scene.daemon.log().lines().filter(|line| line.contains("label has a problem container=bad")).count();
     let least = usize::from(Tested::LISTS_RESTARTING_CONTAINERS);
     ensure!((least..=1).contains(&told), "once, not {told} times");
     Ok(())

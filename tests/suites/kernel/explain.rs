@@ -288,7 +288,7 @@ fn entry_behind_the_daemons_back() -> Result<()> {
         })
     };
     let explanation = explain_entry(7777, &key, &value, "steered")?;
-    ensure!(text(first_way(&explanation)?, "lookup")?.contains("somebody else has put it there"));
+    ensure!(text(first_way(&explanation)?, "lookup")?.contains("somebody else has added it"));
     // One that leads elsewhere than its rule: to a port whose listeners nobody registers.
     let (key, value) = entry([10, 7, 0, 1], index, 8080, 9090);
     let explanation = explain_entry(8080, &key, &value, "refused")?;
@@ -343,7 +343,11 @@ fn namespace_with_and_without_a_relay() -> Result<()> {
         let service = scene.service("service", "127.0.0.1:8080")?;
         scene.daemon.allow(&[&network, "8080"])?;
         let explanation = told("relayed")?;
-        ensure!(explanation["outcome"].as_str().is_some_and(|o| o.contains("on localhost inside")));
+        ensure!(
+            explanation["outcome"]
+                .as_str()
+                .is_some_and(|o| o.contains("a namespace's localhost is always relayed"))
+        );
         service.stop();
         scene.daemon.wait_for_state(&network, 8080, "waiting")?;
         told("refused").map(drop).context("waiting")

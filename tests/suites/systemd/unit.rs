@@ -79,7 +79,10 @@ fn start_returns_when_rules_are_in_force() -> Result<()> {
     let _service = scene.service("relayed", "127.0.0.1:8080")?;
     scene.systemd.must(&["start", UNIT])?;
     scene.served(8080, "relayed")?;
-    ensure!(scene.systemd.journal(UNIT)?.contains("daemon ready rules=1 steered=0 relayed=1 "), "its last words");
+    ensure!(
+        scene.systemd.journal(UNIT)?.contains("daemon ready rules=1 steered=0 relayed=1 "),
+        "its last words"
+    );
     // The journal has the time, and the severity.
     let journal = scene.systemd.journal(UNIT)?;
     ensure!(journal.lines().any(|line| line.starts_with("daemon ready ")), "{journal}");

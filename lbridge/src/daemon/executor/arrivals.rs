@@ -30,7 +30,8 @@ impl firewall::Arrivals for Arrivals {
 
     fn end(&self, source: IpAddr, ifindex: u32) {
         if let Err(error) = self.probes.remove_source(&self.prober(source, ifindex)) {
-            tracing::warn!(%source, ifindex, error = format!("{error:#}"), "could not stop taking packets as probes");
+            tracing::warn!(%source, ifindex, error = format!("{error:#}"), "could not stop taking packets as \
+                                                                            probes");
         }
     }
 

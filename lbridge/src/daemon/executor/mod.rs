@@ -48,7 +48,7 @@ use crate::{
 };
 
 /// Error of a kernel step if no kernel half is loaded.
-const NO_KERNEL: &str = "there is no kernel half";
+const NO_KERNEL: &str = "no kernel programs are loaded";
 
 /// The state that steps change: the kernel's maps, the relays and the firewall.
 #[derive(Debug)]
@@ -364,7 +364,7 @@ impl relay::PeerNames for RelayNames {
         self.remove_connect(cookie)?;
         ensure!(
             self.is_named(cookie, relay, service, container),
-            "the kernel has not named {container} to the service"
+            "the kernel did not give the service {container} as its peer"
         );
         Ok(())
     }

@@ -232,8 +232,7 @@ impl Reconciler {
 fn with_process(mut rule: Rule) -> Result<Rule, ApiError> {
     rule.process = match rule.network {
         Network::Process(pid) => {
-            let missing =
-                |_| format!("there is no process {pid}; a rule for a process is made while it runs");
+            let missing = |_| format!("there is no process {pid}; allow a process while it runs");
             let start = process_start(pid).map_err(missing);
             Some(start.map_err(|message| ApiError { code: ErrorCode::Failed, message })?)
         }

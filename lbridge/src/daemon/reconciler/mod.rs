@@ -321,7 +321,7 @@ impl Reconciler {
                 self.inventory = Some(inventory);
                 self.conclude(Report { desired, actual, failures, relayed, listeners });
                 return match unseen {
-                    Some(error) => Err(error.context("the change is made to what was seen last")),
+                    Some(error) => Err(error.context("the change was applied to the host as last observed")),
                     None => Ok(()),
                 };
             }

@@ -49,7 +49,7 @@ impl Netlink {
 
     async fn link(&self, index: u32) -> anyhow::Result<LinkMessage> {
         let found = self.handle.link().get().match_index(index).execute().try_next().await;
-        found.context("cannot look at a veth")?.context("a veth is gone")
+        found.context("cannot read the state of a veth")?.context("a veth is gone")
     }
 
     pub(super) async fn up(&self, index: u32) -> Result<(), rtnetlink::Error> {

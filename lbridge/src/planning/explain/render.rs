@@ -111,7 +111,7 @@ pub(super) fn taken_back(meant: &RuleOutcome) -> String {
         Origin::Cli => format!("`lbridge deny {}` takes it back", meant.rule.id()),
         Origin::Config => "the rule is the configuration file's; change it there".to_owned(),
         Origin::Label => {
-            "the rule is a label's of a container or a network; make that anew without it".to_owned()
+            "the rule is a label's of a container or a network; recreate that without it".to_owned()
         }
     }
 }
