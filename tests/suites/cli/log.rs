@@ -481,7 +481,10 @@ fn the_api_refuses_what_the_commands_refuse() -> Result<()> {
     // What the commands do not take for a name at all, and what they take for two.
     for name in ["", "a b", "a/b", "a,b", "a:b"] {
         let answer = scene.daemon.post("/v1/allow", &rule("from", json!([name])))?;
-        ensure!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("no container"), "{name:?}: {answer}");
+        ensure!(
+            answer.starts_with("HTTP/1.1 400 ") && answer.contains("is not a container"),
+            "{name:?}: {answer}"
+        );
     }
     for resource in ["/v1/deny", "/v1/explain"] {
         let answer = scene.daemon.post(resource, &json!({ "network": forged, "ports": [1], "port": 1 }))?;

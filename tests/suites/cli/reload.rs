@@ -261,7 +261,10 @@ fn check_config_needs_no_daemon() -> Result<()> {
     }
     fs::remove_file(config)?;
     let output = check()?;
-    ensure!(output.status == 0 && output.stdout.contains("is not there"), "{output:?}");
+    ensure!(
+        output.status == 0 && output.stdout.contains("does not exist, which is not an error"),
+        "{output:?}"
+    );
     ensure!(!fs::exists(config)?, "nothing is made");
     Ok(())
 }

@@ -245,3 +245,65 @@ pub enum Prerequisite {
     /// Conntrack knows no flow of this key: it would pass without an accept rule.
     NoFlows((AcceptedKey, u32)),
 }
+
+#[cfg(test)]
+mod tests {
+    use lbridge_common::wire::TCP;
+
+    use super::*;
+
+    fn address(text: &str) -> Address {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    #[test]
+    fn a_step_says_what_it_does_to_what() {
+        let entry = |gateway, port, protocol: u8| EntryKey {
+            gateway: address(gateway),
+            ifindex: 7,
+            port,
+            protocol: protocol.into(),
+        };
+        let accepted = |gateway, source, bits| {
+            let (gateway, source) = (address(gateway), address(source));
+            (AcceptedKey { gateway, port: 80, protocol: TCP.into(), source }, bits)
+        };
+        let redirect = |netns| RedirectKey {
+            address: address("127.0.0.1"),
+            ifindex: 7,
+            port: 80,
+            protocol: TCP.into(),
+            netns,
+        };
+        for (step, words) in [
+            (
+                Step::RemoveEntry(entry("172.18.0.1", 80, TCP)),
+                "remove the entry 172.18.0.1:80/tcp on interface 7",
+            ),
+            (
+                Step::RemoveEntry(entry("fd00::1", 53, UDP)),
+                "remove the entry [fd00::1]:53/udp on interface 7",
+            ),
+            (
+                Step::AddSource(SourceKey { rule: entry("10.0.0.1", 80, TCP), source: address("10.0.0.2") }),
+                "let 10.0.0.2 use the entry 10.0.0.1:80/tcp on interface 7",
+            ),
+            (
+                Step::AddAccepted(accepted("10.0.0.1", "10.0.0.0", 160 + 96 + 24)),
+                "refuse other traffic to 10.0.0.1:80/tcp from 10.0.0.0/24",
+            ),
+            (
+                Step::RemoveAccepted(accepted("fd00::1", "fd00::", 160 + 64)),
+                "stop refusing other traffic to [fd00::1]:80/tcp from fd00::/64",
+            ),
+            (Step::RemoveRedirect(redirect(0)), "remove the redirect of 127.0.0.1:80/tcp on interface 7"),
+            (
+                Step::RemoveRedirect(redirect(9)),
+                "remove the redirect of 127.0.0.1:80/tcp on interface 7 in the namespace with cookie 9",
+            ),
+            (Step::DetachHooks(HookSet::Replies), "detach the sendmsg hooks"),
+        ] {
+            assert_eq!(step.to_string(), words);
+        }
+    }
+}
