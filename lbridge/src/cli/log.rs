@@ -369,7 +369,12 @@ impl FieldLine {
             "message" => self.message = shown(value),
             // The target and place of a record of the `log` crate.
             name if name.starts_with("log.") => {}
-            name => self.fields += &format!(" {name}={}", field_value(value)),
+            name => {
+                self.fields.push(' ');
+                self.fields.push_str(name);
+                self.fields.push('=');
+                self.fields.push_str(&field_value(value));
+            }
         }
     }
 }

@@ -40,7 +40,7 @@ pub(super) fn findings(options: &Options, daemon: Option<&Daemon>) -> Vec<Findin
         match Trial::load(HostNetns::open().ok().and_then(|netns| netns.cookie)) {
             Ok(trial) => findings.extend(about_programs(trial)),
             Err(error) => {
-                findings.push(refused(format!("the kernel accepts none of lbridge's programs: {error:#}")))
+                findings.push(refused(format!("the kernel accepts none of lbridge's programs: {error:#}")));
             }
         }
     } else {

@@ -105,7 +105,7 @@ mod tests {
         assert_eq!(field_value("say \"no\""), r#""say \"no\"""#);
         assert_eq!(field_value("x\n<0>y\u{2028}"), r#""x\n<0>y\u{2028}""#);
         assert_eq!(field_value(r"x\n<0>y"), r#""x\n<0>y""#, "escaped already");
-        assert_eq!(field_value(r#"C:\"#), r#""C:\\""#);
+        assert_eq!(field_value(r"C:\"), r#""C:\\""#);
         assert_eq!(field_value(r#"\" state=steered"#), r#""\\\" state=steered""#);
     }
 

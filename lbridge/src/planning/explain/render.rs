@@ -103,7 +103,7 @@ pub(super) fn step(stage: Stage, verdict: Answer, text: String) -> Step {
 
 pub(super) fn described(network: &DockerNetwork) -> String {
     let id = network.id.get(..SHORT_ID).unwrap_or(&network.id);
-    format!("Docker network {} ({id}, driver {})", network.name, network.driver)
+    format!("network {} ({id}, driver {})", network.name, network.driver)
 }
 
 pub(super) fn taken_back(meant: &RuleOutcome) -> String {

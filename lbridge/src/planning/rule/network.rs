@@ -94,8 +94,8 @@ impl FromStr for Network {
                 .any(|c| c.is_control() || c.is_whitespace() || c == '/' || (container && c == ':'))
         {
             return invalid(format!(
-                "{text:?} is not a network; write a Docker network's name or id, bridge:IFNAME, container:NAME, \
-                 netns:PATH or pid:N"
+                "{text:?} is not a network; write a Docker network's name or id, bridge:IFNAME, \
+                 container:NAME, netns:PATH or pid:N"
             ));
         }
         if container {
