@@ -149,7 +149,7 @@ fn ufw_rules(host: &Host, findings: &mut Vec<Finding>) {
         if is_ours || used {
             continue;
         }
-        let what = format!("UFW allows {}, where nothing serves", SocketAddr::new(address, port));
+        let what = format!("UFW allows packets to {}, which no rule serves", SocketAddr::new(address, port));
         let finding =
             Finding::new(CHECK, Level::Note, what).because("It may be left over from an older recipe.");
         findings.push(finding.type_this([format!("ufw delete {words}")]));

@@ -68,7 +68,7 @@ impl Explainer<'_> {
                 self.known.relay_failures.get(key).map_or("the daemon's next look opens it", String::as_str);
             format!("the rule asks for a relay on {}, which is not open: {why}", way.dialled)
         } else if self.known.actual.lingering.contains(key) {
-            "a relay only completes what had begun when the kernel took over".to_owned()
+            "a relay only completes handshakes that began before the kernel took over".to_owned()
         } else {
             return;
         };
