@@ -179,7 +179,7 @@ fn network(forward: &Forward, bridges: &Bridges) -> Result<(Network, IpAddr, Str
     };
     let name = &interface.name;
     if !interface.is_bridge {
-        return Err(format!("{gateway} is the address of {name}, which is no bridge"));
+        return Err(format!("{gateway} is the address of {name}, which is not a bridge"));
     }
     let network = match (
         bridges.networks.iter().find(|network| network.bridge.as_ref() == Some(name)),
@@ -268,7 +268,7 @@ mod tests {
             ("bind=10.7.0.1", Ok("bridge:virbr0 80")),
             ("so-bindtodevice=virbr0", Ok("bridge:virbr0 80")),
             ("fork", Err("no bind=")),
-            ("bind=192.0.2.1", Err("no bridge")),
+            ("bind=192.0.2.1", Err("not a bridge")),
             ("bind=192.0.2.2", Err("no interface")),
             ("bind=127.0.0.1", Err("not on a bridge")),
             ("bind=10.7.0.1,so-bindtodevice=br-0123", Err("no such address")),

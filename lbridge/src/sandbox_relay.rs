@@ -114,8 +114,7 @@ fn run_command(options: &Options, command: &[OsString]) -> anyhow::Result<u8> {
         Started::Held(held) => held,
         Started::Ended(status) => {
             tracing::warn!(
-                "the command has ended and made no network namespace of its own, so it was in the host's; is \
-                 --unshare-net missing?"
+                "command ended without a network namespace and ran in the host's; is --unshare-net missing?"
             );
             return Ok(exit_status(status));
         }
@@ -249,7 +248,7 @@ impl Session {
         for ip in localhost {
             match door.bind(SocketAddr::new(ip, 0)) {
                 Ok(_) => loopback.push(ip),
-                Err(error) if ip.is_ipv6() => tracing::debug!("no IPv6 inside: {error}"),
+                Err(error) if ip.is_ipv6() => tracing::debug!(%error, "sandbox has no IPv6"),
                 Err(error) => return Err(error).context("cannot listen inside the sandbox"),
             }
         }
@@ -297,7 +296,7 @@ impl Session {
                 }
                 Step::CloseRelay { key, .. } => self.relays.close(&key, false).await,
                 // The desired state of a namespace has no steps for the kernel programs.
-                step => tracing::debug!(?step, "left out"),
+                step => tracing::debug!(%step, "step left out: it needs the kernel programs"),
             }
         }
         for outcome in desired.outcomes.iter().flat_map(|outcome| &outcome.gateways) {
@@ -324,13 +323,11 @@ impl Session {
         if self.told.get(&address) == Some(&text) {
             return;
         }
-        match state {
-            State::Steered | State::Relayed if self.told.contains_key(&address) => {
-                tracing::warn!("{address} inside: relayed again");
-            }
-            State::Steered | State::Relayed => tracing::info!("{address} inside: relayed"),
-            State::Waiting => tracing::warn!("{address} inside: waiting ({why})"),
-            State::Blocked => tracing::warn!("{address} inside: blocked ({why})"),
+        let relayed = matches!(state, State::Steered | State::Relayed);
+        if relayed && !self.told.contains_key(&address) {
+            tracing::info!(%address, %state, "relay state changed");
+        } else {
+            tracing::warn!(%address, %state, why = (!relayed).then_some(why), "relay state changed");
         }
         self.told.insert(address, text);
     }
@@ -347,7 +344,7 @@ impl Session {
             }
             // For example too few descriptors: the sandbox must keep what it has.
             if let Err(error) = self.pass().await {
-                tracing::warn!("cannot look at the host, trying again: {error:#}");
+                tracing::warn!(error = format!("{error:#}"), "reconciliation failed; trying again");
             }
             looked = Instant::now();
         }

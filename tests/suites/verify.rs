@@ -449,7 +449,7 @@ fn silence_proves_nothing() -> Result<()> {
     let from_there: Vec<_> = checks.iter().filter(|check| text(check, "from") == "bridge:lab1").collect();
     let untried = |check: &&Value| check["verdict"] == "unverified" && check["found"] == "not-tried";
     ensure!(!from_there.is_empty() && from_there.iter().all(untried), "{from_there:#?}");
-    let why = "10.8.0.1 does not answer for itself on its own link";
+    let why = "10.8.0.1 does not answer neighbour requests on its own link";
     ensure!(from_there.iter().all(|check| text(check, "why") == why), "{from_there:#?}");
     Ok(())
 }

@@ -69,7 +69,7 @@ pub enum ClientError {
         path: PathBuf,
     },
     /// The daemon's answer could not be parsed; holds the reason.
-    #[error("the daemon's answer cannot be understood: {0}; is it of this version?")]
+    #[error("could not parse the daemon's answer: {0}; is the daemon of this version?")]
     Garbled(String),
 }
 

@@ -213,8 +213,8 @@ fn problem() -> Problem {
     Problem {
         object: "container web".to_owned(),
         label: "lbridge.allow=x".to_owned(),
-        wrong: "\"x\" is no port".to_owned(),
-        remedy: "mend the label".to_owned(),
+        wrong: "\"x\" is not a port".to_owned(),
+        remedy: "fix the label".to_owned(),
     }
 }
 

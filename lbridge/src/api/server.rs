@@ -84,7 +84,7 @@ impl ControlSocket {
         }
         match fs::symlink_metadata(path) {
             Ok(found) if !found.file_type().is_socket() => {
-                bail!("{} is there and is no socket; choose another with --socket", path.display())
+                bail!("{} exists and is not a socket; choose another path with --socket", path.display())
             }
             Ok(_) => {
                 if std::os::unix::net::UnixStream::connect(path).is_ok() {
@@ -103,7 +103,11 @@ impl ControlSocket {
             match chown(path, None, Some(group.gid)) {
                 Ok(()) => fs::set_permissions(path, fs::Permissions::from_mode(0o660))?,
                 // A service manager that withholds the privilege may set the group itself; the unit does.
-                Err(Errno::EPERM) => tracing::debug!("{} is not given to {GROUP}", path.display()),
+                Err(Errno::EPERM) => tracing::debug!(
+                    path = %path.display(),
+                    group = GROUP,
+                    "control socket not given to the group: no privilege to do so"
+                ),
                 Err(error) => bail!("cannot give {} to {GROUP}: {error}", path.display()),
             }
         }
@@ -198,7 +202,7 @@ async fn check_peer(ConnectInfo(peer): ConnectInfo<Peer>, request: Request, next
     if peer.permitted {
         next.run(request).await
     } else {
-        let text = format!("only root and members of the group {GROUP} may speak to lbridge");
+        let text = format!("only root and members of the group {GROUP} may use lbridge");
         (StatusCode::FORBIDDEN, Json(ApiError { code: ErrorCode::Failed, message: text })).into_response()
     }
 }
@@ -245,7 +249,7 @@ async fn explain(
 
 fn events(news: &EventBus) -> Response {
     let Some(lines) = news.subscribe() else {
-        return failure(ErrorCode::Failed, "too many follow events already; end one of them");
+        return failure(ErrorCode::Failed, "events have too many subscribers already; end one of them");
     };
     let body = Body::from_stream(lines.map(Ok::<_, Infallible>));
     ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()

@@ -30,7 +30,7 @@ pub(super) fn handle(args: &CheckConfigArgs) -> Result<(), Failure> {
         let remedy = match error.downcast_ref::<std::io::Error>() {
             Some(_) if is_forbidden(&error) => "; use sudo",
             Some(_) => "",
-            None => "; mend the file",
+            None => "; fix the file",
         };
         anyhow!("{error:#}{remedy}")
     })?;

@@ -3,6 +3,15 @@
 //! daemon must keep running in either case. Lines that are lost are counted, and a line reports their number
 //! as soon as one can be written again.
 //!
+//! A line is a message, which is the same each time, then its variable parts as `key=value`:
+//!
+//! ```text
+//! rule state changed network=app_net port=5432 protocol=tcp state=waiting reason=nothing_listens why="..."
+//! ```
+//!
+//! So `grep 'network=app_net port=5432'` finds everything about a rule. Values are quoted and escaped by
+//! [`field_value`]. Text is recorded as `&str` or with `%`, not with `?`, which would escape it a first time.
+//!
 //! tracing-appender does not fit: its `ErrorCounter` counts the lines that its queue had no room for, but not
 //! those whose write failed, and its guard prints on standard output, which panics if that is closed.
 
@@ -25,19 +34,25 @@ use nix::{
     sys::signal::SigSet,
     unistd,
 };
-use tracing::{Event, Level, Subscriber};
+use tracing::{
+    Event, Level, Subscriber,
+    field::{Field, Visit},
+};
 use tracing_subscriber::{
     EnvFilter,
     field::RecordFields,
     fmt::{
         FmtContext, FormatEvent, FormatFields,
-        format::{self, DefaultFields, Writer},
+        format::{self, Writer},
         time::{FormatTime as _, SystemTime},
     },
     registry::LookupSpan,
 };
 
-use crate::{host::privileges, planning::text::shown};
+use crate::{
+    host::privileges,
+    planning::text::{field_value, shown},
+};
 
 /// Most bytes that may wait to be written. A longer line is taken if nothing else waits.
 const QUEUE: usize = 1 << 20;
@@ -104,7 +119,7 @@ fn start_writer(queue: Arc<Queue>, style: Style) -> anyhow::Result<()> {
     let started = thread::Builder::new().name("log".to_owned()).spawn(move || {
         // Capabilities are per thread, and the daemon's main thread needs more at its start.
         if let Err(error) = privileges::drop_capabilities() {
-            tracing::warn!("the log's thread keeps its privileges: {error}");
+            tracing::warn!(thread = "log", %error, "could not drop a thread's privileges");
         }
         queue.write_to(io::stderr().as_fd(), style)
     });
@@ -326,15 +341,51 @@ impl io::Write for Tail {
     }
 }
 
-/// Formats an event's fields in the default way, and escapes what could start a new line or act on a
-/// terminal.
+/// Formats an event as its message and the fields after it. Escapes what could start a new line, act on a
+/// terminal, or pass for another field.
 struct Fields;
 
 impl<'writer> FormatFields<'writer> for Fields {
     fn format_fields<R: RecordFields>(&self, mut writer: Writer<'writer>, fields: R) -> fmt::Result {
-        let mut text = String::new();
-        DefaultFields::new().format_fields(Writer::new(&mut text), fields)?;
-        writer.write_str(&shown(&text))
+        let mut line = FieldLine::default();
+        fields.record(&mut line);
+        let FieldLine { message, fields } = line;
+        writer.write_str(if message.is_empty() { fields.trim_start() } else { &message })?;
+        writer.write_str(if message.is_empty() { "" } else { &fields })
+    }
+}
+
+/// The parts of a line that an event is recorded into.
+#[derive(Debug, Default)]
+struct FieldLine {
+    message: String,
+    /// The fields, each with a space in front of it.
+    fields: String,
+}
+
+impl FieldLine {
+    fn add(&mut self, field: &Field, value: &str) {
+        match field.name() {
+            "message" => self.message = shown(value),
+            // The target and place of a record of the `log` crate.
+            name if name.starts_with("log.") => {}
+            name => {
+                self.fields.push(' ');
+                self.fields.push_str(name);
+                self.fields.push('=');
+                self.fields.push_str(&field_value(value));
+            }
+        }
+    }
+}
+
+impl Visit for FieldLine {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.add(field, value);
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.add(field, &format!("{value:?}"));
     }
 }
 
@@ -538,13 +589,16 @@ mod tests {
         let log = log.with_ansi(false).event_format(Journal(format)).finish();
         tracing::subscriber::with_default(log, || {
             let name = "web\n<0>forged \u{1b}[2J\u{202e}\u{2028}";
-            tracing::warn!(name, other = %name, third = ?name, "label of {name}");
+            tracing::warn!(name, other = %name, port = 80, list = ?[1, 2], forged = "a\" b=\"", "label of \
+            {name}");
         });
         queue.wait_until_written(PATIENCE);
         let text = std::fs::read_to_string(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
         let (line, rest) = text.split_once('\n').unwrap();
         assert!(rest.is_empty() && line.starts_with("<4>label of web\\n<0>forged "), "{text:?}");
         assert_eq!(line, shown(line));
-        assert_eq!(line.matches("\\u{202e}").count(), 4, "{line}");
+        let name = r#""web\n<0>forged \u{1b}[2J\u{202e}\u{2028}""#;
+        let fields = format!(r#" name={name} other={name} port=80 list="[1, 2]" forged="a\" b=\"""#);
+        assert!(line.ends_with(&fields), "{line}");
     }
 }

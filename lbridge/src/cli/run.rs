@@ -53,7 +53,7 @@ pub(super) fn handle(args: RunArgs, socket: PathBuf) -> Result<(), Failure> {
         // Only the main thread does what needs privileges at the start.
         .on_thread_start(|| {
             if let Err(error) = privileges::drop_capabilities() {
-                tracing::warn!("a thread keeps its privileges: {error}");
+                tracing::warn!(%error, "could not drop a thread's privileges");
             }
         })
         .build()

@@ -45,7 +45,7 @@ impl Configuration {
     pub(super) fn load(path: PathBuf, store: &Store) -> anyhow::Result<(Self, Rules)> {
         super::check(trusted::check_file(&path), "the configuration", &path)?;
         let config =
-            Config::load(&path).map_err(|e| anyhow!("{e:#}; mend or remove the file, then start again"))?;
+            Config::load(&path).map_err(|e| anyhow!("{e:#}; fix or remove the file, then start again"))?;
         let allowed = store.rules()?;
         let rules = config.rules_with(allowed.clone(), &store.rules_file());
         let rules = rules.map_err(|unfit| anyhow!("{unfit}, then start again"))?;
@@ -74,9 +74,9 @@ impl Configuration {
     /// that an invalid file was refused.
     pub(super) fn read_again(&mut self, rules: &Rules, store: &Store) -> Result<Change, ApiError> {
         let own = super::check(trusted::check_file(&self.path), "the configuration", &self.path);
-        let read = own.map_err(|e| Unfit::File(e.to_string())).and_then(|()| {
-            Config::load(&self.path).map_err(|e| Unfit::File(format!("{e:#}; mend the file")))
-        });
+        let read = own
+            .map_err(|e| Unfit::File(e.to_string()))
+            .and_then(|()| Config::load(&self.path).map_err(|e| Unfit::File(format!("{e:#}; fix the file"))));
         let read = read.and_then(|config| {
             let allowed = self.allowed(rules);
             let all = config.rules_with(allowed.clone(), &store.rules_file())?;

@@ -77,7 +77,8 @@ impl Guests {
             let served = self.served.wait_for(|served| served.bridges == bridges);
             if timeout(READY_TIMEOUT, served).await.is_err() {
                 tracing::warn!(
-                    "who is on which bridge is not known yet; localhost leads to the host when it is"
+                    "localhost redirects are late: the containers on each bridge are not known yet; they \
+                     take effect by themselves"
                 );
             }
         }
@@ -114,7 +115,7 @@ impl Owner {
             match done {
                 Ok(()) => {}
                 Err(error) => {
-                    tracing::warn!("who is on which bridge is looked for anew: {error:#}");
+                    tracing::warn!(error = format!("{error:#}"), "bridge watch failed; restarting it");
                     tokio::time::sleep(REOPEN).await;
                 }
             }
@@ -164,8 +165,10 @@ impl Owner {
             if bridges.len() > BRIDGES && !self.crowded {
                 self.crowded = true;
                 tracing::warn!(
-                    "a container is on more than {BRIDGES} networks with --localhost rules; of the others' \
-                     localhost nothing leads to the host"
+                    netns,
+                    limit = BRIDGES,
+                    "container is on too many networks with --localhost rules; those over the limit get no \
+                     localhost redirect"
                 );
             }
             let mut guest = RedirectedNetns { netns: *netns, bridges: [0; BRIDGES] };
@@ -173,7 +176,7 @@ impl Owner {
             if self.entered.get(netns) != Some(&guest) {
                 self.map.put(&guest)?;
                 self.entered.insert(*netns, guest);
-                tracing::debug!(netns, ?bridges, "localhost leads to the host");
+                tracing::debug!(netns, ?bridges, "localhost redirect set");
             }
         }
         if alone {

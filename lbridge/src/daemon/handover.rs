@@ -45,7 +45,7 @@ impl Inherited {
     pub(super) fn take() -> Self {
         let passed = sd_notify::listen_fds_with_names().map(Iterator::collect::<Vec<_>>);
         let passed = passed.unwrap_or_else(|error| {
-            tracing::warn!("sockets that the service manager passed on are of no use: {error}");
+            tracing::warn!(%error, "could not take over the service manager's sockets; opening new ones");
             vec![]
         });
         if passed.is_empty() {
@@ -133,13 +133,17 @@ pub(super) fn keep<'a>(sockets: impl Iterator<Item = (&'a RelayKey, bool, Borrow
             if let Err(error) =
                 sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(name)], batch)
             {
-                tracing::warn!("the service manager does not take listening sockets: {error}");
+                tracing::warn!(
+                    %error,
+                    "service manager refused the listening sockets; relays refuse connections until the next \
+                     start"
+                );
                 return;
             }
         }
     }
     if let Err(error) = wait_until_taken() {
-        tracing::warn!("the service manager may not have taken the listening sockets: {error}");
+        tracing::warn!(%error, "service manager did not confirm the listening sockets");
     }
 }
 

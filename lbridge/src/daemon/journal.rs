@@ -1,10 +1,16 @@
 //! Journal: what the log and the subscribers to events are told of the passes.
 
-use super::report::Report;
-use crate::api::{
-    events::EventBus,
-    protocol::{DockerStatus, EventKind},
+use super::report::{Report, RuleChange};
+use crate::{
+    api::{
+        events::EventBus,
+        protocol::{DockerStatus, EventKind, RuleStatus},
+    },
+    planning::rule::RuleId,
 };
+
+/// Limit on changes that are logged one by one; more are logged as one line.
+const MAX_CHANGES: usize = 100;
 
 /// The event bus, and what was last published about the engine.
 #[derive(Debug)]
@@ -32,8 +38,11 @@ impl Journal {
 
     /// Logs and publishes what has changed between two passes.
     pub(super) fn report(&mut self, now: &Report, before: &Report, docker: DockerStatus) {
-        for change in now.changes_since(before) {
-            tracing::info!("{change}");
+        let changes = now.changes_since(before);
+        if changes.len() > MAX_CHANGES {
+            tracing::info!(rules = changes.len(), "many rules changed; lbridge status shows each");
+        } else {
+            changes.iter().for_each(log);
         }
         if self.news.has_subscribers() {
             self.publish(now.news_since(before));
@@ -51,6 +60,27 @@ impl Journal {
         }
         self.docker = now.clone();
         self.publish(event(now));
+    }
+}
+
+fn log(change: &RuleChange) {
+    match change {
+        RuleChange::State(status) => {
+            let RuleStatus { network, port, protocol, state, why, reasons, .. } = &**status;
+            let codes: Vec<_> = reasons.iter().map(|reason| reason.code.as_str()).collect();
+            tracing::info!(
+                %network,
+                port,
+                protocol = protocol.name(),
+                %state,
+                reason = (!codes.is_empty()).then(|| codes.join(",")),
+                why,
+                "rule state changed"
+            );
+        }
+        RuleChange::Removed { id: RuleId { network, port, protocol }, origin } => {
+            tracing::info!(%network, port, protocol = protocol.name(), %origin, "rule removed");
+        }
     }
 }
 

@@ -99,7 +99,15 @@ impl Labels {
                 self.told.clear();
             }
             if self.told.insert(problem.clone()) {
-                tracing::warn!("label of {problem}");
+                let of = |kind| problem.object.strip_prefix(kind);
+                tracing::warn!(
+                    container = of("container "),
+                    network = of("network "),
+                    label = problem.label,
+                    error = problem.wrong,
+                    remedy = problem.remedy,
+                    "label has a problem"
+                );
                 new.push(EventKind::BadLabel(problem.clone()));
             }
         }

@@ -71,12 +71,16 @@ impl Memory {
         match saved {
             Ok(()) => {
                 if self.unsaved.remove(what) {
-                    tracing::info!("the {what} last seen are saved again");
+                    tracing::info!(what, "last seen state saved again");
                 }
             }
             Err(error) => {
                 if self.unsaved.insert(what) {
-                    tracing::warn!("failed to save the {what} last seen for the next start: {error:#}");
+                    tracing::warn!(
+                        what,
+                        error = format!("{error:#}"),
+                        "could not save the last seen state for the next start"
+                    );
                 }
             }
         }

@@ -110,7 +110,7 @@ fn check(checked: io::Result<()>, what: &str, path: &Path) -> anyhow::Result<()>
 pub async fn run(options: Options) -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!(
-            "lbridge run needs root: it loads eBPF programs and takes hold of other processes' sockets; use \
+            "lbridge run needs root: it loads eBPF programs and duplicates other processes' sockets; use \
              sudo"
         );
     }
@@ -141,13 +141,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     let mut loaded = Kernel::load(&options.bpffs, &cgroup, netns.file.try_clone()?, netns.cookie)?;
     if let Err(why) = &loaded.features.steer {
-        tracing::warn!("nothing can be steered: {why}");
+        tracing::warn!(error = why, "steering is unavailable; connections are relayed");
     }
     let guests = loaded.guests.take().filter(|_| loaded.features.hooks[HookSet::Connect].is_ok());
     let guests = guests.map(|map| Guests::start(map, &netns)).transpose()?;
     let mut sources = loaded.sources.take().map(SourceGate::start).transpose()?;
     // Every other thread has given up its privileges already, or is started later by this one.
-    privileges::drop_capabilities().context("cannot give up privileges")?;
+    privileges::drop_capabilities().context("cannot drop privileges")?;
 
     let (wake, wakes) = mpsc::channel(WAKE_QUEUE);
     let memory = Memory::open(store);
@@ -181,7 +181,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let hangup = signal(SignalKind::hangup())?;
     let terminal = has_terminal();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    tracing::info!("ready: {}", reconciler.summary());
+    reconciler.log_ready();
     let outcome = tokio::select! {
         never = reconciler.run(requests, wakes, events) => never,
         ended = &mut serving => ended.context("the control API panicked")?,
@@ -201,13 +201,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
     };
-    let relayed = match cut_off {
-        Some(0) => String::new(),
-        Some(1) => "; 1 relayed connection is cut off".to_owned(),
-        Some(cut_off) => format!("; {cut_off} relayed connections are cut off"),
-        None => "; relayed connections are cut off".to_owned(),
-    };
-    tracing::info!("stopped; what the kernel steers stays in force{relayed}");
+    // Without a number if a second signal ended the wait for them.
+    tracing::info!(relayed_cut_off = cut_off, "daemon stopped; steered rules stay in force");
     outcome
 }
 

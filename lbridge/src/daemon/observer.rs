@@ -249,16 +249,16 @@ fn namespace(
                 Some(ContainerLookup::Failed(why)) => return Err(NetnsUnavailable::Unsuitable(why.clone())),
                 None => {
                     return Err(NetnsUnavailable::NotThere(format!(
-                        "Docker has not told of container {name} yet"
+                        "the engine has not reported container {name} yet"
                     )));
                 }
             };
             let Some(pid) = container.pid else {
-                return Err(NetnsUnavailable::NotThere(format!("container {name} does not run")));
+                return Err(NetnsUnavailable::NotThere(format!("container {name} is not running")));
             };
             let start = processes.get(&(container.id.clone(), pid)).cloned().flatten();
             let Some(start) = start else {
-                return Err(NetnsUnavailable::NotThere(format!("container {name} does not run")));
+                return Err(NetnsUnavailable::NotThere(format!("container {name} is not running")));
             };
             let entrance =
                 NetnsRef::Process { pid, start: Some(start), container: Some(container.id.clone()) };
@@ -313,7 +313,7 @@ mod tests {
         let found = namespaces(&rules, Some(&view(own)), host, &mut processes);
         assert_eq!(
             found[&rule.network],
-            Err(NetnsUnavailable::NotThere("container c does not run".to_owned())),
+            Err(NetnsUnavailable::NotThere("container c is not running".to_owned())),
             "not even looked at"
         );
     }

@@ -29,8 +29,19 @@ use crate::{
     relay::set::Counts,
 };
 
-/// Limit on changes that are logged one by one; more are logged as one line.
-const MAX_CHANGES: usize = 100;
+/// A change of a rule between two passes.
+#[derive(Debug)]
+pub(super) enum RuleChange {
+    /// The rule is new, or its state has changed.
+    State(Box<RuleStatus>),
+    /// The rule is no longer in force: it was denied, left out of the configuration, or no label asks for it.
+    Removed {
+        /// Identity of the rule.
+        id: RuleId,
+        /// Origin that the rule had.
+        origin: Origin,
+    },
+}
 
 /// Result of the last pass.
 #[derive(Debug, Default)]
@@ -53,27 +64,17 @@ impl Report {
         self.desired.outcomes.iter().map(|outcome| self.rule(outcome)).collect()
     }
 
-    /// Lists, for the log, the rules whose state has changed, and those that are new or gone.
-    pub(super) fn changes_since(&self, before: &Self) -> Vec<String> {
-        let changes = self.states_since(before);
-        if changes.len() > MAX_CHANGES {
-            return vec![format!("{} rules have changed", changes.len())];
-        }
-        let was_labels = |id: &RuleId| {
+    /// Lists the rules whose state has changed, and those that are new or gone.
+    pub(super) fn changes_since(&self, before: &Self) -> Vec<RuleChange> {
+        let origin = |id: &RuleId| {
             let mut outcomes = before.desired.outcomes.iter();
-            outcomes.any(|outcome| outcome.origin == Origin::Label && outcome.rule.id() == *id)
+            outcomes.find(|outcome| outcome.rule.id() == *id).map_or(Origin::Cli, |outcome| outcome.origin)
         };
-        let told = |(id, now): (RuleId, Option<RuleStatus>)| match now {
-            None if was_labels(&id) => format!("{id}: no label asks for it any more"),
-            None => format!("{id}: denied"),
-            Some(RuleStatus { state, why: None, .. }) => {
-                format!("{id}: {}", format!("{state:?}").to_lowercase())
-            }
-            Some(RuleStatus { state, why: Some(why), .. }) => {
-                format!("{id}: {} ({why})", format!("{state:?}").to_lowercase())
-            }
+        let change = |(id, now): (RuleId, Option<RuleStatus>)| match now {
+            Some(status) => RuleChange::State(Box::new(status)),
+            None => RuleChange::Removed { origin: origin(&id), id },
         };
-        changes.into_iter().map(told).collect()
+        self.states_since(before).into_iter().map(change).collect()
     }
 
     /// Lists the changes of [`Report::changes_since`] for subscribers to events, without the rules that are

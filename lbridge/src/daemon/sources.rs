@@ -193,11 +193,16 @@ impl State {
             match self.map.remove(&key) {
                 Ok(()) => {
                     let (source, port) = (IpAddr::from(key.source), key.entry.port);
-                    tracing::debug!(%source, port, "revoked: its container has left");
+                    tracing::debug!(%source, port, "source revoked: its container has left");
                     self.wanted.entry(key).and_modify(|source| source.revoked = true);
                 }
                 Err(error) => {
-                    tracing::warn!("{error:#}; trying again");
+                    tracing::warn!(
+                        source = %IpAddr::from(key.source),
+                        port = key.entry.port,
+                        error = format!("{error:#}"),
+                        "could not revoke a source; trying again"
+                    );
                     done = false;
                 }
             }

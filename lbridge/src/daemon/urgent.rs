@@ -23,7 +23,8 @@ pub(super) fn start(name: &'static str, work: impl FnOnce() + Send + 'static) ->
         match privileges::drop_capabilities() {
             Ok(()) => work(),
             Err(error) => {
-                tracing::error!("the thread {name} could not give up its privileges and ends: {error}");
+                tracing::error!(thread = name, %error, "could not drop a thread's privileges; the thread \
+                                                        ends");
             }
         }
     };
@@ -34,7 +35,9 @@ pub(super) fn start(name: &'static str, work: impl FnOnce() + Send + 'static) ->
 fn raise_priority(name: &str) {
     if let Err(error) = setpriority_process(None, NICE) {
         tracing::debug!(
-            "could not raise the priority of the thread {name}; it may lag on a busy machine: {error}"
+            thread = name,
+            %error,
+            "could not raise a thread's priority; it may lag on a busy machine"
         );
     }
 }

@@ -108,7 +108,7 @@ impl Libpod {
     async fn ask<T: DeserializeOwned>(&self, resource: &str) -> anyhow::Result<T> {
         let (response, _) = get(&self.path, resource).await?;
         let status = response.status();
-        ensure!(status.is_success(), "it answers {status}");
+        ensure!(status.is_success(), "Podman answered {status}");
         let body = Limited::new(response.into_body(), LONGEST).collect().await;
         let body = body.map_err(|error| anyhow!("{error}"))?.to_bytes();
         Ok(serde_json::from_slice(&body)?)

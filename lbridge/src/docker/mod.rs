@@ -27,6 +27,6 @@ fn plain(error: bollard::errors::Error) -> anyhow::Error {
     let error = anyhow::Error::from(error);
     match error.chain().len() {
         1 => error,
-        _ => anyhow::anyhow!("the engine cannot be reached: {}", error.root_cause()),
+        _ => anyhow::anyhow!("could not reach the engine: {}", error.root_cause()),
     }
 }

@@ -73,7 +73,7 @@ fn of_podman(
 ) -> Option<DockerNetwork> {
     let (id, name, driver) = (network.id?, network.name?, network.driver.unwrap_or_default());
     if engine.libpod.is_none() {
-        let driver = format!("{driver} (of Podman {}, which does not tell its bridge)", engine.version);
+        let driver = format!("{driver} (of Podman {}, which does not report its bridge)", engine.version);
         return Some(DockerNetwork { id, name, driver, ..DockerNetwork::default() });
     }
     // A network that is newer than the first list is in the next one.

@@ -158,7 +158,7 @@ async fn follow(
                     EngineStatus::Reachable { engine, .. } => *engine,
                     EngineStatus::Unknown | EngineStatus::Away { .. } => EngineKind::default(),
                 };
-                tracing::warn!("{engine} is away: {error}; rules in force stay in force");
+                tracing::warn!(%engine, error, "engine does not answer; rules in force stay in force");
                 *presence = EngineStatus::Away { engine, since: Timestamp::now(), error };
                 true
             }
@@ -187,8 +187,8 @@ async fn session(
     requests: &mut mpsc::Receiver<oneshot::Sender<()>>,
     backoff: &mut Duration,
 ) -> anyhow::Result<()> {
-    let docker = Docker::connect_with_defaults()
-        .context("no engine is found (is dockerd running, is DOCKER_HOST right?)")?;
+    let docker =
+        Docker::connect_with_defaults().context("no engine found (is it running, is DOCKER_HOST right?)")?;
     let engine = within(Engine::ask(&docker)).await?;
     let Engine { product, version, .. } = &engine;
     // The request for events is sent when the first event is awaited, after the list was read. So it asks for
@@ -235,7 +235,7 @@ async fn session(
         view.send_if_modified(|view| {
             let presence = EngineStatus::Reachable { engine: *product, version: version.clone() };
             if view.presence != presence {
-                tracing::info!("{product} {version} answers");
+                tracing::info!(engine = %product, version, "engine answers");
             }
             let host_gateways = host_gateways.clone();
             let now = View { presence, networks, containers, container_names, labelled, host_gateways };
@@ -346,7 +346,7 @@ impl<'a> Events<'a> {
             }
             (event, EngineKind::Docker) => {
                 let event = event.context("the engine closed the stream of events")?;
-                event.context("the stream of events broke").map(Some)
+                event.context("the stream of events failed").map(Some)
             }
         }
     }

@@ -74,7 +74,7 @@ fn unanswered(options: &Options, client: &Client, error: &ClientError) -> Findin
         ClientError::Forbidden { .. } => Finding::needs_root(CHECK, "the daemon and its rules"),
         ClientError::Unreachable { .. } => {
             let why = match pins::in_place(&options.bpffs) {
-                Ok(true) => "What is steered goes on; nothing is relayed, and rules cannot be changed.",
+                Ok(true) => "Steered rules stay in force; nothing is relayed, and rules cannot be changed.",
                 Ok(false) => "No rule is in force.",
                 Err(_) => "Nothing is relayed, and rules cannot be changed.",
             };
@@ -99,11 +99,11 @@ fn answered(options: &Options, daemon: Option<&Daemon>, status: &Status) -> Vec<
         findings.push(Finding::ok(CHECK, format!("lbridge {its} runs{unit}")));
     } else {
         let what = format!("the daemon is lbridge {its}, this is {own}");
-        let why = "They may misunderstand each other.";
+        let why = "They may not be compatible.";
         findings.push(Finding::new(CHECK, Level::Warning, what).because(why).type_this([restart.clone()]));
     }
     if let (Some(daemon), None) = (daemon, unit) {
-        let what = format!("the daemon (process {}) is no unit of systemd", daemon.pid);
+        let what = format!("the daemon (process {}) is not a systemd unit", daemon.pid);
         let why = "Nothing starts it again after a crash or a boot. Stop it, and have systemd run it.";
         findings.push(
             Finding::new("systemd", Level::Note, what).because(why).type_this(["lbridge service install"]),
@@ -114,8 +114,8 @@ fn answered(options: &Options, daemon: Option<&Daemon>, status: &Status) -> Vec<
             Ok(true) => {}
             Ok(false) => {
                 let what = format!("nothing is pinned below {}", options.bpffs.display());
-                let why = "If the daemon uses no other --bpffs, somebody has removed the pins, and nothing \
-                           is steered.";
+                let why = "Unless the daemon uses another --bpffs, somebody has removed the pins, and \
+                           nothing is steered.";
                 findings.push(Finding::new("pins", Level::Problem, what).because(why).type_this([restart]));
             }
             Err(_) => findings.push(Finding::needs_root("pins", "whether the pins are in place")),
@@ -146,7 +146,7 @@ fn about_rule(rule: &RuleStatus) -> Option<Finding> {
         State::Waiting => (Level::Warning, "waits"),
         State::Blocked => (Level::Problem, "is blocked"),
     };
-    let why = rule.why.as_deref().unwrap_or("no reason was told");
+    let why = rule.why.as_deref().unwrap_or("no reason given");
     Some(Finding::new("rules", level, format!("rule {} {state}: {why}", rule.id())))
 }
 

@@ -33,11 +33,11 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
             let finding = match (&followed, nix::unistd::geteuid().is_root()) {
                 (Some(DockerStatus::Reachable { engine, version }), true) => {
                     let what = format!(
-                        "no answer from {}, though the daemon has one from {engine} {version}",
+                        "no answer from {}, though {engine} {version} answers the daemon",
                         docker::address()
                     );
                     Finding::new(CHECK, Level::Note, what)
-                        .because("DOCKER_HOST may be another here than where the daemon runs.")
+                        .because("DOCKER_HOST may differ here from the daemon's.")
                 }
                 (Some(DockerStatus::Reachable { engine, version }), false) => {
                     Finding::ok(CHECK, format!("{engine} {version} answers the daemon"))
@@ -47,9 +47,9 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
                 _ => {
                     let level = if needed { Level::Problem } else { Level::Note };
                     let address = docker::address();
-                    let what = format!("no Docker Engine at {address}: {error:#}");
+                    let what = format!("no engine at {address}: {error:#}");
                     let why = if needed {
-                        "Rules in force stay in force, and do not follow networks and containers."
+                        "Rules in force stay in force, but do not follow changes of networks and containers."
                     } else {
                         "No rule needs one."
                     };
@@ -70,7 +70,7 @@ pub(super) async fn engine(host: &Host, status: Option<&Status>) -> (Option<Engi
     let finding = if engine.rootless || none {
         let kind = if engine.rootless { "it is rootless" } else { "none of its bridges is on this host" };
         Finding::new(CHECK, Level::Warning, format!("{what}, but {kind}"))
-            .because("A rule for one of its networks has no bridge; its containers can be named.")
+            .because("A rule for one of its networks has no bridge; allow its containers by name instead.")
             .type_this(["lbridge allow container:NAME PORT"])
     } else {
         Finding::ok(CHECK, what)
@@ -87,8 +87,8 @@ pub(super) async fn unread_labels(status: Option<&Status>) -> Option<Finding> {
     }
     let told: Vec<_> = labelled.iter().map(Labelled::told).collect();
     let what = format!("labels are not read, and {ALLOW} is a label of {}", listed(&told));
-    let why = "The administrator decides, in lbridge.toml: labels = true, and label_ports = [...], what they \
-               may open.";
+    let why =
+        "To read them, set labels = true in lbridge.toml, and label_ports = [...] to what they may open.";
     Some(Finding::new("labels", Level::Note, what).because(why).type_this(["lbridge reload"]))
 }
 
@@ -134,10 +134,9 @@ pub(super) async fn guests(host: &Host, status: Option<&Status>) -> Vec<Finding>
     let finding = |(network, (ports, names, host_name)): (&str, (Vec<String>, Vec<String>, &str))| {
         let bridge = host.bridge(&Network::Docker(network.to_owned()));
         let gateway = bridge.and_then(|bridge| bridge.addresses.first())?.0;
-        let what =
-            format!("containers on {network} take {docker0} for the host ({host_name}): {}", listed(&names));
+        let what = format!("containers on {network} resolve {host_name} to {docker0}: {}", listed(&names));
         let why = format!(
-            "Rules for {network} (port {}) serve its own gateway, {gateway}: that is what they must dial.",
+            "Rules for {network} (port {}) serve its own gateway, {gateway}; have them dial that.",
             listed(&ports)
         );
         let finding = Finding::new("host-gateway", Level::Warning, what).because(why);

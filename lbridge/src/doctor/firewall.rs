@@ -29,25 +29,24 @@ pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Findin
             ProbeResult::Open => {}
             ProbeResult::Dropped => findings.push(dropped(opening, &seen, status)),
             ProbeResult::Unknown(why) => {
-                let what =
-                    format!("whether a firewall drops packets for {opening} could not be tried: {why}");
+                let what = format!("could not test if a firewall drops packets for {opening}: {why}");
                 findings.push(Finding::new(CHECK, Level::Note, what));
             }
         }
     }
     if let Some(why) = &seen.unreadable {
-        findings.push(Finding::new(CHECK, Level::Note, format!("the ruleset could not be read: {why}")));
+        findings.push(Finding::new(CHECK, Level::Note, format!("could not read the ruleset: {why}")));
     }
     if findings.is_empty() {
         let firewalls: Vec<_> = seen.firewall_kinds().iter().map(ToString::to_string).collect();
         let who = if firewalls.is_empty() { "no firewall".to_owned() } else { firewalls.join(", ") };
         let what = match openings.len() {
-            0 => format!("{who} on the input hook; there is no rule to try"),
+            0 => format!("{who} on the input hook; there is no rule to test"),
             1 => format!(
-                "{who} on the input hook; packets for the one gateway and port of a rule arrive, tried"
+                "{who} on the input hook; packets for the one rule's gateway and port arrive (tested)"
             ),
             rules => format!(
-                "{who} on the input hook; packets for all {rules} gateways and ports of rules arrive, tried"
+                "{who} on the input hook; packets for all {rules} gateways and ports of rules arrive (tested)"
             ),
         };
         findings.push(Finding::ok(CHECK, what));
@@ -59,7 +58,7 @@ fn dropped(opening: &Opening, seen: &FirewallState, status: Option<&Status>) -> 
     let remedy = seen.remedy(opening);
     let who = remedy.as_ref().map_or_else(|| "a firewall".to_owned(), |(who, _)| who.to_string());
     let finding = Finding::new(CHECK, Level::Problem, format!("{who} drops packets for {opening}"))
-        .because("Packets pass the firewall before lbridge sees them: containers meet a time-out.");
+        .because("Packets pass the firewall before lbridge sees them: containers get a timeout.");
     let managed = status.is_some_and(|status| status.firewall.mode == FirewallMode::Manage);
     match remedy {
         Some(_) if managed => {

@@ -39,10 +39,12 @@ pub(super) fn findings(options: &Options, daemon: Option<&Daemon>) -> Vec<Findin
     if root {
         match Trial::load(HostNetns::open().ok().and_then(|netns| netns.cookie)) {
             Ok(trial) => findings.extend(about_programs(trial)),
-            Err(error) => findings.push(refused(format!("the kernel takes nothing of lbridge: {error:#}"))),
+            Err(error) => {
+                findings.push(refused(format!("the kernel accepts none of lbridge's programs: {error:#}")));
+            }
         }
     } else {
-        findings.push(Finding::needs_root("steering", "what the kernel takes"));
+        findings.push(Finding::needs_root("steering", "what the kernel supports"));
     }
     findings.extend(about_descriptors(daemon));
     findings
@@ -51,7 +53,7 @@ pub(super) fn findings(options: &Options, daemon: Option<&Daemon>) -> Vec<Findin
 fn about_cgroup(options: &Options, root: bool) -> Finding {
     const CHECK: &str = "cgroup2";
     const WHY: &str =
-        "A program at its root notices services that start; lbridge run does not start without.";
+        "Programs at its root notice services that start; lbridge run does not start without it.";
     let Ok(path) = options.cgroup.clone().map_or_else(cgroup::mount, Ok) else {
         // Hybrid: this path is a tmpfs with the controllers of cgroup v1.
         let hybrid = ["memory", "systemd"].iter().any(|name| Path::new("/sys/fs/cgroup").join(name).exists());
@@ -73,14 +75,13 @@ fn about_bpffs(path: &Path) -> Finding {
     const CHECK: &str = "bpffs";
     if pins::on_bpffs(path) {
         if let Some((what, remedy)) = pins::refusal(path) {
-            let why = "Whoever can change what is pinned decides what is served; lbridge run does not start \
-                       like that.";
+            let why = "Whoever can change the pins decides what is served; lbridge run refuses to start.";
             return Finding::new(CHECK, Level::Problem, what).because(why).type_this(remedy);
         }
         return Finding::ok(CHECK, format!("{} is on a bpffs", path.display()));
     }
     Finding::new(CHECK, Level::Problem, format!("{} is not on a bpffs", path.display()))
-        .because("What the kernel serves is pinned there; lbridge run does not start without.")
+        .because("The kernel programs and maps are pinned there; lbridge run does not start without it.")
         .type_this([pins::mount_one(path)])
 }
 
@@ -95,23 +96,25 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
         Ok(steering) => {
             let release = format!("Linux {release}");
             findings.push(match netns.as_ref().map(|netns| steer_one(&mut trial, netns, steering)) {
-                Ok(Ok(())) => Finding::ok(CHECK, format!("{release} steers; tried with a connection")),
+                Ok(Ok(())) => Finding::ok(CHECK, format!("{release} steers (tested with a connection)")),
                 Ok(Err(error)) => {
-                    let what = format!("{release} takes the steering program, but does not steer: {error:#}");
+                    let what = format!("{release} loads the steering program, but does not steer: {error:#}");
                     let finding = Finding::new(CHECK, Level::Problem, what);
                     finding.because("Rules that say steered would not serve; --path relay does.")
                 }
                 Err(error) => {
                     let what =
-                        format!("{release} takes the steering program; it could not be tried: {error:#}");
+                        format!("{release} loads the steering program; it could not be tested: {error:#}");
                     Finding::new(CHECK, Level::Note, what)
                 }
             });
             if !steering.interface_check {
-                let what =
-                    format!("Linux {release} does not tell where a packet came in (5.17 and later do)");
-                let why = "Only the source's subnet is checked: a host of the LAN with a forged source gets \
-                           a SYN through, and no connection.";
+                let what = format!(
+                    "Linux {release} does not report the interface that a packet came in on (5.17 and later \
+                     do)"
+                );
+                let why = "Only the source's subnet is checked: a LAN host with a forged source address gets \
+                           a SYN through, but no connection.";
                 findings.push(Finding::new("ingress", Level::Note, what).because(why));
             }
             if !steering.kernel_registers {
@@ -126,25 +129,25 @@ fn about_programs(mut trial: Trial) -> Vec<Finding> {
         let finding = Finding::new(
             "names",
             Level::Warning,
-            format!("services cannot be shown containers' addresses: {why}"),
+            format!("the kernel cannot show services their containers' addresses: {why}"),
         );
         findings.push(finding.because(
             "Relayed connections show an address in 127.128.0.0/9 instead, and --source loopback is relayed.",
         ));
     }
     if let Err(why) = &trial.features.hooks[HookSet::Connect] {
-        let what = format!("containers' localhost cannot lead to the host: {why}");
-        let why = "Rules with --localhost serve the gateway alone.";
+        let what = format!("--localhost is not available: {why}");
+        let why = "Rules with --localhost serve only the gateway.";
         findings.push(Finding::new("localhost", Level::Note, what).because(why));
     }
     if let Err(why) = &trial.features.hooks[HookSet::Replies] {
-        let what = format!("what UDP services answer cannot be given its source: {why}");
+        let what = format!("UDP is not available, as replies cannot be given their source: {why}");
         findings.push(Finding::new("udp", Level::Note, what).because("Rules for UDP are blocked."));
     }
     if let Ok(netns) = &netns
         && let Err(error) = take_one(netns)
     {
-        let what = format!("the listening sockets of services cannot be taken hold of: {error:#}");
+        let what = format!("listening sockets of services cannot be duplicated: {error:#}");
         let finding = Finding::new("taking", Level::Warning, what);
         findings.push(
             finding.because("A service that ran before its rule was made is relayed until it restarts."),

@@ -11,7 +11,7 @@ use crate::{
     migrate::{socat, ufw, unit},
 };
 
-const LETS_IN: &str = "Whoever reaches its address is let in, and the service takes them for local.";
+const LETS_IN: &str = "Whoever reaches its address gets in, and looks local to the service.";
 const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf";
 
 pub(super) fn findings(host: &Host) -> Vec<Finding> {
@@ -35,7 +35,7 @@ fn socat_units(socats: &[u32], findings: &mut Vec<Finding>) -> BTreeSet<String> 
     let services = match unit::services(&folders) {
         Ok(services) => services,
         Err(error) => {
-            findings.push(Finding::new(CHECK, Level::Note, format!("units cannot be read: {error}")));
+            findings.push(Finding::new(CHECK, Level::Note, format!("could not read the units: {error}")));
             return BTreeSet::new();
         }
     };
@@ -149,8 +149,9 @@ fn ufw_rules(host: &Host, findings: &mut Vec<Finding>) {
         if is_ours || used {
             continue;
         }
-        let what = format!("UFW lets in to {}, where nothing serves", SocketAddr::new(address, port));
-        let finding = Finding::new(CHECK, Level::Note, what).because("It may be left of an older recipe.");
+        let what = format!("UFW allows packets to {}, which no rule serves", SocketAddr::new(address, port));
+        let finding =
+            Finding::new(CHECK, Level::Note, what).because("It may be left over from an older recipe.");
         findings.push(finding.type_this([format!("ufw delete {words}")]));
     }
 }

@@ -227,7 +227,7 @@ fn stored(options: &Options) -> Result<Vec<Wanted>, Finding> {
             Err(Finding::needs_root("rules", "the services that rules lead to"))
         }
         Err(error) => Err(Finding::new("rules", Level::Problem, format!("{error:#}"))
-            .because("lbridge run does not start like that.")),
+            .because("lbridge run refuses to start.")),
     }
 }
 

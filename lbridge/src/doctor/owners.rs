@@ -80,7 +80,7 @@ fn people(owned: &[(&Wanted, u32)]) -> Vec<Finding> {
 fn beside_service(stranger: &Listener, rules: &[String]) -> Finding {
     let (address, port) = (stranger.address, stranger.address.port());
     let what =
-        format!("{address} belongs to {}, the service of {} does not", user(stranger.uid), listed(rules));
+        format!("{address} belongs to {}, unlike the service of {}", user(stranger.uid), listed(rules));
     Finding::new("users", Level::Warning, what)
         .because(
             "One user's sockets are the service, and the rules lead nothing there. Clients on the host \

@@ -88,7 +88,7 @@ fn holder(holders: &BTreeMap<u64, BTreeSet<u32>>, inode: u64) -> Holder {
 fn mptcp(listener: &Listener, holder: &Holder, rules: &[String]) -> Finding {
     let what = format!("{} listens on {} with MPTCP", holder.name, listener.address);
     let finding = Finding::new("mptcp", Level::Note, what).because(format!(
-        "The kernel cannot steer to it; relayed: {}. Go programs can be told.",
+        "The kernel cannot steer to it; relayed: {}. In Go programs MPTCP can be turned off.",
         listed(rules)
     ));
     match &holder.unit {
@@ -116,14 +116,13 @@ fn exposed(listener: &Listener, holder: &Holder) -> Finding {
     if holder.program.as_deref() == Some("docker-proxy") {
         return finding
             .because(
-                "Rules do not restrict that. Publish the port on loopback alone; the rule goes on to \
-                 serve it.",
+                "Rules do not restrict that. Publish the port only on loopback; the rule keeps serving it.",
             )
             .type_this([see, format!("docker run --publish 127.0.0.1:{port}:PORT ...")]);
     }
     let finding = finding.because(
-        "Rules do not restrict that: not the LAN, not other networks. Have it bind 127.0.0.1; the rule goes \
-         on to serve it.",
+        "Rules do not restrict that: not the LAN, not other networks. Have it bind 127.0.0.1; the rule keeps \
+         serving it.",
     );
     let edit = holder.unit.as_ref().map(|unit| {
         let user = if unit.of_user { "--user " } else { "" };
@@ -142,7 +141,8 @@ fn held_by_the_engine(listener: &Listener, engine: &str, rules: &[String]) -> Fi
     let what = format!("{engine} itself holds {}: {why}", listener.address);
     Finding::new("docker-proxy", Level::Warning, what)
         .because(format!(
-            "It keeps the port of a published container and answers nobody there, so that these hang: {}.",
+            "It holds the port of a published container but answers nobody there, so these rules' \
+             connections hang: {}.",
             listed(rules)
         ))
         .type_this([format!(

@@ -163,8 +163,9 @@ impl Firewall {
         // A kernel that has no nf_tables yet may get it later.
         if let (None, Some(wake)) = (&self.changes, &self.wake) {
             let followed = Changes::follow(wake.clone());
-            let followed = followed
-                .inspect_err(|error| tracing::debug!("changes of the firewall are not told: {error}"));
+            let followed = followed.inspect_err(
+                |error| tracing::debug!(%error, "could not follow changes of the firewall; polling"),
+            );
             self.changes = followed.ok();
         }
         let (ruleset, problems) = Ruleset::read(&self.openings).await;
@@ -252,17 +253,17 @@ impl Firewall {
     pub async fn accept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         anyhow::ensure!(
             opening.has_plain_name(),
-            "the bridge's name could mean other interfaces to a firewall; give it another, or let it through \
-             by hand"
+            "the bridge's name could match other interfaces in a firewall; rename the bridge, or add the \
+             accept rule by hand"
         );
         let put = match chain.backend {
             Backend::Nft => ruleset::accept(chain, opening).await,
             Backend::IptablesNft | Backend::IptablesLegacy => iptables::accept(chain, opening).await,
             Backend::Firewalld => firewalld::accept(opening).await,
         };
-        put.with_context(|| format!("cannot let {opening} through"))?;
+        put.with_context(|| format!("failed to add the accept rule for {opening}"))?;
         self.seen.probe_results.remove(opening);
-        tracing::info!("firewall: accepts {opening}, which {chain} denied");
+        log_accept_rule(chain, opening, "accept rule added: the firewall dropped what it lets in");
         self.read().await;
         Ok(())
     }
@@ -270,10 +271,15 @@ impl Firewall {
     /// Removes every copy of an accept rule from a chain.
     pub async fn remove_accept(&mut self, chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         remove(chain, opening).await?;
-        tracing::info!("firewall: the accept rule for {opening} is removed from {chain}");
+        log_accept_rule(chain, opening, "accept rule removed");
         self.read().await;
         Ok(())
     }
+}
+
+fn log_accept_rule(chain: &Chain, opening: &Opening, message: &str) {
+    let Opening { interface, gateway, sources, protocol, port } = opening;
+    tracing::info!(interface, %gateway, port, protocol = protocol.name(), %sources, %chain, "{message}");
 }
 
 async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
@@ -282,7 +288,7 @@ async fn remove(chain: &Chain, opening: &Opening) -> anyhow::Result<()> {
         Backend::IptablesNft | Backend::IptablesLegacy => iptables::remove(chain, opening).await,
         Backend::Firewalld => firewalld::remove(opening).await,
     };
-    removed.with_context(|| format!("cannot remove the firewall's accept rule for {opening}"))
+    removed.with_context(|| format!("failed to remove the firewall's accept rule for {opening}"))
 }
 
 /// Removes every accept rule of lbridge's, for good. Returns how many there were, and what they let in. Call
@@ -299,7 +305,7 @@ pub async fn remove_all(expected: bool) -> anyhow::Result<(usize, BTreeSet<(Acce
     }
     anyhow::ensure!(
         problems.is_empty(),
-        "whether accept rules are left in the firewall cannot be told: {}",
+        "could not determine if accept rules are left in the firewall: {}",
         listed(&problems)
     );
     let let_in = ruleset.accepts.keys().map(|(_, opening)| opening.accepted()).collect();

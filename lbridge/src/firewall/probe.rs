@@ -67,7 +67,7 @@ pub(super) async fn bridge(
     for ((gateway, prefix), openings) in gateways {
         let dialled: Dialled = openings.iter().map(|opening| (opening.gateway, opening.port)).collect();
         let answered = from_bridge(ifindex, gateway, prefix, dialled, arrivals).await;
-        let answered = answered.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
+        let answered = answered.inspect_err(|error| log_failed(gateway, error));
         probe_results.extend(openings.into_iter().map(|opening| {
             let passage = match &answered {
                 Ok(answered) if answered.contains(&(opening.gateway, opening.port)) => ProbeResult::Open,
@@ -80,13 +80,17 @@ pub(super) async fn bridge(
     probe_results
 }
 
+fn log_failed(gateway: IpAddr, error: &anyhow::Error) {
+    tracing::debug!(%gateway, error = format!("{error:#}"), "could not probe the firewall");
+}
+
 /// Probes openings of UDP; without `arrivals` the result is [`ProbeResult::Unknown`].
 pub(super) async fn datagrams(
     openings: &[(&Opening, &ProbeRoute)],
     arrivals: Option<&dyn Arrivals>,
 ) -> Vec<(Opening, ProbeResult)> {
     let Some(arrivals) = arrivals else {
-        let unknown = || ProbeResult::Unknown("datagrams are tried by the daemon".to_owned());
+        let unknown = || ProbeResult::Unknown("only the daemon can probe UDP".to_owned());
         return openings.iter().map(|(opening, _)| ((*opening).clone(), unknown())).collect();
     };
     let mut probe_results = vec![];
@@ -119,7 +123,7 @@ pub(super) async fn datagrams(
             }
             anyhow::Ok(())
         };
-        let sent = sent.await.inspect_err(|error| tracing::debug!("{gateway} cannot be tried: {error:#}"));
+        let sent = sent.await.inspect_err(|error| log_failed(gateway, error));
         for opening in openings {
             let passage = match &sent {
                 _ if arrivals.any(opening, link) => ProbeResult::Open,
@@ -159,7 +163,7 @@ impl<'a> Prober<'a> {
         arrivals: Option<&'a dyn Arrivals>,
     ) -> anyhow::Result<Self> {
         let source = free_address(ifindex, gateway, prefix, &[]).await?;
-        let source = source.with_context(|| format!("every address of {gateway}/{prefix} is taken"))?;
+        let source = source.with_context(|| format!("no free address in {gateway}/{prefix}"))?;
         let scratch = Arc::new(Scratch::on_bridge(ifindex, &[(source, prefix)]).await?);
         if let Some(arrivals) = arrivals {
             arrivals.begin(source, ifindex)?;

@@ -38,7 +38,7 @@ pub(super) async fn run_with(
     arguments: &[&str],
     input: &str,
 ) -> Result<String, Problem> {
-    let failed = |why: String| Problem::Failed(anyhow::anyhow!("{program}: {why}"));
+    let failed = |why: String| Problem::Failed(anyhow::anyhow!("{program} failed: {why}"));
     let mut command = tokio::process::Command::new(program);
     command.args(arguments).env("LC_ALL", "C").env("PATH", tools_path()).kill_on_drop(true);
     // A tool that outlives a killed daemon would put an accept rule that nobody knows of.
@@ -65,7 +65,7 @@ pub(super) async fn run_with(
         Ok(Ok(output)) => output,
         Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => return Err(Problem::Missing(program)),
         Ok(Err(error)) => return Err(failed(error.to_string())),
-        Err(_) => return Err(failed("it does not come to an end".to_owned())),
+        Err(_) => return Err(failed("it did not finish in time".to_owned())),
     };
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);

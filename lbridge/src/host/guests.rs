@@ -100,7 +100,7 @@ impl BridgePorts {
     /// Waits for a change and applies it, with all others that are pending. Cancel-safe. Fails if the kernel
     /// reports no more changes, or if a resync after lost messages fails.
     pub async fn changed(&mut self) -> anyhow::Result<()> {
-        let mut message = Some(self.changes.next().await.context("the kernel tells of links no more")?);
+        let mut message = Some(self.changes.next().await.context("the kernel's events of links ended")?);
         let mut is_lossy = false;
         while let Some(next) = message {
             is_lossy |= self.apply(next.payload);
@@ -186,7 +186,11 @@ impl BridgePorts {
                 continue;
             }
             if let Err(error) = self.learn(&path, missing) {
-                tracing::debug!("{}: {error:#}", path.display());
+                tracing::debug!(
+                    path = %path.display(),
+                    error = format!("{error:#}"),
+                    "could not look at a network namespace"
+                );
             }
         }
     }
@@ -213,14 +217,14 @@ impl BridgePorts {
         message.finalize();
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
-        self.questions.send(&bytes, 0).context("cannot ask for a namespace's number")?;
-        let (answer, _) = self.questions.recv_from_full().context("cannot read a namespace's number")?;
+        self.questions.send(&bytes, 0).context("failed to ask for a namespace's nsid")?;
+        let (answer, _) = self.questions.recv_from_full().context("failed to read a namespace's nsid")?;
         match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)?.payload {
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNsId(message)) => {
-                number(&message).context("an answer without a number")
+                number(&message).context("the answer has no nsid")
             }
             NetlinkPayload::Error(error) => Err(error.to_io().into()),
-            _ => anyhow::bail!("an answer of another kind"),
+            _ => anyhow::bail!("the answer is of another kind"),
         }
     }
 }

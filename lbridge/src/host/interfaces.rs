@@ -125,12 +125,15 @@ fn follow(wake: mpsc::Sender<()>) -> anyhow::Result<()> {
                     let _ = wake.try_send(());
                 }
             }
-            tracing::warn!("changes of interfaces are followed anew");
+            tracing::warn!("interface watch ended; restarting it");
             connection = loop {
                 tokio::time::sleep(REOPEN).await;
                 match open() {
                     Ok(connection) => break connection,
-                    Err(error) => tracing::warn!("{error:#}"),
+                    Err(error) => tracing::warn!(
+                        error = format!("{error:#}"),
+                        "interface watch failed to start; trying again"
+                    ),
                 }
             };
             // Changes in the meantime were not reported.

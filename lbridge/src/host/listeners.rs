@@ -82,10 +82,8 @@ pub fn lookup(
             Ok(takes.then(|| listener(&response, kind)))
         }
         NetlinkPayload::Error(error) if error.raw_code() == -libc::ENOENT => Ok(None),
-        NetlinkPayload::Error(error) => {
-            Err(error.to_io()).context("cannot ask for the socket of a connection")
-        }
-        _ => bail!("sock_diag answers something else"),
+        NetlinkPayload::Error(error) => Err(error.to_io()).context("failed to look up a connection's socket"),
+        _ => bail!("unexpected answer from sock_diag"),
     }
 }
 

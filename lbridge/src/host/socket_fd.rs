@@ -47,7 +47,7 @@ impl SocketFdTaker {
             }
         }
         match last {
-            Some(error) => Err(error).context("cannot take hold of the listening socket"),
+            Some(error) => Err(error).context("cannot duplicate the service's listening socket"),
             None => bail!("the listening socket is gone (inode {inode})"),
         }
     }

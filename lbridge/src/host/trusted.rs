@@ -30,7 +30,7 @@ const PROC: FsWord = 0x9fa0;
 #[derive(Debug, thiserror::Error)]
 pub enum Untrusted {
     /// A symbolic link on the path belongs to another user.
-    #[error("{} is a link of user {uid}, which may lead anywhere", path.display())]
+    #[error("{} is a symbolic link of user {uid}, who can point it anywhere", path.display())]
     Link {
         /// Path of the link.
         path: PathBuf,
@@ -52,7 +52,7 @@ pub enum Untrusted {
         path: PathBuf,
     },
     /// The path leads through /proc.
-    #[error("it is a process's, whose number may be given again")]
+    #[error("it belongs to a process, whose number can be reused")]
     Process,
 }
 
@@ -334,7 +334,7 @@ mod tests {
             assert!(refused("link/file").contains("may write to"));
             mode(0o755);
             lchown(at("link"), Some(54_321), None).unwrap();
-            assert!(refused("link/file").contains("link is a link of user 54321"));
+            assert!(refused("link/file").contains("link is a symbolic link of user 54321"));
         }
     }
     /// A folder is accepted only if nobody else may add entries to it, whatever others can rename.

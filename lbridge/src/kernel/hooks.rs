@@ -41,7 +41,11 @@ impl Hooks {
         for link in held.map(Ok).into_iter().chain(pin.exists().then(|| Link::pinned(pin))) {
             match link.map_err(anyhow::Error::from).and_then(|link| self.replace(program, link)) {
                 Ok(link) => return Ok(link),
-                Err(error) => tracing::warn!("cannot adopt the link of {name}: {error:#}; attaching anew"),
+                Err(error) => tracing::warn!(
+                    program = name,
+                    error = format!("{error:#}"),
+                    "could not adopt a link; attaching the program anew"
+                ),
             }
         }
         pins::remove(pin)?;
@@ -53,7 +57,7 @@ impl Hooks {
     fn replace(&self, program: &Program, link: Link) -> anyhow::Result<Link> {
         let (there, place) = (link.info()?.place, self.place(program)?);
         if !there.is_attached() {
-            bail!("somebody has detached it");
+            bail!("it was detached");
         }
         if there != place {
             bail!("it is attached elsewhere ({there:?}, ours is {place:?})");

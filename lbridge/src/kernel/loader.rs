@@ -89,7 +89,10 @@ impl Kernel {
         let hooks = Hooks { netns, cgroup };
         if hooks.is_of_another_netns(&pins.link(STEER_LINK))? {
             // Its listeners belong to that namespace: connections would be assigned to them, and hang.
-            tracing::warn!("what is pinned does not serve this network namespace; everything is set up anew");
+            tracing::warn!(
+                path = %bpffs.display(),
+                "pinned programs serve another network namespace; setting everything up anew"
+            );
             pins.clear()?;
         }
         pins.discard_incompatible(&object::shapes(&bytes)?)?;
@@ -121,7 +124,7 @@ impl Kernel {
         let guests = Some(Guests::take(&mut object)?);
         maps.peers.clear()?;
         let pinned = paths.iter().map(|(name, path)| Ok((*name, MapData::from_pin(path)?)));
-        let pinned = pinned.collect::<anyhow::Result<_>>().context("cannot open what is pinned")?;
+        let pinned = pinned.collect::<anyhow::Result<_>>().context("cannot open the pinned maps")?;
         let mut kernel = Self {
             maps,
             object,
@@ -153,7 +156,7 @@ impl Kernel {
     /// Attaches the programs that are always attached, or puts this version's under the links.
     pub fn attach(&mut self) -> anyhow::Result<()> {
         for (program, link) in self.programs.clone() {
-            self.attach_one(program, link).with_context(|| format!("cannot attach {link}"))?;
+            self.attach_one(program, link).with_context(|| format!("failed to attach the {link} program"))?;
         }
         Ok(())
     }
@@ -163,7 +166,7 @@ impl Kernel {
         let attached = self.hooks.attach(program, name, self.links.remove(link), &pin)?;
         if let Err(error) = pins::keep_link(&attached, &pin) {
             // It serves all the same; the next `keep_pinned` logs the failure if it still cannot be pinned.
-            tracing::debug!("{error:#}");
+            tracing::debug!(program = name, error = format!("{error:#}"), "could not pin a link");
         }
         self.links.insert(link, attached);
         Ok(())
@@ -179,7 +182,11 @@ impl Kernel {
         let Some(link) = self.links.get(link) else { return false };
         let runs = program(&self.object, name).and_then(|program| self.hooks.runs(program, link));
         runs.unwrap_or_else(|error| {
-            tracing::warn!("cannot look at the link of {name}: {error:#}");
+            tracing::warn!(
+                program = name,
+                error = format!("{error:#}"),
+                "could not read the state of a link"
+            );
             false
         })
     }
@@ -189,7 +196,7 @@ impl Kernel {
         for hook in programs_of(set) {
             if let Err(error) = self.attach_one(hook, hook) {
                 self.detach_hooks(set)?;
-                return Err(error.context(format!("cannot attach {hook}")));
+                return Err(error.context(format!("failed to attach the {hook} program")));
             }
         }
         Ok(())
@@ -200,7 +207,7 @@ impl Kernel {
         for hook in programs_of(set) {
             // The pin may lead to another link by now.
             if let Some(Err(error)) = self.links.remove(hook).map(|link| link.detach()) {
-                tracing::debug!("{hook} is left to its closing: {error}");
+                tracing::debug!(program = hook, %error, "could not detach a link; it ends when it is closed");
             }
             pins::remove(&self.pins.link(hook))?;
         }
@@ -218,9 +225,12 @@ impl Kernel {
         let failed = self.pin().err().map(|error| format!("{error:#}"));
         match &failed {
             Some(why) if failed != self.unpinned => {
-                tracing::warn!("cannot pin what is in force, it will end with the daemon: {why}");
+                tracing::warn!(
+                    error = why,
+                    "could not pin the programs and maps; they will end with the daemon"
+                );
             }
-            None if self.unpinned.is_some() => tracing::info!("what is in force is pinned again"),
+            None if self.unpinned.is_some() => tracing::info!("programs and maps are pinned again"),
             _ => {}
         }
         self.unpinned = failed;
@@ -279,10 +289,10 @@ impl Programs {
         let hooks = PerHookSet::from_fn(|set| match (set, cookie) {
             // The kernel reports from Linux 5.14 on which namespace is the host's.
             (HookSet::Connect, None) => {
-                Err("localhost needs Linux 5.14, which tells network namespaces apart".to_owned())
+                Err("localhost needs Linux 5.14, which reports cookies of network namespaces".to_owned())
             }
             (HookSet::Replies, None) => {
-                Err("the kernel does not tell the cookie of a network namespace".to_owned())
+                Err("the kernel does not report the cookie of a network namespace".to_owned())
             }
             _ => programs_of(set).iter().try_for_each(|program| load(object, program)),
         });
@@ -356,7 +366,7 @@ fn load_first(object: &mut Ebpf, candidates: &[&'static str]) -> Result<&'static
         match load(object, candidate) {
             Ok(()) => return Ok(candidate),
             Err(why) => {
-                tracing::debug!("{candidate} is refused: {why}");
+                tracing::debug!(program = candidate, error = why, "program is unusable here");
                 refused = why;
             }
         }
@@ -370,10 +380,10 @@ fn load(object: &mut Ebpf, name: &str) -> Result<(), String> {
         Program::SkLookup(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),
-        _ => return Err(format!("{name} is of no type known here")),
+        _ => return Err(format!("{name} is of an unknown program type")),
     };
     loaded.map_err(|error| {
-        tracing::debug!("{name}: {}", error_chain(&error));
+        tracing::debug!(program = name, error = error_chain(&error), "kernel refused a program");
         format!("the kernel refuses the {name} program: {}", complaint(&error_chain(&error)))
     })
 }
@@ -403,7 +413,7 @@ pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
 pub(super) fn raise_memlock() {
     let unlimited = Rlimit { current: None, maximum: None };
     if let Err(error) = setrlimit(Resource::Memlock, unlimited) {
-        tracing::debug!("RLIMIT_MEMLOCK stays: {error}");
+        tracing::debug!(%error, "could not raise RLIMIT_MEMLOCK");
     }
 }
 
@@ -419,7 +429,7 @@ fn follow_log(object: &mut Ebpf) {
         Ok(polled.map_err(std::io::Error::from)?)
     });
     match polled {
-        Err(error) => tracing::debug!("the object does not log: {error:#}"),
+        Err(error) => tracing::debug!(error = format!("{error:#}"), "eBPF object does not log"),
         Ok(mut logger) => {
             tokio::spawn(async move {
                 while let Ok(mut ready) = logger.readable_mut().await {

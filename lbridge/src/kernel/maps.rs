@@ -110,34 +110,34 @@ impl Maps {
 
     /// Puts or replaces an entry; a lookup meets the old one or the new one, never none. The count restarts.
     pub fn put_entry(&mut self, key: &EntryKey, entry: Entry) -> anyhow::Result<()> {
-        self.rules.insert(key, CountedEntry { entry, steered: 0 }, 0).context("cannot put the kernel's entry")
+        self.rules.insert(key, CountedEntry { entry, steered: 0 }, 0).context("failed to write map ENTRIES")
     }
 
     /// Removes an entry; does nothing if it is not there.
     pub fn remove_entry(&mut self, key: &EntryKey) -> anyhow::Result<()> {
-        or_absent(self.rules.remove(key)).context("cannot remove the kernel's entry")
+        or_absent(self.rules.remove(key)).context("failed to delete from map ENTRIES")
     }
 
     /// Lists the addresses and ports whose listeners are registered.
     pub fn targets(&self) -> anyhow::Result<BTreeSet<TargetKey>> {
         let ports: Result<_, MapError> = self.targets.keys().collect();
-        ports.context("cannot read the watched ports")
+        ports.context("failed to read map TARGETS")
     }
 
     /// Starts watching a port at an address.
     pub fn add_target(&mut self, key: &TargetKey) -> anyhow::Result<()> {
-        self.targets.insert(key, 1, 0).context("cannot watch the port")
+        self.targets.insert(key, 1, 0).context("failed to write map TARGETS")
     }
 
     /// Stops watching a port at an address; does nothing if it is not watched.
     pub fn remove_target(&mut self, key: &TargetKey) -> anyhow::Result<()> {
-        or_absent(self.targets.remove(key)).context("cannot stop to watch the port")
+        or_absent(self.targets.remove(key)).context("failed to delete from map TARGETS")
     }
 
     /// Lists the addresses that may use the entries that are not for all, each with its entry.
     pub fn sources(&self) -> anyhow::Result<BTreeSet<SourceKey>> {
         let keys: Result<_, MapError> = self.sources.keys().collect();
-        keys.context("cannot read who may use the rules")
+        keys.context("failed to read map SOURCES")
     }
 
     /// Lists what accept rules let in, each key with the number of its leading bits that count.
@@ -158,17 +158,17 @@ impl Maps {
 
     /// Lists the redirects: what containers dial, and the gateway that each leads to.
     pub fn redirects(&self) -> anyhow::Result<BTreeMap<RedirectKey, Redirect>> {
-        collected(&self.redirects).context("cannot read what leads to gateways")
+        collected(&self.redirects).context("failed to read map REDIRECTS")
     }
 
     /// Puts a redirect, which leads to its gateway.
     pub fn put_redirect(&mut self, key: &RedirectKey, redirect: &Redirect) -> anyhow::Result<()> {
-        self.redirects.insert(key, redirect, 0).context("cannot lead localhost to the gateway")
+        self.redirects.insert(key, redirect, 0).context("failed to write map REDIRECTS")
     }
 
     /// Removes a redirect, so that its address is not redirected; does nothing if it is not there.
     pub fn remove_redirect(&mut self, key: &RedirectKey) -> anyhow::Result<()> {
-        or_absent(self.redirects.remove(key)).context("cannot leave localhost alone")
+        or_absent(self.redirects.remove(key)).context("failed to delete from map REDIRECTS")
     }
 
     /// Lists the overrides, which make gateways look local, each with the number of leading bits of the key
@@ -178,7 +178,7 @@ impl Maps {
             .overrides
             .iter()
             .map(|entry| entry.map(|(key, names)| ((key.data(), key.prefix_len()), names)));
-        overrides.collect::<Result<_, MapError>>().context("cannot read the gateways that look local")
+        overrides.collect::<Result<_, MapError>>().context("failed to read map NAME_OVERRIDES")
     }
 
     /// Puts an override, which makes a gateway's connections look local.
@@ -187,14 +187,14 @@ impl Maps {
         (key, bits): (OverrideKey, u32),
         names: &NameOverride,
     ) -> anyhow::Result<()> {
-        self.overrides.insert(&Key::new(bits, key), names, 0).context("cannot make the gateway look local")
+        self.overrides.insert(&Key::new(bits, key), names, 0).context("failed to write map NAME_OVERRIDES")
     }
 
     /// Removes an override, so that a gateway's connections look as they are; does nothing if it is not
     /// there.
     pub fn remove_override(&mut self, (key, bits): (OverrideKey, u32)) -> anyhow::Result<()> {
         or_absent(self.overrides.remove(&Key::new(bits, key)))
-            .context("cannot make the gateway look as it is")
+            .context("failed to delete from map NAME_OVERRIDES")
     }
 
     /// Lists the sources of UDP services' datagrams, each with the number of leading bits of the key that
@@ -225,7 +225,7 @@ impl Maps {
     /// Lists the keys under which a listener is registered now. The kernel removes them as sockets close.
     pub fn registered(&self) -> anyhow::Result<BTreeSet<ListenerKey>> {
         let keys: Result<_, MapError> = self.listeners.keys().collect();
-        keys.context("cannot read the registered listeners")
+        keys.context("failed to read map LISTENERS")
     }
 
     /// Registers a listening socket, unless the kernel program has taken the slot for another. The error's
@@ -246,7 +246,7 @@ impl Maps {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
                 Ok(())
             }
-            done => done.context("cannot forget the listener"),
+            done => done.context("failed to delete from map LISTENERS"),
         }
     }
 
@@ -263,7 +263,7 @@ impl Maps {
 
     /// Returns how often an outcome has occurred, summed over all CPUs.
     pub fn counter(&self, counter: Counter) -> anyhow::Result<u64> {
-        let values = self.counters.get(&(counter as u32), 0).context("cannot read the counters")?;
+        let values = self.counters.get(&(counter as u32), 0).context("failed to read map COUNTERS")?;
         Ok(values.iter().sum())
     }
 }
@@ -361,17 +361,17 @@ impl Guests {
 
     /// Reads all guests, by the cookies of their namespaces.
     pub fn all(&self) -> anyhow::Result<BTreeMap<u64, RedirectedNetns>> {
-        collected(&self.0).context("cannot read whose localhost leads to the host")
+        collected(&self.0).context("failed to read map REDIRECT_NETNS")
     }
 
     /// Makes the localhost of a guest's namespace lead to the host.
     pub fn put(&mut self, guest: &RedirectedNetns) -> anyhow::Result<()> {
-        self.0.insert(guest.netns, guest, 0).context("cannot lead a container's localhost to the host")
+        self.0.insert(guest.netns, guest, 0).context("failed to write map REDIRECT_NETNS")
     }
 
     /// Stops redirecting the localhost of the namespace with this cookie; does nothing if it is not there.
     pub fn remove(&mut self, netns: u64) -> anyhow::Result<()> {
-        or_absent(self.0.remove(&netns)).context("cannot leave a container's localhost alone")
+        or_absent(self.0.remove(&netns)).context("failed to delete from map REDIRECT_NETNS")
     }
 }
 
@@ -464,7 +464,8 @@ impl Events {
         let descriptor = buffer.as_fd().try_clone_to_owned()?;
         // SAFETY: an `OwnedFd` stays the descriptor that it is for as long as it lives.
         let readiness = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };
-        let readiness = readiness.map_err(io::Error::from).context("cannot poll the event buffer")?;
+        let readiness =
+            readiness.map_err(io::Error::from).context("failed to poll the ring buffer of events")?;
         Ok(Self { buffer, readiness })
     }
 

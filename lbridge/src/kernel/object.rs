@@ -34,7 +34,7 @@ pub(super) struct Shape {
 
 /// Lists the shapes of the maps in `object`, by name.
 pub(super) fn shapes(object: &[u8]) -> anyhow::Result<Vec<(String, Shape)>> {
-    let object = aya_obj::Object::parse(object).context("the eBPF object cannot be understood")?;
+    let object = aya_obj::Object::parse(object).context("cannot parse the eBPF object")?;
     let shape = |map: &aya_obj::Map| Shape {
         kind: map.map_type(),
         key_size: map.key_size(),

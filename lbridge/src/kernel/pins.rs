@@ -118,7 +118,7 @@ impl Pins {
             fs::rename(pin.path(), &new)
                 .with_context(|| format!("cannot move {} to {}", pin.path().display(), new.display()))?;
         }
-        tracing::info!("adopted the pins of {}", old.display());
+        tracing::info!(path = %old.display(), "adopted the pins of another version");
         Ok(())
     }
 
@@ -128,7 +128,7 @@ impl Pins {
         trusted::make_folder(&self.current).map_err(|error| refused(&self.current, error))?;
         for pin in self.entries()? {
             let uid = fs::symlink_metadata(&pin)
-                .with_context(|| format!("cannot look at {}", pin.display()))?
+                .with_context(|| format!("cannot inspect {}", pin.display()))?
                 .uid();
             if !trusted::is_trusted(uid) {
                 return Err(refused(&pin, Untrusted::Owner { path: pin.clone(), uid }.into()));
@@ -185,13 +185,14 @@ impl Pins {
                     None
                 }
                 Err(error) => {
-                    return Err(error).with_context(|| format!("cannot look at {}", path.display()));
+                    return Err(error).with_context(|| format!("cannot inspect {}", path.display()));
                 }
             };
             if found.as_ref() != Some(wanted) {
                 tracing::warn!(
-                    "{} is not a map of this lbridge ({found:?}); everything is set up anew",
-                    path.display()
+                    path = %path.display(),
+                    found = ?found,
+                    "pinned map has another layout; setting everything up anew"
                 );
                 return self.clear();
             }
@@ -209,7 +210,7 @@ impl Pins {
     pub(super) fn remove_other_versions(&self) -> anyhow::Result<()> {
         for (version, path) in versions(&self.root)? {
             if version != ABI_VERSION {
-                tracing::info!("removing {}, pinned by another version", path.display());
+                tracing::info!(path = %path.display(), "removing the pins of another version");
                 remove_version(&self.root, &path)?;
             }
         }
@@ -413,7 +414,7 @@ fn detach_link(path: &Path) {
         return;
     }
     if let Err(error) = Link::pinned(path).and_then(|link| link.detach()) {
-        tracing::debug!("{} is left to its closing: {error}", path.display());
+        tracing::debug!(path = %path.display(), %error, "could not detach a link; it ends when it is closed");
     }
 }
 

@@ -53,8 +53,8 @@ impl Stray {
         let Self { name, id, .. } = self;
         self.link.detach().with_context(|| {
             format!(
-                "cannot detach {name} (link {id}), which no pin names; what was denied since may go on; \
-                 type: bpftool link detach id {id}"
+                "cannot detach {name} (link {id}), which no pin names; it may still serve rules that were \
+                 denied; type: bpftool link detach id {id}"
             )
         })
     }
@@ -99,13 +99,15 @@ impl Search {
         for stray in self.strays(own) {
             match stray.end() {
                 Ok(()) => tracing::warn!(
-                    "detached {} (link {}): no pin of this daemon names it, so nothing could change what it \
-                     served",
-                    stray.name,
-                    stray.id
+                    program = stray.name,
+                    link = stray.id,
+                    "detached a program: no pin of this daemon names it, so deny had no effect on it"
                 ),
                 Err(error) => {
-                    tracing::error!("{error:#}");
+                    tracing::error!(
+                        error = format!("{error:#}"),
+                        "could not detach a program that no pin names"
+                    );
                     // Detaching it would fail the next time, too.
                     self.seen.insert(stray.id);
                 }
@@ -130,7 +132,7 @@ impl Search {
                 Ok(Some(candidate)) => candidates.push(candidate),
                 Ok(None) => drop(self.seen.insert(id)),
                 // Most likely the link is gone by now; otherwise it is looked at again.
-                Err(error) => tracing::debug!("cannot look at link {id}: {error}"),
+                Err(error) => tracing::debug!(link = id, %error, "could not look at a link"),
             }
         }
         settle(&mut candidates);

@@ -74,13 +74,13 @@ impl Trial {
 
     /// Attaches the steering program to this network namespace, which was made for the trial.
     pub fn attach(&mut self, netns: &File) -> anyhow::Result<()> {
-        let steer = self.steer.context("the kernel takes no steering program")?;
+        let steer = self.steer.context("the kernel accepts no steering program")?;
         match program_mut(&mut self.object, steer)? {
             Program::SkLookup(program) => {
                 program.attach(netns).map_err(|error| anyhow::anyhow!(error_chain(&error)))?;
                 Ok(())
             }
-            _ => anyhow::bail!("{steer} is no program of this hook"),
+            _ => anyhow::bail!("{steer} is not a program of this hook"),
         }
     }
 }
@@ -92,10 +92,10 @@ pub fn check_cgroup(path: &Path) -> anyhow::Result<()> {
     for hook in CGROUP_HOOKS {
         let exclusive = links::is_exclusive(&cgroup, hook);
         let exclusive =
-            exclusive.with_context(|| format!("cannot ask for the programs at {}", path.display()))?;
+            exclusive.with_context(|| format!("cannot query the programs attached at {}", path.display()))?;
         anyhow::ensure!(
             !exclusive,
-            "another program holds hook {} of {} for itself alone; `bpftool cgroup show {1}` names it",
+            "another program holds hook {} of {} exclusively; `bpftool cgroup show {1}` names it",
             hook as u32,
             path.display()
         );

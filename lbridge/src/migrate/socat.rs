@@ -106,7 +106,7 @@ pub fn forward(words: &[String]) -> Result<Forward, String> {
     let address = match listens.option("bind") {
         None | Some("") => None,
         Some(text) => {
-            Some(ip(text).ok_or_else(|| format!("bind={text} is no address; names are not looked up"))?)
+            Some(ip(text).ok_or_else(|| format!("bind={text} is not an address; names are not looked up"))?)
         }
     };
     let address = address.filter(|address| !address.is_unspecified());
@@ -222,7 +222,7 @@ fn ip(text: &str) -> Option<IpAddr> {
 
 fn port_number(text: &str) -> Result<u16, String> {
     let port = text.parse().ok().filter(|port| *port != 0 && text.bytes().all(|b| b.is_ascii_digit()));
-    port.ok_or_else(|| format!("{text:?} is no port number; services' names are not looked up"))
+    port.ok_or_else(|| format!("{text:?} is not a port number; services' names are not looked up"))
 }
 
 /// Splits at a separator that is neither quoted, escaped nor in brackets. Keeps quotes and escapes.

@@ -34,6 +34,13 @@ pub enum State {
     Blocked,
 }
 
+/// Writes the name that the API uses.
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
 /// A state and its reasons, the decisive one first. A steered state needs none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {

@@ -330,23 +330,23 @@ impl FirewallState {
                                   nd-neighbor-solicit, nd-neighbor-advert)";
                 let neighbours = if opening.gateway.is_ipv6() { neighbours } else { "" };
                 format!(
-                    "nothing comes through, though {} accepts it first: look for chains on prerouting, of \
+                    "packets are dropped, though {} accepts them first; look for chains on prerouting, of \
                      bridge or netdev tables, and for XDP programs{neighbours}",
                     chain.chain
                 )
             }
             Some(chain) => {
                 let remedy = chain.remedy(opening).unwrap_or_else(|| {
-                    "it has to be let through by hand, since a name here could mean something else to a \
-                     firewall or a shell"
+                    "add the accept rule by hand, since a name in it has characters that a firewall or a \
+                     shell reads otherwise"
                         .to_owned()
                 });
                 format!("firewall {} drops it; type: {remedy}", chain.firewall)
             }
             None => match &self.unreadable {
-                Some(why) => format!("a firewall drops it, which cannot be told: {why}"),
+                Some(why) => format!("a firewall drops it; could not determine which one: {why}"),
                 None => {
-                    "a firewall drops it, but no chain on the input hook: look for chains on prerouting, \
+                    "packets are dropped, but by no chain on the input hook; look for chains on prerouting, \
                      of bridge or netdev tables, and for XDP programs"
                         .to_owned()
                 }

@@ -68,7 +68,7 @@ pub enum Reason {
     #[error("as the rule asks")]
     AsAsked,
     /// The rule is for localhost inside a namespace.
-    #[error("on localhost inside")]
+    #[error("a namespace's localhost is always relayed")]
     InsideNamespace,
     /// The rule has options that only a relay can serve.
     #[error("{0}")]
@@ -104,8 +104,8 @@ pub enum Reason {
     /// Another network's rule has the alias, and the kernel does not tell the networks apart (before Linux
     /// 5.17).
     #[error(
-        "another network's rule has {alias}, and this kernel does not tell by which bridge it is dialled; \
-         dial {gateway}"
+        "another network's rule has {alias}, and this kernel (before Linux 5.17) cannot tell the bridges \
+         apart; dial {gateway}"
     )]
     AliasTaken {
         /// The other address of the host.
@@ -114,7 +114,7 @@ pub enum Reason {
         gateway: IpAddr,
     },
     /// A UDP service answers a subnet from one address, and another gateway has it already.
-    #[error("a UDP service answers one subnet from one address, which is {0}; dial that")]
+    #[error("UDP replies to one subnet come from one address, {0}; dial that")]
     OneAnswerAddress(IpAddr),
 
     // What the kernel can do.
@@ -131,7 +131,7 @@ pub enum Reason {
     #[error("UDP services could not answer: {0}")]
     NoReplyHooks(String),
     /// The kernel does not tell the ingress interface, and a datagram with a spoofed source would be served.
-    #[error("UDP needs Linux 5.17: this kernel does not tell on which bridge a datagram comes in")]
+    #[error("UDP needs Linux 5.17: this kernel cannot check which bridge a datagram arrives on")]
     UdpNeedsInterface,
     /// UDP sockets cannot be listed.
     #[error("{0}")]
@@ -139,7 +139,7 @@ pub enum Reason {
 
     // The network.
     /// The network is a namespace, not a bridge.
-    #[error("it is no bridge")]
+    #[error("it is not a bridge")]
     NoBridge,
     /// No bridge leads to the address.
     #[error("no bridge leads there")]
@@ -148,10 +148,10 @@ pub enum Reason {
     #[error("{0} is not a bridge; name the bridge that the containers are on")]
     NotABridge(String),
     /// The engine has several networks of that name.
-    #[error("several Docker networks are called {0}; name the id of one")]
+    #[error("several networks are called {0}; name the id of one")]
     AmbiguousNetwork(String),
     /// The bridge was recreated, and the engine has not reported the new one yet.
-    #[error("{0} is newer than what the engine said of it")]
+    #[error("{0} was recreated, and the engine has not reported it yet")]
     BridgeNewer(String),
     /// The host has no such interface.
     #[error("there is no interface {name}{}", if *.comes { "; it comes with the network's first \
@@ -169,10 +169,10 @@ pub enum Reason {
     #[error("the daemon runs with --no-docker; name the bridge instead: bridge:IFNAME")]
     EngineOff,
     /// The engine does not answer, and the network was not seen before.
-    #[error("Docker is away, and network {0} was not seen before")]
+    #[error("the engine does not answer, and network {0} was not seen before")]
     EngineAway(String),
     /// The engine has no such network.
-    #[error("no Docker network {name}{hint}")]
+    #[error("the engine has no network {name}{hint}")]
     NoSuchNetwork {
         /// The name in the rule.
         name: String,
@@ -180,15 +180,15 @@ pub enum Reason {
         hint: String,
     },
     /// The network is the engine's network `host`.
-    #[error("its containers are in the host's own namespace, where localhost is the host's")]
+    #[error("its containers share the host's network namespace, so their localhost is the host's")]
     HostNetwork,
     /// The network's driver makes no bridge on the host.
-    #[error("driver {0} gives the host no bridge; allow its containers one by one: container:NAME")]
+    #[error("driver {0} creates no bridge on the host; allow its containers one by one: container:NAME")]
     DriverWithoutBridge(String),
 
     // Namespaces.
     /// The namespace was not looked for yet.
-    #[error("not looked at yet")]
+    #[error("not checked yet")]
     NotLookedAt,
     /// There is no such namespace, but it may come.
     #[error("{0}")]
@@ -202,10 +202,10 @@ pub enum Reason {
 
     // `--localhost`.
     /// No gateway of the rule is served.
-    #[error("no gateway is served that it could lead to")]
+    #[error("no gateway of the rule is served")]
     NoGatewayServed,
     /// None of the containers that the rule names runs on the network.
-    #[error("none of its containers runs there")]
+    #[error("none of the rule's containers runs on this network")]
     NoContainerThere,
 
     // `--from`.
@@ -229,10 +229,10 @@ pub enum Reason {
         hint: String,
     },
     /// The engine does not answer, and the container was not seen before.
-    #[error("Docker is away, and container {0} was not seen before")]
+    #[error("the engine does not answer, and container {0} was not seen before")]
     ContainerUnseen(String),
     /// The container does not run.
-    #[error("container {0} does not run")]
+    #[error("container {0} is not running")]
     ContainerStopped(String),
     /// The container is on other networks.
     #[error("container {name} is not on {network}{}", elsewhere(.on))]
@@ -245,7 +245,7 @@ pub enum Reason {
         on: Vec<String>,
     },
     /// The container has no address that could dial this gateway.
-    #[error("container {name} has no {} address beside {gateway}", family(*.gateway))]
+    #[error("container {name} has no {} address on the network of {gateway}", family(*.gateway))]
     ContainerWithoutAddress {
         /// Name of the container.
         name: String,
@@ -254,14 +254,15 @@ pub enum Reason {
     },
     /// The rule names a bridge and has `--from`, and the daemon has no engine to ask for the containers'
     /// addresses.
-    #[error("the daemon runs with --no-docker, and knows no container's address; leave --from out")]
+    #[error("the daemon runs with --no-docker and knows no container's address; leave out --from")]
     FromWithoutEngine,
     /// The rule names a bridge and has `--from`, and the engine does not answer.
-    #[error("Docker is away, and no network of its on {0} was seen before; leave --from out")]
+    #[error("the engine does not answer, and no network of its was seen on {0} before; leave out --from")]
     FromWhileEngineAway(String),
     /// The rule names a bridge and has `--from`, and the bridge belongs to none of the engine's networks.
     #[error(
-        "{0} is no Docker network's bridge, so Docker knows no container's address there; leave --from out"
+        "{0} is no bridge of the engine's networks, so no container's address is known there; leave out \
+         --from"
     )]
     FromOnForeignBridge(String),
 
@@ -273,7 +274,7 @@ pub enum Reason {
     #[error("{0}")]
     FirewallDrops(String),
     /// The kernel lacks some of the containers that the rule is for.
-    #[error("the kernel does not know all of its containers; the daemon's log may say why")]
+    #[error("the kernel lacks addresses of some of its containers; the daemon's log may say why")]
     SourcesMissing,
     /// No listener of the service is registered.
     #[error("its listener is not registered; the daemon's log may say why")]

@@ -1,6 +1,7 @@
 //! Text: escapes text from elsewhere (Docker's names, labels, comments, process names, errors of other
-//! programs) for the log and the commands. Whoever chooses such a text must not be able to begin a new line,
-//! to act on a terminal, or to change how the rest of the line reads.
+//! programs) for the log and the commands, and quotes it as the value of a log field. Whoever chooses such a
+//! text must not be able to begin a new line, to act on a terminal, or to change how the rest of the line
+//! reads.
 
 /// Returns true if `c` acts where it should only be shown: control characters (C0, DEL, C1), line and
 /// paragraph separators, controls of writing direction, and characters that show nothing (Unicode's
@@ -42,8 +43,34 @@ pub fn excerpt(text: &str, max: usize) -> String {
     }
 }
 
+/// Returns the text as the value of a log field, `key=value`: as it is if it is one plain word, otherwise in
+/// double quotes and as [`shown`] does.
+///
+/// A quote is escaped with a backslash. A backslash is doubled only where it stands before a quote, and stays
+/// as it is elsewhere: a text that was escaped before is not escaped again. So no text can end its own value
+/// and begin another field.
+pub fn field_value(text: &str) -> String {
+    let needs_quotes = |c: char| c.is_whitespace() || matches!(c, '"' | '=' | '\\') || is_unprintable(c);
+    if !text.is_empty() && !text.contains(needs_quotes) {
+        return text.to_owned();
+    }
+    let (mut value, mut backslashes) = ("\"".to_owned(), 0);
+    for c in shown(text).chars() {
+        if c == '"' {
+            value.extend(std::iter::repeat_n('\\', backslashes + 1));
+        }
+        backslashes = if c == '\\' { backslashes + 1 } else { 0 };
+        value.push(c);
+    }
+    value.extend(std::iter::repeat_n('\\', backslashes));
+    value.push('"');
+    value
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -64,5 +91,43 @@ mod tests {
         assert_eq!(excerpt("grün", 4), "grün");
         assert_eq!(excerpt("grün\n", 4), "grün...");
         assert_eq!(excerpt("\n\n\n", 2), r"\n\n...");
+    }
+
+    #[test]
+    fn values_are_quoted_only_if_they_must_be_and_escaped_once() {
+        for plain in ["bridge:lab0", "172.18.0.1:80/tcp", "[::1]:80", "/run/netns/a", "a,b", "grün", "it's"]
+        {
+            assert_eq!(field_value(plain), plain);
+        }
+        assert_eq!(field_value(""), r#""""#);
+        assert_eq!(field_value("two words"), r#""two words""#);
+        assert_eq!(field_value("a=b"), r#""a=b""#);
+        assert_eq!(field_value("say \"no\""), r#""say \"no\"""#);
+        assert_eq!(field_value("x\n<0>y\u{2028}"), r#""x\n<0>y\u{2028}""#);
+        assert_eq!(field_value(r"x\n<0>y"), r#""x\n<0>y""#, "escaped already");
+        assert_eq!(field_value(r"C:\"), r#""C:\\""#);
+        assert_eq!(field_value(r#"\" state=steered"#), r#""\\\" state=steered""#);
+    }
+
+    proptest! {
+        /// A reader that knows only that a backslash escapes the next character finds the end of the value.
+        #[test]
+        fn a_value_ends_where_it_ends(text in r#"[\\" =a\n]{0,12}|\PC{0,12}"#) {
+            let value = field_value(&text);
+            if let Some(quoted) = value.strip_prefix('"') {
+                let mut rest = quoted.chars();
+                let end = loop {
+                    match rest.next() {
+                        Some('\\') => drop(rest.next()),
+                        Some('"') => break true,
+                        Some(_) => {}
+                        None => break false,
+                    }
+                };
+                prop_assert!(end && rest.as_str().is_empty(), "{value}");
+            } else {
+                prop_assert!(!value.contains(['"', '=', ' ', '\n']) && value == text, "{value}");
+            }
+        }
     }
 }

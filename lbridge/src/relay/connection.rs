@@ -53,7 +53,7 @@ pub(super) async fn proxy_connection(
     let metered = statistics.clone().metered();
     let traffic = &*metered.traffic;
     let Ok(early) = splice::Prefetched::read(&client) else {
-        tracing::debug!("{container}: reset before the service was reached");
+        tracing::debug!(container = %container, "relayed connection reset before the service was reached");
         return Ok(());
     };
     let header = match spec.proxy_protocol {
@@ -81,7 +81,8 @@ pub(super) async fn proxy_connection(
         Some(splice::Outcome::Failed(side, error)) => format!("failed at the {side:?}: {error}"),
         None => "idle for too long".to_owned(),
     };
-    tracing::debug!("{container} to {:?}: {ended}, {sent} bytes there, {received} back", spec.service);
+    tracing::debug!(container = %container, service = ?spec.service, sent, received, ended, "relayed \
+    connection ended");
     Ok(())
 }
 

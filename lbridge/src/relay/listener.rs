@@ -25,7 +25,10 @@ use super::{
     log_rate_limit::LogRateLimit,
     meter::Statistics,
 };
-use crate::planning::desired::{Clients, RelaySpec};
+use crate::planning::{
+    desired::{Clients, RelaySpec},
+    rule::RuleId,
+};
 
 /// The time that handshakes which began before the kernel took over have to complete.
 const LINGER: Duration = Duration::from_secs(1);
@@ -110,9 +113,13 @@ impl Listener {
                     Ok((client, peer)) => self.take(client, peer, &mut refused),
                     Err(error) => {
                         if failed.is_over() {
+                            let RuleId { network, port, protocol } = &self.orders.borrow().spec.rule;
                             tracing::warn!(
-                                "{}: cannot accept connections, trying again: {error}",
-                                self.orders.borrow().spec.rule
+                                %network,
+                                port,
+                                protocol = protocol.name(),
+                                %error,
+                                "relay could not accept connections; trying again"
                             );
                         }
                         sleep(ACCEPT_BACKOFF).await;
@@ -147,7 +154,8 @@ impl Listener {
         if !client.local_addr().is_ok_and(|own| {
             own.port() == self.dialled.port() && own.ip().to_canonical() == self.dialled.ip().to_canonical()
         }) {
-            tracing::debug!("refused {peer}: it did not dial {}", self.dialled);
+            tracing::debug!(client = %peer, dialled = %self.dialled, "relay refused a client: it dialled \
+                                                                      another address");
             return reset(&client);
         }
         let container = match &spec.clients {
@@ -156,11 +164,11 @@ impl Listener {
                 if !subnet.contains(peer.ip())
                     || peer.ip().to_canonical() == self.dialled.ip().to_canonical() =>
             {
-                tracing::debug!("refused {peer}: not an address of this network's containers");
+                tracing::debug!(client = %peer, "relay refused a client: not a container of this network");
                 return reset(&client);
             }
             Clients::Listed(listed) if !listed.contains(&peer.ip().to_canonical()) => {
-                tracing::debug!("refused {peer}: none of the containers that the rule is for");
+                tracing::debug!(client = %peer, "relay refused a client: the rule is not for this container");
                 return reset(&client);
             }
             Clients::Subnet(_) | Clients::Listed(_) => peer,
@@ -169,11 +177,15 @@ impl Listener {
         let Some(permit) = self.surroundings.places.take(statistics, spec.max_connections) else {
             statistics.refused.fetch_add(1, Ordering::Relaxed);
             if refused.is_over() {
+                let RuleId { network, port, protocol } = &spec.rule;
                 tracing::warn!(
-                    "{}: refused {container}, and maybe others in the next minute: too many connections are \
-                     open (its limit is {}, and all rules share the limit of open files)",
-                    spec.rule,
-                    spec.max_connections
+                    %network,
+                    port,
+                    protocol = protocol.name(),
+                    container = %container,
+                    limit = spec.max_connections,
+                    "relay refused a connection: too many connections for the rule's limit or the limit of \
+                     open files; more are logged after a minute"
                 );
             }
             return reset(&client);
@@ -188,13 +200,21 @@ impl Listener {
             tokio::select! {
                 carried = carried => if let Err(error) = carried {
                     if statistics.failure_is_due() {
-                        tracing::warn!("{}: a connection of {container} has failed, and others may: \
-                                        {error:#}", spec.rule);
+                        let RuleId { network, port, protocol } = &spec.rule;
+                        tracing::warn!(
+                            %network,
+                            port,
+                            protocol = protocol.name(),
+                            container = %container,
+                            error = format!("{error:#}"),
+                            "relayed connection failed; more are logged after a minute"
+                        );
                     }
                     let _ = wake.try_send(());
                 },
                 // Both ends are reset: there is nobody left to read the rest.
-                () = gone.wait() => tracing::debug!("{container}: its namespace is gone"),
+                () = gone.wait() => tracing::debug!(container = %container, "relayed connection reset: the \
+                                                                             namespace is gone"),
             }
         });
     }

@@ -52,7 +52,7 @@ pub fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!("the limit of open files stays: {error}");
+        tracing::warn!(%error, "could not raise the limit of open files");
     }
 }
 

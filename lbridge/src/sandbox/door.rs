@@ -73,11 +73,12 @@ impl Door {
         let netns = netns.as_fd();
         let owner = owner(netns)?;
         // Joining our own user namespace fails (EINVAL), and is not needed.
-        let own = id_at("/proc/thread-self/ns/user").context("cannot tell this process's user namespace")?;
+        let own =
+            id_at("/proc/thread-self/ns/user").context("cannot determine this process's user namespace")?;
         let owner = if id_of(&owner)? == own { None } else { Some(owner) };
         let (socket, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .context("cannot make a pair of sockets")?;
+                .context("cannot create a socket pair")?;
         let parent = getpid();
         // SAFETY: the child calls nothing but wrappers of system calls until it ends; see `inside`.
         match unsafe { fork() }.context("cannot start the process that listens inside")? {
@@ -117,7 +118,7 @@ impl Door {
             _ if length != reply.len() => Err(anyhow!("the process that listens inside was killed")),
             step if step == Step::Inside as u8 => Ok(()),
             step if step == Step::Privacy as u8 => {
-                Err(errno).context("cannot keep the sandbox away from the process that listens inside")
+                Err(errno).context("cannot protect the process that listens inside from the sandbox")
             }
             step if step == Step::Loopback as u8 => {
                 Err(errno).context("cannot bring up the sandbox's loopback")
@@ -199,7 +200,9 @@ fn owner(netns: BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {
         Ok(owner) => Ok(unsafe { OwnedFd::from_raw_fd(owner) }),
         // "The requested namespace is outside of the caller's namespace scope."
         Err(Errno::EPERM) => Err(not_yours()),
-        Err(error) => Err(error).context("cannot tell the user namespace that owns the network namespace"),
+        Err(error) => {
+            Err(error).context("cannot determine the user namespace that owns the network namespace")
+        }
     }
 }
 

@@ -32,16 +32,16 @@ pub struct Found {
 /// Finds the network namespace of a process. If that is this process's own, finds the first descendant that
 /// is in another one: bubblewrap's outer process stays in the host's namespace, and its child is inside.
 pub fn namespace_of(pid: u32) -> anyhow::Result<Found> {
-    let own = own_netns().context("cannot tell this process's network namespace")?;
+    let own = own_netns().context("cannot determine this process's network namespace")?;
     let root = i32::try_from(pid).ok().filter(|&pid| pid > 0).map(Pid::from_raw);
     let root = root.with_context(|| format!("{pid} is not the number of a process"))?;
     let (handle, netns) = open_process(root).map_err(|error| match error.raw_os_error() {
         // EINVAL: the number is a thread's (pidfd_open(2)).
         Some(libc::ESRCH | libc::ENOENT | libc::EINVAL) => anyhow::anyhow!("there is no process {pid}"),
-        Some(libc::EACCES | libc::EPERM) => anyhow::anyhow!(
-            "process {pid} may not be looked into; run as the user who started it, or as root"
-        ),
-        _ => anyhow::Error::new(error).context(format!("cannot look into process {pid}")),
+        Some(libc::EACCES | libc::EPERM) => {
+            anyhow::anyhow!("process {pid} may not be inspected; run as the user who started it, or as root")
+        }
+        _ => anyhow::Error::new(error).context(format!("cannot inspect process {pid}")),
     })?;
     if id_of(&netns)? != own {
         return Ok(Found { netns: netns.into(), process: handle, pid });

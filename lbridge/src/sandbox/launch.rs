@@ -101,7 +101,7 @@ impl NotStarted {
 /// reaped.
 pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     let program = command.first().context("no command")?.to_string_lossy().into_owned();
-    let own = own_netns().context("cannot tell this process's network namespace")?;
+    let own = own_netns().context("cannot determine this process's network namespace")?;
     let (mut tree, mut failure) = Tree::spawn_traced(command, &program)?;
     let late = warn_if_late();
     let found = tree.watch(own)?;
@@ -109,7 +109,7 @@ pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     if let Some((pid, netns)) = found {
         return Ok(Started::Held(Held { tree: Box::new(tree), netns, pid, _on_this_thread: PhantomData }));
     }
-    let status = tree.ended.context("the command was lost sight of")?;
+    let status = tree.ended.context("lost track of the command")?;
     if !tree.has_run {
         let mut errno = [0; 4];
         // If no errno arrives, the child was killed before its exec.
@@ -129,9 +129,9 @@ pub fn launch(command: &[OsString]) -> anyhow::Result<Started> {
     tree.let_go(None);
     if let Some(powerless) = tree.powerless.take().filter(|_| !status.success()) {
         tracing::warn!(
-            "{} ran without the privileges of its file, as all that is traced does; if the command failed \
-             for that, start the sandbox without lbridge and use --pid",
-            powerless.display()
+            program = %powerless.display(),
+            "program was traced, so it ran without its file's privileges; if it needs them, start the \
+             sandbox without lbridge and use --pid"
         );
     }
     Ok(Started::Ended(status))
@@ -144,8 +144,7 @@ fn warn_if_late() -> mpsc::Sender<()> {
     thread::spawn(move || {
         if wait.recv_timeout(START_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
             tracing::warn!(
-                "the command has made no network namespace of its own yet, so it is in the host's; is \
-                 --unshare-net missing?"
+                "command has made no network namespace yet and runs in the host's; is --unshare-net missing?"
             );
         }
     });
@@ -182,10 +181,13 @@ impl Held {
         if !left.is_empty() {
             // A process that sleeps in the kernel, or the dead first thread of one.
             let left: Vec<_> = left.iter().map(ToString::to_string).collect();
-            tracing::warn!("still traced, since they do not stop: {}", left.join(", "));
+            tracing::warn!(
+                pids = left.join(","),
+                "could not detach from processes that do not stop; they stay traced"
+            );
         }
         let Tree { command, handle, passing, ended, .. } = &mut *self.tree;
-        let passing = passing.take().context("signals are not passed on")?;
+        let passing = passing.take().context("signals are not forwarded to the command")?;
         Ok(Child { pid: *command, handle: handle.clone(), ended: *ended, _passing: passing })
     }
 }
@@ -261,8 +263,8 @@ impl Tree {
             arguments.collect::<Result<_, _>>().context("an argument with a NUL byte in it")?;
         let pointers: Vec<*const c_char> =
             arguments.iter().map(|argument| argument.as_ptr()).chain([ptr::null()]).collect();
-        let (ready, go) = io::pipe().context("cannot make a pipe")?;
-        let (failure, failed) = io::pipe().context("cannot make a pipe")?;
+        let (ready, go) = io::pipe().context("cannot create a pipe")?;
+        let (failure, failed) = io::pipe().context("cannot create a pipe")?;
 
         let ignores_children = reap_children().context("cannot reset SIGCHLD")?;
         let blocked = Blocked::new()?;

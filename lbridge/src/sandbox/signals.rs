@@ -67,7 +67,7 @@ impl Passing {
         let signals: SigSet = PASSED.into_iter().collect();
         let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .context("cannot watch for signals")?;
-        let (stopped, stop) = std::io::pipe().context("cannot make a pipe")?;
+        let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
         let thread = thread::Builder::new()
             .name("signals".to_owned())
             .spawn(move || {

@@ -127,7 +127,7 @@ pub fn cleanup(traces: &Traces) -> anyhow::Result<Vec<String>> {
                         Some(format!("detached the kernel programs, removed {}", traces.bpffs.display()))
                     }
                     (false, 0) => None,
-                    (false, _) => Some("detached kernel programs that nothing was pinned of".to_owned()),
+                    (false, _) => Some("detached kernel programs that had no pins".to_owned()),
                 })
             }),
         ),
@@ -159,7 +159,7 @@ fn accept_rules(bpffs: &Path) -> anyhow::Result<Option<String>> {
     let flows = match conntrack::forget(&accepted) {
         Ok(()) => String::new(),
         Err(error) => {
-            format!("; conntrack could not forget what they let in, which it does in time: {error}")
+            format!("; conntrack could not forget the connections that they let in, which time out: {error}")
         }
     };
     Ok(match removed {

@@ -90,14 +90,14 @@ fn check(program: &Path) -> anyhow::Result<()> {
     let shown = program.display();
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-' | '+');
     if !program.to_str().is_some_and(|path| path.chars().all(plain)) {
-        bail!("{shown} would have to be quoted in a unit; copy lbridge to /usr/local/bin, and run that one");
+        bail!("{shown} would have to be quoted in a unit; copy lbridge to /usr/local/bin, and run that copy");
     }
     for path in program.ancestors() {
         let metadata =
-            fs::symlink_metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
+            fs::symlink_metadata(path).with_context(|| format!("cannot inspect {}", path.display()))?;
         if metadata.uid() != 0 || metadata.mode() & 0o022 != 0 {
             bail!(
-                "others than root can change {}, and so what systemd would run as root; `sudo install \
+                "users other than root can change {}, which systemd would run as root; `sudo install \
                  {shown} /usr/local/bin/lbridge`, and run that one",
                 path.display()
             );
@@ -174,7 +174,7 @@ fn output(arguments: &[&str]) -> anyhow::Result<String> {
         bail!(
             "`systemctl {}` failed: {}",
             arguments.join(" "),
-            said.lines().next().unwrap_or("it does not say why")
+            said.lines().next().unwrap_or("it gave no reason")
         );
     }
     Ok(text(&output.stdout))

@@ -144,7 +144,7 @@ impl Store {
             }
             Ok(_) => vec![],
             Err(error) => {
-                tracing::warn!("the list of networks last seen is of no use: {error:#}");
+                log_unreadable("networks", &error);
                 vec![]
             }
         }
@@ -163,7 +163,7 @@ impl Store {
             Ok(Some(file)) if file.version == VERSION => file.containers,
             Ok(_) => vec![],
             Err(error) => {
-                tracing::warn!("the list of containers last seen is of no use: {error:#}");
+                log_unreadable("containers", &error);
                 vec![]
             }
         }
@@ -180,7 +180,7 @@ impl Store {
             Ok(Some(file)) if file.version == VERSION => file.labelled,
             Ok(_) => vec![],
             Err(error) => {
-                tracing::warn!("the list of labels last seen is of no use: {error:#}");
+                log_unreadable("labels", &error);
                 vec![]
             }
         }
@@ -216,6 +216,14 @@ fn boot() -> String {
     id.map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
+fn log_unreadable(what: &str, error: &anyhow::Error) {
+    tracing::warn!(
+        what,
+        error = format!("{error:#}"),
+        "could not read the last seen state; starting without it"
+    );
+}
+
 fn read_toml<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {
     let text = match fs::read_to_string(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -224,7 +232,7 @@ fn read_toml<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Option<T>> {
     toml::from_str(&text).map(Some).map_err(|error| {
         let place = error.span().map_or_else(String::new, |span| place(&text, span.start));
         let message = error.message().replace('\n', " ");
-        anyhow::anyhow!("{}{place}: {message}; mend or remove the file, then start again", path.display())
+        anyhow::anyhow!("{}{place}: {message}; fix or remove the file, then start again", path.display())
     })
 }
 

@@ -117,7 +117,7 @@ impl Grounds {
         match self.0.get(place) {
             Some(Ok(ground)) => Ok(ground),
             Some(Err(why)) => Err(why.clone()),
-            None => Err("there is no such bridge any more".to_owned()),
+            None => Err("the bridge no longer exists".to_owned()),
         }
     }
 
@@ -253,7 +253,7 @@ impl Ground {
         let Self::Scratch { scratch, addresses, bridge, .. } = self else { return Ok(None) };
         let Some(bridge) = bridge else {
             if to.is_ipv6() && !scratch.has_ipv6() {
-                bail!("IPv6 is off on new interfaces, so nothing can dial from beside");
+                bail!("IPv6 is off on new interfaces, so no probe can dial from beside the network");
             }
             return Ok(None);
         };

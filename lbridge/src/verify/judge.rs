@@ -208,11 +208,11 @@ impl Judge<'_> {
                 Err(format!("given to {}, not to the service on {target}", shown(taker)))
             }
             Some(By::Relay) => match self.daemon {
-                None => Err("the daemon's process cannot be told, and so not its relays".to_owned()),
+                None => Err("could not determine the daemon's process, and so not its relays".to_owned()),
                 Some(daemon) if holders::is_held_by(taker.inode, daemon) => Ok(()),
-                Some(_) => Err(format!("given to {}, which is no relay of the daemon", shown(taker))),
+                Some(_) => Err(format!("given to {}, which is not a relay of the daemon", shown(taker))),
             },
-            None => Err("where the rule leads cannot be told".to_owned()),
+            None => Err("could not determine where the rule leads".to_owned()),
         }
     }
 

@@ -85,7 +85,7 @@ fn no_daemon_is_a_problem() -> Result<()> {
     daemon.kill9()?;
     let _service = Service::start(lab.host(), "service", "0.0.0.0:8080")?;
     let report = Report::of(&daemon)?;
-    ensure!(report.must("daemon", "problem")?.text.contains("What is steered goes on"), "{report:?}");
+    ensure!(report.must("daemon", "problem")?.text.contains("Steered rules stay in force"), "{report:?}");
     // The rules are known from their files.
     report.must("exposed", "warning")?;
     let text = people(&daemon)?;
@@ -311,8 +311,8 @@ fn a_hook_that_is_taken_is_a_problem() -> Result<()> {
     Report::of(&daemon)?.must("cgroup2", "ok")?;
     programs::take_sock_ops(sandbox::CGROUP_ROOT.as_ref())?;
     let finding = Report::of(&daemon)?.must("cgroup2", "problem")?;
-    ensure!(finding.text.contains("for itself alone"), "{finding:?}");
-    ensure!(daemon.start_refused()?.stderr.contains("cannot attach"), "it is right");
+    ensure!(finding.text.contains("exclusively"), "{finding:?}");
+    ensure!(daemon.start_refused()?.stderr.contains("failed to attach"), "it is right");
     Ok(())
 }
 

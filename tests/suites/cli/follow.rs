@@ -177,7 +177,7 @@ fn subscribers_are_limited_and_go_without_a_trace() -> Result<()> {
         let mut all = Vec::new();
         let refused = loop {
             let (stream, text) = subscribe(&scene.daemon)?;
-            if text.contains("too many follow events") {
+            if text.contains("too many subscribers") {
                 break text;
             }
             all.push(stream);
@@ -186,7 +186,7 @@ fn subscribers_are_limited_and_go_without_a_trace() -> Result<()> {
         ensure!(refused.starts_with("HTTP/1.1 500"), "{refused}");
         ensure!(all.len() > 8, "only {} may follow", all.len());
         let output = scene.daemon.cli(&["events"])?;
-        ensure!(output.status == 1 && output.stderr.contains("too many follow events"), "{output:?}");
+        ensure!(output.status == 1 && output.stderr.contains("too many subscribers"), "{output:?}");
         drop(all);
         // Nothing happens meanwhile that they could be told.
         patience::until("they are forgotten", || Ok((descriptors()? <= before).then_some(())))?;

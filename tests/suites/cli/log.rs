@@ -140,7 +140,8 @@ fn the_daemon_goes_on_while_nobody_reads_its_log() -> Result<()> {
         let place = rest.iter().rposition(|line| line.contains(words));
         place.with_context(|| format!("no {words} in {} lines", rest.len()))
     };
-    ensure!(place("bridge:lab0 7000: waiting")? < place("stopped; what the kernel steers stays in force")?);
+    let waiting = "rule state changed network=bridge:lab0 port=7000 protocol=tcp state=waiting";
+    ensure!(place(waiting)? < place("daemon stopped; steered rules stay in force")?);
     Ok(())
 }
 
@@ -179,7 +180,7 @@ fn what_a_full_disk_took_away_is_told_once_there_is_room() -> Result<()> {
     let mut scene = with_stderr(file, &[])?;
     let (_service, mut open) = relayed(&scene)?;
     patience::until("the log begins", || {
-        Ok(fs::read_to_string(&log)?.contains("9090: relayed").then_some(()))
+        Ok(fs::read_to_string(&log)?.contains("port=9090 protocol=tcp state=relayed").then_some(()))
     })?;
     disk.fill()?;
     // What is left of the page that the log ends in takes some.
@@ -208,13 +209,19 @@ fn what_a_full_disk_took_away_is_told_once_there_is_room() -> Result<()> {
         .context("a number")?
         .parse()?;
     // 61 ports, each told twice; the line before the gap may be torn, and counts as lost.
-    let told = lines[..gap].iter().filter(|line| line.contains(": waiting (nothing listens on 127.0.0.1:20"));
-    let whole = told.filter(|line| line.ends_with(')')).count();
-    let denied =
-        lines[..gap].iter().filter(|line| line.contains(" 20") && line.ends_with(": denied")).count();
+    let waiting = "state=waiting reason=nothing_listens why=\"nothing listens on 127.0.0.1:20";
+    let told = lines[..gap].iter().filter(|line| line.contains(waiting));
+    let whole = told.filter(|line| line.ends_with('"')).count();
+    let removed = |line: &&&str| {
+        line.contains("rule removed network=bridge:lab0 port=20") && line.ends_with(" origin=cli")
+    };
+    let denied = lines[..gap].iter().filter(removed).count();
     ensure!(whole + denied + lost == 122, "{whole} and {denied} were written, {lost} lost:\n{text}");
     let rest = lines[gap..].join("\n");
-    ensure!(rest.contains("7000: waiting") && rest.contains("stopped; "), "{rest}");
+    ensure!(
+        rest.contains("port=7000 protocol=tcp state=waiting") && rest.contains("daemon stopped; "),
+        "{rest}"
+    );
     Ok(())
 }
 
@@ -474,7 +481,10 @@ fn the_api_refuses_what_the_commands_refuse() -> Result<()> {
     // What the commands do not take for a name at all, and what they take for two.
     for name in ["", "a b", "a/b", "a,b", "a:b"] {
         let answer = scene.daemon.post("/v1/allow", &rule("from", json!([name])))?;
-        ensure!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("no container"), "{name:?}: {answer}");
+        ensure!(
+            answer.starts_with("HTTP/1.1 400 ") && answer.contains("is not a container"),
+            "{name:?}: {answer}"
+        );
     }
     for resource in ["/v1/deny", "/v1/explain"] {
         let answer = scene.daemon.post(resource, &json!({ "network": forged, "ports": [1], "port": 1 }))?;
@@ -492,6 +502,6 @@ fn the_api_refuses_what_the_commands_refuse() -> Result<()> {
     ensure!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     ensure!(scene.daemon.terminate()?.success());
     let log = scene.daemon.log();
-    ensure!(log.contains("the comment \"two\\nlines\"") && !log.contains("\n<0>"), "{log}");
+    ensure!(log.contains(r#"the comment \"two\nlines\""#) && !log.contains("\n<0>"), "{log}");
     Ok(())
 }

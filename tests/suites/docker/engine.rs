@@ -25,7 +25,7 @@ fn what_cannot_be_kept_is_told_once() -> Result<()> {
     mount(none, &state, none, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, none)?;
     scene.engine.create_network("later", &[])?;
     let told = |words: &str| scene.daemon.log().matches(words).count();
-    let unsaved = "the networks last seen are not kept";
+    let unsaved = "could not save the last seen state for the next start what=networks";
     patience::until("it is told", || Ok((told(unsaved) > 0).then_some(())))?;
     // Each of these looks again, and tries.
     for name in ["one", "two", "three"] {
@@ -41,7 +41,9 @@ fn what_cannot_be_kept_is_told_once() -> Result<()> {
     scene.served(&container, app.at(8080), "service")?;
     umount(&state)?;
     scene.engine.create_network("four", &[])?;
-    patience::until("it is told", || Ok((told("the networks last seen are kept again") == 1).then_some(())))?;
+    patience::until("it is told", || {
+        Ok((told("last seen state saved again what=networks") == 1).then_some(()))
+    })?;
     scene.daemon.allow(&["later", "8080"]).map(drop)
 }
 

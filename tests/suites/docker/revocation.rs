@@ -436,7 +436,7 @@ fn while_the_engine_describes_another_container() -> Result<()> {
         slow.held.store(false, Ordering::SeqCst);
     }
     crowd.scene.engine.cli(&["network", "connect", "app", "web"])?;
-    crowd.wait_for("steered", "for web; container other does not run")?;
+    crowd.wait_for("steered", "for web; container other is not running")?;
     crowd.served(&crowd.web)
 }
 
@@ -461,7 +461,7 @@ fn while_the_engine_is_away() -> Result<()> {
     ensure!(passed < limit(), "gone {passed:?} after its process was killed");
     tool.is_waited_for().context("it is still busy")?;
     tool.let_go()?;
-    crowd.wait_for("waiting", "container web does not run")?;
+    crowd.wait_for("waiting", "container web is not running")?;
     crowd.scene.engine.up()?;
     crowd.scene.wait_for_engine("reachable")?;
     crowd.scene.engine.cli(&["start", "web"])?;

@@ -65,7 +65,7 @@ fn a_container_without_network_is_served() -> Result<()> {
     let _service = scene.service("host's", LOCALHOST)?;
     ensure!(asks_localhost(&scene, &alone)?.is_empty(), "out of reach without a rule");
     let output = scene.daemon.allow(&["container:alone", "8080"])?;
-    ensure!(output.stdout.contains("relayed (on localhost inside)"), "{output:?}");
+    ensure!(output.stdout.contains("relayed (a namespace's localhost is always relayed)"), "{output:?}");
     must_reach(&scene, &alone, "host's")?;
     // Nothing but that port: there is no way to anywhere.
     scene.refused(&alone, "127.0.0.1:8081".parse()?)?;

@@ -146,7 +146,7 @@ fn a_container_that_restarts_with_another_address_is_followed() -> Result<()> {
     let engine = &crowd.scene.engine;
     let before = crowd.scene.address(&crowd.web, &crowd.app)?;
     engine.cli(&["stop", "--time", "0", "web"])?;
-    crowd.wait_for("waiting", "container web does not run")?;
+    crowd.wait_for("waiting", "container web is not running")?;
     let heir = engine.run("app", &["--name", "heir", "--ip", &before])?;
     crowd.refused(&heir)?;
     engine.cli(&["start", "web"])?;
@@ -247,7 +247,7 @@ fn a_relay_serves_the_named_container_alone() -> Result<()> {
     out(&crowd.far)?;
     let its = crowd.scene.address(&crowd.web, &crowd.app)?;
     crowd.scene.engine.cli(&["kill", "web"])?;
-    crowd.wait_for("waiting", "container web does not run")?;
+    crowd.wait_for("waiting", "container web is not running")?;
     let heir = crowd.scene.engine.run("app", &["--name", "heir", "--ip", &its])?;
     out(&heir)?;
     crowd.scene.engine.cli(&["start", "web"])?;
@@ -362,7 +362,7 @@ fn the_engine_is_away() -> Result<()> {
     crowd.wait_for("steered", "for web")?;
     // Nobody tells that it ends.
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
-    crowd.wait_for("waiting", "container web does not run")?;
+    crowd.wait_for("waiting", "container web is not running")?;
     client::not_served(&web, None, crowd.to())?;
     crowd.scene.engine.up()?;
     crowd.scene.wait_for_engine("reachable")?;
@@ -381,14 +381,14 @@ fn the_engine_is_away() -> Result<()> {
     crowd.scene.daemon.terminate()?;
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
     crowd.scene.daemon.restart()?;
-    crowd.wait_for("waiting", "container web does not run")?;
+    crowd.wait_for("waiting", "container web is not running")?;
     client::not_served(&web, None, crowd.to())?;
     // One that never saw it lets nobody in.
     crowd.scene.daemon.terminate()?;
     fs::remove_file(crowd.scene.daemon.state_dir().join("containers.toml"))?;
     crowd.scene.daemon.restart()?;
     // An engine that has never answered goes by Docker's name.
-    crowd.wait_for("waiting", "Docker is away, and container web was not seen before")?;
+    crowd.wait_for("waiting", "the engine does not answer, and container web was not seen before")?;
     crowd.scene.engine.up()?;
     crowd.scene.wait_for_engine("reachable")?;
     crowd.scene.engine.cli(&["start", "web"])?;
@@ -443,7 +443,7 @@ fn verify_tries_both() -> Result<()> {
     }
     crowd.allow(&[])?;
     crowd.scene.engine.cli(&["kill", "web"])?;
-    crowd.wait_for("waiting", "container web does not run")?;
+    crowd.wait_for("waiting", "container web is not running")?;
     let output = crowd.scene.daemon.cli(&["verify"])?;
     ensure!(output.status == 0, "{output:?}");
     Ok(())

@@ -279,7 +279,7 @@ fn a_bad_label_stops_nothing_else() -> Result<()> {
             .daemon
             .log()
             .lines()
-            .filter(|line| line.contains(&format!("label of container {name}, ")))
+            .filter(|line| line.contains(&format!("label has a problem container={name} ")))
             .count()
     };
     scene.engine.cli(&["restart", "--time=0", "flag"])?;
@@ -478,7 +478,8 @@ fn a_container_that_restarts_in_a_loop_costs_little() -> Result<()> {
     // A quarter of the time, in hundredths of a second.
     let most = u64::try_from(started.elapsed().as_millis() / 40)?;
     ensure!(used < most, "{used} ticks, {most} are much");
-    let told = scene.daemon.log().lines().filter(|line| line.contains("label of container bad")).count();
+    let told =
+        scene.daemon.log().lines().filter(|line| line.contains("label has a problem container=bad")).count();
     let least = usize::from(Tested::LISTS_RESTARTING_CONTAINERS);
     ensure!((least..=1).contains(&told), "once, not {told} times");
     Ok(())
@@ -512,6 +513,6 @@ fn what_is_told_of_labels() -> Result<()> {
     scene.engine.remove(&web)?;
     event("labelled", &|event| event["port"] == 8080 && event["asked"] == false)?;
     // Told first, done then.
-    let done = "app 8080: no label asks for it any more";
+    let done = "rule removed network=app port=8080 protocol=tcp origin=label";
     patience::until("the log says so, too", || Ok(scene.daemon.log().contains(done).then_some(())))
 }

@@ -392,9 +392,11 @@ fn explain_foretells_what_containers_meet() -> Result<()> {
     scene.refused(&outside, "127.0.0.1:8080".parse()?)?;
 
     let nowhere = explained("to-come", "8080")?;
-    ensure!(nowhere["outcome"].as_str().is_some_and(|text| text.contains("no Docker network to-come")));
-    for (network, word) in [("none", "driver null"), ("host", "where localhost is the host's")] {
-        let word = if Tested::LISTS_HOST_AND_NONE { word } else { "no Docker network" };
+    ensure!(
+        nowhere["outcome"].as_str().is_some_and(|text| text.contains("the engine has no network to-come"))
+    );
+    for (network, word) in [("none", "driver null"), ("host", "their localhost is the host's")] {
+        let word = if Tested::LISTS_HOST_AND_NONE { word } else { "the engine has no network" };
         let no_bridge = explained(network, "8080")?;
         ensure!(no_bridge["outcome"].as_str().is_some_and(|text| text.contains(word)), "{no_bridge:#}");
     }

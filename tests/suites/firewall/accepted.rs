@@ -369,7 +369,7 @@ fn without_nft_a_denied_rule_leaves_nothing() -> Result<()> {
     scene.allow(&["2222=8088"])?;
     scene.served(PORT, "steered")?;
     scene.deny(&["2222"])?;
-    let removals = || scene.daemon.log().matches("is removed from").count();
+    let removals = || scene.daemon.log().matches("accept rule removed ").count();
     ensure!(removals() == 1, "removed {} times", removals());
     // The administrator opens the port.
     walled.must("iptables-nft -I INPUT -i lab0 -p tcp --dport 2222 -j ACCEPT")?;

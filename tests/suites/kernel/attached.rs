@@ -325,7 +325,7 @@ fn what_cannot_be_attached_again_is_told() -> Result<()> {
     })?;
     let state = scene.must_be(8080, "blocked")?;
     state.must_be_because("detached")?;
-    ensure!(scene.daemon.log().contains("cannot attach steer"), "{}", scene.daemon.log());
+    ensure!(scene.daemon.log().contains("failed to attach the steer program"), "{}", scene.daemon.log());
     scene.refused(8080)?;
     others.into_iter().try_for_each(|other| other.detach())?;
     scene.must_be(8080, "steered")?;
@@ -344,7 +344,7 @@ fn pins_that_cannot_be_made_again_are_told() -> Result<()> {
     scene.served(8080, "service")?;
     let log = scene.daemon.log();
     ensure!(
-        log.contains("it will end with the daemon") && log.contains(&root.display().to_string()),
+        log.contains("they will end with the daemon") && log.contains(&root.display().to_string()),
         "{log}"
     );
     fs::remove_file(root)?;

@@ -19,7 +19,7 @@ fn the_doctor_knows_what_the_kernel_does() -> Result<()> {
     let report = Report::of(&scene.daemon)?;
     ensure!(report.complaints().is_empty(), "{report:?}");
     let steering = report.must("steering", "ok")?;
-    ensure!(steering.text.contains("tried with a connection"), "{steering:?}");
+    ensure!(steering.text.contains("tested with a connection"), "{steering:?}");
     let names_namespaces = kernel::version() >= (5, 14);
     for (check, can) in [
         ("ingress", kernel::has_ingress_ifindex()),

@@ -281,14 +281,14 @@ fn entry_behind_the_daemons_back() -> Result<()> {
     let (key, value) = entry([10, 7, 0, 1], index, 7777, 8080);
     // A look for another reason may come in between, and put things right.
     let explain_entry = |port: u16, key: &[u8], value: &[u8], expected: &str| {
-        patience::until("an explanation before the daemon's next look", || {
+        patience::until("an explanation before the daemon's next pass", || {
             pins::put(scene.daemon.bpffs(), "ENTRIES", key, value)?;
             let Ok((explanation, _)) = comes_true(&scene, port) else { return Ok(None) };
             Ok((first_way(&explanation)?["fate"] == expected).then_some(explanation))
         })
     };
     let explanation = explain_entry(7777, &key, &value, "steered")?;
-    ensure!(text(first_way(&explanation)?, "lookup")?.contains("somebody else has put it there"));
+    ensure!(text(first_way(&explanation)?, "lookup")?.contains("somebody else has added it"));
     // One that leads elsewhere than its rule: to a port whose listeners nobody registers.
     let (key, value) = entry([10, 7, 0, 1], index, 8080, 9090);
     let explanation = explain_entry(8080, &key, &value, "refused")?;
@@ -311,7 +311,7 @@ fn detached_programs() -> Result<()> {
     let link = pinned.iter().find(|path| path.ends_with("link_steer")).context("no link is pinned")?;
     // A look for another reason may come in between, and attach it again: the scene's interfaces, for one,
     // are told of for some seconds, until the last of their addresses is there.
-    let explanation = patience::until("an explanation before the daemon's next look", || {
+    let explanation = patience::until("an explanation before the daemon's next pass", || {
         Link::pinned(link)?.detach()?;
         Ok(fate(&scene, 8080, "refused").ok())
     })?;
@@ -343,7 +343,11 @@ fn namespace_with_and_without_a_relay() -> Result<()> {
         let service = scene.service("service", "127.0.0.1:8080")?;
         scene.daemon.allow(&[&network, "8080"])?;
         let explanation = told("relayed")?;
-        ensure!(explanation["outcome"].as_str().is_some_and(|o| o.contains("on localhost inside")));
+        ensure!(
+            explanation["outcome"]
+                .as_str()
+                .is_some_and(|o| o.contains("a namespace's localhost is always relayed"))
+        );
         service.stop();
         scene.daemon.wait_for_state(&network, 8080, "waiting")?;
         told("refused").map(drop).context("waiting")

@@ -123,8 +123,10 @@ fn localhost_in_a_namespace_without_links_is_served() -> Result<()> {
     let _service = apart.service("host's", "127.0.0.1:8080")?;
     apart.refused("127.0.0.1:8080")?;
     let output = apart.daemon.allow(&[&apart.network, "8080"])?;
-    let line =
-        format!("{} 8080: 127.0.0.1:8080 -> 127.0.0.1:8080 relayed (on localhost inside)", apart.network);
+    let line = format!(
+        "{} 8080: 127.0.0.1:8080 -> 127.0.0.1:8080 relayed (a namespace's localhost is always relayed)",
+        apart.network
+    );
     ensure!(output.stdout.lines().any(|said| said == line), "{output:?}");
     // In force when the command has returned.
     apart.served("127.0.0.1:8080", "host's")?;
@@ -461,7 +463,11 @@ fn a_path_that_somebody_else_can_turn_elsewhere_is_not_followed() -> Result<()> 
     let theirs = shared.join("theirs");
     as_somebody("ln", &[Path::new("-s"), &at("namespace"), &theirs])?;
     apart.daemon.allow(&[&network(&theirs), "8080"])?;
-    is_left_alone(&apart.daemon, &network(&theirs), &format!("theirs is a link of user {SOMEBODY}"))?;
+    is_left_alone(
+        &apart.daemon,
+        &network(&theirs),
+        &format!("theirs is a symbolic link of user {SOMEBODY}"),
+    )?;
 
     // No link, but a folder that they can have another take the place of.
     fs::create_dir(home.join("inner"))?;

@@ -364,7 +364,7 @@ fn udp_is_explained() -> Result<()> {
     let said = scene.daemon.cli(&["explain", "bridge:lab0", "53/udp"])?.stdout;
     for part in [
         "a datagram was sent and counted",
-        "ENTRIES has (lab0, 10.7.0.1, 53/udp)",
+        "map ENTRIES has (lab0, 10.7.0.1, 53/udp)",
         "datagrams from bridge:lab0 to 10.7.0.1:53 are steered to ",
     ] {
         ensure!(said.contains(part), "{part}: {said}");

@@ -85,7 +85,10 @@ fn a_container_without_a_cgroup_is_not_believed() -> Result<()> {
     scene.daemon.allow(&["container:bare", "8080"])?;
     let state = scene.daemon.rule_state("container:bare", 8080)?;
     ensure!(state.state == "blocked", "{state:?}");
-    ensure!(state.why.as_deref().is_some_and(|why| why.contains("none of this container's")), "{state:?}");
+    ensure!(
+        state.why.as_deref().is_some_and(|why| why.contains("does not belong to this container")),
+        "{state:?}"
+    );
     // Root can name the process.
     let pid = scene.engine.pid(&container)?;
     scene.daemon.allow(&[&format!("pid:{pid}"), "8080"])?;

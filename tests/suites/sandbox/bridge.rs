@@ -230,13 +230,10 @@ fn wrong_arguments_are_usage_errors() -> Result<()> {
 fn a_command_without_a_sandbox_is_told() -> Result<()> {
     let scene = Scene::new()?;
     let output = scene.run(&["8080", "--", "sh", "-c", "exit 3"])?;
-    ensure!(output.status == 3 && output.stderr.contains("no network namespace"), "{output:?}");
+    ensure!(output.status == 3 && output.stderr.contains("without a network namespace"), "{output:?}");
     // Told while it runs, since everything seems to work on the host's network.
     let output = scene.run(&["8080", "--", "sleep", "5.5"])?;
-    ensure!(
-        output.status == 0 && output.stderr.contains("no network namespace of its own yet"),
-        "{output:?}"
-    );
+    ensure!(output.status == 0 && output.stderr.contains("has made no network namespace yet"), "{output:?}");
     Ok(())
 }
 
@@ -297,7 +294,7 @@ fn the_host_is_no_sandbox() -> Result<()> {
     let output = scene.run(&["--pid", &beside.0.id().to_string(), "8080"])?;
     ensure!(output.status == 1 && output.stderr.contains("nothing to bridge"), "{output:?}");
     let output = scene.run(&["--netns", "/proc/self/ns/net", "8080"])?;
-    ensure!(output.status == 1 && output.stderr.contains("host's own"), "{output:?}");
+    ensure!(output.status == 1 && output.stderr.contains("localhost is the host's already"), "{output:?}");
     Ok(())
 }
 
@@ -314,7 +311,9 @@ fn the_service_does_not_take_the_sandbox_for_a_local_client() -> Result<()> {
     ensure!(ip.octets()[0] == 127 && ip.octets()[1] >= 128, "{greeting:?}");
     // There is one IPv6 loopback address, and it is everybody's.
     client::refused(&netns, "127.0.0.1:8081".parse()?)?;
-    ensure!(scene.log.text().contains("--source loopback"), "says what to do");
+    patience::until("it says what to do", || {
+        Ok(scene.log.text().contains("--source loopback").then_some(()))
+    })?;
     drop(relay);
     let _relay = scene.start(&["--pid", &pid, "8080", "8081", "--source", "loopback"])?;
     soon_served(&netns, "four")?;

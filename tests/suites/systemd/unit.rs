@@ -79,20 +79,23 @@ fn start_returns_when_rules_are_in_force() -> Result<()> {
     let _service = scene.service("relayed", "127.0.0.1:8080")?;
     scene.systemd.must(&["start", UNIT])?;
     scene.served(8080, "relayed")?;
-    ensure!(scene.systemd.journal(UNIT)?.contains("ready: 1 rule: 0 steered, 1 relayed"), "its last words");
+    ensure!(
+        scene.systemd.journal(UNIT)?.contains("daemon ready rules=1 steered=0 relayed=1 "),
+        "its last words"
+    );
     // The journal has the time, and the severity.
     let journal = scene.systemd.journal(UNIT)?;
-    ensure!(journal.lines().any(|line| line.starts_with("ready: ")), "{journal}");
+    ensure!(journal.lines().any(|line| line.starts_with("daemon ready ")), "{journal}");
     let serious =
         scene.systemd.shell(&format!("journalctl --quiet --output=cat --unit={UNIT} --priority=warning"))?;
-    ensure!(!serious.contains("ready: "), "{serious}");
+    ensure!(!serious.contains("daemon ready "), "{serious}");
     let status = scene.systemd.must(&["status", "--no-pager", "--full", UNIT])?.stdout;
     ensure!(status.contains("Active: active (running)"), "{status}");
-    ensure!(status.contains("ready: 1 rule:"), "{status}");
+    ensure!(status.contains("daemon ready rules=1 "), "{status}");
     scene.systemd.must(&["stop", UNIT])?;
     ensure!(scene.property("ActiveState")? == "inactive" && scene.property("Result")? == "success");
     ensure!(scene.property("ExecMainStatus")? == "0" && scene.property("NRestarts")? == "0");
-    ensure!(scene.systemd.journal(UNIT)?.contains("stopped; what the kernel steers stays in force"));
+    ensure!(scene.systemd.journal(UNIT)?.contains("daemon stopped; steered rules stay in force"));
     ensure!(scene.cli(&["status"])?.status == 3, "no daemon");
     Ok(())
 }
@@ -229,7 +232,7 @@ fn systemctl_reload_tells_what_is_wrong() -> Result<()> {
         status.contains("/etc/lbridge/lbridge.toml:3:1: ") && status.contains("active (running)"),
         "{status}"
     );
-    ensure!(status.contains("; the configuration is not reloaded\""), "{status}");
+    ensure!(status.contains("; configuration not reloaded\""), "{status}");
     ensure!(scene.lbridge(&["status"])?.stdout.contains("config   not reloaded since "));
 
     scene.configure(RELAY_8080)?;
@@ -314,7 +317,7 @@ fn a_journal_that_hangs_holds_nothing_up() -> Result<()> {
     drop(open);
     scene.systemd.must(&["stop", UNIT])?;
     ensure!(
-        scene.systemd.journal(UNIT)?.contains("stopped; what the kernel steers stays in force"),
+        scene.systemd.journal(UNIT)?.contains("daemon stopped; steered rules stay in force"),
         "its last words"
     );
     Ok(())

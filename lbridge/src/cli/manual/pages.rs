@@ -116,7 +116,7 @@ pub const PAGES: &[Page] = &[
                 lines: &[
                     "# lbridge allow container:agent 11434",
                     "container:agent 11434: 127.0.0.1:11434 -> 127.0.0.1:11434 relayed",
-                    "(on localhost inside)",
+                    "(a namespace's localhost is always relayed)",
                 ],
             },
             Example {

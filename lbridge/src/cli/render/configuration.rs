@@ -29,7 +29,7 @@ pub(in crate::cli) fn config(
 ) -> Result<(), Failure> {
     let mut text = shown(&path.display().to_string());
     let _ = match (there, config.len()) {
-        (false, _) => write!(text, " is not there, which is no error: no rules"),
+        (false, _) => write!(text, " does not exist, which is not an error: no rules"),
         (true, 0) => write!(text, ": no rules"),
         (true, 1) => write!(text, ": 1 rule"),
         (true, count) => write!(text, ": {count} rules"),

@@ -41,9 +41,9 @@ pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
         }
         EventKind::Listening { port } => format!("port {port}: a service listens"),
         EventKind::Unregistered { port, error } => {
-            format!("port {port}: a service listens, which the kernel cannot be given: {}", shown(error))
+            format!("port {port}: a service listens, but the kernel refused to register it: {}", shown(error))
         }
-        EventKind::Closed { port } => format!("port {port}: a service listens no more"),
+        EventKind::Closed { port } => format!("port {port}: a service stopped listening"),
         EventKind::Docker { engine, version: Some(version), .. } => {
             format!("{engine} {} answers", shown(version))
         }
@@ -56,8 +56,8 @@ pub(in crate::cli) fn event(event: &Event) -> Result<bool, Failure> {
                 rule(network, port, protocol)
             )
         }
-        EventKind::Missed { events } => format!("{events} events were missed: this reads too slowly"),
-        EventKind::Unknown => "something that this version does not know of; see --json".to_owned(),
+        EventKind::Missed { events } => format!("{events} events were missed: the reader is too slow"),
+        EventKind::Unknown => "an event that this version does not know; see --json".to_owned(),
     };
     print_on(&format!("{} {text}\n", time(event.at)))
 }

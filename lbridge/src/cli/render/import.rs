@@ -33,7 +33,7 @@ pub(in crate::cli) fn import_plan(plan: &Plan) -> Result<(), Failure> {
     }
     text += &left(plan);
     if plan.taken.is_empty() {
-        text += "No socat unit is to be turned into a rule.\n";
+        text += "No socat unit can be turned into a rule.\n";
         return print(&text);
     }
     // Everything is done, except for the administrator's part.
@@ -61,7 +61,7 @@ pub(in crate::cli) fn imported(plan: &Plan, made: &[RuleStatus], all: &[RuleStat
     states(made)?;
     let mut text = left(plan);
     if plan.taken.is_empty() {
-        text += "No socat unit is to be turned into a rule.\n";
+        text += "No socat unit can be turned into a rule.\n";
         return print(&text);
     }
     let is_blocked = |taken: &&Taken| {

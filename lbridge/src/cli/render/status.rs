@@ -137,7 +137,7 @@ fn firewall_line(status: &FirewallStatus) -> String {
         let _ = write!(line, "; could not be read: {}", shown(why));
     }
     if let Some(why) = &status.untried {
-        let _ = write!(line, "; not tried whether packets arrive: {}", shown(why));
+        let _ = write!(line, "; could not test if packets arrive: {}", shown(why));
     }
     line.push('\n');
     line

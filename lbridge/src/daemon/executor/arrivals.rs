@@ -30,7 +30,8 @@ impl firewall::Arrivals for Arrivals {
 
     fn end(&self, source: IpAddr, ifindex: u32) {
         if let Err(error) = self.probes.remove_source(&self.prober(source, ifindex)) {
-            tracing::warn!("{error:#}");
+            tracing::warn!(%source, ifindex, error = format!("{error:#}"), "could not stop taking packets as \
+                                                                            probes");
         }
     }
 
@@ -44,7 +45,14 @@ impl firewall::Arrivals for Arrivals {
 
     fn forget(&self, opening: &Opening, link: ProbeRoute) {
         if let Err(error) = self.probes.forget(&opening.entry(link.ifindex)) {
-            tracing::warn!("{error:#}");
+            tracing::warn!(
+                interface = opening.interface,
+                gateway = %opening.gateway,
+                port = opening.port,
+                protocol = opening.protocol.name(),
+                error = format!("{error:#}"),
+                "could not stop counting probes"
+            );
         }
     }
 }

@@ -47,7 +47,9 @@ impl Failures {
         match step {
             // No failure: the engine's view has changed since the plan was made, and the next round makes a
             // new plan.
-            Step::AddSource(_) if error.is::<Contradicted>() => tracing::debug!("{text}"),
+            Step::AddSource(_) if error.is::<Contradicted>() => {
+                tracing::debug!(error = text, "source not added: the engine's view has changed");
+            }
             Step::OpenRelay(key, _) => drop(self.relays.insert(key.clone(), text)),
             Step::PutEntry(key, _) | Step::AddSource(SourceKey { entry: key, .. }) => {
                 drop(self.entries.insert(*key, text));
@@ -65,13 +67,18 @@ impl Failures {
         self.steps.push(step.clone());
     }
 
-    /// Lists the failures to log that are not in `before`. A relay's failure is news, but not a new reason
-    /// for it: the process that holds its port may change its name every moment.
-    pub(in crate::daemon) fn since(&self, before: &Self) -> Vec<String> {
-        let relays = self.relays.iter().filter(|(key, _)| !before.relays.contains_key(key));
-        let relays = relays.map(|(key, why)| format!("cannot relay {}: {why}", key.address));
+    /// Logs the failures that are not in `before`. A relay's failure is news, but not a new reason for it:
+    /// the process that holds its port may change its name every moment.
+    pub(in crate::daemon) fn log_since(&self, before: &Self) {
+        for (RelayKey { address, place }, why) in
+            self.relays.iter().filter(|(key, _)| !before.relays.contains_key(key))
+        {
+            tracing::warn!(%address, interface = place.interface(), error = why, "relay failed to open");
+        }
         let known: Vec<_> = before.others().collect();
-        relays.chain(self.others().filter(|text| !known.contains(text)).cloned()).collect()
+        for error in self.others().filter(|text| !known.contains(text)) {
+            tracing::warn!(error, "step failed");
+        }
     }
 
     /// Returns true if a step that should have established the condition has failed.
@@ -96,9 +103,11 @@ impl Failures {
 /// Describes a condition that does not hold.
 pub(super) fn unmet(condition: &Prerequisite) -> &'static str {
     match condition {
-        Prerequisite::Hooks(_) => "hooks that it relies on could not be attached",
-        Prerequisite::IsRefused(_) => "the kernel could not be told to refuse the others that it lets in",
-        Prerequisite::NoFlows(_) => "its flows are not forgotten yet, so it stays refused",
+        Prerequisite::Hooks(_) => "the hooks that it needs could not be attached",
+        Prerequisite::IsRefused(_) => {
+            "the kernel could not be set to refuse other traffic that the accept rule lets in"
+        }
+        Prerequisite::NoFlows(_) => "conntrack still lists its flows, so it stays refused",
     }
 }
 

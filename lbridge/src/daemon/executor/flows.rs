@@ -56,7 +56,8 @@ impl GoneFlows {
             && self.seen.as_ref().is_none_or(|seen| seen.error.is_none())
         {
             tracing::warn!(
-                "could not list conntrack's flows; what denied rules opened stays refused: {error}"
+                error,
+                "could not list conntrack's flows; what removed accept rules let in stays refused"
             );
         }
         self.seen = Some(Seen { at: Instant::now(), flows: flows.clone(), error });

@@ -48,7 +48,7 @@ use crate::{
 };
 
 /// Error of a kernel step if no kernel half is loaded.
-const NO_KERNEL: &str = "there is no kernel half";
+const NO_KERNEL: &str = "no kernel programs are loaded";
 
 /// The state that steps change: the kernel's maps, the relays and the firewall.
 #[derive(Debug)]
@@ -260,7 +260,7 @@ impl Executor {
             .collect();
         let mut taker = SocketFdTaker::default();
         for step in steps {
-            tracing::debug!(?step);
+            tracing::debug!(%step, "carrying out a step");
             if let Err(error) = self.step(step, &mut taker, &wanted, &failures).await {
                 failures.add(step, &error);
             }
@@ -282,7 +282,7 @@ impl Executor {
         match step {
             Step::ForgetFlows(keys) => {
                 let forgotten = conntrack::forget(keys);
-                return forgotten.context("conntrack could not forget flows that accept rules let in");
+                return forgotten.with_context(|| format!("failed to {step}"));
             }
             Step::OpenRelay(key, spec) => return self.open_relay(key, spec),
             Step::CloseRelay { key, handed_over } => {
@@ -336,7 +336,7 @@ impl Executor {
             | Step::ForgetFlows(_)
             | Step::Probe(_) => Ok(()),
         }
-        .with_context(|| format!("{step:?}"))
+        .with_context(|| format!("failed to {step}"))
     }
 
     /// Probes whether the firewall lets these openings through.
@@ -364,14 +364,18 @@ impl relay::PeerNames for RelayNames {
         self.remove_connect(cookie)?;
         ensure!(
             self.is_named(cookie, relay, service, container),
-            "the kernel has not named {container} to the service"
+            "the kernel did not give the service {container} as its peer"
         );
         Ok(())
     }
 
     fn withdraw(&self, cookie: u64) {
         if let Err(error) = self.remove_connect(cookie) {
-            tracing::warn!("{error:#}");
+            tracing::warn!(
+                cookie,
+                error = format!("{error:#}"),
+                "could not withdraw the name of a relayed connection"
+            );
         }
     }
 }

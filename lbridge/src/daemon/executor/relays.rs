@@ -28,7 +28,7 @@ impl Executor {
         }
         let entry = key.entry().filter(|_| spec.by_entry);
         let Some((entry, kernel)) = entry.zip(self.kernel.as_mut()) else { return Ok(()) };
-        let socket = self.relays.socket(key).context("it does not listen")?;
+        let socket = self.relays.socket(key).context("the relay has no listening socket")?;
         kernel.maps.put_relay(entry, &socket)
     }
 
@@ -36,7 +36,7 @@ impl Executor {
         let inherited = self.inherited.find(key, spec.by_entry, self.host);
         match &key.place {
             BindScope::Bridge { ifindex, .. } => {
-                let index = NonZeroU32::new(*ifindex).context("an interface without an index")?;
+                let index = NonZeroU32::new(*ifindex).context("the bridge has no interface index")?;
                 let socket = match inherited {
                     Some(socket) => socket,
                     None if spec.by_entry => relay::socket::listen_by_entry(key.address, index)?,
@@ -47,7 +47,7 @@ impl Executor {
             BindScope::Namespace(wanted) => {
                 let namespace = match Namespace::open(&wanted.entrance, self.host) {
                     Ok(namespace) if namespace.key == *wanted => namespace,
-                    Ok(_) => bail!("the namespace was replaced meanwhile"),
+                    Ok(_) => bail!("the network namespace was replaced in the meantime"),
                     Err(NetnsUnavailable::NotThere(why) | NetnsUnavailable::Unsuitable(why)) => bail!(why),
                 };
                 let socket = match inherited {

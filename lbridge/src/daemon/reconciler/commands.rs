@@ -91,7 +91,7 @@ impl Reconciler {
     /// Reads the configuration again. An invalid file is rejected, and changes nothing.
     async fn reload(&mut self) -> Result<Reloaded, ApiError> {
         let change = self.configuration.read_again(&self.rules, self.memory.store()).inspect_err(|error| {
-            tracing::error!("the configuration is not reloaded: {error}");
+            tracing::error!(%error, "configuration not reloaded; the previous one stays in force");
         });
         let change = match change {
             Ok(change) => change,
@@ -110,13 +110,18 @@ impl Reconciler {
         let (added, changed, settings) =
             (change.added.clone(), change.changed.clone(), change.settings.clone());
         tracing::info!(
-            "the configuration is reloaded; rules: {} added, {} changed, {} removed",
-            added.len(),
-            changed.len(),
-            removed.len()
+            added = added.len(),
+            changed = changed.len(),
+            removed = removed.len(),
+            "configuration reloaded"
         );
         for setting in &settings {
-            tracing::info!("{setting}");
+            tracing::info!(
+                setting = setting.name,
+                value = setting.now,
+                before = setting.before,
+                "setting changed"
+            );
         }
         self.rules = self.configuration.adopt(change);
         self.follow_labels().await;
@@ -227,8 +232,7 @@ impl Reconciler {
 fn with_process(mut rule: Rule) -> Result<Rule, ApiError> {
     rule.process = match rule.network {
         Network::Process(pid) => {
-            let missing =
-                |_| format!("there is no process {pid}; a rule for a process is made while it runs");
+            let missing = |_| format!("there is no process {pid}; allow a process while it runs");
             let start = process_start(pid).map_err(missing);
             Some(start.map_err(|message| ApiError { code: ErrorCode::Failed, message })?)
         }

@@ -150,7 +150,7 @@ impl Reconciler {
                 () = sleep_until(due) => {
                     (woken, urgent) = (false, false);
                     if let Err(error) = self.pass().await {
-                        tracing::error!("cannot look at the host, trying again: {error:#}");
+                        tracing::error!(error = format!("{error:#}"), "reconciliation failed; trying again");
                         tokio::time::sleep(FAST_RESYNC).await;
                     }
                     last_pass = Instant::now();
@@ -182,6 +182,20 @@ impl Reconciler {
             count(State::Waiting),
             count(State::Blocked)
         )
+    }
+
+    /// Logs that the rules are in force, with the number in each state.
+    pub(super) fn log_ready(&self) {
+        let rules = self.last.rules();
+        let count = |state| rules.iter().filter(|rule| rule.state == state).count();
+        tracing::info!(
+            rules = rules.len(),
+            steered = count(State::Steered),
+            relayed = count(State::Relayed),
+            waiting = count(State::Waiting),
+            blocked = count(State::Blocked),
+            "daemon ready"
+        );
     }
 
     /// Returns the time until the next pass without a reason. `reported` is true if the kernel reports
@@ -240,7 +254,7 @@ impl Reconciler {
 
     /// Sends the current status to the service manager.
     fn tell(&mut self) {
-        let refused = self.configuration.refused().map_or("", |_| "; the configuration is not reloaded");
+        let refused = self.configuration.refused().map_or("", |_| "; configuration not reloaded");
         self.manager.status(format!("{}{refused}", self.summary()));
     }
 
@@ -307,7 +321,7 @@ impl Reconciler {
                 self.inventory = Some(inventory);
                 self.conclude(Report { desired, actual, failures, relayed, listeners });
                 return match unseen {
-                    Some(error) => Err(error.context("the change is made to what was seen last")),
+                    Some(error) => Err(error.context("the change was applied to the host as last observed")),
                     None => Ok(()),
                 };
             }
@@ -316,9 +330,7 @@ impl Reconciler {
             // A round of a hundred thousand rules takes seconds; there are few rounds.
             self.manager.beat();
             failures = self.executor.execute(&steps).await;
-            for news in failures.since(&self.last.failures) {
-                tracing::warn!("{news}");
-            }
+            failures.log_since(&self.last.failures);
             self.observer.note_refused(std::mem::take(&mut failures.refused));
             self.executor.give_up_hooks(&mut failures);
         }
@@ -394,12 +406,14 @@ async fn listener_changed(events: &mut Option<Events>) -> Vec<ListenerEvent> {
     let Some(open) = events else { return std::future::pending().await };
     match open.next().await {
         Ok(happened) => {
-            tracing::debug!(?happened);
+            tracing::debug!(events = ?happened, "listeners changed");
             happened
         }
         Err(error) => {
             tracing::warn!(
-                "the kernel's events cannot be followed, looking every {FAST_RESYNC:?} instead: {error}"
+                %error,
+                interval = ?FAST_RESYNC,
+                "could not follow the kernel's listener events; polling instead"
             );
             *events = None;
             vec![]

@@ -18,12 +18,12 @@ pub(in crate::host) fn cookie_of(netns: impl AsFd, home: impl AsFd) -> anyhow::R
     setns(netns, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
     let cookie = own_cookie();
     restore_netns(home)?;
-    cookie?.context("this kernel tells no cookies of network namespaces (5.14 and later do)")
+    cookie?.context("this kernel does not report cookies of network namespaces (5.14 and later do)")
 }
 
 /// Moves this thread into the host's network namespace.
 pub(in crate::host) fn restore_netns(home: impl AsFd) -> anyhow::Result<()> {
-    setns(home, CloneFlags::CLONE_NEWNET).context("cannot go back into the host's network namespace")
+    setns(home, CloneFlags::CLONE_NEWNET).context("failed to return to the host's network namespace")
 }
 
 /// Runs `work` in a network namespace, on a thread of its own.

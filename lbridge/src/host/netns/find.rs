@@ -45,7 +45,7 @@ pub(super) fn of_process(
         let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|_| ended())?;
         if !is_in_container(&cgroups, container) {
             return Err(NetnsUnavailable::Unsuitable(format!(
-                "process {pid} is none of this container's; does DOCKER_HOST name an engine of this host?"
+                "process {pid} does not belong to this container; is the engine at DOCKER_HOST on this host?"
             )));
         }
     }
@@ -119,8 +119,10 @@ pub(in crate::host) fn at_path(path: &Path, follow: Follow) -> Result<OwnedFd, N
     if !fstatfs(&seen).is_ok_and(|fs| fs.f_type == NSFS) {
         return Err(match fstat(&seen) {
             // `ip netns add` creates the file first, and mounts the namespace on it.
-            Ok(stat) if stat.st_size == 0 => NetnsUnavailable::NotThere(format!("{shown} is no namespace")),
-            _ => NetnsUnavailable::Unsuitable(format!("{shown} is no namespace")),
+            Ok(stat) if stat.st_size == 0 => {
+                NetnsUnavailable::NotThere(format!("{shown} is not a namespace"))
+            }
+            _ => NetnsUnavailable::Unsuitable(format!("{shown} is not a namespace")),
         });
     }
     let file = File::open(format!("/proc/self/fd/{}", seen.as_raw_fd()));

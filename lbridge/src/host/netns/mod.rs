@@ -95,7 +95,7 @@ impl Namespace {
         let id = id_of(&file)
             .map_err(|error| NetnsUnavailable::Unsuitable(format!("cannot look at it: {error}")))?;
         if id == host {
-            let why = "it is in the host's own network namespace, where localhost is the host's already";
+            let why = "it is in the host's network namespace, so its localhost is the host's already";
             return Err(NetnsUnavailable::Unsuitable(why.to_owned()));
         }
         Ok(Self { file, process, follow, key: NamespaceKey { id, entrance: entrance.clone() } })
@@ -144,7 +144,8 @@ impl Namespace {
                 let watched = unsafe { AsyncFd::register(process) };
                 let ended = async { watched.map_err(io::Error::from)?.readable().await.map(drop) };
                 if let Err(error) = ended.await {
-                    tracing::error!("a process cannot be watched, its relay ends: {error}");
+                    tracing::error!(netns = key.id.inode, %error, "could not watch a process; its relay \
+                                                                   closes");
                 }
             }
             (None, NetnsRef::Path(path)) => {

@@ -79,7 +79,8 @@ impl Scratch {
         scratch.inside.up(scratch.inside_index).await.context("cannot bring up a veth")?;
         let enslaved = LinkUnspec::new_with_index(scratch.link.index).controller(bridge).up().build();
         let enslaved = host.handle.link().change(enslaved).execute().await;
-        enslaved.with_context(|| format!("cannot plug a veth into the bridge with index {bridge}"))?;
+        enslaved
+            .with_context(|| format!("cannot attach a veth to the bridge with interface index {bridge}"))?;
         let mut patience = Patience::new();
         // A bridge that had no port comes up with this one, and until then drops what it should send.
         while !(scratch.is_up(&host).await?
@@ -89,8 +90,8 @@ impl Scratch {
         {
             if !patience.pause().await {
                 bail!(
-                    "the bridge does not forward from a new port within {} s; is it up, or has it a spanning \
-                     tree with a long delay?",
+                    "the bridge does not forward from a new port within {} s; is it down, or does its \
+                     spanning tree have a long forward delay?",
                     READY_TIMEOUT.as_secs()
                 );
             }
@@ -131,7 +132,7 @@ impl Scratch {
         host.up(scratch.link.index).await.context("cannot bring up a veth")?;
         scratch.route_via(hosts.into()).await?;
         if let Err(error) = both {
-            tracing::debug!("a neighbour without IPv6: {error:#}");
+            tracing::debug!(error = format!("{error:#}"), "probing namespace has no IPv6");
         } else {
             scratch.route_via(hosts6.into()).await?;
         }
@@ -164,7 +165,7 @@ impl Scratch {
         })?
         .with_context(|| format!("cannot send to {neighbour} from a namespace"))?;
         if !self.inside.learns(self.inside_index, neighbour, NEIGH_TIMEOUT).await? {
-            bail!("{neighbour} does not answer for itself on its own link");
+            bail!("{neighbour} does not answer neighbour requests on its own link");
         }
         Ok(())
     }
@@ -290,8 +291,11 @@ impl Drop for Link {
         link.attributes.push(LinkAttribute::IfName(self.name.clone()));
         // Not on the tokio runtime, which may be gone.
         if let Err(error) = request(RouteNetlinkMessage::DelLink(link)) {
-            // The kernel removes it a little later, together with the namespace.
-            tracing::debug!("cannot remove a veth: {error:#}");
+            tracing::debug!(
+                interface = self.name,
+                error = format!("{error:#}"),
+                "could not remove a veth; the kernel does with its namespace"
+            );
         }
         for (interface, ip) in &self.known_as {
             // The host may have no such entry.

@@ -49,7 +49,7 @@ impl Netlink {
 
     async fn link(&self, index: u32) -> anyhow::Result<LinkMessage> {
         let found = self.handle.link().get().match_index(index).execute().try_next().await;
-        found.context("cannot look at a veth")?.context("a veth is gone")
+        found.context("cannot read the state of a veth")?.context("a veth is gone")
     }
 
     pub(super) async fn up(&self, index: u32) -> Result<(), rtnetlink::Error> {
@@ -64,7 +64,7 @@ impl Netlink {
         let link = LinkUnspec::new_with_index(index).append_extra_attribute(none).build();
         // Where IPv6 is off the kernel refuses this, and sends nothing anyway.
         if let Err(error) = self.handle.link().change(link).execute().await {
-            tracing::debug!("a veth keeps its link-local address: {error}");
+            tracing::debug!(ifindex = index, %error, "could not disable a veth's link-local address");
         }
     }
 

@@ -39,7 +39,10 @@ impl Explainer<'_> {
                     _ => why.clone(),
                 };
                 let end = End {
-                    sentence: format!("nothing of {network} can dial port {}: {why}", self.question.port),
+                    sentence: format!(
+                        "no container of {network} can dial port {}: {why}",
+                        self.question.port
+                    ),
                     remedy: self.without_network(outcome.state),
                 };
                 return (step(Stage::Network, Answer::No, text), Err(end));
@@ -52,13 +55,16 @@ impl Explainer<'_> {
             _ => format!("the bridge {}", bridge.name),
         };
         let away = match (network, self.known.inventory.docker) {
-            (Network::Docker(_), EngineAvailability::Away) => "; as last seen, Docker is away",
+            (Network::Docker(_), EngineAvailability::Away) => "; as last seen: the engine does not answer",
             _ => "",
         };
         if addresses.is_empty() {
             let text = format!("{what}, which has no address that a container could dial{away}");
             let end = End {
-                sentence: format!("nothing of {network} can dial port {}: no gateway", self.question.port),
+                sentence: format!(
+                    "no container of {network} can dial port {}: no gateway",
+                    self.question.port
+                ),
                 remedy: format!(
                     "give the bridge an address: `ip addr add ADDRESS/PREFIX dev {}`",
                     bridge.name
@@ -90,18 +96,20 @@ impl Explainer<'_> {
         let id = self.id();
         match (&self.question.network, state) {
             (_, State::Blocked) => {
-                "name another network; `docker network ls` and `ip link show type bridge` show them"
+                "name another network; `docker network ls` (or `podman network ls`) and `ip link show type \
+                 bridge` show them"
                     .to_owned()
             }
             (Network::Docker(name), _) if self.rule().is_some() => {
                 format!(
-                    "`docker network create {name}`: the rule is there, and is in force as soon as the \
-                     network is"
+                    "`docker network create {name}` (or podman): the rule exists, and takes effect with the \
+                     network"
                 )
             }
             (Network::Docker(_), _) => {
                 format!(
-                    "`docker network ls` shows the networks; `lbridge allow {id}` would wait for this one"
+                    "`docker network ls` (or `podman network ls`) shows the networks; `lbridge allow {id}` \
+                     would wait for this one"
                 )
             }
             _ => format!(
@@ -184,8 +192,8 @@ impl Explainer<'_> {
             }
             (Verdict::LooksLocal, _) => {
                 let text = format!(
-                    "{source} is not served here, and would look local to whoever takes its connections \
-                     (--source loopback): refused"
+                    "{source} is not served here, and would look local to the service (--source loopback): \
+                     refused"
                 );
                 by_source(Answer::No, text);
                 self.unadmitted(way)
@@ -281,9 +289,9 @@ impl Explainer<'_> {
                 return Some(self.end(way, Fate::Dropped, "a firewall drops them", remedy));
             }
             Some(ProbeResult::Unknown(why)) => {
-                (Answer::Note, format!("whether a firewall drops it could not be tried: {why}"))
+                (Answer::Note, format!("could not test if a firewall drops it: {why}"))
             }
-            None => (Answer::Note, "whether a firewall drops it was not tried".to_owned()),
+            None => (Answer::Note, "not tested if a firewall drops it".to_owned()),
         };
         way.steps.push(step(Stage::Firewall, verdict, text));
         None

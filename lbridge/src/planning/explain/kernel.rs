@@ -45,30 +45,34 @@ impl Explainer<'_> {
         let asked = format!("({interface}, {}, {port}{suffix})", way.dialled.ip());
         let Some(entry) = actual.kernel.entries.get(&key) else {
             let missing = if desired.kernel.entries.contains_key(&key) {
-                let why =
-                    self.known.entry_failures.get(&key).map_or("the next pass puts it there", String::as_str);
+                let why = self
+                    .known
+                    .entry_failures
+                    .get(&key)
+                    .map_or("the daemon's next pass adds it", String::as_str);
                 format!(", which the rule asks for: {why}")
             } else {
                 String::new()
             };
-            no(format!("ENTRIES has nothing for {asked}{missing}"));
+            no(format!("map ENTRIES has nothing for {asked}{missing}"));
             return None;
         };
         if entry.key != key {
-            no(format!("what ENTRIES has for {asked} is another key's: left alone"));
+            no(format!("the value in map ENTRIES for {asked} belongs to another key: left alone"));
             return None;
         }
         let wanted = match desired.kernel.entries.get(&key) {
             Some(wanted) if wanted == entry => String::new(),
-            Some(wanted) => format!("; the rule asks for {}: the next pass puts that", leads_to(wanted)),
-            None => {
-                "; no rule asks for it, somebody else has put it there: the next pass removes it".to_owned()
+            Some(wanted) => {
+                format!("; the rule asks for {}: the daemon's next pass changes it", leads_to(wanted))
             }
+            None => "; no rule asks for it, so somebody else has added it: the daemon's next pass removes it"
+                .to_owned(),
         };
         let steered = actual.steered.get(&key).copied().unwrap_or_default();
         let so_far = if entry.has(Entry::RELAYED) { String::new() } else { format!(", {steered} so far") };
         let text =
-            format!("ENTRIES has {asked}: from {} to {}{so_far}{wanted}", subnet(entry), leads_to(entry));
+            format!("map ENTRIES has {asked}: from {} to {}{so_far}{wanted}", subnet(entry), leads_to(entry));
         way.steps.push(step(Stage::Lookup, Answer::Yes, text));
         Some(entry)
     }
@@ -84,13 +88,13 @@ impl Explainer<'_> {
         let details: Vec<_> =
             listening_addresses(&entry.target).map(|address| self.candidate(address, entry)).collect();
         let Some(key) = found else {
-            let text = "none that the kernel could take is registered: refused".to_owned();
+            let text = "no listener that the kernel could use is registered: refused".to_owned();
             way.steps.push(Step { stage: Stage::Listener, verdict: Answer::No, text, details });
             let mut bound =
                 listening_addresses(&entry.target).map(|address| key_address(address, entry.target_port));
             let (why, remedy) = if entry.target_port == 0 {
                 let why = self.meant(way).and_then(Outcome::why);
-                let why = why.unwrap_or_else(|| "the entry leads to nobody".to_owned());
+                let why = why.unwrap_or_else(|| "the entry leads to no service".to_owned());
                 (why, "`lbridge status` says the same; the reason says what to change".to_owned())
             } else if bound.any(|bound| self.at(bound).next().is_some()) {
                 let remedy = "`lbridge status` makes the daemon look, and says what it makes of the listener";

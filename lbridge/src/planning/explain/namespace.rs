@@ -48,8 +48,7 @@ impl Explainer<'_> {
 
     fn inside(&self, namespace: &Namespace, ip: IpAddr) -> (Trace, End) {
         let dialled = SocketAddr::new(ip, self.question.port);
-        let text =
-            format!("{dialled} is dialled inside, over lo; nothing of the host is passed on the way there");
+        let text = format!("{dialled} is dialled inside, over lo; the host's firewall is not on the way");
         let mut way = Trace {
             dialled,
             interface: "lo".to_owned(),

@@ -64,10 +64,11 @@ impl Explainer<'_> {
     /// Adds a step about a relay that a rule asks for and that is not there, or that is about to go.
     pub(super) fn no_relay(&self, way: &mut Trace, key: &RelayKey) {
         let text = if self.known.desired.relays.contains_key(key) {
-            let why = self.known.relay_failures.get(key).map_or("the next pass opens it", String::as_str);
+            let why =
+                self.known.relay_failures.get(key).map_or("the daemon's next pass opens it", String::as_str);
             format!("the rule asks for a relay on {}, which is not open: {why}", way.dialled)
         } else if self.known.actual.lingering.contains(key) {
-            "a relay only completes what had begun when the kernel took over".to_owned()
+            "a relay only completes handshakes that began before the kernel took over".to_owned()
         } else {
             return;
         };
@@ -101,7 +102,7 @@ impl Explainer<'_> {
         };
         way.steps.push(step(Stage::Relay, Answer::Yes, format!("{open}: connects to {service}")));
         way.steps.push(self.relayed_peer(spec, container));
-        let remedy = self.rule().map_or_else(|| "the next pass closes it".to_owned(), taken_back);
+        let remedy = self.rule().map_or_else(|| "the daemon's next pass closes it".to_owned(), taken_back);
         self.end(way, Fate::Relayed, &format!("{service}{reason}"), remedy)
     }
 

@@ -103,7 +103,7 @@ pub(super) fn step(stage: Stage, verdict: Answer, text: String) -> Step {
 
 pub(super) fn described(network: &DockerNetwork) -> String {
     let id = network.id.get(..SHORT_ID).unwrap_or(&network.id);
-    format!("Docker network {} ({id}, driver {})", network.name, network.driver)
+    format!("network {} ({id}, driver {})", network.name, network.driver)
 }
 
 pub(super) fn taken_back(meant: &RuleOutcome) -> String {
@@ -111,7 +111,7 @@ pub(super) fn taken_back(meant: &RuleOutcome) -> String {
         Origin::Cli => format!("`lbridge deny {}` takes it back", meant.rule.id()),
         Origin::Config => "the rule is the configuration file's; change it there".to_owned(),
         Origin::Label => {
-            "the rule is a label's of a container or a network; make that anew without it".to_owned()
+            "the rule is a label's of a container or a network; recreate that without it".to_owned()
         }
     }
 }

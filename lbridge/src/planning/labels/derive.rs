@@ -135,7 +135,7 @@ impl<'a> Derivation<'a> {
             Some(Ok(source)) => source,
             Some(Err(_)) => {
                 let text = object.source.as_deref();
-                problems.push(problem(SOURCE, text, "it is no source", "write container or loopback"));
+                problems.push(problem(SOURCE, text, "it is not a source", "write container or loopback"));
                 return problems;
             }
         };
@@ -149,7 +149,7 @@ impl<'a> Derivation<'a> {
         let places = self.places(object);
         if places.is_empty() {
             let (wrong, remedy) = match object.kind {
-                Kind::Network => ("it is no bridge of this host", "allow its containers one by one"),
+                Kind::Network => ("it is not a bridge of this host", "allow its containers one by one"),
                 Kind::Container => ("it is on no network with a bridge on this host", "join it to one"),
             };
             let remedy = format!("{remedy}, or type: lbridge allow container:NAME PORT");
@@ -209,7 +209,7 @@ impl<'a> Derivation<'a> {
             let parsed = match PortSpec::parse_many(item) {
                 Ok(parsed) => parsed,
                 Err(error) => {
-                    complaints.push((error.to_string(), "mend the label".to_owned()));
+                    complaints.push((error.to_string(), "fix the label".to_owned()));
                     continue;
                 }
             };
@@ -229,7 +229,7 @@ impl<'a> Derivation<'a> {
                     }
                     Target::Port(_) => specs.push(spec),
                     Target::Address(_) | Target::Unix(_) => complaints.push((
-                        format!("{spec}: a label leads to ports of 127.0.0.1 alone"),
+                        format!("{spec}: a label can only lead to ports of 127.0.0.1"),
                         "write 5432 or 5432=15432, or allow it on the host with `lbridge allow`".to_owned(),
                     )),
                 }
@@ -280,7 +280,7 @@ impl<'a> Derivation<'a> {
                     ("lbridge allow", Spelling::Command, remedy)
                 }
             };
-            return Err((format!("{id} is allowed otherwise by {by}, as {}", spelling.rule(own)), remedy));
+            return Err((format!("{id} is allowed differently by {by}, as {}", spelling.rule(own)), remedy));
         }
         let full = self.wanted.len() >= MAX_RULES;
         match self.wanted.get_mut(&place) {
@@ -298,9 +298,10 @@ impl<'a> Derivation<'a> {
                 other.options.from.extend(rule.options.from);
                 Ok(())
             }
-            Some(Wanted { rule: other, by }) => {
-                Err(mend(format!("{id} is asked for otherwise by {by}, as {}", Spelling::Label.rule(other))))
-            }
+            Some(Wanted { rule: other, by }) => Err(mend(format!(
+                "{id} is asked for differently by {by}, as {}",
+                Spelling::Label.rule(other)
+            ))),
         }
     }
 }

@@ -208,16 +208,16 @@ fn the_administrators_bounds_hold() {
 fn what_is_wrong_is_said_with_whose_it_is_and_stops_nothing_else() {
     let good = container("good", &["db"], "allow=80");
     for (text, wrong) in [
-        ("allow=unix", "no port"),
-        ("allow=80=unix:/run/x", "ports of 127.0.0.1 alone"),
-        ("allow=80=[::1]:80", "ports of 127.0.0.1 alone"),
+        ("allow=unix", "not a port"),
+        ("allow=80=unix:/run/x", "only lead to ports of 127.0.0.1"),
+        ("allow=80=[::1]:80", "only lead to ports of 127.0.0.1"),
         ("allow=80=192.0.2.1:80", "not on loopback"),
         ("allow=0", "1 to 65535"),
         ("allow=all", "name the ports"),
         ("allow=,", "names no port"),
         ("allow=1-60000", "more than 256 ports"),
         ("allow=80 localhost=yes", "neither true nor false"),
-        ("allow=80 source=host", "it is no source"),
+        ("allow=80 source=host", "it is not a source"),
         ("allow=80,53/udp,x source=loopback", "lbridge.source=loopback out"),
     ] {
         let mut bounds = settings(&["1-60000", "53/udp"]);

@@ -1,10 +1,14 @@
 //! Step: one change to the kernel, the relays or the firewall.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use lbridge_common::wire::{
-    AcceptedKey, Entry, EntryKey, ListenerKey, NameOverride, OverrideKey, Redirect, RedirectKey, ReplySource,
-    ReplySourceKey, SourceKey, TargetKey, UDP,
+    AcceptedKey, Address, Endpoint, Entry, EntryKey, ListenerKey, NameOverride, OverrideKey, Redirect,
+    RedirectKey, ReplySource, ReplySourceKey, SourceKey, TargetKey, UDP,
 };
 
 use crate::planning::{
@@ -89,6 +93,114 @@ pub enum Step {
     Probe(BTreeMap<Opening, ProbeRoute>),
 }
 
+/// Writes what the step does to what, as in "failed to put the entry 172.18.0.1:80/tcp on interface 7".
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Attach => f.write_str("attach the programs"),
+            Self::AddTarget(key) => {
+                write!(f, "watch listeners on {}", port(key.address, key.port, key.protocol))
+            }
+            Self::RemoveTarget(key) => {
+                write!(f, "stop watching listeners on {}", port(key.address, key.port, key.protocol))
+            }
+            Self::AttachHooks(set) => write!(f, "attach the {} hooks", hooks(*set)),
+            Self::DetachHooks(set) => write!(f, "detach the {} hooks", hooks(*set)),
+            Self::PutOverride((key, _), _) => {
+                write!(f, "put the name override for {}", endpoint(&key.gateway))
+            }
+            Self::RemoveOverride((key, _)) => {
+                write!(f, "remove the name override for {}", endpoint(&key.gateway))
+            }
+            Self::PutReplySource((key, _), reply) => {
+                let gateway = IpAddr::from(reply.gateway);
+                write!(f, "set the reply source of {}/udp to {gateway}", endpoint(&key.service))
+            }
+            Self::RemoveReplySource((key, _)) => {
+                write!(f, "remove the reply source of {}/udp", endpoint(&key.service))
+            }
+            Self::Register { key, inode } => {
+                let listener = port(key.address, key.port, key.protocol.into());
+                write!(f, "register the listener {listener} (inode {inode})")
+            }
+            Self::Unregister(key) => {
+                write!(f, "unregister the listener {}", port(key.address, key.port, key.protocol.into()))
+            }
+            Self::OpenRelay(key, _) => {
+                write!(f, "open the relay {} on {}", key.address, key.place.interface())
+            }
+            Self::CloseRelay { key, .. } => {
+                write!(f, "close the relay {} on {}", key.address, key.place.interface())
+            }
+            Self::AddSource(key) => {
+                write!(f, "let {} use the entry {}", IpAddr::from(key.source), entry(&key.entry))
+            }
+            Self::RemoveSource(key) => {
+                write!(f, "revoke the use of the entry {} by {}", entry(&key.entry), IpAddr::from(key.source))
+            }
+            Self::AddAccepted(key) => write!(f, "refuse other traffic to {}", accepted(key)),
+            Self::RemoveAccepted(key) => write!(f, "stop refusing other traffic to {}", accepted(key)),
+            Self::ForgetFlows(keys) => {
+                let keys: Vec<_> = keys.iter().map(accepted).collect();
+                write!(f, "have conntrack forget the flows to {}", keys.join(", "))
+            }
+            Self::PutEntry(key, _) => write!(f, "put the entry {}", entry(key)),
+            Self::RemoveEntry(key) => write!(f, "remove the entry {}", entry(key)),
+            Self::PutRedirect(key, redirect) => {
+                write!(f, "redirect {} to {}", redirected(key), endpoint(&redirect.gateway))
+            }
+            Self::RemoveRedirect(key) => write!(f, "remove the redirect of {}", redirected(key)),
+            Self::Accept { chain, opening } => {
+                write!(f, "put the accept rule for {opening} into {chain}")
+            }
+            Self::RemoveAccept { chain, opening } => {
+                write!(f, "remove the accept rule for {opening} from {chain}")
+            }
+            Self::Probe(openings) => {
+                let openings: Vec<_> = openings.keys().map(ToString::to_string).collect();
+                write!(f, "probe the firewall for {}", openings.join(", "))
+            }
+        }
+    }
+}
+
+fn port(address: Address, port: u16, protocol: u16) -> String {
+    let protocol = if protocol == u16::from(UDP) { "udp" } else { "tcp" };
+    format!("{}/{protocol}", SocketAddr::new(address.into(), port))
+}
+
+fn endpoint(endpoint: &Endpoint) -> SocketAddr {
+    SocketAddr::new(endpoint.address.into(), endpoint.port)
+}
+
+fn entry(key: &EntryKey) -> String {
+    let EntryKey { gateway, ifindex, port: dialled, protocol } = *key;
+    format!("{} on interface {ifindex}", port(gateway, dialled, protocol))
+}
+
+fn redirected(key: &RedirectKey) -> String {
+    let RedirectKey { address, ifindex, port: dialled, protocol, netns } = *key;
+    let dialled = port(address, dialled, protocol);
+    match netns {
+        0 => format!("{dialled} on interface {ifindex}"),
+        netns => format!("{dialled} on interface {ifindex} in the namespace with cookie {netns}"),
+    }
+}
+
+fn accepted((key, bits): &(AcceptedKey, u32)) -> String {
+    let (dialled, source) = (port(key.gateway, key.port, key.protocol), IpAddr::from(key.source));
+    let prefix = bits.saturating_sub(AcceptedKey::BITS - if source.is_ipv4() { 32 } else { 128 });
+    format!("{dialled} from {source}/{prefix}")
+}
+
+fn hooks(set: HookSet) -> &'static str {
+    match set {
+        HookSet::Names => "getpeername and getsockname",
+        HookSet::Connect => "connect",
+        HookSet::Replies => "sendmsg",
+    }
+}
+
 impl Step {
     /// Returns true if the step concerns the kernel programs and their maps.
     pub fn is_of_kernel(&self) -> bool {
@@ -132,4 +244,66 @@ pub enum Prerequisite {
     IsRefused((AcceptedKey, u32)),
     /// Conntrack knows no flow of this key: it would pass without an accept rule.
     NoFlows((AcceptedKey, u32)),
+}
+
+#[cfg(test)]
+mod tests {
+    use lbridge_common::wire::TCP;
+
+    use super::*;
+
+    fn address(text: &str) -> Address {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    #[test]
+    fn a_step_says_what_it_does_to_what() {
+        let entry = |gateway, port, protocol: u8| EntryKey {
+            gateway: address(gateway),
+            ifindex: 7,
+            port,
+            protocol: protocol.into(),
+        };
+        let accepted = |gateway, source, bits| {
+            let (gateway, source) = (address(gateway), address(source));
+            (AcceptedKey { gateway, port: 80, protocol: TCP.into(), source }, bits)
+        };
+        let redirect = |netns| RedirectKey {
+            address: address("127.0.0.1"),
+            ifindex: 7,
+            port: 80,
+            protocol: TCP.into(),
+            netns,
+        };
+        for (step, words) in [
+            (
+                Step::RemoveEntry(entry("172.18.0.1", 80, TCP)),
+                "remove the entry 172.18.0.1:80/tcp on interface 7",
+            ),
+            (
+                Step::RemoveEntry(entry("fd00::1", 53, UDP)),
+                "remove the entry [fd00::1]:53/udp on interface 7",
+            ),
+            (
+                Step::AddSource(SourceKey { entry: entry("10.0.0.1", 80, TCP), source: address("10.0.0.2") }),
+                "let 10.0.0.2 use the entry 10.0.0.1:80/tcp on interface 7",
+            ),
+            (
+                Step::AddAccepted(accepted("10.0.0.1", "10.0.0.0", 160 + 96 + 24)),
+                "refuse other traffic to 10.0.0.1:80/tcp from 10.0.0.0/24",
+            ),
+            (
+                Step::RemoveAccepted(accepted("fd00::1", "fd00::", 160 + 64)),
+                "stop refusing other traffic to [fd00::1]:80/tcp from fd00::/64",
+            ),
+            (Step::RemoveRedirect(redirect(0)), "remove the redirect of 127.0.0.1:80/tcp on interface 7"),
+            (
+                Step::RemoveRedirect(redirect(9)),
+                "remove the redirect of 127.0.0.1:80/tcp on interface 7 in the namespace with cookie 9",
+            ),
+            (Step::DetachHooks(HookSet::Replies), "detach the sendmsg hooks"),
+        ] {
+            assert_eq!(step.to_string(), words);
+        }
+    }
 }

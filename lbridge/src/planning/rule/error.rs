@@ -165,7 +165,10 @@ impl Contradiction {
         let name = |name| spelling.name(name);
         match self {
             Self::LocalhostInside => {
-                format!("it is served on localhost inside anyway; leave {} out", name("localhost"))
+                format!(
+                    "it is served on localhost inside the namespace anyway; leave {} out",
+                    name("localhost")
+                )
             }
             Self::FromInside => {
                 format!("it is one namespace, whoever is in it; leave {} out", name("from"))
@@ -234,7 +237,7 @@ impl fmt::Display for Spelled<'_> {
             }
             RuleError::FromLabel { id } => write!(
                 f,
-                "{id} comes from a label of a container or a network; make that anew without it, or take the \
+                "{id} comes from a label of a container or a network; recreate that without it, or take the \
                  port out of label_ports in lbridge.toml"
             ),
             RuleError::NeedsLoopback { id } => {
@@ -249,7 +252,11 @@ impl fmt::Display for Spelled<'_> {
                 )
             }
             RuleError::NeedsRelay { id, obstacle } => {
-                write!(f, "{id}: {} cannot be: {obstacle}; leave it out", spelling.word("path", "steer"))
+                write!(
+                    f,
+                    "{id}: {} is not possible: {obstacle}; leave it out",
+                    spelling.word("path", "steer")
+                )
             }
             RuleError::Contradiction { id, contradiction } => {
                 write!(f, "{id}: {}", contradiction.spelled(spelling))

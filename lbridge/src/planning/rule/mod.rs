@@ -142,7 +142,7 @@ impl FromStr for ProcessStart {
     fn from_str(text: &str) -> Result<Self, Invalid> {
         match text.split_once('@').map(|(ticks, boot)| (ticks.parse(), boot)) {
             Some((Ok(ticks), boot)) => Ok(Self { ticks, boot: boot.to_owned() }),
-            _ => invalid(format!("{text:?} is no process's start; write TICKS@BOOT_ID")),
+            _ => invalid(format!("{text:?} is not a process's start; write TICKS@BOOT_ID")),
         }
     }
 }
@@ -279,6 +279,13 @@ pub enum Origin {
     Config,
     /// A label of a container or a network; read-only to the CLI.
     Label,
+}
+
+/// Writes the name that the API uses.
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 impl Rule {

@@ -59,7 +59,7 @@ impl FromStr for Network {
             let fits = !name.is_empty() && name.len() <= MAX_INTERFACE_NAME && name != "." && name != "..";
             if !fits || name.chars().any(|c| c == '/' || c == ':' || c.is_whitespace() || c.is_control()) {
                 return invalid(format!(
-                    "{text:?} is no interface name; write bridge:IFNAME, e.g. bridge:docker0"
+                    "{text:?} is not an interface name; write bridge:IFNAME, e.g. bridge:docker0"
                 ));
             }
             return Ok(Self::Bridge(name.to_owned()));
@@ -69,7 +69,7 @@ impl FromStr for Network {
             let fits = Path::new(path).is_absolute() && path.len() < 4096;
             if !fits || path.chars().any(char::is_control) {
                 return invalid(format!(
-                    "{text:?} is no namespace; write netns:PATH with an absolute path, e.g. \
+                    "{text:?} is not a namespace; write netns:PATH with an absolute path, e.g. \
                      netns:/run/netns/sandbox"
                 ));
             }
@@ -80,7 +80,7 @@ impl FromStr for Network {
             return match number {
                 // pid_t is signed.
                 Some(pid @ 1..=0x7fff_ffff) => Ok(Self::Process(pid)),
-                _ => invalid(format!("{text:?} is no process; write pid:N, e.g. pid:4711")),
+                _ => invalid(format!("{text:?} is not a process; write pid:N, e.g. pid:4711")),
             };
         }
         let (name, container) = match text.strip_prefix("container:") {
@@ -94,8 +94,8 @@ impl FromStr for Network {
                 .any(|c| c.is_control() || c.is_whitespace() || c == '/' || (container && c == ':'))
         {
             return invalid(format!(
-                "{text:?} is no network; write a Docker network's name or id, bridge:IFNAME, container:NAME, \
-                 netns:PATH or pid:N"
+                "{text:?} is not a network; write a Docker network's name or id, bridge:IFNAME, \
+                 container:NAME, netns:PATH or pid:N"
             ));
         }
         if container {
@@ -109,6 +109,6 @@ impl FromStr for Network {
 pub fn container_name(text: &str) -> Result<String, Invalid> {
     match format!("container:{text}").parse() {
         Ok(Network::Container(name)) if !name.contains(',') => Ok(name),
-        _ => invalid(format!("{text:?} is no container; write its name or id")),
+        _ => invalid(format!("{text:?} is not a container; write its name or id")),
     }
 }

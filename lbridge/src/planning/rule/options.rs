@@ -189,7 +189,7 @@ pub fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duratio
     fn parse(text: &str) -> Result<Time, String> {
         let value: de::value::StrDeserializer<'_, de::value::Error> = text.into_deserializer();
         let time = compact::required::deserialize(value).map(Time);
-        time.map_err(|_| format!("{text:?} is no time; write one like \"30s\" or \"10m\""))
+        time.map_err(|_| format!("{text:?} is not a time; write one like \"30s\" or \"10m\""))
     }
 
     Ok(Option::<Time>::deserialize(deserializer)?.map(|Time(time)| time))

@@ -142,7 +142,7 @@ impl FromStr for PortSpec {
         let Some((dialled, target)) = ports.split_once('=') else {
             if ports == "all" {
                 return invalid(
-                    "\"all\" is no port, it would be every service of the host; name the ports".to_owned(),
+                    "\"all\" is not a port, it would be every service of the host; name the ports".to_owned(),
                 );
             }
             let port = parse_port(ports, text)?;
@@ -168,7 +168,7 @@ impl FromStr for PortSpec {
             return Ok(Self { port, protocol, target: Target::Port(parse_port(target, text)?) });
         }
         invalid(format!(
-            "{target:?} in {text:?} is no target; write 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000 or \
+            "{target:?} in {text:?} is not a target; write 5432=15432, 80=127.0.0.1:3000, 80=[::1]:3000 or \
              5432=unix:/path"
         ))
     }
@@ -192,7 +192,7 @@ fn parse_port(text: &str, whole: &str) -> Result<u16, Invalid> {
         Some(Ok(port)) if port != 0 => Ok(port),
         Some(_) => invalid(format!("port {text} in {whole:?}; ports are 1 to 65535")),
         None => invalid(format!(
-            "{whole:?} is no port; write 5432, 5432=15432, 80=127.0.0.1:3000, 8000-8010 or 53/udp"
+            "{whole:?} is not a port; write 5432, 5432=15432, 80=127.0.0.1:3000, 8000-8010 or 53/udp"
         )),
     }
 }

@@ -297,8 +297,8 @@ fn an_error_is_spelled_for_its_place() {
         options.max_connections = NonZeroU32::new(5);
     });
     let [cli, file, _] = refused(steered);
-    assert!(cli.starts_with("a 80: --path steer cannot be: "), "{cli}");
-    assert!(file.starts_with("a 80: path = \"steer\" cannot be: "), "{file}");
+    assert!(cli.starts_with("a 80: --path steer is not possible: "), "{cli}");
+    assert!(file.starts_with("a 80: path = \"steer\" is not possible: "), "{file}");
 
     let all = with(rule("a", "80=3000"), |options| {
         options.from = ["db".to_owned(), "web".to_owned()].into();

@@ -235,7 +235,7 @@ fn relays_and_what_services_see() {
     actual.lingering = std::mem::take(&mut actual.relays).into_keys().collect();
     let told = mptcp.explain_with("app", 80, None, &actual, &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
-    assert!(text(&told, Stage::Relay).contains("not open: the next pass opens it"));
+    assert!(text(&told, Stage::Relay).contains("not open: the daemon's next pass opens it"));
 
     let local = Host::new().listens("127.0.0.1:80");
     let local = local.allow_with("app", "81=80", Source::Loopback, DatapathChoice::Auto);
@@ -251,18 +251,18 @@ fn what_should_be_and_what_is_differ() {
     let mut actual = host.in_force();
     let (key, value) = actual.kernel.entries.pop_first().unwrap();
     let told = host.explain_with("app", 80, None, &actual, &[]);
-    assert!(text(&told, Stage::Lookup).ends_with("which the rule asks for: the next pass puts it there"));
+    assert!(text(&told, Stage::Lookup).ends_with("which the rule asks for: the daemon's next pass adds it"));
     let other = Entry { key: lbridge_common::wire::EntryKey { port: 81, ..key }, ..value };
     actual.kernel.entries.insert(key, other);
     let told = host.explain_with("app", 80, None, &actual, &[]);
-    assert!(text(&told, Stage::Lookup).contains("another key's"), "as the kernel program compares");
+    assert!(text(&told, Stage::Lookup).contains("belongs to another key"), "as the kernel program compares");
     assert_eq!(fates(&told), ["172.18.0.1:80 refused"]);
 
     let mut unruled = Host::new().listens("127.0.0.1:80");
     unruled.inventory.interfaces.clone_from(&host.inventory.interfaces);
     let told = unruled.explain_with("app", 80, None, &host.in_force(), &[]);
     assert_eq!(fates(&told), ["172.18.0.1:80 steered"]);
-    assert!(text(&told, Stage::Lookup).contains("somebody else has put it there"));
+    assert!(text(&told, Stage::Lookup).contains("somebody else has added it"));
 
     let mut actual = host.in_force();
     actual.detached = true;
@@ -287,11 +287,13 @@ fn namespaces() {
 fn networks_that_cannot_be_dialled_from() {
     let told = Host::new().allow("later", "80").explain("later", 80);
     assert!(told.ways.is_empty());
-    assert_eq!(told.outcome, "nothing of later can dial port 80: no Docker network later");
+    assert_eq!(told.outcome, "no container of later can dial port 80: the engine has no network later");
     assert!(told.remedy.starts_with("`docker network create later`"));
     let mut away = Host::new();
     away.inventory.docker = EngineAvailability::Away;
-    assert!(text(&away.explain("app", 80), Stage::Network).ends_with("as last seen, Docker is away"));
+    assert!(
+        text(&away.explain("app", 80), Stage::Network).ends_with("as last seen: the engine does not answer")
+    );
     let mut bare = Host::new();
     bare.inventory.interfaces[0].addresses.clear();
     assert!(bare.explain("app", 80).ways.is_empty());
@@ -312,7 +314,7 @@ fn an_old_kernel_knows_no_interface() {
     let mut host = Host::new().listens("127.0.0.1:80").allow("app", "80");
     host.features.steer.as_mut().unwrap().interface_check = false;
     let told = host.explain("app", 80);
-    assert!(text(&told, Stage::Lookup).starts_with("ENTRIES has (any interface, 172.18.0.1, 80)"));
+    assert!(text(&told, Stage::Lookup).starts_with("map ENTRIES has (any interface, 172.18.0.1, 80)"));
     host.features.steer = Err("no sk_lookup".to_owned());
     host.features.hooks[HookSet::Names] = Err("none".to_owned());
     let told = host.explain("app", 80);
@@ -338,7 +340,7 @@ fn a_firewall_comes_first() {
     assert!(told.ways[0].steps.iter().all(|step| step.stage < Stage::Lookup), "it gets no further");
 
     let told = host.explain_with("app", 81, None, &host.in_force(), &[]);
-    assert_eq!(text(&told, Stage::Firewall), "whether a firewall drops it was not tried");
+    assert_eq!(text(&told, Stage::Firewall), "not tested if a firewall drops it");
 }
 
 /// A rule of the container's network leads its localhost to the gateway.

@@ -173,7 +173,10 @@ fn a_namespace_is_led_to_the_same_service() {
     let host = Host::new().namespace("container:c", 9, &["127.0.0.1", "::1"]);
     let host = service(service(host, "127.0.0.1:80", SYSTEM), "[::1]:80", MALLORY).allow("container:c", "80");
     assert_eq!(relayed_to(&host), ["127.0.0.1:80", "127.0.0.1:80"]);
-    assert_eq!(host.states()[1], format!("[::1]:80 relayed (on localhost inside; {})", stranger("[::1]:80")));
+    assert_eq!(
+        host.states()[1],
+        format!("[::1]:80 relayed (a namespace's localhost is always relayed; {})", stranger("[::1]:80"))
+    );
 }
 
 #[test]

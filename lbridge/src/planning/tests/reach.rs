@@ -55,7 +55,7 @@ fn a_rule_for_containers_that_are_not_there_is_for_nobody() {
         let mut host = from(crowd(), &["far", "odd", "gone"], Source::Container, path);
         host.inventory.container_names = vec!["shop-gone-1".to_owned(), "web".to_owned()];
         let missing = "container far is not on app, but on db; no container gone; did you mean shop-gone-1?; \
-                       container odd has no IPv4 address beside 172.18.0.1";
+                       container odd has no IPv4 address on the network of 172.18.0.1";
         assert_eq!(host.states(), [format!("172.18.0.1:80 waiting ({missing})")]);
         let desired = host.desired();
         assert!(desired.relays.is_empty() && desired.kernel.sources.is_empty());
@@ -69,7 +69,7 @@ fn a_rule_for_containers_that_are_not_there_is_for_nobody() {
 fn a_rule_serves_those_of_its_containers_that_are_there() {
     let mut host = from(crowd(), &["web", "api"], Source::Container, DatapathChoice::Auto);
     host.inventory.containers.get_mut("api").unwrap().as_mut().unwrap().running = false;
-    assert_eq!(host.states(), ["172.18.0.1:80 steered (for web; container api does not run)"]);
+    assert_eq!(host.states(), ["172.18.0.1:80 steered (for web; container api is not running)"]);
     host.inventory.containers.insert("api".to_owned(), Err("Docker says: no".to_owned()));
     assert_eq!(host.states(), ["172.18.0.1:80 steered (for web; container api: Docker says: no)"]);
     host.inventory.listeners.clear();
@@ -79,7 +79,7 @@ fn a_rule_serves_those_of_its_containers_that_are_there() {
     );
     host.inventory.containers.clear();
     host.inventory.docker = EngineAvailability::Away;
-    let unknown = |name| format!("Docker is away, and container {name} was not seen before");
+    let unknown = |name| format!("the engine does not answer, and container {name} was not seen before");
     let why = format!("nothing listens on 127.0.0.1:80; {}; {}", unknown("api"), unknown("web"));
     assert_eq!(host.states(), [format!("172.18.0.1:80 waiting ({why})")]);
 }
@@ -108,13 +108,13 @@ fn a_bridges_containers_are_those_of_its_docker_network() {
     assert_eq!(on_bridge("bridge:br-app", here), "172.18.0.1:80 steered (for web)");
     assert_eq!(
         on_bridge("bridge:br-own", here),
-        "bridge:br-own 80 blocked (br-own is no Docker network's bridge, so Docker knows no container's \
-         address there; leave --from out)"
+        "bridge:br-own 80 blocked (br-own is no bridge of the engine's networks, so no container's address \
+         is known there; leave out --from)"
     );
     assert_eq!(
         on_bridge("bridge:br-app", EngineAvailability::Off),
-        "bridge:br-app 80 blocked (the daemon runs with --no-docker, and knows no container's address; leave \
-         --from out)"
+        "bridge:br-app 80 blocked (the daemon runs with --no-docker and knows no container's address; leave \
+         out --from)"
     );
 }
 
@@ -208,7 +208,7 @@ fn localhost_leads_to_the_gateway_that_serves_best() {
 fn localhost_leads_nowhere_where_nothing_is_served() {
     let second = Host::new().listens("127.0.0.1:80").allow("bridge:br-app", "80").allow("app", "80=81");
     let second = second.with_localhost("bridge:br-app", 80);
-    let nowhere = "blocked (no gateway is served that it could lead to)";
+    let nowhere = "blocked (no gateway of the rule is served)";
     // Of two names of one bridge the first has the port.
     assert_eq!(second.dials(), [format!("127.0.0.1:80 {nowhere}"), format!("[::1]:80 {nowhere}")]);
     assert!(second.desired().kernel.redirects.is_empty());
@@ -233,7 +233,7 @@ fn localhost_of_some_containers_is_theirs_alone() {
     let mut host =
         crowd().allow_for("app", "80", Source::Container, DatapathChoice::Auto, &["web", "api", "far"]);
     host = host.with_localhost("app", 80);
-    let waiting = "waiting (none of its containers runs there)";
+    let waiting = "waiting (none of the rule's containers runs on this network)";
     assert_eq!(host.dials()[0], format!("127.0.0.1:80 to 172.18.0.1 {waiting}"), "not seen yet");
     for (name, netns) in [("web", 41), ("api", 42), ("far", 43)] {
         host.inventory.containers.get_mut(name).unwrap().as_mut().unwrap().netns = Some(netns);
@@ -324,8 +324,8 @@ fn an_alias_goes_to_the_first_where_the_interface_is_not_told() {
     host.features.steer = Ok(Steering { interface_check: false, kernel_registers: true });
     let taken = |port, dial| {
         format!(
-            "172.17.0.1:{port} blocked (another network's rule has 172.17.0.1:{port}, and this kernel does \
-             not tell by which bridge it is dialled; dial {dial})"
+            "172.17.0.1:{port} blocked (another network's rule has 172.17.0.1:{port}, and this kernel \
+             (before Linux 5.17) cannot tell the bridges apart; dial {dial})"
         )
     };
     assert_eq!(
@@ -393,7 +393,7 @@ fn udp_replies_leave_from_the_gateway() {
         two.allow("bridge:br-2", "53/udp").states(),
         [
             "10.1.0.1:53 steered",
-            "10.1.0.9:53 blocked (a UDP service answers one subnet from one address, which is 10.1.0.1; dial \
+            "10.1.0.9:53 blocked (UDP replies to one subnet come from one address, 10.1.0.1; dial \
              that)"
         ]
     );
@@ -407,8 +407,8 @@ fn udp_is_never_relayed() {
     host.features.steer = Ok(Steering { interface_check: false, kernel_registers: false });
     assert_eq!(
         host.states(),
-        ["172.18.0.1:53 blocked (UDP needs Linux 5.17: this kernel does not tell on which bridge a \
-          datagram comes in)"]
+        ["172.18.0.1:53 blocked (UDP needs Linux 5.17: this kernel cannot check which bridge a datagram \
+             arrives on)"]
     );
     host.features.steer = Err("none".to_owned());
     assert_eq!(host.states(), ["172.18.0.1:53 blocked (none)"]);

@@ -217,9 +217,9 @@ fn networks_that_cannot_be_served() {
     assert_eq!(
         host.states(),
         [
-            "lan 80 blocked (driver macvlan gives the host no bridge; allow its containers one by one: \
+            "lan 80 blocked (driver macvlan creates no bridge on the host; allow its containers one by one: \
              container:NAME)",
-            "nope 80 waiting (no Docker network nope)",
+            "nope 80 waiting (the engine has no network nope)",
             "bridge:br9 80 waiting (there is no interface br9)",
             "bridge:eth0 80 blocked (eth0 is not a bridge; name the bridge that the containers are on)",
         ]
@@ -233,7 +233,10 @@ fn rules_stay_in_force_while_docker_is_away() {
     host.inventory.docker = EngineAvailability::Away;
     assert_eq!(
         host.states(),
-        ["172.18.0.1:80 steered", "new 80 waiting (Docker is away, and network new was not seen before)"]
+        [
+            "172.18.0.1:80 steered",
+            "new 80 waiting (the engine does not answer, and network new was not seen before)"
+        ]
     );
 }
 
@@ -251,10 +254,7 @@ fn an_ambiguous_name_opens_nothing() {
     let mut host =
         Host::new().network("app", "br-evil").bridge("br-evil", 8, &["10.9.0.1/24"]).allow("app", "80");
     host.inventory.docker_networks[1].id = "f".repeat(64);
-    assert_eq!(
-        host.states(),
-        ["app 80 blocked (several Docker networks are called app; name the id of one)"]
-    );
+    assert_eq!(host.states(), ["app 80 blocked (several networks are called app; name the id of one)"]);
 }
 
 #[test]
@@ -342,10 +342,10 @@ fn localhost_inside_a_namespace_is_relayed() {
     assert_eq!(
         host.states(),
         [
-            "127.0.0.1:80 relayed (on localhost inside)",
-            "[::1]:80 relayed (on localhost inside)",
-            "127.0.0.1:81 relayed (on localhost inside)",
-            "[::1]:81 relayed (on localhost inside)",
+            "127.0.0.1:80 relayed (a namespace's localhost is always relayed)",
+            "[::1]:80 relayed (a namespace's localhost is always relayed)",
+            "127.0.0.1:81 relayed (a namespace's localhost is always relayed)",
+            "[::1]:81 relayed (a namespace's localhost is always relayed)",
             "127.0.0.1:82 waiting (nothing listens on 127.0.0.1:82)",
             "[::1]:82 waiting (nothing listens on [::1]:82)",
         ]
@@ -377,7 +377,7 @@ fn a_namespace_is_one_whichever_way_leads_there() {
     assert_eq!(
         host.states(),
         [
-            "127.0.0.1:80 relayed (on localhost inside)",
+            "127.0.0.1:80 relayed (a namespace's localhost is always relayed)",
             "127.0.0.1:80 blocked (rule container:a 80 has 127.0.0.1:80 in that namespace already; deny one \
              of them)",
         ]
@@ -388,13 +388,14 @@ fn a_namespace_is_one_whichever_way_leads_there() {
 fn a_namespace_that_is_not_there_is_waited_for() {
     let host = Host::new().listens("127.0.0.1:80").namespace("pid:7", 9, &[]);
     let host = host.no_namespace("container:a", NetnsUnavailable::NotThere("no container a".to_owned()));
-    let host = host.no_namespace("netns:/a", NetnsUnavailable::Unsuitable("/a is no namespace".to_owned()));
+    let host =
+        host.no_namespace("netns:/a", NetnsUnavailable::Unsuitable("/a is not a namespace".to_owned()));
     let host = host.allow("container:a", "80").allow("netns:/a", "80").allow("pid:7", "80");
     assert_eq!(
         host.states(),
         [
             "container:a 80 waiting (no container a)",
-            "netns:/a 80 blocked (/a is no namespace)",
+            "netns:/a 80 blocked (/a is not a namespace)",
             "pid:7 80 waiting (its loopback interface is down; run `ip link set lo up` inside)",
         ]
     );
@@ -426,9 +427,9 @@ fn a_unix_socket_behind_a_strangers_link_is_blocked() {
     let mut host = Host::new();
     let path = std::path::PathBuf::from("/run/x.sock");
     host.inventory.unix_listeners.insert(path.clone());
-    host.inventory.untrusted_paths.insert(path, "x.sock is a link of user 7".to_owned());
+    host.inventory.untrusted_paths.insert(path, "x.sock is a symbolic link of user 7".to_owned());
     let host = host.allow_with("app", "80=unix:/run/x.sock", Source::Loopback, DatapathChoice::Auto);
-    assert_eq!(host.states(), ["172.18.0.1:80 blocked (x.sock is a link of user 7)"]);
+    assert_eq!(host.states(), ["172.18.0.1:80 blocked (x.sock is a symbolic link of user 7)"]);
 }
 
 #[test]
@@ -452,7 +453,7 @@ fn names_that_may_have_meant_another() {
         ),
         ("sealed", "; sealed is a container: allow the port for container:sealed"),
     ] {
-        assert_eq!(state(name), format!("{name} 80 waiting (no Docker network {name}{hint})"));
+        assert_eq!(state(name), format!("{name} 80 waiting (the engine has no network {name}{hint})"));
     }
 }
 
@@ -468,7 +469,10 @@ fn a_bridge_that_the_engine_did_not_mean_is_not_served() {
     assert!(!seen(7).inventory.outruns_engine());
     for index in [0, 6, 8] {
         let host = seen(index);
-        assert_eq!(host.states(), ["app 80 waiting (br-app is newer than what the engine said of it)"]);
+        assert_eq!(
+            host.states(),
+            ["app 80 waiting (br-app was recreated, and the engine has not reported it yet)"]
+        );
         assert!(host.inventory.outruns_engine(), "so that it is asked");
     }
     let mut gone = seen(7);

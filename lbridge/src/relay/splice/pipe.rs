@@ -54,7 +54,7 @@ impl Count {
         let max = MAX_PIPES.load(Ordering::Relaxed);
         let taken = PIPES
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |pipes| (pipes < max).then_some(pipes + 1));
-        taken.map(|_| Self).map_err(|_| io::Error::other("there are as many pipes as there may be"))
+        taken.map(|_| Self).map_err(|_| io::Error::other("the limit on pipes is reached"))
     }
 }
 

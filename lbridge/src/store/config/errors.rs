@@ -64,7 +64,7 @@ pub enum Unfit {
     },
     /// A rule of the file contradicts one that `allow` made.
     #[error(
-        "{place}: {id} is allowed otherwise in {}; remove the rule from one of them, there with `lbridge \
+        "{place}: {id} is allowed differently in {}; remove the rule from one of them, there with `lbridge \
          deny {id}`",
         allowed_in.display()
     )]

@@ -202,7 +202,8 @@ impl<'de> Deserialize<'de> for Alias {
         let dialled = |ip: &IpAddr| !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast());
         let wrong = || {
             de::Error::custom(format!(
-                "{text:?} is no address that a container could dial; write one of the host's, as \"10.0.0.5\""
+                "{text:?} is not an address that a container could dial; write one of the host's, as \
+                 \"10.0.0.5\""
             ))
         };
         address.filter(dialled).map(Self).ok_or_else(wrong)

@@ -74,12 +74,12 @@ fn what_is_wrong_is_said_with_its_place_and_remedy() {
         ("label = true\n".to_owned(), "f:1:1: ", "write labels"),
         ("labels = \"true\"\n".to_owned(), "f:1:10: ", "expected a boolean"),
         ("label_ports = [1, \"2=3\"]\n".to_owned(), "f:1:15: ", "\"2=3\" says where"),
-        ("label_ports = [1, \"x\"]\n".to_owned(), "f:1:19: ", "no port"),
+        ("label_ports = [1, \"x\"]\n".to_owned(), "f:1:19: ", "not a port"),
         ("label_ports = 1\n".to_owned(), "f:1:15: ", "a list, as [5432, "),
         ("label_sources = \"loopback\"\n".to_owned(), "f:1:17: ", "a list, as [\"container\"]"),
         ("aliases = \"10.0.0.5\"\n".to_owned(), "f:1:11: ", "a list, as [\"10.0.0.5\"]"),
         ("label_sources = [\"x\"]\n".to_owned(), "f:1:18: ", "container"),
-        ("drain_timeout = \"5 parsecs\"\n".to_owned(), "f:1:17: ", "no time; write"),
+        ("drain_timeout = \"5 parsecs\"\n".to_owned(), "f:1:17: ", "not a time; write"),
         ("[rule]\nnetwork = \"a\"\nport = 1\n".to_owned(), "f:1:2: ", "[[rule]]"),
         ("[[rules]]\nnetwork = \"a\"\nport = 1\n".to_owned(), "f:1:3: ", "write rule"),
         ("network = \"a\"\n".to_owned(), "f:1:1: ", "below [[rule]]"),
@@ -88,10 +88,10 @@ fn what_is_wrong_is_said_with_its_place_and_remedy() {
         (format!("{rule}idle-timeout = \"1s\"\nport = 1\n"), "f:3:1: ", "write idle_timeout"),
         (format!("{rule}port = 0\n"), "f:3:8: ", "1 to 65535"),
         (format!("{rule}port = 70000\n"), "f:3:8: ", "1 to 65535"),
-        (format!("{rule}port = -1\n"), "f:3:8: ", "no port"),
+        (format!("{rule}port = -1\n"), "f:3:8: ", "not a port"),
         (format!("{rule}port = [1]\n"), "f:3:8: ", "ports = ["),
         (format!("{rule}port = true\n"), "f:3:8: ", "a port, as 5432"),
-        (format!("{rule}ports = [1,\n  \"x\"]\n"), "f:4:3: ", "no port"),
+        (format!("{rule}ports = [1,\n  \"x\"]\n"), "f:4:3: ", "not a port"),
         (rule.to_owned(), "f:1:1: ", "add port"),
         (format!("{rule}port = 1\nports = [2]\n"), "f:1:1: ", "remove one"),
         (format!("{rule}port = 1\n\n[[rule]]\nport = 2\n"), "f:5:1: ", "network"),
@@ -105,7 +105,7 @@ fn what_is_wrong_is_said_with_its_place_and_remedy() {
         (format!("{rule}port = 1\nmax_connections = -1\n"), "f:4:19: ", "at least 1"),
         (format!("{rule}port = 1\nidle_timeout = 30\n"), "f:4:16: ", "a time, as \"30s\""),
         (format!("{rule}port = 1\nfrom = \"web\"\n"), "f:4:8: ", "a list of containers, as [\"web\""),
-        (format!("{rule}port = 1\nfrom = [\"web\", \"a b\"]\n"), "f:4:16: ", "is no container"),
+        (format!("{rule}port = 1\nfrom = [\"web\", \"a b\"]\n"), "f:4:16: ", "is not a container"),
         (format!("{rule}port = 1\nproxy_protocol = \"v3\"\n"), "f:4:18: ", "`v1` or `v2`"),
         (format!("{rule}ports = 80\n"), "f:3:9: ", "a list, as [5432"),
         ("[[rule]]\nport = 1\n".to_owned(), "f:1:1: ", "add network = "),
@@ -137,7 +137,7 @@ fn rules_that_contradict_each_other_are_told_with_their_places() {
     let error = config.rules_with(vec![allowed], Path::new("allowed")).unwrap_err();
     let told = error.to_string();
     assert!(matches!(error, Unfit::Contradiction { .. }) && told.starts_with("f:1:1: a 1 "), "{told}");
-    assert!(told.contains("allowed otherwise in allowed"), "{told}");
+    assert!(told.contains("allowed differently in allowed"), "{told}");
 
     let unix = read("[[rule]]\nnetwork = \"a\"\nport = \"1=unix:/x\"\n").unwrap();
     let error = unix.rules_with(vec![], Path::new("allowed")).unwrap_err().to_string();
@@ -145,5 +145,5 @@ fn rules_that_contradict_each_other_are_told_with_their_places() {
 
     let steered = "[[rule]]\nnetwork = \"a\"\nport = 1\npath = \"steer\"\nmax_connections = 5\n";
     let error = read(steered).unwrap().rules_with(vec![], Path::new("allowed")).unwrap_err().to_string();
-    assert!(error.starts_with("f:1:1: a 1: path = \"steer\" cannot be: "), "{error}");
+    assert!(error.starts_with("f:1:1: a 1: path = \"steer\" is not possible: "), "{error}");
 }
