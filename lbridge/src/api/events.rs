@@ -41,7 +41,7 @@ impl EventBus {
     }
 
     /// Publishes an event to all subscribers.
-    pub fn tell(&self, what: EventKind) {
+    pub fn publish(&self, what: EventKind) {
         if self.has_subscribers() {
             // The last subscriber may have left just now.
             let _ = self.lines.send(line(what));
@@ -107,7 +107,7 @@ mod tests {
         let mut quick = Box::pin(news.subscribe().unwrap());
         assert!(quick.next().await.is_some(), "the first line");
         for count in 1..=BUFFER as u64 + 7 {
-            news.tell(EventKind::Docker {
+            news.publish(EventKind::Docker {
                 engine: EngineKind::Docker,
                 version: None,
                 error: Some(count.to_string()),

@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::urgent;
+use super::priority_thread;
 use crate::{
     host::{
         guests::{BridgePorts, Found},
@@ -61,7 +61,7 @@ impl Guests {
         let (home, host) = (host.file.try_clone()?, host.cookie);
         let owner = Owner { map, home, host, entered: BTreeMap::new(), crowded: false, told };
         // A container's first connection comes some dozens of milliseconds after its link.
-        urgent::start("guests", move || runtime.block_on(owner.run(tasks)))?;
+        priority_thread::start("guests", move || runtime.block_on(owner.run(tasks)))?;
         Ok(Self { wanted, served })
     }
 

@@ -15,24 +15,24 @@ const MAX_CHANGES: usize = 100;
 /// The event bus, and what was last published about the engine.
 #[derive(Debug)]
 pub(super) struct Journal {
-    news: EventBus,
+    bus: EventBus,
     docker: DockerStatus,
 }
 
 impl Journal {
-    pub(super) fn new(news: EventBus) -> Self {
-        Self { news, docker: DockerStatus::Off }
+    pub(super) fn new(bus: EventBus) -> Self {
+        Self { bus, docker: DockerStatus::Off }
     }
 
     /// Returns true if at least one subscriber is connected.
     pub(super) fn has_subscribers(&self) -> bool {
-        self.news.has_subscribers()
+        self.bus.has_subscribers()
     }
 
     /// Publishes events. They are built only if somebody subscribes.
     pub(super) fn publish(&self, events: impl IntoIterator<Item = EventKind>) {
-        if self.news.has_subscribers() {
-            events.into_iter().for_each(|event| self.news.tell(event));
+        if self.bus.has_subscribers() {
+            events.into_iter().for_each(|event| self.bus.publish(event));
         }
     }
 
@@ -44,7 +44,7 @@ impl Journal {
         } else {
             changes.iter().for_each(log);
         }
-        if self.news.has_subscribers() {
+        if self.bus.has_subscribers() {
             self.publish(now.news_since(before));
         }
         self.report_docker(docker);

@@ -19,7 +19,7 @@
 //! - [`observer`]: observations of the host;
 //! - [`report`]: the result of a pass, as `status` shows it;
 //! - [`sources`]: the owner of `SOURCES`, the addresses of containers that rules are for;
-//! - [`urgent`]: threads with a raised priority.
+//! - [`priority_thread`]: threads with a raised priority.
 
 mod configuration;
 mod executor;
@@ -31,10 +31,10 @@ mod labels;
 mod manager;
 mod memory;
 mod observer;
+mod priority_thread;
 mod reconciler;
 mod report;
 mod sources;
-mod urgent;
 
 use std::{
     fs::File,

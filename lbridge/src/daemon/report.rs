@@ -122,7 +122,7 @@ impl Report {
     /// Returns the state of the host's firewall, which stands in front of the rules.
     pub(super) fn firewall(&self) -> FirewallStatus {
         let firewall_state = &self.actual.firewall_state;
-        let untried = firewall_state.probe_results.iter().find_map(|(opening, passage)| match passage {
+        let untried = firewall_state.probe_results.iter().find_map(|(opening, result)| match result {
             ProbeResult::Unknown(why) => Some(format!("{opening}: {why}")),
             ProbeResult::Open | ProbeResult::Dropped => None,
         });
@@ -202,7 +202,7 @@ impl Report {
         let firewall_state = &self.actual.firewall_state;
         // An opening that was dropped, and for which no accept rule could be put, is not probed again.
         let dropped = match firewall_state.probe_results.get(opening) {
-            Some(passage) => *passage == ProbeResult::Dropped,
+            Some(result) => *result == ProbeResult::Dropped,
             None => self.failures.openings.contains_key(opening),
         };
         if !dropped {
@@ -312,7 +312,7 @@ pub(super) fn changed_by(before: &Rules, now: &Rules, uid: Option<u32>) -> impl 
 }
 
 /// Converts the kernel's event of a listener; `None` if its kind or port is invalid.
-pub(super) fn happening(event: &ListenerEvent) -> Option<EventKind> {
+pub(super) fn event_of(event: &ListenerEvent) -> Option<EventKind> {
     let port = u16::try_from(event.port).ok()?;
     match event.kind {
         ListenerEvent::LISTENING => Some(EventKind::Listening { port }),

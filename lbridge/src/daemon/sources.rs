@@ -20,7 +20,7 @@ use tokio::{
     task::{AbortHandle, JoinSet},
 };
 
-use super::urgent;
+use super::priority_thread;
 use crate::{
     docker::view::{Container, View},
     host::netns::Namespace,
@@ -85,7 +85,7 @@ impl SourceGate {
         let gate = Arc::new(Gate { state: Mutex::new(state), granted: Notify::new() });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (follower, told) = oneshot::channel::<Follower>();
-        urgent::start("sources", move || {
+        priority_thread::start("sources", move || {
             if let Ok(follower) = told.blocking_recv() {
                 runtime.block_on(follower.run());
             }

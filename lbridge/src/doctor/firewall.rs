@@ -24,8 +24,8 @@ pub(super) async fn findings(host: &Host, status: Option<&Status>) -> Vec<Findin
     let openings = openings(host);
     let seen = firewall::examine(&openings).await;
     let mut findings = vec![];
-    for (opening, passage) in &seen.probe_results {
-        match passage {
+    for (opening, result) in &seen.probe_results {
+        match result {
             ProbeResult::Open => {}
             ProbeResult::Dropped => findings.push(dropped(opening, &seen, status)),
             ProbeResult::Unknown(why) => {

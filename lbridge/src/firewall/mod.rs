@@ -116,13 +116,13 @@ impl Firewall {
         if self.is_due() {
             self.read().await;
         }
-        let stale = |opening: &Opening, passage: &ProbeResult| {
+        let stale = |opening: &Opening, result: &ProbeResult| {
             let Some(tried) = self.tried.get(opening) else { return true };
             // A rule on another hook may be gone.
             let changed = self.changed.is_some_and(|changed| changed > *tried);
-            *passage != ProbeResult::Open && tried.elapsed() >= if changed { CHANGE_DELAY } else { TRY_AGAIN }
+            *result != ProbeResult::Open && tried.elapsed() >= if changed { CHANGE_DELAY } else { TRY_AGAIN }
         };
-        self.seen.probe_results.retain(|opening, passage| !stale(opening, passage));
+        self.seen.probe_results.retain(|opening, result| !stale(opening, result));
         &self.seen
     }
 
@@ -144,7 +144,7 @@ impl Firewall {
         }
         changes.seen();
         self.changed = Some(Instant::now());
-        if self.seen.probe_results.values().any(|passage| *passage != ProbeResult::Open) {
+        if self.seen.probe_results.values().any(|result| *result != ProbeResult::Open) {
             self.wake_in(CHANGE_DELAY);
         }
         true
@@ -194,7 +194,7 @@ impl Firewall {
         if iptables::is_legacy_in_use() {
             self.looked = None;
         }
-        self.seen.probe_results.retain(|_, passage| *passage == ProbeResult::Open);
+        self.seen.probe_results.retain(|_, result| *result == ProbeResult::Open);
     }
 
     /// Probes openings; [`Self::look`] returns the results. Those of UDP need `arrivals` to count datagrams.
@@ -212,8 +212,8 @@ impl Firewall {
         self.seen.probe_results.extend(tried);
         // If no rule is in the way, something may have gone wrong with the probe itself.
         let doubtful = |opening: &Opening| {
-            let passage = self.seen.probe_results.get(opening);
-            passage != Some(&ProbeResult::Open) && self.seen.in_the_way_of(opening).next().is_none()
+            let result = self.seen.probe_results.get(opening);
+            result != Some(&ProbeResult::Open) && self.seen.in_the_way_of(opening).next().is_none()
         };
         let doubtful: BTreeMap<_, _> = openings
             .iter()
@@ -238,14 +238,14 @@ impl Firewall {
         let accepted: BTreeSet<Opening> =
             self.seen.accepts.keys().map(|(_, opening)| opening.clone()).collect();
         let probe_results = futures_util::future::join_all(tries).await.into_iter().flatten();
-        for (opening, passage) in probe_results.chain(probe::datagrams(&udp, arrivals).await) {
-            match passage {
+        for (opening, result) in probe_results.chain(probe::datagrams(&udp, arrivals).await) {
+            match result {
                 ProbeResult::Dropped => drop(self.seen.needed.insert(opening.clone())),
                 ProbeResult::Open if !accepted.contains(&opening) => drop(self.seen.needed.remove(&opening)),
                 ProbeResult::Open | ProbeResult::Unknown(_) => {}
             }
             self.tried.insert(opening.clone(), Instant::now());
-            self.seen.probe_results.insert(opening, passage);
+            self.seen.probe_results.insert(opening, result);
         }
     }
 

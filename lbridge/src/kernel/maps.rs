@@ -30,7 +30,7 @@ const BPF_NOEXIST: u64 = 1;
 
 /// The maps that userspace reads and writes.
 pub struct Maps {
-    rules: HashMap<MapData, EntryKey, CountedEntry>,
+    entries: HashMap<MapData, EntryKey, CountedEntry>,
     /// The map `SOURCES`, only to be read; [`Sources`] changes it.
     sources: HashMap<MapData, SourceKey, u8>,
     accepted: LpmTrie<MapData, AcceptedKey, u8>,
@@ -80,7 +80,7 @@ impl Maps {
     pub(super) fn take(object: &mut Ebpf) -> anyhow::Result<(Self, Sources)> {
         let (sources, owned) = taken_twice(object, symbols::SOURCES)?;
         let maps = Self {
-            rules: taken(object, symbols::ENTRIES)?,
+            entries: taken(object, symbols::ENTRIES)?,
             sources,
             accepted: taken(object, symbols::ACCEPTED)?,
             targets: taken(object, symbols::TARGETS)?,
@@ -104,18 +104,18 @@ impl Maps {
 
     /// Reads the entries, and the number of connections that each has steered.
     pub fn entries(&self) -> anyhow::Result<(BTreeMap<EntryKey, Entry>, BTreeMap<EntryKey, u64>)> {
-        let counted = collected(&self.rules).context("failed to read map ENTRIES")?;
+        let counted = collected(&self.entries).context("failed to read map ENTRIES")?;
         Ok(counted.iter().map(|(key, it)| ((*key, it.entry), (*key, it.steered))).unzip())
     }
 
     /// Puts or replaces an entry; a lookup meets the old one or the new one, never none. The count restarts.
     pub fn put_entry(&mut self, key: &EntryKey, entry: Entry) -> anyhow::Result<()> {
-        self.rules.insert(key, CountedEntry { entry, steered: 0 }, 0).context("failed to write map ENTRIES")
+        self.entries.insert(key, CountedEntry { entry, steered: 0 }, 0).context("failed to write map ENTRIES")
     }
 
     /// Removes an entry; does nothing if it is not there.
     pub fn remove_entry(&mut self, key: &EntryKey) -> anyhow::Result<()> {
-        or_absent(self.rules.remove(key)).context("failed to delete from map ENTRIES")
+        or_absent(self.entries.remove(key)).context("failed to delete from map ENTRIES")
     }
 
     /// Lists the addresses and ports whose listeners are registered.

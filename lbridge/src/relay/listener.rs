@@ -87,12 +87,12 @@ pub(super) struct Listener {
     pub(super) socket: Arc<TcpListener>,
     /// The address and port that its clients dial.
     pub(super) dialled: SocketAddr,
-    pub(super) orders: watch::Receiver<Arc<RelayConfig>>,
+    pub(super) config: watch::Receiver<Arc<RelayConfig>>,
     pub(super) modes: watch::Receiver<Mode>,
     pub(super) gone: NetnsClosed,
     /// The number of connections that this relay took.
     pub(super) taken: Arc<AtomicU64>,
-    pub(super) surroundings: RelayContext,
+    pub(super) context: RelayContext,
 }
 
 impl Listener {
@@ -113,7 +113,7 @@ impl Listener {
                     Ok((client, peer)) => self.take(client, peer, &mut refused),
                     Err(error) => {
                         if failed.is_over() {
-                            let RuleId { network, port, protocol } = &self.orders.borrow().spec.rule;
+                            let RuleId { network, port, protocol } = &self.config.borrow().spec.rule;
                             tracing::warn!(
                                 %network,
                                 port,
@@ -148,8 +148,8 @@ impl Listener {
     }
 
     fn take(&self, client: TcpStream, peer: SocketAddr, refused: &mut LogRateLimit) {
-        let orders = self.orders.borrow().clone();
-        let RelayConfig { spec, statistics } = &*orders;
+        let config = self.config.borrow().clone();
+        let RelayConfig { spec, statistics } = &*config;
         // An inherited socket of an earlier daemon may hold connections to the address of another rule.
         if !client.local_addr().is_ok_and(|own| {
             own.port() == self.dialled.port() && own.ip().to_canonical() == self.dialled.ip().to_canonical()
@@ -174,7 +174,7 @@ impl Listener {
             Clients::Subnet(_) | Clients::Listed(_) => peer,
             Clients::Inside(told) => SocketAddr::new(*told, peer.port()),
         };
-        let Some(permit) = self.surroundings.places.take(statistics, spec.max_connections) else {
+        let Some(permit) = self.context.places.take(statistics, spec.max_connections) else {
             statistics.refused.fetch_add(1, Ordering::Relaxed);
             if refused.is_over() {
                 let RuleId { network, port, protocol } = &spec.rule;
@@ -191,11 +191,10 @@ impl Listener {
             return reset(&client);
         };
         self.taken.fetch_add(1, Ordering::Relaxed);
-        let (mut gone, surroundings) = (self.gone.clone(), self.surroundings.clone());
-        self.surroundings.connections.spawn(async move {
+        let (mut gone, context) = (self.gone.clone(), self.context.clone());
+        self.context.connections.spawn(async move {
             let _permit = permit;
-            let (RelayConfig { spec, statistics }, RelayContext { names, wake, .. }) =
-                (&*orders, surroundings);
+            let (RelayConfig { spec, statistics }, RelayContext { names, wake, .. }) = (&*config, context);
             let carried = proxy_connection(client, container, spec, statistics, names);
             tokio::select! {
                 carried = carried => if let Err(error) = carried {

@@ -40,13 +40,13 @@ pub struct RelaySet {
     statistics: HashMap<RuleId, Weak<Statistics>>,
     /// The number of open connections of each network.
     networks: HashMap<Network, Weak<AtomicU32>>,
-    surroundings: RelayContext,
+    context: RelayContext,
     workers: Workers,
 }
 
 #[derive(Debug)]
 struct Relay {
-    orders: watch::Sender<Arc<RelayConfig>>,
+    config: watch::Sender<Arc<RelayConfig>>,
     mode: watch::Sender<Mode>,
     taken: Arc<AtomicU64>,
     /// The listening socket, shared with the task.
@@ -80,14 +80,14 @@ impl RelaySet {
     /// Makes an empty set. Relays report their containers' names through `names`, if there is a way to.
     /// `wake` gets a unit when a connection to a service fails, or a namespace has gone.
     pub fn new(names: Option<Arc<dyn PeerNames>>, wake: mpsc::Sender<()>) -> anyhow::Result<Self> {
-        let surroundings =
+        let context =
             RelayContext { names, wake, places: ConnectionLimiter::new(), connections: TaskTracker::new() };
         let workers = Workers::start().context("cannot start the relays' threads")?;
         Ok(Self {
             relays: BTreeMap::new(),
             statistics: HashMap::new(),
             networks: HashMap::new(),
-            surroundings,
+            context,
             workers,
         })
     }
@@ -95,11 +95,11 @@ impl RelaySet {
     /// Has an open relay follow `spec` from the next connection on. Returns false if the relay does not
     /// listen.
     pub fn change(&mut self, key: &RelayKey, spec: &RelaySpec) -> bool {
-        let orders = self.orders(spec.clone());
+        let config = self.config(spec.clone());
         let Some(relay) = self.relays.get(key).filter(|relay| !relay.task.is_finished()) else {
             return false;
         };
-        relay.orders.send_replace(orders);
+        relay.config.send_replace(config);
         relay.mode.send_replace(Mode::Open);
         true
     }
@@ -113,7 +113,7 @@ impl RelaySet {
         socket: Listening,
         gone: Option<impl Future<Output = ()> + Send + 'static>,
     ) -> anyhow::Result<()> {
-        let (sender, orders) = watch::channel(self.orders(spec));
+        let (sender, config) = watch::channel(self.config(spec));
         let (mode, modes) = watch::channel(Mode::Open);
         let taken = Arc::new(AtomicU64::new(0));
         let worker = self.workers.next();
@@ -124,18 +124,18 @@ impl RelaySet {
         let listener = Listener {
             socket: socket.clone(),
             dialled: key.address,
-            orders,
+            config,
             modes,
-            gone: NetnsClosed(gone.map(|gone| watch_for(gone, self.surroundings.wake.clone()))),
+            gone: NetnsClosed(gone.map(|gone| watch_for(gone, self.context.wake.clone()))),
             taken: taken.clone(),
-            surroundings: self.surroundings.clone(),
+            context: self.context.clone(),
         };
         let task = worker.spawn(listener.serve());
-        self.relays.insert(key.clone(), Relay { orders: sender, mode, taken, socket, task });
+        self.relays.insert(key.clone(), Relay { config: sender, mode, taken, socket, task });
         Ok(())
     }
 
-    fn orders(&mut self, spec: RelaySpec) -> Arc<RelayConfig> {
+    fn config(&mut self, spec: RelaySpec) -> Arc<RelayConfig> {
         self.statistics.retain(|_, statistics| statistics.strong_count() > 0);
         let known = self.statistics.get(&spec.rule).and_then(Weak::upgrade);
         let statistics = known.unwrap_or_else(|| {
@@ -167,7 +167,7 @@ impl RelaySet {
     /// socket ([`RelaySpec::by_entry`]).
     pub fn sockets(&self) -> impl Iterator<Item = (&RelayKey, bool, BorrowedFd<'_>)> {
         let open = self.relays.iter().filter(|(_, relay)| relay.is_open());
-        open.map(|(key, relay)| (key, relay.orders.borrow().spec.by_entry, relay.socket.as_fd()))
+        open.map(|(key, relay)| (key, relay.config.borrow().spec.by_entry, relay.socket.as_fd()))
     }
 
     /// Returns the socket of a relay in the set, even if the relay only lingers; `None` if the set has no
@@ -186,7 +186,7 @@ impl RelaySet {
         for (_, relay) in std::mem::take(&mut self.relays) {
             let _ = relay.task.await;
         }
-        let connections = &self.surroundings.connections;
+        let connections = &self.context.connections;
         connections.close();
         let _ = timeout(limit, connections.wait()).await;
         connections.len()
@@ -196,7 +196,7 @@ impl RelaySet {
     pub fn specs(&mut self) -> BTreeMap<RelayKey, RelaySpec> {
         self.relays.retain(|_, relay| !relay.task.is_finished());
         let open = self.relays.iter().filter(|(_, relay)| relay.is_open());
-        open.map(|(key, relay)| (key.clone(), relay.orders.borrow().spec.clone())).collect()
+        open.map(|(key, relay)| (key.clone(), relay.config.borrow().spec.clone())).collect()
     }
 
     /// Lists the relays that only complete the handshakes which had begun when the kernel took over.
@@ -208,7 +208,7 @@ impl RelaySet {
     /// Returns the counters of a relay and of its rule; zeros if the set has no such relay.
     pub fn counts(&self, key: &RelayKey) -> Counts {
         let Some(relay) = self.relays.get(key) else { return Counts::default() };
-        let statistics = relay.orders.borrow().statistics.clone();
+        let statistics = relay.config.borrow().statistics.clone();
         let (to_service, to_client) = statistics.bytes();
         Counts {
             connections: relay.taken.load(Ordering::Relaxed),

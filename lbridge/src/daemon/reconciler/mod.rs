@@ -145,7 +145,7 @@ impl Reconciler {
                 () = self.manager.next_beat() => {}
                 happened = listener_changed(&mut events), if !woken => {
                     woken = true;
-                    self.journal.publish(happened.iter().filter_map(report::happening));
+                    self.journal.publish(happened.iter().filter_map(report::event_of));
                 }
                 () = sleep_until(due) => {
                     (woken, urgent) = (false, false);

@@ -47,10 +47,10 @@ pub(in crate::planning) fn accept_rules(
     let places: BTreeSet<_> = seen.accepts.keys().map(|(_, accepted)| accepted.place()).collect();
     let mut unknown = BTreeMap::new();
     for (opening, link) in openings {
-        let passage = seen.probe_results.get(opening);
-        match next_accept(opening, passage, seen, &places).filter(|_| wanted(opening)) {
+        let result = seen.probe_results.get(opening);
+        match next_accept(opening, result, seen, &places).filter(|_| wanted(opening)) {
             Some(chain) => steps.push(Step::Accept { chain, opening: opening.clone() }),
-            None if passage.is_none() => drop(unknown.insert(opening.clone(), *link)),
+            None if result.is_none() => drop(unknown.insert(opening.clone(), *link)),
             None => {}
         }
     }
@@ -69,7 +69,7 @@ pub(in crate::planning) fn accept_rules(
 /// there were not enough, or a chain has several copies.
 fn next_accept(
     opening: &Opening,
-    passage: Option<&ProbeResult>,
+    result: Option<&ProbeResult>,
     seen: &FirewallState,
     accepted: &BTreeSet<Place<'_>>,
 ) -> Option<Chain> {
@@ -82,7 +82,7 @@ fn next_accept(
     let doubled = chains().find(|chain| of(chain).is_some_and(|accepted| accepted.copies > 1));
     let none = || !chains().any(|chain| of(chain).is_some());
     let lacking = || chains().find(|chain| !of(chain).is_some_and(|accepted| accepted.first));
-    let next = match passage {
+    let next = match result {
         _ if doubled.is_some() => doubled,
         Some(ProbeResult::Dropped) => lacking(),
         _ if is_needed() && none() => lacking(),

@@ -1,4 +1,4 @@
-//! Urgent: threads beside the loop whose work must not wait for a turn on a busy machine.
+//! Priority threads: threads beside the loop whose work must not wait for a turn on a busy machine.
 
 use std::thread;
 
