@@ -79,8 +79,9 @@ fn nftables_policy_drop() -> Result<()> {
     walled.scene.allow(&["8080"])?;
     ensure!(
         walled.own()?
-            == [r#"iifname "lab0" ip saddr 10.7.0.0/24 ip daddr 10.7.0.1 tcp dport 8080 accept comment \
-                                 "lbridge""#],
+            == [
+                r#"iifname "lab0" ip saddr 10.7.0.0/24 ip daddr 10.7.0.1 tcp dport 8080 accept comment "lbridge""#
+            ],
         "{}",
         walled.ruleset()?
     );

@@ -53,8 +53,9 @@ fn udp_behind_nftables() -> Result<()> {
     walled.scene.allow(&["53/udp"])?;
     ensure!(
         walled.own()?
-            == [r#"iifname "lab0" ip saddr 10.7.0.0/24 ip daddr 10.7.0.1 udp dport 53 accept comment \
-                                 "lbridge""#],
+            == [
+                r#"iifname "lab0" ip saddr 10.7.0.0/24 ip daddr 10.7.0.1 udp dport 53 accept comment "lbridge""#
+            ],
         "{}",
         walled.ruleset()?
     );
