@@ -179,7 +179,7 @@ fn whose_a_service_is_is_told() -> Result<()> {
     scene.deny(&["8081-8082"])?;
     let _beside = of(Some(ALICE), "[::1]:8080")?;
     let finding = Report::of(&scene.daemon)?.must("users", "warning")?;
-    let beside = "[::1]:8080 belongs to user alice (uid 1234), the service of bridge:lab0 8080 does not";
+    let beside = "[::1]:8080 belongs to user alice (uid 1234), unlike the service of bridge:lab0 8080";
     ensure!(finding.text.starts_with(beside), "{finding:?}");
     Ok(())
 }
