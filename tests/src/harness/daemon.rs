@@ -275,6 +275,13 @@ impl Daemon {
         self.log.text()
     }
 
+    /// Waits until the log has these words. The daemon writes its log on a thread of its own, so a line may
+    /// come after the answer to the command that caused it.
+    pub fn wait_for_log(&self, words: &str) -> Result<()> {
+        let found = patience::until(words, || Ok(self.log().contains(words).then_some(())));
+        found.with_context(|| format!("the log:\n{}", self.log()))
+    }
+
     /// Creates an `lbridge` command that talks to this daemon.
     pub fn command(&self) -> Result<Command> {
         let mut command = self.host.command(binary()?);

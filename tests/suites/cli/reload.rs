@@ -130,7 +130,7 @@ fn a_file_of_no_use_changes_nothing_and_is_told() -> Result<()> {
         let status = scene.daemon.cli(&["status"])?.stdout;
         let told = |line: &str| line.starts_with("config   not reloaded since ") && line.contains(place);
         ensure!(status.lines().any(told), "{status}");
-        ensure!(scene.daemon.log().contains("configuration not reloaded"), "{}", scene.daemon.log());
+        scene.daemon.wait_for_log("configuration not reloaded")?;
     }
     configure(&scene, &rule("8080", ""))?;
     ensure!(reload(&scene)?.status == 0);

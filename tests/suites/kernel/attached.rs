@@ -325,7 +325,7 @@ fn what_cannot_be_attached_again_is_told() -> Result<()> {
     })?;
     let state = scene.must_be(8080, "blocked")?;
     state.must_be_because("detached")?;
-    ensure!(scene.daemon.log().contains("failed to attach the steer program"), "{}", scene.daemon.log());
+    scene.daemon.wait_for_log("failed to attach the steer program")?;
     scene.refused(8080)?;
     others.into_iter().try_for_each(|other| other.detach())?;
     scene.must_be(8080, "steered")?;
@@ -349,7 +349,7 @@ fn pins_that_cannot_be_made_again_are_told() -> Result<()> {
     );
     fs::remove_file(root)?;
     scene.must_be(8080, "steered")?;
-    ensure!(scene.daemon.log().contains("pinned again"), "{}", scene.daemon.log());
+    scene.daemon.wait_for_log("pinned again")?;
     scene.deny(&["8080"])?;
     scene.refused(8080)
 }
