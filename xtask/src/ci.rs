@@ -6,10 +6,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-
-use crate::tool::CARGO_DENY;
 use lbridge_tests::harness::suite::find_program;
 
+use crate::tool::CARGO_DENY;
 use crate::workspace::{line, root, run};
 
 /// The oldest compiler that builds the workspace, from Cargo.toml.

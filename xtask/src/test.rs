@@ -29,6 +29,9 @@ pub(crate) struct Arguments {
     suites: Vec<String>,
 }
 
+/// Suites that run one test at a time, and so leave a processor to each other. They share no state.
+const ONE_BY_ONE: [&str; 2] = ["docker", "podman"];
+
 /// Runs the tests; returns true if all passed.
 pub(crate) fn handle(arguments: &Arguments) -> Result<bool> {
     let known = suites(&fs::read_to_string(root().join("tests/Cargo.toml"))?)?;
@@ -41,20 +44,14 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<bool> {
     // All at once: packages that are selected together are built with the same features, once.
     run(cargo().args(["build", "--workspace", "--all-targets"]))?;
 
-    let wanted = known.iter().filter(|suite| arguments.suites.is_empty() || arguments.suites.contains(suite));
+    let wanted: Vec<_> = known
+        .iter()
+        .filter(|suite| arguments.suites.is_empty() || arguments.suites.contains(suite))
+        .map(String::as_str)
+        .collect();
     let mut results = Vec::new();
-    for suite in wanted {
-        let start = Instant::now();
-        let prepared = if suite == PACKAGES { package::for_tests() } else { Ok(()) };
-        let counts = match prepared {
-            Ok(()) => run_suite(suite)?,
-            // The other suites are still worth running.
-            Err(error) => {
-                println!("\n== {suite}\nno packages to test: {error:#}: counted as a failure");
-                Counts { failed: 1, ..Counts::default() }
-            }
-        };
-        results.push((suite, counts, start.elapsed()));
+    for group in wanted.chunk_by(|a, b| [a, b].iter().all(|suite| ONE_BY_ONE.contains(suite))) {
+        results.extend(run_group(group)?);
     }
 
     let mut total = Counts::default();
@@ -68,8 +65,48 @@ pub(crate) fn handle(arguments: &Arguments) -> Result<bool> {
     Ok(total.failed == 0)
 }
 
-fn run_suite(suite: &str) -> Result<Counts> {
-    println!("\n== {suite}");
+/// Runs suites at the same time. The first one's output is copied as it comes, those of the others follow.
+fn run_group<'a>(suites: &[&'a str]) -> Result<Vec<(&'a str, Counts, Duration)>> {
+    let (first, others) = suites.split_first().context("no suite")?;
+    std::thread::scope(|scope| {
+        let others: Vec<_> = others
+            .iter()
+            .map(|suite| {
+                let run = move || {
+                    let mut output = Vec::new();
+                    timed(suite, &mut output).map(|result| (result, output))
+                };
+                scope.spawn(run)
+            })
+            .collect();
+        let mut results = vec![timed(first, &mut io::stdout())?];
+        for other in others {
+            let (result, output) =
+                other.join().map_err(|_| anyhow::anyhow!("a suite's thread panicked"))??;
+            io::stdout().write_all(&output)?;
+            results.push(result);
+        }
+        Ok(results)
+    })
+}
+
+/// Prepares and runs a suite.
+fn timed<'a>(suite: &'a str, out: &mut impl Write) -> Result<(&'a str, Counts, Duration)> {
+    let start = Instant::now();
+    let prepared = if suite == PACKAGES { package::for_tests() } else { Ok(()) };
+    let counts = match prepared {
+        Ok(()) => run_suite(suite, out)?,
+        // The other suites are still worth running.
+        Err(error) => {
+            writeln!(out, "\n== {suite}\nno packages to test: {error:#}: counted as a failure")?;
+            Counts { failed: 1, ..Counts::default() }
+        }
+    };
+    Ok((suite, counts, start.elapsed()))
+}
+
+fn run_suite(suite: &str, out: &mut impl Write) -> Result<Counts> {
+    writeln!(out, "\n== {suite}")?;
     let mut counts = Counts::default();
     let selections: &[&[&str]] =
         if suite == UNIT { &[&["--lib", "--bins"], &["--doc"]] } else { &[&["--test", suite]] };
@@ -82,7 +119,7 @@ fn run_suite(suite: &str) -> Result<Counts> {
             .env("LBRIDGE_VM_DIR", vm_folder())
             .env("LBRIDGE_ROOTS_DIR", roots_folder())
             .env("LBRIDGE_PACKAGES_DIR", package::test_folder());
-        counts += run_counted(&mut command, &mut io::stdout())?;
+        counts += run_counted(&mut command, out)?;
     }
     Ok(counts)
 }
