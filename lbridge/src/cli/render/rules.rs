@@ -103,7 +103,7 @@ pub(in crate::cli) fn rules(rules: &[RuleStatus]) -> Result<(), Failure> {
         return print(NO_RULES);
     }
     let mut table =
-        Table::new(&["NETWORK", "PORT", "TARGET", "SOURCE", "PATH", "FROM", "OPTIONS", "COMMENT"]);
+        Table::new(&["NETWORK", "PORT", "TARGET", "SOURCE", "PATH", "ORIGIN", "OPTIONS", "COMMENT"]);
     for range in ranges(rules, |_| ()) {
         let rule = range.first;
         table.row([
