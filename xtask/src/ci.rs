@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use lbridge_tests::harness::suite::find_program;
 
-use crate::tool::CARGO_DENY;
+use crate::tool::{CARGO_DENY, MDBOOK};
 use crate::workspace::{line, root, run};
 
 /// The oldest compiler that builds the workspace, from Cargo.toml.
@@ -113,16 +113,18 @@ fn steps(fast: bool) -> Vec<Step> {
         steps.push(Step::new(cargo(&["xtask", "build-ebpf", "--check"])));
     }
     // What is right is in .codespellrc.
-    steps.push(Step::new(Command::new("codespell")).needs("codespell", Missing::FailsInCi));
+    steps.push(Step::new(Command::new("codespell")).needs("codespell"));
     let mut subjects = Command::new("sh");
     subjects.args(["-c", "git log --no-merges --format=%s | codespell -"]);
-    steps.push(Step::new(subjects).needs("codespell", Missing::FailsInCi));
-    let mut mdbook = Command::new("mdbook");
-    mdbook.args(["build", "docs/guide"]);
-    steps.push(Step::new(mdbook).needs("mdbook", Missing::Skips));
-    if !CARGO_DENY.is_there() {
-        steps.push(Step::new(CARGO_DENY.install()));
+    steps.push(Step::new(subjects).needs("codespell"));
+    for tool in [&MDBOOK, &CARGO_DENY] {
+        if !tool.is_there() {
+            steps.push(Step::new(tool.install()));
+        }
     }
+    let mut book = Command::new(MDBOOK.program());
+    book.args(["build", "docs/guide"]);
+    steps.push(Step::new(book));
     let mut deny = Command::new(CARGO_DENY.program());
     deny.args(["--locked", "check", "bans", "licenses", "sources"]);
     steps.push(Step::new(deny));
@@ -153,19 +155,12 @@ fn has_toolchain(version: &str) -> bool {
     list.is_ok_and(|list| list.lines().any(|name| name.starts_with(&prefix)))
 }
 
-/// The consequence if a program is missing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Missing {
-    /// The step fails under `CI=true`, as a test's missing tool does, and is skipped elsewhere.
-    FailsInCi,
-    /// The step is skipped.
-    Skips,
-}
-
 /// A command that must succeed.
 struct Step {
     command: Command,
-    needs: Option<(&'static str, Missing)>,
+    /// The program without which the step fails under `CI=true`, as a test's missing tool does, and is
+    /// skipped elsewhere.
+    needs: Option<&'static str>,
 }
 
 impl Step {
@@ -173,8 +168,8 @@ impl Step {
         Step { command, needs: None }
     }
 
-    fn needs(mut self, program: &'static str, missing: Missing) -> Step {
-        self.needs = Some((program, missing));
+    fn needs(mut self, program: &'static str) -> Step {
+        self.needs = Some(program);
         self
     }
 
@@ -184,10 +179,9 @@ impl Step {
         println!("\n== {line}");
         let start = Instant::now();
         let outcome = match self.needs {
-            Some((program, missing)) if find_program(program).is_none() => {
-                let fails = missing == Missing::FailsInCi && env::var_os("CI").is_some();
+            Some(program) if find_program(program).is_none() => {
                 println!("no {program} on PATH");
-                if fails { Outcome::Failed } else { Outcome::Skipped }
+                if env::var_os("CI").is_some() { Outcome::Failed } else { Outcome::Skipped }
             }
             _ => match run(self.command.current_dir(root())) {
                 Ok(()) => Outcome::Passed,
@@ -254,9 +248,9 @@ mod tests {
 
     #[test]
     fn a_missing_program_is_never_a_pass() {
-        let step = || shell("exit 0").needs("lbridge-no-such-program", Missing::Skips);
-        assert_eq!(step().run().outcome, Outcome::Skipped);
-        let here = || shell("exit 1").needs("sh", Missing::Skips);
+        let step = || shell("exit 0").needs("lbridge-no-such-program");
+        assert_ne!(step().run().outcome, Outcome::Passed);
+        let here = || shell("exit 1").needs("sh");
         assert_eq!(here().run().outcome, Outcome::Failed);
     }
 

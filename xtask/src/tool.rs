@@ -23,6 +23,14 @@ pub(crate) const CARGO_DENY: Tool = Tool {
     options: &["--no-default-features"],
 };
 
+/// The program that builds the guide.
+pub(crate) const MDBOOK: Tool = Tool {
+    name: "mdbook",
+    version: "0.5.4",
+    // The default features search, serve and watch.
+    options: &["--no-default-features"],
+};
+
 /// A program from a package of the registry, which has the same name.
 pub(crate) struct Tool {
     name: &'static str,
