@@ -170,8 +170,8 @@ pub const PAGES: &[Page] = &[
                 purpose: "See the rules as they were given, and who made them",
                 lines: &[
                     "# lbridge list",
-                    "NETWORK  PORT  TARGET        SOURCE     PATH  ORIGIN  OPTIONS  COMMENT",
-                    "app_net  80    127.0.0.1:80  container  auto  allow            orders",
+                    "NETWORK  PORT  TARGET    SOURCE     PATH  ORIGIN  OPTIONS  COMMENT",
+                    "app_net  80    [::1]:80  container  auto  allow            orders",
                 ],
             },
             Example {
