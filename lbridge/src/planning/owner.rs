@@ -56,9 +56,8 @@ fn choose<'a>(listeners: impl Iterator<Item = &'a Listener>, last: Option<&Owner
     for listener in listeners {
         let found = |v4| Some((rank(listener, loopback(v4))?, listener.inode));
         let better = |known: Best, new: Best| known.into_iter().chain(new).min();
-        if let (v4, v6) = (found(true), found(false))
-            && v4.or(v6).is_some()
-        {
+        let (v4, v6) = (found(true), found(false));
+        if v4.or(v6).is_some() {
             let user = users.entry(listener.uid).or_default();
             *user = (better(user.0, v4), better(user.1, v6));
         }
