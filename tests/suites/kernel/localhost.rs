@@ -150,6 +150,8 @@ fn both_addresses_lead_to_the_service() -> Result<()> {
     }
     let status = scene.daemon.cli(&["status"])?;
     ensure!(status.stdout.contains("127.0.0.1:8080 in 1 container "), "{status:?}");
+    let explained = scene.daemon.cli(&["explain", "bridge:lab0", "8080"])?;
+    ensure!(explained.stdout.contains("127.0.0.1:8080 in 1 container leads to 10.7.0.1"), "{explained:?}");
     Ok(())
 }
 

@@ -121,7 +121,7 @@ impl Executor {
         if let Some(guests) = &mut self.guests {
             guests.want(desired.kernel.redirects.keys().map(|key| key.ifindex).collect()).await;
         }
-        self.with_firewall(desired, Actual { guests: self.guests(), ..in_force }).await
+        self.complete(desired, in_force).await
     }
 
     /// Reads back the actual state, probes `openings`, and changes nothing.
@@ -133,13 +133,15 @@ impl Executor {
         self.firewall.look(&desired.openings).await;
         self.probe(openings).await;
         let in_force = self.in_force()?;
-        Ok(self.with_firewall(desired, in_force).await)
+        Ok(self.complete(desired, in_force).await)
     }
 
-    async fn with_firewall(&mut self, desired: &Desired, in_force: Actual) -> Actual {
+    /// Adds the state of the firewall, conntrack's flows and the numbers of guests to what is in force.
+    async fn complete(&mut self, desired: &Desired, in_force: Actual) -> Actual {
         let firewall_state = self.firewall.look(&desired.openings).await.clone();
         let gone: BTreeSet<_> = in_force.accepted.difference(&firewall_state.accepted()).copied().collect();
-        Actual { firewall_state, flows: self.gone_flows.look(&gone), ..in_force }
+        let flows = self.gone_flows.look(&gone);
+        Actual { firewall_state, flows, guests: self.guests(), ..in_force }
     }
 
     /// Has accept rules that could not be put tried again.
