@@ -118,7 +118,7 @@ fn every_kind_of_import_is_seen() {
         ("lib.rs", "mod a; mod b; mod c; mod d; mod e;"),
         ("a/mod.rs", "mod x; mod y; mod z; use y::Item; fn f() { x::f() }"),
         ("a/x.rs", "use super::{z, Item}; fn f() { tokio::select! { _ = crate::b::f() => () } }"),
-        ("a/y.rs", "mod inner { fn f(_: super::super::z::Z) -> crate::c::C { todo!() } }"),
+        ("a/y.rs", "mod inner { fn f(_: super::super::z::Z) -> crate::c::C { crate::c::C } }"),
         (
             "a/z.rs",
             "use super::x as other; #[cfg(test)] mod tests { use crate::d; } #[cfg(test)] use crate::e;",
