@@ -66,15 +66,19 @@ impl Report {
 
     /// Lists the rules whose state has changed, and those that are new or gone.
     pub(super) fn changes_since(&self, before: &Self) -> Vec<RuleChange> {
-        let origin = |id: &RuleId| {
-            let mut outcomes = before.desired.outcomes.iter();
-            outcomes.find(|outcome| outcome.rule.id() == *id).map_or(Origin::Cli, |outcome| outcome.origin)
+        let states = self.states_since(before);
+        // Made once, and only if something is gone: thousands of rules may be denied at a time.
+        let origins: BTreeMap<RuleId, Origin> = if states.iter().any(|(_, now)| now.is_none()) {
+            before.desired.outcomes.iter().map(|outcome| (outcome.rule.id(), outcome.origin)).collect()
+        } else {
+            BTreeMap::new()
         };
+        let origin = |id: &RuleId| origins.get(id).copied().unwrap_or(Origin::Cli);
         let change = |(id, now): (RuleId, Option<RuleStatus>)| match now {
             Some(status) => RuleChange::State(Box::new(status)),
             None => RuleChange::Removed { origin: origin(&id), id },
         };
-        self.states_since(before).into_iter().map(change).collect()
+        states.into_iter().map(change).collect()
     }
 
     /// Lists the changes of [`Report::changes_since`] for subscribers to events, without the rules that are
