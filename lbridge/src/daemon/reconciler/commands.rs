@@ -162,7 +162,7 @@ impl Reconciler {
         }
         let asked = explain::with_network(self.rules(), &question.network);
         self.ask_docker(&asked, std::iter::once(&question.network)).await;
-        let scene = self.look(&asked).await.map_err(|error| failed(&error))?;
+        let scene = self.look(Some(&asked)).await.map_err(|error| failed(&error))?;
         let Scene { inventory, mut desired } = scene;
         let features = self.executor.features().clone();
         let openings = planning::explain::openings(question, &inventory, &features);

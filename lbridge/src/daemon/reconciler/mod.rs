@@ -289,7 +289,7 @@ impl Reconciler {
         let (mut rounds, mut unseen, mut asked_anew) = (0, None, false);
         loop {
             self.follow_docker();
-            let scene = match (self.look(&self.rules().clone()).await, &self.inventory) {
+            let scene = match (self.look(None).await, &self.inventory) {
                 (Ok(scene), _) => scene,
                 // A denied rule must not stay in force because an observation failed.
                 (Err(error), Some(last)) => {
@@ -347,8 +347,10 @@ impl Reconciler {
         }
     }
 
-    /// Observes the host as far as `rules` need it, and resolves the rules in force.
-    async fn look(&mut self, rules: &Rules) -> anyhow::Result<Scene> {
+    /// Observes the host as far as the rules in force need it, or those that are asked about, and resolves
+    /// the rules in force.
+    async fn look(&mut self, asked: Option<&Rules>) -> anyhow::Result<Scene> {
+        let rules = asked.unwrap_or_else(|| self.labels.rules(&self.rules));
         let view = self.docker.as_ref().map(Watcher::view);
         let aliases = &self.configuration.config().aliases;
         let inventory = self.observer.observe(rules, view.as_ref(), aliases).await?;
