@@ -66,9 +66,9 @@ impl Report {
 
     /// Lists the rules whose state has changed, and those that are new or gone.
     pub(super) fn changes_since(&self, before: &Self) -> Vec<RuleChange> {
-        let states = self.states_since(before);
+        let changes = self.states_since(before);
         // Made once, and only if something is gone: thousands of rules may be denied at a time.
-        let origins: BTreeMap<RuleId, Origin> = if states.iter().any(|(_, now)| now.is_none()) {
+        let origins: BTreeMap<RuleId, Origin> = if changes.iter().any(|(_, now)| now.is_none()) {
             before.desired.outcomes.iter().map(|outcome| (outcome.rule.id(), outcome.origin)).collect()
         } else {
             BTreeMap::new()
@@ -78,7 +78,7 @@ impl Report {
             Some(status) => RuleChange::State(Box::new(status)),
             None => RuleChange::Removed { origin: origin(&id), id },
         };
-        states.into_iter().map(change).collect()
+        changes.into_iter().map(change).collect()
     }
 
     /// Lists the changes of [`Report::changes_since`] for subscribers to events, without the rules that are
